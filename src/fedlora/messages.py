@@ -1,0 +1,130 @@
+"""What servers and clients say to each other, and what a method asks of whoever trains for it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Tensors
+from fedlora.randomness import generator
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """One data owner: a stable name, the rank of its factors, its number of training examples."""
+
+    id: str
+    rank: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, counted from 0; `attempt` counts its repetitions after too few replies; `seed` is the run's."""
+
+    index: int
+    seed: int
+    attempt: int = 0
+
+    def rng(self, purpose: str, client: str = "") -> torch.Generator:
+        """The generator for one purpose and client in this round, and in no other."""
+        return generator(self.seed, purpose, self.index, client)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from one client. `weight` is its share in the mean before normalisation, usually its examples."""
+
+    client: ClientInfo
+    round: Round
+    upload: Tensors
+    weight: float
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class RunningMean:
+    """A weighted mean of mappings of tensors, one at a time: memory for one sum in fp64, whatever the number of terms."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._total = 0.0
+        self._first: tuple[str, dict[str, torch.Size], dict[str, torch.dtype]] | None = None
+
+    def add(self, weight: float, tensors: Tensors, who: str) -> None:
+        """Adds one term; a term of weight 0 changes nothing but is still checked.
+
+        Raises:
+            ValueError: names or shapes differ from those of the first term; both clients are named.
+        """
+        if self._first is None:
+            self._first = who, {k: x.shape for k, x in tensors.items()}, {k: x.dtype for k, x in tensors.items()}
+            self._sums = {key: torch.zeros(x.shape, dtype=torch.float64, device=x.device) for key, x in tensors.items()}
+        first, shapes, _ = self._first
+        if tensors.keys() != shapes.keys():
+            differing = sorted(tensors.keys() ^ shapes.keys())
+            raise ValueError(f"cannot average: clients {who} and {first} sent different tensors; only one sent {differing}")
+        for key, x in tensors.items():
+            if x.shape != shapes[key]:
+                raise ValueError(
+                    f"cannot average {key!r}: client {who} sent {tuple(x.shape)}, client {first} sent {tuple(shapes[key])}; "
+                    "methods for mixed ranks must not average raw factors"
+                )
+            self._sums[key].add_(x, alpha=weight)
+        self._total += weight
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean so far, in the dtype of the first term.
+
+        Raises:
+            ValueError: no term had a positive weight.
+        """
+        if self._first is None or self._total <= 0:
+            raise ValueError("cannot average: no reply has a positive weight")
+        _, _, dtypes = self._first
+        return {key: (x / self._total).to(dtypes[key]) for key, x in self._sums.items()}
+
+
+class Replies:
+    """The accepted replies of a round, ordered by client id. They may come from a stream: read them once."""
+
+    def __init__(self, replies: Iterable[Reply]) -> None:
+        self._replies = replies
+
+    def __iter__(self) -> Iterator[Reply]:
+        return iter(self._replies)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The weighted mean of the uploads, tensor by tensor, in constant memory.
+
+        Raises:
+            ValueError: two uploads differ in names or shapes, or there is nothing to average.
+        """
+        running = RunningMean()
+        for reply in self:
+            running.add(reply.weight, reply.upload, reply.client.id)
+        return running.mean()
+
+
+@dataclass(frozen=True)
+class Merged(Generic[S]):
+    """What a merge returns: the server's next state, and numbers for the round log."""
+
+    server: S
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A request for local training: start here, train these factors, answer with the trained adapter.
+
+    `train` names factors (`b`, `a` of LowRank, `w` of Full); the others stay as they are. `epochs` None means the run's
+    own setting.
+    """
+
+    start: Adapter
+    train: frozenset[str]
+    epochs: int | None = None

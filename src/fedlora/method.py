@@ -1,0 +1,52 @@
+"""What a federated method is: six functions without side effects, cut where the wire is."""
+
+from collections.abc import Generator, Iterable
+from typing import Any, Protocol, TypeVar
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors
+from fedlora.messages import ClientInfo, Fit, Merged, Replies, Round
+
+T = TypeVar("T")
+S = TypeVar("S")
+C = TypeVar("C")
+
+Local = Generator[Fit, Adapter, T]
+"""A computation on a client that asks for training and in the end returns a T."""
+
+
+class Method(Protocol[S, C]):
+    """A federated method. S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses.
+
+    A method is a frozen dataclass of its hyper-parameters. It keeps nothing between calls: every state is passed in and
+    returned. All that crosses the wire is a flat mapping of named tensors.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The largest rank a client may have."""
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> S:
+        """The server's state before the first round."""
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> C:
+        """The state of a client that has never taken part. It depends on nothing but the arguments."""
+
+    def send(self, server: S, who: ClientInfo, rnd: Round) -> Tensors:
+        """On the server: what `who` downloads."""
+
+    def view(self, mine: C, got: Tensors, who: ClientInfo) -> Adapter:
+        """On the client: the adapter that `who` would use now. The only way to evaluate."""
+
+    def work(self, mine: C, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
+        """On the client: one round's work; asks for training with `fit` and returns the next state and the upload."""
+
+    def merge(self, server: S, replies: Replies, rnd: Round) -> Merged[S]:
+        """On the server: the next state from the accepted replies."""
+
+
+AnyMethod = Method[Any, Any]
+
+
+def fit(start: Adapter, train: Iterable[str] = "ba", epochs: int | None = None) -> Local[Adapter]:
+    """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`."""
+    return (yield Fit(start, frozenset(train), epochs))

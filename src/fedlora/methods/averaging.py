@@ -1,0 +1,63 @@
+"""Methods that average factors: which factors travel and which are trained when makes four published methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+
+_ALL = frozenset("ba")
+
+
+@dataclass(frozen=True)
+class FactorAveraging:
+    """Weighted means of b [out, rank] and a [rank, in], each on its own.
+
+    `shared` names the factors that travel; the others live on the client, where all start from the run's common seed.
+    `schedule` says what is trained in round 0, 1, ..., and repeats. Only factors that are both shared and trained go up.
+
+    | shared | schedule | method |
+    |--------|----------|--------|
+    | ba     | ba       | FedIT: Zhang et al. 2024, arXiv:2305.05644. The mean of products is not the product of means: the
+    |        |          | aggregate is off by the factors' covariance. |
+    | b      | b        | FFA-LoRA: Sun et al. 2024, arXiv:2403.12313. a is frozen and common, hence exact. |
+    | ba     | b, a     | RoLoRA: Chen et al. 2025, arXiv:2502.01755. One factor is common in each round, hence exact. b comes
+    |        |          | first: with b = 0 the gradient of a is zero. Both factors come down, as a client may have missed rounds. |
+    | a      | ba       | FedSA-LoRA: Guo et al. 2025, arXiv:2410.01463. b stays personal; there is no global model. |
+    """
+
+    rank: int = 8
+    shared: str = "ba"
+    schedule: tuple[str, ...] = ("ba",)
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+        """The shared factors."""
+        return pick(pack(lora_init(spec, self.rank, seed)), self.shared)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+        """The factors that do not travel."""
+        return pick(pack(lora_init(spec, self.rank, seed)), _ALL - set(self.shared))
+
+    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """The shared factors, the same for everybody."""
+        return server
+
+    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+        """Own factors and shared factors together."""
+        return unpack({**mine, **got}, LowRank)
+
+    def work(
+        self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[dict[str, Tensor], Tensors]]:
+        """Trains this round's factors; keeps the personal ones, uploads the shared ones."""
+        train = set(self.schedule[rnd.index % len(self.schedule)])
+        trained = pack((yield from fit(self.view(mine, got, who), train)))
+        return {**mine, **pick(trained, train - set(self.shared))}, pick(trained, train & set(self.shared))
+
+    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+        """The weighted mean of what came up; what did not come up stays."""
+        return Merged({**server, **replies.mean()})

@@ -1,0 +1,1 @@
+"""Wrappers: a method in, a method out."""

@@ -1,0 +1,1 @@
+"""The rounds: who takes part, what travels, what is kept."""
