@@ -185,7 +185,7 @@ class Experiment(_Section):
         if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
         if self.clients.partition != "natural" and self.clients.count is None:
-            raise ValueError(f"clients.count is missing; only the natural partition does without, not {self.clients.partition}")
+            raise ValueError("clients.count is missing; only the natural partition does without it")
         ranks = self.clients.ranks
         if ranks is not None and not self.method.row.mixed_ranks and set(ranks) != {self.method.rank}:
             able = sorted(name for name, row in TABLE.items() if row.mixed_ranks)
@@ -280,5 +280,3 @@ def _nearest(word: str, allowed: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; allowed: {', '.join(allowed)}" if allowed else ""
-
-

@@ -70,8 +70,8 @@ class RunningMean:
         for key, x in tensors.items():
             if x.shape != shapes[key]:
                 raise ValueError(
-                    f"cannot average {key!r}: client {who} sent {tuple(x.shape)}, client {first} sent {tuple(shapes[key])}; "
-                    "methods for mixed ranks must not average raw factors"
+                    f"cannot average {key!r}: client {who} sent {tuple(x.shape)}, client {first} sent "
+                    f"{tuple(shapes[key])}; methods for mixed ranks must not average raw factors"
                 )
             self._sums[key].add_(x, alpha=weight)
         self._total += weight

@@ -20,14 +20,13 @@ class FactorAveraging:
     `shared` names the factors that travel; the others live on the client, where all start from the run's common seed.
     `schedule` says what is trained in round 0, 1, ..., and repeats. Only factors that are both shared and trained go up.
 
-    | shared | schedule | method |
-    |--------|----------|--------|
-    | ba     | ba       | FedIT: Zhang et al. 2024, arXiv:2305.05644. The mean of products is not the product of means: the
-    |        |          | aggregate is off by the factors' covariance. |
-    | b      | b        | FFA-LoRA: Sun et al. 2024, arXiv:2403.12313. a is frozen and common, hence exact. |
-    | ba     | b, a     | RoLoRA: Chen et al. 2025, arXiv:2502.01755. One factor is common in each round, hence exact. b comes
-    |        |          | first: with b = 0 the gradient of a is zero. Both factors come down, as a client may have missed rounds. |
-    | a      | ba       | FedSA-LoRA: Guo et al. 2025, arXiv:2410.01463. b stays personal; there is no global model. |
+    shared "ba", schedule "ba" is FedIT (Zhang et al. 2024, arXiv:2305.05644): the mean of products is not the product of
+    means; the aggregate is off by the covariance of the factors.
+    shared "b", schedule "b" is FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): a is frozen and common, hence exact.
+    shared "ba", schedule "b", "a" is RoLoRA (Chen et al. 2025, arXiv:2502.01755): one factor is common in each round, hence
+    exact. b comes first, since with b = 0 the gradient of a is zero. The round's index, which the server announces, decides
+    what is trained, and both factors come down: a client may have missed rounds.
+    shared "a", schedule "ba" is FedSA-LoRA (Guo et al. 2025, arXiv:2410.01463): b stays personal; there is no global model.
     """
 
     rank: int = 8

@@ -1,0 +1,101 @@
+"""The task head beside any method: frozen, averaged or local."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
+from fedlora.method import AnyMethod, Local
+from fedlora.methods import Head
+
+_MARK = "head/"
+
+
+@dataclass(frozen=True)
+class WithHead:
+    """The state of a wrapped method, and the head it does not know about."""
+
+    inner: Any
+    head: Tensors
+
+
+@dataclass(frozen=True)
+class HeadRule:
+    """Adds the task head to a method, which goes on seeing its factors alone.
+
+    frozen: the head stays as the model was loaded, and nothing travels. averaged: it is trained, and averaged with the
+    replies' weights. local: it is trained, and stays on the client. An averaged head is exact: it is no product.
+    """
+
+    inner: AnyMethod
+    rule: Head
+
+    @property
+    def rank(self) -> int:
+        """The wrapped method's."""
+        return self.inner.rank
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> WithHead:
+        """The wrapped method's state, and the head if it is averaged."""
+        return WithHead(self.inner.init_server(spec, seed), spec.head if self.rule == "averaged" else {})
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> WithHead:
+        """The wrapped method's state, and the head unless it is averaged."""
+        return WithHead(self.inner.init_client(spec, who, seed), spec.head if self.rule != "averaged" else {})
+
+    def send(self, server: WithHead, who: ClientInfo, rnd: Round) -> Tensors:
+        """What the wrapped method sends, and an averaged head."""
+        return {**self.inner.send(server.inner, who, rnd), **_marked(server.head)}
+
+    def view(self, mine: WithHead, got: Tensors, who: ClientInfo) -> Adapter:
+        """The wrapped method's adapter with the head."""
+        head, rest = _split(got)
+        return {**self.inner.view(mine.inner, rest, who), **_parts({**mine.head, **head})}
+
+    def work(self, mine: WithHead, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[WithHead, Tensors]]:
+        """The wrapped method's work; each training it asks for trains the head too, unless that is frozen."""
+        received, rest = _split(got)
+        head: Tensors = {**mine.head, **received}
+        job = self.inner.work(mine.inner, rest, who, rnd)
+        request = next(job)
+        while True:
+            train = request.train if self.rule == "frozen" else request.train | {"w"}
+            trained = yield replace(request, start={**request.start, **_parts(head)}, train=train)
+            head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
+            try:
+                request = job.send({name: part for name, part in trained.items() if name not in head})
+            except StopIteration as done:
+                inner, upload = done.value
+                if self.rule == "averaged":
+                    return WithHead(inner, {}), {**upload, **_marked(head)}
+                return WithHead(inner, head), upload
+
+    def merge(self, server: WithHead, replies: Replies, rnd: Round) -> Merged[WithHead]:
+        """The wrapped method's merge, and the mean of the heads; reads the replies once, so that they may stream."""
+        heads = RunningMean()
+
+        def bare() -> Iterator[Reply]:
+            for reply in replies:
+                head, rest = _split(reply.upload)
+                heads.add(reply.weight, head, reply.client.id)
+                yield replace(reply, upload=rest)
+
+        merged = self.inner.merge(server.inner, Replies(bare()), rnd)
+        return Merged(WithHead(merged.server, heads.mean()), merged.notes)
+
+
+def _marked(head: Tensors) -> dict[str, Tensor]:
+    return {_MARK + name: tensor for name, tensor in head.items()}
+
+
+def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The head, unmarked, and the rest."""
+    head = {name.removeprefix(_MARK): tensor for name, tensor in tensors.items() if name.startswith(_MARK)}
+    return head, {name: tensor for name, tensor in tensors.items() if not name.startswith(_MARK)}
+
+
+def _parts(head: Tensors) -> dict[str, Full]:
+    return {name: Full(tensor) for name, tensor in head.items()}
