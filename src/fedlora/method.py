@@ -1,7 +1,7 @@
 """What a federated method is: six functions without side effects, cut where the wire is."""
 
 from collections.abc import Generator, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.messages import ClientInfo, Fit, Merged, Replies, Round
@@ -14,6 +14,7 @@ Local = Generator[Fit, Adapter, T]
 """A computation on a client that asks for training and in the end returns a T."""
 
 
+@runtime_checkable
 class Method(Protocol[S, C]):
     """A federated method. S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses.
 

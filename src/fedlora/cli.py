@@ -1,0 +1,150 @@
+"""The command line: thin, one function for each command."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fedlora.errors import RunStopped, UserError
+from fedlora.version import __version__
+
+if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
+    from fedlora.experiment import Result
+    from fedlora.rounds.loop import Watcher
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of transformers with LoRA adapters.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: method.rank=4")]
+Out = Annotated[Path | None, typer.Option("--out", help="A new folder for the run; by default one in runs/.")]
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.TOML", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with a run that stopped.")] = None,
+) -> None:
+    """Run an experiment, or go on with one that stopped."""
+    if resume is not None:
+        if file is not None or overrides or out is not None:
+            raise UserError("--resume takes no file, --set or --out: a run goes on as it began")
+        _resume(resume)
+    elif file is None:
+        raise UserError("run needs an experiment file, or --resume RUN_DIR")
+    else:
+        _run(file, overrides, out)
+
+
+@app.command()
+def demo(overrides: Overrides = None, out: Out = None) -> None:
+    """Run the built-in experiment: a real MiniLM, ten clients, the documentation of Python's standard library."""
+    _run(None, overrides, out)
+
+
+@app.command()
+def check(file: File, overrides: Overrides = None) -> None:
+    """Check an experiment, its data and its partition without training; print the clients."""
+    from fedlora import terminal
+    from fedlora.config import read
+    from fedlora.experiment import Problem
+
+    problem = Problem.make(read(file, overrides or ()))
+    Console().print(terminal.clients(problem))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from fedlora import terminal
+    from fedlora.methods import TABLE
+
+    Console().print(terminal.methods(TABLE.values()))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
+    to: Annotated[Literal["adapter", "merged"], typer.Option(help="A PEFT folder, or the whole model.")] = "adapter",
+    client: Annotated[str | None, typer.Option(help="Only this client's, of a personal method.")] = None,
+) -> None:
+    """Write the adapter of a run for use elsewhere."""
+    from fedlora.experiment import export as write
+
+    for folder in write(run_dir, to, out, client).values():
+        print(folder)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> None:
+    from fedlora.config import DEMO, build, read
+
+    experiment = build(DEMO, overrides or ()) if file is None else read(file, overrides or ())
+    from fedlora import experiment as runs
+
+    path = out or runs.new_folder(experiment)
+    _follow(path, experiment.rounds, lambda watch: runs.run(experiment, path, watch))
+
+
+def _resume(path: Path) -> None:
+    from fedlora import experiment as runs
+
+    _follow(path, runs.read_folder(path).rounds, lambda watch: runs.resume(path, watch))
+
+
+def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"]) -> None:
+    """Shows a run while it goes on and its table at the end; when it stops, says how to take it up again."""
+    from fedlora import terminal
+
+    console = Console()
+    again = f"go on with: fedlora run --resume {path}"
+    try:
+        with terminal.Live(console, rounds) as live:
+            result = go(live)
+    except RunStopped as error:
+        raise RunStopped(f"{error}; {again}") from error
+    except KeyboardInterrupt:
+        started = (path / "experiment.toml").exists()
+        _say(f"interrupted; {again}" if started else "interrupted before the first round", "yellow")
+        raise typer.Exit(130) from None
+    console.print(terminal.closing(result))
+    console.print(f"run directory  {result.folder}", highlight=False, soft_wrap=True)
+    for client, folder in list(result.adapters.items())[:1]:
+        more = f" and {len(result.adapters) - 1} more beside it" if len(result.adapters) > 1 else ""
+        console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
+
+
+def _say(message: str, style: str) -> None:
+    Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The `fedlora` command. Exit codes: 0 done, 1 the run had to stop, 2 something given cannot be used, 130 Ctrl-C."""
+    try:
+        app()
+    except UserError as error:
+        _say(f"error: {error}", "red")
+        sys.exit(2)
+    except RunStopped as error:
+        _say(f"stopped: {error}", "red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The division of the training set among the clients."""
+
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
+from jaxtyping import Int
+
+from fedlora.config import Clients
+from fedlora.errors import UserError
+from fedlora.randomness import derive, generator
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's rows of the training set, in ascending order: those it trains on, and those it is judged on."""
+
+    client: str
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Division:
+    """The clients' shares, ordered by client id, and what belongs to no client.
+
+    Rows are left out by `shards` (the remainder), `pathological` (labels that nobody has) and `natural` (users with fewer
+    than `min_size` examples, or beyond the `count` largest); clients only by `natural`.
+    """
+
+    shares: tuple[Share, ...]
+    left_out_rows: int
+    left_out_clients: int
+
+
+def divide(train: Dataset, clients: Clients, seed: int) -> Division:
+    """Which client has which rows of `train`; no row has two clients, and every client has at least `min_size` rows.
+
+    A client's held-out rows are drawn at random for its id, at least one where it has two or more, never all. Numbered
+    clients are "000", "001", ...; those of the natural partition have their user's name. Costs some two milliseconds a
+    client, iid and natural less.
+
+    Raises:
+        UserError: the examples or the labels do not suffice for such a division.
+    """
+    rows_of = _users(train, clients) if clients.partition == "natural" else _numbered(train, clients, seed)
+    shares = tuple(_share(client, rows_of[client], clients.held_out, seed) for client in sorted(rows_of))
+    given = sum(len(rows) for rows in rows_of.values())
+    users = len(train.unique("user")) if clients.partition == "natural" else len(shares)
+    return Division(shares, left_out_rows=len(train) - given, left_out_clients=users - len(shares))
+
+
+def label_table(train: Dataset, division: Division, labels: int) -> Int[np.ndarray, "clients labels"]:
+    """How many examples each client has of each label, the held-out ones included."""
+    label_of = np.asarray(train["label"][:])
+    return np.stack([np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in division.shares])
+
+
+def _share(client: str, rows: list[int], held_out: float, seed: int) -> Share:
+    count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
+    order = torch.randperm(len(rows), generator=generator(seed, "held out", client)).tolist()
+    rows = sorted(rows)
+    return Share(
+        client,
+        train=tuple(sorted(rows[i] for i in order[count:])),
+        held_out=tuple(sorted(rows[i] for i in order[:count])),
+    )
+
+
+def _users(train: Dataset, clients: Clients) -> dict[str, list[int]]:
+    """The rows of each user who has at least `min_size`; of the `count` largest, where that is set."""
+    if "user" not in train.column_names:
+        raise UserError("clients.partition = 'natural' needs data.user, the column that names the owner of an example")
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, user in enumerate(train["user"][:]):
+        rows_of[user].append(row)
+    able = sorted(
+        (user for user, rows in rows_of.items() if len(rows) >= clients.min_size), key=lambda u: (-len(rows_of[u]), u)
+    )
+    if len(able) < (clients.count or 1):
+        raise UserError(
+            f"clients.count = {clients.count}: only {len(able)} of {len(rows_of)} users have clients.min_size = "
+            f"{clients.min_size} examples or more; lower one of the two"
+        )
+    return {user: rows_of[user] for user in able[: clients.count]}
+
+
+def _numbered(train: Dataset, clients: Clients, seed: int) -> dict[str, list[int]]:
+    """The rows of clients "000", "001", ...
+
+    The rows are shuffled first: the partitioners take contiguous pieces.
+    """
+    count = clients.size or 1
+    _check_enough(train, clients, count)
+    order = torch.randperm(len(train), generator=generator(seed, "row order")).numpy()
+    if clients.partition == "iid":
+        parts = np.array_split(order, count)  # as flwr_datasets' IidPartitioner, which takes 20 s for 10,000 clients
+    else:
+        shuffled = Dataset.from_dict({"row": order, "label": np.asarray(train["label"][:])[order]}).with_format("numpy")
+        parts = _parts(shuffled, clients, count, derive(seed, "partition"))
+    smallest = min(len(part) for part in parts)
+    if smallest < clients.min_size:
+        raise UserError(
+            f"clients.min_size = {clients.min_size}: by clients.partition = {clients.partition!r} the smallest of {count} "
+            f"clients would have {smallest} examples; lower clients.min_size or clients.count"
+        )
+    width = max(3, len(str(count - 1)))
+    return {f"{i:0{width}}": part.tolist() for i, part in enumerate(parts)}
+
+
+def _check_enough(train: Dataset, clients: Clients, count: int) -> None:
+    if count * clients.min_size > len(train):
+        raise UserError(
+            f"clients.count = {count} with clients.min_size = {clients.min_size} needs {count * clients.min_size} training "
+            f"examples, there are {len(train)}; lower one of the two"
+        )
+    if clients.partition == "shards" and count * clients.shards > len(train):
+        raise UserError(
+            f"clients.shards = {clients.shards} for clients.count = {count} is {count * clients.shards} shards of "
+            f"{len(train)} examples; lower one of the two"
+        )
+    present = len(train.unique("label"))
+    if clients.partition == "pathological" and clients.classes > present:
+        raise UserError(f"clients.classes = {clients.classes}: the training set has {present} labels; lower it")
+
+
+def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[np.ndarray]:
+    """The values of `row` in each partition that flwr_datasets makes of a data set with row and label."""
+    partitioner: Partitioner
+    match clients.partition:
+        case "dirichlet":
+            partitioner = DirichletPartitioner(count, "label", clients.alpha, clients.min_size, seed=seed)
+            advice = (
+                f"lower clients.count or clients.min_size = {clients.min_size}, or change clients.alpha = {clients.alpha}"
+            )
+        case "pathological":
+            # every label has a client as soon as there are as many clients as labels
+            partitioner = PathologicalPartitioner(count, "label", clients.classes, "first-deterministic", seed=seed)
+            advice = f"a label has fewer examples than takers; lower clients.classes = {clients.classes} or clients.count"
+        case _:
+            partitioner = ShardPartitioner(count, "label", clients.shards, seed=seed)
+            advice = f"lower clients.shards = {clients.shards} or clients.count"
+    partitioner.dataset = shuffled
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each failed draw, and those of the library's own dependencies
+            return [partitioner.load_partition(i)["row"][:] for i in range(count)]
+    except ValueError as error:
+        raise UserError(
+            f"clients.partition = {clients.partition!r}: no division of {len(shuffled)} examples among {count} clients "
+            f"found; {advice}"
+        ) from error

@@ -1,0 +1,43 @@
+"""Which client has which rank."""
+
+import torch
+
+from fedlora.config import RankNames
+from fedlora.randomness import generator
+
+# Percent of the clients with an eighth, a quarter, a half and the whole of the largest rank.
+_PERCENT: dict[str, tuple[int, int, int, int]] = {
+    "uniform": (25, 25, 25, 25),
+    "heavy-tail-light": (85, 5, 5, 5),
+    "heavy-tail-strong": (5, 5, 5, 85),
+    "normal": (6, 44, 44, 6),
+}
+
+
+def client_ranks(choice: list[int] | RankNames | None, count: int, largest: int, seed: int) -> list[int]:
+    """The rank of each of `count` clients: all `largest`, as listed, or a named distribution in a seeded random order.
+
+    A distribution has four kinds of clients, with an eighth, a quarter, a half and the whole of `largest`, rounded up.
+    uniform: a quarter of the clients each; heavy-tail-light: 85 % have the smallest rank; heavy-tail-strong: 85 % have the
+    largest; normal: a bell over the four. The numbers of clients are these shares up to rounding, not drawn.
+
+    Source: Bai et al. 2024, arXiv:2402.11505, figure 3 (FlexLoRA). The 85 % are its readme's (its code draws 80/10/5/5);
+    the bell is a normal density of deviation 0.7 kinds about the middle. Its kinds are ranks 8, 30, 30 with 200 by module,
+    and 200; halving instead keeps four ranks apart wherever `largest` is 8 or more.
+
+    >>> sorted(client_ranks("uniform", count=4, largest=16, seed=0))
+    [2, 4, 8, 16]
+    """
+    if choice is None:
+        return [largest] * count
+    if isinstance(choice, list):
+        return list(choice)
+    ordered = _ordered(_PERCENT[choice], count, largest)
+    return [ordered[i] for i in torch.randperm(count, generator=generator(seed, "ranks")).tolist()]
+
+
+def _ordered(percent: tuple[int, ...], count: int, largest: int) -> list[int]:
+    """Ascending: client i of `count` has the rank at the quantile (i + 1/2) / count of the distribution."""
+    ranks = [-(-largest // 8), -(-largest // 4), -(-largest // 2), largest]
+    by_percent = [rank for rank, share in zip(ranks, percent, strict=True) for _ in range(share)]
+    return [by_percent[(2 * i + 1) * 100 // (2 * count)] for i in range(count)]

@@ -1,0 +1,111 @@
+"""Tables as their owners keep them: the standard library's sentences, local files, data sets on the hub."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fedlora.data import files, stdlib_docs
+from fedlora.errors import UserError
+
+STDLIB_DOCS = "stdlib-docs"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns, nothing checked. `origin` is the key and value that led here; `labels` the labels' names if known."""
+
+    origin: str
+    names: Sequence[str]
+    column: Callable[[str], Iterable[Any]]
+    labels: tuple[str, ...] | None = None
+
+
+def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
+    """The training table, and the test table if the source has one or `test` names one.
+
+    `label` is the column whose names the hub may know.
+
+    Raises:
+        UserError: no such file, data set or split, or not readable.
+    """
+    if source != STDLIB_DOCS and not files.looks_local(source):
+        return _hub(source, test, label)
+    train = _stdlib_docs() if source == STDLIB_DOCS else _file(source, "data.source")
+    if test is None:
+        return train, None
+    if not files.looks_local(test):
+        raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or leave data.test out")
+    return train, _file(test, "data.test")
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the likeliest one, and all there are."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" there are: {', '.join(allowed)}"
+
+
+def _stdlib_docs() -> Table:
+    rows = stdlib_docs.examples()
+    return Table(f"data.source = {STDLIB_DOCS!r}", ["text", "label", "user"], lambda name: [row[name] for row in rows])
+
+
+def _file(name: str, key: str) -> Table:
+    path = Path(name).expanduser()
+    columns = files.columns(path, key)
+    return Table(f"{key} = {str(path)!r}", list(columns), columns.__getitem__, _label_names(path.parent / "labels.json"))
+
+
+def _label_names(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise UserError(f"{path}: expected a list of different names, the label's number being its place in the list")
+    return tuple(names)
+
+
+def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
+    name, _, subset = source.partition(":")
+    try:
+        with _no_progress_bars():
+            splits = datasets.load_dataset(name, subset or None)
+    except Exception as error:  # whatever the hub's client, the network or the data set's files raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"data.source = {source!r}: not loaded from the hub: {reason}; for a local file give its path, offline set "
+            "HF_HUB_OFFLINE=1 to use what was downloaded before"
+        ) from error
+    train = _split(splits, "train", source, label, "data.source")
+    if test is not None and files.looks_local(test):
+        return train, _file(test, "data.test")
+    split = test or next((split for split in ("test", "validation") if split in splits), None)
+    return train, None if split is None else _split(splits, split, source, label, "data.test")
+
+
+def _split(splits: Mapping[str, datasets.Dataset], split: str, source: str, label: str, key: str) -> Table:
+    if split not in splits:
+        raise UserError(f"{key}: {source!r} has no split {split!r}{nearest(split, splits)}")
+    dataset = splits[split]
+    names = getattr(dataset.features.get(label), "names", None)
+    origin = f"data.source = {source!r}, split {split!r}"
+    return Table(origin, dataset.column_names, lambda name: dataset[name][:], None if names is None else tuple(names))
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = not datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,276 @@
+"""From an experiment to a run: the data divided, the model loaded, the rounds, the exported adapters."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.config import Experiment, read
+from fedlora.data.partition import Division, divide
+from fedlora.data.ranks import client_ranks
+from fedlora.data.sources import Corpus, load
+from fedlora.errors import UserError
+from fedlora.export import to_merged, to_peft
+from fedlora.messages import ClientInfo, Round
+from fedlora.method import AnyMethod
+from fedlora.methods.wrap.head import HeadRule
+from fedlora.rounds.checkpoint import RunFolder, client_folder
+from fedlora.rounds.loop import Plan, Watcher, one_round
+from fedlora.rounds.simulate import Simulation
+from fedlora.train.inject import Adapted, Scaling, head_modules
+from fedlora.train.local import LocalTrainer
+from fedlora.train.tasks import Classification, locate, quiet
+
+_PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client)."""
+
+    folder: Path
+    rows: Sequence[Mapping[str, Any]]
+    adapters: Mapping[str, Path]
+
+
+class Silent:
+    """Shows no progress."""
+
+    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
+        """Nothing."""
+
+    def answered(self, who: ClientInfo, refused: str | None) -> None:
+        """Nothing."""
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Watcher | None = None) -> Result:
+    """Runs an experiment from its first round to its exported adapters; `out` is a new folder, by default in `runs/`.
+
+    Raises:
+        UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
+        RunStopped: the run cannot go on; `resume` takes it up again.
+    """
+    experiment = experiment or Experiment()
+    folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
+    try:
+        return _run(experiment, folder, watch or Silent())
+    finally:
+        folder.release()
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """The folder that a run gets when none is named: the time and the method."""
+    return Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{experiment.method.name}")
+
+
+def read_folder(path: Path) -> Experiment:
+    """The experiment of an earlier run.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (path / "experiment.toml").is_file():
+        raise UserError(f"{path}: no run here: it has no experiment.toml")
+    return read(path / "experiment.toml")
+
+
+def resume(path: str | Path, watch: Watcher | None = None) -> Result:
+    """Takes a run up after its last complete round; the result is the same as if it had never stopped.
+
+    Raises:
+        UserError: the folder holds no run, another process has it, or it cannot be read.
+        RunStopped: the run cannot go on.
+    """
+    with _opened(Path(path)) as (folder, experiment):
+        return _run(experiment, folder, watch or Silent())
+
+
+def export(
+    path: str | Path, to: Literal["adapter", "merged"], out: str | Path, client: str | None = None
+) -> Mapping[str, Path]:
+    """Writes the adapter of a run as it stands, as a PEFT folder or merged into the model; returns the folders.
+
+    Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`.
+
+    Raises:
+        UserError: no such run or client, no complete round yet, `out` is in use, or `to` is merged without a client for a
+            personal method.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; choose another directory")
+    with _opened(Path(path)) as (folder, experiment):
+        done, server = folder.restore()
+        if not done:
+            raise UserError(f"{path}: has no complete round yet; there is nothing to export")
+        bench = _Bench.make(experiment)
+        adapters = bench.adapters(server, folder, done)
+        if client is not None:
+            if client not in adapters:
+                raise UserError(f"{client!r}: no such client with an adapter of its own; there are {_some(adapters)}")
+            adapters = {"": adapters[client]}
+        if to == "merged" and len(adapters) > 1:
+            raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
+        try:
+            return bench.write(adapters, out, to)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The examples divided among the clients."""
+
+    corpus: Corpus
+    division: Division
+    members: Sequence[ClientInfo]
+
+    @classmethod
+    def make(cls, experiment: Experiment) -> "Problem":
+        """Reads and divides the data; takes no model.
+
+        Raises:
+            UserError: the data cannot be read, or not be divided so.
+        """
+        corpus = load(experiment.data, experiment.seed)
+        division = divide(corpus.train, experiment.clients, experiment.seed)
+        wanted, count = experiment.clients.ranks, len(division.shares)
+        if isinstance(wanted, list) and len(wanted) != count:
+            raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
+        if long := [share.client for share in division.shares if len(client_folder(share.client)) > 200]:
+            raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
+        ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
+        members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
+        return cls(corpus, division, members)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Everything a run needs in memory."""
+
+    experiment: Experiment
+    problem: Problem
+    adapted: Adapted
+    trainer: LocalTrainer
+    method: AnyMethod
+
+    @classmethod
+    def make(cls, experiment: Experiment) -> "_Bench":
+        problem, task, settings = Problem.make(experiment), Classification(), experiment.train
+        quiet()
+        model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
+        model.to(_device(settings.device))
+        adapted = Adapted(
+            model,
+            Scaling(experiment.lora.alpha, experiment.lora.rslora),
+            experiment.lora.targets,
+            experiment.lora.dropout,
+            experiment.lora.rank_pattern,
+            head_modules(model, missing),
+        )
+        trainer = LocalTrainer(
+            adapted,
+            task,
+            task.encode(tokenizer, problem.corpus.train[:], settings.max_length),
+            {share.client: torch.as_tensor(share.train) for share in problem.division.shares},
+            {share.client: torch.as_tensor(share.held_out) for share in problem.division.shares},
+            task.encode(tokenizer, problem.corpus.test[:], settings.max_length),
+            settings,
+            experiment.evaluate.batch_size,
+        )
+        method = HeadRule(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+        return cls(experiment, problem, adapted, trainer, method)
+
+    def adapters(self, server: Any, folder: RunFolder, done: int) -> dict[str, Adapter]:
+        """The global adapter under the empty name, or each client's own under its id, after `done` rounds."""
+        simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
+        who = self.problem.members if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
+        return {one.id: simulation.view(one, self.method.send(server, one, rnd), rnd) for one in who}
+
+    def simulation(self, folder: RunFolder) -> Simulation:
+        """The exchange with the clients' states in the run's folder."""
+        return Simulation(self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed)
+
+    def write(self, adapters: Mapping[str, Adapter], out: Path, to: Literal["adapter", "merged"]) -> dict[str, Path]:
+        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders."""
+        labels, lora = self.problem.corpus.labels, self.experiment.lora
+        folders = {name: out / client_folder(name) if name else out for name in adapters}
+        for name, adapter in adapters.items():
+            if to == "adapter":
+                to_peft(adapter, folders[name], lora, locate(self.experiment.model), self.adapted.head, labels)
+            else:
+                model, tokenizer, _ = Classification().load(self.experiment.model, labels, self.experiment.seed)
+                to_merged(adapter, folders[name], model, tokenizer)
+        return folders
+
+
+def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
+    done, server = folder.restore()
+    bench = _Bench.make(experiment)
+    if not folder.experiment.exists():
+        folder.record("environment.json", json.dumps(_environment(), indent=1))
+        folder.record("experiment.toml", experiment.to_toml())
+    method, spec = bench.method, bench.adapted.spec
+    plan = Plan(
+        method,
+        spec,
+        experiment.seed,
+        experiment.sampling,
+        experiment.evaluate,
+        experiment.rounds,
+        experiment.method.weights == "uniform",
+        None if experiment.method.row.personal else bench.trainer.judge,
+    )
+    server = method.init_server(spec, experiment.seed) if done == 0 else server
+    for index in range(done, experiment.rounds):
+        server, row = one_round(plan, bench.simulation(folder), server, index, watch)
+        folder.commit(index + 1, server, row)
+    adapters = bench.write(bench.adapters(server, folder, experiment.rounds), folder.path / "adapter", "adapter")
+    return Result(folder.path, folder.rows(), adapters)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
+    """The folder of an earlier run, locked, and its experiment."""
+    experiment = read_folder(path)
+    folder = RunFolder(path)
+    try:
+        yield folder, experiment
+    finally:
+        folder.release()
+
+
+def _device(choice: str) -> torch.device:
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=choice).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def _environment() -> dict[str, Any]:
+    """Versions of what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    first = [name or "the global one" for name in list(names)[:5]]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,63 @@
+"""Trained adapters for others: PEFT folders, and whole models with the adapter merged in."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from fedlora.adapter import Adapter, Full
+from fedlora.config import Lora
+from fedlora.linalg.lowrank import LowRank
+from fedlora.train.inject import Scaling, add_to_base
+
+
+def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, head: Sequence[str], labels: Sequence[str]) -> None:
+    """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
+
+    `head` names the modules of the task head; `base` is written down as the base model. Existing files are replaced.
+    """
+    scaling = Scaling(lora.alpha, lora.rslora)
+    factors = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+    common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
+    tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Full)}
+    for name, part in factors.items():
+        tensors[f"{name}.lora_A.weight"] = part.a
+        tensors[f"{name}.lora_B.weight"] = part.b / scaling.of(part.rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    LoraConfig(
+        task_type="SEQ_CLS",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=common,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(factors),
+        rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
+        modules_to_save=list(head) or None,
+    ).save_pretrained(str(folder))
+    (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
+
+
+def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any) -> None:
+    """A folder that plain transformers loads. `model` is the untouched base, and is changed."""
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in adapter.items():
+            if isinstance(part, Full):
+                parameters[name].copy_(part.w)
+            else:
+                add_to_base(model.get_submodule(name), part.product().float())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

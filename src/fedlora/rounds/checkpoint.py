@@ -1,0 +1,139 @@
+"""A run's folder: what survives a crash, and who may write in it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from fedlora.errors import UserError
+from fedlora.messages import ClientInfo
+from fedlora.rounds import durable
+from fedlora.rounds.codec import decode_state, encode_state
+
+
+class RunFolder:
+    """The folder of one run, locked for this process.
+
+    experiment.toml      the resolved experiment
+    environment.json     versions
+    rounds.jsonl         one row for each complete round
+    checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
+    clients/ID/ROUND.safetensors   states of clients that have any
+
+    Rows and client states are written before the commit; after a crash those of later rounds are ignored and written again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Locks the folder, which must exist.
+
+        Raises:
+            UserError: it does not exist, cannot be written, or another process has it.
+        """
+        self.path = path
+        self.experiment = path / "experiment.toml"
+        self._checkpoint = path / "checkpoint.safetensors"
+        self._rows = path / "rounds.jsonl"
+        self._lock = FileLock(path / "lock")
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run directory")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{path}: another process is running in this directory; wait for it or choose another"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """A new folder, locked.
+
+        Raises:
+            UserError: it has been used before, or cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            used = any(entry.name != "lock" for entry in path.iterdir())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made: {error.strerror}; choose another directory with --out") from error
+        if used:
+            raise UserError(f"{path}: is not empty; go on with --resume {path}, or choose another directory with --out")
+        return cls(path)
+
+    def release(self) -> None:
+        """Gives the lock back; removes the folder if nothing else was ever written to it."""
+        self._lock.release()
+        if [entry.name for entry in self.path.iterdir()] == ["lock"]:
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+
+    def record(self, name: str, content: str) -> None:
+        """Writes one of the small text files."""
+        durable.replace(self.path / name, content.encode())
+
+    def commit(self, rounds_done: int, server: Any, row: Mapping[str, Any]) -> None:
+        """Makes a round complete.
+
+        Raises:
+            RunStopped: the disk is full; the round before stays complete.
+        """
+        durable.append(self._rows, (json.dumps(row) + "\n").encode())
+        durable.replace(self._checkpoint, encode_state(server, rounds_done=rounds_done))
+
+    def restore(self) -> tuple[int, Any]:
+        """How many rounds are complete, and the server's state after them (None before the first); cuts later rows off.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        if not self._checkpoint.exists():
+            done, server = 0, None
+        else:
+            try:
+                server, notes = decode_state(str(self._checkpoint))
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            done = notes["rounds_done"]
+        if self._rows.exists():
+            durable.replace(self._rows, b"".join(self._rows.read_bytes().splitlines(keepends=True)[:done]))
+        return done, server
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the complete rounds, after `restore` or `commit`."""
+        return [json.loads(line) for line in self._rows.read_text().splitlines()] if self._rows.exists() else []
+
+    def client_state(self, who: ClientInfo, before: int) -> Any | None:
+        """The client's state after the last round of index below `before` that left one; None if there is none."""
+        found = [index for index in self._saved(who) if index < before]
+        return decode_state(str(self._client_file(who, max(found))))[0] if found else None
+
+    def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
+        """Writes the client's state after the round of this index; keeps the one before it until that round is complete.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
+        file = self._client_file(who, index)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise durable.stopped(file, error) from error
+        durable.replace(file, encode_state(state))
+        earlier = sorted(i for i in self._saved(who) if i < index)
+        for old in earlier[:-1]:
+            self._client_file(who, old).unlink()
+
+    def _client_file(self, who: ClientInfo, index: int) -> Path:
+        return self.path / "clients" / client_folder(who.id) / f"{index}.safetensors"
+
+    def _saved(self, who: ClientInfo) -> list[int]:
+        return [int(file.stem) for file in self._client_file(who, 0).parent.glob("*.safetensors")]
+
+
+def client_folder(client: str) -> str:
+    """A folder's name for a client's id, whatever characters that has."""
+    return quote(client, safe=" ").replace(".", "%2E")

@@ -1,0 +1,113 @@
+"""Tensors and states as bytes, in the safetensors format."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedlora.adapter import Tensors
+
+
+def encode(tensors: Tensors) -> bytes:
+    """A payload: the tensors with their names, shapes and dtypes, in one byte string."""
+    return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+
+
+def decode(payload: bytes) -> dict[str, Tensor]:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: the bytes are no such payload.
+    """
+    try:
+        return load(payload)
+    except SafetensorError as error:
+        raise ValueError(f"not a payload of tensors: {error}") from error
+
+
+def encode_state(state: Any, **notes: Any) -> bytes:
+    """A state of a method, and notes that JSON can hold.
+
+    A state is made of tensors, numbers, strings, None, sequences, mappings with string keys, frozen dataclasses of these.
+
+    Raises:
+        TypeError: the state holds something else.
+    """
+    tensors: list[Tensor] = []
+    plan = json.dumps({"state": _plan(state, tensors), "notes": notes})
+    named = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
+    return save(named, metadata={"plan": plan})
+
+
+def tensors_in(state: Any) -> list[Tensor]:
+    """The tensors of a state, in a fixed order."""
+    tensors: list[Tensor] = []
+    _plan(state, tensors)
+    return tensors
+
+
+def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
+    """The state and the notes in a file of `encode_state`.
+
+    Raises:
+        ValueError: the file is none of `encode_state`, or of another version of a method.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            plan = json.loads((file.metadata() or {})["plan"])
+            return _build(plan["state"], file.get_tensor), plan["notes"]
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a state that this version can read: {error}") from error
+
+
+def _plan(state: Any, tensors: list[Tensor]) -> Any:
+    """The structure of a state as JSON; its tensors are put at the end of `tensors`."""
+    match state:
+        case None | bool() | int() | float() | str():
+            return {"value": state}
+        case Tensor():
+            tensors.append(state)
+            return {"tensor": str(len(tensors) - 1)}
+        case tuple() | list():
+            return {type(state).__name__: [_plan(item, tensors) for item in state]}
+        case Mapping():
+            if not all(isinstance(key, str) for key in state):
+                raise TypeError("a state's mappings have string keys")
+            return {"mapping": {key: _plan(item, tensors) for key, item in state.items()}}
+    if is_dataclass(state) and not isinstance(state, type):
+        name = f"{type(state).__module__}:{type(state).__qualname__}"
+        return {"class": name, "fields": {f.name: _plan(getattr(state, f.name), tensors) for f in fields(state)}}
+    raise TypeError(f"a state cannot hold a {type(state).__name__}")
+
+
+def _build(plan: Any, tensor: Any) -> Any:
+    match plan:
+        case {"value": value}:
+            return value
+        case {"tensor": name}:
+            return tensor(name)
+        case {"tuple": items}:
+            return tuple(_build(item, tensor) for item in items)
+        case {"list": items}:
+            return [_build(item, tensor) for item in items]
+        case {"mapping": items}:
+            return {key: _build(item, tensor) for key, item in items.items()}
+        case {"class": name, "fields": items}:
+            return _dataclass(name)(**{key: _build(item, tensor) for key, item in items.items()})
+    raise KeyError(f"unknown part {plan!r}")
+
+
+def _dataclass(name: str) -> Any:
+    """The dataclass of that name in a module that is already imported: reading a file imports nothing."""
+    module, _, qualname = name.partition(":")
+    found: Any = sys.modules[module]
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise KeyError(f"{name} is no dataclass")
+    return found

@@ -1,0 +1,100 @@
+"""The check of every upload before it can touch the server's state."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fedlora.adapter import AdapterSpec, Tensors
+from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.method import AnyMethod
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A client that gave no reply, and why."""
+
+    client: ClientInfo
+    reason: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Knows what each chosen client was sent, and so what it must send back."""
+
+    method: AnyMethod
+    spec: AdapterSpec
+    rnd: Round
+    sent: Mapping[ClientInfo, Tensors]
+    max_norm: float | None = None
+    _seen: set[str] = field(default_factory=set)
+
+    def refusal(self, reply: Reply) -> str | None:
+        """Why this reply is refused, in a few words; None if it is accepted. A client can be accepted once in a round."""
+        reason = self._identity(reply) or self._content(reply)
+        if reason is None:
+            self._seen.add(reply.client.id)
+        return reason
+
+    def _identity(self, reply: Reply) -> str | None:
+        if reply.client.id in self._seen:
+            return "has already replied in this round"
+        if reply.round != self.rnd:
+            return f"replies to {_name(reply.round)}, this is {_name(self.rnd)}"
+        if reply.client not in self.sent:
+            return "was not chosen for this round, or has changed its rank or its number of examples"
+        if not (math.isfinite(reply.weight) and reply.weight > 0):
+            return f"has weight {reply.weight}, expected a finite number above 0"
+        return None
+
+    def _content(self, reply: Reply) -> str | None:
+        expected = _layout(self.method, self.spec, reply.client, self.sent[reply.client], self.rnd)
+        if missing := expected.keys() - reply.upload.keys():
+            return f"lacks {_some(missing)}"
+        if extra := reply.upload.keys() - expected.keys():
+            return f"sent unexpected {_some(extra)}"
+        for name, tensor in reply.upload.items():
+            like = expected[name]
+            if tensor.shape != like.shape:
+                return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
+            if tensor.dtype != like.dtype:
+                return f"sent {name} as {tensor.dtype}, expected {like.dtype}"
+            if not bool(torch.isfinite(tensor).all()):
+                return f"sent {name} with NaN or infinite values"
+        if self.max_norm is not None:
+            norm = change_norm(reply.upload, self.sent[reply.client])
+            if norm > self.max_norm:
+                return f"changed by the norm {norm:.4g}, allowed is {self.max_norm:.4g}"
+        return None
+
+
+def change_norm(upload: Tensors, sent: Tensors) -> float:
+    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any."""
+    total = 0.0
+    for name, tensor in upload.items():
+        before = sent.get(name)
+        change = tensor.double() if before is None or before.shape != tensor.shape else tensor.double() - before.double()
+        total += float(change.square().sum())
+    return math.sqrt(total)
+
+
+def _layout(method: AnyMethod, spec: AdapterSpec, who: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
+    """An upload of the right names, shapes and dtypes: the method's own work, with a trainer that changes nothing."""
+    job = method.work(method.init_client(spec, who, rnd.seed), sent, who, rnd)
+    try:
+        request = next(job)
+        while True:
+            request = job.send(request.start)
+    except StopIteration as done:
+        upload: Tensors = done.value[1]
+        return upload
+
+
+def _some(names: set[str]) -> str:
+    first, *rest = sorted(names)
+    return first + (f" and {len(rest)} more" if rest else "")
+
+
+def _name(rnd: Round) -> str:
+    return f"round {rnd.index + 1}" + (f", attempt {rnd.attempt + 1}" if rnd.attempt else "")

@@ -1,0 +1,93 @@
+"""Training one client's adapter at a time inside the resident model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedlora.adapter import Adapter
+from fedlora.config import Train
+from fedlora.messages import ClientInfo, Fit, Round
+from fedlora.randomness import derive, generator
+from fedlora.train.batches import epoch
+from fedlora.train.evaluate import Score, score
+from fedlora.train.inject import Adapted
+from fedlora.train.tasks import Encoded, Task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one training gave: the adapter, the mean loss over its last epoch, the steps taken."""
+
+    adapter: Adapter
+    loss: float
+    steps: int
+
+
+def train_one(
+    adapted: Adapted, task: Task, examples: Encoded, rows: torch.Tensor, request: Fit, settings: Train, seed: int
+) -> Trained:
+    """Trains as `request` says on the examples `rows` [rows], with a fresh optimiser.
+
+    Order of the examples and dropout depend on `seed` alone. The last batch of an epoch may be smaller.
+    """
+    parameters = adapted.load(request.start, request.train)
+    optimizer = _optimizer(parameters, settings)
+    device = parameters[0].device
+    order = generator(seed, "order")
+    lengths = torch.from_numpy(examples.lengths())[rows]
+    losses: list[torch.Tensor] = []
+    steps = 0
+    adapted.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "dropout"))
+        for _ in range(request.epochs or settings.epochs):
+            losses.clear()
+            for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
+                inputs, targets = examples.batch(rows[batch].tolist(), device)
+                loss = task.loss(adapted.model, inputs, targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if settings.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach() * len(batch))
+                steps += 1
+    mean_loss = float(torch.stack(losses).sum()) / len(rows)
+    return Trained(adapted.read(request.start, request.train), mean_loss, steps)
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: Train) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class LocalTrainer:
+    """Answers the clients' requests one at a time. `rows` and `held_out` are each client's rows of `examples`."""
+
+    adapted: Adapted
+    task: Task
+    examples: Encoded
+    rows: Mapping[str, torch.Tensor]
+    held_out: Mapping[str, torch.Tensor]
+    test: Encoded
+    settings: Train
+    judge_batch: int
+
+    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
+        """The trained adapter, and its `loss`."""
+        seed = derive(rnd.seed, "fit", rnd.index, who.id, step)
+        trained = train_one(self.adapted, self.task, self.examples, self.rows[who.id], request, self.settings, seed)
+        return trained.adapter, {"loss": trained.loss}
+
+    def score(self, adapter: Adapter, who: ClientInfo) -> Score | None:
+        """The adapter on the client's held-out examples, if it has any."""
+        rows = self.held_out[who.id]
+        return score(self.adapted, self.task, self.examples, rows, adapter, self.judge_batch) if len(rows) else None
+
+    def judge(self, adapter: Adapter) -> Score:
+        """The adapter on the global test set."""
+        return score(self.adapted, self.task, self.test, torch.arange(len(self.test)), adapter, self.judge_batch)

