@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.messages import ClientInfo, Fit, Round
@@ -10,6 +10,7 @@ from fedlora.method import AnyMethod
 from fedlora.train.evaluate import Score
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """Who has the model and the examples."""
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config import Evaluate, Sampling
@@ -18,6 +18,7 @@ from fedlora.rounds.sample import choose
 from fedlora.train.evaluate import Score
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Where the clients are: in this process, or on other machines."""
 
@@ -31,6 +32,7 @@ class Exchange(Protocol):
         """Has the clients judge what they would use in round `rnd`, on their held-out examples."""
 
 
+@runtime_checkable
 class GlobalJudge(Protocol):
     """Who has the global test set."""
 
@@ -38,6 +40,7 @@ class GlobalJudge(Protocol):
         """The adapter's score on it."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Who shows the progress."""
 

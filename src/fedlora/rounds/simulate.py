@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.messages import ClientInfo, Reply, Round
@@ -12,6 +12,7 @@ from fedlora.rounds.codec import tensors_in
 from fedlora.train.evaluate import Score
 
 
+@runtime_checkable
 class ClientStates(Protocol):
     """Where the clients' states are between rounds."""
 

@@ -14,7 +14,7 @@ def epoch(
 ) -> Iterator[Int[Tensor, " batch"]]:
     """One pass over the rows in random order, cut into batches of row numbers; one batch may be smaller.
 
-    With `by_length`, examples of similar length come together: each pool of 32 batches is sorted by length before it is cut,
+    With `by_length`, examples of similar length come together: a pool of 32 batches is sorted by length before it is cut,
     and the batches are shuffled. Which examples meet is still random, but no longer independent of their length.
     """
     order = torch.randperm(len(lengths), generator=rng)

@@ -23,11 +23,11 @@ def score(adapted: Adapted, task: Task, examples: Encoded, rows: torch.Tensor, a
     adapted.load(adapter)
     adapted.model.eval()
     device = next(adapted.model.parameters()).device
-    by_length = rows[torch.from_numpy(examples.lengths()[rows.numpy()]).argsort(stable=True)]
+    by_length = rows[examples.lengths()[rows].argsort(stable=True)]
     sums: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for batch in torch.split(by_length, batch_size):
-            inputs, targets = examples.batch(batch.tolist(), device)
+            inputs, targets = examples.batch(batch, device)
             for name, value in task.judge(adapted.model, inputs, targets).items():
                 sums[name] = sums[name] + value if name in sums else value
     return Score(len(rows), {name: float(value) / len(rows) for name, value in sums.items()})

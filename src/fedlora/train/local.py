@@ -36,7 +36,7 @@ def train_one(
     optimizer = _optimizer(parameters, settings)
     device = parameters[0].device
     order = generator(seed, "order")
-    lengths = torch.from_numpy(examples.lengths())[rows]
+    lengths = examples.lengths()[rows]
     losses: list[torch.Tensor] = []
     steps = 0
     adapted.model.train()
@@ -45,7 +45,7 @@ def train_one(
         for _ in range(request.epochs or settings.epochs):
             losses.clear()
             for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
-                inputs, targets = examples.batch(rows[batch].tolist(), device)
+                inputs, targets = examples.batch(rows[batch], device)
                 loss = task.loss(adapted.model, inputs, targets)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if settings.clip_norm is not None:

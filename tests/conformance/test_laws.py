@@ -1,0 +1,303 @@
+"""The laws that every row of the table obeys. No law asks for a method's name."""
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from toy import MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors
+from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.methods import TABLE, Row
+from fedlora.rounds.codec import decode, decode_state, encode, encode_state
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.simulate import Simulation
+
+every_row = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+ROUNDS = 4
+
+
+@every_row
+def test_the_wire_changes_nothing(row):
+    assert_same(play(row, exchange=ThroughBytes).views, play(row).views)
+
+
+@every_row
+def test_the_order_of_clients_does_not_matter(row):
+    assert_same(play(row, toy_clients()[::-1]).views, play(row, toy_clients()).views)
+
+
+@every_row
+def test_one_client_alone_trains_locally(row):
+    game = play(row, toy_clients(1))
+    assert_close(products(game.views["0"]), products(game.trainer.last["0"]))
+
+
+@every_row
+def test_identical_clients_are_as_one(row):
+    alike = [ClientInfo(name, 3, 10) for name in ("x", "y", "z")]
+    game = play(row, alike, trainer=Recorder(ToyTrainer(skew=0.0)))
+    alone = play(row, alike[:1], trainer=Recorder(ToyTrainer(skew=0.0)))
+    for who in alike:
+        assert_close(products(game.views[who.id]), products(alone.views["x"]))
+
+
+@every_row
+def test_a_client_of_weight_zero_changes_nothing(row):
+    method, server, replies = a_round_of_replies(row)
+    without = method.merge(server, Replies(replies[:-1]), replies[0].round).server
+    with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round).server
+    for who in toy_clients():
+        assert_close(*(global_products(method, state, who) for state in (with_zero, without)))
+
+
+@every_row
+def test_only_the_ratio_of_weights_matters(row):
+    method, server, replies = a_round_of_replies(row)
+    scaled = [replace(reply, weight=reply.weight * 1000) for reply in replies]
+    merged = [method.merge(server, Replies(some), replies[0].round).server for some in (replies, scaled)]
+    for who in toy_clients():
+        assert_close(*(global_products(method, state, who) for state in merged))
+
+
+@every_row
+def test_a_client_that_comes_late_can_join_and_helps(row):
+    game = play(row, toy_clients(6), fraction=0.5, rounds=8)
+    late = {who for r in game.rows[1:] for who in r["chosen"]} - set(game.rows[0]["chosen"])
+    assert late and all(len(r["accepted"]) == 3 for r in game.rows)
+    scores = [r["clients"]["accuracy"]["mean"] for r in game.rows]
+    assert scores[-1] > scores[0]
+
+
+@every_row
+def test_states_survive_saving_and_loading(row, tmp_path):
+    game = play(row)
+    for i, state in enumerate([game.server, *game.states.saved.values()]):
+        file = tmp_path / str(i)
+        file.write_bytes(encode_state(state))
+        assert encode_state(decode_state(str(file))[0]) == encode_state(state)
+
+
+@every_row
+def test_a_resumed_run_is_bit_for_bit_the_same(row, tmp_path):
+    whole, first = play(row), play(row, rounds=2)
+    file = tmp_path / "server"
+    file.write_bytes(encode_state(first.server))
+    second = play(row, server=decode_state(str(file))[0], states=first.states, start=2)
+    assert_same(second.views, whole.views)
+
+
+@every_row
+def test_traffic_is_what_the_row_declares(row):
+    """Floats of the factors, rank 3; the head is the row's rule and comes on top."""
+    game = play(row)
+    for r in range(ROUNDS):
+        for declared, counted in ((row.up, game.exchange.floats_up), (row.down, game.exchange.floats_down)):
+            formula = declared[r % len(declared)]
+            expected = sum(evaluate(formula, r=3, out=out, in_=in_) for out, in_ in game.trainer.spec.modules.values())
+            head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head == "averaged" else 0
+            assert counted[r] == {expected + head}
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_dtype_is_kept(row, dtype):
+    spec = AdapterSpec(SPEC.modules, {name: x.to(dtype) for name, x in SPEC.head.items()}, dtype)
+    game = play(row, trainer=Recorder(ToyTrainer(spec=spec)))
+    assert {x.dtype for view in game.views.values() for x in products(view).values()} == {dtype}
+    assert all(x.dtype == dtype for upload in game.exchange.uploads for x in upload.values() if x.is_floating_point())
+
+
+@every_row
+def test_a_bad_upload_is_refused_and_the_round_goes_on(row):
+    game = play(row, exchange=Poisoned)
+    assert all(r["accepted"] == ["0", "1", "3"] and "NaN" in r["refused"]["2"] for r in game.rows)
+    assert all(bool(x.isfinite().all()) for view in game.views.values() for x in products(view).values())
+
+
+@every_row
+def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row):
+    method, server, replies = a_round_of_replies(row)
+    before = encode_state(server), [encode(reply.upload) for reply in replies]
+    method.merge(server, Replies(replies), replies[0].round)
+    assert (encode_state(server), [encode(reply.upload) for reply in replies]) == before
+
+
+@every_row
+def test_it_learns(row):
+    game = play(row, rounds=12)
+    untrained = play(row, rounds=0)
+    for who, view in game.views.items():
+        assert game.trainer.inner.loss(view, who) < 0.8 * untrained.trainer.inner.loss(untrained.views[who], who)
+
+
+@every_row
+def test_a_frozen_head_never_travels_and_never_changes(row):
+    game = play(replace(row, head="frozen"))
+    for view in game.views.values():
+        assert all(torch.equal(products(view)[name], x) for name, x in SPEC.head.items())
+    assert not any(name.startswith("head/") for upload in game.exchange.uploads for name in upload)
+
+
+@every_row
+def test_an_averaged_head_is_the_weighted_mean_of_the_trained_heads(row):
+    clients = toy_clients()
+    game = play(replace(row, head="averaged"), clients, rounds=1)
+    total = sum(who.examples for who in clients)
+    heads = [(who.examples / total, products(game.trainer.last[who.id])) for who in clients]
+    mean = {name: sum(weight * head[name] for weight, head in heads) for name in SPEC.head}
+    assert_close({name: products(game.views["0"])[name] for name in SPEC.head}, mean)
+
+
+@every_row
+def test_a_local_head_stays_on_its_client(row):
+    game = play(replace(row, head="local"))
+    for who, view in game.views.items():
+        assert all(torch.equal(products(view)[name], products(game.trainer.last[who])[name]) for name in SPEC.head)
+
+
+# ------------------------------------------------------------------------------------------------------------- the players
+
+SPEC = ToyTrainer().spec
+
+
+@dataclass
+class Recorder:
+    """A trainer that remembers what each client trained last."""
+
+    inner: ToyTrainer = field(default_factory=ToyTrainer)
+    last: dict[str, Adapter] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.inner.spec
+
+    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
+        trained, notes = self.inner.fit(request, who, rnd, step)
+        self.last[who.id] = trained
+        return trained, notes
+
+    def score(self, adapter: Adapter, who: ClientInfo) -> Any:
+        return self.inner.score(adapter, who)
+
+    def judge(self, adapter: Adapter) -> Any:
+        return self.inner.judge(adapter)
+
+
+@dataclass
+class Counting:
+    """An exchange that counts what travels."""
+
+    inner: Simulation
+    floats_up: dict[int, set[int]] = field(default_factory=dict)
+    floats_down: dict[int, set[int]] = field(default_factory=dict)
+    uploads: list[Tensors] = field(default_factory=list)
+
+    def clients(self) -> Sequence[ClientInfo]:
+        return self.inner.clients()
+
+    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
+        self.floats_down[rnd.index] = {sum(x.numel() for x in got.values()) for got in sent.values()}
+        for reply in self.inner.turn(rnd, sent):
+            self.floats_up.setdefault(rnd.index, set()).add(sum(x.numel() for x in reply.upload.values()))
+            self.uploads.append(reply.upload)
+            yield reply
+
+    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Any]:
+        return self.inner.judge(rnd, sent)
+
+
+class ThroughBytes(Counting):
+    """Everything is encoded and decoded on its way."""
+
+    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
+        for reply in super().turn(rnd, {who: decode(encode(got)) for who, got in sent.items()}):
+            yield replace(reply, upload=decode(encode(reply.upload)))
+
+    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Any]:
+        return super().judge(rnd, {who: decode(encode(got)) for who, got in sent.items()})
+
+
+class Poisoned(Counting):
+    """Client 2 sends NaN in its first tensor."""
+
+    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
+        for reply in super().turn(rnd, sent):
+            name = next(iter(reply.upload))
+            bad = {**reply.upload, name: torch.full_like(reply.upload[name], float("nan"))}
+            yield replace(reply, upload=bad) if reply.client.id == "2" else reply
+
+
+@dataclass(frozen=True)
+class Game:
+    """What is left after some rounds."""
+
+    server: Any
+    rows: Sequence[Mapping[str, Any]]
+    views: Mapping[str, Adapter]
+    states: MemoryStates
+    exchange: Any
+    trainer: Recorder
+
+
+def play(
+    row: Row,
+    clients: Sequence[ClientInfo] | None = None,
+    *,
+    rounds: int = ROUNDS,
+    start: int = 0,
+    server: Any = None,
+    states: MemoryStates | None = None,
+    trainer: Recorder | None = None,
+    exchange: type[Counting] = Counting,
+    fraction: float = 1.0,
+) -> Game:
+    """Some rounds of the row's method on the toy; every client's view after them."""
+    clients = clients or toy_clients()
+    trainer, states = trainer or Recorder(), states or MemoryStates()
+    method = toy_method(row)
+    simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
+    through, plan = exchange(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
+    server = method.init_server(trainer.spec, 0) if server is None else server
+    rows = []
+    for index in range(start, rounds):
+        server, logged = one_round(plan, through, server, index, Quiet())
+        rows.append(logged)
+    rnd = Round(rounds, 0)
+    views = {who.id: simulation.view(who, method.send(server, who, rnd), rnd) for who in clients}
+    return Game(server, rows, views, states, through, trainer)
+
+
+def a_round_of_replies(row: Row) -> tuple[Any, Any, list[Reply]]:
+    """A method, its server's state after two rounds, and the next round's replies."""
+    game = play(row, rounds=2)
+    method, rnd = toy_method(row), Round(2, 0)
+    sent = {who: method.send(game.server, who, rnd) for who in toy_clients()}
+    return method, game.server, list(game.exchange.turn(rnd, sent))
+
+
+def global_products(method: Any, server: Any, who: ClientInfo) -> dict[str, torch.Tensor]:
+    """What a client that has never taken part would use."""
+    return products(method.view(method.init_client(SPEC, who, 0), method.send(server, who, Round(3, 0)), who))
+
+
+def evaluate(formula: str, r: int, out: int, in_: int) -> int:
+    """The number of floats a formula in r, out and in gives."""
+    tree = ast.parse(formula.replace("in", "in_"), mode="eval")
+    return int(eval(compile(tree, "<row>", "eval"), {"__builtins__": {}, "min": min}, {"r": r, "out": out, "in_": in_}))
+
+
+def assert_same(left: Mapping[str, Adapter], right: Mapping[str, Adapter]) -> None:
+    """Bit for bit, as products."""
+    assert left.keys() == right.keys()
+    for who in left:
+        one, other = products(left[who]), products(right[who])
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_close(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:
+    """Up to the rounding of fp32."""
+    torch.testing.assert_close(dict(left), dict(right), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,145 @@
+"""A problem small enough to reason about: least squares on non-square modules, and a trainer without a transformer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Full
+from fedlora.config import Evaluate, Sampling
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Fit, Round
+from fedlora.methods import Row
+from fedlora.methods.wrap.head import HeadRule
+from fedlora.randomness import generator
+from fedlora.rounds.loop import Plan
+from fedlora.rounds.simulate import Simulation
+from fedlora.train.evaluate import Score
+
+SPEC = AdapterSpec(
+    modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},
+    head={"head.weight": torch.linspace(-1, 1, 8).reshape(2, 4), "head.bias": torch.zeros(2)},
+)
+"""Non-square modules, whose names sort differently as text and as numbers; a head of two parameters."""
+
+
+@dataclass(frozen=True)
+class ToyTrainer:
+    """Each client has a target for every module's product and for the head; training is gradient descent towards it.
+
+    A client's target is a low-rank matrix shared by all, plus `skew` times one of its own; the common part is the global
+    test. Untrained factors come back as the very same tensors.
+    """
+
+    spec: AdapterSpec = SPEC
+    skew: float = 0.3
+    steps: int = 5
+    lr: float = 0.2
+    seed: int = 0
+
+    def target(self, client: str) -> dict[str, Tensor]:
+        """The matrix that the client's product of each module should be, and its head; the common part for ''."""
+        shapes = {**self.spec.modules, **{name: tuple(x.shape) for name, x in self.spec.head.items()}}
+        return {name: self._target(name, shape, client) for name, shape in shapes.items()}
+
+    def _target(self, name: str, shape: tuple[int, ...], client: str) -> Tensor:
+        common = torch.randn(shape, generator=generator(self.seed, "common", name))
+        own = torch.randn(shape, generator=generator(self.seed, "own", name, client))
+        return (common + (self.skew * own if client else 0)).to(self.spec.dtype)
+
+    def loss(self, adapter: Adapter, client: str) -> Tensor:
+        """Half the mean squared distance from the target, summed over modules and head."""
+        target = self.target(client)
+        values = {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
+        return torch.stack([(values[name] - target[name]).square().mean() / 2 for name in values]).sum()
+
+    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
+        """Gradient descent on the factors that `request` names."""
+        parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
+        trained = [x for tensors in parts.values() for key, x in tensors.items() if key in request.train]
+        kinds = {name: type(part) for name, part in request.start.items()}
+        for _ in range(self.steps * (request.epochs or 1)):
+            loss = self.loss({name: kinds[name](**parts[name]) for name in parts}, who.id)
+            for x, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                x.data.sub_(gradient, alpha=self.lr * 10)
+        after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
+        return _restore(after, request), {"loss": float(self.loss(after, who.id))}
+
+    def score(self, adapter: Adapter, who: ClientInfo) -> Score:
+        """Minus the distance as `accuracy`, so that higher is better."""
+        return Score(who.examples, {"accuracy": -float(self.loss(adapter, who.id))})
+
+    def judge(self, adapter: Adapter) -> Score:
+        """The distance from the common target."""
+        return Score(1, {"accuracy": -float(self.loss(adapter, ""))})
+
+
+@dataclass
+class MemoryStates:
+    """The clients' states in memory, every round of them."""
+
+    saved: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    def client_state(self, who: ClientInfo, before: int) -> Any | None:
+        """The latest before that round."""
+        rounds = [index for client, index in self.saved if client == who.id and index < before]
+        return self.saved[who.id, max(rounds)] if rounds else None
+
+    def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
+        """Keeps it."""
+        self.saved[who.id, index] = state
+
+
+class Quiet:
+    """A watcher that sees nothing."""
+
+    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
+        """Nothing."""
+
+    def answered(self, who: ClientInfo, refused: str | None) -> None:
+        """Nothing."""
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def toy_clients(count: int = 4, rank: int | Sequence[int] = 3) -> list[ClientInfo]:
+    """Clients "0", "1", ... of unequal sizes: 10, 17, 24, ... examples."""
+    ranks = [rank] * count if isinstance(rank, int) else rank
+    return [ClientInfo(str(i), ranks[i], 10 + 7 * i) for i in range(count)]
+
+
+def toy_method(row: Row, rank: int = 3, **settings: Any) -> HeadRule:
+    """A row's method of that rank, with its own head rule."""
+    return HeadRule(row.make(**row.preset, rank=rank, **settings), row.head)
+
+
+def toy_plan(method: Any, trainer: ToyTrainer, *, fraction: float = 1.0, rounds: int = 3, **sampling: Any) -> Plan:
+    """A plan that judges on all clients in every round."""
+    chosen = Sampling(fraction=fraction, **sampling)
+    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, judge=trainer.judge)
+
+
+def toy_simulation(method: Any, trainer: ToyTrainer, clients: Sequence[ClientInfo]) -> Simulation:
+    """All clients in one process, their states in memory."""
+    return Simulation(method, trainer.spec, clients, MemoryStates(), trainer, seed=0)
+
+
+def products(adapter: Adapter) -> dict[str, Tensor]:
+    """The dense matrix of each module and the head as it is: what may be compared."""
+    return {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
+
+
+def _leaves(part: LowRank | Full, train: frozenset[str]) -> dict[str, Tensor]:
+    tensors = vars(part)
+    return {key: x.clone().requires_grad_() if key in train else x for key, x in tensors.items()}
+
+
+def _restore(after: Adapter, request: Fit) -> Adapter:
+    """The trained factors, and the untrained ones as they were given."""
+    kept = {
+        name: {key: x for key, x in vars(part).items() if key not in request.train} for name, part in request.start.items()
+    }
+    return {name: type(part)(**{**vars(part), **kept[name]}) for name, part in after.items()}
