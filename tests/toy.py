@@ -77,6 +77,33 @@ class ToyTrainer:
 
 
 @dataclass
+class Recorder:
+    """A trainer that remembers what each client trained last."""
+
+    inner: ToyTrainer = field(default_factory=ToyTrainer)
+    last: dict[str, Adapter] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The toy's."""
+        return self.inner.spec
+
+    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
+        """The toy's answer, remembered."""
+        trained, notes = self.inner.fit(request, who, rnd, step)
+        self.last[who.id] = trained
+        return trained, notes
+
+    def score(self, adapter: Adapter, who: ClientInfo) -> Score:
+        """The toy's."""
+        return self.inner.score(adapter, who)
+
+    def judge(self, adapter: Adapter) -> Score:
+        """The toy's."""
+        return self.inner.judge(adapter)
+
+
+@dataclass
 class MemoryStates:
     """The clients' states in memory, every round of them."""
 
@@ -116,13 +143,15 @@ def toy_method(row: Row, rank: int = 3, **settings: Any) -> HeadRule:
     return HeadRule(row.make(**row.preset, rank=rank, **settings), row.head)
 
 
-def toy_plan(method: Any, trainer: ToyTrainer, *, fraction: float = 1.0, rounds: int = 3, **sampling: Any) -> Plan:
+def toy_plan(
+    method: Any, trainer: ToyTrainer | Recorder, *, fraction: float = 1.0, rounds: int = 3, **sampling: Any
+) -> Plan:
     """A plan that judges on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
     return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, judge=trainer.judge)
 
 
-def toy_simulation(method: Any, trainer: ToyTrainer, clients: Sequence[ClientInfo]) -> Simulation:
+def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> Simulation:
     """All clients in one process, their states in memory."""
     return Simulation(method, trainer.spec, clients, MemoryStates(), trainer, seed=0)
 

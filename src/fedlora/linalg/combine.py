@@ -1,0 +1,132 @@
+"""Exact arithmetic of factored matrices: sums, means, what a mean of factors misses, and norms without a dense matrix."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.terms import WORKING, Terms, dense, shared_rank, side_by_side, sizes
+
+
+def stack(terms: Terms) -> LowRank:
+    """The sum of the terms, exactly, of rank equal to the sum of the ranks. The weights go into `b` only."""
+    sizes(terms)
+    dtype = terms[0][1].b.dtype
+    return _cast(side_by_side(terms, torch.promote_types(dtype, torch.float32)), dtype)
+
+
+def mean(terms: Terms) -> LowRank:
+    """The weighted means of the b and of the a, each on its own: not the mean of the products, see `residual`.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    shared_rank(terms)
+    first = terms[0][1]
+    b, a = torch.zeros_like(first.b, dtype=WORKING), torch.zeros_like(first.a, dtype=WORKING)
+    for share, (_, factor) in zip(_shares(terms), terms, strict=True):
+        b += share * factor.b.to(WORKING)
+        a += share * factor.a.to(WORKING)
+    return _cast(LowRank(b=b, a=a), first.b.dtype)
+
+
+def residual(terms: Terms) -> LowRank:
+    """The weighted mean of the products minus the product of the mean factors; of rank (number of terms - 1) * rank.
+
+    It is the covariance sum_i w_i (b_i - b_mean)(a_i - a_mean). The deviations of b add up to zero, so that those of a may
+    be taken from the last a instead of the mean; then the last term vanishes.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    shared_rank(terms)
+    last = _cast(terms[-1][1], WORKING)
+    apart = [
+        (share, LowRank(b=f.b.to(WORKING) - last.b, a=f.a.to(WORKING) - last.a))
+        for share, (_, f) in zip(_shares(terms), terms, strict=True)
+    ]
+    centre = mean(apart).b
+    centred = [(share, LowRank(b=f.b - centre, a=f.a)) for share, f in apart]
+    return _cast(leading(side_by_side(centred, WORKING), (len(terms) - 1) * last.rank), terms[0][1].b.dtype)
+
+
+def leading(factor: LowRank, rank: int) -> LowRank:
+    """The first `rank` ranks, or all of them where there are fewer."""
+    return LowRank(b=factor.b[..., :rank], a=factor.a[..., :rank, :])
+
+
+def pad(factor: LowRank, rank: int) -> LowRank:
+    """The same matrix with zero columns in b and zero rows in a up to `rank` ranks; such ranks cannot learn."""
+    missing = _missing(factor, rank)
+    return LowRank(
+        b=torch.nn.functional.pad(factor.b, (0, missing)),
+        a=torch.nn.functional.pad(factor.a, (0, 0, 0, missing)),
+    )
+
+
+def widen(factor: LowRank, rank: int, rng: torch.Generator) -> LowRank:
+    """The same matrix with `rank` ranks that can learn: the new ones have b = 0 and a fresh row in a."""
+    batch, in_ = factor.a.shape[:-2], factor.a.shape[-1]
+    rows = fresh_rows((*batch, _missing(factor, rank), in_), rng).to(factor.a)
+    return LowRank(b=pad(factor, rank).b, a=torch.cat([factor.a, rows], -2))
+
+
+def fresh_rows(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Rows of a as LoRA starts them: uniform in +-1/sqrt(in), `in` the last axis; on the generator's device, fp32."""
+    return (2 * torch.rand(shape, generator=rng, device=rng.device) - 1) / math.sqrt(shape[-1])
+
+
+def inner(u: LowRank, v: LowRank) -> Float[Tensor, "*batch"]:
+    """The Frobenius inner product of two factored matrices, from rank x rank Gram blocks, in at least fp32."""
+    return _inner(_cast(u, WORKING), _cast(v, WORKING)).to(torch.promote_types(u.b.dtype, torch.float32))
+
+
+def norm(factor: LowRank) -> Float[Tensor, "*batch"]:
+    """The Frobenius norm, in at least fp32."""
+    return _norm([(1.0, factor)]).to(torch.promote_types(factor.b.dtype, torch.float32))
+
+
+def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
+    """The Frobenius distance of `update` from the sum of the terms, over the norm of the sum; NaN where the sum is zero.
+
+    Honest down to 1e-8 for fp32 factors and 1e-15 for fp64 ones (times the cancellation inside the sum).
+    """
+    dtype = torch.promote_types(terms[0][1].b.dtype, update.b.dtype)
+    wide = [(weight, _cast(factor, dtype)) for weight, factor in terms]
+    error = _norm([*wide, (-1.0, _cast(update, dtype))]) / _norm(wide)
+    return error.to(torch.promote_types(dtype, torch.float32))
+
+
+def _norm(terms: Terms) -> Tensor:
+    """In fp64. A Gram matrix halves the digits: enough for fp32 factors, not for fp64 ones, which take a QR."""
+    out, in_, rank = sizes(terms)
+    if rank * (out + in_) >= out * in_:
+        return dense(terms).square().sum((-2, -1)).sqrt()
+    total = side_by_side(terms, WORKING)
+    if terms[0][1].b.dtype == WORKING:
+        core = torch.matmul(torch.linalg.qr(total.a.mT, mode="r").R, total.b.mT)
+        return core.square().sum((-2, -1)).sqrt()
+    return _inner(total, total).clamp_min(0).sqrt()
+
+
+def _inner(u: LowRank, v: LowRank) -> Tensor:
+    return torch.sum((u.b.mT @ v.b) * (u.a @ v.a.mT), (-2, -1))
+
+
+def _shares(terms: Terms) -> list[float]:
+    total = math.fsum(weight for weight, _ in terms)
+    if not total > 0:
+        raise ValueError(f"expected weights with a positive sum, got {[weight for weight, _ in terms]}")
+    return [weight / total for weight, _ in terms]
+
+
+def _missing(factor: LowRank, rank: int) -> int:
+    if rank < factor.rank:
+        raise ValueError(f"expected at least the {factor.rank} ranks that are there, got {rank}; to cut, use `leading`")
+    return rank - factor.rank
+
+
+def _cast(factor: LowRank, dtype: torch.dtype) -> LowRank:
+    return LowRank(b=factor.b.to(dtype), a=factor.a.to(dtype))

@@ -1,0 +1,161 @@
+"""The best approximation of a sum of products by a matrix of low rank, and the sum's singular value decomposition."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.combine import fresh_rows
+from fedlora.linalg.krylov import Matrix, converged_basis, power_step, times
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.terms import WORKING, Terms, dense, side_by_side, sizes
+
+Split = Literal["left", "balanced"]
+Svd = tuple[Tensor, Tensor, Tensor]
+
+_EIGEN = 8  # an eigendecomposition of n x n costs about as much as this many n^3 of matrix product (fp64, CPU, n = 800)
+_SPARE = 8  # ranks carried beyond those asked for: they make the last one asked for converge
+_CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches gain nothing on a CPU and cost memory
+_CHUNK_ELSE = 1 << 26
+_DEAD = {torch.float64: 1e-13}  # relative to the largest singular value; smaller ones are rounding
+_DEAD_ELSE = 1e-7
+
+
+def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> LowRank:
+    """The matrix of at most `rank` ranks nearest (Frobenius) to sum_i w_i b_i a_i, as exactly `rank` columns and rows.
+
+    `split` says where the singular values go: all into b ("left": a has orthonormal rows) or their square roots into both.
+    Unused ranks get b = 0 and a fresh row in a, drawn from `seed`, so that they can still learn. Factors are unique only up
+    to sign.
+
+    With R the sum of the ranks, nothing of size [out, in] is formed unless R >= min(out, in) or that is cheaper. A block
+    Krylov iteration is tried first where it promises to be cheaper; its result is taken only if its own error bound says
+    that the distance from the sum is within 1e-7 of the norm of the sum of the least possible, otherwise the exact path is:
+    eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors themselves, which
+    wins back the digits that squaring loses. fp64 factors always take `svd`.
+
+    Raises:
+        ValueError: no terms, or terms of different sizes.
+    Source: Bai et al. 2024, arXiv:2402.11505, section 3.2; Musco and Musco 2015, arXiv:1504.05477 (block Krylov).
+    """
+    out, in_, stacked = sizes(terms)
+    first = terms[0][1].b
+
+    def decompose(chunk: Terms) -> Svd:
+        if first.dtype == WORKING:
+            return svd(chunk)
+        total = dense(chunk) if stacked >= min(out, in_) else side_by_side(chunk, WORKING)
+        return _leading_svd(total, (out, in_, stacked), rank)
+
+    batch = first.shape[:-2]
+    flat = [(w, LowRank(b=f.b.reshape(-1, *f.b.shape[-2:]), a=f.a.reshape(-1, *f.a.shape[-2:]))) for w, f in terms]
+    chunk = _CHUNK.get(first.device.type, _CHUNK_ELSE)
+    size = max(1, chunk // max(1, min(stacked * (out + in_), out * in_)))
+    parts = [
+        decompose([(w, LowRank(b=f.b[i : i + size], a=f.a[i : i + size])) for w, f in flat])
+        for i in range(0, batch.numel(), size)
+    ]
+    u, s, vt = (torch.cat(x).reshape(*batch, *x[0].shape[1:]) for x in zip(*parts, strict=True))
+    return _factors(u, s, vt, rank, split, first.dtype, seed)
+
+
+def truncate(matrix: Float[Tensor, "*batch out in"], rank: int, split: Split = "left", seed: int = 0) -> LowRank:
+    """`best_fit` of a dense matrix."""
+    out, in_ = matrix.shape[-2:]
+    if matrix.dtype == WORKING:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        u, s, vt = _leading_svd(matrix.to(WORKING), (out, in_, min(out, in_)), rank)
+    return _factors(u, s, vt, rank, split, matrix.dtype, seed)
+
+
+def svd(terms: Terms) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch k in"]]:
+    """The compact singular value decomposition u, s, vt of the sum, k = min(R, out, in), in fp64.
+
+    Thin QR of the stacked factors, then an SVD of the small core; no digits are lost to squaring. u and vt are orthonormal
+    also where s is zero. Dense once R >= min(out, in).
+    """
+    out, in_, stacked = sizes(terms)
+    if stacked >= min(out, in_):
+        u, s, vt = torch.linalg.svd(dense(terms), full_matrices=False)
+        return u, s, vt
+    total = side_by_side(terms, WORKING)
+    left, right = torch.linalg.qr(total.b), torch.linalg.qr(total.a.mT)
+    u, s, vt = torch.linalg.svd(left.R @ right.R.mT)
+    return left.Q @ u, s, vt @ right.Q.mT
+
+
+def recompress(factor: LowRank, tolerance: float = 1e-6) -> LowRank:
+    """The same matrix, to within `tolerance` of its norm, at the smallest rank that allows it (0 for a zero matrix).
+
+    In a batch, the largest of the ranks needed. Waits for the device, as the shape depends on the values.
+    """
+    u, s, vt = svd([(1.0, factor)])
+    tail = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: what is lost by keeping only the ranks before
+    rank = int((tail > tolerance * tail[..., :1]).sum(-1).max())
+    return _factors(u, s, vt, rank, "left", factor.b.dtype, seed=0)
+
+
+def _leading_svd(matrix: Matrix, shape: tuple[int, int, int], rank: int) -> Svd:
+    """The `rank` leading singular triples or as many as there can be, in fp64; `shape` is (out, in, greatest possible rank)."""
+    out, in_, stacked = shape
+    width = min(rank + _SPARE, out, in_, stacked)
+    steps = _affordable_steps(shape, width)
+    basis = converged_basis(matrix, min(rank, width), width, steps) if steps else None
+    if basis is None:
+        basis = power_step(matrix, _gram_basis(matrix, shape, width))
+    u, s, vt = torch.linalg.svd(times(matrix, basis), full_matrices=False)
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :] @ basis.mT
+
+
+def _gram_basis(matrix: Matrix, shape: tuple[int, int, int], width: int) -> Tensor:
+    """The leading right singular vectors, not orthonormalised, from an eigendecomposition of the smallest Gram matrix."""
+    if isinstance(matrix, LowRank) and _dense_flops(*shape) < _gram_flops(*shape):
+        matrix = matrix.product()
+    if isinstance(matrix, Tensor):
+        wide = shape[0] < shape[1]
+        gram = matrix @ matrix.mT if wide else matrix.mT @ matrix
+        vectors = torch.linalg.eigh(gram).eigenvectors[..., -width:]
+        return torch.matmul(matrix.mT, vectors) if wide else vectors
+    values, vectors = torch.linalg.eigh(matrix.a @ matrix.a.mT)
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]  # root root^T = a a^T, also where a has dependent rows
+    image = (matrix.b.mT @ matrix.b) @ root
+    core = torch.linalg.eigh(root.mT @ image).eigenvectors[..., -width:]
+    return torch.matmul(matrix.a.mT, image @ core)
+
+
+def _affordable_steps(shape: tuple[int, int, int], width: int) -> int:
+    """Blocks of a Krylov iteration that cost a third of the exact path; 0 if too few to be worth the attempt."""
+    out, in_, stacked = shape
+    dense_already = stacked >= min(out, in_)
+    if dense_already:
+        exact, product = _dense_flops(out, in_, 0), out * in_
+    else:
+        exact, product = min(_gram_flops(*shape), _dense_flops(*shape)), (out + in_) * stacked
+    block = 4 * width * product + 16 * in_ * width**2  # a product with m, one with m^T; orthogonalisation
+    steps = min(exact // (3 * block), min(out, in_, stacked) // (2 * width))
+    return steps if steps > 3 else 0
+
+
+def _gram_flops(out: int, in_: int, stacked: int) -> int:
+    return 2 * (out + in_) * stacked**2 + (2 * _EIGEN + 4) * stacked**3
+
+
+def _dense_flops(out: int, in_: int, stacked: int) -> int:
+    side = min(out, in_)
+    return 2 * out * in_ * (stacked + side) + _EIGEN * side**3
+
+
+def _factors(u: Tensor, s: Tensor, vt: Tensor, rank: int, split: Split, dtype: torch.dtype, seed: int) -> LowRank:
+    """Factors of exactly `rank` ranks; singular values that are only rounding become dead ranks."""
+    missing = max(0, rank - s.shape[-1])
+    u = torch.nn.functional.pad(u[..., :rank], (0, missing))
+    s = torch.nn.functional.pad(s[..., :rank], (0, missing))
+    vt = torch.nn.functional.pad(vt[..., :rank, :], (0, 0, 0, missing))
+    live = s > s[..., :1] * _DEAD.get(dtype, _DEAD_ELSE)
+    rows = fresh_rows((rank, vt.shape[-1]), torch.Generator().manual_seed(seed)).to(vt)
+    on_b, on_a = (s, torch.ones_like(s)) if split == "left" else (s.sqrt(), s.sqrt())
+    b = torch.where(live[..., None, :], u * on_b[..., None, :], 0)
+    a = torch.where(live[..., None], vt * on_a[..., None], rows)
+    return LowRank(b=b.to(dtype), a=a.to(dtype))

@@ -1,0 +1,69 @@
+"""Block Krylov iteration: the leading right singular vectors of a matrix that is only multiplied with."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.lowrank import LowRank
+
+Matrix = LowRank | Tensor
+"""A matrix that can be multiplied with: factors, or dense."""
+
+_TOLERANCE = 1e-7
+_LEAST_STEPS = 3  # before the rate of convergence is believed
+
+
+def times(matrix: Matrix, x: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch out k"]:
+    """matrix @ x."""
+    return matrix @ x if isinstance(matrix, Tensor) else matrix.b @ (matrix.a @ x)
+
+
+def transposed(matrix: Matrix) -> Matrix:
+    """The transpose, without a copy."""
+    return matrix.mT if isinstance(matrix, Tensor) else LowRank(b=matrix.a.mT, a=matrix.b.mT)
+
+
+def power_step(matrix: Matrix, basis: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch in k"]:
+    """An orthonormal basis of m^T m applied to the given one: errors shrink by the square of the singular values' ratio."""
+    image = torch.linalg.qr(times(matrix, basis)).Q
+    back: Tensor = torch.linalg.qr(times(transposed(matrix), image)).Q
+    return back
+
+
+def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[Tensor, "*batch in rank"] | None:
+    """The `rank` leading right singular vectors, or None if `steps` blocks of `width` do not suffice to prove them.
+
+    With Ritz values t_i and residual norms e_i of m^T m on the Krylov space, the `rank` vectors capture at most
+    sum_{i <= rank} e_i less of |m|^2 than the best ones, and those miss at least sum_{i > rank} t_i. Both together bound
+    how much farther from m the projection is than the nearest matrix; it has to be below 1e-7 |m|. (A singular vector
+    exactly orthogonal to the start is never seen; for the Gaussian start used here that has probability zero.) Gives up
+    early when the bound does not fall fast enough. Waits for the device once a step.
+    """
+    factor = matrix if isinstance(matrix, Tensor) else matrix.a
+    block = torch.randn(factor.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
+    block = torch.linalg.qr(block.to(factor.device)).Q.expand(*factor.shape[:-2], -1, -1)
+    space, excesses = block, [float("inf")]
+    images = times(transposed(matrix), times(matrix, block))
+    for step in range(1, steps + 1):
+        values, vectors = torch.linalg.eigh(_symmetric(space.mT @ images))
+        top = vectors[..., -rank:]
+        basis: Tensor = space @ top
+        missed = (images @ top - basis * values[..., None, -rank:]).square().sum(-2).sqrt().sum(-1)
+        unavoidable = values[..., :-rank].clamp_min(0).sum(-1).sqrt()
+        excess = torch.minimum(missed.sqrt(), missed / unavoidable) / values.clamp_min(0).sum(-1).sqrt()
+        excesses.append(float(excess.nan_to_num(0).max()))
+        if excesses[-1] <= _TOLERANCE:
+            return basis
+        rate = excesses[-1] / excesses[-2]
+        if step == steps or (step >= _LEAST_STEPS and excesses[-1] * rate ** (steps - step) > _TOLERANCE):
+            return None
+        block = images[..., -width:]
+        for _ in range(2):  # once is not enough in floating point
+            block = torch.linalg.qr(block - space @ (space.mT @ block)).Q
+        space = torch.cat([space, block], -1)
+        images = torch.cat([images, times(transposed(matrix), times(matrix, block))], -1)
+    return None
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT) / 2

@@ -1,0 +1,76 @@
+"""Subspaces of factors: their angles, the ranks that moved, and rotations between factors that span the same space."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.terms import WORKING
+
+Side = Literal["b", "a"]
+
+
+def orthonormal(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
+    """An orthonormal basis of a space that contains the columns; k vectors, also where columns are dependent."""
+    basis: Tensor = torch.linalg.qr(columns.to(WORKING)).Q
+    return basis.to(columns.dtype)
+
+
+def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m"]:
+    """The m = min(j, k) principal angles between the spaces of the columns, in radians, ascending; in fp64.
+
+    Small angles are read from sines, as a cosine near 1 has only half of the digits.
+    Source: Bjoerck and Golub 1973, Numerical methods for computing angles between linear subspaces.
+    """
+    wide, narrow = (u, v) if u.shape[-1] >= v.shape[-1] else (v, u)
+    wide, narrow = (torch.linalg.qr(x.to(WORKING)).Q for x in (wide, narrow))
+    cosines = torch.linalg.svdvals(wide.mT @ narrow).clamp(max=1)  # descending
+    sines = torch.linalg.svdvals(narrow - wide @ (wide.mT @ narrow)).flip(-1).clamp(max=1)  # ascending
+    return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def rank_change(start: LowRank, trained: LowRank, side: Side) -> Float[Tensor, "*batch rank"]:
+    """How much each rank's product moved while only `side` was trained: |db_i| |a_i|, or |b_i| |da_i|; in at least fp32.
+
+    The Frobenius norm of a product of rank one is the product of the norms, so that nothing of size [out, in] is formed.
+    Source: Koo et al. 2025, arXiv:2410.22815, section 4.2.
+    """
+    moved_b = trained.b.to(WORKING) - start.b.to(WORKING) if side == "b" else start.b.to(WORKING)
+    moved_a = trained.a.to(WORKING) - start.a.to(WORKING) if side == "a" else start.a.to(WORKING)
+    score = moved_b.square().sum(-2).sqrt() * moved_a.square().sum(-1).sqrt()
+    return score.to(torch.promote_types(start.b.dtype, torch.float32))
+
+
+def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0, proper: bool = True) -> LowRank:
+    """The same matrix in other factors (b r, r^T a), r orthogonal, with those of `side` near the reference's.
+
+    `strength` 1 minimises the distance to the reference among the proper rotations (with `proper` False: among all
+    orthogonal matrices); smaller ones stop on the way from the identity, 0 changes nothing.
+
+    Raises:
+        ValueError: the ranks differ, or strength is outside [0, 1].
+    Source: Zhang et al. 2026, arXiv:2602.23638.
+    """
+    if factor.rank != reference.rank:
+        raise ValueError(f"cannot align factors of rank {factor.rank} with a reference of rank {reference.rank}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"expected strength in [0, 1], got {strength}")
+    cross = (
+        factor.b.mT.to(WORKING) @ reference.b.to(WORKING)
+        if side == "b"
+        else factor.a.to(WORKING) @ reference.a.mT.to(WORKING)
+    )
+    hard = _nearest_orthogonal(cross, proper)
+    soft = _nearest_orthogonal((1 - strength) * torch.eye(factor.rank).to(hard) + strength * hard, proper=False)
+    dtype = factor.b.dtype
+    return LowRank(b=(factor.b.to(WORKING) @ soft).to(dtype), a=(soft.mT @ factor.a.to(WORKING)).to(dtype))
+
+
+def _nearest_orthogonal(x: Tensor, proper: bool) -> Tensor:
+    u, _, vt = torch.linalg.svd(x)
+    if proper:  # the smallest singular value pays for the reflection
+        sign = torch.linalg.det(u @ vt)
+        vt = torch.cat([vt[..., :-1, :], sign.sign()[..., None, None] * vt[..., -1:, :]], -2)
+    return torch.matmul(u, vt)

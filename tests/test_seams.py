@@ -1,0 +1,81 @@
+"""Which part of the house may know what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from fedlora.methods import TABLE
+
+ROOT = Path(fedlora.__file__).parent
+
+
+def imports(part: str) -> dict[str, set[str]]:
+    """File -> everything it imports, as dotted names."""
+    found = {}
+    for file in sorted((ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part]):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        found[str(file.relative_to(ROOT))] = names
+    assert found
+    return found
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_linalg_knows_tensors_only():
+    for file, names in imports("linalg").items():
+        assert not any(
+            within(n, "torch.nn") or (within(n, "fedlora") and not within(n, "fedlora.linalg")) for n in names
+        ), file
+        assert "client" not in (ROOT / file).read_text().lower(), file
+
+
+def test_methods_know_neither_models_nor_rounds():
+    allowed = ("linalg", "adapter", "messages", "method", "methods")
+    for file, names in imports("methods").items():
+        own = {n for n in names if within(n, "fedlora")}
+        assert all(within(n, *(f"fedlora.{part}" for part in allowed)) for n in own), file
+        assert not any(within(n, "transformers", "peft", "datasets", "torch.nn") for n in names), file
+
+
+@pytest.mark.parametrize("part", ["rounds", "train"])
+def test_the_engine_names_no_method(part):
+    for file in imports(part):
+        text = (ROOT / file).read_text().lower()
+        assert not any(name in text or name.replace("-", "_") in text for name in TABLE), file
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("transformers", ("train", "export.py")),
+        ("peft", ("train", "export.py")),
+        ("datasets", ("data",)),
+        ("flwr_datasets", ("data",)),
+        ("typer", ("cli.py",)),
+        ("rich", ("cli.py", "terminal.py")),
+    ],
+)
+def test_a_library_is_known_only_where_it_belongs(library, homes):
+    for file, names in imports("").items():
+        if any(within(name, library) for name in names):
+            assert file.startswith(homes), f"{file} imports {library}"
+
+
+def test_only_inject_divides_by_a_rank():
+    for file in imports(""):
+        divisions = [n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.BinOp)]
+        scaled = [n for n in divisions if isinstance(n.op, ast.Div) and "alpha" in ast.unparse(n.left)]
+        assert bool(scaled) == (file == "train/inject.py"), file
+
+
+def test_what_the_package_offers_is_what_it_has():
+    assert all(getattr(fedlora, name) is not None for name in fedlora.__all__)
