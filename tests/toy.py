@@ -27,7 +27,7 @@ SPEC = AdapterSpec(
 
 @dataclass(frozen=True)
 class ToyTrainer:
-    """Each client has a target for every module's product and for the head; training is gradient descent towards it.
+    """Each client has a target for every module's weight and for the head; training is gradient descent towards it.
 
     A client's target is a low-rank matrix shared by all, plus `skew` times one of its own; the common part is the global
     test. Untrained factors come back as the very same tensors.
@@ -38,6 +38,8 @@ class ToyTrainer:
     steps: int = 5
     lr: float = 0.2
     seed: int = 0
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """What was folded into each module; the weight is this plus the adapter's product."""
 
     def target(self, client: str) -> dict[str, Tensor]:
         """The matrix that the client's product of each module should be, and its head; the common part for ''."""
@@ -49,23 +51,39 @@ class ToyTrainer:
         own = torch.randn(shape, generator=generator(self.seed, "own", name, client))
         return (common + (self.skew * own if client else 0)).to(self.spec.dtype)
 
-    def loss(self, adapter: Adapter, client: str) -> Tensor:
+    def loss(self, adapter: Adapter, client: str, beside: Mapping[str, Tensor] | None = None) -> Tensor:
         """Half the mean squared distance from the target, summed over modules and head."""
         target = self.target(client)
-        values = {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
-        return torch.stack([(values[name] - target[name]).square().mean() / 2 for name in values]).sum()
+        values = self.weights(adapter)
+        return sum_of([(values[name] + (beside or {}).get(name, 0) - target[name]).square().mean() / 2 for name in values])
+
+    def weights(self, adapter: Adapter) -> dict[str, Tensor]:
+        """What the model computes with: each module's folds and product, and the head."""
+        return {
+            name: part.w if isinstance(part, Full) else part.product() + self.base.get(name, 0)
+            for name, part in adapter.items()
+        }
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Adds to the base for good."""
+        for name, part in change.items():
+            self.base[name] = self.base.get(name, 0) + part.product()
 
     def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
         """Gradient descent on the factors that `request` names."""
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
         trained = [x for tensors in parts.values() for key, x in tensors.items() if key in request.train]
         kinds = {name: type(part) for name, part in request.start.items()}
+        beside = {name: part.product() for name, part in (request.beside or {}).items()}
         for _ in range(self.steps * (request.epochs or 1)):
-            loss = self.loss({name: kinds[name](**parts[name]) for name in parts}, who.id)
+            live = {name: kinds[name](**parts[name]) for name in parts}
+            loss = self.loss(live, who.id, beside)
+            if request.penalty is not None:
+                loss = loss + request.penalty({name: part for name, part in live.items() if isinstance(part, LowRank)})
             for x, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                 x.data.sub_(gradient, alpha=self.lr * 10)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
-        return _restore(after, request), {"loss": float(self.loss(after, who.id))}
+        return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 
     def score(self, adapter: Adapter, who: ClientInfo) -> Score:
         """Minus the distance as `accuracy`, so that higher is better."""
@@ -82,6 +100,7 @@ class Recorder:
 
     inner: ToyTrainer = field(default_factory=ToyTrainer)
     last: dict[str, Adapter] = field(default_factory=dict)
+    weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def spec(self) -> AdapterSpec:
@@ -92,7 +111,12 @@ class Recorder:
         """The toy's answer, remembered."""
         trained, notes = self.inner.fit(request, who, rnd, step)
         self.last[who.id] = trained
+        self.weights[who.id] = self.inner.weights(trained)
         return trained, notes
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """The toy's."""
+        self.inner.fold(change)
 
     def score(self, adapter: Adapter, who: ClientInfo) -> Score:
         """The toy's."""
@@ -105,9 +129,18 @@ class Recorder:
 
 @dataclass
 class MemoryStates:
-    """The clients' states in memory, every round of them."""
+    """The clients' states and the folds in memory, those of every round."""
 
     saved: dict[tuple[str, int], Any] = field(default_factory=dict)
+    folds: dict[int, Any] = field(default_factory=dict)
+
+    def save_fold(self, index: int, fold: Any) -> None:
+        """Keeps it."""
+        self.folds[index] = fold
+
+    def fold(self, index: int) -> Any:
+        """The one of that round."""
+        return self.folds[index]
 
     def client_state(self, who: ClientInfo, before: int) -> Any | None:
         """The latest before that round."""
@@ -154,6 +187,11 @@ def toy_plan(
 def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> Simulation:
     """All clients in one process, their states in memory."""
     return Simulation(method, trainer.spec, clients, MemoryStates(), trainer, seed=0)
+
+
+def sum_of(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum."""
+    return torch.stack(list(terms)).sum()
 
 
 def products(adapter: Adapter) -> dict[str, Tensor]:

@@ -12,18 +12,21 @@ from typing import Any, Literal
 
 import torch
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Full
 from fedlora.config import Experiment, read
 from fedlora.data.partition import Division, divide
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import Corpus, load
 from fedlora.errors import UserError
 from fedlora.export import to_merged, to_peft
+from fedlora.linalg.combine import stack
+from fedlora.linalg.fit import recompress
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
-from fedlora.rounds.loop import Plan, Watcher, one_round
+from fedlora.rounds.loop import Plan, Progress, Watcher, one_round
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.inject import Adapted, Scaling, head_modules
 from fedlora.train.local import LocalTrainer
@@ -111,11 +114,11 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; choose another directory")
     with _opened(Path(path)) as (folder, experiment):
-        done, server = folder.restore()
+        done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
         bench = _Bench.make(experiment)
-        adapters = bench.adapters(server, folder, done)
+        adapters = bench.adapters(progress, folder, done)
         if client is not None:
             if client not in adapters:
                 raise UserError(f"{client!r}: no such client with an adapter of its own; there are {_some(adapters)}")
@@ -192,11 +195,16 @@ class _Bench:
         method = HeadRule(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         return cls(experiment, problem, adapted, trainer, method)
 
-    def adapters(self, server: Any, folder: RunFolder, done: int) -> dict[str, Adapter]:
-        """The global adapter under the empty name, or each client's own under its id, after `done` rounds."""
+    def adapters(self, progress: Progress, folder: RunFolder, done: int) -> dict[str, Adapter]:
+        """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
+
+        They stand for all that changed since the model was loaded: folds are a part of them.
+        """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
         who = self.problem.members if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
-        return {one.id: simulation.view(one, self.method.send(server, one, rnd), rnd) for one in who}
+        views = {one.id: simulation.view(one, self.method.send(progress.server, one, rnd), rnd) for one in who}
+        folds = [folder.fold(index) for index in progress.folds.rounds]
+        return {name: _with_folds(view, folds) for name, view in views.items()} if folds else views
 
     def simulation(self, folder: RunFolder) -> Simulation:
         """The exchange with the clients' states in the run's folder."""
@@ -216,7 +224,7 @@ class _Bench:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
-    done, server = folder.restore()
+    done, progress = folder.restore()
     bench = _Bench.make(experiment)
     if not folder.experiment.exists():
         folder.record("environment.json", json.dumps(_environment(), indent=1))
@@ -232,11 +240,13 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
         experiment.method.weights == "uniform",
         None if experiment.method.row.personal else bench.trainer.judge,
     )
-    server = method.init_server(spec, experiment.seed) if done == 0 else server
+    progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
+    for index in progress.folds.rounds:
+        bench.trainer.fold(folder.fold(index))
     for index in range(done, experiment.rounds):
-        server, row = one_round(plan, bench.simulation(folder), server, index, watch)
-        folder.commit(index + 1, server, row)
-    adapters = bench.write(bench.adapters(server, folder, experiment.rounds), folder.path / "adapter", "adapter")
+        progress, row = one_round(plan, bench.simulation(folder), folder, progress, index, watch)
+        folder.commit(index + 1, progress, row)
+    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
     return Result(folder.path, folder.rows(), adapters)
 
 
@@ -249,6 +259,16 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
         yield folder, experiment
     finally:
         folder.release()
+
+
+def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
+    """The adapter and the folds as one adapter, of the numerical rank of their sum."""
+    return {
+        name: part
+        if isinstance(part, Full)
+        else recompress(stack([(1.0, one) for one in (part, *(fold[name] for fold in folds if name in fold))]))
+        for name, part in view.items()
+    }
 
 
 def _device(choice: str) -> torch.device:

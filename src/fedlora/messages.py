@@ -1,6 +1,6 @@
 """What servers and clients say to each other, and what a method asks of whoever trains for it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Tensors
+from fedlora.linalg.lowrank import LowRank
 from fedlora.randomness import generator
 
 S = TypeVar("S")
@@ -111,9 +112,10 @@ class Replies:
 
 @dataclass(frozen=True)
 class Merged(Generic[S]):
-    """What a merge returns: the server's next state, and numbers for the round log."""
+    """What a merge returns: the server's next state, a change of the frozen base if any, and numbers for the round log."""
 
     server: S
+    fold: Mapping[str, LowRank] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -122,9 +124,12 @@ class Fit:
     """A request for local training: start here, train these factors, answer with the trained adapter.
 
     `train` names factors (`b`, `a` of LowRank, `w` of Full); the others stay as they are. `epochs` None means the run's
-    own setting.
+    own setting. `beside` are frozen factors that act beside those in `start`. `penalty` is added to the loss of each step;
+    it sees the factors as they are then.
     """
 
     start: Adapter
     train: frozenset[str]
     epochs: int | None = None
+    beside: Mapping[str, LowRank] | None = None
+    penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None

@@ -1,9 +1,12 @@
 """What a federated method is: six functions without side effects, cut where the wire is."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from torch import Tensor
+
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Merged, Replies, Round
 
 T = TypeVar("T")
@@ -48,6 +51,15 @@ class Method(Protocol[S, C]):
 AnyMethod = Method[Any, Any]
 
 
-def fit(start: Adapter, train: Iterable[str] = "ba", epochs: int | None = None) -> Local[Adapter]:
-    """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`."""
-    return (yield Fit(start, frozenset(train), epochs))
+def fit(
+    start: Adapter,
+    train: Iterable[str] = "ba",
+    epochs: int | None = None,
+    beside: Mapping[str, LowRank] | None = None,
+    penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None,
+) -> Local[Adapter]:
+    """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`.
+
+    See `Fit` for the arguments.
+    """
+    return (yield Fit(start, frozenset(train), epochs, beside, penalty))

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.loop import one_round
+from fedlora.rounds.loop import Progress, one_round
 from fedlora.rounds.simulate import Simulation
+
 from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
 
 every_row = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
@@ -22,18 +23,18 @@ ROUNDS = 4
 
 @every_row
 def test_the_wire_changes_nothing(row):
-    assert_same(play(row, exchange=ThroughBytes).views, play(row).views)
+    assert_same(play(row, exchange=ThroughBytes).weights, play(row).weights)
 
 
 @every_row
 def test_the_order_of_clients_does_not_matter(row):
-    assert_same(play(row, toy_clients()[::-1]).views, play(row, toy_clients()).views)
+    assert_same(play(row, toy_clients()[::-1]).weights, play(row, toy_clients()).weights)
 
 
 @every_row
 def test_one_client_alone_trains_locally(row):
     game = play(row, toy_clients(1))
-    assert_close(products(game.views["0"]), products(game.trainer.last["0"]))
+    assert_close(game.weights["0"], game.trainer.weights["0"])
 
 
 @every_row
@@ -42,25 +43,25 @@ def test_identical_clients_are_as_one(row):
     game = play(row, alike, trainer=Recorder(ToyTrainer(skew=0.0)))
     alone = play(row, alike[:1], trainer=Recorder(ToyTrainer(skew=0.0)))
     for who in alike:
-        assert_close(products(game.views[who.id]), products(alone.views["x"]))
+        assert_close(game.weights[who.id], alone.weights["x"])
 
 
 @every_row
 def test_a_client_of_weight_zero_changes_nothing(row):
     method, server, replies = a_round_of_replies(row)
-    without = method.merge(server, Replies(replies[:-1]), replies[0].round).server
-    with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round).server
+    without = method.merge(server, Replies(replies[:-1]), replies[0].round)
+    with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round)
     for who in toy_clients():
-        assert_close(*(global_products(method, state, who) for state in (with_zero, without)))
+        assert_close(*(change(method, merged, who) for merged in (with_zero, without)))
 
 
 @every_row
 def test_only_the_ratio_of_weights_matters(row):
     method, server, replies = a_round_of_replies(row)
     scaled = [replace(reply, weight=reply.weight * 1000) for reply in replies]
-    merged = [method.merge(server, Replies(some), replies[0].round).server for some in (replies, scaled)]
+    both = [method.merge(server, Replies(some), replies[0].round) for some in (replies, scaled)]
     for who in toy_clients():
-        assert_close(*(global_products(method, state, who) for state in merged))
+        assert_close(*(change(method, merged, who) for merged in both))
 
 
 @every_row
@@ -75,7 +76,7 @@ def test_a_client_that_comes_late_can_join_and_helps(row):
 @every_row
 def test_states_survive_saving_and_loading(row, tmp_path):
     game = play(row)
-    for i, state in enumerate([game.server, *game.states.saved.values()]):
+    for i, state in enumerate([game.progress, *game.states.saved.values(), *game.states.folds.values()]):
         file = tmp_path / str(i)
         file.write_bytes(encode_state(state))
         assert encode_state(decode_state(str(file))[0]) == encode_state(state)
@@ -85,9 +86,9 @@ def test_states_survive_saving_and_loading(row, tmp_path):
 def test_a_resumed_run_is_bit_for_bit_the_same(row, tmp_path):
     whole, first = play(row), play(row, rounds=2)
     file = tmp_path / "server"
-    file.write_bytes(encode_state(first.server))
-    second = play(row, server=decode_state(str(file))[0], states=first.states, start=2)
-    assert_same(second.views, whole.views)
+    file.write_bytes(encode_state(first.progress))
+    second = play(row, progress=decode_state(str(file))[0], states=first.states, start=2)
+    assert_same(second.weights, whole.weights)
 
 
 @every_row
@@ -107,7 +108,7 @@ def test_traffic_is_what_the_row_declares(row):
 def test_the_dtype_is_kept(row, dtype):
     spec = AdapterSpec(SPEC.modules, {name: x.to(dtype) for name, x in SPEC.head.items()}, dtype)
     game = play(row, trainer=Recorder(ToyTrainer(spec=spec)))
-    assert {x.dtype for view in game.views.values() for x in products(view).values()} == {dtype}
+    assert {x.dtype for weights in game.weights.values() for x in weights.values()} == {dtype}
     assert all(x.dtype == dtype for upload in game.exchange.uploads for x in upload.values() if x.is_floating_point())
 
 
@@ -115,7 +116,7 @@ def test_the_dtype_is_kept(row, dtype):
 def test_a_bad_upload_is_refused_and_the_round_goes_on(row):
     game = play(row, exchange=Poisoned)
     assert all(r["accepted"] == ["0", "1", "3"] and "NaN" in r["refused"]["2"] for r in game.rows)
-    assert all(bool(x.isfinite().all()) for view in game.views.values() for x in products(view).values())
+    assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
 
 @every_row
@@ -162,6 +163,7 @@ def test_a_local_head_stays_on_its_client(row):
 # ------------------------------------------------------------------------------------------------------------- the players
 
 SPEC = ToyTrainer().spec
+Sent = Mapping[ClientInfo, Tensors]
 
 
 @dataclass
@@ -176,33 +178,37 @@ class Counting:
     def clients(self) -> Sequence[ClientInfo]:
         return self.inner.clients()
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
-        self.floats_down[rnd.index] = {sum(x.numel() for x in got.values()) for got in sent.values()}
-        for reply in self.inner.turn(rnd, sent):
+    def fold(self, change: Any) -> None:
+        self.inner.fold(change)
+
+    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+        traffic = [[*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()]
+        self.floats_down[rnd.index] = {sum(x.numel() for x in tensors) for tensors in traffic}
+        for reply in self.inner.turn(rnd, sent, missed):
             self.floats_up.setdefault(rnd.index, set()).add(sum(x.numel() for x in reply.upload.values()))
             self.uploads.append(reply.upload)
             yield reply
 
-    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Any]:
-        return self.inner.judge(rnd, sent)
+    def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        return self.inner.judge(rnd, sent, missed)
 
 
 class ThroughBytes(Counting):
     """Everything is encoded and decoded on its way."""
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
-        for reply in super().turn(rnd, {who: decode(encode(got)) for who, got in sent.items()}):
+    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+        for reply in super().turn(rnd, {who: decode(encode(got)) for who, got in sent.items()}, missed):
             yield replace(reply, upload=decode(encode(reply.upload)))
 
-    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Any]:
-        return super().judge(rnd, {who: decode(encode(got)) for who, got in sent.items()})
+    def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        return super().judge(rnd, {who: decode(encode(got)) for who, got in sent.items()}, missed)
 
 
 class Poisoned(Counting):
     """Client 2 sends NaN in its first tensor."""
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
-        for reply in super().turn(rnd, sent):
+    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+        for reply in super().turn(rnd, sent, missed):
             name = next(iter(reply.upload))
             bad = {**reply.upload, name: torch.full_like(reply.upload[name], float("nan"))}
             yield replace(reply, upload=bad) if reply.client.id == "2" else reply
@@ -212,9 +218,10 @@ class Poisoned(Counting):
 class Game:
     """What is left after some rounds."""
 
-    server: Any
+    progress: Progress
     rows: Sequence[Mapping[str, Any]]
     views: Mapping[str, Adapter]
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
     states: MemoryStates
     exchange: Any
     trainer: Recorder
@@ -226,7 +233,7 @@ def play(
     *,
     rounds: int = ROUNDS,
     start: int = 0,
-    server: Any = None,
+    progress: Progress | None = None,
     states: MemoryStates | None = None,
     trainer: Recorder | None = None,
     exchange: type[Counting] = Counting,
@@ -238,27 +245,33 @@ def play(
     method = toy_method(row)
     simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
     through, plan = exchange(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
-    server = method.init_server(trainer.spec, 0) if server is None else server
+    progress = progress or Progress(method.init_server(trainer.spec, 0))
+    for index in progress.folds.rounds:
+        simulation.fold(states.fold(index))
     rows = []
     for index in range(start, rounds):
-        server, logged = one_round(plan, through, server, index, Quiet())
+        progress, logged = one_round(plan, through, states, progress, index, Quiet())
         rows.append(logged)
     rnd = Round(rounds, 0)
-    views = {who.id: simulation.view(who, method.send(server, who, rnd), rnd) for who in clients}
-    return Game(server, rows, views, states, through, trainer)
+    views = {who.id: simulation.view(who, method.send(progress.server, who, rnd), rnd) for who in clients}
+    weights = {who: trainer.inner.weights(view) for who, view in views.items()}
+    return Game(progress, rows, views, weights, states, through, trainer)
 
 
 def a_round_of_replies(row: Row) -> tuple[Any, Any, list[Reply]]:
     """A method, its server's state after two rounds, and the next round's replies."""
     game = play(row, rounds=2)
     method, rnd = toy_method(row), Round(2, 0)
-    sent = {who: method.send(game.server, who, rnd) for who in toy_clients()}
-    return method, game.server, list(game.exchange.turn(rnd, sent))
+    server = game.progress.server
+    sent = {who: method.send(server, who, rnd) for who in toy_clients()}
+    return method, server, list(game.exchange.turn(rnd, sent, {}))
 
 
-def global_products(method: Any, server: Any, who: ClientInfo) -> dict[str, torch.Tensor]:
-    """What a client that has never taken part would use."""
-    return products(method.view(method.init_client(SPEC, who, 0), method.send(server, who, Round(3, 0)), who))
+def change(method: Any, merged: Merged[Any], who: ClientInfo) -> dict[str, torch.Tensor]:
+    """What a client that has never taken part would add to the base as it was before the merge."""
+    view = method.view(method.init_client(SPEC, who, 0), method.send(merged.server, who, Round(3, 0)), who)
+    folded = {name: part.product() for name, part in (merged.fold or {}).items()}
+    return {name: x + folded.get(name, 0) for name, x in products(view).items()}
 
 
 def evaluate(formula: str, r: int, out: int, in_: int) -> int:
@@ -267,11 +280,11 @@ def evaluate(formula: str, r: int, out: int, in_: int) -> int:
     return int(eval(compile(tree, "<row>", "eval"), {"__builtins__": {}, "min": min}, {"r": r, "out": out, "in_": in_}))
 
 
-def assert_same(left: Mapping[str, Adapter], right: Mapping[str, Adapter]) -> None:
-    """Bit for bit, as products."""
+def assert_same(left: Mapping[str, Mapping[str, Any]], right: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every client's weights, bit for bit."""
     assert left.keys() == right.keys()
     for who in left:
-        one, other = products(left[who]), products(right[who])
+        one, other = left[who], right[who]
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

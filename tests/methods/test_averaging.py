@@ -14,6 +14,7 @@ from fedlora.methods import TABLE
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.rounds.client import turn
 from fedlora.rounds.simulate import Simulation
+
 from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 RANK = 3
@@ -34,7 +35,7 @@ def gather(
     trainer = ToyTrainer()
     rnd = Round(index, 0)
     simulation = Simulation(m, trainer.spec, who, states, trainer, 0)
-    return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}))
+    return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
 
 
 def after(m: FactorAveraging, rounds: int) -> tuple[dict[str, Tensor], MemoryStates]:

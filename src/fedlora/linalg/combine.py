@@ -61,8 +61,8 @@ def pad(factor: LowRank, rank: int) -> LowRank:
     """The same matrix with zero columns in b and zero rows in a up to `rank` ranks; such ranks cannot learn."""
     missing = _missing(factor, rank)
     return LowRank(
-        b=torch.nn.functional.pad(factor.b, (0, missing)),
-        a=torch.nn.functional.pad(factor.a, (0, 0, 0, missing)),
+        b=torch.constant_pad_nd(factor.b, (0, missing)),
+        a=torch.constant_pad_nd(factor.a, (0, 0, 0, missing)),
     )
 
 

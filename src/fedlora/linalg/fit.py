@@ -30,10 +30,10 @@ def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> L
     to sign.
 
     With R the sum of the ranks, nothing of size [out, in] is formed unless R >= min(out, in) or that is cheaper. A block
-    Krylov iteration is tried first where it promises to be cheaper; its result is taken only if its own error bound says
-    that the distance from the sum is within 1e-7 of the norm of the sum of the least possible, otherwise the exact path is:
-    eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors themselves, which
-    wins back the digits that squaring loses. fp64 factors always take `svd`.
+    Krylov iteration is tried first where it promises to be cheaper. Its result is taken only if its own bound says that the
+    distance from the sum exceeds the least possible one by no more than 1e-7 of the norm of the sum. Otherwise the exact
+    path is taken: eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors
+    themselves, which wins back the digits that squaring loses. fp64 factors always take `svd`.
 
     Raises:
         ValueError: no terms, or terms of different sizes.
@@ -50,8 +50,7 @@ def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> L
 
     batch = first.shape[:-2]
     flat = [(w, LowRank(b=f.b.reshape(-1, *f.b.shape[-2:]), a=f.a.reshape(-1, *f.a.shape[-2:]))) for w, f in terms]
-    chunk = _CHUNK.get(first.device.type, _CHUNK_ELSE)
-    size = max(1, chunk // max(1, min(stacked * (out + in_), out * in_)))
+    size = _at_once(min(stacked * (out + in_), out * in_), first.device)
     parts = [
         decompose([(w, LowRank(b=f.b[i : i + size], a=f.a[i : i + size])) for w, f in flat])
         for i in range(0, batch.numel(), size)
@@ -62,11 +61,15 @@ def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> L
 
 def truncate(matrix: Float[Tensor, "*batch out in"], rank: int, split: Split = "left", seed: int = 0) -> LowRank:
     """`best_fit` of a dense matrix."""
-    out, in_ = matrix.shape[-2:]
-    if matrix.dtype == WORKING:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        u, s, vt = _leading_svd(matrix.to(WORKING), (out, in_, min(out, in_)), rank)
+    *batch, out, in_ = matrix.shape
+
+    def decompose(chunk: Tensor) -> Svd:
+        if matrix.dtype == WORKING:
+            return tuple(torch.linalg.svd(chunk, full_matrices=False))
+        return _leading_svd(chunk.to(WORKING), (out, in_, min(out, in_)), rank)
+
+    parts = [decompose(chunk) for chunk in torch.split(matrix.reshape(-1, out, in_), _at_once(out * in_, matrix.device))]
+    u, s, vt = (torch.cat(x).reshape(*batch, *x[0].shape[1:]) for x in zip(*parts, strict=True))
     return _factors(u, s, vt, rank, split, matrix.dtype, seed)
 
 
@@ -97,8 +100,13 @@ def recompress(factor: LowRank, tolerance: float = 1e-6) -> LowRank:
     return _factors(u, s, vt, rank, "left", factor.b.dtype, seed=0)
 
 
+def _at_once(elements: int, device: torch.device) -> int:
+    """How many matrices of so many elements are decomposed together."""
+    return max(1, _CHUNK.get(device.type, _CHUNK_ELSE) // max(1, elements))
+
+
 def _leading_svd(matrix: Matrix, shape: tuple[int, int, int], rank: int) -> Svd:
-    """The `rank` leading singular triples or as many as there can be, in fp64; `shape` is (out, in, greatest possible rank)."""
+    """The `rank` leading singular triples, or as many as there can be; `shape` is (out, in, greatest possible rank)."""
     out, in_, stacked = shape
     width = min(rank + _SPARE, out, in_, stacked)
     steps = _affordable_steps(shape, width)
@@ -150,9 +158,9 @@ def _dense_flops(out: int, in_: int, stacked: int) -> int:
 def _factors(u: Tensor, s: Tensor, vt: Tensor, rank: int, split: Split, dtype: torch.dtype, seed: int) -> LowRank:
     """Factors of exactly `rank` ranks; singular values that are only rounding become dead ranks."""
     missing = max(0, rank - s.shape[-1])
-    u = torch.nn.functional.pad(u[..., :rank], (0, missing))
-    s = torch.nn.functional.pad(s[..., :rank], (0, missing))
-    vt = torch.nn.functional.pad(vt[..., :rank, :], (0, 0, 0, missing))
+    u = torch.constant_pad_nd(u[..., :rank], (0, missing))
+    s = torch.constant_pad_nd(s[..., :rank], (0, missing))
+    vt = torch.constant_pad_nd(vt[..., :rank, :], (0, 0, 0, missing))
     live = s > s[..., :1] * _DEAD.get(dtype, _DEAD_ELSE)
     rows = fresh_rows((rank, vt.shape[-1]), torch.Generator().manual_seed(seed)).to(vt)
     on_b, on_a = (s, torch.ones_like(s)) if split == "left" else (s.sqrt(), s.sqrt())

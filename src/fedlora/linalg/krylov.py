@@ -34,8 +34,8 @@ def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[
     """The `rank` leading right singular vectors, or None if `steps` blocks of `width` do not suffice to prove them.
 
     With Ritz values t_i and residual norms e_i of m^T m on the Krylov space, the `rank` vectors capture at most
-    sum_{i <= rank} e_i less of |m|^2 than the best ones, and those miss at least sum_{i > rank} t_i. Both together bound
-    how much farther from m the projection is than the nearest matrix; it has to be below 1e-7 |m|. (A singular vector
+    sum_{i <= rank} e_i less of |m|^2 than the best ones would, and they miss at least sum_{i > rank} t_i. Both together
+    bound how much farther from m the projection is than the nearest matrix; it has to be below 1e-7 |m|. (A singular vector
     exactly orthogonal to the start is never seen; for the Gaussian start used here that has probability zero.) Gives up
     early when the bound does not fall fast enough. Waits for the device once a step.
     """

@@ -8,7 +8,9 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from fedlora.adapter import Adapter
 from fedlora.errors import UserError
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.codec import decode_state, encode_state
@@ -22,8 +24,9 @@ class RunFolder:
     rounds.jsonl         one row for each complete round
     checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
     clients/ID/ROUND.safetensors   states of clients that have any
+    folds/ROUND.safetensors   changes of the base, for methods that make any
 
-    Rows and client states are written before the commit; after a crash those of later rounds are ignored and written again.
+    Rows, client states and folds are written before the commit; after a crash those of later rounds are written again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,14 +121,28 @@ class RunFolder:
             RunStopped: the disk is full.
         """
         file = self._client_file(who, index)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise durable.stopped(file, error) from error
+        durable.folder(file.parent)
         durable.replace(file, encode_state(state))
         earlier = sorted(i for i in self._saved(who) if i < index)
         for old in earlier[:-1]:
             self._client_file(who, old).unlink()
+
+    def save_fold(self, index: int, fold: Adapter) -> None:
+        """Writes a change of the base; it counts once its round is complete.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
+        durable.folder(self._fold_file(index).parent)
+        durable.replace(self._fold_file(index), encode_state(fold))
+
+    def fold(self, index: int) -> Mapping[str, LowRank]:
+        """The change of the base that the round of this index made."""
+        found: Mapping[str, LowRank] = decode_state(str(self._fold_file(index)))[0]
+        return found
+
+    def _fold_file(self, index: int) -> Path:
+        return self.path / "folds" / f"{index}.safetensors"
 
     def _client_file(self, who: ClientInfo, index: int) -> Path:
         return self.path / "clients" / client_folder(who.id) / f"{index}.safetensors"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Round
 from fedlora.method import AnyMethod
 from fedlora.train.evaluate import Score
@@ -16,6 +17,9 @@ class Trainer(Protocol):
 
     def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
         """The trained adapter, and notes such as its loss. `step` counts the client's requests in this round."""
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the frozen base for good."""
 
     def score(self, adapter: Adapter, who: ClientInfo) -> Score | None:
         """The adapter on the client's held-out examples; None if it has none."""

@@ -22,7 +22,19 @@ def replace(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         scratch.unlink(missing_ok=True)
-        raise stopped(path, error) from error
+        raise _stopped(path, error) from error
+
+
+def folder(path: Path) -> None:
+    """Makes the folder if need be.
+
+    Raises:
+        RunStopped: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _stopped(path, error) from error
 
 
 def append(path: Path, content: bytes) -> None:
@@ -37,7 +49,7 @@ def append(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise stopped(path, error) from error
+        raise _stopped(path, error) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -48,6 +60,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def stopped(path: Path, error: OSError) -> RunStopped:
+def _stopped(path: Path, error: OSError) -> RunStopped:
     """The error to raise when `path` cannot be written."""
     return RunStopped(f"cannot write {path}: {error.strerror or error}; the last complete round is intact")

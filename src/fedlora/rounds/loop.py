@@ -9,9 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config import Evaluate, Sampling
 from fedlora.errors import RunStopped
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import AnyMethod
 from fedlora.rounds.codec import encode
+from fedlora.rounds.folds import Folds, FoldStore, catch_up
 from fedlora.rounds.gate import Failed, Gate
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
@@ -25,10 +27,20 @@ class Exchange(Protocol):
     def clients(self) -> Sequence[ClientInfo]:
         """All that are registered."""
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply | Failed]:
-        """Has the clients work on what they were sent; their answers, in the order of `sent`."""
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the base on which the next turns and judgements happen here, if it happens here."""
 
-    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[ClientInfo, Score]]:
+    def turn(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[Reply | Failed]:
+        """Has the clients work on what they were sent; their answers, in the order of `sent`.
+
+        `missed` holds the changes of the base (see `folds.catch_up`) that a client must apply first.
+        """
+
+    def judge(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[ClientInfo, Score]]:
         """Has the clients judge what they would use in round `rnd`, on their held-out examples."""
 
 
@@ -68,6 +80,14 @@ class Plan:
     judge: GlobalJudge | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What the server knows between rounds: the method's state, and the changes of the base."""
+
+    server: Any
+    folds: Folds = field(default_factory=Folds)
+
+
 @dataclass
 class _Tally:
     """What is counted while a round goes on, over all its attempts."""
@@ -81,8 +101,10 @@ class _Tally:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
 
-def one_round(plan: Plan, exchange: Exchange, server: Any, index: int, watch: Watcher) -> tuple[Any, dict[str, Any]]:
-    """The server's next state, and the row of the round log.
+def one_round(
+    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, index: int, watch: Watcher
+) -> tuple[Progress, dict[str, Any]]:
+    """What the server knows after the round, and the row of the round log.
 
     Raises:
         RunStopped: in none of the attempts came enough replies that could be accepted.
@@ -90,9 +112,10 @@ def one_round(plan: Plan, exchange: Exchange, server: Any, index: int, watch: Wa
     tally = _Tally()
     for attempt in range(plan.sampling.attempts):
         rnd = Round(index, plan.seed, attempt)
-        merged = _attempt(plan, exchange, server, rnd, tally, watch)
+        merged, folds = _attempt(plan, exchange, store, before, rnd, tally, watch)
         if merged is not None:
             break
+        before = Progress(before.server, folds)
     else:
         reasons = "; ".join(f"{who}: {reason}" for who, reason in tally.refused.items())
         raise RunStopped(
@@ -110,26 +133,35 @@ def one_round(plan: Plan, exchange: Exchange, server: Any, index: int, watch: Wa
         "train_loss": _weighted_mean(tally.losses),
         **merged.notes,
     }
+    after = Progress(merged.server, folds)
+    if merged.fold is not None:
+        store.save_fold(index, merged.fold)
+        exchange.fold(merged.fold)
+        after = Progress(merged.server, folds.added(index))
     started = time.perf_counter()
     if (index + 1) % plan.evaluate.every == 0 or index + 1 == plan.rounds:
-        row |= _judge(plan, exchange, merged.server, index + 1, tally.accepted)
+        row |= _judge(plan, exchange, store, after, index + 1, tally.accepted)
     tally.seconds["evaluate"] = time.perf_counter() - started
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}
     watch.round_ended(row)
-    return merged.server, row
+    return after, row
 
 
-def _attempt(plan: Plan, exchange: Exchange, server: Any, rnd: Round, tally: _Tally, watch: Watcher) -> Merged[Any] | None:
-    """The merge of one cohort; None if too few of its replies were accepted."""
+def _attempt(
+    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round, tally: _Tally, watch: Watcher
+) -> tuple[Merged[Any] | None, Folds]:
+    """The merge of one cohort, None if too few of its replies were accepted; and who now has which folds."""
     chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
     watch.round_started(rnd, chosen)
-    sent = {who: plan.method.send(server, who, rnd) for who in chosen}
-    tally.bytes_down += sum(len(encode(got)) for got in sent.values())
+    sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
+    missed = _missed(plan, store, before.folds, chosen)
+    folds = before.folds.delivered(who.id for who in chosen)
+    tally.bytes_down += _encoded_bytes([*sent.values(), *missed.values()])
     tally.chosen, tally.accepted, tally.losses = [who.id for who in chosen], [], []
     gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
 
     def accepted() -> Iterator[Reply]:
-        answers = exchange.turn(rnd, sent)
+        answers = exchange.turn(rnd, sent, missed)
         while True:
             started = time.perf_counter()
             answer = next(answers, None)
@@ -151,27 +183,50 @@ def _attempt(plan: Plan, exchange: Exchange, server: Any, rnd: Round, tally: _Ta
     replies = accepted()
     first = next(replies, None)
     if first is None:
-        return None
-    before, started = tally.seconds["train"], time.perf_counter()
-    merged: Merged[Any] = plan.method.merge(server, Replies(chain([first], replies)), rnd)
-    tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - before)
-    return merged if len(tally.accepted) >= plan.sampling.min_replies else None
+        return None, folds
+    trained, started = tally.seconds["train"], time.perf_counter()
+    merged: Merged[Any] = plan.method.merge(before.server, Replies(chain([first], replies)), rnd)
+    tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
+    return (merged if len(tally.accepted) >= plan.sampling.min_replies else None), folds
 
 
-def _judge(plan: Plan, exchange: Exchange, server: Any, index: int, accepted: Sequence[str]) -> dict[str, Any]:
+def _missed(plan: Plan, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
+    """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
+    made: dict[tuple[int, ...], Tensors] = {}
+    for lacking in {folds.missed(who.id) for who in clients} - {()}:
+        made[lacking] = catch_up([store.fold(index) for index in lacking], plan.spec)
+    return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
+
+
+def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
+    """The encoded size of all payloads together; one that goes to several clients is encoded once to measure it."""
+    sizes: dict[tuple[tuple[str, int], ...], int] = {}
+    total = 0
+    for payload in payloads:
+        key = tuple((name, id(tensor)) for name, tensor in payload.items())
+        if key not in sizes:
+            sizes[key] = len(encode(payload))
+        total += sizes[key]
+    return total
+
+
+def _judge(
+    plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, index: int, accepted: Sequence[str]
+) -> dict[str, Any]:
     """Scores of what would be used in the round of this index."""
     rnd = Round(index, plan.seed)
     found: dict[str, Any] = {}
     if plan.judge is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
         mine = plan.method.init_client(plan.spec, anybody, plan.seed)
-        score = plan.judge(plan.method.view(mine, plan.method.send(server, anybody, rnd), anybody))
+        score = plan.judge(plan.method.view(mine, plan.method.send(after.server, anybody, rnd), anybody))
         found["global"] = {**score.metrics, "examples": score.examples}
     if plan.evaluate.clients != "none":
         everybody = sorted(exchange.clients(), key=lambda who: who.id)
         judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(accepted)]
-        sent = {who: plan.method.send(server, who, rnd) for who in judges}
-        found["clients"] = summary({who.id: score for who, score in exchange.judge(rnd, sent)})
+        sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
+        missed = _missed(plan, store, after.folds, judges)
+        found["clients"] = summary({who.id: score for who, score in exchange.judge(rnd, sent, missed)})
     return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import Trainer, turn
@@ -38,8 +39,12 @@ class Simulation:
         """All of them."""
         return self.members
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
-        """The replies, as each client finishes, in the order of `sent`."""
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the one base that all share."""
+        self.trainer.fold(change)
+
+    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
+        """The replies, as each client finishes, in the order of `sent`. The base has all folds already."""
         for who, got in sent.items():
             mine = self._state(who, rnd.index)
             done = turn(self.method, self.trainer, who, mine, got, rnd)
@@ -47,7 +52,9 @@ class Simulation:
                 self.states.save_client(who, rnd.index, done.mine)
             yield Reply(who, rnd, done.upload, float(who.examples), done.notes)
 
-    def judge(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[ClientInfo, Score]]:
+    def judge(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[ClientInfo, Score]]:
         """Each client's score before round `rnd`, on its held-out examples; clients that have none are left out."""
         for who, got in sent.items():
             score = self.trainer.score(self.view(who, got, rnd), who)

@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, AdapterSpec, Full
 from fedlora.errors import UserError
+from fedlora.linalg.combine import stack
+from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
 
 
@@ -42,10 +44,14 @@ class LoraLayer(nn.Module):
         self.scale = 1.0
         self.b: nn.Parameter | None = None
         self.a: nn.Parameter | None = None
+        self.fixed: list[LowRank] = []
+        """Frozen factors that act beside the trained ones."""
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """base(x) + scale * lora_B lora_A dropout(x), in the dtype of base(x)."""
+        """base(x) + scale * lora_B lora_A dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
+        for part in self.fixed:
+            y = (y + functional.linear(functional.linear(x.to(part.a.dtype), part.a), part.b)).to(y.dtype)
         if self.a is None or self.b is None:
             return y
         x = functional.dropout(x.to(self.a.dtype), self.dropout, self.training)
@@ -85,6 +91,7 @@ class Adapted:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout)
             setattr(model.get_submodule(parent), last, self.layers[name])
+        self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
         self._head = {n: p for n, p in model.named_parameters() if _within(n, self.head)}
         self.spec = AdapterSpec(
             modules={name: sizes[name] for name in names},
@@ -92,11 +99,15 @@ class Adapted:
             rank_pattern=pattern,
         )
 
-    def load(self, adapter: Adapter, train: Iterable[str] = ()) -> list[nn.Parameter]:
-        """Puts the adapter into the model; returns the parameters to train, the factors named in `train`."""
+    def load(
+        self, adapter: Adapter, train: Iterable[str] = (), beside: Mapping[str, LowRank] | None = None
+    ) -> list[nn.Parameter]:
+        """Puts the adapter into the model, and frozen factors beside it; returns the parameters named in `train`."""
         train, trained = frozenset(train), []
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             layer.a = layer.b = None
+            fixed = [parts[name] for parts in (self._folded, beside or {}) if name in parts]
+            layer.fixed = [LowRank(part.b.to(_device(layer.base)), part.a.to(_device(layer.base))) for part in fixed]
         for name, part in adapter.items():
             if isinstance(part, Full):
                 parameter = self._head[name]
@@ -111,6 +122,24 @@ class Adapted:
                 layer.a = nn.Parameter(part.a.to(device, copy=True), requires_grad="a" in train)
                 trained += [p for p in (layer.b, layer.a) if p.requires_grad]
         return trained
+
+    def factors(self) -> dict[str, LowRank]:
+        """The loaded factors as they are now, for a penalty: gradients flow through them."""
+        return {
+            name: LowRank(layer.b * layer.scale, layer.a)
+            for name, layer in self.layers.items()
+            if layer.a is not None and layer.b is not None
+        }
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Adds the products to the base for good, in fp32; beside the base where its weight is quantised."""
+        for name, part in change.items():
+            base = self.layers[name].base
+            if isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point():
+                add_to_base(base, part.product().float())
+            else:
+                parts = [self._folded[name]] if name in self._folded else []
+                self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
     def read(self, start: Adapter, train: Iterable[str]) -> dict[str, LowRank | Full]:
         """The adapter as it is now, after `load(start, train)`: trained factors new, the others those of `start`."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from fedlora.adapter import Adapter
 from fedlora.config import Train
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Round
 from fedlora.randomness import derive, generator
 from fedlora.train.batches import epoch
@@ -32,7 +33,7 @@ def train_one(
 
     Order of the examples and dropout depend on `seed` alone. The last batch of an epoch may be smaller.
     """
-    parameters = adapted.load(request.start, request.train)
+    parameters = adapted.load(request.start, request.train, request.beside)
     optimizer = _optimizer(parameters, settings)
     device = parameters[0].device
     order = generator(seed, "order")
@@ -47,7 +48,8 @@ def train_one(
             for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
                 inputs, targets = examples.batch(rows[batch], device)
                 loss = task.loss(adapted.model, inputs, targets)
-                loss.backward()  # type: ignore[no-untyped-call]
+                objective = loss if request.penalty is None else loss + request.penalty(adapted.factors())
+                objective.backward()  # type: ignore[no-untyped-call]
                 if settings.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
                 optimizer.step()
@@ -82,6 +84,10 @@ class LocalTrainer:
         seed = derive(rnd.seed, "fit", rnd.index, who.id, step)
         trained = train_one(self.adapted, self.task, self.examples, self.rows[who.id], request, self.settings, seed)
         return trained.adapter, {"loss": trained.loss}
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the resident base for good."""
+        self.adapted.fold(change)
 
     def score(self, adapter: Adapter, who: ClientInfo) -> Score | None:
         """The adapter on the client's held-out examples, if it has any."""

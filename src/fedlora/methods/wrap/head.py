@@ -84,7 +84,7 @@ class HeadRule:
                 yield replace(reply, upload=rest)
 
         merged = self.inner.merge(server.inner, Replies(bare()), rnd)
-        return Merged(WithHead(merged.server, heads.mean()), merged.notes)
+        return Merged(WithHead(merged.server, heads.mean()), merged.fold, merged.notes)
 
 
 def _marked(head: Tensors) -> dict[str, Tensor]:
