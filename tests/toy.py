@@ -21,8 +21,9 @@ from fedlora.train.evaluate import Score
 SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},
     head={"head.weight": torch.linspace(-1, 1, 8).reshape(2, 4), "head.bias": torch.zeros(2)},
+    weight=lambda name: torch.randn(SPEC.modules[name], generator=generator(0, "pretrained", name)),
 )
-"""Non-square modules, whose names sort differently as text and as numbers; a head of two parameters."""
+"""Non-square modules, with pretrained weights, whose names sort differently as text and as numbers; a head of two parameters."""
 
 
 @dataclass(frozen=True)

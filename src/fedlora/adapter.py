@@ -1,7 +1,7 @@
 """What a client trains: named factors, and the same as a flat mapping of tensors for the wire."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -31,13 +31,14 @@ class AdapterSpec:
     """What can be adapted in one model, read from it once.
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
-    of single modules, whatever the rank of the client.
+    of single modules, whatever the rank of the client. `weight` reads a module's pretrained weight, fp32 [out, in].
     """
 
     modules: Mapping[str, tuple[int, int]]
     head: Tensors = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    weight: Callable[[str], Tensor] | None = None
 
     def rank(self, module: str, rank: int) -> int:
         """The rank of `module` for a client of rank `rank`."""

@@ -97,6 +97,7 @@ class Adapted:
             modules={name: sizes[name] for name in names},
             head={n: p.detach().cpu().clone() for n, p in self._head.items()},
             rank_pattern=pattern,
+            weight=lambda name: dense_weight(self.layers[name].base),
         )
 
     def load(
@@ -166,6 +167,18 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "weight")):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     return None
+
+
+def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
+    """A copy of a module's own weight, fp32 on the CPU, whichever way round the module stores it.
+
+    Raises:
+        UserError: the weight is quantised.
+    """
+    weight = base.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise UserError("this method reads the pretrained weights and cannot read quantised ones; choose another model")
+    return (weight.mT if isinstance(base, Conv1D) else weight).detach().float().cpu().clone()
 
 
 def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
