@@ -23,7 +23,7 @@ SPEC = AdapterSpec(
     head={"head.weight": torch.linspace(-1, 1, 8).reshape(2, 4), "head.bias": torch.zeros(2)},
     weight=lambda name: torch.randn(SPEC.modules[name], generator=generator(0, "pretrained", name)),
 )
-"""Non-square modules, with pretrained weights, whose names sort differently as text and as numbers; a head of two parameters."""
+"""Non-square modules whose names sort differently as text and as numbers, their pretrained weights, and a head."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The experiment: pydantic models of `experiment.toml`, checked before anything starts."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -269,8 +270,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first problem in one line."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "literal_error" and isinstance(p["input"], str)), problems[0])
+    where = ".".join(str(part) for part in first["loc"] if not _UNION_TAG.fullmatch(str(part)))
     if first["type"] == "extra_forbidden":
         *parents, key = (str(part) for part in first["loc"])
         section: Any = Experiment
@@ -282,6 +284,10 @@ def _explain(error: ValidationError) -> str:
         return f"{where}: {message}" if where else message
     near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
     return f"{where} = {first['input']!r}: {message}{near}"
+
+
+_UNION_TAG = re.compile(r"str|(list|dict|literal|constrained)[-\[].*")
+"""What pydantic puts into a path to say which of several allowed types it tried."""
 
 
 def _words(expected: str) -> list[str]:

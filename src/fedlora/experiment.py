@@ -216,7 +216,7 @@ class _Bench:
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
             if to == "adapter":
-                to_peft(adapter, folders[name], lora, locate(self.experiment.model), self.adapted.head, labels)
+                to_peft(adapter, folders[name], lora, locate(self.experiment.model), self.adapted, labels)
             else:
                 model, tokenizer, _ = Classification().load(self.experiment.model, labels, self.experiment.seed)
                 to_merged(adapter, folders[name], model, tokenizer)

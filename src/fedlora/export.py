@@ -14,13 +14,13 @@ from torch import nn
 from fedlora.adapter import Adapter, Full
 from fedlora.config import Lora
 from fedlora.linalg.lowrank import LowRank
-from fedlora.train.inject import Scaling, add_to_base
+from fedlora.train.inject import Adapted, Scaling, add_to_base
 
 
-def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, head: Sequence[str], labels: Sequence[str]) -> None:
+def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str]) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
-    `head` names the modules of the task head; `base` is written down as the base model. Existing files are replaced.
+    `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced.
     """
     scaling = Scaling(lora.alpha, lora.rslora)
     factors = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
@@ -45,7 +45,8 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, head: Sequenc
         lora_dropout=lora.dropout,
         target_modules=sorted(factors),
         rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
-        modules_to_save=list(head) or None,
+        fan_in_fan_out=adapted.transposed,
+        modules_to_save=list(adapted.head) or None,
     ).save_pretrained(str(folder))
     (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 

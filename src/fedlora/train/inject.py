@@ -92,12 +92,13 @@ class Adapted:
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout)
             setattr(model.get_submodule(parent), last, self.layers[name])
         self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
+        self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first fold
         self._head = {n: p for n, p in model.named_parameters() if _within(n, self.head)}
         self.spec = AdapterSpec(
             modules={name: sizes[name] for name in names},
             head={n: p.detach().cpu().clone() for n, p in self._head.items()},
             rank_pattern=pattern,
-            weight=lambda name: dense_weight(self.layers[name].base),
+            weight=self._weight,
         )
 
     def load(
@@ -124,6 +125,15 @@ class Adapted:
                 trained += [p for p in (layer.b, layer.a) if p.requires_grad]
         return trained
 
+    def _weight(self, name: str) -> Tensor:
+        """The module's weight before any fold."""
+        return self._pretrained[name] if name in self._pretrained else dense_weight(self.layers[name].base)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
+        return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
+
     def factors(self) -> dict[str, LowRank]:
         """The loaded factors as they are now, for a penalty: gradients flow through them."""
         return {
@@ -137,6 +147,8 @@ class Adapted:
         for name, part in change.items():
             base = self.layers[name].base
             if isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point():
+                if name not in self._pretrained:
+                    self._pretrained[name] = dense_weight(base)
                 add_to_base(base, part.product().float())
             else:
                 parts = [self._folded[name]] if name in self._folded else []
@@ -184,19 +196,20 @@ def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
 def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
     """Adds a change to a module's own weight, in fp32, whichever way round the module stores it."""
     weight = base.weight
-    assert isinstance(weight, Tensor)
+    assert isinstance(weight, Tensor) and weight.is_floating_point(), "a quantised weight cannot be changed"
     change = delta.mT if isinstance(base, Conv1D) else delta
     weight.data.copy_((weight.data.float() + change.to(weight.device)).to(weight.dtype))
 
 
 def head_modules(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
-    """The top-level modules that make the task head: those new to the checkpoint, and those PEFT takes for one."""
-    names = [name for name, _ in model.named_children()]
-    new = {key.partition(".")[0] for key in missing}
-    whole = {
-        n for n in names if n in new and not any(k.startswith(f"{n}.") for k in model.state_dict() if k not in set(missing))
-    }
-    return tuple(name for name in names if name in whole or name in SEQ_CLS_HEAD_NAMES)
+    """The modules that make the task head: those wholly new to the checkpoint, and those whose name PEFT takes for one."""
+    new, keys = set(missing), list(model.state_dict())
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        own = [key for key in keys if key.startswith(f"{name}.")]
+        if own and not _within(name, found) and (new.issuperset(own) or name.endswith(tuple(SEQ_CLS_HEAD_NAMES))):
+            found.append(name)
+    return tuple(found)
 
 
 def _match(sizes: Mapping[str, tuple[int, int]], targets: Sequence[str] | str) -> list[str]:

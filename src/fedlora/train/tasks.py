@@ -26,7 +26,7 @@ class Encoded:
     """Examples as token ids: for each model input one flat tensor and a common table of where each example starts."""
 
     features: Mapping[str, Int[Tensor, " tokens"]]
-    starts: Int[Tensor, " examples+1"]
+    starts: Int[Tensor, " bounds"]
     targets: Tensor
     padding: Mapping[str, int]
 
@@ -124,7 +124,10 @@ def locate(source: str) -> str:
     """
     if source.startswith("package:"):
         name, _, folder = source.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # the package around it
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"

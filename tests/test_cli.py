@@ -1,0 +1,190 @@
+"""The command line: what it prints, and how it refuses what it cannot use."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedlora import Experiment, cli, run
+from fedlora.methods import TABLE
+from fedlora.train.tasks import Classification
+
+from tiny import tiny_bert, tiny_rows
+
+Command = Callable[..., tuple[int, str, str]]
+CLIENTS = {"count": 3, "partition": "iid"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model, data, an experiment for them, and things that cannot be used."""
+    place = tmp_path_factory.mktemp("cli")
+    tiny_bert(place / "model")
+    (place / "pickled").mkdir()
+    (place / "pickled" / "config.json").write_text((place / "model" / "config.json").read_text())
+    tiny_rows(place / "rows.jsonl", 45)
+    (place / "foreign.jsonl").write_text('{"text": "bab", "label": "south"}\n')
+    (place / "empty.jsonl").write_text("")
+    table = {"model": str(place / "model"), "data": str(place / "rows.jsonl"), "rounds": 2, "clients": CLIENTS}
+    write(place / "good.toml", table)
+    (place / "broken.toml").write_text("rounds = = 2\n")
+    return place
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(tomli_w.dumps(table))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Command:
+    """Runs `fedlora` in this process; its exit code, what it printed, and its errors."""
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            sys.exit(0)
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
+    code, _, errors = answer
+    assert code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", errors)
+    for part in parts:
+        assert part in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("train.learning_rte=1", ["'train.learning_rte'", "allowed: optimizer, lr"]),
+        ("train.epoch=1", ["'train.epoch'", "did you mean 'epochs'"]),
+        ("round=1", ["'round'", "did you mean 'rounds'"]),
+        ("clients.partition=dirichle", ["clients.partition", "'dirichle'", "did you mean 'dirichlet'"]),
+        ("train.optimizer=adam", ["train.optimizer", "'adam'", "did you mean 'adamw'"]),
+        ("clients.ranks=unifrm", ["clients.ranks = 'unifrm'", "did you mean 'uniform'"]),
+        ("method.name=fedt", ["'fedt'", "did you mean 'fedit'"]),
+        ("method.head=averagd", ["method.head", "'averagd'", "did you mean 'averaged'"]),
+        ("method.rnk=2", ["'rnk'", "did you mean 'rank'"]),
+        ("method.rank=0", ["rank = 0", "at least 1"]),
+        ("method.rank=many", ["rank = 'many'"]),
+        ("rounds=0", ["rounds = 0"]),
+        ("sampling.fraction=0", ["sampling.fraction = 0"]),
+        ("clients.ranks=[1, 2, 8]", ["clients.ranks", "same rank"]),
+        ("train.device=nowhere", ["train.device = 'nowhere'"]),
+        ('lora.targets=["no_such"]', ["lora.targets", "no_such", "query"]),
+        ("model={place}/pickled", ["pickled", "no .safetensors file", "save_pretrained"]),
+        ("model={place}/no-such", ["no-such", "config.json"]),
+        ("model=package:no_such_package/model", ["'no_such_package'", "pip install"]),
+        ("model=package:no_such.inner/model", ["'no_such.inner'", "pip install"]),
+        ("data.source={place}/no-such.jsonl", ["data.source", "no-such.jsonl", "no such file"]),
+        ("data.source={place}/empty.jsonl", ["empty.jsonl", "no examples"]),
+        ("data.test={place}/foreign.jsonl", ["data.test", "'south'", "training set"]),
+        ("data.label=colour", ["'colour'", "data.label", "label"]),
+        ("clients.count=1000", ["clients.count = 1000", "lower"]),
+        ("clients.min_size=14", ["clients.min_size = 14", "lower"]),
+        ("clients={{count = 2, partition = 'pathological', classes = 4}}", ["clients.classes = 4", "lower"]),
+        ("data.source", ["--set 'data.source'", "KEY=VALUE"]),
+        ("rounds.more=1", ["--set 'rounds.more=1'", "not a table"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line_and_a_second_try_may_use_the_folder(
+    change, parts, place, command, tmp_path
+):
+    assert_refused(
+        command("run", place / "good.toml", "--out", tmp_path / "out", "--set", change.format(place=place)), *parts
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("no-such.toml", "no such file"), ("broken.toml", "TOML"), ("model", "not readable")]
+)
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_an_experiment_that_cannot_be_read_is_named(verb, name, part, place, command):
+    assert_refused(command(verb, place / name), str(place / name), part)
+
+
+def test_a_bad_value_in_a_file_is_refused_with_the_files_name(command, tmp_path):
+    write(tmp_path / "bad.toml", {"clients": {"alpha": -1.0}})
+    assert_refused(command("run", tmp_path / "bad.toml"), str(tmp_path / "bad.toml"), "clients.alpha = -1.0")
+
+
+def test_an_out_folder_in_use_is_refused_and_stays_as_it_was(place, command, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert_refused(command("run", place / "good.toml", "--out", tmp_path), "not empty", "--resume", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_out_folder_that_cannot_be_made_is_refused(place, command):
+    assert_refused(command("run", place / "good.toml", "--out", place / "rows.jsonl" / "x"), "cannot be made", "--out")
+
+
+@pytest.mark.parametrize("name", ["model", "no-such", "rows.jsonl"])
+def test_what_is_no_run_cannot_be_resumed(name, place, command):
+    assert_refused(command("run", "--resume", place / name), str(place / name), "no run here")
+
+
+def test_a_resume_takes_nothing_else_and_a_run_takes_a_file(place, command):
+    assert_refused(command("run", place / "good.toml", "--resume", place), "--resume takes no file")
+    assert_refused(command("run", "--resume", place, "--set", "rounds=9"), "--resume takes no file")
+    assert_refused(command("run"), "needs an experiment file")
+
+
+def test_a_refusal_reaches_the_shell(place):
+    done = subprocess.run(
+        [sys.executable, "-m", "fedlora.cli", "run", place / "no-such.toml"], capture_output=True, text=True, check=False
+    )
+    assert_refused((done.returncode, done.stdout, done.stderr), "no-such.toml", "no such file")
+
+
+def test_the_methods_are_listed_with_their_papers(command):
+    code, printed, _ = command("methods")
+    assert code == 0
+    assert all(re.search(rf"^{row.name}\s", printed, re.MULTILINE) and row.paper in printed for row in TABLE.values())
+
+
+def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):
+    monkeypatch.delattr(Classification, "load")
+    code, printed, errors = command("check", place / "good.toml", "--set", "clients.count=12")
+    assert (code, errors) == (0, "")
+    assert re.findall(r"│ (\d{3}) ", printed) == [f"{i:03}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def by_python(place) -> Path:
+    """The folder of a run that a program started with the same file."""
+    return run(Experiment.model_validate(tomllib.loads((place / "good.toml").read_text())), place / "by python").folder
+
+
+def test_a_run_prints_each_round_and_the_paths_and_equals_a_run_by_python(place, by_python, command, tmp_path):
+    code, printed, errors = command("run", place / "good.toml", "--out", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    assert re.findall(r"│ +(\d+) │ +3 │", printed) == ["1", "2"]
+    assert f"run directory  {tmp_path / 'run'}\n" in printed
+    assert f"PEFT adapter   {tmp_path / 'run' / 'adapter'}\n" in printed
+    one, other = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", by_python))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_set_value_takes_the_place_of_the_files(place, command, tmp_path):
+    command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.rank=2", "--set", "rounds=1")
+    written = tomllib.loads((tmp_path / "run" / "experiment.toml").read_text())
+    assert (written["method"]["rank"], written["rounds"]) == (2, 1)
+
+
+def test_an_export_prints_where_it_wrote(by_python, command, tmp_path):
+    code, printed, _ = command("export", by_python, tmp_path / "merged", "--to", "merged")
+    assert (code, printed) == (0, f"{tmp_path / 'merged'}\n")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert_refused(command("export", by_python, tmp_path / "merged"), "not empty")

@@ -1,0 +1,130 @@
+"""The experiment's file: read, overridden, refused, written back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedlora.config import DEMO, Experiment, build, read
+from fedlora.errors import UserError
+from fedlora.methods import TABLE
+
+FULL: dict[str, Any] = {
+    "model": "some/model",
+    "data": {"source": "rows.jsonl", "text": "body", "text_pair": "question", "user": "who", "rows": 9},
+    "rounds": 7,
+    "clients": {"count": 3, "partition": "natural", "ranks": [4, 4, 4]},
+    "method": {"name": "ffa-lora", "rank": 4, "head": "local", "weights": "uniform"},
+    "lora": {"targets": ["query", "dense"], "rank_pattern": {r"layer\.0\..*": 2, "a.b": 3}, "rslora": True, "alpha": 0.1},
+    "train": {"clip_norm": 1e-3, "optimizer": "sgd"},
+    "sampling": {"max_norm": 2.5},
+}
+NO_MIXED = [name for name, row in TABLE.items() if not row.mixed_ranks]
+
+
+def saved(folder: Path, table: dict[str, Any]) -> Path:
+    path = folder / "experiment.toml"
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("table", [{}, FULL, DEMO, {"lora": {"targets": ".*query"}}, {"data": 'Größe \\ "x".jsonl'}])
+def test_a_written_experiment_reads_back_as_the_same(table, tmp_path):
+    experiment = build(table)
+    path = tmp_path / "experiment.toml"
+    path.write_text(experiment.to_toml(), encoding="utf-8")
+    assert read(path).method.make() == experiment.method.make()
+    assert read(path).to_toml() == experiment.to_toml()
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_with_all_its_settings_written_out_reads_back_as_the_same(name, tmp_path):
+    experiment = build({"method": {"name": name, **TABLE[name].settings(), "rank": 3}})
+    path = tmp_path / "experiment.toml"
+    path.write_text(experiment.to_toml(), encoding="utf-8")
+    assert read(path).method.make() == experiment.method.make()
+    assert read(path).method.make() == experiment.method.make() == TABLE[name].make(**TABLE[name].preset, rank=3)
+
+
+def test_an_empty_file_is_the_default_experiment(tmp_path):
+    assert read(saved(tmp_path, {})) == Experiment()
+
+
+@pytest.mark.parametrize(
+    ("override", "table"),
+    [
+        ("rounds=9", {"rounds": 9}),
+        ("train.lr=0.5", {"train": {"lr": 0.5}}),
+        ("method.name=ffa-lora", {"method": {"name": "ffa-lora"}}),
+        ("method.name='ffa-lora'", {"method": {"name": "ffa-lora"}}),
+        ("lora.rslora=true", {"lora": {"rslora": True}}),
+        ('lora.targets=["a", "b"]', {"lora": {"targets": ["a", "b"]}}),
+        ("lora.targets=.*=x", {"lora": {"targets": ".*=x"}}),
+        ("data.rows=5", {"data": {"rows": 5}}),
+        (" train.epochs = 2 ", {"train": {"epochs": 2}}),
+    ],
+)
+def test_an_override_is_what_the_file_could_have_said(override, table):
+    assert build({}, [override]) == build(table)
+
+
+def test_later_overrides_win_and_the_callers_table_stays_as_it_is():
+    table: dict[str, Any] = {"train": {"lr": 0.1, "epochs": 4}, "data": "x.csv"}
+    changed = build(table, ["train.lr=0.2", "train.lr=0.3", "data.text=body"])
+    assert changed == build({"train": {"lr": 0.3, "epochs": 4}, "data": {"source": "x.csv", "text": "body"}})
+    assert table == {"train": {"lr": 0.1, "epochs": 4}, "data": "x.csv"}
+
+
+def test_data_may_be_the_source_alone():
+    assert build({"data": "stdlib-docs"}) == build({"data": {"source": "stdlib-docs"}})
+
+
+@pytest.mark.parametrize(
+    ("table", "parts"),
+    [
+        ({"train": {"lr": -1.0}}, ["train.lr = -1.0", "greater than 0"]),
+        ({"train": {"lr": "fast"}}, ["train.lr = 'fast'", "number"]),
+        ({"train": {"optimizer": "adm"}}, ["train.optimizer = 'adm'", "'adamw'"]),
+        ({"train": {"batch": 3}}, ["'train.batch'", "'batches'"]),
+        ({"train": 3}, ["train = 3"]),
+        ({"trian": {}}, ["'trian'", "'train'"]),
+        ({"data": 5}, ["data = 5"]),
+        ({"data": {"test_fraction": 1.0}}, ["data.test_fraction = 1.0", "less than 1"]),
+        ({"clients": {"partition": "natural"}, "data": "x.csv"}, ["clients.partition = 'natural'", "data.user"]),
+        ({"clients": {"ranks": [8, 0]}}, ["clients.ranks", "0", "greater than or equal to 1"]),
+        ({"clients": {"ranks": "nrmal"}}, ["clients.ranks = 'nrmal'", "'normal'"]),
+        ({"clients": {"ranks": [8, 8], "count": 3}}, ["clients.ranks", "2 entries", "3 clients"]),
+        ({"lora": {"targets": 7}}, ["lora.targets = 7"]),
+        ({"lora": {"rank_pattern": {"query": 0}}}, ["lora.rank_pattern.query = 0", "greater than or equal to 1"]),
+        ({"method": "fedit"}, ["method = 'fedit'"]),
+        ({"method": {"name": "fedavg"}}, ["method", "'fedavg'"]),
+        ({"method": {"name": "fedit", "shared": "a"}}, ["method", "fedit has no setting 'shared'"]),
+        ({"method": {"rank": "big"}}, ["method", "rank = 'big'", "integer"]),
+        ({"method": {"rank": 2.5}}, ["method", "rank = 2.5", "integer"]),
+        ({"method": {"rank": -1}}, ["method", "rank = -1"]),
+        ({"method": {"weights": "equal"}}, ["method.weights = 'equal'", "'uniform'"]),
+        ({"evaluate": {"clients": "some"}}, ["evaluate.clients = 'some'", "'chosen'"]),
+    ],
+)
+def test_a_refusal_names_the_file_the_key_the_value_and_what_is_allowed(table, parts, tmp_path):
+    path = saved(tmp_path, table)
+    with pytest.raises(UserError) as refused:
+        read(path)
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("name", NO_MIXED)
+@pytest.mark.parametrize("ranks", [[2, 4], "uniform"])
+def test_mixed_ranks_are_refused_for_methods_that_cannot(name, ranks):
+    with pytest.raises(UserError, match=f"clients.ranks: {name} needs the same rank 4"):
+        build({"method": {"name": name, "rank": 4}, "clients": {"count": 2, "ranks": ranks}})
+    assert build({"method": {"name": name, "rank": 4}, "clients": {"count": 2, "ranks": [4, 4]}}).clients.ranks == [4, 4]
+
+
+@pytest.mark.parametrize("override", ["rounds", "=3", "train.=3"])
+def test_an_override_that_is_none_is_refused(override):
+    with pytest.raises(UserError, match=f"--set '{override}': "):
+        build({}, [override])

@@ -1,0 +1,231 @@
+"""Exported adapters and models compute what the run's own view computes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora import Experiment, run
+from fedlora.errors import UserError
+from fedlora.experiment import _Bench, _opened, export, read_folder
+from fedlora.methods import TABLE
+
+from tiny import LABELS, WORDS, tiny_bert, tiny_rows
+
+TEXTS = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(0, 60, 10)]
+PERSONAL = [name for name, row in TABLE.items() if row.personal]
+COMMON = [name for name in TABLE if name not in PERSONAL]
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Run:
+    """Makes a run of two rounds, or gives the one made before, and returns its folder."""
+    place = tmp_path_factory.mktemp("export")
+    rows, made = tiny_rows(place / "rows.jsonl", 45), {}
+
+    def make(base: str = "bert", **tables: Any) -> Path:
+        key = json.dumps([base, tables])
+        if key not in made:
+            model = place / base
+            if not model.exists():
+                BASES[base](model)
+            settings: dict[str, Any] = {"clients": {"count": 2, "partition": "iid"}, "train": {"lr": 0.02}, **tables}
+            given = {"model": str(model), "data": str(rows), "rounds": 2, "seed": 3, **settings}
+            made[key] = run(Experiment.model_validate(given), place / f"run {len(made)}").folder
+        return made[key]
+
+    return make
+
+
+def other_base(config: transformers.PretrainedConfig, **options: Any) -> Callable[[Path], None]:
+    """Writes a model without a task head, with the tokenizer of `tiny_bert`."""
+
+    def write(folder: Path) -> None:
+        words = transformers.AutoTokenizer.from_pretrained(tiny_bert(folder)).backend_tokenizer
+        names = {"unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
+        if config.model_type != "gpt2":
+            names["pad_token"] = "[PAD]"
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, model_input_names=["input_ids", "attention_mask"], **names
+        )
+        for old in folder.iterdir():
+            old.unlink()
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        transformers.AutoModel.from_config(config, **options).save_pretrained(folder)
+
+    return write
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+IDS = {"vocab_size": 97, "bos_token_id": 2, "eos_token_id": 3}
+BASES: dict[str, Callable[[Path], Any]] = {
+    "bert": tiny_bert,
+    "gpt2": other_base(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **IDS)),
+    "distilbert": other_base(
+        transformers.DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, pad_token_id=0, vocab_size=97)
+    ),
+    "roberta": other_base(
+        transformers.RobertaConfig(pad_token_id=0, max_position_embeddings=64, type_vocab_size=1, **SMALL, **IDS)
+    ),
+    "bert-without-pooler": other_base(transformers.BertConfig(vocab_size=97, **SMALL), add_pooling_layer=False),
+}
+LORA = {"distilbert": {"targets": ["q_lin", "lin1"]}}
+
+
+def own_logits(folder: Path) -> dict[str, Tensor]:
+    """What the run's own views compute: the global one under the empty name, or each client's."""
+    with _opened(folder) as (run_folder, experiment):
+        done, server = run_folder.restore()
+        bench = _Bench.make(experiment)
+        found = {}
+        for client, adapter in bench.adapters(server, run_folder, done).items():
+            bench.adapted.load(adapter)
+            found[client] = logits(bench.adapted.model, experiment.model)
+        return found
+
+
+def logits(model: torch.nn.Module, tokenizer_of: str | Path) -> Tensor:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        return model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+
+
+def in_peft(folder: Path, adapter: Path) -> Tensor:
+    """What a stranger gets who has the base model and the adapter's folder."""
+    base = read_folder(folder).model
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
+    return logits(peft.PeftModel.from_pretrained(model, adapter), base)
+
+
+def in_transformers(merged: Path) -> Tensor:
+    return logits(transformers.AutoModelForSequenceClassification.from_pretrained(merged), merged)
+
+
+def untrained(folder: Path) -> Tensor:
+    """What a base with the head of the run's seed computes."""
+    with _opened(folder) as (_, experiment):
+        bench = _Bench.make(experiment)
+        return logits(bench.adapted.model, experiment.model)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_adapter_of_a_run_computes_in_peft_what_its_view_computes(name, finished):
+    folder = finished(method={"name": name, "rank": 4})
+    own = own_logits(folder)[""]
+    assert_close(in_peft(folder, folder / "adapter"), own, rtol=1e-5, atol=1e-5)
+    assert (own - untrained(folder)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_the_merged_model_computes_in_transformers_what_the_view_computes(name, finished, tmp_path):
+    folder = finished(method={"name": name, "rank": 4})
+    assert export(folder, "merged", tmp_path / "merged") == {"": tmp_path / "merged"}
+    assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+def test_the_merged_model_brings_its_tokenizer_and_the_names_of_the_labels(finished, tmp_path):
+    export(finished(), "merged", tmp_path / "merged")
+    pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
+    found = pipeline(TEXTS[0], top_k=None)
+    assert {answer["label"] for answer in found} == set(LABELS)
+    own = own_logits(finished())[""][0].softmax(-1)
+    assert_close(
+        {a["label"]: a["score"] for a in found}, dict(zip(LABELS, own.tolist(), strict=True)), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_a_personal_method_leaves_each_client_an_adapter_that_computes_its_own_view(name, finished):
+    folder = finished(method={"name": name, "rank": 4})
+    own = own_logits(folder)
+    assert sorted(own) == ["000", "001"]
+    assert (own["000"] - own["001"]).abs().max() > 1e-3
+    for client, expected in own.items():
+        assert_close(in_peft(folder, folder / "adapter" / client), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+@pytest.mark.parametrize("client", ["000", "001"])
+def test_one_client_of_a_personal_method_can_be_merged(name, client, finished, tmp_path):
+    folder = finished(method={"name": name, "rank": 4})
+    export(folder, "merged", tmp_path / "merged", client)
+    assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[client], rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_is_the_adapter_that_the_run_left(finished, tmp_path):
+    export(finished(), "adapter", tmp_path / "again")
+    first, again = (load_file(path / "adapter_model.safetensors") for path in (finished() / "adapter", tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_fixed_ranks_of_single_modules_and_rslora_are_exported(rslora, finished, tmp_path):
+    lora = {"rslora": rslora, "alpha": 7.0, "rank_pattern": {r"layer\.0\..*\.query": 3, "layer.1.attention.self.value": 6}}
+    folder = finished(lora=lora, method={"name": "fedit", "rank": 4})
+    own = own_logits(folder)[""]
+    ranks = {x.shape[0] for key, x in load_file(folder / "adapter/adapter_model.safetensors").items() if "lora_A" in key}
+    assert ranks == {3, 4, 6}
+    assert_close(in_peft(folder, folder / "adapter"), own, rtol=1e-5, atol=1e-5)
+    export(folder, "merged", tmp_path / "merged")
+    assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "bert"])
+def test_other_architectures_compute_the_same_in_peft(base, finished):
+    folder = finished(base, lora=LORA.get(base, {}))
+    assert_close(in_peft(folder, folder / "adapter"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base != "bert"])
+def test_other_architectures_compute_the_same_merged(base, finished, tmp_path):
+    folder = finished(base, lora=LORA.get(base, {}))
+    export(folder, "merged", tmp_path / "merged")
+    assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_in_use_is_refused_and_stays_as_it_was(finished, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; choose another"):
+        export(finished(), "adapter", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_without_a_complete_round_has_nothing_to_export(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.toml").write_text(Experiment().to_toml())
+    with pytest.raises(UserError, match="no complete round yet"):
+        export(tmp_path / "run", "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run_has_nothing_to_export(tmp_path):
+    with pytest.raises(UserError, match="no run here"):
+        export(tmp_path, "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["fedit", *PERSONAL])
+def test_an_unknown_client_is_refused_and_nothing_is_written(name, finished, tmp_path):
+    with pytest.raises(UserError, match="'nobody': no such client"):
+        export(finished(method={"name": name, "rank": 4}), "adapter", tmp_path / "out", client="nobody")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_a_personal_method_cannot_be_merged_without_a_client(name, finished, tmp_path):
+    with pytest.raises(UserError, match="--client"):
+        export(finished(method={"name": name, "rank": 4}), "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

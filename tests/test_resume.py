@@ -1,0 +1,202 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+
+from fedlora import cli, export
+from fedlora import experiment as runs
+from fedlora.config import build
+from fedlora.train.tasks import Classification
+
+from forks import ended
+from tiny import tiny_bert, tiny_rows
+
+METHODS = ["fedit", "fedsa-lora"]
+WRITES = {"fedit": 5, "fedsa-lora": 11}
+"""Syncs of a resumed life until its first round is complete: the rows (2), three clients' states (2 each), the row, the
+checkpoint (2)."""
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory):
+    """The table of an experiment, but for its method: every source of chance is in it."""
+    home = tmp_path_factory.mktemp("problem")
+    return {
+        "model": str(tiny_bert(home / "bert")),
+        "data": {"source": str(tiny_rows(home / "rows.jsonl", 60))},
+        "rounds": 3,
+        "clients": {"count": 4, "partition": "iid"},
+        "lora": {"dropout": 0.1},
+        "train": {"batch_size": 4, "max_length": 16, "lr": 1e-2, "device": "cpu"},
+        "sampling": {"fraction": 0.75},
+        "evaluate": {"every": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(problem, tmp_path_factory):
+    """A run of the method that nothing interrupted."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp("whole") / "run"
+            assert ended(live, found[name], {**problem, "method": method(name)}) == 0
+        return found[name]
+
+    return of
+
+
+def method(name):
+    return {"name": name, "rank": 2}
+
+
+def live(path, table, at_sync=0, at_loss=0, at_export=0):
+    """Begins a run or takes it up, and dies in the n-th write to the disk, training step or export, where one is given."""
+    torch.set_num_threads(1)
+    os.fsync = deadly(os.fsync, at_sync, cut_short)
+    Classification.loss = deadly(Classification.loss, at_loss)
+    export.save_file = deadly(export.save_file, at_export)
+    if (path / "experiment.toml").exists():
+        runs.resume(path)
+    else:
+        runs.run(build(table), path)
+
+
+def deadly(function: Callable[..., Any], at: int, before: Callable[..., None] = lambda *_: None) -> Callable[..., Any]:
+    """The function, whose n-th call kills the process."""
+    count = 0
+
+    def counted(*arguments, **named):
+        nonlocal count
+        count += 1
+        if count == at:
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    return counted
+
+
+def cut_short(descriptor):
+    """Leaves half of a file, as if the rest had not reached the disk; does nothing to a folder."""
+    if os.path.isfile(f"/proc/self/fd/{descriptor}"):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+
+
+def content(path):
+    """All that a run left, but for the machine's versions and the seconds it took."""
+    files = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.parent.name != ".cache"}
+    rows = [json.loads(line) for line in files.pop("rounds.jsonl").splitlines()]
+    configs = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith("adapter_config.json")}
+    for config in configs.values():
+        config["target_modules"].sort()
+    dropped = {"lock", "environment.json"}
+    return {
+        "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        **configs,
+        **{name: found for name, found in files.items() if name not in dropped},
+    }
+
+
+def differing(path, other):
+    """The names of what differs between two runs."""
+    one, two = content(path), content(other)
+    return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
+    table, path = {**problem, "method": method(name)}, tmp_path / "run"
+    assert ended(live, path, table, at_loss=2) == -signal.SIGKILL
+    for write in range(1, WRITES[name] + 1):
+        assert not (path / "checkpoint.safetensors").exists()
+        assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
+    assert (path / "checkpoint.safetensors").exists()
+    assert ended(live, path, table) == 0
+    assert differing(path, whole(name)) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_killed_while_it_trains_and_exports_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
+    table, path = {**problem, "method": method(name)}, tmp_path / "run"
+    deaths = [
+        {"at_loss": 14},
+        {"at_loss": 7},
+        {"at_loss": 14},
+        {"at_export": 1},
+        {"at_export": 3 if name == "fedsa-lora" else 1},
+    ]
+    assert [ended(live, path, table, **death) for death in deaths] == [-signal.SIGKILL] * len(deaths)
+    assert ended(live, path, table) == 0
+    assert differing(path, whole(name)) == []
+
+
+def test_only_the_personal_method_has_states_and_adapters_for_each_client(whole):
+    states = {name: {f.parent.name for f in whole(name).glob("clients/*/*.safetensors")} for name in METHODS}
+    adapters = {name: {f.parent.name for f in whole(name).glob("adapter/**/adapter_model.safetensors")} for name in METHODS}
+    assert states == {"fedit": set(), "fedsa-lora": {"000", "001", "002", "003"}}
+    assert adapters == {"fedit": {"adapter"}, "fedsa-lora": {"000", "001", "002", "003"}}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lora": {}}], ids=["another seed", "no dropout"])
+def test_seed_and_dropout_each_change_the_result(tmp_path, problem, whole, change):
+    assert ended(live, tmp_path / "run", {**problem, "method": method("fedit"), **change}) == 0
+    assert {"checkpoint.safetensors", "adapter/adapter_model.safetensors"} < set(
+        differing(tmp_path / "run", whole("fedit"))
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_taking_up_a_finished_run_changes_nothing(problem, whole, name):
+    path = whole(name)
+    before = {f: f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    assert ended(live, path, problem, at_loss=1) == 0
+    assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("at_sync", [1, 3])
+def test_a_run_killed_before_its_experiment_is_on_disk_can_be_begun_again_in_the_same_folder(
+    tmp_path, problem, whole, at_sync
+):
+    table = {**problem, "method": method("fedit")}
+    assert ended(live, tmp_path / "run", table, at_sync=at_sync) == -signal.SIGKILL
+    assert not (tmp_path / "run" / "experiment.toml").exists()
+    assert ended(live, tmp_path / "run", table) == 0
+    assert differing(tmp_path / "run", whole("fedit")) == []
+
+
+def fedlora(output, *arguments):
+    """The command in a fork; its exit code is the process's, what it says goes to a file."""
+    sys.argv = ["fedlora", *map(str, arguments)]
+    sys.stdout = sys.stderr = output.open("w")
+    cli.main()
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_run(tmp_path, problem):
+    table = {**problem, "method": method("fedsa-lora"), "rounds": 20, "evaluate": {"every": 10}}
+    path, file, rows = tmp_path / "run", tmp_path / "experiment.toml", tmp_path / "run" / "rounds.jsonl"
+    file.write_text(tomli_w.dumps(table))
+    command = [sys.executable, "-m", "fedlora.cli", "run", str(file), "--out", str(path)]
+    real = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (rows.exists() and rows.read_bytes()) and real.poll() is None:
+        time.sleep(0.005)
+    real.send_signal(signal.SIGINT)
+    _, said = real.communicate()
+    assert real.returncode == 130 and 1 <= len(rows.read_bytes().splitlines()) < 20
+    assert said.strip() == f"interrupted; go on with: fedlora run --resume {path}"
+
+    assert ended(fedlora, tmp_path / "said", "run", file, "--out", path) == 2
+    assert f"error: {path}: is not empty; go on with --resume {path}" in (tmp_path / "said").read_text()
+    assert ended(fedlora, tmp_path / "said", "run", "--resume", path) == 0
+    assert "round 20/20" in (tmp_path / "said").read_text()
+    assert ended(live, tmp_path / "whole", table) == 0
+    assert differing(path, tmp_path / "whole") == []

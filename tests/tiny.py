@@ -1,0 +1,43 @@
+"""A BERT so small that training it costs nothing, and examples for it. Needs no network."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = [first + last for first in ("ba", "ce", "di", "fo", "gu", "ha", "li", "mo", "nu") for last in "bdfklmnprs"]
+LABELS = ("east", "north", "west")
+
+
+def tiny_bert(folder: Path, seed: int = 0) -> Path:
+    """Writes a BERT with random weights and without a task head, and its tokenizer of some 100 words; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", ","]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    shape = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertModel(shape).save_pretrained(folder)
+    return folder
+
+
+def tiny_rows(path: Path, n: int) -> Path:
+    """Writes `n` examples as JSON Lines: 3 to 12 words, of which the first ones tell the label; the file."""
+    rng = torch.Generator().manual_seed(n)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(n):
+            label = i % len(LABELS)
+            draw = torch.randint(30, (3 + i * 7 % 10,), generator=rng).tolist()
+            words = [WORDS[30 * label + k] if j < 3 else WORDS[3 * k] for j, k in enumerate(draw)]
+            file.write(json.dumps({"text": " ".join(words), "label": LABELS[label], "user": f"u{i % 4}"}) + "\n")
+    return path

@@ -1,0 +1,294 @@
+"""Our LoRA layer and its places in a model against PEFT's."""
+
+import copy
+from collections.abc import Mapping
+
+import peft
+import pytest
+import torch
+import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.errors import UserError
+from fedlora.linalg.lowrank import LowRank
+from fedlora.train.inject import Adapted, LoraLayer, Scaling, add_to_base, head_modules
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT's, about our twin
+
+WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+CONFIGS: Mapping[str, transformers.PretrainedConfig] = {
+    "bert": transformers.BertConfig(vocab_size=40, **WIDE),
+    "roberta": transformers.RobertaConfig(vocab_size=40, **WIDE),
+    "distilbert": transformers.DistilBertConfig(vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=24),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    ),
+    "llama": transformers.LlamaConfig(vocab_size=40, num_key_value_heads=2, pad_token_id=0, **WIDE),
+}
+
+
+def classifier(kind: str) -> nn.Module:
+    config = copy.deepcopy(CONFIGS[kind])
+    config.num_labels = 3
+    torch.manual_seed(0)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+class Net(nn.Module):
+    """Non-square layers, stored both ways round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.last = nn.Linear(7, 12), Conv1D(5, 12), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).tanh()).tanh())
+
+
+def moved(adapted: Adapted, rank: int = 4, seed: int = 0) -> Adapter:
+    """An adapter whose b is not zero."""
+    start = lora_init(adapted.spec, rank, seed)
+    torch.manual_seed(seed)
+    return {name: LowRank(torch.randn_like(part.b), part.a) for name, part in start.items()}
+
+
+def in_peft(model: nn.Module, adapter: Adapter, config: peft.LoraConfig) -> nn.Module:
+    """PEFT's model with these factors."""
+    wrapped = peft.get_peft_model(model, config)
+    for name, part in adapter.items():
+        layer = wrapped.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(part.a)
+        layer.lora_B["default"].weight.data.copy_(part.b / layer.scaling["default"])
+    return wrapped
+
+
+def gradients(model: nn.Module, names: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of lora_B and lora_A in each module of PEFT's model."""
+    layers = {name: model.base_model.model.get_submodule(name) for name in names}
+    return {n: (layer.lora_B["default"].weight.grad, layer.lora_A["default"].weight.grad) for n, layer in layers.items()}
+
+
+def own_gradients(adapted: Adapted) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (layer.b.grad, layer.a.grad) for name, layer in adapted.layers.items()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", [{}, {"second": 2, "fi.*t": 6}])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout):
+    net, targets, x = Net(), ["first", "second", "last"], torch.randn(6, 7)
+    adapted = Adapted(copy.deepcopy(net), Scaling(16.0, rslora), targets, dropout, pattern)
+    adapter = moved(adapted)
+    adapted.load(adapter, "ba")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, use_rslora=rslora, target_modules=targets, lora_dropout=dropout, rank_pattern=pattern
+    )
+    twin = in_peft(net, adapter, config)
+    assert {name: part.rank for name, part in adapter.items()} == {
+        name: net.get_submodule(name).r["default"] for name in targets
+    }
+    outputs = []
+    for model in (adapted.model, twin):
+        torch.manual_seed(3)
+        outputs.append(model.train()(x))
+        outputs[-1].square().sum().backward()
+    assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
+    assert_close(own_gradients(adapted), gradients(twin, adapter), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_in_peft(kind):
+    model, ids = classifier(kind), torch.randint(1, 40, (3, 5))
+    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), dropout=0.2, head=head_modules(model, ()))
+    adapter = moved(adapted)
+    adapted.load(adapter, "ba")
+    twin = in_peft(model, adapter, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, lora_dropout=0.2))
+    logits = []
+    for each in (adapted.model, twin):
+        torch.manual_seed(3)
+        logits.append(each.train()(input_ids=ids).logits)
+        logits[-1].square().sum().backward()
+    assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
+    assert_close(own_gradients(adapted), gradients(twin, adapter), rtol=1e-6, atol=1e-6)
+
+
+class Int8Linear(nn.Module):
+    """A quantised layer of which nothing is known but its sizes and what it computes."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+        self.step = float(like.weight.detach().abs().max() / 127)
+        self.register_buffer("weight", (like.weight.detach() / self.step).round().to(torch.int8))
+
+    def dense(self) -> nn.Linear:
+        plain = nn.Linear(self.in_features, self.out_features, bias=False)
+        plain.weight.data.copy_(self.weight * self.step)
+        return plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight * self.step)
+
+
+def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
+    quantised = Int8Linear(nn.Linear(7, 12))
+    pair = [Adapted(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantised, quantised.dense())]
+    x, adapter = torch.randn(3, 7), moved(pair[0])
+    for adapted in pair:
+        adapted.load(adapter, "ba")
+        adapted.model(x).square().sum().backward()
+    assert pair[0].spec.modules == pair[1].spec.modules
+    assert_close(pair[0].model(x), pair[1].model(x), rtol=1e-6, atol=1e-6)
+    assert_close(own_gradients(pair[0]), own_gradients(pair[1]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
+    adapted = Adapted(Net(), Scaling(16.0), "all-linear")
+    singles = [moved(adapted, seed=seed) for seed in range(3)]
+    x = torch.randn(3, 2, *rest, 7)
+    stack = {n: LowRank(torch.stack([s[n].b for s in singles]), torch.stack([s[n].a for s in singles])) for n in singles[0]}
+    adapted.load(stack, "ba")
+    together = adapted.model(x.flatten(0, 1))
+    together.square().sum().backward()
+    found = own_gradients(adapted)
+    for i, single in enumerate(singles):
+        adapted.load(single, "ba")
+        alone = adapted.model(x[i])
+        alone.square().sum().backward()
+        assert_close(together.unflatten(0, (3, 2))[i], alone)
+        assert_close({n: (b[i], a[i]) for n, (b, a) in found.items()}, own_gradients(adapted), rtol=1e-5, atol=1e-5)
+
+
+def test_without_factors_the_layer_is_its_base():
+    base, x = nn.Linear(7, 12), torch.randn(3, 7)
+    assert torch.equal(LoraLayer(base, dropout=0.5)(x), base(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("bert", None),
+        ("gpt2", None),
+        ("llama", None),
+        ("roberta", None),
+        ("bert", "all-linear"),
+        ("gpt2", "all-linear"),
+        ("llama", "all-linear"),
+        ("roberta", "all-linear"),
+        ("distilbert", ["q_lin", "lin1"]),
+        ("bert", ["key", "attention.output.dense"]),
+        ("roberta", ["dense"]),
+        ("bert", ["bert.encoder.layer.1.attention.self.query"]),
+        ("bert", r".*layer\.0.*\.(query|key)"),
+        ("gpt2", ["c_proj"]),
+    ],
+)
+def test_the_targets_are_the_modules_that_peft_wraps(kind, targets):
+    model = classifier(kind)
+    adapted = Adapted(copy.deepcopy(model), Scaling(16.0), targets, head=head_modules(model, ()))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets)).base_model.model
+    expected = {name for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert expected and set(adapted.layers) == expected
+
+
+@pytest.mark.parametrize("targets", [["no_such"], "no_such.*"])
+def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets):
+    with pytest.raises(UserError, match=r"lora\.targets.*no_such.*first, last, second"):
+        Adapted(Net(), Scaling(16.0), targets)
+
+
+def test_an_architecture_without_a_default_is_refused_with_the_names_there_are():
+    with pytest.raises(UserError, match=r"'distilbert'; set lora\.targets.*k_lin.*q_lin"):
+        Adapted(classifier("distilbert"), Scaling(16.0))
+
+
+@pytest.mark.parametrize("train", ["b", "a", "ba", "w", ""])
+def test_reading_after_loading_gives_the_adapter_and_untouched_factors_as_the_same_objects(train):
+    adapted = Adapted(Net(), Scaling(16.0, rslora=True), ["first", "second"], rank_pattern={"first": 3}, head=["last"])
+    start = {**moved(adapted, rank=5), **{name: Full(torch.randn_like(w)) for name, w in adapted.spec.head.items()}}
+    adapted.load(start, train)
+    after = adapted.read(start, train)
+    assert list(after) == list(start)
+    for name, part in start.items():
+        for factor in ("w",) if isinstance(part, Full) else ("b", "a"):
+            assert (getattr(after[name], factor) is getattr(part, factor)) == (factor not in train)
+            assert_close(getattr(after[name], factor), getattr(part, factor), rtol=1e-6, atol=1e-7)
+
+
+def test_training_changes_factors_and_head_and_no_bit_of_the_rest():
+    net = Net()
+    kept = [*net.first.parameters(), *net.second.parameters()]
+    before = [parameter.clone() for parameter in kept]
+    adapted = Adapted(net, Scaling(16.0), ["first", "second"], head=["last"])
+    start = {**moved(adapted), **{name: Full(w) for name, w in adapted.spec.head.items()}}
+    trained = adapted.load(start, "baw")
+    net(torch.randn(4, 7)).square().sum().backward()
+    torch.optim.SGD(trained, lr=0.1).step()
+    assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
+    after = adapted.read(start, "baw")
+    assert not any(torch.equal(after[n].b, start[n].b) or torch.equal(after[n].a, start[n].a) for n in ("first", "second"))
+    assert not torch.equal(after["last.weight"].w, start["last.weight"].w)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 12), Conv1D(12, 7)], ids=["Linear", "Conv1D"])
+def test_a_change_of_the_base_adds_its_product_with_the_input(layer):
+    x, delta = torch.randn(4, 7), torch.randn(12, 7)
+    before = layer(x)
+    add_to_base(layer, delta)
+    assert_close(layer(x), before + x @ delta.mT)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
+    layers = [Int8Linear(nn.Linear(7, 12)) if quantised else nn.Linear(7, 12), Conv1D(5, 12)]
+    adapted, x = Adapted(nn.Sequential(*layers), Scaling(16.0), "all-linear"), torch.randn(4, 7)
+    one, two, three = (moved(adapted, seed=seed) for seed in range(3))
+    dense = {name: sum(each[name].product() for each in (one, two, three)) for name in one}
+    middle = layers[0](x) + x @ dense["0"].mT
+    expected = layers[1](middle) + middle @ dense["1"].mT
+    adapted.fold(one)
+    adapted.fold(two)
+    adapted.load({}, beside=three)
+    assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["first", "second", "last"])
+def test_the_pretrained_weight_is_read_out_by_in_whatever_was_folded_since(name):
+    net = Net()
+    stored = net.get_submodule(name).weight.detach().clone()
+    adapted = Adapted(net, Scaling(16.0), "all-linear")
+    adapted.fold(moved(adapted))
+    assert_close(adapted.spec.weight(name), stored.mT if name == "second" else stored, rtol=0, atol=0)
+
+
+def test_the_weight_of_a_quantised_layer_is_not_read_as_if_it_were_dense():
+    with pytest.raises(UserError, match="quantised"):
+        Adapted(nn.Sequential(Int8Linear(nn.Linear(7, 12))), Scaling(16.0), "all-linear").spec.weight("0")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+def test_the_head_of_a_checkpoint_without_one_is_all_that_lies_beside_the_encoder(kind, tmp_path):
+    model = classifier(kind)
+    model.base_model.save_pretrained(tmp_path)
+    transformers.logging.set_verbosity_error()
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    beside = [n for n, m in model.named_children() if m is not model.base_model and any(True for _ in m.parameters())]
+    assert beside and list(head_modules(model, report["missing_keys"])) == beside
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+def test_the_head_of_a_complete_checkpoint_is_what_peft_saves_whole(kind):
+    model = classifier(kind)
+    found = head_modules(model, ())
+    targets = ["q_lin"] if kind == "distilbert" else None
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets))
+    saved = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    assert saved and list(found) == saved

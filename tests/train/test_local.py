@@ -1,0 +1,187 @@
+"""One client's training and evaluation against a plain loop around PEFT's model."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.config import Train
+from fedlora.data.files import columns
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Fit, Round
+from fedlora.randomness import derive, generator
+from fedlora.train.batches import epoch
+from fedlora.train.evaluate import score
+from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.local import LocalTrainer, Trained, train_one
+from fedlora.train.tasks import Classification, Encoded
+
+from tiny import LABELS, tiny_bert, tiny_rows
+
+TASK, ROWS, SEED = Classification(), torch.arange(30), 5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model three times over: plain, and with our LoRA layers (dropout 0.1)."""
+
+    model: nn.Module
+    tokenizer: Any
+    texts: list[str]
+    examples: Encoded
+    adapted: Adapted
+    start: Adapter
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory) -> Setup:
+    folder: Path = tmp_path_factory.mktemp("local")
+    model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
+    table = columns(tiny_rows(folder / "rows.jsonl", 40), "data.source")
+    table["label"] = [LABELS.index(label) for label in table["label"]]
+    adapted = Adapted(copy.deepcopy(model), Scaling(16.0), dropout=0.1, head=["classifier"])
+    rng = torch.Generator().manual_seed(1)
+    factors = {n: LowRank(torch.randn(p.b.shape, generator=rng) / 9, p.a) for n, p in lora_init(adapted.spec, 4, 2).items()}
+    start = {**factors, **{name: Full(w) for name, w in adapted.spec.head.items()}}
+    return Setup(model, tokenizer, table["text"], TASK.encode(tokenizer, table, 64), adapted, start)
+
+
+def in_peft(setup: Setup, train: str) -> nn.Module:
+    """PEFT's model with the factors of `setup.start`, of which those in `train` are trainable."""
+    save = ["classifier"] if "w" in train else None
+    config = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.1, modules_to_save=save)
+    twin = peft.get_peft_model(copy.deepcopy(setup.model), config)
+    for name, layer in twin.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            part = setup.start[name.removeprefix("base_model.model.")]
+            layer.lora_A["default"].weight.data.copy_(part.a)
+            layer.lora_B["default"].weight.data.copy_(part.b / (16 / 4))
+            layer.lora_A.requires_grad_("a" in train)
+            layer.lora_B.requires_grad_("b" in train)
+    return twin
+
+
+def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
+    """The training as anybody would write it, with the batches of `epoch`."""
+    twin = in_peft(setup, train).train()
+    parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
+    optimizer = make(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    lengths = torch.tensor([len(setup.tokenizer(setup.texts[row])["input_ids"]) for row in ROWS])
+    order = generator(SEED, "order")
+    torch.manual_seed(derive(SEED, "dropout"))
+    for _ in range(settings.epochs):
+        losses, steps = 0.0, 0
+        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
+            inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
+            optimizer.zero_grad()
+            loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
+            loss.backward()
+            if settings.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            losses, steps = losses + loss.item() * len(batch), steps + 1
+    return Trained(out_of_peft(twin, setup.start), losses / len(ROWS), steps * settings.epochs)
+
+
+def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
+    found = peft.get_peft_model_state_dict(twin) | dict(twin.base_model.model.named_parameters())
+    return {
+        name: LowRank(
+            found[f"base_model.model.{name}.lora_B.weight"] * (16 / 4), found[f"base_model.model.{name}.lora_A.weight"]
+        )
+        if isinstance(part, LowRank)
+        else Full(found[f"base_model.model.{name}" if f"base_model.model.{name}" in found else name])
+        for name, part in names.items()
+    }
+
+
+def trained(setup: Setup, train: str, settings: Train, seed: int = SEED) -> Trained:
+    return train_one(setup.adapted, TASK, setup.examples, ROWS, Fit(setup.start, frozenset(train)), settings, seed)
+
+
+@pytest.mark.parametrize(
+    ("train", "settings"),
+    [
+        ("baw", Train(lr=1e-3, epochs=2)),
+        ("ba", Train(lr=1e-3, epochs=2, weight_decay=0.1)),
+        ("b", Train(lr=1e-3, batches="random")),
+        ("aw", Train(lr=1e-3, clip_norm=0.05)),
+        ("baw", Train(optimizer="sgd", lr=0.1, epochs=2)),
+        ("ba", Train(optimizer="sgd", lr=0.1, clip_norm=0.05, batches="random")),
+        ("b", Train(optimizer="sgd", lr=0.1, weight_decay=0.1, batch_size=7)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.optimizer,
+)
+def test_one_client_trains_as_a_plain_loop_around_peft_does(setup, train, settings):
+    ours, plain = trained(setup, train, settings), plain_loop(setup, train, settings)
+    assert_close(ours.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    assert ours.steps == plain.steps
+    assert_close(pack(ours.adapter), pack(plain.adapter), rtol=1e-5, atol=1e-5)
+    factors = {
+        key.rpartition(".")[2] for key, x in pack(ours.adapter).items() if not torch.equal(x, pack(setup.start)[key])
+    }
+    assert factors == set(train)
+
+
+def test_training_depends_on_its_seed_and_not_on_the_global_generator(setup):
+    first = pack(trained(setup, "ba", Train()).adapter)
+    torch.manual_seed(12345)
+    second, other = (pack(trained(setup, "ba", Train(), seed).adapter) for seed in (SEED, SEED + 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first if key.endswith((".b", ".a")))
+
+
+def test_training_leaves_the_global_generator_as_it_was(setup):
+    before = torch.get_rng_state()
+    trained(setup, "ba", Train())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def trainer(setup: Setup) -> LocalTrainer:
+    rows, held_out = {"x": ROWS[:20], "y": ROWS[20:]}, {"x": torch.arange(30, 40), "y": ROWS[:0]}
+    return LocalTrainer(setup.adapted, TASK, setup.examples, rows, held_out, setup.examples, Train(), judge_batch=8)
+
+
+def test_a_client_trains_the_same_whoever_trained_before_it(setup):
+    x, y = ClientInfo("x", 4, 20), ClientInfo("y", 4, 10)
+    alone, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
+    trainer(setup).fit(Fit(setup.start, frozenset("baw")), x, Round(0, 0), 0)
+    after, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
+    assert all(torch.equal(tensor, pack(after)[key]) for key, tensor in pack(alone).items())
+
+
+def test_a_client_without_held_out_examples_has_no_score(setup):
+    assert trainer(setup).score(setup.start, ClientInfo("y", 4, 10)) is None
+    assert trainer(setup).score(setup.start, ClientInfo("x", 4, 20)).examples == 10
+
+
+def plain_score(setup: Setup) -> dict[str, float]:
+    """One example at a time in PEFT's model."""
+    twin = in_peft(setup, "").eval()
+    with torch.no_grad():
+        logits = torch.cat([twin(**setup.tokenizer(text, return_tensors="pt")).logits for text in setup.texts])
+    targets = setup.examples.targets
+    loss = nn.functional.cross_entropy(logits, targets)
+    return {"accuracy": float((logits.argmax(-1) == targets).float().mean()), "loss": float(loss)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_score_is_that_of_a_plain_loop_whatever_the_batch_size_and_the_order(setup, batch_size):
+    shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(batch_size))
+    found = score(setup.adapted, TASK, setup.examples, shuffled, setup.start, batch_size)
+    assert found.examples == 40
+    assert_close(dict(found.metrics), plain_score(setup), rtol=1e-5, atol=1e-6)
+
+
+def test_scoring_comes_out_the_same_after_training_on_the_same_model(setup):
+    before = score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8)
+    trained(setup, "baw", Train(lr=0.1))
+    assert score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8) == before
