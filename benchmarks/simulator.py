@@ -1,6 +1,6 @@
 """Seconds and memory of a simulated round, against a loop written by hand with PyTorch and PEFT for the same work.
 
-    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--write docs/benchmarks-simulator.md]
+    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Both sides train in random order with padding to the longest of a
