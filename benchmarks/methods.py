@@ -59,10 +59,10 @@ def main() -> None:
     text = "\n".join(
         [
             f"`fedlora demo` with another method: {setup.clients.size} clients, Dirichlet {setup.clients.alpha}, rank "
-            f"{setup.method.rank}, {setup.rounds} rounds of {setup.train.epochs} epoch, the same lr {setup.train.lr} for all "
-            f"(not searched), {len(given.seeds)} seed(s).",
+            f"{setup.method.rank}, {setup.rounds} rounds of {setup.train.epochs} epoch, lr {setup.train.lr} for all (not "
+            f"searched), {len(given.seeds)} seed(s).",
             "",
-            "| method | head | test accuracy | on the clients' held-out examples | worst tenth of clients | MB up | MB down |",
+            "| method | head | test accuracy | held-out examples of the clients | worst tenth | MB up | MB down |",
             "|---|---|---|---|---|---|---|",
             *(line(name, runs(name, given.seeds, given.set)) for name in given.methods),
             "",

@@ -60,7 +60,9 @@ def check(file: File, overrides: Overrides = None) -> None:
     from fedlora.experiment import Problem
 
     problem = Problem.make(read(file, overrides or ()))
-    Console().print(terminal.clients(problem))
+    console = Console()
+    console.width = max(console.width, terminal.CLIENTS_WIDTH)
+    console.print(terminal.clients(problem))
 
 
 @app.command()

@@ -1,19 +1,21 @@
 """What a person sees: live progress, the closing table, and the tables of the other commands."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.data.partition import label_table
 from fedlora.experiment import Problem, Result
 from fedlora.messages import ClientInfo, Round
 from fedlora.methods import Row
 
-_FEW_LABELS = 12
+_FEW_LABELS = 20
+CLIENTS_WIDTH = 120
+"""Columns that the table of clients may take, so that all its numbers can be read."""
 
 
 class Live:
@@ -99,19 +101,26 @@ def methods(rows: Iterable[Row]) -> Table:
     return table
 
 
-def clients(problem: Problem) -> Table:
-    """Each client's rank, sizes and labels: all labels if they are few, else the most frequent."""
-    labels, targets = problem.corpus.labels, problem.corpus.train["label"]
+def clients(problem: Problem) -> Group:
+    """Each client's rank, sizes and labels: the count of every label if they are few, else of the most frequent."""
+    labels, division = problem.corpus.labels, problem.division
+    counts = label_table(problem.corpus.train, division, len(labels))
     few = len(labels) <= _FEW_LABELS
-    table = Table(title=f"{len(problem.members)} clients, {len(problem.corpus.test)} test examples", title_justify="left")
-    for name in ("client", "rank", "train", "held out", *(labels if few else ("labels", "most frequent"))):
-        table.add_column(name, justify="left" if name in ("client", "most frequent") else "right", overflow="fold")
-    for who, share in zip(problem.members, problem.division.shares, strict=True):
-        counts = Counter(int(targets[int(row)]) for row in (*share.train, *share.held_out))
-        top = ", ".join(f"{labels[label]} {count}" for label, count in counts.most_common(3))
-        cells = [str(counts.get(i, 0)) for i in range(len(labels))] if few else [str(len(counts)), top]
+    title = f"{len(problem.members)} clients, {len(problem.corpus.test)} test examples"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("client", "rank", "train", "held out", *(map(str, range(len(labels))) if few else ("labels",))):
+        table.add_column(name, justify="right")
+    if not few:
+        table.add_column("most frequent", overflow="fold")
+    for who, share, own in zip(problem.members, division.shares, counts.tolist(), strict=True):
+        ranked = sorted(range(len(labels)), key=lambda label: -own[label])
+        top = ", ".join(f"{labels[label]} {own[label]}" for label in ranked[:3] if own[label])
+        cells = map(str, own) if few else (str(sum(count > 0 for count in own)), top)
         table.add_row(who.id, str(who.rank), str(len(share.train)), str(len(share.held_out)), *cells)
-    return table
+    below = [Text("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))] if few else []
+    if division.left_out_rows:
+        below.append(Text(f"left out: {division.left_out_rows} examples, {division.left_out_clients} clients"))
+    return Group(table, *below)
 
 
 def size(count: int) -> str:
