@@ -27,6 +27,7 @@ from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.loop import Plan, Progress, Watcher, one_round
+from fedlora.rounds.sample import cohort_size
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.inject import Adapted, Scaling, head_modules
 from fedlora.train.local import LocalTrainer
@@ -153,6 +154,11 @@ class Problem:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
         if long := [share.client for share in division.shares if len(client_folder(share.client)) > 200]:
             raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
+        if (cohort := cohort_size(count, experiment.sampling.fraction)) < experiment.sampling.min_replies:
+            raise UserError(
+                f"sampling.min_replies = {experiment.sampling.min_replies}: only {cohort} of {count} clients are chosen "
+                "for a round; lower it, or raise sampling.fraction"
+            )
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
         members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
         return cls(corpus, division, members)
@@ -227,8 +233,8 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     done, progress = folder.restore()
     bench = _Bench.make(experiment)
     if not folder.experiment.exists():
-        folder.record("environment.json", json.dumps(_environment(), indent=1))
         folder.record("experiment.toml", experiment.to_toml())
+        folder.record("environment.json", json.dumps(_environment(), indent=1))
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,

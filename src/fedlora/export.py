@@ -48,6 +48,11 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
         fan_in_fan_out=adapted.transposed,
         modules_to_save=list(adapted.head) or None,
     ).save_pretrained(str(folder))
+    config = folder / "adapter_config.json"  # peft keeps the targets as a set, and writes them in any order
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(
+        json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
+    )
     (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 
 

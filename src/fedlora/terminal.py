@@ -73,7 +73,7 @@ def closing(result: Result) -> Table:
         table.add_row(
             str(row["round"]),
             str(len(row["accepted"])) + (f" of {len(row['chosen'])}" if row["refused"] else ""),
-            f"{row['train_loss']:.3f}",
+            _number(row["train_loss"]),
             _number(row.get("global", {}).get("accuracy")),
             _number(clients.get("mean")),
             _number(clients.get("worst_decile")),

@@ -1,6 +1,7 @@
 """A run's folder: what survives a crash, and who may write in it."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,21 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            used = any(entry.name != "lock" for entry in path.iterdir())
         except OSError as error:
             raise UserError(f"{path}: cannot be made: {error.strerror}; choose another directory with --out") from error
-        if used:
+        folder = cls(path)
+        if any(entry.name != "lock" and entry.suffix != ".partial" for entry in path.iterdir()):
+            folder.release()
             raise UserError(f"{path}: is not empty; go on with --resume {path}, or choose another directory with --out")
-        return cls(path)
+        return folder
 
     def release(self) -> None:
         """Gives the lock back; removes the folder if nothing else was ever written to it."""
-        self._lock.release()
-        if [entry.name for entry in self.path.iterdir()] == ["lock"]:
+        unused = [entry.name for entry in self.path.iterdir()] == ["lock"]
+        if unused:
             (self.path / "lock").unlink()
+        self._lock.release()
+        if unused:
             self.path.rmdir()
 
     def record(self, name: str, content: str) -> None:
@@ -84,7 +88,7 @@ class RunFolder:
         Raises:
             RunStopped: the disk is full; the round before stays complete.
         """
-        durable.append(self._rows, (json.dumps(row) + "\n").encode())
+        durable.append(self._rows, (json.dumps(_plain(row), allow_nan=False) + "\n").encode())
         durable.replace(self._checkpoint, encode_state(server, rounds_done=rounds_done))
 
     def restore(self) -> tuple[int, Any]:
@@ -96,10 +100,7 @@ class RunFolder:
         if not self._checkpoint.exists():
             done, server = 0, None
         else:
-            try:
-                server, notes = decode_state(str(self._checkpoint))
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            server, notes = _read(self._checkpoint)
             done = notes["rounds_done"]
         if self._rows.exists():
             durable.replace(self._rows, b"".join(self._rows.read_bytes().splitlines(keepends=True)[:done]))
@@ -112,7 +113,7 @@ class RunFolder:
     def client_state(self, who: ClientInfo, before: int) -> Any | None:
         """The client's state after the last round of index below `before` that left one; None if there is none."""
         found = [index for index in self._saved(who) if index < before]
-        return decode_state(str(self._client_file(who, max(found))))[0] if found else None
+        return _read(self._client_file(who, max(found)))[0] if found else None
 
     def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
         """Writes the client's state after the round of this index; keeps the one before it until that round is complete.
@@ -138,7 +139,7 @@ class RunFolder:
 
     def fold(self, index: int) -> Mapping[str, LowRank]:
         """The change of the base that the round of this index made."""
-        found: Mapping[str, LowRank] = decode_state(str(self._fold_file(index)))[0]
+        found: Mapping[str, LowRank] = _read(self._fold_file(index))[0]
         return found
 
     def _fold_file(self, index: int) -> Path:
@@ -149,6 +150,23 @@ class RunFolder:
 
     def _saved(self, who: ClientInfo) -> list[int]:
         return [int(file.stem) for file in self._client_file(who, 0).parent.glob("*.safetensors")]
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        return decode_state(str(path))
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"the run is damaged: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have."""
+    match value:
+        case Mapping():
+            return {key: _plain(item) for key, item in value.items()}
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def client_folder(client: str) -> str:

@@ -15,7 +15,7 @@ from fedlora.adapter import Tensors
 
 def encode(tensors: Tensors) -> bytes:
     """A payload: the tensors with their names, shapes and dtypes, in one byte string."""
-    return save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    return save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})  # views may share memory
 
 
 def decode(payload: bytes) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def decode(payload: bytes) -> dict[str, Tensor]:
     """
     try:
         return load(payload)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"not a payload of tensors: {error}") from error
 
 
@@ -61,7 +61,7 @@ def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             plan = json.loads((file.metadata() or {})["plan"])
             return _build(plan["state"], file.get_tensor), plan["notes"]
-    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a state that this version can read: {error}") from error
 
 
@@ -73,7 +73,7 @@ def _plan(state: Any, tensors: list[Tensor]) -> Any:
         case Tensor():
             tensors.append(state)
             return {"tensor": str(len(tensors) - 1)}
-        case tuple() | list():
+        case tuple() | list() if type(state) in (tuple, list):
             return {type(state).__name__: [_plan(item, tensors) for item in state]}
         case Mapping():
             if not all(isinstance(key, str) for key in state):

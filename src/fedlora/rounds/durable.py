@@ -32,7 +32,10 @@ def folder(path: Path) -> None:
         RunStopped: it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            folder(path.parent)
+            path.mkdir(exist_ok=True)
+            _sync_folder(path.parent)
     except OSError as error:
         raise _stopped(path, error) from error
 

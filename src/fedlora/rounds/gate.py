@@ -44,8 +44,8 @@ class Gate:
             return f"replies to {_name(reply.round)}, this is {_name(self.rnd)}"
         if reply.client not in self.sent:
             return "was not chosen for this round, or has changed its rank or its number of examples"
-        if not (math.isfinite(reply.weight) and reply.weight > 0):
-            return f"has weight {reply.weight}, expected a finite number above 0"
+        if not 0 < reply.weight <= reply.client.examples:
+            return f"has weight {reply.weight}, expected one above 0 and up to its {reply.client.examples} examples"
         return None
 
     def _content(self, reply: Reply) -> str | None:

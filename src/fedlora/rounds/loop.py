@@ -1,5 +1,6 @@
 """The round loop: choose, send, gather, merge, judge, record. It knows neither methods nor machines."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,4 +232,6 @@ def _judge(
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
-    return sum(weight * value for weight, value in pairs) / sum(weight for weight, _ in pairs)
+    """Of the finite values: one client may report anything."""
+    finite = [(weight, value) for weight, value in pairs if math.isfinite(value)]
+    return sum(weight * value for weight, value in finite) / sum(weight for weight, _ in finite) if finite else math.nan

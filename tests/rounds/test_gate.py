@@ -1,0 +1,265 @@
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from fedlora.adapter import AdapterSpec
+from fedlora.config import Evaluate, Sampling
+from fedlora.errors import RunStopped
+from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.wrap.head import HeadRule
+from fedlora.rounds.codec import encode
+from fedlora.rounds.gate import Failed
+from fedlora.rounds.loop import Plan, Progress, one_round
+from fedlora.rounds.sample import choose
+
+NAN, INF = math.nan, math.inf
+SPEC = AdapterSpec(modules={"q": (6, 4), "v": (5, 3)}, head={"out.w": torch.linspace(-1, 1, 8).view(2, 4)})
+METHOD = HeadRule(FactorAveraging(rank=4), "averaged")
+MEMBERS = [ClientInfo(name, rank=4, examples=10 + 3 * i) for i, name in enumerate("abcdefgh")]
+BEFORE = METHOD.init_server(SPEC, seed=0)
+INDEX = 4
+
+
+def honest(who, rnd, got):
+    """A reply that depends on the client and the attempt, so that no two states are equal by chance."""
+    rng = rnd.rng(f"move {rnd.attempt}", who.id)
+    upload = {name: x + torch.randn(x.shape, generator=rng) / 10 for name, x in got.items()}
+    return Reply(who, rnd, upload, float(who.examples), {"loss": 1.0})
+
+
+def as_it_is(reply):
+    return [reply]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An exchange whose clients answer honestly, but for what `bend` makes of it."""
+
+    members: list[ClientInfo]
+    bend: Callable[[Reply], list[Reply | Failed]] = as_it_is
+
+    def clients(self):
+        return self.members
+
+    def fold(self, change):
+        raise AssertionError("this method folds nothing")
+
+    def turn(self, rnd, sent, missed):
+        for who, got in sent.items():
+            yield from self.bend(honest(who, rnd, got))
+
+    def judge(self, rnd, sent, missed):
+        yield from ()
+
+
+class NoFolds:
+    """A store for a method that folds nothing."""
+
+    def save_fold(self, index, fold):
+        raise AssertionError("this method folds nothing")
+
+    def fold(self, index):
+        raise AssertionError("this method folds nothing")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A watcher that remembers."""
+
+    cohorts: list[list[ClientInfo]] = field(default_factory=list)
+    answers: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def round_started(self, rnd, chosen):
+        self.cohorts.append(list(chosen))
+
+    def answered(self, who, refused):
+        self.answers.append((who.id, refused))
+
+    def round_ended(self, row):
+        pass
+
+
+def play(exchange, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
+    """The server's state after a round, and the row."""
+    plan = Plan(method, SPEC, 0, Sampling(**sampling), Evaluate(clients="none"), rounds=9, uniform_weights=uniform)
+    after, row = one_round(plan, exchange, NoFolds(), Progress(before), INDEX, watch or Seen())
+    return after.server, row
+
+
+def only(client, change):
+    """Bends the replies of one client."""
+    return lambda reply: [change(reply)] if reply.client.id == client else [reply]
+
+
+def upload(**changes):
+    """Changes tensors of the upload; None leaves one out."""
+
+    def change(reply):
+        bent: Mapping[str, torch.Tensor | None] = {
+            **reply.upload,
+            **{k: f(reply.upload.get(k)) for k, f in changes.items()},
+        }
+        return replace(reply, upload={name: x for name, x in bent.items() if x is not None})
+
+    return change
+
+
+def spoilt(value):
+    """One entry of a tensor replaced."""
+    return lambda x: x.flatten().index_fill(0, torch.tensor([x.numel() - 1]), value).view(x.shape)
+
+
+def equal(x, y):
+    return encode({**x.inner, **x.head}) == encode({**y.inner, **y.head})
+
+
+BAD = {
+    "NaN": (upload(**{"v.a": spoilt(NAN)}), "sent v.a with NaN or infinite"),
+    "infinite": (upload(**{"q.b": spoilt(INF)}), "sent q.b with NaN or infinite"),
+    "minus infinite head": (upload(**{"head/out.w": spoilt(-INF)}), "sent head/out.w with NaN or infinite"),
+    "transposed": (upload(**{"q.b": lambda x: x.T}), r"sent q.b with shape (4, 6), expected (6, 4)"),
+    "of rank 1": (upload(**{"q.b": lambda x: x[:, :1], "q.a": lambda x: x[:1]}), "with shape (6, 1), expected (6, 4)"),
+    "a number": (upload(**{"v.b": lambda x: x.sum()}), "sent v.b with shape (), expected (5, 4)"),
+    "with a batch axis": (upload(**{"v.b": lambda x: x[None]}), "sent v.b with shape (1, 5, 4), expected (5, 4)"),
+    "empty": (lambda r: replace(r, upload={}), "lacks head/out.w and 4 more"),
+    "without one factor": (upload(**{"v.a": lambda x: None}), "lacks v.a"),
+    "without the head": (upload(**{"head/out.w": lambda x: None}), "lacks head/out.w"),
+    "with another factor": (upload(**{"k.b": lambda x: torch.ones(6, 4)}), "sent unexpected k.b"),
+    "in fp64": (upload(**{"q.a": lambda x: x.double()}), "sent q.a as torch.float64, expected torch.float32"),
+    "in bf16": (upload(**{"q.a": lambda x: x.bfloat16()}), "sent q.a as torch.bfloat16, expected torch.float32"),
+    "in whole numbers": (upload(**{"q.a": lambda x: x.int()}), "sent q.a as torch.int32, expected torch.float32"),
+    "of weight 0": (lambda r: replace(r, weight=0.0), "has weight 0.0, expected"),
+    "of weight -1": (lambda r: replace(r, weight=-1.0), "has weight -1.0, expected"),
+    "of weight NaN": (lambda r: replace(r, weight=NAN), "has weight nan, expected"),
+    "of infinite weight": (lambda r: replace(r, weight=INF), "has weight inf, expected"),
+    "from an old round": (lambda r: replace(r, round=Round(INDEX - 1, 0)), "replies to round 4, this is round 5"),
+    "to another attempt": (
+        lambda r: replace(r, round=Round(INDEX, 0, attempt=1)),
+        "replies to round 5, attempt 2, this is",
+    ),
+    "from another run": (lambda r: replace(r, round=Round(INDEX, 99)), "replies to"),
+    "with more examples": (lambda r: replace(r, client=replace(r.client, examples=10**6)), "number of examples"),
+    "of another rank": (lambda r: replace(r, client=replace(r.client, rank=2)), "has changed its rank"),
+    "missing": (lambda r: Failed(r.client, "the connection was lost"), "the connection was lost"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("client", ["a", "c", "d"])
+def test_a_bad_reply_is_refused_by_name_and_the_round_is_as_without_that_client(client, change, reason):
+    watch = Seen()
+    after, row = play(Answers(MEMBERS[:4], only(client, change)), watch)
+    alone, _ = play(Answers([who for who in MEMBERS[:4] if who.id != client]))
+    assert equal(after, alone)
+    assert row["refused"].keys() == {client} and reason in row["refused"][client]
+    assert row["accepted"] == [who.id for who in MEMBERS[:4] if who.id != client] and row["attempts"] == 1
+    assert dict(watch.answers) == {who.id: row["refused"].get(who.id) for who in MEMBERS[:4]}
+
+
+def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enough_is_not():
+    def far(norm):
+        """A change of that norm in all, spread over two tensors."""
+        return lambda got: {**got, "q.b": got["q.b"] + norm * 0.6 / 24**0.5, "v.a": got["v.a"] + norm * 0.8 / 12**0.5}
+
+    got = METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))
+    near, beyond = [only("b", lambda r, n=n: replace(r, upload=far(n)(got))) for n in (99.9, 100.1)]
+    after, row = play(Answers(MEMBERS[:4], beyond), max_norm=100.0)
+    assert equal(after, play(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
+    assert "changed by the norm 100.1, allowed is 100" in row["refused"]["b"]
+    assert play(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["refused"] == {}
+
+
+def test_a_norm_that_no_float_can_hold_is_refused():
+    huge = only("b", upload(**{"q.b": lambda x: torch.full_like(x, 3e38)}))
+    _, row = play(Answers(MEMBERS[:4], huge), max_norm=100.0)
+    assert row["refused"].keys() == {"b"}
+
+
+def test_a_second_reply_is_refused_and_the_first_one_counts():
+    def again(reply):
+        return [reply, replace(reply, weight=1e6)] if reply.client.id == "b" else [reply]
+
+    after, row = play(Answers(MEMBERS[:4], again))
+    assert equal(after, play(Answers(MEMBERS[:4]))[0])
+    assert row["refused"] == {"b": "has already replied in this round"} and row["accepted"] == ["a", "b", "c", "d"]
+
+
+def test_a_client_may_mend_a_refused_reply():
+    def twice(reply):
+        return [replace(reply, weight=NAN), reply] if reply.client.id == "b" else [reply]
+
+    after, row = play(Answers(MEMBERS[:4], twice))
+    assert equal(after, play(Answers(MEMBERS[:4]))[0]) and row["accepted"] == ["a", "b", "c", "d"]
+
+
+def test_a_client_that_was_not_chosen_is_refused():
+    def intrude(reply):
+        return [reply, replace(reply, client=ClientInfo("stranger", 4, 10))]
+
+    after, row = play(Answers(MEMBERS[:4], intrude))
+    assert equal(after, play(Answers(MEMBERS[:4]))[0])
+    assert row["refused"].keys() == {"stranger"} and "was not chosen" in row["refused"]["stranger"]
+
+
+def test_no_accepted_weight_makes_the_merged_state_infinite():
+    heavy = Answers(MEMBERS[:4], lambda r: [replace(r, weight=1e308, upload={k: 100 + x for k, x in r.upload.items()})])
+    try:
+        after, _ = play(heavy, attempts=1)
+    except RunStopped:
+        return
+    assert all(bool(x.isfinite().all()) for x in {**after.inner, **after.head}.values())
+
+
+def test_only_what_this_round_trains_is_expected():
+    method = HeadRule(FactorAveraging(rank=4, schedule=("a", "b")), "frozen")
+    before = method.init_server(SPEC, seed=0)
+    trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload={k: r.upload[k] for k in ("q.a", "v.a")})])
+    assert play(trained_a, method=method, before=before)[1]["refused"] == {}
+    with pytest.raises(RunStopped, match=r"sent unexpected q\.b"):
+        play(Answers(MEMBERS[:4]), method=method, before=before)
+
+
+def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_one_counts():
+    watch = Seen()
+    some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 2 or r.client.id < "c" else [Failed(r.client, "silent")])
+    after, row = play(some, watch, fraction=0.5, min_replies=3, attempts=4)
+    last = Round(INDEX, 0, attempt=2)
+    assert watch.cohorts == [choose(MEMBERS, 0.5, Round(INDEX, 0, attempt=i)) for i in range(3)]
+    assert watch.cohorts[0] != watch.cohorts[1] != watch.cohorts[2] and row["attempts"] == 3
+    assert row["chosen"] == row["accepted"] == [who.id for who in watch.cohorts[2]]
+    replies = [honest(who, last, METHOD.send(BEFORE, who, last)) for who in watch.cohorts[2]]
+    assert equal(after, METHOD.merge(BEFORE, Replies(replies), last).server)
+
+
+def test_the_bytes_of_all_attempts_are_counted():
+    some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 1 else [replace(r, weight=NAN)])
+    _, row = play(some, fraction=0.5)
+    payload = len(encode(METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))))
+    assert row["attempts"] == 2
+    assert row["bytes_up"] == row["bytes_down"] == 2 * 4 * payload
+
+
+@pytest.mark.parametrize("min_replies", [1, 3])
+def test_after_the_last_attempt_the_run_stops_and_the_state_is_as_before(min_replies):
+    watch, written = Seen(), encode({**BEFORE.inner, **BEFORE.head})
+    some = Answers(MEMBERS, lambda r: [r] if min_replies == 3 and r.client.id < "c" else [Failed(r.client, "silent")])
+    with pytest.raises(RunStopped, match=f"round {INDEX + 1}: in 2 attempts.*{min_replies} uploads.*h: silent"):
+        play(some, watch, fraction=0.75, min_replies=min_replies, attempts=2)
+    assert len(watch.cohorts) == 2
+    assert encode({**BEFORE.inner, **BEFORE.head}) == written
+
+
+def test_a_round_leaves_the_state_it_started_from_as_it_was():
+    written = encode({**BEFORE.inner, **BEFORE.head})
+    after, _ = play(Answers(MEMBERS))
+    assert not equal(after, BEFORE) and encode({**BEFORE.inner, **BEFORE.head}) == written
+
+
+def test_uniform_weights_count_every_accepted_client_once():
+    after, _ = play(Answers(MEMBERS[:3]), uniform=True)
+    alike = [replace(who, examples=1) for who in MEMBERS[:3]]
+    assert equal(after, play(Answers(alike))[0])
