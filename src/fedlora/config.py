@@ -214,7 +214,7 @@ class Experiment(_Section):
 
 DEMO: Mapping[str, Any] = {
     "data": {"source": "stdlib-docs", "rows": 2500},
-    "train": {"lr": 2e-3, "batch_size": 16, "max_length": 64},
+    "train": {"lr": 3e-3, "max_length": 64},
 }
 """The table of the built-in experiment: small enough for two cores and three minutes."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -54,20 +55,12 @@ class Live:
 
 
 def closing(result: Result) -> Table:
-    """The run, a line for each round."""
-    table = Table(title=f"{result.folder}", title_justify="left")
-    for name in (
-        "round",
-        "clients",
-        "train loss",
-        "test accuracy",
-        "clients' accuracy",
-        "worst tenth",
-        "up",
-        "down",
-        "seconds",
-    ):
-        table.add_column(name, justify="right")
+    """The run, a line for each round. Held-out examples are the clients'; the worst tenth is of the clients."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    first = ("", "", "train", "test", "held-out", "worst", "", "", "")
+    second = ("round", "clients", "loss", "accuracy", "accuracy", "tenth", "up", "down", "seconds")
+    for above, below in zip(first, second, strict=True):
+        table.add_column(f"{above}\n{below}", justify="right")
     for row in result.rows:
         clients = row.get("clients", {}).get("accuracy", {})
         table.add_row(
@@ -138,7 +131,7 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
     if "global" in row:
         found.append(f"test accuracy {row['global']['accuracy']:.3f}")
     if row.get("clients"):
-        found.append(f"clients' accuracy {row['clients']['accuracy']['mean']:.3f}")
+        found.append(f"held-out accuracy {row['clients']['accuracy']['mean']:.3f}")
     return found
 
 

@@ -3,11 +3,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from twins import apart, drifted_terms, random_factor, random_terms, total, truncated
 
 from fedlora.linalg.alternation import Coefficients, affine, alternate, combined, descend, linear, objective
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.lowrank import LowRank
+
+from twins import apart, drifted_terms, random_factor, random_terms, total, truncated
 
 
 def uneven(count, seed=0, **shape):

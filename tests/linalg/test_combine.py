@@ -1,10 +1,11 @@
 import pytest
 import torch
-from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total
 
 from fedlora.linalg.combine import inner, leading, mean, norm, pad, relative_error, residual, stack, widen
 from fedlora.linalg.fit import svd
 from fedlora.linalg.lowrank import LowRank
+
+from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])

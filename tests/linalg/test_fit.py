@@ -1,11 +1,12 @@
 import pytest
 import torch
-from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
 
 from fedlora.linalg import fit
 from fedlora.linalg.combine import leading, norm
 from fedlora.linalg.fit import best_fit, recompress, svd, truncate
 from fedlora.linalg.lowrank import LowRank
+
+from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
 
 CLOSE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-12}
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
-from twins import apart, drifted_terms, total, truncated
 
 from fedlora.linalg import fit
 from fedlora.linalg.fit import best_fit
 from fedlora.linalg.krylov import converged_basis
 from fedlora.linalg.lowrank import LowRank
+
+from twins import apart, drifted_terms, total, truncated
 
 SHAPE = {"out": 260, "in_": 200}
 

@@ -2,9 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from twins import IN, apart, drifted_terms, random_terms, total, truncated
 
 from fedlora.linalg.queries import answer_first, answer_second, finish, probe, span
+
+from twins import IN, apart, drifted_terms, random_terms, total, truncated
 
 
 def ask(terms, rank, width, iterations):

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from twins import apart
 
 from fedlora.linalg.robust import robust_parts, shrink_singular
+
+from twins import apart
 
 
 def columns(n=300, m=12, density=0.05, seed=0):

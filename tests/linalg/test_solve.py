@@ -1,10 +1,11 @@
 import pytest
 import torch
-from twins import apart, drifted_terms, random_terms, total, truncated
 
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.solve import CosineLoss, corrected, cross, descend, ridge
+
+from twins import apart, drifted_terms, random_terms, total, truncated
 
 
 def shared_a(terms):

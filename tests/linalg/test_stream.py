@@ -1,9 +1,10 @@
 import pytest
 import torch
-from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
 
 from fedlora.linalg.fit import best_fit
 from fedlora.linalg.stream import RunningSum
+
+from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
 
 
 def added(terms, **how):

@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from twins import apart, drifted_terms, random_factor
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.subspace import align, angles, orthonormal, rank_change
+
+from twins import apart, drifted_terms, random_factor
 
 
 def rotation(n, seed=0, det=1):
