@@ -26,7 +26,9 @@ def five_intents(tmp_path_factory):
     for split in ("train", "test"):
         with gzip.open(BANKING77 / f"{split}.jsonl.gz", "rt") as file:
             rows = [row for row in map(json.loads, file) if row["label"] in INTENTS]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({**row, "label": str(row["label"])}) + "\n" for row in rows))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({**row, "label": str(row["label"])}) + "\n" for row in rows)
+        )
     return folder
 
 

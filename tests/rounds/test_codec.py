@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
-from fedlora.rounds.codec import decode, decode_state, encode, encode_state, tensors_in
+from fedlora.rounds.codec import decode, decode_state, encode, encode_state, outline
 
 DTYPES = [
     torch.float64,
@@ -151,7 +151,9 @@ def test_notes_travel_beside_the_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "foreign", [{1, 2}, b"x", object(), 1j, LowRank, torch.float32, {1: "x"}, lambda: 0, range(3)], ids=repr
+    "foreign",
+    [{1, 2}, b"x", object(), 1j, LowRank, torch.float32, {1: "x"}, lambda: 0, range(3)],
+    ids=lambda x: type(x).__name__,
 )
 def test_a_state_with_a_foreign_object_is_refused_when_it_is_written(foreign):
     with pytest.raises(TypeError, match="a state"):
@@ -232,5 +234,5 @@ def test_a_state_file_cut_off_or_bent_is_refused_or_read(tmp_path):
 
 def test_the_tensors_in_a_state_are_listed_in_the_order_of_its_parts():
     x, y, z = torch.ones(1), torch.ones(2), torch.ones(3)
-    found = tensors_in({"first": (x, [y]), "second": LowRank(b=z[:, None], a=x[None]), "number": 3})
+    _, found = outline({"first": (x, [y]), "second": LowRank(b=z[:, None], a=x[None]), "number": 3})
     assert [tuple(t.shape) for t in found] == [(1,), (2,), (3, 1), (1, 1)] and found[0] is x

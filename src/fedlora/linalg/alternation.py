@@ -1,7 +1,8 @@
 """Two lists of coefficients, so that (sum_i p_i b_i)(sum_i q_i a_i) comes near a sum of products of single terms.
 
 The objective is quadratic in p for fixed q and the other way round. It is evaluated on the Gram blocks b_u^T b_v and
-a_u a_v^T, computed once: after that no step depends on the width of the matrices.
+a_u a_v^T, computed once: after that no step depends on the width of the matrices. For m terms they take 2 (m rank)^2 fp64
+numbers per matrix: with many terms, give a batch one matrix at a time.
 Source: Nguyen et al. 2025, arXiv:2509.26399.
 """
 
@@ -135,11 +136,12 @@ def _normal_equations(layers: Sequence[Blocks], p: Tensor, shared: bool) -> tupl
     """The matrix [*batch, m, m] and the vector [*batch, m] of the least-squares problem for q."""
     matrices, vectors = [], []
     for layer in layers:
-        mixed = torch.einsum("...p,...puij->...uij", p, layer.left)  # b_hat^T b_u
-        gram = torch.einsum("...u,...uij->...ij", p, mixed)  # b_hat^T b_hat
-        matrices.append(torch.einsum("...ij,...vwij->...vw", gram, layer.right))
-        wanted = torch.einsum("ux,...uij->...xij", layer.target, mixed)
-        vectors.append(torch.einsum("...xij,...vxij->...v", wanted, layer.right))
+        m, square = layer.left.shape[-3], layer.left.shape[-1] ** 2
+        mixed = (p[..., None, :] @ layer.left.flatten(-3)).reshape(*layer.left.shape[:-4], m, square)  # b_hat^T b_u
+        gram = p[..., None, :] @ mixed  # b_hat^T b_hat
+        matrices.append((layer.right.flatten(-2) @ gram[..., None, :, :].mT)[..., 0])
+        wanted = layer.target.mT @ mixed
+        vectors.append((layer.right.flatten(-3) @ wanted.flatten(-2)[..., None])[..., 0])
     return _total(matrices, shared, 2), _total(vectors, shared, 1)
 
 
@@ -153,8 +155,8 @@ def _blocks(factors: Sequence[LowRank], target: Tensor, start: Tensor, pinned: b
     b = torch.stack([f.b.to(WORKING) for f in factors], -2)  # [*batch, out, m, rank]
     a = torch.stack([f.a.to(WORKING).mT for f in factors], -2)  # [*batch, in, m, rank]
     left, right = (_grams(x) for x in (b, a))
-    imitated = torch.einsum("uv,xy,...vyij->...uxij", target, target, right)
-    size = (left * imitated).sum((-4, -3, -2, -1))
+    imitated = target @ (target @ right.flatten(-3)).reshape(right.shape).flatten(-2)  # [*batch, m, m, rank rank]
+    size = (left.flatten(-2) * imitated).sum((-3, -2, -1))
     return Blocks(left=left, right=right, target=target, size=size, start=start, pinned=pinned)
 
 
@@ -162,7 +164,8 @@ def _grams(x: Tensor) -> Tensor:
     """[*batch, m, m, rank, rank] from [*batch, n, m, rank]."""
     m, rank = x.shape[-2:]
     flat = x.flatten(-2)
-    return torch.matmul(flat.mT, flat).reshape(*x.shape[:-3], m, rank, m, rank).movedim(-3, -2)
+    grams = torch.matmul(flat.mT, flat).reshape(*x.shape[:-3], m, rank, m, rank)
+    return grams.movedim(-3, -2).contiguous()  # every contraction is then one pass over memory
 
 
 def _swapped(layer: Blocks) -> Blocks:

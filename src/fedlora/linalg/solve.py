@@ -18,7 +18,7 @@ _SINGULAR = 1e-13  # relative: eigenvalues of a a^T below are rounding
 
 def cross(factor: LowRank, a: Float[Tensor, "*batch rank in"]) -> Float[Tensor, "*batch out rank"]:
     """b (a_own a^T), whose weighted sum over the terms is m a^T: enough for `ridge`, and linear in each product."""
-    return (factor.b.to(WORKING) @ (factor.a.to(WORKING) @ a.mT.to(WORKING))).to(factor.b.dtype)
+    return _cross(factor, a).to(factor.b.dtype)
 
 
 def ridge(centre: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: float) -> LowRank:
@@ -47,11 +47,11 @@ def corrected(terms: Terms, strength: float) -> LowRank:
     Raises:
         ValueError: the ranks differ, or strength is negative.
     """
-    wide = [(w, LowRank(b=f.b.to(WORKING), a=f.a.to(WORKING))) for w, f in _normalised(terms)]
-    centre = mean(wide)
-    crosses = torch.stack([w * cross(f, centre.a) for w, f in wide]).sum(0)
-    found, dtype = ridge(centre, crosses, strength), terms[0][1].b.dtype
-    return LowRank(b=found.b.to(dtype), a=found.a.to(dtype))
+    centre = mean(terms)
+    crosses = torch.zeros_like(centre.b, dtype=WORKING)
+    for weight, factor in _normalised(terms):
+        crosses += weight * _cross(factor, centre.a)
+    return ridge(centre, crosses, strength)
 
 
 class CosineLoss:
@@ -111,6 +111,10 @@ def descend(loss: CosineLoss, steps: int, rate: float, start: Float[Tensor, "*ba
     for _ in range(steps):
         x = x - rate * loss.gradient(x)
     return LowRank(b=x, a=loss.centre.a)
+
+
+def _cross(factor: LowRank, a: Tensor) -> Tensor:
+    return torch.matmul(factor.b.to(WORKING), factor.a.to(WORKING) @ a.mT.to(WORKING))
 
 
 def _normalised(terms: Terms) -> list[tuple[float, LowRank]]:

@@ -6,6 +6,18 @@ from typing import Any, Literal
 
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.fedex_lora import FedExLoRA
+from fedlora.methods.fedhm import FedHMLoRA
+from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
+from fedlora.methods.fedrot_lora import FedRotLoRA
+from fedlora.methods.fedrpca import FedRPCA
+from fedlora.methods.fedsvd import FedSVD
+from fedlora.methods.flexlora import FlexLoRA, FRALoRA
+from fedlora.methods.flora import FLoRA
+from fedlora.methods.flora_na import FLoRANA
+from fedlora.methods.frlora import FRLoRA
+from fedlora.methods.hetlora import HetLoRA
+from fedlora.methods.lora_fair import LoRAFAIR
 
 Head = Literal["frozen", "averaged", "local"]
 
@@ -14,8 +26,11 @@ Head = Literal["frozen", "averaged", "local"]
 class Row:
     """One method: how to make it, where it comes from, what it can do.
 
-    `up` and `down` are floats per adapted layer, client and round, in r (rank), in, out; the head comes on top. For a
-    method whose traffic changes with the round they are tuples, repeated.
+    `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
+    top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
+    in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
+    sum of their ranks. `rank` is the method's, in all three. `exceptions` maps the name of a law that cannot hold, for all
+    cases or ("law, mixed ranks") for unequal ranks only, to the reason.
     """
 
     name: str
@@ -29,6 +44,8 @@ class Row:
     personal: bool = False
     mixed_ranks: bool = False
     singles: bool = False
+    fold: str = "0"
+    exceptions: Mapping[str, str] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
@@ -79,6 +96,167 @@ _ROWS = (
         down=("r * in",),
         head="local",
         personal=True,
+    ),
+    Row(
+        name="flexlora",
+        make=FlexLoRA,
+        paper="Bai et al. 2024, arXiv:2402.11505",
+        summary="averages products; each client gets the best fit of its own rank",
+        exact="up to the rank: the best fit to the mean of the products",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        mixed_ranks=True,
+        singles=True,
+    ),
+    Row(
+        name="fra-lora",
+        make=FRALoRA,
+        paper="Trautmann et al. 2025, arXiv:2501.06332",
+        summary="averages products and factorises the mean again",
+        exact="up to the rank: the best fit to the mean of the products",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        singles=True,
+    ),
+    Row(
+        name="flora",
+        make=FLoRA,
+        paper="Wang et al. 2024, arXiv:2409.05976",
+        summary="stacks the factors into the base and starts from fresh ones",
+        exact="yes",
+        up=("r * (out + in)",),
+        down=("0",),
+        fold="min(R * (out + in), out * in)",
+        mixed_ranks=True,
+        singles=True,
+        exceptions={"test_identical_clients_are_as_one": "each client draws an a of its own"},
+    ),
+    Row(
+        name="fedex-lora",
+        make=FedExLoRA,
+        paper="Singhal et al. 2025, arXiv:2410.09432",
+        summary="averages b and a separately; what that misses goes into the base",
+        exact="yes",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        fold="min((K - 1) * r * (out + in), out * in)",
+        singles=True,
+    ),
+    Row(
+        name="flora-na",
+        make=FLoRANA,
+        paper="Nguyen et al. 2025, arXiv:2509.26399",
+        summary="searches two lists of coefficients whose combined b and a imitate the mean of the products",
+        exact="no: between averaged factors and the best fit of the rank",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        mixed_ranks=True,
+        singles=True,
+    ),
+    Row(
+        name="lora-fair",
+        make=LoRAFAIR,
+        paper="Bian et al. 2025, arXiv:2411.14961",
+        summary="averages b and a, and corrects b on the server towards the mean of the products",
+        exact="no: only what lies in the rows of the mean a",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        singles=True,
+    ),
+    Row(
+        name="frlora",
+        make=FRLoRA,
+        paper="Yan et al. 2025, ICLR, openreview e0rQRMUhs7",
+        summary="starts each round from the principal part of the weights; the change goes into the base",
+        exact="no: off by the covariance of the factors; yes if b alone is trained",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        fold="min(2 * r * (out + in), out * in)",
+    ),
+    Row(
+        name="fedloru",
+        make=FedLoRU,
+        paper="Park and Klabjan 2024, arXiv:2409.12371",
+        summary="averages b and a separately; every few rounds their product goes into the base",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        fold="min(r * (out + in), out * in)",
+    ),
+    Row(
+        name="pfedloru",
+        make=PFedLoRU,
+        paper="Park and Klabjan 2024, arXiv:2409.12371",
+        summary="FedLoRU with a second, personal pair of factors that never travels",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        fold="min(r * (out + in), out * in)",
+        personal=True,
+    ),
+    Row(
+        name="mfedloru",
+        make=MFedLoRU,
+        paper="Park and Klabjan 2024, arXiv:2409.12371",
+        summary="FedLoRU whose clients upload their changes of b and a, each at the client's own rank",
+        exact="no: off by the covariance of the factors, and by what the clients' ranks cut",
+        up=("r * (out + in + 2 * rank)",),
+        down=("rank * (out + in)",),
+        fold="min(rank * (out + in), out * in)",
+        mixed_ranks=True,
+        singles=True,
+        exceptions={"test_one_client_alone_trains_locally, mixed ranks": "its upload is cut to its rank"},
+    ),
+    Row(
+        name="hetlora",
+        make=HetLoRA,
+        paper="Cho et al. 2024, arXiv:2401.06432",
+        summary="pads unequal ranks with zeros, averages by norm; clients prune their own rank",
+        exact="no: off by the covariance of the padded factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        mixed_ranks=True,
+        singles=True,
+    ),
+    Row(
+        name="fedhm-lora",
+        make=FedHMLoRA,
+        paper="Yao et al. 2021, arXiv:2111.14655",
+        summary="averages products by capacity; each client gets the best fit of its own rank, balanced",
+        exact="up to the rank: the best fit to the mean of the products",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        mixed_ranks=True,
+        singles=True,
+    ),
+    Row(
+        name="fedsvd",
+        make=FedSVD,
+        paper="Lee et al. 2025, arXiv:2505.12805",
+        summary="trains and averages b; the server makes the common a orthonormal again",
+        exact="yes",
+        up=("r * out",),
+        down=("r * (out + in)",),
+        head="frozen",
+    ),
+    Row(
+        name="fedrot-lora",
+        make=FedRotLoRA,
+        paper="Zhang et al. 2026, arXiv:2602.23638",
+        summary="clients turn their factors towards the shared ones before b and a are averaged",
+        exact="no: off by the covariance of the turned factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+    ),
+    Row(
+        name="fedrpca",
+        make=FedRPCA,
+        paper="Jhunjhunwala et al. 2025, arXiv:2506.01194",
+        summary="splits the clients' changes into common and sparse parts, and amplifies the sparse mean",
+        exact="no: a rescaled mean of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        singles=True,
     ),
 )
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
 
 _ALL = frozenset("ba")
 
@@ -59,4 +60,13 @@ class FactorAveraging:
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of what came up; what did not come up stays."""
-        return Merged({**server, **replies.mean()})
+        if set(self.shared) != _ALL:
+            # a common factor that stays home makes the mean exact; a personal one leaves no global model to be judged
+            common = _ALL - set(self.shared) - set("".join(self.schedule))
+            return Merged({**server, **replies.mean()}, notes={"aggregation_error": 0.0} if common else {})
+        means, ideal = RunningMean(), Ideal()
+        for reply in replies:
+            means.add(reply.weight, reply.upload, reply.client.id)
+            ideal = ideal.plus(reply.weight, unpack({**server, **reply.upload}, LowRank))
+        merged = {**server, **means.mean()}
+        return Merged(merged, notes={"aggregation_error": ideal.error(unpack(merged, LowRank))})

@@ -63,10 +63,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path}: cannot be made: {error.strerror}; choose another directory with --out") from error
+        _refuse_if_used(path)
         folder = cls(path)
-        if any(entry.name != "lock" and entry.suffix != ".partial" for entry in path.iterdir()):
+        try:
+            _refuse_if_used(path)  # another process may have been quicker
+        except UserError:
             folder.release()
-            raise UserError(f"{path}: is not empty; go on with --resume {path}, or choose another directory with --out")
+            raise
         return folder
 
     def release(self) -> None:
@@ -150,6 +153,11 @@ class RunFolder:
 
     def _saved(self, who: ClientInfo) -> list[int]:
         return [int(file.stem) for file in self._client_file(who, 0).parent.glob("*.safetensors")]
+
+
+def _refuse_if_used(path: Path) -> None:
+    if any(entry.name != "lock" and entry.suffix != ".partial" for entry in path.iterdir()):
+        raise UserError(f"{path}: is not empty; go on with --resume {path}, or choose another directory with --out")
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -38,17 +38,20 @@ def encode_state(state: Any, **notes: Any) -> bytes:
     Raises:
         TypeError: the state holds something else.
     """
-    tensors: list[Tensor] = []
-    plan = json.dumps({"state": _plan(state, tensors), "notes": notes})
+    structure, tensors = outline(state)
+    plan = json.dumps({"state": structure, "notes": notes})
     named = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
     return save(named, metadata={"plan": plan})
 
 
-def tensors_in(state: Any) -> list[Tensor]:
-    """The tensors of a state, in a fixed order."""
+def outline(state: Any) -> tuple[Any, list[Tensor]]:
+    """A state without its tensors, as JSON can hold it, and its tensors in a fixed order.
+
+    Raises:
+        TypeError: the state holds something else; see `encode_state`.
+    """
     tensors: list[Tensor] = []
-    _plan(state, tensors)
-    return tensors
+    return _plan(state, tensors), tensors
 
 
 def decode_state(path: str) -> tuple[Any, dict[str, Any]]:

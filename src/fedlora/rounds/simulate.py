@@ -9,7 +9,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import Trainer, turn
-from fedlora.rounds.codec import tensors_in
+from fedlora.rounds.codec import outline
 from fedlora.train.evaluate import Score
 
 
@@ -71,6 +71,6 @@ class Simulation:
 
 
 def _same(mine: Any, after: Any) -> bool:
-    """Whether a state holds the very same tensors as before, so that it need not be written."""
-    before, now = tensors_in(mine), tensors_in(after)
-    return len(before) == len(now) and all(x is y for x, y in zip(before, now, strict=True))
+    """Whether a state is the one before, with the very same tensors, so that it need not be written."""
+    (plan, before), (planned, now) = outline(mine), outline(after)
+    return plan == planned and all(x is y for x, y in zip(before, now, strict=True))

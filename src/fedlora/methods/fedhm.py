@@ -1,0 +1,70 @@
+"""FedHM-LoRA: balanced slices of the decomposed mean, for clients of unequal capacity, on LoRA's products."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.ideal import Ideal
+from fedlora.randomness import derive
+
+
+@dataclass(frozen=True)
+class FedHMLoRA:
+    """The mean of the products is decomposed as u s vt; a client gets the leading ranks of u s^1/2 and s^1/2 vt.
+
+    FedHM decomposes whole weights, without LoRA; this is its server on updates b a: FlexLoRA with the balanced split and
+    FedHM's weights, which know no number of examples. With g_k = rank / r_k, the factor by which client k is smaller than
+    the largest, a client weighs exp(-g_k / `temperature`) ("capacity"; at 1, factors 1, 2, 4, 8 give 0.71, 0.26, 0.04,
+    0.001), or the same for all ("uniform", the default of the released code).
+
+    Law: without training, singular value j shrinks each round to the weight of the clients whose rank reaches it. With
+    `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever none of
+    that rank takes part; a client alone is then no longer local training.
+
+    Source: Yao et al. 2021, arXiv:2111.14655.
+    """
+
+    rank: int = 8
+    weighting: Literal["capacity", "uniform"] = "capacity"
+    temperature: float = 1.0
+    keep_missing: bool = False
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero at the largest rank."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """The best fit of the client's own rank."""
+        return pack(server.leading(who.rank))
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors, and uploads them."""
+        return mine, pack((yield from fit(self.view(mine, got, who))))
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """The best fit to the mean of the products; the error is that against this mean, server's share included."""
+        ideal, largest = Ideal(), 0
+        for reply in replies:
+            if reply.weight > 0:
+                ideal = ideal.plus(self._weight(reply.client.rank), unpack(reply.upload, LowRank))
+                largest = max(largest, reply.client.rank)
+        if self.keep_missing and 0 < largest < self.rank:
+            ideal = ideal.plus(self._weight(self.rank), server.adapter)
+        adapter = ideal.best_fit(server.adapter, "balanced", derive(rnd.seed, "best_fit", rnd.index))
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+
+    def _weight(self, rank: int) -> float:
+        """The largest client's is 1, so that no temperature makes all weights vanish."""
+        return math.exp((1 - self.rank / rank) / self.temperature) if self.weighting == "capacity" else 1.0

@@ -1,0 +1,170 @@
+"""FedLoRU, pFedLoRU and mFedLoRU: averaged factors, whose product goes into the base every few rounds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.linalg.combine import fresh_rows, stack
+from fedlora.linalg.fit import truncate
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+from fedlora.randomness import derive
+
+_IN_BASE = "in_base"  # an empty tensor of this name says that the base has the factors' product already
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The factors all train, and whether the base has their product already."""
+
+    factors: Mapping[str, LowRank]
+    in_base: bool = False
+
+
+@dataclass(frozen=True)
+class FedLoRU:
+    """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) the base moves by their product.
+
+    The base thus gains r ranks each time, while the messages keep theirs. With `accumulate` "keep", as in the paper's
+    algorithm, training goes on from the same factors: it starts at base + 2 b a, a jump by b a. With "reinit" it goes on
+    from b = 0 and a fresh a, without a jump. In both, right after an accumulation the base alone is the model to judge (the
+    paper's returned model), and hence the adapter adds nothing.
+
+    The mean of the factors is inexact, and what it misses stays in the base. The released code starts from a random product
+    on a base of zeros; here, from b = 0 on the pretrained base.
+
+    Source: Park and Klabjan 2024, arXiv:2409.12371, Algorithm 1 (which calls our b A, and our a B).
+    """
+
+    rank: int = 8
+    every: int = 10
+    accumulate: Literal["keep", "reinit"] = "keep"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Shared:
+        """Factors of update zero."""
+        return Shared(lora_init(spec, self.rank, seed))
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Any:
+        """Nothing."""
+        return None
+
+    def send(self, server: Shared, who: ClientInfo, rnd: Round) -> Tensors:
+        """The factors, and a mark if the base has them; the engine sends the fold."""
+        mark = {_IN_BASE: torch.empty(0)} if server.in_base else {}
+        return {**pack(server.factors), **mark}
+
+    def view(self, mine: Any, got: Tensors, who: ClientInfo) -> Adapter:
+        """The factors, or no change if the base has them."""
+        return _beyond_base(got)
+
+    def work(self, mine: Any, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
+        """Trains the factors, and uploads them."""
+        return mine, pack((yield from fit(_factors(got))))
+
+    def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
+        """The mean factors; as a fold too when it is time."""
+        means, ideal = RunningMean(), Ideal()
+        for reply in replies:
+            trained = self._trained(server, reply.upload)
+            means.add(reply.weight, pack(trained), reply.client.id)
+            ideal = ideal.plus(reply.weight, trained)
+        mean = unpack(means.mean(), LowRank)
+        notes = {"aggregation_error": ideal.error(mean)}
+        if not self.every or (rnd.index + 1) % self.every:
+            return Merged(Shared(mean), notes=notes)
+        if self.accumulate == "keep":
+            return Merged(Shared(mean, in_base=True), mean, notes)
+        return Merged(Shared({name: _fresh(name, part, rnd) for name, part in mean.items()}), mean, notes)
+
+    def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
+        """A client's factors after its work, as far as the server knows them."""
+        return unpack(upload, LowRank)
+
+
+@dataclass(frozen=True)
+class PFedLoRU(FedLoRU):
+    """FedLoRU, with a pair of `personal_rank` on each client beside the shared one; the personal pair never travels.
+
+    A client trains its own pair on the model it got, then the shared one beside it. With `personal_rank` 0 this is FedLoRU.
+    A client that has never taken part uses the shared factors alone, the global model. The paper's text was not available
+    for this variant: order and start of the personal pair are this package's.
+
+    Source: Park and Klabjan 2024, arXiv:2409.12371.
+    """
+
+    personal_rank: int = 4
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+        """A personal pair of update zero."""
+        return lora_init(spec, self.personal_rank, derive(seed, "personal")) if self.personal_rank else {}
+
+    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+        """Both pairs, stacked."""
+        shared = _beyond_base(got)
+        return {n: stack([(1.0, part), (1.0, mine[n])]) if n in mine else part for n, part in shared.items()}
+
+    def work(
+        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+        """Trains the personal pair beside the shared one, then the other way round; uploads the shared one."""
+        shared = _factors(got)
+        if mine:
+            mine = _low_rank((yield from fit(mine, beside=shared)))
+        return mine, pack((yield from fit(shared, beside=mine)))
+
+
+@dataclass(frozen=True)
+class MFedLoRU(FedLoRU):
+    """FedLoRU, for clients whose own rank r_k is below the server's: they upload their changes of b and of a at rank r_k.
+
+    The change of b [out, rank] is sent as [out, r_k] and [r_k, rank], that of a [rank, in] as [rank, r_k] and [r_k, in].
+    The server adds the mean of the products to b and to a. With r_k = rank this is FedLoRU. The paper trains those inner
+    factors themselves; here the client trains b and a, and sends the best fit to each change: it saves traffic, not
+    training. The paper's formulas for this variant were not available.
+
+    Source: Park and Klabjan 2024, arXiv:2409.12371.
+    """
+
+    def work(self, mine: Any, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
+        """Trains the factors, and uploads both changes, factorised."""
+        start = _factors(got)
+        trained = _low_rank((yield from fit(start)))
+        changes: dict[str, LowRank] = {}
+        for name, part in trained.items():
+            inner = min(who.rank, part.rank)
+            changes[f"{name}.b"] = truncate(part.b - start[name].b, inner, "balanced")
+            changes[f"{name}.a"] = truncate(part.a - start[name].a, inner, "balanced")
+        return mine, pack(changes)
+
+    def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
+        changes = unpack(upload, LowRank)
+        return {
+            name: LowRank(b=part.b + changes[f"{name}.b"].product(), a=part.a + changes[f"{name}.a"].product())
+            for name, part in server.factors.items()
+        }
+
+
+def _factors(got: Tensors) -> dict[str, LowRank]:
+    return unpack(pick(got, "ba"), LowRank)
+
+
+def _beyond_base(got: Tensors) -> dict[str, LowRank]:
+    """What the factors add to the base as it is."""
+    factors = _factors(got)
+    if _IN_BASE not in got:
+        return factors
+    return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in factors.items()}
+
+
+def _fresh(name: str, part: LowRank, rnd: Round) -> LowRank:
+    a = fresh_rows((part.rank, part.a.shape[-1]), rnd.rng(f"accumulate {name}"))
+    return LowRank(b=torch.zeros_like(part.b), a=a.to(part.a))
+
+
+def _low_rank(adapter: Adapter) -> dict[str, LowRank]:
+    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}

@@ -1,0 +1,70 @@
+"""FedRot-LoRA: each client turns its factors towards those it got, so that averaging them cancels less."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.subspace import Side, align
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+
+
+@dataclass(frozen=True)
+class FedRotLoRA:
+    """Client k uploads (b_k q, q^T a_k), q orthogonal: the same product, nearest to the factors it got. Else FedIT.
+
+    `strength` (lambda in [0, 1]) goes from no rotation, which is FedIT, to the nearest proper one. `align` "alternate"
+    brings a near the reference's in odd rounds and b in even ones, counted from 0 by the server; "a" and "b" stay with one.
+    There is none in round 0, where the reference is still random. With `proper` False q may be a reflection: the released
+    code's default is that, at strength 1. At strength 1/2 a rotation by 180 degrees has no half-way; hence 0.6.
+
+    Source: Zhang et al. 2026, arXiv:2602.23638.
+    """
+
+    rank: int = 8
+    strength: float = 0.6
+    align: Literal["alternate", "a", "b"] = "alternate"
+    proper: bool = True
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
+        """Factors of update zero."""
+        return pack(lora_init(spec, self.rank, seed))
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """The mean factors, which are the reference too."""
+        return server
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors, turns them, and uploads them."""
+        reference = unpack(got, LowRank)
+        trained = yield from fit(reference)
+        if rnd.index == 0:
+            return mine, pack(trained)
+        side = self._side(rnd)
+        turned = {
+            n: align(f, reference[n], side, self.strength, self.proper) for n, f in unpack(pack(trained), LowRank).items()
+        }
+        return mine, pack(turned)
+
+    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
+        """The mean factors."""
+        means, ideal = RunningMean(), Ideal()
+        for reply in replies:
+            means.add(reply.weight, reply.upload, reply.client.id)
+            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+        mean = means.mean()
+        return Merged(mean, notes={"aggregation_error": ideal.error(unpack(mean, LowRank))})
+
+    def _side(self, rnd: Round) -> Side:
+        if self.align == "alternate":
+            return "a" if rnd.index % 2 else "b"
+        return self.align

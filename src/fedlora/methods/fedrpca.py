@@ -1,0 +1,128 @@
+"""FedRPCA: what clients have in common is averaged; what is sparse and their own is averaged and amplified."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.linalg.fit import truncate
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.robust import robust_parts
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal, alike, batch, unbatch
+from fedlora.randomness import derive
+
+
+@dataclass(frozen=True)
+class FedRPCA:
+    """The clients' changes since the download, as columns x_k, are split by robust PCA into low l_k + sparse s_k.
+
+    The server's change is mean(l_k) + beta mean(s_k), for each module; both means have the replies' weights. `beta` 1 is
+    FedIT. `beta` None is 1 / e, with e the share |mean(s_k)| / |mean(x_k)|, but at most `beta_max`.
+
+    `columns` says what a column is: b and a, each on its own ("factors"), both in one ("both"), or the product b a
+    ("product"), whose new value is then cut to the rank. `sparsity` is the weight of the 1-norm (lambda); None:
+    1/sqrt(max(n, K)) for K columns of n.
+
+    With few clients, or dense noise, robust PCA calls nearly everything sparse and would amplify it all: below
+    `min_clients`, or where more than `max_density` of the sparse entries are not zero, beta is 1. All uploads are in memory
+    together: the split needs every column.
+
+    Source: Jhunjhunwala et al. 2025, arXiv:2506.01194; no code is released, and the abstract fixes neither columns nor beta
+    nor sparsity.
+    """
+
+    rank: int = 8
+    beta: float | None = None
+    beta_max: float = 3.0
+    columns: Literal["factors", "both", "product"] = "factors"
+    sparsity: float | None = None
+    min_clients: int = 4
+    max_density: float = 0.5
+    tolerance: float = 1e-7
+    steps: int = 1000
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+        """Factors of update zero."""
+        return lora_init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+        """The factors."""
+        return pack(server)
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors, and uploads them."""
+        return mine, pack((yield from fit(self.view(mine, got, who))))
+
+    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+        """The amplified means, modules of equal shape together."""
+        counted = [reply for reply in replies if reply.weight > 0]
+        trained = [unpack(reply.upload, LowRank) for reply in counted]
+        ideal = Ideal()
+        for reply, adapter in zip(counted, trained, strict=True):
+            ideal = ideal.plus(reply.weight, adapter)
+        shares = _shares(counted)
+        merged: dict[str, LowRank] = {}
+        for names in alike(server):
+            before, after = batch(server, names), [batch(adapter, names) for adapter in trained]
+            found = self._moved(before, after, shares, derive(rnd.seed, "truncate", rnd.index))
+            merged |= unbatch(found, names, server[names[0]].b.dtype)
+        merged = {name: merged[name] for name in server}
+        return Merged(merged, notes={"aggregation_error": ideal.error(merged)})
+
+    def _moved(self, before: LowRank, after: Sequence[LowRank], shares: Tensor, seed: int) -> LowRank:
+        """The new factors [module, ...] of modules of equal shape."""
+        if self.columns == "product":
+            old = before.product().double()
+            moved = old + self._step([(part.product() - old).flatten(1) for part in after], shares).reshape(old.shape)
+            return truncate(moved.to(before.b.dtype), before.rank, seed=seed)
+        steps_b = [(part.b.double() - before.b).flatten(1) for part in after]
+        steps_a = [(part.a.double() - before.a).flatten(1) for part in after]
+        if self.columns == "both":
+            step = self._step([torch.cat(pair, 1) for pair in zip(steps_b, steps_a, strict=True)], shares)
+            step_b, step_a = step.tensor_split([steps_b[0].shape[1]], dim=1)
+        else:
+            step_b, step_a = self._step(steps_b, shares), self._step(steps_a, shares)
+        return LowRank(b=before.b + step_b.reshape(before.b.shape), a=before.a + step_a.reshape(before.a.shape))
+
+    def _step(self, columns: Sequence[Tensor], shares: Tensor) -> Tensor:
+        """The server's change [module, n] from the clients' [module, n]."""
+        x = torch.stack(list(columns), -1)  # [module, n, K]
+        mean = x @ shares
+        if len(columns) < self.min_clients:
+            return mean
+        sparse = robust_parts(x, self.sparsity, self.tolerance, self.steps).sparse
+        extra = sparse @ shares
+        beta = self._beta(extra, mean).where((sparse != 0).double().mean((1, 2)) <= self.max_density, 1)
+        return mean + (beta - 1)[:, None] * extra
+
+    def _beta(self, extra: Tensor, mean: Tensor) -> Tensor:
+        """[module]; no more than `beta_max` where nothing is sparse."""
+        size = torch.linalg.vector_norm(extra, dim=1)
+        if self.beta is not None:
+            return torch.full_like(size, self.beta)
+        ratio: Tensor = torch.linalg.vector_norm(mean, dim=1) / size
+        return ratio.nan_to_num(nan=1.0, posinf=self.beta_max).clamp(1, self.beta_max)
+
+
+def _shares(replies: Sequence[Reply]) -> Tensor:
+    """The weights, normalised, in fp64.
+
+    Raises:
+        ValueError: no reply has a positive weight.
+    """
+    if not replies:
+        raise ValueError("cannot merge: no reply has a positive weight")
+    weights = torch.tensor([reply.weight for reply in replies], dtype=torch.float64)
+    return weights / weights.sum()

@@ -1,0 +1,72 @@
+"""FedSVD: clients train b on a common a, which the server makes orthonormal again without changing the product."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.linalg.combine import pad
+from fedlora.linalg.fit import svd
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+
+
+@dataclass(frozen=True)
+class FedSVD:
+    """The mean b; then, after every `every` rounds, b <- u s and a <- vt of the singular value decomposition b a = u s vt.
+
+    All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is cut. With orthonormal
+    rows in a, noise on b is noise of the same norm on the product, and gradients of b are not stretched by a: clipping for
+    privacy distorts less. b^T b is diagonal, descending. Where the rank exceeds out or in, the rows beyond are zero.
+
+    The first a is LoRA's random one; `warmup` is the number of rounds that leave it so. With `every` 0 it stays for ever,
+    which is FFA-LoRA.
+
+    Source: Lee et al. 2025, arXiv:2505.12805.
+    """
+
+    rank: int = 8
+    every: int = 1
+    warmup: int = 0
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+        """Factors of update zero."""
+        return lora_init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+        """Both factors: a changes too."""
+        return pack(server)
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains b, and uploads it."""
+        trained = yield from fit(self.view(mine, got, who), train="b")
+        return mine, pick(pack(trained), "b")
+
+    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+        """The mean b on the common a, in new factors when it is time."""
+        kept, means, ideal = pick(pack(server), "a"), RunningMean(), Ideal()
+        for reply in replies:
+            means.add(reply.weight, reply.upload, reply.client.id)
+            ideal = ideal.plus(reply.weight, unpack({**reply.upload, **kept}, LowRank))
+        adapter = unpack({**means.mean(), **kept}, LowRank)
+        done = rnd.index + 1
+        if self.every and done > self.warmup and done % self.every == 0:
+            adapter = {name: orthonormalised(part) for name, part in adapter.items()}
+        return Merged(adapter, notes={"aggregation_error": ideal.error(adapter)})
+
+
+def orthonormalised(factor: LowRank) -> LowRank:
+    """The same matrix in as many ranks: orthonormal rows in a, orthogonal columns in b, by descending norm.
+
+    From thin QR decompositions of the factors: O((out + in) r^2). Rows of a are orthonormal also where b is zero.
+    """
+    u, s, vt = svd([(1.0, factor)])
+    return pad(LowRank(b=(u * s[..., None, :]).to(factor.b), a=vt.to(factor.a)), factor.rank)

@@ -1,0 +1,99 @@
+"""FlexLoRA and FRA-LoRA: the mean of the products, cut to each client's rank by its singular value decomposition."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, lora_init, pack, unpack
+from fedlora.linalg.combine import leading
+from fedlora.linalg.fit import Split
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+from fedlora.randomness import derive
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The server's factors, of which a client gets the leading ranks, and the ranks that are fixed for some modules."""
+
+    adapter: Mapping[str, LowRank]
+    fixed: Mapping[str, int]
+
+    @staticmethod
+    def init(spec: AdapterSpec, rank: int, seed: int) -> "Sliced":
+        """LoRA's own start, at the server's rank."""
+        return Sliced(lora_init(spec, rank, seed), spec.rank_pattern)
+
+    def leading(self, rank: int) -> dict[str, LowRank]:
+        """What a client of this rank gets."""
+        return {name: leading(part, self.fixed.get(name, rank)) for name, part in self.adapter.items()}
+
+
+@dataclass(frozen=True)
+class FlexLoRA:
+    """The best approximation of rank r_i to M = sum_k w_k b_k a_k goes to client i; the clients' ranks may differ.
+
+    One decomposition at the server's `rank` serves all clients: the best fit of a smaller rank is its leading part. The
+    merge is exact where `rank` is at least that of M; else it misses the singular values it cuts. Law: without training,
+    singular value j shrinks each round by the total weight of the clients whose rank reaches it.
+
+    `split` puts the singular values into b ("left", as published) or half into each factor ("balanced"). With `upload`
+    "dense", a client sends the product [out, in]: the same result from nothing but a mean of uploads.
+
+    Source: Bai et al. 2024, arXiv:2402.11505, section 3. The released code never applies unequal ranks; this one does.
+    """
+
+    rank: int = 8
+    split: Split = "left"
+    upload: Literal["factors", "dense"] = "factors"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero at the largest rank."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """The best fit of the client's own rank."""
+        return pack(server.leading(who.rank))
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors; uploads them, or their product."""
+        trained = yield from fit(self.view(mine, got, who))
+        if self.upload == "factors":
+            return mine, pack(trained)
+        return mine, pack({name: Full(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """The best fit of the server's rank to the mean of the products."""
+        ideal = self._ideal(replies)
+        adapter = ideal.best_fit(server.adapter, self.split, derive(rnd.seed, "best_fit", rnd.index))
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+
+    def _ideal(self, replies: Replies) -> Ideal:
+        if self.upload == "dense":
+            return Ideal.of({name: part.w for name, part in unpack(replies.mean(), Full).items()})
+        ideal = Ideal()
+        for reply in replies:
+            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+        return ideal
+
+
+@dataclass(frozen=True)
+class FRALoRA(FlexLoRA):
+    """FlexLoRA's merge for clients of one rank; only the default of `split`, which the paper leaves open, differs.
+
+    The increment is the one since the pretrained weights. The paper describes dense uploads; the factors carry the same
+    information in r (out + in) floats, and are the default.
+
+    Source: Trautmann et al. 2025, arXiv:2501.06332.
+    """
+
+    split: Split = "balanced"

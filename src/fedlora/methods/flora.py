@@ -1,0 +1,67 @@
+"""FLoRA: the clients' factors, stacked, become part of the base, and everybody starts from fresh ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.linalg.combine import fresh_rows
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+
+
+@dataclass(frozen=True)
+class FLoRA:
+    """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, whatever the clients' ranks.
+
+    Each round starts from b = 0 and a random a, which the client draws itself: nothing comes down but the fold. `draw`
+    says whether each client has an a of its own ("client", as in the released code) or all share one ("shared").
+
+    The fold has the sum of the clients' ranks, or is the dense matrix where that is smaller. The released code puts the
+    weights on a, here they are on b: the product is the same.
+
+    Source: Wang et al. 2024, arXiv:2409.05976, section 3.
+    """
+
+    rank: int = 8
+    draw: Literal["client", "shared"] = "client"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+        """Nothing: the base has it all."""
+        return {}
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+        """Factors of update zero, which only say the shapes."""
+        return lora_init(spec, who.rank, seed)
+
+    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+        """Nothing beside the fold."""
+        return {}
+
+    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+        """Factors of update zero."""
+        return mine
+
+    def work(
+        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+        """Trains fresh factors, and uploads them."""
+        start = {name: LowRank(b=part.b, a=self._fresh(name, part, who, rnd).to(part.a)) for name, part in mine.items()}
+        return mine, pack((yield from fit(start)))
+
+    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+        """The stack, as a fold."""
+        ideal = Ideal()
+        for reply in replies:
+            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+        fold = ideal.factors()
+        return Merged({}, fold, {"aggregation_error": ideal.error(fold)})
+
+    def _fresh(self, name: str, part: LowRank, who: ClientInfo, rnd: Round) -> Tensor:
+        """This round's a [rank, in]; with a shared draw, a smaller rank has the first rows of a larger one."""
+        rng = rnd.rng(f"flora {name}", who.id if self.draw == "client" else "")
+        return fresh_rows((max(self.rank, part.rank), part.a.shape[-1]), rng)[: part.rank]

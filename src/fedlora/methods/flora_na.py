@@ -1,0 +1,113 @@
+"""FLoRA-NA: coefficients for the b and for the a, so that their sums' product comes near the mean of the products."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.alternation import Blocks, Coefficients, affine, alternate, combined, descend, linear
+from fedlora.linalg.combine import leading, widen
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.terms import Terms
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+
+_GRAMS = 1 << 25  # fp64 numbers of Gram matrices at once
+
+
+@dataclass(frozen=True)
+class FLoRANA:
+    """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimising |product - sum_k w_k b_k a_k| (Frobenius).
+
+    Law: the error is at most that of averaged factors (p = q = w), where the search starts, and at least that of the best
+    fit of the same rank, which costs the same traffic; but the factors stay near the clients'. Exact for clients that share
+    a factor up to a multiple: those of common a, and those that differ in size only.
+
+    `form` "linear" is the paper's; "affine", the development code's, weighs the factors' changes since the round's start.
+    `scope` is what shares one p and q: each "layer", or the whole "model" as in the code (the paper leaves it open).
+    `solver` "als" alternates exact least squares; "adamw" is the published search of `steps` steps at `rate`. The weights
+    of target and estimate are the same, and the plain distance is minimised; the code takes uniform ones in the target, and
+    in later versions divides the distance by its least entry.
+
+    Unequal ranks are zero-padded (no paper covers them): the merge obeys the law above at the server's rank. What a
+    smaller client gets is the leading part, no fit of its own. Ranks beyond those of all clients of a round take no part in
+    the fit, and start again from b = 0. The Gram matrices need all uploads at once, in memory that grows with the clients.
+
+    Source: Nguyen et al. 2025, arXiv:2509.26399.
+    """
+
+    rank: int = 8
+    form: Literal["linear", "affine"] = "linear"
+    scope: Literal["layer", "model"] = "layer"
+    solver: Literal["als", "adamw"] = "als"
+    steps: int = 200
+    rate: float = 1e-2
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero at the largest rank."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """The leading part of the client's own rank."""
+        return pack(server.leading(who.rank))
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors, and uploads them."""
+        return mine, pack((yield from fit(self.view(mine, got, who))))
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """The clients' factors, combined with the coefficients that fit best."""
+        uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies if reply.weight > 0]
+        ideal = Ideal()
+        for weight, update in uploads:
+            ideal = ideal.plus(weight, update)
+        groups = [group for names in alike(server.adapter) for group in _groups(names, uploads, server.adapter)]
+        adapter: dict[str, LowRank] = {}
+        for group, at in zip(groups, self._coefficients(groups), strict=True):
+            fitted = combined(group.terms, at, group.origin if self.form == "affine" else None)
+            rank, rng = server.adapter[group.names[0]].rank, rnd.rng(f"flora-na {group.names[0]}")
+            adapter |= unbatch(widen(fitted, rank, rng) if rank > fitted.rank else fitted, group.names, fitted.b.dtype)
+        adapter = {name: adapter[name] for name in server.adapter}
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+
+    def _coefficients(self, groups: Sequence["_Group"]) -> list[Coefficients]:
+        """For each group, p and q [module, client]."""
+        if self.scope == "layer":
+            return [self._solve([self._blocks(group)], shared=False) for group in groups]
+        one = self._solve([self._blocks(group) for group in groups], shared=True)
+        return [Coefficients(*(x.expand(len(group.names), -1) for x in (one.p, one.q))) for group in groups]
+
+    def _blocks(self, group: "_Group") -> Blocks:
+        return linear(group.terms) if self.form == "linear" else affine(group.terms, group.origin)
+
+    def _solve(self, layers: Sequence[Blocks], shared: bool) -> Coefficients:
+        if self.solver == "als":
+            return alternate(layers, shared)
+        return descend(layers, shared, self.steps, self.rate)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Modules of one shape: the clients' factors and the server's, at the largest rank that a client has."""
+
+    names: Sequence[str]
+    terms: Terms
+    origin: LowRank
+
+
+def _groups(names: Sequence[str], uploads: Sequence[tuple[float, Updates]], server: Updates) -> Iterator[_Group]:
+    """Modules of one shape, as many at once as their Gram matrices allow."""
+    rank = max(update[name].rank for _, update in uploads for name in names)
+    size = max(1, _GRAMS // (2 * (len(uploads) * rank) ** 2))
+    for some in (names[i : i + size] for i in range(0, len(names), size)):
+        terms = [(weight, batch(update, some, rank)) for weight, update in uploads]
+        yield _Group(some, terms, leading(batch(server, some), rank))

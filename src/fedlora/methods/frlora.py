@@ -1,0 +1,90 @@
+"""FRLoRA: every round starts from the principal part of the pretrained weights, and what it changes goes into the base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
+from fedlora.linalg.combine import stack
+from fedlora.linalg.fit import truncate
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal
+
+
+@dataclass(frozen=True)
+class FRLoRA:
+    """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base less b_0 a_0.
+
+    The base moves by b_mean a_mean - b_0 a_0, of rank 2 r, and the factors go back to (b_0, a_0). Between rounds the
+    adapter adds nothing, so that a round starts from exactly the model that was judged; after t rounds the base has changed
+    by a rank of at most (t + 1) r. The mean of the factors is inexact, and what it misses stays in the base.
+
+    The paper trains both factors; with `train_a` False, as in the released code, b alone is trained and sent: then the
+    merge is exact. The server makes (b_0, a_0) and sends them, as singular vectors differ in sign from machine to machine.
+    `scale_in_init` c splits w = u s vt into b_0 = u (c s)^1/2 and a_0 = (s / c)^1/2 vt. The released code has the scale of
+    the model's LoRA layers as c, which gives PEFT's "pissa" factors; the paper has 1. The product is the same.
+
+    Weights are those of the replies; the code has 1/K, which is the run's setting of uniform weights. Weight decay would
+    act on pretrained knowledge: leave it at 0.
+
+    Source: Yan et al. 2025, ICLR, openreview e0rQRMUhs7, Algorithm 1.
+    """
+
+    rank: int = 8
+    train_a: bool = True
+    scale_in_init: float = 1.0
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+        """The principal parts: b_0 [out, rank], a_0 [rank, in] of each module.
+
+        Raises:
+            ValueError: the spec cannot read the pretrained weights.
+        """
+        if spec.weight is None:
+            raise ValueError("FRLoRA starts from the pretrained weights, and this spec has no `weight` to read them with")
+        principal: dict[str, LowRank] = {}
+        for name in spec.modules:
+            part = truncate(spec.weight(name), spec.rank(name, self.rank), "balanced")
+            b, a = part.b * self.scale_in_init**0.5, part.a / self.scale_in_init**0.5
+            principal[name] = LowRank(b=b.to(spec.dtype), a=a.to(spec.dtype))
+        return principal
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+        """Where training starts, the same in each round; the engine sends the fold."""
+        return pack(server)
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """No change: the base has it all."""
+        return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in unpack(got, LowRank).items()}
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains the principal part beside its negative, and uploads what was trained."""
+        train = "ba" if self.train_a else "b"
+        start = unpack(got, LowRank)
+        trained = yield from fit(start, train, beside=_negative(start))
+        return mine, pick(pack(trained), train)
+
+    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+        """The change of the product of the mean factors, as a fold."""
+        kept, means, ideal = pack(server), RunningMean(), Ideal()
+        for reply in replies:
+            means.add(reply.weight, reply.upload, reply.client.id)
+            ideal = ideal.plus(reply.weight, unpack({**kept, **reply.upload}, LowRank))
+        mean = unpack({**kept, **means.mean()}, LowRank)
+        fold = {name: self._change(server[name], part) for name, part in mean.items()}
+        return Merged(dict(server), fold, {"aggregation_error": ideal.less(server).error(fold)})
+
+    def _change(self, before: LowRank, after: LowRank) -> LowRank:
+        if not self.train_a:
+            return LowRank(b=after.b - before.b, a=before.a)
+        return stack([(1.0, after), (-1.0, before)])
+
+
+def _negative(adapter: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    return {name: LowRank(b=-part.b, a=part.a) for name, part in adapter.items()}

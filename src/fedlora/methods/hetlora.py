@@ -1,0 +1,125 @@
+"""HetLoRA: clients of unequal ranks get leading slices, prune their own rank, and are averaged with zeros, by norm."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.combine import leading, norm, pad
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.stream import RunningSum
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.ideal import Ideal
+
+_SMOOTH = 1e-12  # under the root of the tail's norms, which have no gradient at 0
+_LEAST = 1e-30  # a weight for updates of norm zero: it counts only where all are zero, and then all count equally
+
+
+@dataclass(frozen=True)
+class HetLoRA:
+    """b and a, each on its own, averaged over clients of ranks r_k <= r after padding with zeros.
+
+    Client k weighs as the Frobenius norm of its update b_k a_k, whatever its number of examples: per module with
+    `norm_scope` "layer", or one norm over all modules with "model". Inexact twice: factors are averaged, and a component
+    that only clients of total weight c have shrinks to c^2 of its product in every round.
+
+    A client's tail are its components from floor(gamma r_k) on. The loss gets `tail_penalty` (lambda) times the product of
+    the norms of the tail's columns of b and rows of a, summed over modules. If that sum is smaller after training than
+    before, the client drops its tail for good: its rank only falls, and not below `min_rank`. That rank is its own state;
+    on the wire every client keeps the shapes of the rank it has registered with, zeros in place of what was pruned.
+
+    Source: Cho et al. 2024, arXiv:2401.06432; where it is silent (norm scope, gamma, lambda), re-implementations.
+    """
+
+    rank: int = 8
+    gamma: float = 0.99
+    tail_penalty: float = 0.01
+    min_rank: int = 1
+    norm_scope: Literal["layer", "model"] = "layer"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero at the largest rank."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+        """The rank of each module, nothing pruned."""
+        return {name: torch.tensor(spec.rank(name, who.rank)) for name in spec.modules}
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """The leading components, as many as the client has registered with."""
+        return pack(server.leading(who.rank))
+
+    def view(self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo) -> Adapter:
+        """The components that the client has not pruned."""
+        return self._own(mine, got)
+
+    def work(
+        self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, Tensor], Tensors]]:
+        """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the registered rank."""
+        start = self._own(mine, got)
+        kept = {name: self._kept(part.rank) for name, part in start.items()}
+
+        def penalty(live: Mapping[str, LowRank]) -> Tensor:
+            return self.tail_penalty * tail(live, kept)
+
+        adapter = yield from fit(start, penalty=penalty if self.tail_penalty else None)
+        trained = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+        if tail(trained, kept) < tail(start, kept):
+            mine = {name: torch.tensor(rank) for name, rank in kept.items()}
+            trained = {name: leading(part, kept[name]) for name, part in trained.items()}
+        wide = unpack(got, LowRank)
+        return mine, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """The norm-weighted means of the padded factors; the error is that against the products' mean of these weights."""
+        means = {name: RunningMean() for name in server.adapter}
+        ideals = {name: Ideal() for name in server.adapter}
+        for reply in replies:
+            for name, (weight, part) in self._weighted(reply).items():
+                wide = pad(part, server.adapter[name].rank)
+                means[name].add(weight, pack({name: wide}), reply.client.id)
+                ideals[name] = ideals[name].plus(weight, {name: part})
+        adapter = {name: unpack(mean.mean(), LowRank)[name] for name, mean in means.items()}
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
+
+    def _weighted(self, reply: Reply) -> dict[str, tuple[float, LowRank]]:
+        """Each module's weight and factors; a client that counts for nothing keeps its weight of zero."""
+        parts = unpack(reply.upload, LowRank)
+        sizes = {name: float(norm(part)) for name, part in parts.items()}
+        if self.norm_scope == "model":
+            sizes = dict.fromkeys(sizes, math.hypot(*sizes.values()))
+        return {name: (max(sizes[name], _LEAST) if reply.weight else 0.0, part) for name, part in parts.items()}
+
+    def _own(self, mine: Mapping[str, Tensor], got: Tensors) -> dict[str, LowRank]:
+        return {name: leading(part, int(mine[name])) for name, part in unpack(got, LowRank).items()}
+
+    def _kept(self, rank: int) -> int:
+        """The rank without the tail; the rank itself where it may not fall."""
+        return min(rank, max(self.min_rank, math.floor(self.gamma * rank + 1e-9)))
+
+
+def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
+    """The norms of the columns of b and of the rows of a from `kept` on, multiplied, and summed over modules."""
+    norms = [
+        (part.b[:, kept[name] :].square().sum() + _SMOOTH).sqrt() * (part.a[kept[name] :].square().sum() + _SMOOTH).sqrt()
+        for name, part in adapter.items()
+    ]
+    return torch.stack(norms).sum()
+
+
+def _joined(ideals: Mapping[str, Ideal]) -> Ideal:
+    """One of total weight 1 from those of single modules, which have weights of their own."""
+    sums = tuple(_scaled(ideal.sums[0], 1 / ideal.weight) for ideal in ideals.values())
+    return Ideal(tuple((name,) for name in ideals), sums, 1.0)
+
+
+def _scaled(total: RunningSum, by: float) -> RunningSum:
+    factors = tuple(LowRank(b=by * part.b, a=part.a) for part in total.factors)
+    return replace(total, factors=factors, matrix=None if total.matrix is None else by * total.matrix)

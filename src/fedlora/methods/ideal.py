@@ -1,0 +1,154 @@
+"""What every merge is measured against: the weighted mean of the clients' updates, module by module."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.linalg.combine import leading, norm, pad, stack
+from fedlora.linalg.fit import Split
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.stream import RunningSum
+from fedlora.linalg.terms import dense
+
+Updates = Mapping[str, LowRank]
+"""Module name -> factors of an update, of a part of it, or of a fold."""
+
+
+def alike(adapter: Updates) -> tuple[tuple[str, ...], ...]:
+    """The modules' names, those of equal shape together: what one call of linear algebra can take as a batch."""
+    groups: dict[tuple[int, int, int], list[str]] = {}
+    for name, part in adapter.items():
+        groups.setdefault((part.b.shape[-2], part.a.shape[-1], part.rank), []).append(name)
+    return tuple(tuple(names) for names in groups.values())
+
+
+def batch(adapter: Updates, names: Sequence[str], rank: int = 0) -> LowRank:
+    """The named modules as b [module, out, rank] and a [module, rank, in], zero-padded to the largest rank or to `rank`."""
+    rank = max(rank, *(adapter[name].rank for name in names))
+    padded = [pad(adapter[name], rank) if adapter[name].rank < rank else adapter[name] for name in names]
+    return LowRank(b=torch.stack([part.b for part in padded]), a=torch.stack([part.a for part in padded]))
+
+
+def unbatch(factor: LowRank, names: Sequence[str], dtype: torch.dtype) -> dict[str, LowRank]:
+    """The inverse of `batch`, in `dtype`."""
+    return {name: LowRank(b=factor.b[i].to(dtype), a=factor.a[i].to(dtype)) for i, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """M = sum_k w_k b_k a_k / sum_k w_k for each module, from clients that come one at a time; ranks may differ.
+
+    Kept as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
+    at least fp32. `sums` has one batch for each of `groups`.
+    """
+
+    groups: tuple[tuple[str, ...], ...] = ()
+    sums: tuple[RunningSum, ...] = ()
+    weight: float = 0.0
+
+    @staticmethod
+    def of(mean: Mapping[str, Tensor]) -> "Ideal":
+        """The one whose matrices [out, in] are known."""
+        groups: dict[torch.Size, list[str]] = {}
+        for name, matrix in mean.items():
+            groups.setdefault(matrix.shape, []).append(name)
+        wide = [torch.stack([mean[name] for name in names]) for names in groups.values()]
+        sums = tuple(RunningSum(matrix=x.to(torch.promote_types(x.dtype, torch.float32))) for x in wide)
+        return Ideal(tuple(map(tuple, groups.values())), sums, 1.0)
+
+    def plus(self, weight: float, update: Updates) -> "Ideal":
+        """The same with one more client."""
+        groups = self.groups or alike(update)
+        sums = self.sums or (RunningSum(),) * len(groups)
+        grown = tuple(total.add(weight, batch(update, names)) for total, names in zip(sums, groups, strict=True))
+        return Ideal(groups, grown, self.weight + weight)
+
+    def less(self, part: Updates) -> "Ideal":
+        """M minus what a merge has already realised of it."""
+        return replace(self.plus(-self.weight, part), weight=self.weight) if part else self
+
+    def best_fit(self, like: Updates, split: Split = "left", seed: int = 0) -> dict[str, LowRank]:
+        """The matrices nearest to M of the ranks and the dtype of `like`; see `linalg.fit.best_fit`.
+
+        Raises:
+            ValueError: there is no client of positive weight.
+        """
+        self._check()
+        found: dict[str, LowRank] = {}
+        for names, total in zip(self.groups, self.sums, strict=True):
+            fitted = total.best_fit(max(like[name].rank for name in names), 1 / self.weight, split, seed)
+            found |= unbatch(fitted, names, like[names[0]].b.dtype)
+        return {name: leading(found[name], part.rank) for name, part in like.items()}
+
+    def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
+        """M as a fold: the clients' factors side by side, or the best fit of `ranks`, exact where M has no more.
+
+        Where the matrix is smaller than such factors, the matrix itself beside an identity.
+
+        Raises:
+            ValueError: there is no client of positive weight.
+        """
+        self._check()
+        found: dict[str, LowRank] = {}
+        for names, total in zip(self.groups, self.sums, strict=True):
+            out, in_ = _shape(total)
+            rank = max(ranks[name] for name in names) if ranks is not None else None
+            if rank is not None and rank * (out + in_) < out * in_:
+                fold = total.best_fit(rank, 1 / self.weight)
+            elif rank is None and total.matrix is None:
+                fold = stack([(1 / self.weight, factor) for factor in total.factors])
+            else:
+                fold = _beside_identity(_dense(total) / self.weight)
+            found |= unbatch(fold, names, fold.b.dtype)
+        return found
+
+    def error(self, *parts: Updates) -> float:
+        """How far the sum of `parts` is from M: Frobenius, over all modules, relative to M; 0 where M is zero.
+
+        Honest down to the rounding of fp32, or of fp64 for fp64 factors.
+        """
+        rest = self
+        for part in parts:
+            rest = rest.less(part)
+        size = self._norm()
+        return rest._norm() / size if size > 0 else 0.0
+
+    def _norm(self) -> float:
+        each = [size for total in self.sums for size in _norm(total).tolist()]
+        return math.hypot(*each) / self.weight if self.weight > 0 else 0.0
+
+    def _check(self) -> None:
+        if not self.weight > 0:
+            raise ValueError("cannot merge: no reply has a positive weight")
+
+
+def _norm(total: RunningSum) -> Tensor:
+    """[module]."""
+    if total.matrix is None:
+        return norm(stack([(1.0, factor) for factor in total.factors]))
+    return _dense(total).square().sum((-2, -1)).sqrt()
+
+
+def _dense(total: RunningSum) -> Tensor:
+    """[module, out, in]."""
+    if total.matrix is None:
+        return dense([(1.0, factor) for factor in total.factors], total.factors[0].b.dtype)
+    if not total.factors:
+        return total.matrix
+    return total.matrix + dense([(1.0, factor) for factor in total.factors], total.matrix.dtype)
+
+
+def _shape(total: RunningSum) -> tuple[int, int]:
+    if total.matrix is not None:
+        return total.matrix.shape[-2], total.matrix.shape[-1]
+    return total.factors[0].b.shape[-2], total.factors[0].a.shape[-1]
+
+
+def _beside_identity(matrix: Tensor) -> LowRank:
+    """The same [module, out, in] as factors of the smaller of its sizes."""
+    *_, out, in_ = matrix.shape
+    one = torch.eye(min(out, in_), dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1)
+    return LowRank(b=matrix, a=one) if in_ <= out else LowRank(b=one, a=matrix)

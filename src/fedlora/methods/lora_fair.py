@@ -1,0 +1,94 @@
+"""LoRA-FAIR: averaged factors, with b corrected on the server so that the product imitates the mean of the products."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.solve import CosineLoss, corrected, descend
+from fedlora.linalg.terms import Terms
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.ideal import Ideal, alike, batch, unbatch
+
+
+@dataclass(frozen=True)
+class LoRAFAIR:
+    """The adapter becomes (b_mean + d, a_mean) with the d that minimises S(M, (b_mean + d) a_mean) + strength |d|^2.
+
+    M = sum_k w_k b_k a_k. Law: what of M lies outside the rows of a_mean is out of reach, whatever d; so the merge is exact
+    only if the clients share their a, and d = 0 then, as it is for identical clients and for an infinite strength.
+
+    `loss` is S. "ridge" is the squared distance, solved in closed form. "cos", the paper's (equation 8), is one minus the
+    cosine of the two matrices, and "cos_col" the mean over their columns, as in code derived from the authors'; both are
+    minimised by `steps` gradient steps at `rate`. Neither sees the size of the product, and at a fixed rate a small b can
+    grow severalfold while its direction improves, which is why they are not the default; where the loss ends above its
+    start, b_mean stays.
+
+    `strength` is the paper's lambda; the derived code's 1.0 hardly moves b. `norm` "l2" does not square |d| (the paper
+    may be read either way); ridge always does. `init` "xavier" is the derived code's random start instead of b_mean; it is
+    not forgotten where strength is small, and whatever it ends at is taken. All clients have the same rank. Needs all
+    uploads at once, in memory that grows with the clients.
+
+    Source: Bian et al. 2025, arXiv:2411.14961, section 4.
+    """
+
+    rank: int = 8
+    loss: Literal["ridge", "cos", "cos_col"] = "ridge"
+    strength: float = 0.01
+    norm: Literal["l2sq", "l2"] = "l2sq"
+    init: Literal["zero", "xavier"] = "zero"
+    steps: int = 1000
+    rate: float = 0.01
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+        """Factors of update zero."""
+        return lora_init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing."""
+
+    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+        """The adapter."""
+        return pack(server)
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains both factors, and uploads them."""
+        return mine, pack((yield from fit(self.view(mine, got, who))))
+
+    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+        """The averaged factors, b corrected."""
+        uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies]
+        ideal, adapter = Ideal(), dict(server)
+        for weight, update in uploads:
+            ideal = ideal.plus(weight, update)
+        for names in alike(server):
+            terms = [(weight, batch(update, names)) for weight, update in uploads]
+            better = self._corrected(terms, rnd.rng(f"lora-fair {names[0]}"))
+            adapter |= unbatch(better, names, terms[0][1].b.dtype)
+        return Merged(adapter, notes={"aggregation_error": ideal.error(adapter)})
+
+    def _corrected(self, terms: Terms, rng: torch.Generator) -> LowRank:
+        if self.loss == "ridge":
+            return corrected(terms, self.strength)
+        loss = CosineLoss(terms, self.strength, self.loss == "cos_col", self.norm == "l2sq")
+        if self.init == "xavier":
+            return descend(loss, self.steps, self.rate, loss.centre.b + _xavier(loss.centre.b, rng))
+        found = descend(loss, self.steps, self.rate)
+        better = loss.value(found.b) < loss.value(loss.centre.b)  # [module]
+        return LowRank(b=torch.where(better[:, None, None], found.b, loss.centre.b), a=found.a)
+
+
+def _xavier(like: Tensor, rng: torch.Generator) -> Tensor:
+    """Uniform in +-sqrt(6 / (out + rank)), shaped as b [module, out, rank]."""
+    bound = math.sqrt(6 / sum(like.shape[-2:]))
+    return bound * (2 * torch.rand(like.shape, generator=rng) - 1).to(like)

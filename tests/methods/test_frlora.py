@@ -1,0 +1,115 @@
+"""The exact laws of FRLoRA."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from fedlora.adapter import AdapterSpec
+from fedlora.messages import Merged, Replies, Reply, Round
+from fedlora.methods.frlora import FRLoRA
+from fedlora.rounds.simulate import Simulation
+
+from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
+
+CLIENTS = toy_clients(3, 2)
+TOTAL = sum(who.examples for who in CLIENTS)
+
+
+def replies(m: FRLoRA, server: Any, index: int, trainer: Any) -> list[Reply]:
+    rnd = Round(index, 0)
+    sent = {who: m.send(server, who, rnd) for who in CLIENTS}
+    return list(Simulation(m, trainer.spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
+
+
+def after(m: FRLoRA, rounds: int, trainer: Any) -> list[Merged[Any]]:
+    merged, server = [], m.init_server(SPEC, 0)
+    for index in range(rounds):
+        merged.append(m.merge(server, Replies(replies(m, server, index, trainer)), Round(index, 0)))
+        trainer.fold(merged[-1].fold)
+    return merged
+
+
+def weight(name: str) -> Tensor:
+    assert SPEC.weight is not None
+    return SPEC.weight(name)
+
+
+def test_training_starts_from_the_best_fit_to_the_weights_on_the_base_without_it():
+    m = FRLoRA(rank=2)
+    request = next(m.work(None, m.send(m.init_server(SPEC, 0), CLIENTS[0], Round(0, 0)), CLIENTS[0], Round(0, 0)))
+    for name, start in products(request.start).items():
+        u, s, vt = torch.linalg.svd(weight(name))
+        assert_close(start, (u[:, :2] * s[:2]) @ vt[:2], rtol=1e-5, atol=1e-5)
+        assert_close(start, -products(request.beside)[name])
+
+
+def test_a_round_starts_from_exactly_the_model_that_the_last_one_ended_with():
+    """base + fold is the base beside the negative start, with the mean factors; the view adds nothing."""
+    m, server = FRLoRA(rank=2), FRLoRA(rank=2).init_server(SPEC, 0)
+    got = replies(m, server, 0, ToyTrainer())
+    merged = m.merge(server, Replies(got), Round(0, 0))
+    for name, view in products(m.view(None, m.send(merged.server, CLIENTS[0], Round(1, 0)), CLIENTS[0])).items():
+        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in got) for side in "ba")
+        assert_close(merged.fold[name].product() + view, b @ a - server[name].product(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_a", [True, False])
+def test_without_local_training_the_base_stays(train_a):
+    (merged,) = after(FRLoRA(rank=2, train_a=train_a), 1, ToyTrainer(steps=0))
+    assert all(part.product().abs().max() < 1e-5 for part in merged.fold.values())
+
+
+def test_with_a_frozen_the_fold_is_the_mean_of_the_clients_changes():
+    m, trainer = FRLoRA(rank=2, train_a=False), Recorder()
+    (merged,) = after(m, 1, trainer)
+    start = products(m.init_server(SPEC, 0))
+    for name, fold in products(merged.fold).items():
+        changes = [(who.examples / TOTAL, products(trainer.last[who.id])[name] - start[name]) for who in CLIENTS]
+        assert_close(fold, sum(w * change for w, change in changes), rtol=1e-4, atol=1e-5)
+        assert merged.fold[name].rank == 2
+    assert merged.notes["aggregation_error"] < 1e-5
+
+
+def test_with_both_trained_the_error_is_that_of_the_mean_factors():
+    m, trainer = FRLoRA(rank=2), Recorder()
+    (merged,) = after(m, 1, trainer)
+    start, fold = products(m.init_server(SPEC, 0)), products(merged.fold)
+    ideal = {
+        name: sum(who.examples / TOTAL * (products(trainer.last[who.id])[name] - start[name]) for who in CLIENTS)
+        for name in start
+    }
+    apart = sum((ideal[name] - fold[name]).square().sum() for name in start).sqrt()
+    assert_close(
+        merged.notes["aggregation_error"],
+        float(apart / sum(x.square().sum() for x in ideal.values()).sqrt()),
+        rtol=1e-3,
+        atol=0,
+    )
+
+
+def test_after_t_rounds_the_base_has_changed_by_a_rank_of_at_most_t_plus_one_times_r():
+    trainer = ToyTrainer()
+    for rounds in (1, 2):
+        after(FRLoRA(rank=2), 1, trainer)
+        assert torch.linalg.matrix_rank(trainer.base["layer.2.q"], rtol=1e-5) <= (rounds + 1) * 2
+
+
+def test_the_start_is_pefts_pissa_with_the_models_scale():
+    layer, scale = nn.Linear(20, 48, bias=False), 16 / 4
+    spec = AdapterSpec({"0": (48, 20)}, weight=lambda name: layer.weight.detach().clone())
+    mine = FRLoRA(rank=4, scale_in_init=scale).init_server(spec, 0)["0"]
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["0"], init_lora_weights="pissa")
+    theirs = get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    b, a = theirs.lora_B["default"].weight, theirs.lora_A["default"].weight
+    assert_close(mine.product(), (scale * b @ a).detach(), rtol=1e-4, atol=1e-5)
+    assert_close(mine.b.abs(), (scale * b).detach().abs(), rtol=1e-3, atol=1e-4)
+    assert_close(mine.a.abs(), a.detach().abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_spec_that_cannot_read_the_weights_is_refused():
+    with pytest.raises(ValueError, match="pretrained weights"):
+        FRLoRA().init_server(AdapterSpec(SPEC.modules), 0)

@@ -1,0 +1,156 @@
+"""The exact laws of HetLoRA."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.adapter import lora_init, pack, unpack
+from fedlora.linalg.combine import leading, pad
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.hetlora import HetLoRA, tail
+
+from toy import SPEC, products
+
+RND = Round(0, 0)
+
+
+def factors(rank: int, seed: int) -> dict[str, LowRank]:
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        name: LowRank(b=torch.randn(out, rank, generator=rng), a=torch.randn(rank, in_, generator=rng))
+        for name, (out, in_) in SPEC.modules.items()
+    }
+
+
+def reply(adapter: dict[str, LowRank], who: str = "0", weight: float = 10.0) -> Reply:
+    rank = next(iter(adapter.values())).rank
+    return Reply(ClientInfo(who, rank, 10), RND, pack(adapter), weight)
+
+
+def merged(m: HetLoRA, adapters: Sequence[dict[str, LowRank]]) -> Any:
+    got = [reply(adapter, str(i), 10.0 * (i + 1)) for i, adapter in enumerate(adapters)]
+    return m.merge(m.init_server(SPEC, 0), Replies(got), RND)
+
+
+def finish(job: Any, trained: Any) -> Any:
+    with pytest.raises(StopIteration) as done:
+        job.send(trained)
+    return done.value.value
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_weights_are_the_norms_of_the_singular_values_whatever_the_number_of_examples(scope):
+    adapters = [factors(rank, seed) for seed, rank in enumerate((2, 4, 1))]
+    found = merged(HetLoRA(rank=4, norm_scope=scope), adapters)
+    norms = [{n: torch.linalg.svdvals(x.product().double()).square().sum() for n, x in one.items()} for one in adapters]
+    for name, part in found.server.adapter.items():
+        w = torch.stack([one[name] if scope == "layer" else sum(one.values()) for one in norms]).sqrt()
+        w = (w / w.sum()).float()
+        assert_close(part.b, sum(x * pad(one[name], 4).b for x, one in zip(w, adapters, strict=True)), rtol=1e-5, atol=1e-6)
+        assert_close(part.a, sum(x * pad(one[name], 4).a for x, one in zip(w, adapters, strict=True)), rtol=1e-5, atol=1e-6)
+
+
+def test_equal_ranks_of_equal_norms_are_averaged_as_in_fedit():
+    one = factors(3, 0)
+    other = {name: LowRank(b=part.b.flip(0), a=part.a.flip(1)) for name, part in one.items()}
+    found = merged(HetLoRA(rank=3), [one, other]).server.adapter
+    for name, part in found.items():
+        assert_close(
+            part.product(), (one[name].b + other[name].b) @ (one[name].a + other[name].a) / 4, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_if_nobody_changed_anything_all_count_equally():
+    start = [{n: LowRank(b=0 * x.b, a=x.a) for n, x in factors(2, seed).items()} for seed in (0, 1)]
+    found = merged(HetLoRA(rank=2), start).server.adapter
+    assert all(torch.allclose(part.a, (start[0][n].a + start[1][n].a) / 2, atol=1e-6) for n, part in found.items())
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_the_logged_error_is_against_the_mean_of_products_with_the_same_weights(scope):
+    adapters = [factors(rank, seed) for seed, rank in enumerate((2, 3))]
+    found = merged(HetLoRA(rank=3, norm_scope=scope), adapters)
+    apart, size = 0.0, 0.0
+    total = [sum(x.product().square().sum() for x in one.values()).sqrt() for one in adapters]
+    for name, part in found.server.adapter.items():
+        w = [one[name].product().norm() for one in adapters] if scope == "layer" else total
+        ideal = sum(x * one[name].product() for x, one in zip(w, adapters, strict=True)) / sum(w)
+        apart, size = apart + (part.product() - ideal).square().sum(), size + ideal.square().sum()
+    assert_close(found.notes["aggregation_error"], float((apart / size).sqrt()), rtol=1e-4, atol=0)
+
+
+def test_a_slice_that_goes_down_and_up_again_is_padded_to_itself():
+    m, wide = HetLoRA(rank=4), factors(4, 0)
+    who = ClientInfo("0", 2, 10)
+    down = m.send(Sliced(wide, {}), who, RND)
+    assert all(torch.equal(part.b, wide[n].b[:, :2]) for n, part in unpack(down, LowRank).items())
+    found = merged(m, [unpack(down, LowRank)]).server.adapter
+    assert all(torch.allclose(part.product(), leading(wide[n], 2).product(), atol=1e-5) for n, part in found.items())
+    assert all(not part.b[:, 2:].any() and not part.a[2:].any() for part in found.values())
+
+
+def test_without_training_a_component_shrinks_by_the_square_of_the_weight_that_reaches_it():
+    one = {name: LowRank(b=torch.eye(out)[:, :2], a=torch.eye(in_)[:2]) for name, (out, in_) in SPEC.modules.items()}
+    cut = {
+        name: LowRank(b=2**0.5 * torch.eye(out)[:, :1], a=torch.eye(in_)[:1]) for name, (out, in_) in SPEC.modules.items()
+    }
+    found = merged(HetLoRA(rank=2), [one, cut, cut, cut]).server.adapter  # all of norm sqrt(2): weights 1/4
+    assert all(torch.allclose(part.product()[1, 1], torch.tensor(0.25**2)) for part in found.values())
+
+
+@pytest.mark.parametrize(("shrink", "rank"), [(0.5, 3), (1.0, 4), (2.0, 4)])
+def test_a_client_drops_its_tail_for_good_if_and_only_if_the_tail_shrank(shrink, rank):
+    m, who = HetLoRA(rank=4), ClientInfo("0", 4, 10)
+    mine, got = m.init_client(SPEC, who, 0), pack(factors(4, 0))
+    job = m.work(mine, got, who, RND)
+    start = next(job).start
+    scaled = torch.tensor([1.0, 1.0, 1.0, shrink])
+    state, upload = finish(job, {n: LowRank(b=x.b * scaled, a=x.a) for n, x in start.items()})
+    assert {int(x) for x in state.values()} == {rank}
+    assert {x.shape for x in upload.values()} == {x.shape for x in got.values()}
+    assert {bool(part.b[:, 3].any()) for part in unpack(upload, LowRank).values()} == {rank == 4}
+    assert {part.rank for part in m.view(state, got, who).values()} == {rank}
+
+
+def test_the_rank_never_rises_and_never_falls_below_the_least():
+    m, who = HetLoRA(rank=4, gamma=0.5, min_rank=2), ClientInfo("0", 4, 10)
+    mine, ranks = m.init_client(SPEC, who, 0), []
+    for _ in range(3):
+        job = m.work(mine, pack(factors(4, 0)), who, RND)
+        start = next(job).start
+        mine, _ = finish(job, {n: LowRank(b=0.5 * x.b, a=x.a) for n, x in start.items()})
+        ranks.append({int(x) for x in mine.values()})
+    assert ranks == [{2}, {2}, {2}]
+
+
+def test_without_penalty_and_tail_nothing_is_pruned():
+    m, who = HetLoRA(rank=4, gamma=1.0, tail_penalty=0.0), ClientInfo("0", 4, 10)
+    job = m.work(m.init_client(SPEC, who, 0), pack(factors(4, 0)), who, RND)
+    request = next(job)
+    assert request.penalty is None
+    state, _ = finish(job, {n: LowRank(b=0 * x.b, a=x.a) for n, x in request.start.items()})
+    assert {int(x) for x in state.values()} == {4}
+
+
+def test_the_penalty_pulls_on_the_tail_alone():
+    m, who = HetLoRA(rank=4, gamma=0.5, tail_penalty=0.1), ClientInfo("0", 4, 10)
+    request = next(m.work(m.init_client(SPEC, who, 0), pack(factors(4, 0)), who, RND))
+    live = {n: LowRank(b=x.b.requires_grad_(), a=x.a.requires_grad_()) for n, x in factors(4, 0).items()}
+    loss = request.penalty(live)
+    assert_close(loss, 0.1 * sum(x.b[:, 2:].norm() * x.a[2:].norm() for x in live.values()))
+    loss.backward()
+    for part in live.values():
+        assert not part.b.grad[:, :2].any() and not part.a.grad[:2].any()
+        assert part.b.grad[:, 2:].all() and part.a.grad[2:].all()
+
+
+def test_the_tail_of_a_start_at_zero_has_a_finite_gradient():
+    live = {n: LowRank(b=x.b.requires_grad_(), a=x.a.requires_grad_()) for n, x in lora_init(SPEC, 3, 0).items()}
+    tail(live, dict.fromkeys(live, 2)).backward()
+    assert all(x.isfinite().all() for part in live.values() for x in (part.b.grad, part.a.grad))
+    assert not any(x.any() for x in products(live).values())
