@@ -4,8 +4,8 @@
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Both sides train in random order with padding to the longest of a
-batch, both average the factors and the head. Memory: one round of 2,000 rows with 20 and with 2,000 clients. Every measurement is a
-process of its own; ratios are pair by pair, the two sides in turn.
+batch, both average the factors and the head. Memory: one round of 2,000 rows with 20 and with 2,000 clients. Every
+measurement is a process of its own; ratios are pair by pair, the two sides in turn.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients
 
 
 def brief(row: Row) -> Row:
-    """The row, with a period of two rounds and twenty steps of a search where it has such: that shows all it does, quickly."""
+    """The row, with a period of two rounds and twenty steps of a search where it has such: enough to show what it does."""
     short = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in row.settings()}
     return replace(row, preset={**row.preset, **short})
 
