@@ -1,6 +1,6 @@
 """Aggregation in factored form against the dense formulas: time, peak memory and error, as a markdown table.
 
-    python benchmarks/aggregation.py [--quick] [--write docs/benchmarks-aggregation.md]
+    python benchmarks/aggregation.py [--quick] [--write docs/benchmarks/aggregation.md]
 
 Each measurement runs in its own process. Time is the median of the repetitions. Memory is the highest resident size during
 the first repetition minus the size before it (Linux), with every block above 1 MiB returned to the system when freed, so
