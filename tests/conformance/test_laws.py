@@ -26,8 +26,12 @@ def brief(row: Row) -> Row:
 
 
 CASES = {name: (brief(row), (3,)) for name, row in TABLE.items()}
-CASES |= {f"{name}, mixed ranks": (brief(row), (2, 3, 1)) for name, row in TABLE.items() if row.mixed_ranks}
-every_row = pytest.mark.parametrize(("row", "ranks"), CASES.values(), ids=CASES.keys())
+MIXED = {f"{name}, mixed ranks": (brief(row), (2, 3, 1)) for name, row in TABLE.items() if row.mixed_ranks}
+every_row = pytest.mark.parametrize(
+    ("row", "ranks"),
+    [pytest.param(*case, id=name) for name, case in CASES.items()]
+    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MIXED.items()],
+)
 ROUNDS = 4
 
 
@@ -90,6 +94,7 @@ def test_only_the_ratio_of_weights_matters(row, ranks):
 
 
 @every_row
+@pytest.mark.slow
 def test_a_client_that_comes_late_can_join_and_helps(row, ranks):
     game = play(row, people(ranks, 6), fraction=0.5, rounds=8)
     late = {who for r in game.rows[1:] for who in r["chosen"]} - set(game.rows[0]["chosen"])
@@ -161,6 +166,7 @@ def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row, ranks):
 
 
 @every_row
+@pytest.mark.slow
 def test_it_learns(row, ranks):
     row = replace(row, head="averaged" if row.head == "frozen" else row.head)
     game, untrained = play(row, people(ranks), rounds=12), play(row, people(ranks), rounds=0)
