@@ -60,7 +60,8 @@ def main() -> None:
     setup = build(DEMO, given.set)
     text = "\n".join(
         [
-            f"`{' --set '.join(['fedlora demo', *given.set])}` with another method: {setup.clients.size} clients, Dirichlet {setup.clients.alpha}, rank "
+            f"`{' --set '.join(['fedlora demo', *given.set])}` with another method: {setup.clients.size} clients, "
+            f"Dirichlet {setup.clients.alpha}, rank "
             f"{setup.method.rank}, {setup.rounds} rounds of {setup.train.epochs} epoch, lr {setup.train.lr} for all (not "
             f"searched), {len(given.seeds)} seed(s). Test: the last round's model on the global test set; held-out: on the "
             "clients' own, with the mean of the worst tenth of them. Aggregation error: distance of the merge from the "
