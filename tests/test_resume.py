@@ -181,6 +181,7 @@ def fedlora(output, *arguments):
     cli.main()
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_run(tmp_path, problem):
     table = {**problem, "method": method("fedsa-lora"), "rounds": 20, "evaluate": {"every": 10}}
     path, file, rows = tmp_path / "run", tmp_path / "experiment.toml", tmp_path / "run" / "rounds.jsonl"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,9 +49,8 @@ class ToyTrainer:
         return {name: self._target(name, shape, client) for name, shape in shapes.items()}
 
     def _target(self, name: str, shape: tuple[int, ...], client: str) -> Tensor:
-        common = torch.randn(shape, generator=generator(self.seed, "common", name))
-        own = torch.randn(shape, generator=generator(self.seed, "own", name, client))
-        return (common + (self.skew * own if client else 0)).to(self.spec.dtype)
+        common = _drawn(shape, self.seed, "common", name)
+        return (common + (self.skew * _drawn(shape, self.seed, "own", name, client) if client else 0)).to(self.spec.dtype)
 
     def loss(self, adapter: Adapter, client: str, beside: Mapping[str, Tensor] | None = None) -> Tensor:
         """Half the mean squared distance from the target, summed over modules and head."""
@@ -198,6 +198,11 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
 def products(adapter: Adapter) -> dict[str, Tensor]:
     """The dense matrix of each module and the head as it is: what may be compared."""
     return {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
+
+
+@cache
+def _drawn(shape: tuple[int, ...], seed: int, *names: str) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, *names))
 
 
 def _leaves(part: LowRank | Full, train: frozenset[str]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ def test_each_sentence_comes_once_on_one_line_with_41_to_300_characters(rows):
     assert all(40 < len(text) <= 300 and text == " ".join(text.split()) for text in texts)
 
 
+@pytest.mark.slow
 def test_the_sentences_are_the_same_each_time_and_no_module_is_imported(rows):
     before = set(sys.modules)
     assert examples() == rows
