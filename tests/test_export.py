@@ -129,7 +129,9 @@ def test_the_adapter_of_a_run_computes_in_peft_what_its_view_computes(name, fini
     assert (own - untrained(folder)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize(
+    "name", [name if name in ("fedit", "flora") else pytest.param(name, marks=pytest.mark.slow) for name in COMMON]
+)
 def test_the_merged_model_computes_in_transformers_what_the_view_computes(name, finished, tmp_path):
     folder = finished(method={"name": name, "rank": 4})
     assert export(folder, "merged", tmp_path / "merged") == {"": tmp_path / "merged"}

@@ -116,7 +116,7 @@ def differing(path, other):
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     table, path = {**problem, "method": method(name)}, tmp_path / "run"
     assert ended(live, path, table, at_loss=2) == -signal.SIGKILL

@@ -54,9 +54,8 @@ class ToyTrainer:
 
     def loss(self, adapter: Adapter, client: str, beside: Mapping[str, Tensor] | None = None) -> Tensor:
         """Half the mean squared distance from the target, summed over modules and head."""
-        target = self.target(client)
-        values = self.weights(adapter)
-        return sum_of([(values[name] + (beside or {}).get(name, 0) - target[name]).square().mean() / 2 for name in values])
+        values = {name: w + (beside or {}).get(name, 0) for name, w in self.weights(adapter).items()}
+        return _distance(values, self.target(client))
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
         """What the model computes with: each module's folds and product, and the head."""
@@ -76,11 +75,12 @@ class ToyTrainer:
         trained = [x for tensors in parts.values() for key, x in tensors.items() if key in request.train]
         kinds = {name: type(part) for name, part in request.start.items()}
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
+        target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
         for _ in range(self.steps * (request.epochs or 1)):
-            live = {name: kinds[name](**parts[name]) for name in parts}
-            loss = self.loss(live, who.id, beside)
+            weights = {name: _weight(tensors) + fixed[name] for name, tensors in parts.items()}
+            loss = _distance(weights, target)
             if request.penalty is not None:
-                loss = loss + request.penalty({name: part for name, part in live.items() if isinstance(part, LowRank)})
+                loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if "w" not in x})
             for x, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
                 x.data.sub_(gradient, alpha=self.lr * 10)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
@@ -198,6 +198,14 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
 def products(adapter: Adapter) -> dict[str, Tensor]:
     """The dense matrix of each module and the head as it is: what may be compared."""
     return {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
+
+
+def _weight(tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors["w"] if "w" in tensors else tensors["b"] @ tensors["a"]
+
+
+def _distance(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    return sum_of([(w - target[name]).square().mean() / 2 for name, w in weights.items()])
 
 
 @cache

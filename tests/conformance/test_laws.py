@@ -119,7 +119,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(row, ranks, tmp_path):
     first = play(row, people(ranks), rounds=PERIOD)
     file = tmp_path / "server"
     file.write_bytes(encode_state(first.progress))
-    second = play(row, people(ranks), progress=decode_state(str(file))[0], states=first.states, start=2)
+    second = play(row, people(ranks), progress=decode_state(str(file))[0], states=first.states, start=PERIOD)
     assert_same(second.weights, whole_game(row.name, ranks).weights)
 
 
@@ -155,7 +155,7 @@ def test_the_dtype_is_kept(row, ranks, dtype):
 @every_row
 def test_a_bad_upload_is_refused_and_the_round_goes_on(row, ranks):
     game = play(row, people(ranks), exchange=Poisoned, rounds=PERIOD)
-    assert all(r["accepted"] == ["0", "1", "3"] and "NaN" in r["refused"]["2"] for r in game.rows)
+    assert all(r["accepted"] == ["0", "2"] and "NaN" in r["refused"]["1"] for r in game.rows)
     assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
 
@@ -246,13 +246,13 @@ class ThroughBytes(Counting):
 
 
 class Poisoned(Counting):
-    """Client 2 sends NaN in its first tensor."""
+    """Client 1 sends NaN in its first tensor."""
 
     def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
         for reply in super().turn(rnd, sent, missed):
             name = next(iter(reply.upload))
             bad = {**reply.upload, name: torch.full_like(reply.upload[name], float("nan"))}
-            yield replace(reply, upload=bad) if reply.client.id == "2" else reply
+            yield replace(reply, upload=bad) if reply.client.id == "1" else reply
 
 
 class Witness(Recorder):
@@ -309,7 +309,7 @@ def play(
     return Game(progress, rows, views, weights, states, through, trainer)
 
 
-def people(ranks: Sequence[int], count: int = 4) -> list[ClientInfo]:
+def people(ranks: Sequence[int], count: int = 3) -> list[ClientInfo]:
     """The toy's clients, with these ranks in turn."""
     return toy_clients(count, [ranks[i % len(ranks)] for i in range(count)])
 
@@ -324,8 +324,8 @@ def whole_game(name: str, ranks: tuple[int, ...]) -> Game:
 def a_round_of_replies(name: str, ranks: tuple[int, ...]) -> tuple[Any, Any, list[Reply]]:
     """A row's method, its server's state after two rounds, and the next round's replies."""
     row = brief(TABLE[name])
-    game = play(row, people(ranks), rounds=2)
-    method, rnd = toy_method(row), Round(2, 0)
+    game = play(row, people(ranks), rounds=PERIOD)
+    method, rnd = toy_method(row), Round(PERIOD, 0)
     server = game.progress.server
     sent = {who: method.send(server, who, rnd) for who in people(ranks)}
     return method, server, list(game.exchange.turn(rnd, sent, {}))
@@ -333,7 +333,7 @@ def a_round_of_replies(name: str, ranks: tuple[int, ...]) -> tuple[Any, Any, lis
 
 def change(method: Any, merged: Merged[Any], who: ClientInfo) -> dict[str, torch.Tensor]:
     """What a client that has never taken part would add to the base as it was before the merge."""
-    view = method.view(method.init_client(SPEC, who, 0), method.send(merged.server, who, Round(3, 0)), who)
+    view = method.view(method.init_client(SPEC, who, 0), method.send(merged.server, who, Round(PERIOD + 1, 0)), who)
     folded = {name: part.product() for name, part in (merged.fold or {}).items()}
     return {name: x + folded.get(name, 0) for name, x in products(view).items()}
 
