@@ -30,7 +30,7 @@ def squared_error(factor, terms):
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_the_gram_objective_is_the_dense_one(batch):
+def test_the_objective_is_the_dense_one(batch):
     terms = random_terms((3, 3, 3), batch=batch)
     rng = torch.Generator().manual_seed(0)
     at = Coefficients(*torch.rand(2, *batch, 3, generator=rng, dtype=torch.float64))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
-from fedlora.linalg.alternation import Blocks, Coefficients, affine, alternate, combined, descend, linear
+from fedlora.linalg.alternation import Coefficients, Layer, affine, alternate, combined, descend, linear
 from fedlora.linalg.combine import leading, widen
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.terms import Terms
@@ -14,7 +14,7 @@ from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
 
-_GRAMS = 1 << 25  # fp64 numbers of Gram matrices at once
+_FACTORS = 1 << 25  # fp64 numbers of factors at once
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FLoRANA:
 
     Unequal ranks are zero-padded (no paper covers them): the merge obeys the law above at the server's rank. What a
     smaller client gets is the leading part, no fit of its own. Ranks beyond those of all clients of a round take no part in
-    the fit, and start again from b = 0. The Gram matrices need all uploads at once, in memory that grows with the clients.
+    the fit, and start again from b = 0. The search needs all uploads at once: its memory grows with the clients.
 
     Source: Nguyen et al. 2025, arXiv:2509.26399.
     """
@@ -82,14 +82,14 @@ class FLoRANA:
     def _coefficients(self, groups: Sequence["_Group"]) -> list[Coefficients]:
         """For each group, p and q [module, client]."""
         if self.scope == "layer":
-            return [self._solve([self._blocks(group)], shared=False) for group in groups]
-        one = self._solve([self._blocks(group) for group in groups], shared=True)
+            return [self._solve([self._layer(group)], shared=False) for group in groups]
+        one = self._solve([self._layer(group) for group in groups], shared=True)
         return [Coefficients(*(x.expand(len(group.names), -1) for x in (one.p, one.q))) for group in groups]
 
-    def _blocks(self, group: "_Group") -> Blocks:
+    def _layer(self, group: "_Group") -> Layer:
         return linear(group.terms) if self.form == "linear" else affine(group.terms, group.origin)
 
-    def _solve(self, layers: Sequence[Blocks], shared: bool) -> Coefficients:
+    def _solve(self, layers: Sequence[Layer], shared: bool) -> Coefficients:
         if self.solver == "als":
             return alternate(layers, shared)
         return descend(layers, shared, self.steps, self.rate)
@@ -105,9 +105,10 @@ class _Group:
 
 
 def _groups(names: Sequence[str], uploads: Sequence[tuple[float, Updates]], server: Updates) -> Iterator[_Group]:
-    """Modules of one shape, as many at once as their Gram matrices allow."""
+    """Modules of one shape, as many at once as fit into memory in fp64."""
     rank = max(update[name].rank for _, update in uploads for name in names)
-    size = max(1, _GRAMS // (2 * (len(uploads) * rank) ** 2))
+    out, in_ = server[names[0]].b.shape[-2], server[names[0]].a.shape[-1]
+    size = max(1, _FACTORS // (len(uploads) * rank * (out + in_)))
     for some in (names[i : i + size] for i in range(0, len(names), size)):
         terms = [(weight, batch(update, some, rank)) for weight, update in uploads]
         yield _Group(some, terms, leading(batch(server, some), rank))
