@@ -133,3 +133,12 @@ class Fit:
     epochs: int | None = None
     beside: Mapping[str, LowRank] | None = None
     penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One client's request for training; `step` counts its requests in this round."""
+
+    request: Fit
+    who: ClientInfo
+    step: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Tensors
-from fedlora.messages import ClientInfo, Fit, Merged, Replies, Reply, Round
+from fedlora.messages import Asked, ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import Progress, one_round
@@ -55,6 +55,12 @@ def test_a_row_excepts_itself_from_laws_that_exist():
 @every_row
 def test_the_wire_changes_nothing(row, ranks):
     assert_same(play(row, people(ranks), exchange=ThroughBytes).weights, whole_game(row.name, ranks).weights)
+
+
+@every_row
+def test_a_client_trained_with_others_trains_as_if_alone(row, ranks):
+    alone = play(row, people(ranks), trainer=Witness(ToyTrainer(together=1)))
+    assert_same(alone.weights, whole_game(row.name, ranks).weights)
 
 
 @every_row
@@ -258,11 +264,13 @@ class Poisoned(Counting):
 class Witness(Recorder):
     """Counts what acted beside the trained factors to the weights."""
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        trained, notes = super().fit(request, who, rnd, step)
-        beside = {name: part.product() for name, part in (request.beside or {}).items()}
-        self.weights[who.id] = {name: w + beside.get(name, 0) for name, w in self.weights[who.id].items()}
-        return trained, notes
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        answers = super().fit(asked, rnd)
+        for one in asked:
+            beside = {name: part.product() for name, part in (one.request.beside or {}).items()}
+            weights = self.weights[one.who.id]
+            self.weights[one.who.id] = {name: w + beside.get(name, 0) for name, w in weights.items()}
+        return answers
 
 
 @dataclass(frozen=True)

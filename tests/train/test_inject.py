@@ -75,8 +75,16 @@ def gradients(model: nn.Module, names: Adapter) -> dict[str, tuple[Tensor, Tenso
     return {n: (layer.lora_B["default"].weight.grad, layer.lora_A["default"].weight.grad) for n, layer in layers.items()}
 
 
-def own_gradients(adapted: Adapted) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (layer.b.grad, layer.a.grad) for name, layer in adapted.layers.items()}
+def own_gradients(adapted: Adapted, client: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (layer.b.grad[client], layer.a.grad[client]) for name, layer in adapted.layers.items()}
+
+
+def assert_near(found: Mapping[str, tuple[Tensor, Tensor]], expected: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Up to 1e-6 of the largest entry: the rounding of fp32 sums in another order."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -86,7 +94,7 @@ def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout
     net, targets, x = Net(), ["first", "second", "last"], torch.randn(6, 7)
     adapted = Adapted(copy.deepcopy(net), Scaling(16.0, rslora), targets, dropout, pattern)
     adapter = moved(adapted)
-    adapted.load(adapter, "ba")
+    adapted.load([adapter], "ba")
     config = peft.LoraConfig(
         r=4, lora_alpha=16, use_rslora=rslora, target_modules=targets, lora_dropout=dropout, rank_pattern=pattern
     )
@@ -100,7 +108,7 @@ def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout
         outputs.append(model.train()(x))
         outputs[-1].square().sum().backward()
     assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
-    assert_close(own_gradients(adapted), gradients(twin, adapter), rtol=1e-6, atol=1e-6)
+    assert_near(own_gradients(adapted), gradients(twin, adapter))
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
@@ -108,7 +116,7 @@ def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_
     model, ids = classifier(kind), torch.randint(1, 40, (3, 5))
     adapted = Adapted(copy.deepcopy(model), Scaling(8.0), dropout=0.2, head=head_modules(model, ()))
     adapter = moved(adapted)
-    adapted.load(adapter, "ba")
+    adapted.load([adapter], "ba")
     twin = in_peft(model, adapter, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, lora_dropout=0.2))
     logits = []
     for each in (adapted.model, twin):
@@ -116,7 +124,7 @@ def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_
         logits.append(each.train()(input_ids=ids).logits)
         logits[-1].square().sum().backward()
     assert_close(logits[0], logits[1], rtol=1e-6, atol=1e-6)
-    assert_close(own_gradients(adapted), gradients(twin, adapter), rtol=1e-6, atol=1e-6)
+    assert_near(own_gradients(adapted), gradients(twin, adapter))
 
 
 class Int8Linear(nn.Module):
@@ -142,11 +150,11 @@ def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
     pair = [Adapted(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantised, quantised.dense())]
     x, adapter = torch.randn(3, 7), moved(pair[0])
     for adapted in pair:
-        adapted.load(adapter, "ba")
+        adapted.load([adapter], "ba")
         adapted.model(x).square().sum().backward()
     assert pair[0].spec.modules == pair[1].spec.modules
     assert_close(pair[0].model(x), pair[1].model(x), rtol=1e-6, atol=1e-6)
-    assert_close(own_gradients(pair[0]), own_gradients(pair[1]), rtol=1e-6, atol=1e-6)
+    assert_near(own_gradients(pair[0]), own_gradients(pair[1]))
 
 
 @pytest.mark.parametrize("rest", [(), (5,)])
@@ -154,17 +162,16 @@ def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
     adapted = Adapted(Net(), Scaling(16.0), "all-linear")
     singles = [moved(adapted, seed=seed) for seed in range(3)]
     x = torch.randn(3, 2, *rest, 7)
-    stack = {n: LowRank(torch.stack([s[n].b for s in singles]), torch.stack([s[n].a for s in singles])) for n in singles[0]}
-    adapted.load(stack, "ba")
+    adapted.load(singles, "ba")
     together = adapted.model(x.flatten(0, 1))
     together.square().sum().backward()
-    found = own_gradients(adapted)
+    found = [own_gradients(adapted, i) for i in range(3)]
     for i, single in enumerate(singles):
-        adapted.load(single, "ba")
+        adapted.load([single], "ba")
         alone = adapted.model(x[i])
         alone.square().sum().backward()
         assert_close(together.unflatten(0, (3, 2))[i], alone)
-        assert_close({n: (b[i], a[i]) for n, (b, a) in found.items()}, own_gradients(adapted), rtol=1e-5, atol=1e-5)
+        assert_close(found[i], own_gradients(adapted), rtol=1e-5, atol=1e-5)
 
 
 def test_without_factors_the_layer_is_its_base():
@@ -214,8 +221,8 @@ def test_an_architecture_without_a_default_is_refused_with_the_names_there_are()
 def test_reading_after_loading_gives_the_adapter_and_untouched_factors_as_the_same_objects(train):
     adapted = Adapted(Net(), Scaling(16.0, rslora=True), ["first", "second"], rank_pattern={"first": 3}, head=["last"])
     start = {**moved(adapted, rank=5), **{name: Full(torch.randn_like(w)) for name, w in adapted.spec.head.items()}}
-    adapted.load(start, train)
-    after = adapted.read(start, train)
+    adapted.load([start], train)
+    after = adapted.read(0, start, train)
     assert list(after) == list(start)
     for name, part in start.items():
         for factor in ("w",) if isinstance(part, Full) else ("b", "a"):
@@ -229,11 +236,11 @@ def test_training_changes_factors_and_head_and_no_bit_of_the_rest():
     before = [parameter.clone() for parameter in kept]
     adapted = Adapted(net, Scaling(16.0), ["first", "second"], head=["last"])
     start = {**moved(adapted), **{name: Full(w) for name, w in adapted.spec.head.items()}}
-    trained = adapted.load(start, "baw")
+    trained = adapted.load([start], "baw")
     net(torch.randn(4, 7)).square().sum().backward()
     torch.optim.SGD(trained, lr=0.1).step()
     assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
-    after = adapted.read(start, "baw")
+    after = adapted.read(0, start, "baw")
     assert not any(torch.equal(after[n].b, start[n].b) or torch.equal(after[n].a, start[n].a) for n in ("first", "second"))
     assert not torch.equal(after["last.weight"].w, start["last.weight"].w)
 
@@ -256,7 +263,7 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
     expected = layers[1](middle) + middle @ dense["1"].mT
     adapted.fold(one)
     adapted.fold(two)
-    adapted.load({}, beside=three)
+    adapted.load([{}], beside=[three])
     assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -15,17 +15,19 @@ from fedlora.adapter import Adapter, Full, lora_init, pack
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Round
-from fedlora.randomness import derive, generator
+from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.randomness import generator
+from fedlora.train.batched import Job, Trained, train_together
 from fedlora.train.batches import epoch
+from fedlora.train.chance import Chance
 from fedlora.train.evaluate import score
 from fedlora.train.inject import Adapted, Scaling
-from fedlora.train.local import LocalTrainer, Trained, train_one
+from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows
 
-TASK, ROWS, SEED = Classification(), torch.arange(30), 5
+TASK, ROWS, SEED, PACE = Classification(), torch.arange(30), 5, 6
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,16 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     optimizer = make(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     lengths = torch.tensor([len(setup.tokenizer(setup.texts[row])["input_ids"]) for row in ROWS])
-    order = generator(SEED, "order")
-    torch.manual_seed(derive(SEED, "dropout"))
-    for _ in range(settings.epochs):
+    order, masks = generator(SEED, "order"), [generator(SEED, "dropout")]
+    for index in range(settings.epochs):
         losses, steps = 0.0, 0
-        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
+        pace = generator(PACE, "pace", index)
+        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, pace):
             inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
             optimizer.zero_grad()
-            loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
+            with Chance() as chance:
+                chance.next_pass(masks, [(inputs["input_ids"].shape[1], len(batch))])
+                loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
             loss.backward()
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -104,7 +108,8 @@ def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
 
 
 def trained(setup: Setup, train: str, settings: Train, seed: int = SEED) -> Trained:
-    return train_one(setup.adapted, TASK, setup.examples, ROWS, Fit(setup.start, frozenset(train)), settings, seed)
+    job = Job(Fit(setup.start, frozenset(train)), ROWS, seed, PACE)
+    return train_together(setup.adapted, TASK, setup.examples, [job], settings, tokens=1000)[0]
 
 
 @pytest.mark.parametrize(
@@ -152,15 +157,16 @@ def trainer(setup: Setup) -> LocalTrainer:
 
 def test_a_client_trains_the_same_whoever_trained_before_it(setup):
     x, y = ClientInfo("x", 4, 20), ClientInfo("y", 4, 10)
-    alone, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
-    trainer(setup).fit(Fit(setup.start, frozenset("baw")), x, Round(0, 0), 0)
-    after, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
+    asked = Asked(Fit(setup.start, frozenset("ba")), y, 0)
+    ((alone, _),) = trainer(setup).fit([asked], Round(0, 0))
+    trainer(setup).fit([Asked(Fit(setup.start, frozenset("baw")), x, 0)], Round(0, 0))
+    ((after, _),) = trainer(setup).fit([asked], Round(0, 0))
     assert all(torch.equal(tensor, pack(after)[key]) for key, tensor in pack(alone).items())
 
 
 def test_a_client_without_held_out_examples_has_no_score(setup):
-    assert trainer(setup).score(setup.start, ClientInfo("y", 4, 10)) is None
-    assert trainer(setup).score(setup.start, ClientInfo("x", 4, 20)).examples == 10
+    y, x = trainer(setup).scores([(ClientInfo("y", 4, 10), setup.start), (ClientInfo("x", 4, 20), setup.start)])
+    assert y is None and x.examples == 10
 
 
 def plain_score(setup: Setup) -> dict[str, float]:
@@ -176,12 +182,12 @@ def plain_score(setup: Setup) -> dict[str, float]:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_score_is_that_of_a_plain_loop_whatever_the_batch_size_and_the_order(setup, batch_size):
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(batch_size))
-    found = score(setup.adapted, TASK, setup.examples, shuffled, setup.start, batch_size)
+    (found,) = score(setup.adapted, TASK, setup.examples, [(shuffled, setup.start)], batch_size)
     assert found.examples == 40
     assert_close(dict(found.metrics), plain_score(setup), rtol=1e-5, atol=1e-6)
 
 
 def test_scoring_comes_out_the_same_after_training_on_the_same_model(setup):
-    before = score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8)
+    before = score(setup.adapted, TASK, setup.examples, [(ROWS, setup.start)], 8)
     trained(setup, "baw", Train(lr=0.1))
-    assert score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8) == before
+    assert score(setup.adapted, TASK, setup.examples, [(ROWS, setup.start)], 8) == before
