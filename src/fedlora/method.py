@@ -57,9 +57,11 @@ def fit(
     epochs: int | None = None,
     beside: Mapping[str, LowRank] | None = None,
     penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None,
+    mask: Mapping[str, Tensor] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Local[Adapter]:
     """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`.
 
     See `Fit` for the arguments.
     """
-    return (yield Fit(start, frozenset(train), epochs, beside, penalty))
+    return (yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, pack
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Round
@@ -34,7 +34,9 @@ def train_one(
     Order of the examples and dropout depend on `seed` alone. The last batch of an epoch may be smaller.
     """
     parameters = adapted.load(request.start, request.train, request.beside)
-    optimizer = _optimizer(parameters, settings)
+    named = dict(zip([key for key in pack(request.start) if _factor(key) in request.train], parameters, strict=True))
+    optimizer = _optimizer(named, request.rates or {}, settings)
+    masked = [_Masked.of(named[key], mask) for key, mask in (request.mask or {}).items() if key in named]
     device = parameters[0].device
     order = generator(seed, "order")
     lengths = examples.lengths()[rows]
@@ -49,21 +51,55 @@ def train_one(
                 inputs, targets = examples.batch(rows[batch], device)
                 loss = task.loss(adapted.model, inputs, targets)
                 objective = loss if request.penalty is None else loss + request.penalty(adapted.factors())
+                optimizer.zero_grad()  # first: a training that did not name the head leaves its gradients behind
                 objective.backward()  # type: ignore[no-untyped-call]
+                for part in masked:
+                    part.clear_gradient()
                 if settings.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
                 optimizer.step()
-                optimizer.zero_grad()
+                for part in masked:
+                    part.put_back()
                 losses.append(loss.detach() * len(batch))
                 steps += 1
     mean_loss = float(torch.stack(losses).sum()) / len(rows)
-    return Trained(adapted.read(request.start, request.train), mean_loss, steps)
+    return Trained(request.restore(adapted.read(request.start, request.train)), mean_loss, steps)
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: Train) -> torch.optim.Optimizer:
+def _optimizer(named: Mapping[str, nn.Parameter], rates: Mapping[str, float], settings: Train) -> torch.optim.Optimizer:
+    """With one group of parameters for each factor."""
+    factors: dict[str, list[nn.Parameter]] = {}
+    for key, parameter in named.items():
+        factors.setdefault(_factor(key), []).append(parameter)
+    groups = [{"params": own, "lr": settings.lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A parameter, where it may not move, and what it is there."""
+
+    parameter: nn.Parameter
+    fixed: torch.Tensor
+    before: torch.Tensor
+
+    @staticmethod
+    def of(parameter: nn.Parameter, moves: torch.Tensor) -> "_Masked":
+        return _Masked(parameter, ~moves.to(parameter.device).expand_as(parameter), parameter.detach().clone())
+
+    def clear_gradient(self) -> None:
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(self.fixed, 0)
+
+    def put_back(self) -> None:
+        """What weight decay has moved."""
+        self.parameter.data.copy_(self.before.where(self.fixed, self.parameter.data))
+
+
+def _factor(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
