@@ -16,6 +16,7 @@ from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.frlora import FRLoRA
+from fedlora.methods.fslora import FSLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.lora_fair import LoRAFAIR
 
@@ -257,6 +258,20 @@ _ROWS = (
         up=("r * (out + in)",),
         down=("r * (out + in)",),
         singles=True,
+    ),
+    Row(
+        name="fslora",
+        make=FSLoRA,
+        paper="Fang et al. 2025, arXiv:2501.19389",
+        summary="each client trains random ranks of each module, scaled up so that the changes add up unbiased",
+        exact="no: a mean of factors, of which each client saw a random part",
+        up=("r * (out + in)",),
+        down=("rank * (out + in)",),
+        mixed_ranks=True,
+        exceptions={
+            "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
+            "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
+        },
     ),
 )
 
