@@ -48,6 +48,20 @@ class Method(Protocol[S, C]):
         """On the server: the next state from the accepted replies."""
 
 
+@runtime_checkable
+class Chooses(Protocol):
+    """What a method has besides if its clients choose which values they upload: nobody else can know how many those are."""
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """On the server: tensors of the shapes that `upload` must have, given the positions that it names.
+
+        `like` is what `who` would upload if training changed nothing; names and dtypes are equal, shapes may not be.
+
+        Raises:
+            ValueError: the positions are none that an honest client could choose.
+        """
+
+
 AnyMethod = Method[Any, Any]
 
 
