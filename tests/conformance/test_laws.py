@@ -23,8 +23,8 @@ from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients
 
 
 def brief(row: Row) -> Row:
-    """The row, with a period of two rounds and twenty steps of a search where it has such: enough to show what it does."""
-    short = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in row.settings()}
+    """The row, with a period of two rounds, twenty steps of a search, a server of large steps: enough for what it does."""
+    short = {key: value for key, value in {"every": 2, "steps": 20, "server_lr": 0.05}.items() if key in row.settings()}
     return replace(row, preset={**row.preset, **short})
 
 

@@ -105,7 +105,7 @@ def test_the_upload_has_the_changes_of_the_chosen_ranks_and_their_positions_and_
     _, reply, trainer = requests(who, ROUNDS[side])
     counts = [int(own.sum()) for own in chosen(reply).values()]
     assert counts[0] != counts[1]  # the sizes of the modules show
-    assert reply.upload["values"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
+    assert reply.upload["changes"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
     assert reply.upload["positions"].nbytes == position_bytes(2 * len(MODULES), RANK * len(MODULES))
     after = M.merge(START, Replies([reply]), ROUNDS[side]).server.adapter
     for name, part in trainer.last[who.id].items():
@@ -147,16 +147,16 @@ def test_disjoint_choices_are_each_added_with_their_own_weight():
     masks = [torch.tensor([True, True, *[False] * 6]), torch.tensor([*[False] * 5, True, False, True])]
     sizes = [2 * SIZE["b"][0], 2 * SIZE["b"][1]]
     uploads = [
-        {"values": torch.arange(1.0, size + 1), "positions": pack_positions(mask)}
+        {"changes": torch.arange(1.0, size + 1), "positions": pack_positions(mask)}
         for size, mask in zip(sizes, masks, strict=True)
     ]
     replies = [Reply(who, ROUNDS["b"], up, float(who.examples)) for who, up in zip(clients, uploads, strict=True)]
     after = M.merge(START, Replies(replies), ROUNDS["b"]).server.adapter
     share, before = [who.examples / 27 for who in clients], START.adapter
-    first = uploads[0]["values"].view(2, -1).T
+    first = uploads[0]["changes"].view(2, -1).T
     assert_close(after[MODULES[0]].b[:, :2], before[MODULES[0]].b[:, :2] + share[0] * first)
     assert_close(
-        after[MODULES[1]].b[:, [1, 3]], before[MODULES[1]].b[:, [1, 3]] + share[1] * uploads[1]["values"].view(2, -1).T
+        after[MODULES[1]].b[:, [1, 3]], before[MODULES[1]].b[:, [1, 3]] + share[1] * uploads[1]["changes"].view(2, -1).T
     )
 
 
@@ -190,15 +190,15 @@ def test_a_fixed_rank_counts_in_the_budget_as_it_is():
     m.merge(server, Replies([Reply(who, ROUNDS["b"], done.upload, 10.0)]), ROUNDS["b"])
 
 
-def spoilt(reply: Reply, **changes: Tensor) -> Reply:
-    return replace(reply, upload={**reply.upload, **changes})
+def spoilt(reply: Reply, **tensors: Tensor) -> Reply:
+    return replace(reply, upload={**reply.upload, **tensors})
 
 
 @pytest.mark.parametrize("side", ROUNDS)
 def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
     who, rnd = ClientInfo("0", 2, 10), ROUNDS[side]
     _, reply, _ = requests(who, rnd)
-    values, positions = reply.upload["values"], reply.upload["positions"]
+    values, positions = reply.upload["changes"], reply.upload["positions"]
     keep = torch.cat(list(chosen(reply).values()))
 
     def refusal(reply: Reply) -> str:
@@ -210,9 +210,9 @@ def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
     assert "expected 4 positions out of 8, got 0" in refusal(spoilt(reply, positions=0 * positions))
     assert "positions of 4 out of 8 are 1 bytes" in refusal(spoilt(reply, positions=positions.repeat(3)))
     assert "sent positions as torch.int64" in refusal(spoilt(reply, positions=positions.long()))
-    assert "sent values with shape" in refusal(spoilt(reply, values=values[:-1]))
-    assert "sent values with shape" in refusal(spoilt(reply, values=values[None]))
-    assert "NaN" in refusal(spoilt(reply, values=values * torch.nan))
+    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[:-1]))
+    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[None]))
+    assert "NaN" in refusal(spoilt(reply, changes=values * torch.nan))
     others = pack_positions(~keep)  # as many ranks, but of other modules: other sizes
-    assert "sent values with shape" in refusal(spoilt(reply, positions=others))
-    assert "lacks positions" in refusal(replace(reply, upload={"values": values}))
+    assert "sent changes with shape" in refusal(spoilt(reply, positions=others))
+    assert "lacks positions" in refusal(replace(reply, upload={"changes": values}))

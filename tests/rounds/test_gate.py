@@ -13,7 +13,7 @@ from fedlora.method import fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
-from fedlora.rounds.gate import Failed
+from fedlora.rounds.gate import Failed, change_norm
 from fedlora.rounds.loop import Plan, Progress, one_round
 from fedlora.rounds.sample import choose
 
@@ -323,6 +323,10 @@ def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(r
     after, row = play(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
     assert row["refused"].get("b") == reason or (reason is not None and reason in row["refused"]["b"])
     assert float(after.inner) == 2 + (0 if reason else len(values))
+
+
+def test_whole_numbers_count_nothing_in_the_norm_of_a_change():
+    assert change_norm({"values": torch.tensor([3.0, 4.0]), "count": torch.tensor(200)}, {"count": torch.tensor(1)}) == 5.0
 
 
 def test_a_head_of_the_wrong_shape_is_refused_also_where_clients_choose():

@@ -12,6 +12,7 @@ from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedrpca import FedRPCA
 from fedlora.methods.fedsvd import FedSVD
+from fedlora.methods.flasc import FLASC
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
@@ -278,6 +279,21 @@ _ROWS = (
         exceptions={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
             "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
+        },
+    ),
+    Row(
+        name="flasc",
+        make=FLASC,
+        paper="Kuo et al. 2024, arXiv:2406.05233",
+        summary="sends the largest weights down and the largest changes up; the server takes a step of SGD or AdamW",
+        exact="no: a mean of the factors' largest changes",
+        up=("density_up * r * (out + in)",),
+        down=("density_down * r * (out + in)",),
+        picked_up=("density_up * r * (out + in)", "rank * (out + in)"),
+        picked_down=("density_down * r * (out + in)", "rank * (out + in)"),
+        mixed_ranks=True,
+        exceptions={
+            "test_one_client_alone_trains_locally": "small changes stay at home, and the server takes its own step"
         },
     ),
     Row(

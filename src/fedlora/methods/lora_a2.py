@@ -76,10 +76,10 @@ class LoRAA2:
         mask = {f"{name}.{side}": own[None] if side == "b" else own[:, None] for name, own in chosen.items()}
         trained = unpack(pack((yield from fit(start, side, mask=mask, rates=rates))), LowRank)
         changes = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
-        return mine, {"values": torch.cat(changes), "positions": pack_positions(keep)}
+        return mine, {"changes": torch.cat(changes), "positions": pack_positions(keep)}
 
     def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
-        """As many values as the chosen ranks have entries.
+        """As many changes as the chosen ranks have entries.
 
         Raises:
             ValueError: the client has not chosen as many ranks as it may.
@@ -88,7 +88,7 @@ class LoRAA2:
         chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, who).values()), sum(ranks)), ranks)
         sizes = [out if _side(rnd) == "b" else in_ for out, in_ in spec.modules.values()]
         count = sum(size * int(own.sum()) for size, own in zip(sizes, chosen, strict=True))
-        return {**like, "values": like["values"].new_empty(count)}
+        return {**like, "changes": like["changes"].new_empty(count)}
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """This round's factor plus the weighted mean of the changes, zero where a client trained nothing."""
@@ -130,7 +130,7 @@ def _dense(upload: Tensors, server: Sliced, side: Side, who: ClientInfo) -> dict
     for own, (name, part) in zip(chosen, server.adapter.items(), strict=True):
         rows = torch.zeros_like(_rows(part, side))
         size = int(own.sum()) * rows.shape[1]
-        rows[own] = upload["values"][taken : taken + size].view(-1, rows.shape[1])
+        rows[own] = upload["changes"][taken : taken + size].view(-1, rows.shape[1])
         changes[f"{name}.{side}"] = rows.mT if side == "b" else rows
         taken += size
     return changes

@@ -75,9 +75,14 @@ class Gate:
 
 
 def change_norm(upload: Tensors, sent: Tensors) -> float:
-    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any."""
+    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any.
+
+    Tensors of whole numbers name things, and count nothing.
+    """
     total = 0.0
     for name, tensor in upload.items():
+        if not tensor.is_floating_point():
+            continue
         before = sent.get(name)
         change = tensor.double() if before is None or before.shape != tensor.shape else tensor.double() - before.double()
         total += float(change.square().sum())
