@@ -235,9 +235,13 @@ def test_a_mask_that_lets_all_move_and_rates_of_one_change_no_bit(setup, setting
     assert all(torch.equal(masked[key], plain[key]) for key in plain)
 
 
-def test_masked_gradients_do_not_count_in_the_norm_that_is_clipped(setup):
-    """A factor that may move nowhere is as one that is not trained."""
-    settings = Train(optimizer="sgd", lr=10.0, clip_norm=1e-5)
+@pytest.mark.parametrize(
+    "settings",
+    [Train(optimizer="sgd", lr=10.0, clip_norm=1e-5), Train(optimizer="sgd", lr=1000.0, weight_decay=1e-4)],
+    ids=["clipped", "decaying"],
+)
+def test_a_factor_that_may_move_nowhere_is_as_one_that_is_not_trained(setup, settings):
+    """It counts in no norm, and while the others are trained it does not decay either."""
     nowhere = {key: torch.zeros_like(x, dtype=torch.bool) for key, x in pack(setup.start).items() if key.endswith(".a")}
     masked, untrained, both = (
         answer(setup, settings, "ba", mask=nowhere),
