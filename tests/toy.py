@@ -75,9 +75,10 @@ class ToyTrainer:
         return [self.fit_one(one.request, one.who) for one in asked]
 
     def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
-        """Gradient descent on the factors that `request` names."""
+        """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
-        trained = [x for tensors in parts.values() for key, x in tensors.items() if key in request.train]
+        trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
+        leaves = [parts[name][key] for name, key in trained]
         kinds = {name: type(part) for name, part in request.start.items()}
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
         target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
@@ -86,8 +87,10 @@ class ToyTrainer:
             loss = _distance(weights, target)
             if request.penalty is not None:
                 loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if "w" not in x})
-            for x, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                x.data.sub_(gradient, alpha=self.lr * 10)
+            for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
+                moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
+                rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
+                parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 

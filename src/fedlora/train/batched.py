@@ -1,12 +1,12 @@
 """Training many clients' adapters in one forward and backward pass over the one resident model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, pack
 from fedlora.config import Train
 from fedlora.messages import Fit
 from fedlora.randomness import derive, generator
@@ -61,14 +61,17 @@ def train_together(
 ) -> list[Trained]:
     """Trains each client as its request says, with a fresh optimiser, as if it were alone.
 
-    All requests train the same factors of the same modules. One step takes the next batch of every client that still has
-    one; factors, heads and optimiser states have a client axis. The base computes the batches together, in passes of up to
-    `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a client's examples and
-    its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
+    All requests train the same factors of the same modules at the same rates. One step takes the next batch of every client
+    that still has one; factors, heads and optimiser states have a client axis. The base computes the batches together, in
+    passes of up to `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a
+    client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
     """
     train = jobs[0].request.train
     parameters = adapted.load([job.request.start for job in jobs], train, [job.request.beside for job in jobs])
-    optimizer = _optimizer(parameters, settings)
+    keys = [key for key in pack(jobs[0].request.start) if _factor(key) in train]
+    named = dict(zip(keys, parameters, strict=True))
+    optimizer = _optimizer(named, jobs[0].request.rates or {}, settings)
+    masked = [_Masked.of(x, key, jobs) for key, x in named.items() if any(key in (job.request.mask or {}) for job in jobs)]
     device, lengths = parameters[0].device, examples.lengths()
     queues = [job.batches(lengths, settings) for job in jobs]
     chances = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
@@ -83,8 +86,8 @@ def train_together(
             if len(going := [i for i in live if steps[i] > step]) < len(live):
                 for place, i in enumerate(live):
                     if steps[i] == step:
-                        done[i] = adapted.read(place, jobs[i].request.start, train)
-                _go_on(optimizer, adapted, [live.index(i) for i in going])
+                        done[i] = _read(adapted, place, jobs[i].request)
+                masked = _go_on(optimizer, masked, adapted, [live.index(i) for i in going])
                 live = going
             batches = [next(queues[i]) for i in live]
             sizes = [(int(lengths[batch].max()), len(batch)) for batch in batches]
@@ -104,11 +107,15 @@ def train_together(
                 objective.backward()  # type: ignore[no-untyped-call]
                 counted = torch.tensor([step >= last_epoch[i] for i in now], device=device)
                 losses[torch.tensor(now, device=device)] += each.detach().sum(1) * counted
+            for part in masked:
+                part.clear_gradient()
             if settings.clip_norm is not None:
                 _clip(optimizer, settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-    done |= {i: adapted.read(place, jobs[i].request.start, train) for place, i in enumerate(live)}
+            for part in masked:
+                part.put_back()
+    done |= {i: _read(adapted, place, jobs[i].request) for place, i in enumerate(live)}
     means = (losses.cpu() / torch.tensor([len(job.rows) for job in jobs])).tolist()
     return [Trained(done[i], means[i], steps[i]) for i in range(len(jobs))]
 
@@ -143,15 +150,48 @@ def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adap
     return max(1, sum(size for at, size in kept.items() if at not in own) // int(examples.lengths().max()))
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: Train) -> torch.optim.Optimizer:
-    """Elementwise, so that a client axis changes nothing."""
+def _optimizer(named: Mapping[str, nn.Parameter], rates: Mapping[str, float], settings: Train) -> torch.optim.Optimizer:
+    """Elementwise, so that a client axis changes nothing; with one group of parameters for each factor."""
+    factors: dict[str, list[nn.Parameter]] = {}
+    for key, parameter in named.items():
+        factors.setdefault(_factor(key), []).append(parameter)
+    groups = [{"params": own, "lr": settings.lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def _go_on(optimizer: torch.optim.Optimizer, adapted: Adapted, clients: list[int]) -> None:
-    """With these of the loaded clients only, their optimiser states included."""
+@dataclass(frozen=True)
+class _Masked:
+    """A parameter, where it may not move, and what it is there, all [clients, *shape]."""
+
+    parameter: nn.Parameter
+    fixed: Tensor
+    before: Tensor
+
+    @staticmethod
+    def of(parameter: nn.Parameter, key: str, jobs: Sequence[Job]) -> "_Masked":
+        fixed = torch.zeros_like(parameter, dtype=torch.bool)
+        for own, job in zip(fixed, jobs, strict=True):
+            if job.request.mask is not None and key in job.request.mask:
+                shape = pack(job.request.start)[key].shape
+                moves = job.request.mask[key].to(fixed.device).expand(shape)
+                own[tuple(slice(n) for n in shape)] = ~moves
+        return _Masked(parameter, fixed, parameter.detach().clone())
+
+    def clear_gradient(self) -> None:
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(self.fixed, 0)
+
+    def put_back(self) -> None:
+        """What weight decay has moved."""
+        self.parameter.data.copy_(self.before.where(self.fixed, self.parameter.data))
+
+
+def _go_on(
+    optimizer: torch.optim.Optimizer, masked: Sequence[_Masked], adapted: Adapted, clients: list[int]
+) -> list[_Masked]:
+    """With these of the loaded clients only, in the optimiser's state and the masks too."""
     index = torch.tensor(clients)
     new = dict(adapted.keep(clients))
     for group in optimizer.param_groups:
@@ -162,6 +202,15 @@ def _go_on(optimizer: torch.optim.Optimizer, adapted: Adapted, clients: list[int
                 key: x[index.to(x.device)] if isinstance(x, Tensor) and x.shape == old.shape else x
                 for key, x in state.items()
             }
+    return [_Masked(new[m.parameter], *(x[index.to(x.device)] for x in (m.fixed, m.before))) for m in masked]
+
+
+def _read(adapted: Adapted, place: int, request: Fit) -> Adapter:
+    return request.restore(adapted.read(place, request.start, request.train))
+
+
+def _factor(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _clip(optimizer: torch.optim.Optimizer, norm: float) -> None:

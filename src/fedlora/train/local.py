@@ -71,7 +71,8 @@ class LocalTrainer:
         alike: dict[object, list[int]] = {}
         for i in sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings)):
             request = jobs[i].request
-            key = request.train, tuple(request.start), tuple(request.beside or ())
+            rates = tuple(sorted((request.rates or {}).items()))
+            key = request.train, tuple(request.start), tuple(request.beside or ()), rates
             alike.setdefault(key, []).append(i)
         for some in alike.values():
             yield from (some[start : start + self.together] for start in range(0, len(some), self.together))
