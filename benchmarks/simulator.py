@@ -1,11 +1,12 @@
-"""Seconds and memory of a simulated round, against a loop written by hand with PyTorch and PEFT for the same work.
+"""Seconds and memory of a simulated round, against loops written by hand with PyTorch and PEFT for the same work.
 
-    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--write docs/benchmarks/simulator.md]
+    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
-query and value, AdamW with lr 1e-3, 64 tokens at most. Both sides train in random order with padding to the longest of a
-batch, both average the factors and the head. Memory: one round of 2,000 rows with 20 and with 2,000 clients. Every
-measurement is a process of its own; ratios are pair by pair, the two sides in turn.
+query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5 rounds,
+one step each. By hand: client after client, batches in random order, padded to their longest. Floor: the same rows in
+batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Memory: one
+round of 2,000 rows with 20 and with 2,000 clients. Every measurement is a process of its own; the sides take turns.
 """
 
 import argparse
@@ -16,43 +17,64 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROUNDS, CLIENTS, PER_CLIENT, BATCH, LR, RANK, ALPHA, LONGEST = 3, 20, 100, 8, 1e-3, 8, 16, 64
+BATCH, LR, RANK, ALPHA, LONGEST, LARGE = 8, 1e-3, 8, 16, 64, 128
 
 
-def experiment(
-    train: str, test: str, clients: int = CLIENTS, rows: int = CLIENTS * PER_CLIENT, rounds: int = ROUNDS
-) -> Any:
+@dataclass(frozen=True)
+class Work:
+    """How many clients share how many rows, how many of them take part in a round, and for how many rounds."""
+
+    clients: int
+    rows: int
+    chosen: int
+    rounds: int
+
+    @property
+    def samples(self) -> int:
+        """Trained on in a round."""
+        return self.rows // self.clients * self.chosen
+
+
+W1, W2 = Work(20, 2000, 20, 3), Work(1000, 8000, 100, 5)
+
+
+def experiment(files: list[str], work: Work, together: int, batches: str = "by-length") -> Any:
     from fedlora.config import build
 
+    train, test = files
     return build(
         {
-            "data": {"source": train, "test": test, "rows": rows, "test_rows": 1000},
-            "rounds": rounds,
-            "clients": {"count": clients, "partition": "iid", "held_out": 0.0, "min_size": 1},
+            "data": {"source": train, "test": test, "rows": work.rows, "test_rows": 1000},
+            "rounds": work.rounds,
+            "clients": {"count": work.clients, "partition": "iid", "held_out": 0.0, "min_size": 1},
             "method": {"name": "fedit", "rank": RANK},
             "lora": {"alpha": ALPHA},
-            "train": {"lr": LR, "batch_size": BATCH, "max_length": LONGEST, "batches": "random"},
-            "evaluate": {"every": rounds, "clients": "none"},
+            "sampling": {"fraction": work.chosen / work.clients},
+            "train": {"lr": LR, "batch_size": BATCH, "max_length": LONGEST, "batches": batches, "together": together},
+            "evaluate": {"every": work.rounds, "clients": "none"},
         }
     )
 
 
-def product(train: str, test: str, clients: int, rows: int, rounds: int) -> dict[str, float]:
-    """The package, one client after the other."""
+def product(files: list[str], work: Work, together: int) -> dict[str, float]:
+    """The package."""
     from fedlora.experiment import run
 
     with tempfile.TemporaryDirectory() as folder:
-        result = run(experiment(train, test, clients, rows, rounds), Path(folder, "run"))
-        states = sum(file.stat().st_size for file in Path(folder, "run").rglob("clients/**/*") if file.is_file())
+        result = run(experiment(files, work, together), Path(folder, "run"))
     seconds = [row["seconds"]["train"] + row["seconds"]["merge"] for row in result.rows]
-    return {"seconds": statistics.median(seconds), "accuracy": result.rows[-1]["global"]["accuracy"], "states": states}
+    return {"seconds": statistics.median(seconds), "accuracy": result.rows[-1]["global"]["accuracy"]}
 
 
-def by_hand(train: str, test: str) -> dict[str, float]:
-    """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each."""
+def by_hand(files: list[str], work: Work, large: bool) -> dict[str, float]:
+    """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each.
+
+    With `large` the floor: one adapter, all rows of a round in large batches sorted by length.
+    """
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -61,7 +83,7 @@ def by_hand(train: str, test: str) -> dict[str, float]:
     from fedlora.train.tasks import locate, quiet
 
     quiet()
-    setup = experiment(train, test)
+    setup = experiment(files, work, 1)
     problem = Problem.make(setup)
     path = locate(setup.model)
     torch.manual_seed(0)
@@ -76,23 +98,34 @@ def by_hand(train: str, test: str) -> dict[str, float]:
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[row]) for row in rows], batch_first=True)
         return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
 
+    def cohort() -> list[torch.Tensor]:
+        """The rows of each client, or of all of them together."""
+        some = torch.randperm(work.clients)[: work.chosen].tolist()
+        shares = [torch.tensor(problem.division.shares[i].train) for i in some]
+        return [torch.cat(shares)] if large else shares
+
+    def batches(rows: torch.Tensor) -> list[torch.Tensor]:
+        if not large:
+            return list(torch.split(rows[torch.randperm(len(rows))], BATCH))
+        lengths = torch.tensor([len(ids[row]) for row in rows.tolist()])
+        return list(torch.split(rows[lengths.argsort()], LARGE))
+
     mean = {name: x.clone() for name, x in get_peft_model_state_dict(model).items()}
     seconds = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
+    for _ in range(work.rounds):
+        started, shares = time.perf_counter(), cohort()
         total = {name: torch.zeros_like(x) for name, x in mean.items()}
-        for share in problem.division.shares:
+        for share in shares:
             set_peft_model_state_dict(model, mean)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
             model.train()
-            order = torch.tensor(share.train)[torch.randperm(len(share.train))]
-            for rows in torch.split(order, BATCH):
+            for rows in batches(share):
                 loss = torch.nn.functional.cross_entropy(model(**batch(rows.tolist(), ids)).logits, labels[rows])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
             for name, x in get_peft_model_state_dict(model).items():
-                total[name] += x.detach() / CLIENTS
+                total[name] += x.detach() / len(shares)
         mean = total
         seconds.append(time.perf_counter() - started)
     set_peft_model_state_dict(model, mean)
@@ -106,38 +139,54 @@ def by_hand(train: str, test: str) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "accuracy": right / len(test_ids)}
 
 
-def measure(side: str, files: list[str]) -> dict[str, float]:
+SIDES: dict[str, Any] = {
+    "loop by hand, PyTorch + PEFT": lambda files, work: by_hand(files, work, large=False),
+    "fedlora, one client at a time": lambda files, work: product(files, work, 1),
+    "fedlora, 16 clients in a step": lambda files, work: product(files, work, 16),
+    "floor: large sorted batches, nothing federated": lambda files, work: by_hand(files, work, large=True),
+}
+WORKS = {"W1": W1, "W2": W2, "20 clients": Work(20, 2000, 20, 1), "2,000 clients": Work(2000, 2000, 2000, 1)}
+
+
+def measure(side: str, work: str, files: list[str]) -> dict[str, float]:
     """One side in a process of its own: seconds of a round (median), accuracy, peak memory in MB."""
-    output = subprocess.run([sys.executable, __file__, *files, "--side", side], check=True, capture_output=True, text=True)
+    command = [sys.executable, __file__, *files, "--side", side, "--work", work]
+    output = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(output.stdout.splitlines()[-1])
+    print(work, side, found, file=sys.stderr, flush=True)
     return found
 
 
 def table(files: list[str], repeats: int) -> str:
-    pairs = [(measure("product", files), measure("by-hand", files)) for _ in range(repeats)]
-    ratio = statistics.median(ours["seconds"] / hand["seconds"] for ours, hand in pairs)
-    lines = [
-        "| W1 | seconds a round | samples/s | peak memory | test accuracy after 3 rounds |",
-        "|---|---|---|---|---|",
-    ]
-    for name, index in (("loop by hand, PyTorch + PEFT", 1), ("fedlora, one by one", 0)):
-        runs = [pair[index] for pair in pairs]
-        second, memory, accuracy = (
-            statistics.median(run[key] for run in runs) for key in ("seconds", "peak_mb", "accuracy")
-        )
-        samples = CLIENTS * PER_CLIENT / second
-        lines.append(f"| {name} | {second:.1f} | {samples:.0f} | {memory:.0f} MB | {accuracy:.3f} |")
-    few, many = measure("memory-20", files), measure("memory-2000", files)
-    lines += [
-        "",
-        f"Seconds, fedlora / by hand: {ratio:.2f} (median of {repeats} pairs).",
-        "",
-        "| clients sharing 2,000 rows, one round | peak memory |",
-        "|---|---|",
-        f"| 20 | {few['peak_mb']:.0f} MB |",
-        f"| 2,000 | {many['peak_mb']:.0f} MB |",
-    ]
-    return "\n".join(lines)
+    """Medians; the ratio is that of each turn to the loop by hand of the same turn."""
+    hand, *_ = SIDES
+    lines: list[str] = []
+    for work in ("W1", "W2"):
+        turns = [{side: measure(side, work, files) for side in SIDES} for _ in range(repeats)]
+        lines += [
+            f"| {work} | seconds a round | samples/s | times the loop by hand | peak memory | test accuracy |",
+            "|---|---|---|---|---|---|",
+        ]
+        for side in SIDES:
+            second, memory, accuracy = (
+                statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_mb", "accuracy")
+            )
+            ratio = statistics.median(turn[hand]["seconds"] / turn[side]["seconds"] for turn in turns)
+            samples = WORKS[work].samples / second
+            lines.append(f"| {side} | {second:.1f} | {samples:.0f} | {ratio:.2f} | {memory:.0f} MB | {accuracy:.3f} |")
+        lines.append("")
+    lines += ["| 2,000 rows, one round, 16 clients in a step | peak memory |", "|---|---|"]
+    for work in ("20 clients", "2,000 clients"):
+        found = measure("fedlora, 16 clients in a step", work, files)
+        lines.append(f"| {work} | {found['peak_mb']:.0f} MB |")
+    return "\n".join([f"Made by `benchmarks/simulator.py`, {repeats} turns, fp32, {processor()}.", "", *lines])
+
+
+def processor() -> str:
+    """What the numbers depend on most."""
+    import torch
+
+    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main() -> None:
@@ -147,21 +196,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", type=Path, help="write the table to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     files = [given.train, given.test]
     if given.side is None:
         text = table(files, given.repeats)
         print(text)
         if given.write:
-            given.write.write_text(f"# The simulator against a loop by hand\n\n{text}\n", encoding="utf-8")
+            given.write.write_text(f"# The simulator against loops by hand\n\n{text}\n", encoding="utf-8")
         return
-    sides = {
-        "product": lambda: product(*files, CLIENTS, CLIENTS * PER_CLIENT, ROUNDS),
-        "by-hand": lambda: by_hand(*files),
-        "memory-20": lambda: product(*files, 20, 2000, 1),
-        "memory-2000": lambda: product(*files, 2000, 2000, 1),
-    }
-    found = sides[given.side]()
+    found = SIDES[given.side](files, WORKS[given.work])
     print(json.dumps({**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
 
 
