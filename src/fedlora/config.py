@@ -145,6 +145,9 @@ class Train(_Section):
     """What a pass through the model may keep for its backward pass: a step of many clients takes several passes."""
     max_length: Positive = 128
     """Tokens per example; the rest is cut off."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """What the frozen base computes in; factors, heads, optimiser and folds are fp32. auto: bf16 where the processor has
+    matrix instructions for it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
 

@@ -66,7 +66,7 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
         UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
         RunStopped: the run cannot go on; `resume` takes it up again.
     """
-    experiment = experiment or Experiment()
+    experiment = _settled(experiment or Experiment())
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
     try:
         return _run(experiment, folder, watch or Silent())
@@ -239,7 +239,8 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     bench = _Bench.make(experiment)
     if not folder.experiment.exists():
         folder.record("experiment.toml", experiment.to_toml())
-        folder.record("environment.json", json.dumps(_environment(), indent=1))
+        path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
+        folder.record("environment.json", json.dumps({**_environment(), **path}, indent=1))
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,
@@ -280,6 +281,18 @@ def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapte
         else recompress(stack([(1.0, one) for one in (part, *(fold[name] for fold in folds if name in fold))]))
         for name, part in view.items()
     }
+
+
+def _settled(experiment: Experiment) -> Experiment:
+    """With the precision that `auto` stands for here: what is resumed elsewhere must compute the same."""
+    if experiment.train.precision != "auto":
+        return experiment
+    if _device(experiment.train.device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    train = experiment.train.model_copy(update={"precision": "bf16" if fast else "fp32"})
+    return experiment.model_copy(update={"train": train})
 
 
 def _device(choice: str) -> torch.device:

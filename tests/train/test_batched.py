@@ -108,6 +108,20 @@ def test_ranks_that_only_other_clients_have_stay_zero(bench):
         assert layer.b[0, :, :2].all() and layer.b[1].all()
 
 
+def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(bench):
+    exact, examples = bench
+    model, _, _ = TASK.load(exact.model.config.name_or_path, LABELS, seed=0)
+    coarse = Adapted(model, Scaling(16.0), dropout=0.1, head=["classifier"], precision=torch.bfloat16)
+    settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
+    found = [train_together(each, TASK, examples, jobs(exact), settings, 200) for each in (exact, coarse)]
+    for job, one, other in zip(jobs(exact), *found, strict=True):
+        start, near, far = pack(job.request.start), pack(one.adapter), pack(other.adapter)
+        assert one.loss == pytest.approx(other.loss, rel=0.03)
+        assert all(x.dtype == torch.float32 for x in far.values())
+        moved, apart = (sum(float((x - y[key]).square().sum()) for key, x in near.items()) for y in (start, far))
+        assert apart < 0.01 * moved
+
+
 def test_the_trainer_groups_requests_and_answers_in_their_order(bench):
     adapted, examples = bench
     names = "wxyz"

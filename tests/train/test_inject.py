@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, Full, lora_init
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
-from fedlora.train.inject import Adapted, LoraLayer, Scaling, add_to_base, head_modules
+from fedlora.train.inject import Adapted, LoraLayer, Scaling, add_to_base, dense_weight, head_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT's, about our twin
 
@@ -265,6 +265,21 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
     adapted.fold(two)
     adapted.load([{}], beside=[three])
     assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_folds_into_a_base_in_bf16_add_up_as_in_fp32(name):
+    net = Net()
+    exact = dense_weight(net.get_submodule(name)).clone()
+    adapted = Adapted(net, Scaling(16.0), ["first", "second"], head=["last"], precision=torch.bfloat16)
+    assert_close(adapted.spec.weight(name), exact, rtol=0, atol=0)
+    out, in_ = adapted.spec.modules[name]
+    small = LowRank(torch.full((out, 1), 1e-4), torch.ones(1, in_))  # less than bf16 can tell from 1/4
+    for _ in range(50):
+        adapted.fold({name: small})
+    stored = dense_weight(adapted.layers[name].base)
+    assert torch.equal(stored, (exact + 50 * small.product()).bfloat16().float())
+    assert_close(adapted.spec.weight(name), exact, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["first", "second", "last"])

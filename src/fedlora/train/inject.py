@@ -110,8 +110,11 @@ class Adapted:
         dropout: float = 0.0,
         rank_pattern: Mapping[str, int] | None = None,
         head: Iterable[str] = (),
+        precision: torch.dtype = torch.float32,
     ) -> None:
         """Finds the targets and wraps them; freezes everything. `head` names the modules of the task head.
+
+        The base computes in `precision`. Factors and heads keep their own; what is folded adds up in fp32.
 
         Raises:
             UserError: no target matches, or there is no default for the architecture; names what there is.
@@ -130,7 +133,11 @@ class Adapted:
             setattr(model.get_submodule(parent), last, self.layers[name])
         self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
         self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first fold
+        self._exact: dict[str, Tensor] = {}  # fp32 weights, folds included, of a base that computes in less
         head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _within(n, self.head)}
+        if precision != torch.float32:
+            self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
+            model.to(precision)
         self._own: dict[str, OwnLayer] = {}
         for name in {n.rpartition(".")[0]: None for n in head_parameters}:
             parent, _, last = name.rpartition(".")
@@ -205,7 +212,9 @@ class Adapted:
 
     def _weight(self, name: str) -> Tensor:
         """The module's weight before any fold."""
-        return self._pretrained[name] if name in self._pretrained else dense_weight(self.layers[name].base)
+        if name in self._pretrained:
+            return self._pretrained[name]
+        return self._exact[name].clone() if name in self._exact else dense_weight(self.layers[name].base)
 
     @property
     def transposed(self) -> bool:
@@ -226,10 +235,13 @@ class Adapted:
         """Adds the products to the base for good, in fp32; beside the base where its weight is quantised."""
         for name, part in change.items():
             base = self.layers[name].base
-            if isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point():
-                if name not in self._pretrained:
-                    self._pretrained[name] = dense_weight(base)
-                add_to_base(base, part.product().float())
+            if _is_dense(base):
+                self._pretrained.setdefault(name, self._weight(name))
+                if name in self._exact:
+                    self._exact[name] += part.product().float().cpu()
+                    set_base(base, self._exact[name])
+                else:
+                    add_to_base(base, part.product().float())
             else:
                 parts = [self._folded[name]] if name in self._folded else []
                 self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
@@ -280,6 +292,17 @@ def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
     assert isinstance(weight, Tensor) and weight.is_floating_point(), "a quantised weight cannot be changed"
     change = delta.mT if isinstance(base, Conv1D) else delta
     weight.data.copy_((weight.data.float() + change.to(weight.device)).to(weight.dtype))
+
+
+def set_base(base: nn.Module, weight: Float[Tensor, "out in"]) -> None:
+    """Puts a weight into a module, rounded to its precision, whichever way round the module stores it."""
+    assert isinstance(base.weight, Tensor)
+    base.weight.data.copy_(weight.mT if isinstance(base, Conv1D) else weight)
+
+
+def _is_dense(base: nn.Module) -> bool:
+    """Whether the module's own weight can be read and changed."""
+    return isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point()
 
 
 def head_modules(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
