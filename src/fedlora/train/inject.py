@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Full
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import LowRank, block_diagonal
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A."""
+    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A.
+
+    With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
+    (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
+    """
 
     alpha: float
     rslora: bool = False
@@ -33,6 +37,9 @@ class Scaling:
 class LoraLayer(nn.Module):
     """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
 
+    With `c` [rank, rank] between the two it is scale * lora_B c lora_A; with `c` [heads, rank, rank] and `s` [heads] the
+    middle is block-diagonal, of blocks s_i c_i.
+
     Factors may have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: then the first axis of the
     input holds the clients' equally long runs of rows one after the other.
     """
@@ -44,6 +51,8 @@ class LoraLayer(nn.Module):
         self.scale = 1.0
         self.b: nn.Parameter | None = None
         self.a: nn.Parameter | None = None
+        self.c: nn.Parameter | None = None
+        self.s: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
         """Frozen factors that act beside the trained ones."""
 
@@ -56,11 +65,17 @@ class LoraLayer(nn.Module):
             return y
         x = functional.dropout(x.to(self.a.dtype), self.dropout, self.training)
         if self.a.ndim == 2:
-            update = functional.linear(functional.linear(x, self.a), self.b)
+            update = functional.linear(self._middle(functional.linear(x, self.a)), self.b)
         else:
             grouped = x.reshape(self.a.shape[0], -1, x.shape[-1])  # [clients, rows of one client * rest, in]
-            update = (grouped @ self.a.mT @ self.b.mT).reshape(y.shape)
+            update = (self._middle(grouped @ self.a.mT) @ self.b.mT).reshape(y.shape)
         return (y + update * self.scale).to(y.dtype)
+
+    def _middle(self, x: Tensor) -> Tensor:
+        """c x for x [..., rank], x itself without a c."""
+        if self.c is None:
+            return x
+        return x @ (self.c if self.s is None else block_diagonal(self.s[..., None, None] * self.c)).mT
 
 
 class Adapted:
@@ -107,7 +122,7 @@ class Adapted:
         """Puts the adapter into the model, and frozen factors beside it; returns the parameters named in `train`."""
         train, trained = frozenset(train), []
         for name, layer in self.layers.items():
-            layer.a = layer.b = None
+            layer.b = layer.c = layer.s = layer.a = None
             fixed = [parts[name] for parts in (self._folded, beside or {}) if name in parts]
             layer.fixed = [LowRank(part.b.to(_device(layer.base)), part.a.to(_device(layer.base))) for part in fixed]
         for name, part in adapter.items():
@@ -120,9 +135,11 @@ class Adapted:
                 layer = self.layers[name]
                 layer.scale = self.scaling.of(part.rank)
                 device = _device(layer.base)
-                layer.b = nn.Parameter((part.b / layer.scale).to(device), requires_grad="b" in train)
-                layer.a = nn.Parameter(part.a.to(device, copy=True), requires_grad="a" in train)
-                trained += [p for p in (layer.b, layer.a) if p.requires_grad]
+                for factor, x in vars(part).items():
+                    value = x / layer.scale if factor == "b" else x
+                    parameter = nn.Parameter(value.to(device, copy=True), requires_grad=factor in train)
+                    setattr(layer, factor, parameter)
+                    trained += [parameter] if factor in train else []
         return trained
 
     def _weight(self, name: str) -> Tensor:
@@ -135,11 +152,11 @@ class Adapted:
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
     def factors(self) -> dict[str, LowRank]:
-        """The loaded factors as they are now, for a penalty: gradients flow through them."""
+        """The loaded parts of kind LowRank as they are now, for a penalty: gradients flow through them."""
         return {
             name: LowRank(layer.b * layer.scale, layer.a)
             for name, layer in self.layers.items()
-            if layer.a is not None and layer.b is not None
+            if layer.a is not None and layer.b is not None and layer.c is None
         }
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
@@ -154,20 +171,20 @@ class Adapted:
                 parts = [self._folded[name]] if name in self._folded else []
                 self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
-    def read(self, start: Adapter, train: Iterable[str]) -> dict[str, LowRank | Full]:
+    def read(self, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """The adapter as it is now, after `load(start, train)`: trained factors new, the others those of `start`."""
         train = frozenset(train)
-        adapter: dict[str, LowRank | Full] = {}
+        adapter: dict[str, Factors] = {}
         for name, part in start.items():
             if isinstance(part, Full):
                 adapter[name] = Full(_copy(self._head[name], part.w)) if "w" in train else part
             else:
                 layer = self.layers[name]
                 assert layer.a is not None and layer.b is not None, f"{name} was not loaded"
-                adapter[name] = LowRank(
-                    b=_copy(layer.b, part.b) * layer.scale if "b" in train else part.b,
-                    a=_copy(layer.a, part.a) if "a" in train else part.a,
-                )
+                new = {factor: _copy(getattr(layer, factor), x) for factor, x in vars(part).items() if factor in train}
+                if "b" in new:
+                    new["b"] *= layer.scale
+                adapter[name] = type(part)(**{**vars(part), **new})
         return adapter
 
 
