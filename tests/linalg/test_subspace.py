@@ -5,7 +5,7 @@ import torch
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.subspace import align, angles, orthonormal, rank_change
+from fedlora.linalg.subspace import align, angles, frame, orthonormal, rank_change
 
 from twins import apart, drifted_terms, random_factor
 
@@ -17,6 +17,24 @@ def rotation(n, seed=0, det=1):
 
 def turned(factor, r):
     return LowRank(b=factor.b @ r, a=r.mT @ factor.a)
+
+
+@pytest.mark.parametrize(("n", "k"), [(12, 3), (5, 5), (5, 12)])
+def test_a_frame_has_orthonormal_columns_as_many_in_turn_as_there_can_be(n, k):
+    q = frame(n, k, torch.Generator().manual_seed(0))
+    assert q.shape == (n, k)
+    for group in torch.split(q, n, dim=1):
+        torch.testing.assert_close(group.mT @ group, torch.eye(group.shape[1]))
+
+
+def test_a_frame_has_the_signs_of_the_gram_schmidt_process():
+    drawn = torch.randn(12, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    columns = []
+    for x in drawn.unbind(1):
+        for q in columns:
+            x = x - (q @ x) * q
+        columns.append(x / x.norm())
+    torch.testing.assert_close(frame(12, 4, torch.Generator().manual_seed(3)), torch.stack(columns, 1).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -18,6 +18,19 @@ def orthonormal(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n
     return basis.to(columns.dtype)
 
 
+def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
+    """k random columns, fp32, each n of them in turn orthonormal; the same on every machine up to rounding.
+
+    The q of a QR decomposition is unique once r has a positive diagonal, whatever signs the machine prefers.
+    """
+    blocks = []
+    for start in range(0, k, n):
+        drawn = torch.randn(n, min(n, k - start), generator=rng, device=rng.device, dtype=WORKING)
+        q, r = torch.linalg.qr(drawn)
+        blocks.append(q * r.diagonal().sign())
+    return torch.cat(blocks, 1).float()
+
+
 def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m"]:
     """The m = min(j, k) principal angles between the spaces of the columns, in radians, ascending; in fp64.
 

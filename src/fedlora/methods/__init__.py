@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedhm import FedHMLoRA
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
@@ -257,6 +258,15 @@ _ROWS = (
         up=("r * (out + in)",),
         down=("r * (out + in)",),
         singles=True,
+    ),
+    Row(
+        name="fed-sb",
+        make=FedSB,
+        paper="Singhal et al. 2025, arXiv:2502.15436",
+        summary="freezes a common b and a, trains and averages a small c between them",
+        exact="yes",
+        up=("r * r",),
+        down=("r * (out + in + r)",),
     ),
 )
 
