@@ -129,7 +129,8 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     clients = people(ranks)
     game = whole_game(row.name, ranks)
     head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head == "averaged" else 0
-    everybody = {"K": len(clients), "R": sum(who.rank for who in clients), "rank": toy_method(row).rank}
+    settings = {key: value for key, value in row.settings().items() if isinstance(value, int)}
+    everybody = {"K": len(clients), "R": sum(who.rank for who in clients), **settings, "rank": toy_method(row).rank}
 
     def floats(formula: str, who: ClientInfo) -> int:
         shapes = game.trainer.spec.modules.values()
@@ -339,7 +340,7 @@ def change(method: Any, merged: Merged[Any], who: ClientInfo) -> dict[str, torch
 
 
 def evaluate(formula: str, **values: int) -> int:
-    """The number of floats a formula in r, rank, out, in, K and R gives."""
+    """The number of floats a formula in r, rank, out, in, K, R and whole-numbered settings gives."""
     tree = ast.parse(re.sub(r"\bin\b", "in_", formula), mode="eval")
     return int(eval(compile(tree, "<row>", "eval"), {"__builtins__": {}, "min": min}, values))
 

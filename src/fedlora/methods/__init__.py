@@ -19,6 +19,7 @@ from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.frlora import FRLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.lora_fair import LoRAFAIR
+from fedlora.methods.ravan import Ravan
 
 Head = Literal["frozen", "averaged", "local"]
 
@@ -30,8 +31,8 @@ class Row:
     `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
     top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
     in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
-    sum of their ranks. `rank` is the method's, in all three. `exceptions` maps the name of a law that cannot hold, for all
-    cases or ("law, mixed ranks") for unequal ranks only, to the reason.
+    sum of their ranks. `rank`, in all three, is the method's, as are other settings that are whole numbers. `exceptions`
+    maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to the reason.
     """
 
     name: str
@@ -267,6 +268,17 @@ _ROWS = (
         exact="yes",
         up=("r * r",),
         down=("r * (out + in + r)",),
+    ),
+    Row(
+        name="ravan",
+        make=Ravan,
+        paper="Raje et al. 2025, arXiv:2506.05568",
+        summary="freezes several random heads, averages the small core of each over the clients that trained it",
+        exact="yes, for each head",
+        up=("r * head_rank * head_rank",),
+        down=("rank * head_rank * head_rank + r",),
+        mixed_ranks=True,
+        exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
     ),
 )
 
