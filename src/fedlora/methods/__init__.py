@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.ditto import Ditto
+from fedlora.methods.fed_dpa import FedDPA
 from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedhm import FedHMLoRA
@@ -279,6 +281,28 @@ _ROWS = (
         down=("rank * head_rank * head_rank + r",),
         mixed_ranks=True,
         exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
+    ),
+    Row(
+        name="fed-dpa",
+        make=FedDPA,
+        paper="Yang et al. 2024, arXiv:2403.19211",
+        summary="FedIT, with a second, personal pair of factors trained beside the shared one",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        head="local",
+        personal=True,
+    ),
+    Row(
+        name="ditto",
+        make=Ditto,
+        paper="Li et al. 2021, arXiv:2012.04221",
+        summary="FedIT, and personal factors instead that are pulled towards the shared ones",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        head="local",
+        personal=True,
     ),
 )
 
