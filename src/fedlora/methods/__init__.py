@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.ce_lora import CELoRA
 from fedlora.methods.ditto import Ditto
 from fedlora.methods.fed_dpa import FedDPA
 from fedlora.methods.fed_sb import FedSB
@@ -281,6 +282,18 @@ _ROWS = (
         down=("rank * head_rank * head_rank + r",),
         mixed_ranks=True,
         exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
+    ),
+    Row(
+        name="ce-lora",
+        make=CELoRA,
+        paper="Li et al. 2025, arXiv:2503.23869",
+        summary="trains b c a, keeps b and a personal, mixes the small cores for each client by their likeness",
+        exact="cores only: there is no global model",
+        up=("r * r",),
+        down=("r * r",),
+        head="local",
+        personal=True,
+        singles=True,
     ),
     Row(
         name="fed-dpa",
