@@ -12,10 +12,12 @@ from torch.testing import assert_close
 from fedlora.adapter import Adapter, AdapterSpec, pack, unpack
 from fedlora.linalg.lowrank import LowRank, Tri
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.methods import TABLE
 from fedlora.methods.fed_sb import FedSB, decomposed
+from fedlora.rounds.loop import Progress, one_round
 from fedlora.rounds.simulate import Simulation
 
-from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 from uploads import factors, off, truncated
 
 CLIENTS = toy_clients(3, 3)
@@ -169,3 +171,15 @@ def test_a_decomposition_is_the_same_matrix():
     assert_close(decomposed(part).product(), part.product(), rtol=1e-5, atol=1e-5)
     zero = decomposed(LowRank(b=part.b, a=torch.zeros_like(part.a)))
     assert not zero.c.any() and all(x.isfinite().all() for x in pack({"": zero}).values())
+
+
+@every_init
+def test_a_run_accepts_the_uploads_of_every_round_and_learns(init):
+    m, trainer, rows = toy_method(TABLE["fed-sb"], rank=3, init=init), ToyTrainer(), []
+    plan, simulation = toy_plan(m, trainer, rounds=6), toy_simulation(m, trainer, CLIENTS)
+    progress = Progress(m.init_server(SPEC, 0))
+    for index in range(6):
+        progress, row = one_round(plan, simulation, MemoryStates(), progress, index, Quiet())
+        rows.append(row)
+    assert all(row["accepted"] == ["0", "1", "2"] for row in rows)
+    assert rows[-1]["global"]["accuracy"] > rows[1]["global"]["accuracy"] > rows[0]["global"]["accuracy"]
