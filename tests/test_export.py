@@ -90,7 +90,7 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
         bench = _Bench.make(experiment)
         found = {}
         for client, adapter in bench.adapters(server, run_folder, done).items():
-            bench.adapted.load(adapter)
+            bench.adapted.load([adapter])
             found[client] = logits(bench.adapted.model, experiment.model)
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Round
+from fedlora.messages import Asked, ClientInfo, Fit, Round
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.randomness import generator
@@ -40,6 +40,7 @@ class ToyTrainer:
     steps: int = 5
     lr: float = 0.2
     seed: int = 0
+    together: int = 2
     base: dict[str, Tensor] = field(default_factory=dict)
     """What was folded into each module; the weight is this plus the adapter's product."""
 
@@ -69,10 +70,15 @@ class ToyTrainer:
         for name, part in change.items():
             self.base[name] = self.base.get(name, 0) + part.product()
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        """Gradient descent on the factors that `request` names."""
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        """One after the other."""
+        return [self.fit_one(one.request, one.who) for one in asked]
+
+    def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
+        """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
-        trained = [x for tensors in parts.values() for key, x in tensors.items() if key in request.train]
+        trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
+        leaves = [parts[name][key] for name, key in trained]
         kinds = {name: type(part) for name, part in request.start.items()}
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
         target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
@@ -81,14 +87,16 @@ class ToyTrainer:
             loss = _distance(weights, target)
             if request.penalty is not None:
                 loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if kinds[name] is LowRank})
-            for x, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-                x.data.sub_(gradient, alpha=self.lr * 10)
+            for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
+                moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
+                rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
+                parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 
-    def score(self, adapter: Adapter, who: ClientInfo) -> Score:
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Minus the distance as `accuracy`, so that higher is better."""
-        return Score(who.examples, {"accuracy": -float(self.loss(adapter, who.id))})
+        return [Score(who.examples, {"accuracy": -float(self.loss(adapter, who.id))}) for who, adapter in asked]
 
     def judge(self, adapter: Adapter) -> Score:
         """The distance from the common target."""
@@ -108,20 +116,26 @@ class Recorder:
         """The toy's."""
         return self.inner.spec
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        """The toy's answer, remembered."""
-        trained, notes = self.inner.fit(request, who, rnd, step)
-        self.last[who.id] = trained
-        self.weights[who.id] = self.inner.weights(trained)
-        return trained, notes
+    @property
+    def together(self) -> int:
+        """The toy's."""
+        return self.inner.together
+
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        """The toy's answers, remembered."""
+        answers = self.inner.fit(asked, rnd)
+        for one, (trained, _) in zip(asked, answers, strict=True):
+            self.last[one.who.id] = trained
+            self.weights[one.who.id] = self.inner.weights(trained)
+        return answers
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """The toy's."""
         self.inner.fold(change)
 
-    def score(self, adapter: Adapter, who: ClientInfo) -> Score:
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """The toy's."""
-        return self.inner.score(adapter, who)
+        return self.inner.scores(asked)
 
     def judge(self, adapter: Adapter) -> Score:
         """The toy's."""

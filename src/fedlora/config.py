@@ -139,6 +139,10 @@ class Train(_Section):
     batch_size: Positive = 8
     batches: Literal["by-length", "random"] = "by-length"
     """Batches of examples of similar length, which saves padding, or of any."""
+    together: Positive = 16
+    """How many clients are trained in one step; it changes no result beyond rounding."""
+    memory_mb: Positive = 256
+    """What a pass through the model may keep for its backward pass: a step of many clients takes several passes."""
     max_length: Positive = 128
     """Tokens per example; the rest is cut off."""
     device: str = "auto"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedlora.adapter import Adapter, Full
+from fedlora.adapter import Adapter, Full, lora_init
 from fedlora.config import Experiment, read
 from fedlora.data.partition import Division, divide
 from fedlora.data.ranks import client_ranks
@@ -29,6 +29,7 @@ from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.loop import Plan, Progress, Watcher, one_round
 from fedlora.rounds.sample import cohort_size
 from fedlora.rounds.simulate import Simulation
+from fedlora.train.batched import bytes_per_token
 from fedlora.train.inject import Adapted, Scaling, head_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
@@ -188,15 +189,19 @@ class _Bench:
             experiment.lora.rank_pattern,
             head_modules(model, missing),
         )
+        examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)
+        kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
         trainer = LocalTrainer(
             adapted,
             task,
-            task.encode(tokenizer, problem.corpus.train[:], settings.max_length),
+            examples,
             {share.client: torch.as_tensor(share.train) for share in problem.division.shares},
             {share.client: torch.as_tensor(share.held_out) for share in problem.division.shares},
             task.encode(tokenizer, problem.corpus.test[:], settings.max_length),
             settings,
             experiment.evaluate.batch_size,
+            settings.together,
+            settings.memory_mb * 1_000_000 // kept,
         )
         method = HeadRule(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         return cls(experiment, problem, adapted, trainer, method)

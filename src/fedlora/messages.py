@@ -1,13 +1,13 @@
 """What servers and clients say to each other, and what a method asks of whoever trains for it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Tensors
+from fedlora.adapter import Adapter, Tensors, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.randomness import generator
 
@@ -126,6 +126,10 @@ class Fit:
     `train` names factors (`b`, `a`, in Tri and Heads also `c` and `s`, `w` of Full); the others stay as they are. `epochs`
     None means the run's own setting. `beside` are frozen factors that act beside those in `start`. `penalty` is added to
     the loss of each step; it sees the parts of kind LowRank as they are then.
+
+    `mask` says which entries of `"module.factor"` may move, as a bool tensor that broadcasts to the factor: [1, rank] for
+    b, [rank, 1] for a. The others get no gradient, count in no norm, do not decay, and come back bit for bit; a factor
+    without a mask is trained as a whole. `rates` multiplies the learning rate of a factor in all modules: {"b": 5.0}.
     """
 
     start: Adapter
@@ -133,3 +137,23 @@ class Fit:
     epochs: int | None = None
     beside: Mapping[str, LowRank] | None = None
     penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None
+    mask: Mapping[str, Tensor] | None = None
+    rates: Mapping[str, float] | None = None
+
+    def restore(self, trained: Adapter) -> Adapter:
+        """`trained`, with the entries that may not move as they were in `start`, whatever its way through a model."""
+        mask, before = self.mask or {}, pack(self.start)
+        moved = {key: x.where(mask[key].to(x.device), before[key]) for key, x in pack(trained).items() if key in mask}
+        return {
+            name: replace(part, **{f: moved[f"{name}.{f}"] for f in vars(part) if f"{name}.{f}" in moved})  # type: ignore[arg-type]
+            for name, part in trained.items()
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One client's request for training; `step` counts its requests in this round."""
+
+    request: Fit
+    who: ClientInfo
+    step: int

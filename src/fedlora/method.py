@@ -48,6 +48,20 @@ class Method(Protocol[S, C]):
         """On the server: the next state from the accepted replies."""
 
 
+@runtime_checkable
+class Chooses(Protocol):
+    """What a method has besides if its clients choose which values they upload: nobody else can know how many those are."""
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """On the server: tensors of the shapes that `upload` must have, given the positions that it names.
+
+        `like` is what `who` would upload if training changed nothing; names and dtypes are equal, shapes may not be.
+
+        Raises:
+            ValueError: the positions are none that an honest client could choose.
+        """
+
+
 AnyMethod = Method[Any, Any]
 
 
@@ -57,9 +71,11 @@ def fit(
     epochs: int | None = None,
     beside: Mapping[str, LowRank] | None = None,
     penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None,
+    mask: Mapping[str, Tensor] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Local[Adapter]:
     """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`.
 
     See `Fit` for the arguments.
     """
-    return (yield Fit(start, frozenset(train), epochs, beside, penalty))
+    return (yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates))

@@ -86,8 +86,11 @@ def methods(rows: Iterable[Row]) -> Table:
             f"{row.summary}",
             f"{row.paper}",
             f"exact mean: {row.exact}",
-            f"mixed ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; head: {row.head}",
-            f"floats per layer and round: up {', then '.join(row.up)}; down {', then '.join(row.down)}",
+            f"unequal ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; head: {row.head}; "
+            f"needs single uploads: {_yes(row.singles)}",
+            f"floats per layer and round up: {', then '.join(row.up)}" + (", and their positions" if row.picked_up else ""),
+            f"floats per layer and round down: {', then '.join(row.down)}"
+            + (", and their positions" if row.picked_down else ""),
             f"settings: {settings}",
         ]
         table.add_row(Text(row.name, style="bold"), Text("\n".join(facts)))

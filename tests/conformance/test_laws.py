@@ -1,8 +1,9 @@
 """The laws that every row of the table obeys. No law asks for a method's name."""
 
 import ast
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Tensors
-from fedlora.messages import ClientInfo, Fit, Merged, Replies, Reply, Round
+from fedlora.linalg.sparse import position_bytes
+from fedlora.messages import Asked, ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import Progress, one_round
@@ -21,8 +23,8 @@ from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients
 
 
 def brief(row: Row) -> Row:
-    """The row, with a period of two rounds and twenty steps of a search where it has such: enough to show what it does."""
-    short = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in row.settings()}
+    """The row, with a period of two rounds, twenty steps of a search, a server of large steps: enough for what it does."""
+    short = {key: value for key, value in {"every": 2, "steps": 20, "server_lr": 0.05}.items() if key in row.settings()}
     return replace(row, preset={**row.preset, **short})
 
 
@@ -55,6 +57,12 @@ def test_a_row_excepts_itself_from_laws_that_exist():
 @every_row
 def test_the_wire_changes_nothing(row, ranks):
     assert_same(play(row, people(ranks), exchange=ThroughBytes).weights, whole_game(row.name, ranks).weights)
+
+
+@every_row
+def test_a_client_trained_with_others_trains_as_if_alone(row, ranks):
+    alone = play(row, people(ranks), trainer=Witness(ToyTrainer(together=1)))
+    assert_same(alone.weights, whole_game(row.name, ranks).weights)
 
 
 @every_row
@@ -125,22 +133,27 @@ def test_a_resumed_run_is_bit_for_bit_the_same(row, ranks, tmp_path):
 
 @every_row
 def test_traffic_is_what_the_row_declares(row, ranks):
-    """Floats of the factors; the head is the row's rule and comes on top. All clients take part in every round."""
+    """Floats of the factors and bytes of positions; the head is the row's rule and comes on top. All clients take part."""
     clients = people(ranks)
     game = whole_game(row.name, ranks)
     head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head == "averaged" else 0
-    settings = {key: value for key, value in row.settings().items() if isinstance(value, int)}
+    settings = {key: x for key, x in {**row.settings(), **row.preset}.items() if isinstance(x, int | float)}
     everybody = {"K": len(clients), "R": sum(who.rank for who in clients), **settings, "rank": toy_method(row).rank}
 
     def floats(formula: str, who: ClientInfo) -> int:
         shapes = game.trainer.spec.modules.values()
-        return sum(evaluate(formula, r=who.rank, out=out, in_=in_, **everybody) for out, in_ in shapes)
+        return math.floor(sum(evaluate(formula, r=who.rank, out=out, in_=in_, **everybody) for out, in_ in shapes))
+
+    def positions(picked: tuple[str, str] | None) -> set[int]:
+        return {position_bytes(floats(picked[0], who), floats(picked[1], who)) if picked else 0 for who in clients}
 
     for r in range(ROUNDS):
         fold = row.fold if r - 1 in game.progress.folds.rounds else "0"
         up, down = row.up[r % len(row.up)], row.down[r % len(row.down)]
         assert game.exchange.floats_up[r] == {floats(up, who) + head for who in clients}
         assert game.exchange.floats_down[r] == {floats(down, who) + floats(fold, who) + head for who in clients}
+        assert game.exchange.bytes_up[r] == positions(row.picked_up)
+        assert game.exchange.bytes_down[r] == positions(row.picked_down)
     assert (row.fold != "0") == bool(game.progress.folds.rounds)
 
 
@@ -210,11 +223,13 @@ Sent = Mapping[ClientInfo, Tensors]
 
 @dataclass
 class Counting:
-    """An exchange that counts what travels."""
+    """An exchange that counts what travels: floats, and the bytes of all else."""
 
     inner: Simulation
     floats_up: dict[int, set[int]] = field(default_factory=dict)
     floats_down: dict[int, set[int]] = field(default_factory=dict)
+    bytes_up: dict[int, set[int]] = field(default_factory=dict)
+    bytes_down: dict[int, set[int]] = field(default_factory=dict)
     uploads: list[Tensors] = field(default_factory=list)
 
     def clients(self) -> Sequence[ClientInfo]:
@@ -225,9 +240,11 @@ class Counting:
 
     def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
         traffic = [[*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()]
-        self.floats_down[rnd.index] = {sum(x.numel() for x in tensors) for tensors in traffic}
+        self.floats_down[rnd.index] = {floats_in(tensors) for tensors in traffic}
+        self.bytes_down[rnd.index] = {other_bytes_in(tensors) for tensors in traffic}
         for reply in self.inner.turn(rnd, sent, missed):
-            self.floats_up.setdefault(rnd.index, set()).add(sum(x.numel() for x in reply.upload.values()))
+            self.floats_up.setdefault(rnd.index, set()).add(floats_in(reply.upload.values()))
+            self.bytes_up.setdefault(rnd.index, set()).add(other_bytes_in(reply.upload.values()))
             self.uploads.append(reply.upload)
             yield reply
 
@@ -259,11 +276,13 @@ class Poisoned(Counting):
 class Witness(Recorder):
     """Counts what acted beside the trained factors to the weights."""
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        trained, notes = super().fit(request, who, rnd, step)
-        beside = {name: part.product() for name, part in (request.beside or {}).items()}
-        self.weights[who.id] = {name: w + beside.get(name, 0) for name, w in self.weights[who.id].items()}
-        return trained, notes
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        answers = super().fit(asked, rnd)
+        for one in asked:
+            beside = {name: part.product() for name, part in (one.request.beside or {}).items()}
+            weights = self.weights[one.who.id]
+            self.weights[one.who.id] = {name: w + beside.get(name, 0) for name, w in weights.items()}
+        return answers
 
 
 @dataclass(frozen=True)
@@ -339,10 +358,18 @@ def change(method: Any, merged: Merged[Any], who: ClientInfo) -> dict[str, torch
     return {name: x + folded.get(name, 0) for name, x in products(view).items()}
 
 
-def evaluate(formula: str, **values: int) -> int:
-    """The number of floats a formula in r, rank, out, in, K, R and whole-numbered settings gives."""
+def floats_in(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.numel() for x in tensors if x.is_floating_point())
+
+
+def other_bytes_in(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(x.nbytes for x in tensors if not x.is_floating_point())
+
+
+def evaluate(formula: str, **values: float) -> float:
+    """The number of floats a formula in r, rank, out, in, K, R and the settings gives."""
     tree = ast.parse(re.sub(r"\bin\b", "in_", formula), mode="eval")
-    return int(eval(compile(tree, "<row>", "eval"), {"__builtins__": {}, "min": min}, values))
+    return float(eval(compile(tree, "<row>", "eval"), {"__builtins__": {}, "min": min}, values))
 
 
 def assert_same(left: Mapping[str, Mapping[str, Any]], right: Mapping[str, Mapping[str, Any]]) -> None:

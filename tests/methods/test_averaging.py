@@ -12,7 +12,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.averaging import FactorAveraging
-from fedlora.rounds.client import turn
+from fedlora.rounds.client import Begun, turns
 from fedlora.rounds.simulate import Simulation
 
 from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
@@ -57,7 +57,7 @@ def trained_products(m: FactorAveraging, server: Any, states: MemoryStates, inde
     trainer, rnd = Recorder(), Round(index, 0)
     for who in CLIENTS:
         mine = states.client_state(who, index) or m.init_client(trainer.spec, who, 0)
-        turn(m, trainer, who, mine, m.send(server, who, rnd), rnd)
+        turns(m, trainer, [Begun(who, mine, m.send(server, who, rnd))], rnd)
     views = [products(trainer.last[who.id]) for who in CLIENTS]
     return {name: [view[name] for view in views] for name in views[0]}
 

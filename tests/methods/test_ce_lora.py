@@ -77,7 +77,7 @@ def test_only_the_core_travels_both_ways():
 def test_the_update_starts_at_zero_and_the_first_step_moves_b_alone():
     start = METHOD.view(METHOD.init_client(SPEC, CLIENTS[0], 0), METHOD.init_server(SPEC, 0).start, CLIENTS[0])
     assert not any(x.any() for x in products(start).values())
-    trained, _ = ToyTrainer(steps=1).fit(Fit(start, frozenset("bca")), CLIENTS[0], ROUND, 0)
+    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("bca")), CLIENTS[0])
     for name, part in trained.items():
         assert part.b.norm() > 1e-3 and torch.equal(part.c, torch.eye(4)) and torch.equal(part.a, start[name].a)
 

@@ -52,7 +52,7 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
         m, trainer, rnd = Ditto(rank=2, pull=pull), ToyTrainer(lr=0.05 / pull, steps=20), Round(0, 0)
         shared = factors(2, "shared", spec=SPEC)
         job = m.work({}, pack(shared), CLIENTS[0], rnd)
-        own, _ = trainer.fit(job.send(next(job).start), CLIENTS[0], rnd, 1)
+        own, _ = trainer.fit_one(job.send(next(job).start), CLIENTS[0])
         apart.append(distance(own, shared).sqrt())
     assert_close(apart[1], apart[0] / 10, rtol=0.05, atol=0)
     assert apart[1] > 0

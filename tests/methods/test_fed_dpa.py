@@ -39,10 +39,10 @@ def test_the_personal_pair_is_trained_beside_the_shared_one_as_trained_and_stays
     job = METHOD.work(mine, got, who, rnd)
     first = next(job)
     assert first.beside is None and {part.rank for part in first.start.values()} == {2}
-    shared, _ = ToyTrainer().fit(first, who, rnd, 0)
+    shared, _ = ToyTrainer().fit_one(first, who)
     second = job.send(shared)
     assert second.start == mine and second.beside == shared
-    own, _ = ToyTrainer().fit(second, who, rnd, 1)
+    own, _ = ToyTrainer().fit_one(second, who)
     with pytest.raises(StopIteration) as done:
         job.send(own)
     state, upload = done.value.value

@@ -32,7 +32,7 @@ class OneStep(ToyTrainer):
     gradients: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     lr: float = 0.1
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
+    def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         after = {}
         for name, part in request.start.items():
             g = self.gradients[who.id][name]
@@ -93,7 +93,7 @@ def test_training_starts_from_the_pretrained_model_and_c_has_a_gradient(init):
     m = FedSB(rank=3, init=init)
     start = view(m, m.init_server(SPEC, 0))
     assert not any(x.any() for x in products(start).values())
-    trained, _ = ToyTrainer(steps=1).fit(Fit(start, frozenset("c")), CLIENTS[0], Round(0, 0), 0)
+    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("c")), CLIENTS[0])
     assert all(part.c.norm() > 1e-3 for part in trained.values())
 
 

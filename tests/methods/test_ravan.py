@@ -51,7 +51,7 @@ def test_the_update_is_the_sum_of_the_scaled_heads():
 def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
     start = view(METHOD.init_server(SPEC, 0))
     assert not any(x.any() for x in products(start).values())
-    trained, _ = ToyTrainer(steps=1).fit(Fit(start, frozenset("cs")), CLIENTS[0], ROUND, 0)
+    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cs")), CLIENTS[0])
     for part in trained.values():
         assert (part.c.flatten(1).norm(dim=1) > 1e-4).all() and torch.equal(part.s, torch.ones(4))
 

@@ -8,11 +8,12 @@ import torch
 from fedlora.adapter import AdapterSpec
 from fedlora.config import Evaluate, Sampling
 from fedlora.errors import RunStopped
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.method import fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
-from fedlora.rounds.gate import Failed
+from fedlora.rounds.gate import Failed, change_norm
 from fedlora.rounds.loop import Plan, Progress, one_round
 from fedlora.rounds.sample import choose
 
@@ -263,3 +264,74 @@ def test_uniform_weights_count_every_accepted_client_once():
     after, _ = play(Answers(MEMBERS[:3]), uniform=True)
     alike = [replace(who, examples=1) for who in MEMBERS[:3]]
     assert equal(after, play(Answers(alike))[0])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method whose clients send as many ones as they like, up to their rank, and say how many."""
+
+    rank: int = 4
+
+    def init_server(self, spec, seed):
+        return torch.zeros(())
+
+    def init_client(self, spec, who, seed):
+        return None
+
+    def send(self, server, who, rnd):
+        return {}
+
+    def view(self, mine, got, who):
+        raise AssertionError("nobody looks")
+
+    def work(self, mine, got, who, rnd):
+        yield from fit({})
+        return mine, {"values": torch.ones(0), "count": torch.tensor(0)}
+
+    def layout(self, spec, upload, like, who, rnd):
+        if not 0 <= int(upload["count"]) <= who.rank:
+            raise ValueError(f"{int(upload['count'])} are too many")
+        return {**like, "values": torch.ones(int(upload["count"]))}
+
+    def merge(self, server, replies, rnd):
+        return Merged(server + sum(float(reply.upload["values"].sum()) for reply in replies))
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "reason"),
+    [
+        (torch.ones(3), torch.tensor(3), None),
+        (torch.ones(0), torch.tensor(0), None),
+        (torch.ones(3), torch.tensor(2), "sent values with shape (3,), expected (2,)"),
+        (torch.ones(5), torch.tensor(5), "sent what it cannot have chosen: 5 are too many"),
+        (torch.ones(3), torch.tensor(3.0), "sent count as torch.float32, expected torch.int64"),
+        (torch.tensor([1.0, NAN]), torch.tensor(2), "sent values with NaN"),
+        (torch.ones(1, 2), torch.tensor(2), "sent values with shape (1, 2), expected (2,)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rule", ["frozen", "averaged"])
+def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(rule, values, count, reason):
+    method = HeadRule(Chosen(), rule)
+    head = {f"head/{name}": x for name, x in SPEC.head.items()} if rule == "averaged" else {}
+    one = {"values": torch.ones(1), "count": torch.tensor(1)}
+
+    def choose_values(reply):
+        own = {"values": values, "count": count} if reply.client.id == "b" else one
+        return [replace(reply, upload={**own, **head})]
+
+    after, row = play(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
+    assert row["refused"].get("b") == reason or (reason is not None and reason in row["refused"]["b"])
+    assert float(after.inner) == 2 + (0 if reason else len(values))
+
+
+def test_whole_numbers_count_nothing_in_the_norm_of_a_change():
+    assert change_norm({"values": torch.tensor([3.0, 4.0]), "count": torch.tensor(200)}, {"count": torch.tensor(1)}) == 5.0
+
+
+def test_a_head_of_the_wrong_shape_is_refused_also_where_clients_choose():
+    method = HeadRule(Chosen(), "averaged")
+    bad = {"values": torch.ones(1), "count": torch.tensor(1), "head/out.w": torch.ones(4, 2)}
+    answers = Answers(MEMBERS[:2], lambda r: [replace(r, upload=bad)])
+    with pytest.raises(RunStopped, match=r"sent head/out\.w with shape \(4, 2\), expected \(2, 4\)"):
+        play(answers, method=method, before=method.init_server(SPEC, 0))

@@ -15,17 +15,19 @@ from fedlora.adapter import Adapter, Full, lora_init, pack
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Round
-from fedlora.randomness import derive, generator
+from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.randomness import generator
+from fedlora.train.batched import Job, Trained, train_together
 from fedlora.train.batches import epoch
+from fedlora.train.chance import Chance
 from fedlora.train.evaluate import score
 from fedlora.train.inject import Adapted, Scaling
-from fedlora.train.local import LocalTrainer, Trained, train_one
+from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows
 
-TASK, ROWS, SEED = Classification(), torch.arange(30), 5
+TASK, ROWS, SEED, PACE = Classification(), torch.arange(30), 5, 6
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,16 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     optimizer = make(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     lengths = torch.tensor([len(setup.tokenizer(setup.texts[row])["input_ids"]) for row in ROWS])
-    order = generator(SEED, "order")
-    torch.manual_seed(derive(SEED, "dropout"))
-    for _ in range(settings.epochs):
+    order, masks = generator(SEED, "order"), [generator(SEED, "dropout")]
+    for index in range(settings.epochs):
         losses, steps = 0.0, 0
-        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
+        pace = generator(PACE, "pace", index)
+        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, pace):
             inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
             optimizer.zero_grad()
-            loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
+            with Chance() as chance:
+                chance.next_pass(masks, [(inputs["input_ids"].shape[1], len(batch))])
+                loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
             loss.backward()
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -103,8 +107,13 @@ def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
     }
 
 
+def answered(setup: Setup, request: Fit, settings: Train, seed: int = SEED) -> Trained:
+    job = Job(request, ROWS, seed, PACE)
+    return train_together(setup.adapted, TASK, setup.examples, [job], settings, tokens=1000)[0]
+
+
 def trained(setup: Setup, train: str, settings: Train, seed: int = SEED) -> Trained:
-    return train_one(setup.adapted, TASK, setup.examples, ROWS, Fit(setup.start, frozenset(train)), settings, seed)
+    return answered(setup, Fit(setup.start, frozenset(train)), settings, seed)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +161,16 @@ def trainer(setup: Setup) -> LocalTrainer:
 
 def test_a_client_trains_the_same_whoever_trained_before_it(setup):
     x, y = ClientInfo("x", 4, 20), ClientInfo("y", 4, 10)
-    alone, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
-    trainer(setup).fit(Fit(setup.start, frozenset("baw")), x, Round(0, 0), 0)
-    after, _ = trainer(setup).fit(Fit(setup.start, frozenset("ba")), y, Round(0, 0), 0)
+    asked = Asked(Fit(setup.start, frozenset("ba")), y, 0)
+    ((alone, _),) = trainer(setup).fit([asked], Round(0, 0))
+    trainer(setup).fit([Asked(Fit(setup.start, frozenset("baw")), x, 0)], Round(0, 0))
+    ((after, _),) = trainer(setup).fit([asked], Round(0, 0))
     assert all(torch.equal(tensor, pack(after)[key]) for key, tensor in pack(alone).items())
 
 
 def test_a_client_without_held_out_examples_has_no_score(setup):
-    assert trainer(setup).score(setup.start, ClientInfo("y", 4, 10)) is None
-    assert trainer(setup).score(setup.start, ClientInfo("x", 4, 20)).examples == 10
+    y, x = trainer(setup).scores([(ClientInfo("y", 4, 10), setup.start), (ClientInfo("x", 4, 20), setup.start)])
+    assert y is None and x.examples == 10
 
 
 def plain_score(setup: Setup) -> dict[str, float]:
@@ -176,12 +186,86 @@ def plain_score(setup: Setup) -> dict[str, float]:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_the_score_is_that_of_a_plain_loop_whatever_the_batch_size_and_the_order(setup, batch_size):
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(batch_size))
-    found = score(setup.adapted, TASK, setup.examples, shuffled, setup.start, batch_size)
+    (found,) = score(setup.adapted, TASK, setup.examples, [(shuffled, setup.start)], batch_size)
     assert found.examples == 40
     assert_close(dict(found.metrics), plain_score(setup), rtol=1e-5, atol=1e-6)
 
 
 def test_scoring_comes_out_the_same_after_training_on_the_same_model(setup):
-    before = score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8)
+    before = score(setup.adapted, TASK, setup.examples, [(ROWS, setup.start)], 8)
     trained(setup, "baw", Train(lr=0.1))
-    assert score(setup.adapted, TASK, setup.examples, ROWS, setup.start, 8) == before
+    assert score(setup.adapted, TASK, setup.examples, [(ROWS, setup.start)], 8) == before
+
+
+def random_mask(setup: Setup, factors: str, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Half of the ranks of each module: columns of b, rows of a."""
+    rng, mask = torch.Generator().manual_seed(seed), {}
+    for name, part in setup.start.items():
+        if isinstance(part, LowRank):
+            keep = torch.randperm(part.rank, generator=rng) < part.rank // 2
+            mask |= {key: x for key, x in ((f"{name}.b", keep[None]), (f"{name}.a", keep[:, None])) if key[-1] in factors}
+    return mask
+
+
+def answer(setup: Setup, settings: Train, train: str = "baw", **request: Any) -> dict[str, torch.Tensor]:
+    return pack(answered(setup, Fit(setup.start, frozenset(train), **request), settings).adapter)
+
+
+DECAYING = [
+    Train(lr=0.01, epochs=2, weight_decay=0.1),
+    Train(lr=0.01, weight_decay=0.1, clip_norm=0.05),
+    Train(optimizer="sgd", lr=0.1, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("settings", DECAYING, ids=lambda value: value.optimizer)
+@pytest.mark.parametrize("factors", ["ba", "b", "a"])
+def test_what_the_mask_leaves_out_does_not_move_by_a_bit_and_all_else_moves(setup, settings, factors):
+    mask, before = random_mask(setup, factors), pack(setup.start)
+    after = answer(setup, settings, mask=mask)
+    for key, x in after.items():
+        fixed = ~mask[key].expand_as(x) if key in mask else torch.zeros_like(x, dtype=torch.bool)
+        assert torch.equal(x[fixed], before[key][fixed])
+        assert (x != before[key])[~fixed].float().mean() > 0.9
+
+
+def test_masked_entries_stay_also_where_the_scale_of_the_model_rounds(setup):
+    start = {n: LowRank(p.b[:, :3], p.a[:3]) for n, p in setup.start.items() if isinstance(p, LowRank)}  # alpha / 3
+    mask = {f"{name}.b": torch.tensor([[True, False, False]]) for name in start}
+    found = answered(setup, Fit(start, frozenset("b"), mask=mask), Train())
+    for name, part in found.adapter.items():
+        assert torch.equal(part.b[:, 1:], start[name].b[:, 1:]) and not torch.equal(part.b, start[name].b)
+
+
+@pytest.mark.parametrize("settings", DECAYING, ids=lambda value: value.optimizer)
+def test_a_mask_that_lets_all_move_and_rates_of_one_change_no_bit(setup, settings):
+    everything = {key: torch.ones_like(x, dtype=torch.bool) for key, x in pack(setup.start).items()}
+    masked, plain = answer(setup, settings, mask=everything, rates={"b": 1.0}), answer(setup, settings)
+    assert all(torch.equal(masked[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Train(optimizer="sgd", lr=10.0, clip_norm=1e-5), Train(optimizer="sgd", lr=1000.0, weight_decay=1e-4)],
+    ids=["clipped", "decaying"],
+)
+def test_a_factor_that_may_move_nowhere_is_as_one_that_is_not_trained(setup, settings):
+    """It counts in no norm, and while the others are trained it does not decay either."""
+    nowhere = {key: torch.zeros_like(x, dtype=torch.bool) for key, x in pack(setup.start).items() if key.endswith(".a")}
+    masked, untrained, both = (
+        answer(setup, settings, "ba", mask=nowhere),
+        answer(setup, settings, "b"),
+        answer(setup, settings, "ba"),
+    )
+    assert_close(masked, untrained, rtol=1e-5, atol=1e-9)
+    assert any(not torch.allclose(both[key], x, rtol=1e-5, atol=1e-9) for key, x in untrained.items() if key.endswith(".b"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_rates_multiply_the_learning_rate_of_a_factor(setup, optimizer):
+    one_step = {"optimizer": optimizer, "batch_size": 64, "lr": 1e-3}
+    before = pack(setup.start)
+    plain, faster = answer(setup, Train(**one_step)), answer(setup, Train(**one_step), rates={"b": 5.0, "w": 0.5})
+    for key, x in faster.items():
+        rate = {"b": 5.0, "a": 1.0, "w": 0.5}[key.rpartition(".")[2]]
+        assert_close(x - before[key], rate * (plain[key] - before[key]), rtol=1e-3, atol=2e-6)

@@ -2,8 +2,8 @@
 
 The objective is quadratic in p for fixed q and the other way round. For a given p, all that the least-squares problem for q
 needs are the rank x rank products of the combined b with each b_i: a step takes (out + in) rank^2 multiplications a term
-and in * rank a pair of terms, where out and in are first brought down to the sum of the ranks. The Gram blocks b_u^T b_v of
-all pairs would take as much as `rank` steps and, for many terms, more memory than the terms.
+and in * rank a pair of terms. The Gram blocks b_u^T b_v of all pairs, after which no step depends on the width, would take
+as much as `rank` steps, more than are mostly needed, and for many terms more memory than the terms.
 Source: Nguyen et al. 2025, arXiv:2509.26399.
 """
 
@@ -23,13 +23,13 @@ _SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix to imitate: sum_uv target[u, v] b_u a_v, its factors in fp64 up to rotations, and where to start.
+    """One matrix to imitate: sum_uv target[u, v] b_u a_v, its factors in fp64, and where to start.
 
     `pinned` says that term 0 keeps the coefficient 1.
     """
 
-    left: Float[Tensor, "*batch m rank rows"]
-    right: Float[Tensor, "*batch m rank columns"]
+    left: Float[Tensor, "*batch m rank out"]
+    right: Float[Tensor, "*batch m rank in"]
     target: Float[Tensor, "m m"]
     start: Float[Tensor, " m"]
     pinned: bool
@@ -179,16 +179,7 @@ def _total(per_layer: Sequence[Tensor], shared: bool, own_axes: int) -> Tensor:
 def _layer(factors: Sequence[LowRank], target: Tensor, start: Tensor, pinned: bool) -> Layer:
     left = torch.stack([f.b.mT.to(WORKING) for f in factors], -3)
     right = torch.stack([f.a.to(WORKING) for f in factors], -3)
-    return Layer(left=_narrow(left), right=_narrow(right), target=target, start=start, pinned=pinned)
-
-
-def _narrow(factors: Tensor) -> Tensor:
-    """The same inner products in as few columns as there are rows, from [*batch, m, rank, n]."""
-    rows = factors.flatten(-3, -2)
-    if rows.shape[-2] >= rows.shape[-1]:
-        return factors
-    narrow: Tensor = torch.linalg.qr(rows.mT, mode="r").R.mT
-    return narrow.reshape(*factors.shape[:-1], -1)
+    return Layer(left=left, right=right, target=target, start=start, pinned=pinned)
 
 
 def _swapped(layer: Layer) -> Layer:

@@ -16,11 +16,14 @@ from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedrpca import FedRPCA
 from fedlora.methods.fedsvd import FedSVD
+from fedlora.methods.flasc import FLASC
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.frlora import FRLoRA
+from fedlora.methods.fslora import FSLoRA
 from fedlora.methods.hetlora import HetLoRA
+from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.ravan import Ravan
 
@@ -34,8 +37,12 @@ class Row:
     `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
     top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
     in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
-    sum of their ranks. `rank`, in all three, is the method's, as are other settings that are whole numbers. `exceptions`
-    maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to the reason.
+    sum of their ranks. `rank` is the method's, in all three; so are its other settings. `picked_up` and `picked_down` tell,
+    for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
+    the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
+
+    `exceptions` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
+    the reason.
     """
 
     name: str
@@ -50,6 +57,8 @@ class Row:
     mixed_ranks: bool = False
     singles: bool = False
     fold: str = "0"
+    picked_up: tuple[str, str] | None = None
+    picked_down: tuple[str, str] | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
 
@@ -262,6 +271,50 @@ _ROWS = (
         up=("r * (out + in)",),
         down=("r * (out + in)",),
         singles=True,
+    ),
+    Row(
+        name="fslora",
+        make=FSLoRA,
+        paper="Fang et al. 2025, arXiv:2501.19389",
+        summary="each client trains random ranks of each module, scaled up so that the changes add up unbiased",
+        exact="no: a mean of factors, of which each client saw a random part",
+        up=("r * (out + in)",),
+        down=("rank * (out + in)",),
+        mixed_ranks=True,
+        exceptions={
+            "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
+            "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
+        },
+    ),
+    Row(
+        name="flasc",
+        make=FLASC,
+        paper="Kuo et al. 2024, arXiv:2406.05233",
+        summary="sends the largest weights down and the largest changes up; the server takes a step of SGD or AdamW",
+        exact="no: a mean of the factors' largest changes",
+        up=("density_up * r * (out + in)",),
+        down=("density_down * r * (out + in)",),
+        picked_up=("density_up * r * (out + in)", "rank * (out + in)"),
+        picked_down=("density_down * r * (out + in)", "rank * (out + in)"),
+        mixed_ranks=True,
+        exceptions={
+            "test_one_client_alone_trains_locally": "small changes stay at home, and the server takes its own step"
+        },
+    ),
+    Row(
+        name="lora-a2",
+        make=LoRAA2,
+        paper="Koo et al. 2025, arXiv:2410.22815",
+        summary="trains b and a in alternate rounds, and of each only the ranks that move most on the client",
+        exact="yes, in each round",
+        up=("r * out", "r * in"),
+        down=("rank * (out + in)",),
+        picked_up=("r", "rank"),
+        head="frozen",
+        mixed_ranks=True,
+        exceptions={
+            "test_traffic_is_what_the_row_declares, mixed ranks": "a budget counts ranks, and wide ones have more floats",
+        },
     ),
     Row(
         name="fed-sb",

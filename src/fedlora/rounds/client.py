@@ -1,12 +1,12 @@
-"""One client's turn: the method's work, its requests answered by a trainer. The same on one machine and on many."""
+"""The clients' turns: the method's work, its requests answered by a trainer. The same on one machine and on many."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Round
+from fedlora.messages import Asked, ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.train.evaluate import Score
 
@@ -15,14 +15,27 @@ from fedlora.train.evaluate import Score
 class Trainer(Protocol):
     """Who has the model and the examples."""
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        """The trained adapter, and notes such as its loss. `step` counts the client's requests in this round."""
+    @property
+    def together(self) -> int:
+        """How many clients are best trained at once."""
+
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
+        """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the frozen base for good."""
 
-    def score(self, adapter: Adapter, who: ClientInfo) -> Score | None:
-        """The adapter on the client's held-out examples; None if it has none."""
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> Sequence[Score | None]:
+        """Each adapter on its client's held-out examples; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a client begins its round with: its state, and what it was sent."""
+
+    who: ClientInfo
+    mine: Any
+    got: Tensors
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,20 @@ class Turn:
     notes: Mapping[str, float]
 
 
-def turn(method: AnyMethod, trainer: Trainer, who: ClientInfo, mine: Any, got: Tensors, rnd: Round) -> Turn:
-    """Runs the method's work to its end."""
-    job = method.work(mine, got, who, rnd)
-    notes: Mapping[str, float] = {}
+def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn]:
+    """Runs the method's work of all these clients to its end, in step: what they ask for at a time is answered at once."""
+    jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
+    done: dict[int, Turn] = {}
+    answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
-    try:
-        request = next(job)
-        while True:
-            trained, notes = trainer.fit(request, who, rnd, step)
-            step += 1
-            request = job.send(trained)
-    except StopIteration as done:
-        mine, upload = done.value
-        return Turn(mine, upload, notes)
+    while answers:
+        asked: dict[int, Asked] = {}
+        for i, (adapter, notes) in answers.items():
+            try:
+                asked[i] = Asked(jobs[i].send(adapter), begun[i].who, step)  # type: ignore[arg-type]
+            except StopIteration as end:
+                mine, upload = end.value
+                done[i] = Turn(mine, upload, notes)
+        answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
+        step += 1
+    return [done[i] for i in range(len(begun))]

@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
 from fedlora.messages import ClientInfo, Reply, Round
-from fedlora.method import AnyMethod
+from fedlora.method import AnyMethod, Chooses
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,16 @@ class Gate:
         if extra := reply.upload.keys() - expected.keys():
             return f"sent unexpected {_some(extra)}"
         for name, tensor in reply.upload.items():
-            like = expected[name]
-            if tensor.shape != like.shape:
-                return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
-            if tensor.dtype != like.dtype:
-                return f"sent {name} as {tensor.dtype}, expected {like.dtype}"
+            if tensor.dtype != expected[name].dtype:
+                return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
+        try:
+            if isinstance(self.method, Chooses):
+                expected = self.method.layout(self.spec, reply.upload, expected, reply.client, self.rnd)
+        except ValueError as error:
+            return f"sent what it cannot have chosen: {error}"
+        for name, tensor in reply.upload.items():
+            if tensor.shape != expected[name].shape:
+                return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             if not bool(torch.isfinite(tensor).all()):
                 return f"sent {name} with NaN or infinite values"
         if self.max_norm is not None:
@@ -70,9 +75,14 @@ class Gate:
 
 
 def change_norm(upload: Tensors, sent: Tensors) -> float:
-    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any."""
+    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any.
+
+    Tensors of whole numbers name things, and count nothing.
+    """
     total = 0.0
     for name, tensor in upload.items():
+        if not tensor.is_floating_point():
+            continue
         before = sent.get(name)
         change = tensor.double() if before is None or before.shape != tensor.shape else tensor.double() - before.double()
         total += float(change.square().sum())

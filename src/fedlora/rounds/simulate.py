@@ -1,16 +1,19 @@
 """All clients on one machine, around one resident model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.method import AnyMethod
-from fedlora.rounds.client import Trainer, turn
+from fedlora.rounds.client import Begun, Trainer, turns
 from fedlora.rounds.codec import outline
 from fedlora.train.evaluate import Score
+
+_GROUPS = 4  # that are in memory at once
 
 
 @runtime_checkable
@@ -44,22 +47,27 @@ class Simulation:
         self.trainer.fold(change)
 
     def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
-        """The replies, as each client finishes, in the order of `sent`. The base has all folds already."""
-        for who, got in sent.items():
-            mine = self._state(who, rnd.index)
-            done = turn(self.method, self.trainer, who, mine, got, rnd)
-            if not _same(mine, done.mine):
-                self.states.save_client(who, rnd.index, done.mine)
-            yield Reply(who, rnd, done.upload, float(who.examples), done.notes)
+        """The replies, in the order of `sent`, as each group of clients finishes. The base has all folds already."""
+        for some in self._windows(sent):
+            begun = [Begun(who, self._state(who, rnd.index), sent[who]) for who in some]
+            for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
+                if not _same(before.mine, done.mine):
+                    self.states.save_client(before.who, rnd.index, done.mine)
+                yield Reply(before.who, rnd, done.upload, float(before.who.examples), done.notes)
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score]]:
         """Each client's score before round `rnd`, on its held-out examples; clients that have none are left out."""
-        for who, got in sent.items():
-            score = self.trainer.score(self.view(who, got, rnd), who)
-            if score is not None:
-                yield who, score
+        for some in self._windows(sent):
+            scores = self.trainer.scores([(who, self.view(who, sent[who], rnd)) for who in some])
+            yield from ((who, score) for who, score in zip(some, scores, strict=True) if score is not None)
+
+    def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
+        """A few groups' clients at a time: enough to form groups of similar work, few enough to keep in memory."""
+        left, together = iter(clients), self.trainer.together
+        while some := list(islice(left, _GROUPS * together if together > 1 else 1)):
+            yield some
 
     def view(self, who: ClientInfo, got: Tensors, rnd: Round) -> Adapter:
         """The adapter that the client would use at the start of round `rnd`."""

@@ -1,21 +1,23 @@
 """Which examples go together in a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 _POOL = 32  # batches that are sorted together: enough to save nearly all padding, few enough to mix the examples
 
 
 def epoch(
-    lengths: Int[Tensor, " rows"], batch_size: int, by_length: bool, rng: torch.Generator
+    lengths: Int[Tensor, " rows"], batch_size: int, by_length: bool, rng: torch.Generator, pace: torch.Generator
 ) -> Iterator[Int[Tensor, " batch"]]:
     """One pass over the rows in random order, cut into batches of row numbers; one batch may be smaller.
 
     With `by_length`, examples of similar length come together: a pool of 32 batches is sorted by length before it is cut,
-    and the batches are shuffled. Which examples meet is still random, but no longer independent of their length.
+    and the batches are shuffled. Which examples meet is still random, but no longer independent of their length. The
+    shuffling takes `pace` and not `rng`: clients with one pace and as many rows meet short and long batches at the same
+    time, which saves padding when they are trained together.
     """
     order = torch.randperm(len(lengths), generator=rng)
     if not by_length:
@@ -24,5 +26,14 @@ def epoch(
     batches: list[Tensor] = []
     for pool in torch.split(order, _POOL * batch_size):
         batches += torch.split(pool[lengths[pool].argsort(stable=True)], batch_size)
-    for i in torch.randperm(len(batches), generator=rng).tolist():
+    for i in torch.randperm(len(batches), generator=pace).tolist():
         yield batches[i]
+
+
+def side_by_side(
+    batches: Sequence[Int[Tensor, " _"]], fillers: Sequence[Int[Tensor, " 1"]]
+) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "batches longest"]]:
+    """Batches of several clients as equally long runs, the shorter ones filled up, and which of the rows are real."""
+    run = max(len(batch) for batch in batches)
+    filled = [torch.cat([batch, one.expand(run - len(batch))]) for batch, one in zip(batches, fillers, strict=True)]
+    return torch.cat(filled), torch.arange(run) < torch.tensor([len(batch) for batch in batches])[:, None]

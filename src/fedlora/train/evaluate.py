@@ -1,11 +1,12 @@
 """Judging an adapter on examples it was not trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fedlora.adapter import Adapter
+from fedlora.train.batches import side_by_side
 from fedlora.train.inject import Adapted
 from fedlora.train.tasks import Encoded, Task
 
@@ -18,16 +19,27 @@ class Score:
     metrics: Mapping[str, float]
 
 
-def score(adapted: Adapted, task: Task, examples: Encoded, rows: torch.Tensor, adapter: Adapter, batch_size: int) -> Score:
-    """The adapter's metrics on the examples `rows` [rows], which are taken in order of length to save padding."""
-    adapted.load(adapter)
+def score(
+    adapted: Adapted, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
+) -> list[Score]:
+    """Each adapter's metrics on its own examples, given as rows [rows]; the model computes them together.
+
+    The examples are taken in order of length to save padding, `batch_size` in one pass.
+    """
+    adapted.load([adapter for _, adapter in asked])
     adapted.model.eval()
     device = next(adapted.model.parameters()).device
-    by_length = rows[examples.lengths()[rows].argsort(stable=True)]
+    lengths = examples.lengths()
+    sorted_rows = [rows[lengths[rows].argsort(stable=True)] for rows, _ in asked]
+    run, most = max(1, batch_size // len(asked)), max(len(rows) for rows, _ in asked)
     sums: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        for batch in torch.split(by_length, batch_size):
-            inputs, targets = examples.batch(batch, device)
-            for name, value in task.judge(adapted.model, inputs, targets).items():
+        for start in range(0, most, run):
+            batches = [rows[start : start + run] for rows in sorted_rows]
+            rows, real = side_by_side(batches, [own[:1] for own in sorted_rows])
+            inputs, targets = examples.batch(rows, device)
+            for name, each in task.judge(adapted.model, inputs, targets).items():
+                value = (each.view(real.shape) * real.to(device)).sum(1)
                 sums[name] = sums[name] + value if name in sums else value
-    return Score(len(rows), {name: float(value) / len(rows) for name, value in sums.items()})
+    found = {name: value.tolist() for name, value in sums.items()}
+    return [Score(len(rows), {name: found[name][i] / len(rows) for name in found}) for i, (rows, _) in enumerate(asked)]

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.errors import UserError
-from fedlora.linalg.combine import stack
+from fedlora.linalg.combine import pad, stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import LowRank, block_diagonal
+from fedlora.linalg.lowrank import LowRank, Product, block_diagonal
 
 
 @dataclass(frozen=True)
@@ -34,48 +34,85 @@ class Scaling:
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
+@dataclass
+class Present:
+    """Which of the loaded clients have rows in the input; None: all of them."""
+
+    index: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of [clients, *shape] that belongs to them."""
+        return x if self.index is None else x[self.index]
+
+
 class LoraLayer(nn.Module):
     """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
 
-    With `c` [rank, rank] between the two it is scale * lora_B c lora_A; with `c` [heads, rank, rank] and `s` [heads] the
-    middle is block-diagonal, of blocks s_i c_i.
+    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
+    the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
 
-    Factors may have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: then the first axis of the
-    input holds the clients' equally long runs of rows one after the other.
+    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
+    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i.
     """
 
-    def __init__(self, base: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
         super().__init__()
         self.base = base
         self.dropout = dropout
-        self.scale = 1.0
+        self.present = present or Present()
+        self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
         self.b: nn.Parameter | None = None
         self.a: nn.Parameter | None = None
         self.c: nn.Parameter | None = None
         self.s: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
-        """Frozen factors that act beside the trained ones."""
+        """Frozen factors that act beside the trained ones, with a client axis or common to all."""
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
         """base(x) + scale * lora_B lora_A dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
+        of = self.present.of
         for part in self.fixed:
-            y = (y + functional.linear(functional.linear(x.to(part.a.dtype), part.a), part.b)).to(y.dtype)
+            y = _plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
         if self.a is None or self.b is None:
             return y
-        x = functional.dropout(x.to(self.a.dtype), self.dropout, self.training)
-        if self.a.ndim == 2:
-            update = functional.linear(self._middle(functional.linear(x, self.a)), self.b)
-        else:
-            grouped = x.reshape(self.a.shape[0], -1, x.shape[-1])  # [clients, rows of one client * rest, in]
-            update = (self._middle(grouped @ self.a.mT) @ self.b.mT).reshape(y.shape)
-        return (y + update * self.scale).to(y.dtype)
+        x = functional.dropout(x, self.dropout, self.training)
+        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale), self._middle())
 
-    def _middle(self, x: Tensor) -> Tensor:
-        """c x for x [..., rank], x itself without a c."""
+    def _middle(self) -> Tensor | None:
+        """[clients, rank, rank] of those present."""
         if self.c is None:
-            return x
-        return x @ (self.c if self.s is None else block_diagonal(self.s[..., None, None] * self.c)).mT
+            return None
+        c = self.present.of(self.c)
+        return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
+
+
+class OwnLayer(nn.Module):
+    """A module of the task head with the clients' own parameters, [clients, *shape] in `own`. Without them, that module."""
+
+    def __init__(self, base: nn.Module, present: Present) -> None:
+        super().__init__()
+        self.base = base
+        self.present = present
+        self.own: dict[str, nn.Parameter] = {}
+
+    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+        """Each client's run of rows through the module with the client's parameters, in their dtype."""
+        if not self.own:
+            y: Tensor = self.base(x)
+            return y
+        own = {key: self.present.of(w) for key, w in self.own.items()}
+        first = next(iter(own.values()))
+        x = x.to(first.dtype)
+        runs = x.reshape(len(first), -1, *x.shape[1:])
+        if type(self.base) is nn.Linear and "weight" in own:
+            grouped = runs.flatten(1, -2) @ own["weight"].mT
+            bias = own["bias"][:, None] if "bias" in own else self.base.bias
+            y = grouped if bias is None else grouped + bias
+            return y.reshape(*x.shape[:-1], -1)
+        call = torch.func.functional_call
+        each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
+        return torch.cat(each)
 
 
 class Adapted:
@@ -101,46 +138,91 @@ class Adapted:
         sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not _within(n, self.head)}
         names = _match(sizes, targets if targets is not None else _default_targets(model, sizes))
         pattern = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern or {})) is not None}
+        self.present = Present()
         self.layers: dict[str, LoraLayer] = {}
         for name in names:
             parent, _, last = name.rpartition(".")
-            self.layers[name] = LoraLayer(model.get_submodule(name), dropout)
+            self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.present)
             setattr(model.get_submodule(parent), last, self.layers[name])
         self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
         self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first fold
-        self._head = {n: p for n, p in model.named_parameters() if _within(n, self.head)}
+        head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _within(n, self.head)}
+        self._own: dict[str, OwnLayer] = {}
+        for name in {n.rpartition(".")[0]: None for n in head_parameters}:
+            parent, _, last = name.rpartition(".")
+            self._own[name] = OwnLayer(model.get_submodule(name), self.present)
+            setattr(model.get_submodule(parent), last, self._own[name])
         self.spec = AdapterSpec(
             modules={name: sizes[name] for name in names},
-            head={n: p.detach().cpu().clone() for n, p in self._head.items()},
+            head=head_parameters,
             rank_pattern=pattern,
             weight=self._weight,
         )
 
     def load(
-        self, adapter: Adapter, train: Iterable[str] = (), beside: Mapping[str, LowRank] | None = None
+        self,
+        adapters: Sequence[Adapter],
+        train: Iterable[str] = (),
+        beside: Sequence[Mapping[str, LowRank] | None] = (),
     ) -> list[nn.Parameter]:
-        """Puts the adapter into the model, and frozen factors beside it; returns the parameters named in `train`."""
+        """Puts the clients' adapters into the model, and frozen factors beside them; returns what is named in `train`.
+
+        All adapters have the same names. Parameters have a leading client axis; smaller ranks are padded with zeros in b
+        and a, which get no gradient and stay zero.
+        """
         train, trained = frozenset(train), []
+        self.present.index = None
         for name, layer in self.layers.items():
             layer.b = layer.c = layer.s = layer.a = None
-            fixed = [parts[name] for parts in (self._folded, beside or {}) if name in parts]
-            layer.fixed = [LowRank(part.b.to(_device(layer.base)), part.a.to(_device(layer.base))) for part in fixed]
-        for name, part in adapter.items():
+            device = _device(layer.base)
+            layer.fixed = [self._folded[name]] if name in self._folded else []
+            if own := [parts[name] for parts in beside if parts and name in parts]:
+                layer.fixed.append(_side_by_side(own))
+            layer.fixed = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.fixed]
+        for own_layer in self._own.values():
+            own_layer.own = {}
+        for name, part in adapters[0].items() if adapters else ():
             if isinstance(part, Full):
-                parameter = self._head[name]
-                parameter.data.copy_(part.w)
-                parameter.requires_grad_("w" in train)
+                module, _, key = name.rpartition(".")
+                device = _device(self._own[module].base)
+                stacked = torch.stack([_full(adapter[name]).w for adapter in adapters]).to(device)
+                parameter = self._own[module].own[key] = nn.Parameter(stacked, requires_grad="w" in train)
                 trained += [parameter] if "w" in train else []
             else:
                 layer = self.layers[name]
-                layer.scale = self.scaling.of(part.rank)
-                device = _device(layer.base)
-                for factor, x in vars(part).items():
-                    value = x / layer.scale if factor == "b" else x
-                    parameter = nn.Parameter(value.to(device, copy=True), requires_grad=factor in train)
+                parts, device = [_product(adapter[name]) for adapter in adapters], _device(layer.base)
+                scales = [self.scaling.of(part.rank) for part in parts]
+                layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
+                for factor in vars(part):
+                    each = [
+                        vars(p)[factor] / (scale if factor == "b" else 1) for p, scale in zip(parts, scales, strict=True)
+                    ]
+                    parameter = nn.Parameter(_padded(each).to(device), requires_grad=factor in train)
                     setattr(layer, factor, parameter)
                     trained += [parameter] if factor in train else []
         return trained
+
+    def keep(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Goes on with these of the loaded clients only; pairs of each parameter as it was and as it is now."""
+        pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        index = torch.tensor(clients)
+
+        def cut(x: nn.Parameter) -> nn.Parameter:
+            pairs.append((x, nn.Parameter(x.data[index.to(x.device)], x.requires_grad)))
+            return pairs[-1][1]
+
+        for layer in self.layers.values():
+            for i, part in enumerate(layer.fixed):
+                if part.b.ndim == 3:
+                    layer.fixed[i] = LowRank(part.b[index.to(part.b.device)], part.a[index.to(part.a.device)])
+            if layer.a is not None and layer.b is not None:
+                layer.scale = layer.scale[index.to(layer.scale.device)]
+                layer.b, layer.a = cut(layer.b), cut(layer.a)
+                layer.c = None if layer.c is None else cut(layer.c)
+                layer.s = None if layer.s is None else cut(layer.s)
+        for own in self._own.values():
+            own.own = {key: cut(x) for key, x in own.own.items()}
+        return pairs
 
     def _weight(self, name: str) -> Tensor:
         """The module's weight before any fold."""
@@ -151,13 +233,15 @@ class Adapted:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
-    def factors(self) -> dict[str, LowRank]:
-        """The loaded parts of kind LowRank as they are now, for a penalty: gradients flow through them."""
-        return {
-            name: LowRank(layer.b * layer.scale, layer.a)
-            for name, layer in self.layers.items()
-            if layer.a is not None and layer.b is not None and layer.c is None
-        }
+    def factors(self, client: int, like: Adapter) -> dict[str, LowRank]:
+        """A loaded client's parts of kind LowRank as they are now, for a penalty: gradients flow. `like` has its ranks."""
+        found = {}
+        for name, layer in self.layers.items():
+            if layer.a is not None and layer.b is not None and layer.c is None:
+                rank = _product(like[name]).rank
+                b, a = layer.b[client, :, :rank], layer.a[client, :rank]
+                found[name] = LowRank(b * layer.scale[client], a)
+        return found
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Adds the products to the base for good, in fp32; beside the base where its weight is quantised."""
@@ -171,20 +255,22 @@ class Adapted:
                 parts = [self._folded[name]] if name in self._folded else []
                 self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
-    def read(self, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
-        """The adapter as it is now, after `load(start, train)`: trained factors new, the others those of `start`."""
+    def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
+        """A loaded client's adapter as it is now: trained factors new, the others those of its `start`."""
         train = frozenset(train)
         adapter: dict[str, Factors] = {}
         for name, part in start.items():
             if isinstance(part, Full):
-                adapter[name] = Full(_copy(self._head[name], part.w)) if "w" in train else part
+                module, _, key = name.rpartition(".")
+                adapter[name] = Full(_copy(self._own[module].own[key][client], part.w)) if "w" in train else part
             else:
-                layer = self.layers[name]
-                assert layer.a is not None and layer.b is not None, f"{name} was not loaded"
-                new = {factor: _copy(getattr(layer, factor), x) for factor, x in vars(part).items() if factor in train}
-                if "b" in new:
-                    new["b"] *= layer.scale
-                adapter[name] = type(part)(**{**vars(part), **new})
+                layer, new = self.layers[name], dict(vars(part))
+                for factor in train & new.keys():
+                    own = getattr(layer, factor)[client][
+                        tuple(slice(size) for size in new[factor].shape)
+                    ]  # not the padding
+                    new[factor] = _copy(own * layer.scale[client] if factor == "b" else own, new[factor])
+                adapter[name] = type(part)(**new)
         return adapter
 
 
@@ -261,6 +347,45 @@ def _ends(sizes: Iterable[str]) -> str:
 
 def _within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _plus_product(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
+) -> Tensor:
+    """y + scale * (b middle a) x; with a client axis in the factors, each client's run of rows has its own."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if a.ndim == 2:
+        return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
+    inner = x.reshape(len(a), -1, x.shape[-1]) @ a.mT  # [clients, rows of one client * rest, rank]
+    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
+    inner = inner if scale is None else inner * scale.to(x.dtype)
+    return torch.baddbmm(y.reshape(len(b), -1, y.shape[-1]), inner.to(y.dtype), b.mT.to(y.dtype)).view(y.shape)
+
+
+def _side_by_side(parts: Sequence[LowRank]) -> LowRank:
+    """Several clients' factors along a new first axis, at the largest rank."""
+    rank = max(part.rank for part in parts)
+    padded = [pad(part, rank) for part in parts]
+    return LowRank(b=torch.stack([part.b for part in padded]), a=torch.stack([part.a for part in padded]))
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Several clients' tensors along a new first axis, with zeros at the ends of the smaller ones."""
+    largest = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
+    stacked = tensors[0].new_zeros(len(tensors), *largest)
+    for own, x in zip(stacked, tensors, strict=True):
+        own[tuple(slice(size) for size in x.shape)] = x
+    return stacked
+
+
+def _product(part: Factors) -> Product:
+    assert not isinstance(part, Full)
+    return part
+
+
+def _full(part: Factors) -> Full:
+    assert isinstance(part, Full)
+    return part
 
 
 def _device(module: nn.Module) -> torch.device:

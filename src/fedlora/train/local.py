@@ -1,74 +1,27 @@
-"""Training one client's adapter at a time inside the resident model."""
+"""The trainer of one machine: all clients' examples around one resident model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Round
-from fedlora.randomness import derive, generator
-from fedlora.train.batches import epoch
+from fedlora.messages import Asked, ClientInfo, Round
+from fedlora.randomness import derive
+from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import Score, score
 from fedlora.train.inject import Adapted
 from fedlora.train.tasks import Encoded, Task
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What one training gave: the adapter, the mean loss over its last epoch, the steps taken."""
-
-    adapter: Adapter
-    loss: float
-    steps: int
-
-
-def train_one(
-    adapted: Adapted, task: Task, examples: Encoded, rows: torch.Tensor, request: Fit, settings: Train, seed: int
-) -> Trained:
-    """Trains as `request` says on the examples `rows` [rows], with a fresh optimiser.
-
-    Order of the examples and dropout depend on `seed` alone. The last batch of an epoch may be smaller.
-    """
-    parameters = adapted.load(request.start, request.train, request.beside)
-    optimizer = _optimizer(parameters, settings)
-    device = parameters[0].device
-    order = generator(seed, "order")
-    lengths = examples.lengths()[rows]
-    losses: list[torch.Tensor] = []
-    steps = 0
-    adapted.model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "dropout"))
-        for _ in range(request.epochs or settings.epochs):
-            losses.clear()
-            for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order):
-                inputs, targets = examples.batch(rows[batch], device)
-                loss = task.loss(adapted.model, inputs, targets)
-                objective = loss if request.penalty is None else loss + request.penalty(adapted.factors())
-                objective.backward()  # type: ignore[no-untyped-call]
-                if settings.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach() * len(batch))
-                steps += 1
-    mean_loss = float(torch.stack(losses).sum()) / len(rows)
-    return Trained(adapted.read(request.start, request.train), mean_loss, steps)
-
-
-def _optimizer(parameters: list[nn.Parameter], settings: Train) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-
-
-@dataclass(frozen=True)
 class LocalTrainer:
-    """Answers the clients' requests one at a time. `rows` and `held_out` are each client's rows of `examples`."""
+    """Answers the clients' requests, up to `together` clients in one step, up to `tokens` in one pass through the model.
+
+    `rows` and `held_out` are each client's rows of `examples`.
+    """
 
     adapted: Adapted
     task: Task
@@ -78,22 +31,48 @@ class LocalTrainer:
     test: Encoded
     settings: Train
     judge_batch: int
+    together: int = 1
+    tokens: int = 1 << 11
 
-    def fit(self, request: Fit, who: ClientInfo, rnd: Round, step: int) -> tuple[Adapter, Mapping[str, float]]:
-        """The trained adapter, and its `loss`."""
-        seed = derive(rnd.seed, "fit", rnd.index, who.id, step)
-        trained = train_one(self.adapted, self.task, self.examples, self.rows[who.id], request, self.settings, seed)
-        return trained.adapter, {"loss": trained.loss}
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        """The trained adapters, and each one's `loss`, in the order of `asked`."""
+        jobs = [self._job(one, rnd) for one in asked]
+        found: dict[int, tuple[Adapter, Mapping[str, float]]] = {}
+        for group in self._groups(jobs):
+            some = [jobs[i] for i in group]
+            results = train_together(self.adapted, self.task, self.examples, some, self.settings, self.tokens)
+            found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
+        return [found[i] for i in range(len(asked))]
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the resident base for good."""
         self.adapted.fold(change)
 
-    def score(self, adapter: Adapter, who: ClientInfo) -> Score | None:
-        """The adapter on the client's held-out examples, if it has any."""
-        rows = self.held_out[who.id]
-        return score(self.adapted, self.task, self.examples, rows, adapter, self.judge_batch) if len(rows) else None
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
+        """Each adapter on its client's held-out examples, if there are any."""
+        able = [i for i, (who, _) in enumerate(asked) if len(self.held_out[who.id])]
+        found: dict[int, Score] = {}
+        for start in range(0, len(able), self.together):
+            some = able[start : start + self.together]
+            pairs = [(self.held_out[who.id], adapter) for who, adapter in (asked[i] for i in some)]
+            found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.judge_batch), strict=True)
+        return [found.get(i) for i in range(len(asked))]
 
     def judge(self, adapter: Adapter) -> Score:
         """The adapter on the global test set."""
-        return score(self.adapted, self.task, self.test, torch.arange(len(self.test)), adapter, self.judge_batch)
+        return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.judge_batch)[0]
+
+    def _job(self, asked: Asked, rnd: Round) -> Job:
+        seed = derive(rnd.seed, "fit", rnd.index, asked.who.id, asked.step)
+        return Job(asked.request, self.rows[asked.who.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
+        """Which jobs go together: those that train the same factors, the longest first."""
+        alike: dict[object, list[int]] = {}
+        for i in sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings)):
+            request = jobs[i].request
+            rates = tuple(sorted((request.rates or {}).items()))
+            key = request.train, tuple(request.start), tuple(request.beside or ()), rates
+            alike.setdefault(key, []).append(i)
+        for some in alike.values():
+            yield from (some[start : start + self.together] for start in range(0, len(some), self.together))

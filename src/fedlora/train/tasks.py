@@ -57,11 +57,11 @@ class Task(Protocol):
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
         """Examples as token ids."""
 
-    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """The mean loss of a batch."""
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """The loss of each example of a batch [rows]."""
 
     def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Each metric's sum over a batch."""
+        """Each metric of each example of a batch [rows]; a score is their mean."""
 
 
 class Classification:
@@ -103,16 +103,16 @@ class Classification:
             padding={name: padding[name] for name in found},
         )
 
-    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return functional.cross_entropy(model(**inputs).logits, targets)
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """Cross-entropies, in fp32."""
+        return functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
 
     def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Sums of correct answers and of cross-entropies."""
+        """Correct or not, and the cross-entropy."""
         logits = model(**inputs).logits.float()
         return {
-            "accuracy": (logits.argmax(-1) == targets).sum(),
-            "loss": functional.cross_entropy(logits, targets, reduction="sum"),
+            "accuracy": (logits.argmax(-1) == targets).float(),
+            "loss": functional.cross_entropy(logits, targets, reduction="none"),
         }
 
 

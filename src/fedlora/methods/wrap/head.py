@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
-from fedlora.method import AnyMethod, Local
+from fedlora.method import AnyMethod, Chooses, Local
 from fedlora.methods import Head
 
 _MARK = "head/"
@@ -72,6 +72,13 @@ class HeadRule:
                 if self.rule == "averaged":
                     return WithHead(inner, {}), {**upload, **_marked(head)}
                 return WithHead(inner, head), upload
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """What the wrapped method expects, if it lets clients choose, beside the head."""
+        if not isinstance(self.inner, Chooses):
+            return like
+        (_, rest), (head, alike) = _split(upload), _split(like)
+        return {**self.inner.layout(spec, rest, alike, who, rnd), **_marked(head)}
 
     def merge(self, server: WithHead, replies: Replies, rnd: Round) -> Merged[WithHead]:
         """The wrapped method's merge, and the mean of the heads; reads the replies once, so that they may stream."""

@@ -1,0 +1,177 @@
+"""FLASC: only the largest weights go down and only the largest changes come up; the server takes a step with their mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import floor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+
+Sizes = Mapping[str, tuple[int, int, int]]
+"""Module -> out, rank, in."""
+
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What the server keeps: all P entries, also those it does not send, and what its optimiser remembers of them."""
+
+    adapter: Mapping[str, LowRank]
+    static: Tensor | None = None
+    """The download mask [P] of all further rounds, if there is one."""
+    steps: int = 0
+    first: Tensor | None = None
+    second: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FLASC:
+    """b and a of all modules are one vector of P entries; floor(density P) of them travel, chosen over the whole of it.
+
+    Down goes the vector with all but its entries of largest magnitude set to zero. Clients train it densely (or, with
+    `train_sent_only`, what they were sent), and upload the largest entries of their change since then. The server's vector,
+    dense, moves along the mean change: a `sgd` step of rate `server_lr`, plainly added at 1, or one of `adamw`. Each factor
+    moves for itself, which is not the mean of the products. The head, where it is averaged, travels densely beside that.
+
+    All clients train the whole rank. A client of rank r_k below `rank` has less traffic: both densities times r_k / rank.
+    Ranks rank / 4^e are the paper's tiers. What is judged is what is sent: the server's vector with the small entries zero.
+
+    Clients count equally, or `by_examples`. `static_from` keeps the download mask of the round of that index (from 0) ever
+    after: at 0, as in the released code, b is zero and hence never sent. The released AdamW also has a weight decay of
+    0.01, which shrinks all entries in each round; here `server_decay` is 0. Not here: densities that decay, frozen a.
+
+    Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; densities are this file's choice.
+    """
+
+    rank: int = 8
+    density_down: float = 0.25
+    density_up: float = 0.25
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    server_lr: float = 1e-3
+    server_decay: float = 0.0
+    by_examples: bool = False
+    static_from: int | None = None
+    train_sent_only: bool = False
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Dense:
+        """Factors of update zero."""
+        start = Dense(lora_init(spec, self.rank, seed))
+        return replace(start, static=self._largest(_flat(start.adapter))) if self.static_from == 0 else start
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Sizes:
+        """The shapes of the factors, which what comes down does not tell; they never change."""
+        return _sizes(spec, self.rank)
+
+    def send(self, server: Dense, who: ClientInfo, rnd: Round) -> Tensors:
+        """The entries of largest magnitude, and their positions; as many of a static mask's as the client's density has."""
+        vector = _flat(server.adapter)
+        sizes = vector.abs() if server.static is None else vector.abs().where(server.static, -1.0)
+        chosen = largest(sizes, self._count(self.density_down, who.rank, len(vector)))
+        return {"values": vector[chosen], "positions": pack_positions(chosen)}
+
+    def view(self, mine: Sizes, got: Tensors, who: ClientInfo) -> Adapter:
+        """The entries that came down, zero elsewhere."""
+        before, _ = self._received(mine, got, who)
+        return unpack(_shaped(before, mine), LowRank)
+
+    def work(self, mine: Sizes, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Sizes, Tensors]]:
+        """Trains all entries, and uploads the changes of largest magnitude."""
+        before, sent = self._received(mine, got, who)
+        mask = _shaped(sent, mine) if self.train_sent_only else None
+        trained = yield from fit(unpack(_shaped(before, mine), LowRank), mask=mask)
+        change = _flat({name: trained[name] for name in mine}) - before
+        chosen = largest(change.abs(), self._count(self.density_up, who.rank, len(change)))
+        return mine, {"changes": change[chosen], "positions": pack_positions(chosen)}
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """The same for every choice.
+
+        Raises:
+            ValueError: the positions are not as many different entries as the client may send.
+        """
+        total = _total(_sizes(spec, self.rank))
+        unpack_positions(upload["positions"], self._count(self.density_up, who.rank, total), total)
+        return like
+
+    def merge(self, server: Dense, replies: Replies, rnd: Round) -> Merged[Dense]:
+        """The vector after the server's step along the mean change.
+
+        Raises:
+            ValueError: no reply has a positive weight.
+        """
+        vector = _flat(server.adapter)
+        weights, total = 0.0, torch.zeros_like(vector, dtype=torch.float64)
+        for reply in replies:
+            weight = reply.weight if self.by_examples else float(reply.weight > 0)
+            count = self._count(self.density_up, reply.client.rank, len(vector))
+            chosen = unpack_positions(reply.upload["positions"], count, len(vector))
+            total[chosen] += weight * reply.upload["changes"].double()
+            weights += weight
+        if not weights > 0:
+            raise ValueError("cannot merge: no reply has a positive weight")
+        after = self._step(server, vector, (total / weights).to(vector.dtype))
+        if self.static_from == rnd.index + 1:
+            after = replace(after, static=self._largest(_flat(after.adapter)))
+        return Merged(after)
+
+    def _step(self, server: Dense, vector: Tensor, change: Tensor) -> Dense:
+        """One step of the server's optimiser, whose gradient is minus the mean change; AdamW in the order of torch's."""
+        vector = vector * (1 - self.server_lr * self.server_decay)
+        if self.optimizer == "sgd":
+            return replace(server, adapter=_adapter(vector + self.server_lr * change, server.adapter))
+        steps, zero = server.steps + 1, torch.zeros_like(vector)
+        first = torch.lerp(zero if server.first is None else server.first, -change, 1 - _BETAS[0])
+        second = (zero if server.second is None else server.second) * _BETAS[1]
+        second = second.addcmul(change, change, value=1 - _BETAS[1])
+        scale = (second.sqrt() / (1 - _BETAS[1] ** steps) ** 0.5) + _EPSILON
+        vector = vector.addcdiv(first, scale, value=-self.server_lr / (1 - _BETAS[0] ** steps))
+        return Dense(_adapter(vector, server.adapter), server.static, steps, first, second)
+
+    def _received(self, mine: Sizes, got: Tensors, who: ClientInfo) -> tuple[Tensor, Tensor]:
+        """The vector that came down, and where it did [P]."""
+        total = _total(mine)
+        sent = unpack_positions(got["positions"], self._count(self.density_down, who.rank, total), total)
+        return torch.zeros(total, dtype=got["values"].dtype).masked_scatter(sent, got["values"]), sent
+
+    def _largest(self, vector: Tensor) -> Tensor:
+        return largest(vector.abs(), self._count(self.density_down, self.rank, len(vector)))
+
+    def _count(self, density: float, rank: int, total: int) -> int:
+        """floor(density total rank / self.rank), of the density as it is written: 0.29 of 100 are 29."""
+        if not 0 <= density <= 1:
+            raise ValueError(f"expected a density from 0 to 1, got {density}")
+        return floor(Fraction(str(density)) * Fraction(rank, self.rank) * total)
+
+
+def _sizes(spec: AdapterSpec, rank: int) -> dict[str, tuple[int, int, int]]:
+    return {name: (out, spec.rank(name, rank), in_) for name, (out, in_) in spec.modules.items()}
+
+
+def _total(sizes: Sizes) -> int:
+    return sum(rank * (out + in_) for out, rank, in_ in sizes.values())
+
+
+def _flat(adapter: Adapter) -> Tensor:
+    """All entries of the factors [P]: b, then a, of one module after the other."""
+    return torch.cat([x.flatten() for x in pack(adapter).values()])
+
+
+def _shaped(vector: Tensor, sizes: Sizes) -> dict[str, Tensor]:
+    """The inverse of `_flat`, packed."""
+    shapes = {f"{n}.{f}": shape for n, (o, r, i) in sizes.items() for f, shape in (("b", (o, r)), ("a", (r, i)))}
+    pieces = torch.split(vector, [rows * columns for rows, columns in shapes.values()])
+    return {key: piece.view(shape) for piece, (key, shape) in zip(pieces, shapes.items(), strict=True)}
+
+
+def _adapter(vector: Tensor, like: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    sizes = {name: (part.b.shape[0], part.rank, part.a.shape[1]) for name, part in like.items()}
+    return unpack(_shaped(vector, sizes), LowRank)

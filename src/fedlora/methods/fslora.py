@@ -1,0 +1,118 @@
+"""FSLoRA: in each round a client trains a random part of the ranks of each module, scaled up so that it is unbiased."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.ideal import Ideal
+
+_CHANGE = "change/"  # a change is no new value of the factor of that name
+
+
+@dataclass(frozen=True)
+class FSLoRA:
+    """Client k trains b s_k a, with s_k = rank / r_k on a random r_k-subset of the diagonal, else 0: E[s_k] = 1.
+
+    The subset is drawn anew for each round, client and module, from the run's seed: both sides know it, and it costs no
+    traffic. The client trains the slice ((rank / r_k) b[:, subset], a[subset]) as an adapter of rank r_k. With the scale
+    alpha / rank that is exactly SGD, or AdamW, on the columns of b and the rows of a in the sketched model: the `lora_B`
+    of the slice is that of b, as (alpha / rank) (rank / r_k) = alpha / r_k. With rsLoRA the slice computes the same, but
+    its `lora_B` is larger by (rank / r_k)^1/2, and moves too slowly: `scaling` "rslora-sgd" gives b the rate rank / r_k,
+    "rslora-adamw" the root of it, and they are equal again (AdamW without decay and up to its epsilon). A module whose rank
+    is fixed for all clients is trained as a whole; that rate is not meant for it.
+
+    The server adds the mean change, zeros where a client trained nothing; no division by how many did, as rank / r_k
+    makes up for it. Clients count equally, as in the released code, or `by_examples`. The mean is that of the factors.
+
+    `download` "all" sends the whole adapter, as the paper charges for, and the client is judged with it. "slice" sends the
+    slice of the round alone, which is all that training needs; a client is then judged with a random sketch of the model.
+
+    Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are rebuilt from its code and reviews. The
+    released script compares parameter names so that no sketch is ever applied, and steps with AdamW on the server; neither
+    is done here.
+    """
+
+    rank: int = 8
+    download: Literal["all", "slice"] = "all"
+    by_examples: bool = False
+    scaling: Literal["plain", "rslora-sgd", "rslora-adamw"] = "plain"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero at the largest rank."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+        """How many ranks of each module the client trains; it never changes."""
+        return {name: spec.rank(name, who.rank) for name in spec.modules}
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """The adapter, or the round's slice of it."""
+        if self.download == "all":
+            return pack(server.adapter)
+        kept = {name: server.fixed.get(name, who.rank) for name in server.adapter}
+        return pack(sliced(server.adapter, kept, who, rnd))
+
+    def view(self, mine: Mapping[str, int], got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(
+        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, int], Tensors]]:
+        """Trains the slice, and uploads by how much it has changed."""
+        start = unpack(got, LowRank)
+        if self.download == "all":
+            start = sliced(start, mine, who, rnd)
+        power = {"plain": 0.0, "rslora-sgd": 1.0, "rslora-adamw": 0.5}[self.scaling]
+        trained = pack((yield from fit(start, rates={"b": (self.rank / who.rank) ** power})))
+        before = pack(start)
+        return mine, {_CHANGE + key: x - before[key] for key, x in trained.items()}
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """The adapter plus the mean of the changes in their places; the error is against the mean of the trained slices."""
+        means, ideal = RunningMean(), Ideal()
+        for reply in replies:
+            weight = reply.weight if self.by_examples else float(reply.weight > 0)
+            change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
+            start = sliced(server.adapter, {name: part.rank for name, part in change.items()}, reply.client, rnd)
+            means.add(weight, pack(_scattered(change, server.adapter, reply.client, rnd)), reply.client.id)
+            ideal = ideal.plus(weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()})
+        moves = unpack(means.mean(), LowRank)
+        adapter = {n: LowRank(b=x.b + moves[n].b, a=x.a + moves[n].a) for n, x in server.adapter.items()}
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+
+
+def subset(module: str, rank: int, kept: int, who: ClientInfo, rnd: Round) -> Int64[Tensor, "kept"]:
+    """The ranks that the client trains in this round, in ascending order: every subset of the size is equally likely."""
+    return torch.randperm(rank, generator=rnd.rng(f"sketch {module}", who.id))[:kept].sort().values
+
+
+def sliced(adapter: Mapping[str, LowRank], kept: Mapping[str, int], who: ClientInfo, rnd: Round) -> dict[str, LowRank]:
+    """b s a as factors of rank `kept`: columns of b, scaled by rank / kept, and the same rows of a."""
+    parts: dict[str, LowRank] = {}
+    for name, part in adapter.items():
+        chosen = subset(name, part.rank, kept[name], who, rnd)
+        parts[name] = LowRank(b=part.b[:, chosen] * (part.rank / kept[name]), a=part.a[chosen])
+    return parts
+
+
+def _scattered(
+    change: Mapping[str, LowRank], adapter: Mapping[str, LowRank], who: ClientInfo, rnd: Round
+) -> dict[str, LowRank]:
+    """The changes of a slice as changes of the adapter: b's unscaled, zero outside the subset."""
+    parts: dict[str, LowRank] = {}
+    for name, whole in adapter.items():
+        part, b, a = change[name], torch.zeros_like(whole.b), torch.zeros_like(whole.a)
+        chosen = subset(name, whole.rank, part.rank, who, rnd)
+        b[:, chosen], a[chosen] = part.b * (part.rank / whole.rank), part.a
+        parts[name] = LowRank(b=b, a=a)
+    return parts

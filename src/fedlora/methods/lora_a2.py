@@ -1,0 +1,142 @@
+"""LoRA-A2: b and a are trained in alternate rounds, and of the trained factor only the ranks that matter to each client."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
+from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
+from fedlora.method import Local, fit
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.ideal import Ideal
+
+Side = Literal["b", "a"]
+
+
+@dataclass(frozen=True)
+class LoRAA2:
+    """Client k trains and uploads r_k ranks per module on average, wherever in the model they move most.
+
+    Even rounds (from 0) train b, odd ones a: with b = 0, training a first would be in vain. The other factor is common to
+    all, hence the merge is exact. A client first trains all ranks for `probe_epochs`, and scores rank i of a module by the
+    norm of the change of its product: |db_i| |a_i| or |b_i| |da_i|. Then it starts again with the r_k N ranks of the
+    highest scores, among the `rank` N of all N modules; of equal scores those of earlier modules come first. It uploads
+    their changes, and which they are. A client with r_k = `rank` needs no probe: then this is RoLoRA.
+
+    The budget counts ranks, not floats: ranks of wide modules cost more, and scores are not normalised by the sizes.
+    `b_rate` is the learning rate of b over that of a, after LoRA+. Under Adam one epoch moves all columns of b by similar
+    amounts, so that the rows of a decide in early rounds. A head that is not frozen is trained by the probe as well.
+
+    Left open by the paper: the probe's learning rate (here the training's), the rank in the scale alpha / r (here `rank`),
+    the rank of its main table (16 fits the traffic it reports). It divides by the examples of all clients; here, by those
+    of the clients that took part. Which ranks a client chooses depends on its data: noise on the values does not hide it.
+
+    Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2; where the text reverses the rounds, the algorithm.
+    """
+
+    rank: int = 16
+    probe_epochs: int = 1
+    b_rate: float = 5.0
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
+        """Factors of update zero."""
+        return Sliced.init(spec, self.rank, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+        """The modules in their order, and each one's part in the budget; it never changes."""
+        return _budget(spec, who)
+
+    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+        """All ranks of both factors: a client may have missed rounds."""
+        return pack(server.adapter)
+
+    def view(self, mine: Mapping[str, int], got: Tensors, who: ClientInfo) -> Adapter:
+        """What came down."""
+        return unpack(got, LowRank)
+
+    def work(
+        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, int], Tensors]]:
+        """Probes, chooses, trains the chosen ranks from the start again, and uploads their changes."""
+        received = unpack(got, LowRank)
+        start, side, rates = {name: received[name] for name in mine}, _side(rnd), {"b": self.b_rate}
+        ranks, budget = [part.rank for part in start.values()], sum(mine.values())
+        keep = torch.ones(sum(ranks), dtype=torch.bool)
+        if budget < sum(ranks):
+            after = unpack(pack((yield from fit(start, side, epochs=self.probe_epochs, rates=rates))), LowRank)
+            keep = largest(torch.cat([score(part, after[name], side) for name, part in start.items()]), budget)
+        chosen = dict(zip(start, torch.split(keep, ranks), strict=True))
+        mask = {f"{name}.{side}": own[None] if side == "b" else own[:, None] for name, own in chosen.items()}
+        trained = unpack(pack((yield from fit(start, side, mask=mask, rates=rates))), LowRank)
+        changes = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
+        return mine, {"changes": torch.cat(changes), "positions": pack_positions(keep)}
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """As many changes as the chosen ranks have entries.
+
+        Raises:
+            ValueError: the client has not chosen as many ranks as it may.
+        """
+        ranks = [spec.rank(name, self.rank) for name in spec.modules]
+        chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, who).values()), sum(ranks)), ranks)
+        sizes = [out if _side(rnd) == "b" else in_ for out, in_ in spec.modules.values()]
+        count = sum(size * int(own.sum()) for size, own in zip(sizes, chosen, strict=True))
+        return {**like, "changes": like["changes"].new_empty(count)}
+
+    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+        """This round's factor plus the weighted mean of the changes, zero where a client trained nothing."""
+        means, ideal = RunningMean(), Ideal()
+        for reply in replies:
+            changes = _dense(reply.upload, server, _side(rnd), reply.client)
+            means.add(reply.weight, changes, reply.client.id)
+            ideal = ideal.plus(reply.weight, _moved(server, changes))
+        adapter = _moved(server, means.mean())
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+
+
+def score(before: LowRank, after: LowRank, side: Side) -> Float[Tensor, "rank"]:
+    """The Frobenius norm by which each rank's part of the product has changed; one factor changed, so it is two norms."""
+    b, a = (after.b - before.b, before.a) if side == "b" else (before.b, after.a - before.a)
+    norms: Tensor = vector_norm(b, dim=0) * vector_norm(a, dim=1)
+    return norms
+
+
+def _side(rnd: Round) -> Side:
+    return "a" if rnd.index % 2 else "b"
+
+
+def _budget(spec: AdapterSpec, who: ClientInfo) -> dict[str, int]:
+    return {name: spec.rank(name, who.rank) for name in spec.modules}
+
+
+def _rows(part: LowRank, side: Side) -> Tensor:
+    """The factor with its ranks as rows, [rank, out] or [rank, in]."""
+    return part.b.mT if side == "b" else part.a
+
+
+def _dense(upload: Tensors, server: Sliced, side: Side, who: ClientInfo) -> dict[str, Tensor]:
+    """The changes of this round's factor in their places, zeros elsewhere."""
+    ranks = [part.rank for part in server.adapter.values()]
+    budget = sum(server.fixed.get(name, who.rank) for name in server.adapter)
+    chosen = torch.split(unpack_positions(upload["positions"], budget, sum(ranks)), ranks)
+    changes, taken = {}, 0
+    for own, (name, part) in zip(chosen, server.adapter.items(), strict=True):
+        rows = torch.zeros_like(_rows(part, side))
+        size = int(own.sum()) * rows.shape[1]
+        rows[own] = upload["changes"][taken : taken + size].view(-1, rows.shape[1])
+        changes[f"{name}.{side}"] = rows.mT if side == "b" else rows
+        taken += size
+    return changes
+
+
+def _moved(server: Sliced, changes: Tensors) -> dict[str, LowRank]:
+    """The adapter with the changes added to one of its factors."""
+    packed = pack(server.adapter)
+    return unpack({key: x + changes[key] if key in changes else x for key, x in packed.items()}, LowRank)

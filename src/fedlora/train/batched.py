@@ -1,0 +1,222 @@
+"""Training many clients' adapters in one forward and backward pass over the one resident model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import Adapter, pack
+from fedlora.config import Train
+from fedlora.messages import Fit
+from fedlora.randomness import derive, generator
+from fedlora.train.batches import epoch, side_by_side
+from fedlora.train.chance import Chance
+from fedlora.train.inject import Adapted
+from fedlora.train.tasks import Encoded, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's training: on the examples `rows` [rows]. `seed` is the client's; `pace` is the same for all clients."""
+
+    request: Fit
+    rows: Tensor
+    seed: int
+    pace: int
+
+    def epochs(self, settings: Train) -> int:
+        """As requested, else the run's."""
+        return self.request.epochs or settings.epochs
+
+    def steps(self, settings: Train) -> int:
+        """Batches in all epochs."""
+        return self.epochs(settings) * -(-len(self.rows) // settings.batch_size)
+
+    def batches(self, lengths: Tensor, settings: Train) -> Iterator[Tensor]:
+        """Rows of the examples, one batch after the other."""
+        order = generator(self.seed, "order")
+        for i in range(self.epochs(settings)):
+            places = epoch(
+                lengths[self.rows],
+                settings.batch_size,
+                settings.batches == "by-length",
+                order,
+                generator(self.pace, "pace", i),
+            )
+            yield from (self.rows[place] for place in places)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one training gave: the adapter, the mean loss over its last epoch, the steps taken."""
+
+    adapter: Adapter
+    loss: float
+    steps: int
+
+
+def train_together(
+    adapted: Adapted, task: Task, examples: Encoded, jobs: Sequence[Job], settings: Train, tokens: int
+) -> list[Trained]:
+    """Trains each client as its request says, with a fresh optimiser, as if it were alone.
+
+    All requests train the same factors of the same modules at the same rates. One step takes the next batch of every client
+    that still has one; factors, heads and optimiser states have a client axis. The base computes the batches together, in
+    passes of up to `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a
+    client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
+    """
+    train = jobs[0].request.train
+    parameters = adapted.load([job.request.start for job in jobs], train, [job.request.beside for job in jobs])
+    keys = [key for key in pack(jobs[0].request.start) if _factor(key) in train]
+    named = dict(zip(keys, parameters, strict=True))
+    optimizer = _optimizer(named, jobs[0].request.rates or {}, settings)
+    masked = [_Masked.of(x, key, jobs) for key, x in named.items() if any(key in (job.request.mask or {}) for job in jobs)]
+    device, lengths = parameters[0].device, examples.lengths()
+    queues = [job.batches(lengths, settings) for job in jobs]
+    chances = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
+    steps = [job.steps(settings) for job in jobs]
+    last_epoch = [n - n // job.epochs(settings) for n, job in zip(steps, jobs, strict=True)]
+    losses = torch.zeros(len(jobs), device=device)
+    done: dict[int, Adapter] = {}
+    live = list(range(len(jobs)))
+    adapted.model.train()
+    with Chance() as chance:
+        for step in range(max(steps)):
+            if len(going := [i for i in live if steps[i] > step]) < len(live):
+                for place, i in enumerate(live):
+                    if steps[i] == step:
+                        done[i] = _read(adapted, place, jobs[i].request)
+                masked = _go_on(optimizer, masked, adapted, [live.index(i) for i in going])
+                live = going
+            batches = [next(queues[i]) for i in live]
+            sizes = [(int(lengths[batch].max()), len(batch)) for batch in batches]
+            for places in passes(sizes, tokens):
+                now = [live[place] for place in places]
+                chance.next_pass([chances[i] for i in now], [sizes[place] for place in places])
+                adapted.present.index = None if len(now) == len(live) else torch.tensor(places, device=device)
+                some = [batches[place] for place in places]
+                rows, real = side_by_side(some, [batch[:1] for batch in some])
+                inputs, targets = examples.batch(rows, device)
+                real = real.to(device)
+                each = task.losses(adapted.model, inputs, targets).view(real.shape) * real
+                objective = (each.sum(1) / real.sum(1)).sum()
+                for place, i in zip(places, now, strict=True):
+                    if (penalty := jobs[i].request.penalty) is not None:
+                        objective = objective + penalty(adapted.factors(place, jobs[i].request.start))
+                objective.backward()  # type: ignore[no-untyped-call]
+                counted = torch.tensor([step >= last_epoch[i] for i in now], device=device)
+                losses[torch.tensor(now, device=device)] += each.detach().sum(1) * counted
+            for part in masked:
+                part.clear_gradient()
+            if settings.clip_norm is not None:
+                _clip(optimizer, settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            for part in masked:
+                part.put_back()
+    done |= {i: _read(adapted, place, jobs[i].request) for place, i in enumerate(live)}
+    means = (losses.cpu() / torch.tensor([len(job.rows) for job in jobs])).tolist()
+    return [Trained(done[i], means[i], steps[i]) for i in range(len(jobs))]
+
+
+def passes(sizes: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]]:
+    """Which batches, each (length of its longest example, examples), go through the model together: similar lengths."""
+    some: list[int] = []
+    for place in sorted(range(len(sizes)), key=lambda p: sizes[p]):
+        wide, run = sizes[place][0], max(sizes[p][1] for p in (*some, place))
+        if some and (len(some) + 1) * wide * run > tokens:
+            yield sorted(some)
+            some = []
+        some.append(place)
+    yield sorted(some)
+
+
+def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adapter) -> int:
+    """What a training pass keeps for its backward pass, for each token of the longest example."""
+    (parameter, *_) = adapted.load([start], "ba")
+    kept: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    longest = examples.lengths().argmax()[None]
+    inputs, targets = examples.batch(longest, parameter.device)
+    adapted.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        task.losses(adapted.model, inputs, targets)
+    own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
+    return max(1, sum(size for at, size in kept.items() if at not in own) // int(examples.lengths().max()))
+
+
+def _optimizer(named: Mapping[str, nn.Parameter], rates: Mapping[str, float], settings: Train) -> torch.optim.Optimizer:
+    """Elementwise, so that a client axis changes nothing; with one group of parameters for each factor."""
+    factors: dict[str, list[nn.Parameter]] = {}
+    for key, parameter in named.items():
+        factors.setdefault(_factor(key), []).append(parameter)
+    groups = [{"params": own, "lr": settings.lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A parameter, where it may not move, and what it is there, all [clients, *shape]."""
+
+    parameter: nn.Parameter
+    fixed: Tensor
+    before: Tensor
+
+    @staticmethod
+    def of(parameter: nn.Parameter, key: str, jobs: Sequence[Job]) -> "_Masked":
+        fixed = torch.zeros_like(parameter, dtype=torch.bool)
+        for own, job in zip(fixed, jobs, strict=True):
+            if job.request.mask is not None and key in job.request.mask:
+                shape = pack(job.request.start)[key].shape
+                moves = job.request.mask[key].to(fixed.device).expand(shape)
+                own[tuple(slice(n) for n in shape)] = ~moves
+        return _Masked(parameter, fixed, parameter.detach().clone())
+
+    def clear_gradient(self) -> None:
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(self.fixed, 0)
+
+    def put_back(self) -> None:
+        """What weight decay has moved."""
+        self.parameter.data.copy_(self.before.where(self.fixed, self.parameter.data))
+
+
+def _go_on(
+    optimizer: torch.optim.Optimizer, masked: Sequence[_Masked], adapted: Adapted, clients: list[int]
+) -> list[_Masked]:
+    """With these of the loaded clients only, in the optimiser's state and the masks too."""
+    index = torch.tensor(clients)
+    new = dict(adapted.keep(clients))
+    for group in optimizer.param_groups:
+        for i, old in enumerate(group["params"]):
+            group["params"][i] = new[old]
+            state = optimizer.state.pop(old, {})
+            optimizer.state[new[old]] = {
+                key: x[index.to(x.device)] if isinstance(x, Tensor) and x.shape == old.shape else x
+                for key, x in state.items()
+            }
+    return [_Masked(new[m.parameter], *(x[index.to(x.device)] for x in (m.fixed, m.before))) for m in masked]
+
+
+def _read(adapted: Adapted, place: int, request: Fit) -> Adapter:
+    return request.restore(adapted.read(place, request.start, request.train))
+
+
+def _factor(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _clip(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Scales each client's gradient down to the norm."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # [clients]
+    scale = (norm / (norms + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))

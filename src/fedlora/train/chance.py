@@ -1,0 +1,111 @@
+"""Dropout whose masks belong to the clients, so that it does not matter who is trained in the same step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_LEVELS = 1 << 16  # a mask entry takes 16 random bits
+
+
+class Chance(TorchFunctionMode):
+    """Within it, every dropout of a model in training draws each client's mask from the client's own generator.
+
+    The first axis of what is dropped out holds the clients' runs of rows, all as long as the longest. A client's mask has
+    the shape that it would have if the client were alone: its own rows, its own longest example. Inputs are [rows, length,
+    ...], attention weights [rows, heads, length, length]; two axes hold no length. The probability is rounded to a multiple
+    of 2^-16. Attention with dropout is computed in the open, since the masks inside a fused kernel are not to be had.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generators: Sequence[torch.Generator] = ()
+        self._sizes: Sequence[tuple[int, int]] = ()
+
+    def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
+        """Whose rows the model sees next: for each client its generator, the length of its longest row, its rows."""
+        self._generators, self._sizes = generators, sizes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        level = round(p * _LEVELS)
+        kept: Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
+            input, self._mask(input.shape, level, input.device), _LEVELS / (_LEVELS - level)
+        )
+        return kept
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p == 0:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+        if is_causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        if attn_mask is not None:
+            hidden = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, float("-inf")) if hidden else scores + attn_mask
+        return self._dropout(scores.softmax(-1), dropout_p) @ value
+
+    def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
+        """True where an entry is kept."""
+        longest = max(length for length, _ in self._sizes)
+        run = shape[0] // len(self._generators)
+        axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
+        kept = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.bool, device=device)
+        for mask, generator, (length, rows) in zip(kept, self._generators, self._sizes, strict=True):
+            own = [rows, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
+            if own != list(mask.shape):
+                mask.fill_(True)
+            _draw(level, generator, mask[tuple(slice(n) for n in own)])
+        return kept.flatten(0, 1)
+
+
+class _Kept(torch.autograd.Function):
+    """x * mask * scale, in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return torch.ops.aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The same product of the gradient."""
+        return torch.ops.aten.native_dropout_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _draw(level: int, generator: torch.Generator, kept: Tensor) -> None:
+    """False with probability `level` / 2^16."""
+    words = torch.empty((kept.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: kept.numel()]
+    torch.ge(bits.view(kept.shape), level - _LEVELS // 2, out=kept)

@@ -1,0 +1,201 @@
+"""The exact laws of FLASC."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora.adapter import Adapter, pack
+from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
+from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.flasc import FLASC, Dense
+from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.codec import decode, decode_state, encode, encode_state
+from fedlora.rounds.gate import Gate
+
+from toy import SPEC, Recorder, toy_clients
+from uploads import factors
+
+RANK, RND = 4, Round(0, 0)
+TOTAL = sum(RANK * (out + in_) for out, in_ in SPEC.modules.values())  # 132
+START = Dense(factors(RANK, "start", spec=SPEC, size=0.4))
+PLAIN = FLASC(RANK, optimizer="sgd", server_lr=1.0)
+
+
+def flat(adapter: Adapter) -> Tensor:
+    return torch.cat([x.flatten() for x in pack(adapter).values()])
+
+
+def keep_largest(vector: Tensor, count: int) -> Tensor:
+    """All but the `count` entries of largest magnitude set to zero, by sorting."""
+    order = vector.abs().argsort(descending=True, stable=True)
+    return torch.zeros_like(vector).index_put((order[:count],), vector[order[:count]])
+
+
+def play(m: Any, server: Any, who: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
+    trainer = Recorder()
+    done = turns(m, trainer, [Begun(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0]
+    return Reply(who, rnd, done.upload, float(who.examples)), trainer
+
+
+def viewed(m: FLASC, server: Dense, who: ClientInfo) -> Tensor:
+    return flat(m.view(m.init_client(SPEC, who, 0), m.send(server, who, RND), who))
+
+
+def dense(reply: Reply, density: float = 0.25) -> Tensor:
+    """The change that a reply stands for, zeros where nothing was sent."""
+    count = int(density * TOTAL * reply.client.rank / RANK)
+    sent = unpack_positions(reply.upload["positions"], count, TOTAL)
+    return torch.zeros(TOTAL).masked_scatter(sent, reply.upload["changes"])
+
+
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.9, 1.0])
+def test_a_client_starts_from_the_largest_weights_over_all_modules_and_factors(density):
+    m = FLASC(RANK, density_down=density)
+    who, count = toy_clients(1, RANK)[0], int(density * TOTAL)
+    wanted = keep_largest(flat(START.adapter), count)
+    assert torch.equal(viewed(m, START, who), wanted) and int(wanted.count_nonzero()) == count
+    request = next(m.work(m.init_client(SPEC, who, 0), m.send(START, who, RND), who, RND))
+    assert torch.equal(flat(request.start), wanted) and request.mask is None and request.train == {"b", "a"}
+
+
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.9, 1.0])
+def test_a_client_uploads_its_largest_changes_since_the_masked_start(density):
+    m, who = FLASC(RANK, density_up=density), toy_clients(1, RANK)[0]
+    reply, trainer = play(m, START, who)
+    change = flat(trainer.last["0"]) - viewed(m, START, who)
+    assert torch.equal(dense(reply, density), keep_largest(change, int(density * TOTAL)))
+    assert reply.upload["changes"].shape == (int(density * TOTAL),)
+    assert reply.upload["positions"].nbytes == position_bytes(int(density * TOTAL), TOTAL)
+
+
+def test_in_the_first_round_only_a_is_sent_since_b_is_zero():
+    m = FLASC(RANK)
+    view = m.view(
+        m.init_client(SPEC, toy_clients(1)[0], 0),
+        m.send(m.init_server(SPEC, 0), toy_clients(1, RANK)[0], RND),
+        toy_clients(1, RANK)[0],
+    )
+    assert not any(part.b.any() for part in view.values()) and any(part.a.any() for part in view.values())
+
+
+def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_sent():
+    clients = toy_clients(5, [4, 2, 1, 4, 3])[1:4]
+    replies = [play(PLAIN, START, who)[0] for who in clients]
+    after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
+    mean = torch.stack([dense(reply).double() for reply in replies]).mean(0)
+    assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
+    nobody = mean == 0
+    assert torch.equal(after[nobody], flat(START.adapter)[nobody])
+    assert (viewed(PLAIN, START, clients[0])[nobody] == 0).any()  # some of what stayed had not even been sent
+
+
+def test_weights_are_the_examples_only_if_so_set():
+    clients = toy_clients(3, RANK)
+    replies = [play(PLAIN, START, who)[0] for who in clients]
+    after = flat(replace(PLAIN, by_examples=True).merge(START, Replies(replies), RND).server.adapter)
+    mean = sum(reply.weight * dense(reply).double() for reply in replies) / sum(reply.weight for reply in replies)
+    assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
+
+
+def test_with_all_entries_and_plain_addition_it_is_fedit_with_uniform_weights():
+    m, fedit = replace(PLAIN, density_down=1.0, density_up=1.0), FactorAveraging(RANK)
+    server, plain, clients = m.init_server(SPEC, 0), fedit.init_server(SPEC, 0), toy_clients(3, RANK)
+    for index in range(3):
+        rnd = Round(index, 0)
+        server = m.merge(server, Replies([play(m, server, who, rnd)[0] for who in clients]), rnd).server
+        equal = [replace(play(fedit, plain, who, rnd)[0], weight=1.0) for who in clients]
+        plain = fedit.merge(plain, Replies(equal), rnd).server
+        assert_close(pack(server.adapter), dict(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_the_servers_adamw_is_torchs_bit_for_bit_also_when_resumed(density, decay, tmp_path):
+    m = FLASC(RANK, density, density, server_lr=0.03, server_decay=decay)
+    vector = flat(START.adapter).clone()
+    twin = torch.optim.AdamW([vector], lr=0.03, weight_decay=decay, foreach=False, fused=False)
+    server = START
+    for index in range(4):
+        replies = [play(m, server, who, Round(index, 0))[0] for who in toy_clients(3, RANK)]
+        vector.grad = -(sum(dense(reply, density).double() for reply in replies) / 3).float()
+        twin.step()
+        server = m.merge(server, Replies(replies), Round(index, 0)).server
+        assert torch.equal(flat(server.adapter), vector)
+        file = tmp_path / str(index)
+        file.write_bytes(encode_state(server))
+        server = decode_state(str(file))[0]
+
+
+def test_a_client_of_lower_rank_trains_all_and_has_less_traffic():
+    for rank, count in ((4, 33), (2, 16), (1, 8)):
+        who = ClientInfo("x", rank, 10)
+        reply, trainer = play(FLASC(RANK), START, who)
+        assert {part.rank for part in trainer.last["x"].values()} == {RANK}
+        assert len(reply.upload["changes"]) == len(FLASC(RANK).send(START, who, RND)["values"]) == count
+
+
+@pytest.mark.parametrize(
+    ("density", "total", "count"), [(0.29, 100, 29), (0.009, 100, 0), (1.0, 7, 7), (1e-05, 200_000, 2)]
+)
+def test_a_density_is_the_decimal_number_as_written_rounded_down(density, total, count):
+    assert FLASC(RANK)._count(density, RANK, total) == count
+
+
+def test_nothing_at_all_can_be_sent_and_merged():
+    m, who = FLASC(RANK, 0.001, 0.001, optimizer="sgd"), toy_clients(1, RANK)[0]
+    reply, _ = play(m, START, who)
+    assert sum(x.numel() for x in reply.upload.values()) == 0
+    assert torch.equal(flat(m.merge(START, Replies([reply]), RND).server.adapter), flat(START.adapter))
+
+
+def test_a_density_above_one_is_refused():
+    with pytest.raises(ValueError, match=r"expected a density from 0 to 1, got 1\.5"):
+        FLASC(RANK, density_down=1.5).send(START, ClientInfo("x", RANK, 10), RND)
+
+
+@pytest.mark.parametrize(("index", "b_sent"), [(0, False), (2, True)])
+def test_a_static_mask_stays_as_it_was_in_its_round(index, b_sent):
+    m, clients = replace(PLAIN, static_from=index), toy_clients(3, RANK)
+    server, masks = m.init_server(SPEC, 0), []
+    for i in range(5):
+        sent = m.send(server, clients[0], Round(i, 0))
+        masks.append(unpack_positions(sent["positions"], TOTAL // 4, TOTAL))
+        server = m.merge(server, Replies([play(m, server, who, Round(i, 0))[0] for who in clients]), Round(i, 0)).server
+    assert all(torch.equal(mask, masks[index]) for mask in masks[index:])
+    assert index == 0 or not torch.equal(masks[0], masks[index])
+    view = m.view(m.init_client(SPEC, clients[0], 0), m.send(server, clients[0], RND), clients[0])
+    assert b_sent == any(part.b.any() for part in view.values())
+    thin = m.send(server, ClientInfo("thin", 1, 10), RND)
+    assert not (unpack_positions(thin["positions"], TOTAL // 16, TOTAL) & ~masks[index]).any()
+
+
+def test_if_only_what_was_sent_is_trained_nothing_else_moves():
+    m, who = FLASC(RANK, train_sent_only=True), toy_clients(1, RANK)[0]
+    reply, trainer = play(m, START, who)
+    sent = unpack_positions(m.send(START, who, RND)["positions"], TOTAL // 4, TOTAL)
+    assert not flat(trainer.last["0"])[~sent].any()
+    assert not dense(reply)[~sent].any() and dense(reply)[sent].count_nonzero() > 20
+
+
+def test_the_gate_takes_any_choice_of_the_right_number_and_refuses_all_else():
+    m, who = FLASC(RANK), ClientInfo("0", RANK, 10)
+    reply, _ = play(m, START, who)
+
+    def refusal(**tensors: Tensor) -> str:
+        upload = decode(encode({**reply.upload, **tensors}))
+        return Gate(m, SPEC, RND, {who: m.send(START, who, RND)}).refusal(replace(reply, upload=upload)) or ""
+
+    def places(count: int) -> Tensor:
+        return pack_positions(torch.randperm(TOTAL, generator=torch.Generator().manual_seed(1)) < count)
+
+    assert refusal() == refusal(positions=places(33)) == ""
+    assert "expected 33 positions out of 132, got 34" in refusal(positions=places(34))
+    assert "positions of 33 out of 132 are 17 bytes" in refusal(positions=reply.upload["positions"][1:])
+    assert "sent positions as torch.int8" in refusal(positions=reply.upload["positions"].view(torch.int8))
+    assert "sent changes with shape (32,), expected (33,)" in refusal(changes=reply.upload["changes"][1:])
+    assert "NaN" in refusal(changes=reply.upload["changes"] * torch.nan)

@@ -1,0 +1,220 @@
+"""The exact laws of LoRA-A2."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora.adapter import AdapterSpec, pack, pick, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
+from fedlora.messages import Asked, ClientInfo, Fit, Replies, Reply, Round
+from fedlora.methods.flexlora import Sliced
+from fedlora.methods.lora_a2 import LoRAA2, score
+from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.gate import Gate
+
+from toy import SPEC, Recorder, ToyTrainer, products, toy_clients
+from uploads import factors
+
+RANK, MODULES = 4, list(SPEC.modules)
+M = LoRAA2(rank=RANK, b_rate=2.0)
+START = Sliced(factors(RANK, "start", spec=SPEC, size=0.4), {})
+ROUNDS = {"b": Round(0, 0), "a": Round(1, 0)}
+SIZE = {side: [size[0 if side == "b" else 1] for size in SPEC.modules.values()] for side in ROUNDS}
+
+
+def requests(who: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[list[Fit], Reply, Recorder]:
+    """What the client asks the toy's trainer for, and its reply."""
+
+    class Listening(Recorder):
+        def fit(self, some: Sequence[Asked], rnd: Round) -> Any:
+            asked.extend(one.request for one in some)
+            return super().fit(some, rnd)
+
+    asked: list[Fit] = []
+    trainer = Listening()
+    done = turns(M, trainer, [Begun(who, M.init_client(SPEC, who, 0), M.send(server, who, rnd))], rnd)[0]
+    return asked, Reply(who, rnd, done.upload, float(who.examples)), trainer
+
+
+def chosen(reply: Reply) -> dict[str, Tensor]:
+    """The ranks of each module that the reply names."""
+    keep = unpack_positions(reply.upload["positions"], reply.client.rank * len(MODULES), RANK * len(MODULES))
+    return dict(zip(MODULES, torch.split(keep, RANK), strict=True))
+
+
+def test_the_first_round_trains_b_and_rounds_alternate():
+    for index, side in enumerate("baba"):
+        asked, _, _ = requests(toy_clients(1, 2)[0], Round(index, 0))
+        assert [request.train for request in asked] == [{side}, {side}]
+        assert all(request.rates == {"b": 2.0} for request in asked)
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_the_probe_trains_all_ranks_for_one_epoch_and_training_starts_again_from_what_came(side):
+    (probe, training), _, _ = requests(toy_clients(1, 2)[0], ROUNDS[side])
+    assert (probe.epochs, probe.mask, training.epochs) == (1, None, None)
+    for request in (probe, training):
+        assert all(torch.equal(x, pack(START.adapter)[key]) for key, x in pack(request.start).items())
+    shapes = {name: (1, RANK) if side == "b" else (RANK, 1) for name in MODULES}
+    assert {key: x.shape for key, x in training.mask.items()} == {f"{n}.{side}": shape for n, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_the_score_is_the_norm_of_the_change_of_each_ranks_product(side):
+    before, moved = (factors(RANK, name, spec=SPEC)["layer.2.q"] for name in ("x", "y"))
+    after = replace(before, **{side: getattr(moved, side)})
+    dense = [torch.outer(after.b[:, i], after.a[i]) - torch.outer(before.b[:, i], before.a[i]) for i in range(RANK)]
+    assert_close(score(before, after, side), torch.stack([x.norm() for x in dense]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_as_many_ranks_as_the_budget_has_are_trained_wherever_they_score_highest(side, rank):
+    who, rnd = toy_clients(1, rank)[0], ROUNDS[side]
+    (probe, training), reply, _ = requests(who, rnd)
+    answer, _ = ToyTrainer().fit_one(probe, who)
+    scores = torch.cat([score(START.adapter[name], unpack(pack(answer), LowRank)[name], side) for name in MODULES])
+    keep = torch.cat([training.mask[f"{name}.{side}"].flatten() for name in MODULES])
+    assert int(keep.sum()) == rank * len(MODULES)
+    assert scores[keep].min() > scores[~keep].max()
+    assert torch.equal(torch.cat(list(chosen(reply).values())), keep)
+
+
+def test_of_equal_scores_the_first_modules_and_ranks_are_chosen():
+    zero = Sliced({n: LowRank(b=0 * p.b, a=p.a) for n, p in START.adapter.items()}, {})
+    (_, training), _, _ = requests(toy_clients(1, 2)[0], ROUNDS["a"], zero)  # b = 0: all scores are 0
+    assert [x.flatten().tolist() for x in training.mask.values()] == [[True] * 4, [False] * 4]
+
+
+def test_a_client_that_may_train_all_does_not_probe():
+    asked, reply, _ = requests(toy_clients(1, RANK)[0], ROUNDS["b"])
+    assert len(asked) == 1 and all(bool(x.all()) for x in asked[0].mask.values())
+    assert len(reply.upload["positions"]) == 0
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_the_upload_has_the_changes_of_the_chosen_ranks_and_their_positions_and_no_more(side):
+    who = toy_clients(3, 2)[2]
+    _, reply, trainer = requests(who, ROUNDS[side])
+    counts = [int(own.sum()) for own in chosen(reply).values()]
+    assert counts[0] != counts[1]  # the sizes of the modules show
+    assert reply.upload["changes"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
+    assert reply.upload["positions"].nbytes == position_bytes(2 * len(MODULES), RANK * len(MODULES))
+    after = M.merge(START, Replies([reply]), ROUNDS[side]).server.adapter
+    for name, part in trainer.last[who.id].items():
+        assert_close(after[name].b, part.b, rtol=1e-6, atol=1e-6)
+        assert_close(after[name].a, part.a, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_what_nobody_chose_and_the_other_factor_stay_bit_for_bit(side):
+    replies = [requests(who, ROUNDS[side])[1] for who in toy_clients(3, [1, 2, 1])]
+    after = M.merge(START, Replies(replies), ROUNDS[side]).server.adapter
+    untouched = 0
+    for name, part in START.adapter.items():
+        taken = torch.stack([chosen(reply)[name] for reply in replies]).any(0)
+        untouched += int((~taken).sum())
+        assert torch.equal(after[name].b[:, ~taken], part.b[:, ~taken]) and torch.equal(
+            after[name].a[~taken], part.a[~taken]
+        )
+    assert untouched
+    other = "a" if side == "b" else "b"
+    assert all(torch.equal(x, pick(pack(after), other)[key]) for key, x in pick(pack(START.adapter), other).items())
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_the_merge_is_the_mean_of_the_products_over_those_who_took_part(side):
+    clients = toy_clients(6, [1, 4, 2, 3, 1, 2])[1:5]
+    answers = [requests(who, ROUNDS[side]) for who in clients]
+    merged = M.merge(START, Replies([reply for _, reply, _ in answers]), ROUNDS[side])
+    total = sum(who.examples for who in clients)
+    for name, part in merged.server.adapter.items():
+        each = zip(clients, answers, strict=True)
+        mean = sum(who.examples / total * products(t.last[who.id])[name].double() for who, (_, _, t) in each)
+        assert_close(part.product().double(), mean, rtol=1e-5, atol=1e-6)
+    assert merged.notes["aggregation_error"] < 1e-6
+
+
+def test_disjoint_choices_are_each_added_with_their_own_weight():
+    clients = toy_clients(2, 1)
+    masks = [torch.tensor([True, True, *[False] * 6]), torch.tensor([*[False] * 5, True, False, True])]
+    sizes = [2 * SIZE["b"][0], 2 * SIZE["b"][1]]
+    uploads = [
+        {"changes": torch.arange(1.0, size + 1), "positions": pack_positions(mask)}
+        for size, mask in zip(sizes, masks, strict=True)
+    ]
+    replies = [Reply(who, ROUNDS["b"], up, float(who.examples)) for who, up in zip(clients, uploads, strict=True)]
+    after = M.merge(START, Replies(replies), ROUNDS["b"]).server.adapter
+    share, before = [who.examples / 27 for who in clients], START.adapter
+    first = uploads[0]["changes"].view(2, -1).T
+    assert_close(after[MODULES[0]].b[:, :2], before[MODULES[0]].b[:, :2] + share[0] * first)
+    assert_close(
+        after[MODULES[1]].b[:, [1, 3]], before[MODULES[1]].b[:, [1, 3]] + share[1] * uploads[1]["changes"].view(2, -1).T
+    )
+
+
+class Rolora:
+    """RoLoRA with the rates of LoRA+: what comes out if all ranks are trained."""
+
+    def answer(self, who: ClientInfo, rnd: Round, server: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        request = Fit(server, frozenset("a" if rnd.index % 2 else "b"), rates={"b": 2.0})
+        return unpack(pack(ToyTrainer().fit_one(request, who)[0]), LowRank)
+
+
+def test_with_the_whole_budget_it_is_rolora_with_two_learning_rates():
+    clients, server, plain = toy_clients(3, RANK), START, dict(START.adapter)
+    for index in range(4):
+        rnd = Round(index, 0)
+        server = M.merge(server, Replies([requests(who, rnd, server)[1] for who in clients]), rnd).server
+        trained = [(who.examples / 51, Rolora().answer(who, rnd, plain)) for who in clients]
+        plain = {
+            n: LowRank(b=sum(w * one[n].b for w, one in trained), a=sum(w * one[n].a for w, one in trained)) for n in plain
+        }
+        assert_close(pack(server.adapter), pack(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_rank_counts_in_the_budget_as_it_is():
+    spec = AdapterSpec(SPEC.modules, SPEC.head, rank_pattern={MODULES[0]: 3})
+    m, who = LoRAA2(rank=RANK), ClientInfo("0", 2, 10)
+    server = m.init_server(spec, 0)
+    done = turns(
+        m, ToyTrainer(spec), [Begun(who, m.init_client(spec, who, 0), m.send(server, who, ROUNDS["b"]))], ROUNDS["b"]
+    )[0]
+    keep = unpack_positions(done.upload["positions"], 3 + 2, 3 + RANK)
+    assert int(keep.sum()) == 5
+    m.merge(server, Replies([Reply(who, ROUNDS["b"], done.upload, 10.0)]), ROUNDS["b"])
+
+
+def spoilt(reply: Reply, **tensors: Tensor) -> Reply:
+    return replace(reply, upload={**reply.upload, **tensors})
+
+
+@pytest.mark.parametrize("side", ROUNDS)
+def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
+    who, rnd = ClientInfo("0", 2, 10), ROUNDS[side]
+    _, reply, _ = requests(who, rnd)
+    values, positions = reply.upload["changes"], reply.upload["positions"]
+    keep = torch.cat(list(chosen(reply).values()))
+
+    def refusal(reply: Reply) -> str:
+        sent = {who: M.send(START, who, rnd)}
+        return Gate(M, SPEC, rnd, sent).refusal(replace(reply, upload=decode(encode(reply.upload)))) or ""
+
+    assert refusal(reply) == ""
+    assert "expected 4 positions out of 8, got 8" in refusal(spoilt(reply, positions=~torch.zeros_like(positions)))
+    assert "expected 4 positions out of 8, got 0" in refusal(spoilt(reply, positions=0 * positions))
+    assert "positions of 4 out of 8 are 1 bytes" in refusal(spoilt(reply, positions=positions.repeat(3)))
+    assert "sent positions as torch.int64" in refusal(spoilt(reply, positions=positions.long()))
+    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[:-1]))
+    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[None]))
+    assert "NaN" in refusal(spoilt(reply, changes=values * torch.nan))
+    others = pack_positions(~keep)  # as many ranks, but of other modules: other sizes
+    assert "sent changes with shape" in refusal(spoilt(reply, positions=others))
+    assert "lacks positions" in refusal(replace(reply, upload={"changes": values}))

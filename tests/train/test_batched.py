@@ -1,0 +1,205 @@
+"""Many clients in one step against each one alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.testing import assert_close
+
+from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.config import Train
+from fedlora.data.files import columns
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.train.batched import Job, Trained, bytes_per_token, passes, train_together
+from fedlora.train.chance import Chance
+from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.local import LocalTrainer
+from fedlora.train.tasks import Classification, Encoded
+
+from tiny import LABELS, tiny_bert, tiny_rows
+
+TASK = Classification()
+ROWS = [torch.arange(0, 9), torch.arange(9, 30), torch.arange(30, 34), torch.arange(34, 44)]  # 3, 6, 1 and 3 batches
+RANKS = (2, 4, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> tuple[Adapted, Encoded]:
+    folder = tmp_path_factory.mktemp("batched")
+    model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
+    table = columns(tiny_rows(folder / "rows.jsonl", 44), "data.source")
+    table["label"] = [LABELS.index(label) for label in table["label"]]
+    return Adapted(model, Scaling(16.0), dropout=0.1, head=["classifier"]), TASK.encode(tokenizer, table, 64)
+
+
+def drawn(adapted: Adapted, rank: int, seed: int) -> dict[str, LowRank]:
+    """Factors whose b is not zero."""
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        n: LowRank(torch.randn(p.b.shape, generator=rng) / 9, p.a) for n, p in lora_init(adapted.spec, rank, seed).items()
+    }
+
+
+def jobs(adapted: Adapted, ranks: tuple[int, ...] = RANKS, train: str = "baw", **request: Any) -> list[Job]:
+    """Clients of different ranks, heads and numbers of rows."""
+    found = []
+    for i, rank in enumerate(ranks):
+        head: Adapter = {name: Full(w + 0.01 * i) for name, w in adapted.spec.head.items()}
+        fit = Fit({**drawn(adapted, rank, i), **head}, frozenset(train), **{k: v(adapted, i) for k, v in request.items()})
+        found.append(Job(fit, ROWS[i], seed=i, pace=7))
+    return found
+
+
+def both(bench: tuple[Adapted, Encoded], wanted: list[Job], settings: Train, tokens: int) -> list[tuple[Trained, Trained]]:
+    """Each job's result, trained with all others and alone."""
+    adapted, examples = bench
+    together = train_together(adapted, TASK, examples, wanted, settings, tokens)
+    return [
+        (one, train_together(adapted, TASK, examples, [job], settings, 1)[0])
+        for one, job in zip(together, wanted, strict=True)
+    ]
+
+
+def beside(adapted: Adapted, client: int) -> dict[str, LowRank]:
+    return drawn(adapted, 1 + client, 50 + client)
+
+
+def penalty(adapted: Adapted, client: int) -> Any:
+    return lambda factors: (client + 1) * torch.stack([f.product().square().sum() for f in factors.values()]).sum()
+
+
+@pytest.mark.parametrize("tokens", [1, 200, 100_000])
+@pytest.mark.parametrize(
+    ("settings", "request_"),
+    [
+        (Train(batch_size=4, lr=1e-2, epochs=2, weight_decay=0.1), {}),
+        (Train(batch_size=4, lr=0.1, optimizer="sgd", clip_norm=0.05, batches="random"), {}),
+        (Train(batch_size=4, lr=1e-2), {"beside": beside, "penalty": penalty}),
+        (Train(batch_size=4, lr=1e-2), {"train": "b"}),
+    ],
+    ids=["adamw", "sgd and clipping", "companions and penalties", "b alone"],
+)
+def test_clients_trained_together_train_as_if_alone(bench, settings, request_, tokens):
+    """Unequal ranks, rows and lengths, dropout in the model and in the LoRA layers, clients that end before others."""
+    for one, alone in both(bench, jobs(bench[0], **request_), settings, tokens):
+        assert one.steps == alone.steps
+        assert_close(one.loss, alone.loss, rtol=1e-5, atol=1e-6)
+        assert_close(pack(one.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
+
+
+def test_training_moves_what_is_compared(bench):
+    adapted, examples = bench
+    job = jobs(adapted)[0]
+    (trained,) = train_together(adapted, TASK, examples, [job], Train(batch_size=4, lr=1e-2), 100)
+    start = pack(job.request.start)
+    assert all((x - start[key]).abs().max() > 1e-3 for key, x in pack(trained.adapter).items())
+
+
+def test_ranks_that_only_other_clients_have_stay_zero(bench):
+    adapted, examples = bench
+    some = [replace(job, rows=ROWS[0]) for job in jobs(adapted, (2, 4))]
+    train_together(adapted, TASK, examples, some, Train(batch_size=4, lr=1e-2, weight_decay=0.1), 1000)
+    for layer in adapted.layers.values():
+        assert not layer.b[0, :, 2:].any() and not layer.a[0, 2:].any()
+        assert layer.b[0, :, :2].all() and layer.b[1].all()
+
+
+def test_the_trainer_groups_requests_and_answers_in_their_order(bench):
+    adapted, examples = bench
+    names = "wxyz"
+    rows = dict(zip(names, ROWS, strict=True))
+    asked = [
+        Asked(Fit(job.request.start, frozenset("b" if i == 1 else "ba")), ClientInfo(names[i], RANKS[i], len(job.rows)), 0)
+        for i, job in enumerate(jobs(adapted))
+    ]
+    results = [
+        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together).fit(
+            asked, Round(3, 1)
+        )
+        for together in (1, 3)
+    ]
+    for (alone, notes), (grouped, other), one in zip(*results, asked, strict=True):
+        assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
+        assert_close(other, notes)
+        assert next(iter(alone.values())).rank == one.who.rank
+
+
+def test_clients_judged_together_are_judged_as_if_alone(bench):
+    adapted, examples = bench
+    rows = dict(zip("wxyz", [ROWS[0], ROWS[1], ROWS[2][:0], ROWS[3]], strict=True))
+    asked = [(ClientInfo(n, r, 5), job.request.start) for n, r, job in zip("wxyz", RANKS, jobs(adapted), strict=True)]
+    one, three = (
+        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(), 8, together).scores(asked)
+        for together in (1, 3)
+    )
+    assert [score and score.examples for score in three] == [9, 21, None, 10]
+    for left, right in zip(one, three, strict=True):
+        assert_close(left and dict(left.metrics), right and dict(right.metrics), rtol=1e-5, atol=1e-6)
+
+
+def test_passes_take_every_batch_once_and_similar_lengths_together():
+    sizes = [(9, 4), (30, 4), (10, 4), (31, 2), (8, 4)]
+    found = list(passes(sizes, tokens=120))
+    assert found == [[0, 2, 4], [1], [3]]
+    assert list(passes(sizes, tokens=10_000)) == [[0, 1, 2, 3, 4]]
+    assert sorted(passes(sizes, tokens=1)) == [[0], [1], [2], [3], [4]]
+
+
+def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(bench):
+    adapted, examples = bench
+    found = bytes_per_token(adapted, TASK, examples, drawn(adapted, 4, 0))
+    hidden, layers = 32, 2
+    assert 4 * hidden * layers * 8 < found < 4 * hidden * layers * 80
+
+
+# ------------------------------------------------------------------------------------------------------------------ dropout
+
+
+def masks(shapes: list[tuple[int, int]], seeds: list[int], width: int = 50, p: float = 0.3) -> list[Tensor]:
+    """Each client's own part [rows, length, width] of ones after dropout."""
+    run, longest = max(rows for _, rows in shapes), max(length for length, _ in shapes)
+    with Chance() as chance:
+        chance.next_pass([torch.Generator().manual_seed(seed) for seed in seeds], shapes)
+        dropped = functional.dropout(torch.ones(len(shapes) * run, longest, width), p)
+    parts = dropped.unflatten(0, (len(shapes), run))
+    return [part[:rows, :length] for part, (length, rows) in zip(parts, shapes, strict=True)]
+
+
+def test_a_mask_is_the_clients_own_whoever_is_beside_it():
+    alone, other = masks([(7, 3)], [5])[0], masks([(7, 3)], [6])[0]
+    assert torch.equal(masks([(9, 4), (7, 3), (2, 1)], [1, 5, 2])[1], alone)
+    assert not torch.equal(alone, other)
+
+
+def test_the_kept_part_is_scaled_and_of_the_right_size():
+    (found,) = masks([(100, 20)], [0])
+    assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.7], rel=1e-4)
+    assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_attention_with_dropout_of_nothing_is_torchs_and_with_dropout_right_on_average():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    hidden = torch.rand(2, 1, 6, 6) < 0.3
+    for named in ({}, {"is_causal": True}, {"attn_mask": ~hidden | torch.eye(6, dtype=torch.bool)}, {"scale": 0.5}):
+        plain = functional.scaled_dot_product_attention(query, key, value, **named)
+        with Chance() as chance:
+            chance.next_pass([torch.Generator().manual_seed(1)], [(6, 2)])
+            same = functional.scaled_dot_product_attention(query, key, value, **named)
+            many = [functional.scaled_dot_product_attention(query, key, value, dropout_p=0.2, **named) for _ in range(600)]
+        assert torch.equal(same, plain)
+        assert_close(torch.stack(many).mean(0), plain, atol=0.1, rtol=0.1)
+        assert not torch.equal(many[0], many[1])
+
+
+def test_the_gradient_passes_where_the_input_passed():
+    x = torch.ones(4, 5, 6, requires_grad=True)
+    with Chance() as chance:
+        chance.next_pass([torch.Generator().manual_seed(1)], [(5, 4)])
+        y = functional.dropout(x, 0.5)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
