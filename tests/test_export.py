@@ -192,6 +192,17 @@ def test_other_architectures_compute_the_same_in_peft(base, finished):
     assert_close(in_peft(folder, folder / "adapter"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fed-sb", "ravan"])
+def test_a_middle_factor_on_transposed_weights_computes_the_same_in_peft_and_merged(name, finished, tmp_path):
+    folder = finished("gpt2", method={"name": name, "rank": 4})
+    own = own_logits(folder)[""]
+    assert_close(in_peft(folder, folder / "adapter"), own, rtol=1e-5, atol=1e-5)
+    export(folder, "merged", tmp_path / "merged")
+    assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-5, atol=1e-5)
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(x.abs().max() > 1e-6 for key, x in tensors.items() if "lora_B" in key)
+
+
 @pytest.mark.parametrize("base", [base for base in BASES if base != "bert"])
 def test_other_architectures_compute_the_same_merged(base, finished, tmp_path):
     folder = finished(base, lora=LORA.get(base, {}))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Full
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Asked, ClientInfo, Fit, Round
@@ -83,10 +83,10 @@ class ToyTrainer:
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
         target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
         for _ in range(self.steps * (request.epochs or 1)):
-            weights = {name: _weight(tensors) + fixed[name] for name, tensors in parts.items()}
+            weights = {name: _weight(kinds[name](**tensors)) + fixed[name] for name, tensors in parts.items()}
             loss = _distance(weights, target)
             if request.penalty is not None:
-                loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if "w" not in x})
+                loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if kinds[name] is LowRank})
             for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
@@ -214,8 +214,8 @@ def products(adapter: Adapter) -> dict[str, Tensor]:
     return {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
 
 
-def _weight(tensors: Mapping[str, Tensor]) -> Tensor:
-    return tensors["w"] if "w" in tensors else tensors["b"] @ tensors["a"]
+def _weight(part: Factors) -> Tensor:
+    return part.w if isinstance(part, Full) else part.product()
 
 
 def _distance(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
@@ -227,7 +227,7 @@ def _drawn(shape: tuple[int, ...], seed: int, *names: str) -> Tensor:
     return torch.randn(shape, generator=generator(seed, *names))
 
 
-def _leaves(part: LowRank | Full, train: frozenset[str]) -> dict[str, Tensor]:
+def _leaves(part: Factors, train: frozenset[str]) -> dict[str, Tensor]:
     tensors = vars(part)
     return {key: x.clone().requires_grad_() if key in train else x for key, x in tensors.items()}
 

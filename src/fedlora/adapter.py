@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import Heads, LowRank, Tri
 from fedlora.randomness import generator
 
 Tensors = Mapping[str, Tensor]
@@ -21,9 +21,9 @@ class Full:
     w: Tensor
 
 
-Factors = LowRank | Full
+Factors = LowRank | Tri | Heads | Full
 Adapter = Mapping[str, Factors]
-Kind = TypeVar("Kind", LowRank, Full)
+Kind = TypeVar("Kind", LowRank, Tri, Heads, Full)
 
 
 @dataclass(frozen=True)

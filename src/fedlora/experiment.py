@@ -278,7 +278,7 @@ def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapte
     return {
         name: part
         if isinstance(part, Full) or not any(name in fold for fold in folds)
-        else recompress(stack([(1.0, one) for one in (part, *(fold[name] for fold in folds if name in fold))]))
+        else recompress(stack([(1.0, one) for one in (part.pair(), *(fold[name] for fold in folds if name in fold))]))
         for name, part in view.items()
     }
 

@@ -13,17 +13,17 @@ from torch import nn
 
 from fedlora.adapter import Adapter, Full
 from fedlora.config import Lora
-from fedlora.linalg.lowrank import LowRank
 from fedlora.train.inject import Adapted, Scaling, add_to_base
 
 
 def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str]) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
-    `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced.
+    `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
+    two factors: a middle one is multiplied into b.
     """
     scaling = Scaling(lora.alpha, lora.rslora)
-    factors = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+    factors = {name: part.pair() for name, part in adapter.items() if not isinstance(part, Full)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Full)}
     for name, part in factors.items():

@@ -5,7 +5,7 @@ import torch
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.subspace import align, angles, orthonormal, rank_change
+from fedlora.linalg.subspace import align, angles, frame, likeness, orthonormal, rank_change
 
 from twins import apart, drifted_terms, random_factor
 
@@ -17,6 +17,55 @@ def rotation(n, seed=0, det=1):
 
 def turned(factor, r):
     return LowRank(b=factor.b @ r, a=r.mT @ factor.a)
+
+
+def square(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_likeness_is_the_alignment_of_centred_gram_matrices():
+    """The definition: the cosine between h x x^T h and h y y^T h, h the centring matrix."""
+    x, y = square(2, 6, 6), square(2, 6, 4, seed=1)
+    h = torch.eye(6, dtype=torch.float64) - 1 / 6
+    k, m = h @ x @ x.mT @ h, h @ y @ y.mT @ h
+    cosine = (k * m).sum((-2, -1)) / (k.square().sum((-2, -1)) * m.square().sum((-2, -1))).sqrt()
+    torch.testing.assert_close(likeness(x, y), cosine)
+    torch.testing.assert_close(likeness(y, x), cosine)
+
+
+def test_likeness_is_one_for_equal_matrices_and_blind_to_size_and_to_rotations_from_the_right():
+    x = square(6, 6)
+    for y in (x, -3 * x, x @ rotation(6), x @ rotation(6, seed=1, det=-1)):
+        assert likeness(x, y).item() == pytest.approx(1)
+    assert likeness(x, square(6, 6, seed=1)) < 0.9
+
+
+def test_likeness_is_not_blind_to_rotations_from_the_left():
+    x = square(6, 6)
+    assert likeness(x, rotation(6) @ x) < 0.9
+
+
+def test_matrices_of_equal_rows_are_alike_and_give_no_nan():
+    assert likeness(torch.ones(3, 3), square(3, 3).float()) == 1
+    assert likeness(torch.ones(1, 1), 5 * torch.ones(1, 1)) == 1
+
+
+@pytest.mark.parametrize(("n", "k"), [(12, 3), (5, 5), (5, 12)])
+def test_a_frame_has_orthonormal_columns_as_many_in_turn_as_there_can_be(n, k):
+    q = frame(n, k, torch.Generator().manual_seed(0))
+    assert q.shape == (n, k)
+    for group in torch.split(q, n, dim=1):
+        torch.testing.assert_close(group.mT @ group, torch.eye(group.shape[1]))
+
+
+def test_a_frame_has_the_signs_of_the_gram_schmidt_process():
+    drawn = torch.randn(12, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    columns = []
+    for x in drawn.unbind(1):
+        for q in columns:
+            x = x - (q @ x) * q
+        columns.append(x / x.norm())
+    torch.testing.assert_close(frame(12, 4, torch.Generator().manual_seed(3)), torch.stack(columns, 1).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import peft
 import pytest
@@ -14,9 +15,9 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.adapter import Adapter, Factors, Full, lora_init
 from fedlora.errors import UserError
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import Heads, LowRank, Tri
 from fedlora.train.inject import Adapted, LoraLayer, Scaling, add_to_base, dense_weight, head_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT's, about our twin
@@ -172,6 +173,123 @@ def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
         alone.square().sum().backward()
         assert_close(together.unflatten(0, (3, 2))[i], alone)
         assert_close(found[i], own_gradients(adapted), rtol=1e-5, atol=1e-5)
+
+
+def middled(adapted: Adapted, kind: type[Tri | Heads], seed: int = 0, heads: int = 3) -> dict[str, Factors]:
+    """An adapter with a random middle, of rank 6 or twice the number of heads, fp64."""
+    torch.manual_seed(seed)
+    drawn, rank = partial(torch.randn, dtype=torch.float64), 2 * heads
+    middles = {Tri: {"c": (rank, rank)}, Heads: {"c": (heads, 2, 2), "s": (heads,)}}[kind]
+    return {
+        name: kind(b=drawn(out, rank), a=drawn(rank, in_), **{key: drawn(x) for key, x in middles.items()})
+        for name, (out, in_) in adapted.spec.modules.items()
+    }
+
+
+def dense(net: Net, x: Tensor, parts: Adapter) -> Tensor:
+    """What the net computes with each part's matrix added to the weight."""
+    update = {name: part.product() for name, part in parts.items()}
+    x = functional.linear(x, net.first.weight + update["first"], net.first.bias).tanh()
+    x = functional.linear(x, net.second.weight.mT + update["second"], net.second.bias).tanh()
+    return functional.linear(x, net.last.weight + update["last"], net.last.bias)
+
+
+def gradients_of_the_factors(adapted: Adapted, client: int = 0) -> dict[str, Tensor]:
+    """Of each trained parameter of a client, of b in our own scale."""
+    return {
+        f"{name}.{factor}": parameter.grad[client] / (layer.scale[client] if factor == "b" else 1)
+        for name, layer in adapted.layers.items()
+        for factor, parameter in layer.named_parameters(recurse=False)
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+@pytest.mark.parametrize(("kind", "train"), [(Tri, "bca"), (Tri, "c"), (Tri, "ba"), (Heads, "cs"), (Heads, "bcsa")])
+def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, train, rest):
+    net, x = Net().double(), torch.randn(6, *rest, 7).double()
+    adapted = Adapted(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
+    start = middled(adapted, kind)
+    leaves = {n: {k: v.clone().requires_grad_(k in train) for k, v in vars(part).items()} for n, part in start.items()}
+    trained = adapted.load([start], train)
+    found, expected = adapted.model(x), dense(net, x, {name: kind(**tensors) for name, tensors in leaves.items()})
+    assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    wanted = {f"{name}.{k}": v.grad for name, tensors in leaves.items() for k, v in tensors.items() if k in train}
+    assert len(trained) == 3 * len(train)
+    assert_close(gradients_of_the_factors(adapted), wanted)
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+@pytest.mark.parametrize("kind", [Tri, Heads])
+def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(kind, rest):
+    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
+    singles = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
+    adapted.load(singles, "bcsa")
+    outputs = adapted.model(x.flatten(0, 1)).unflatten(0, (3, 2))
+    outputs.square().sum().backward()
+    found = [gradients_of_the_factors(adapted, client) for client in range(3)]
+    for i, single in enumerate(singles):
+        adapted.load([single], "bcsa")
+        alone = adapted.model(x[i])
+        alone.square().sum().backward()
+        assert_close(outputs[i], alone)
+        for key, gradient in gradients_of_the_factors(adapted).items():
+            inside = tuple(slice(size) for size in gradient.shape)
+            assert_close(found[i][key][inside], gradient)
+            assert found[i][key].count_nonzero() == found[i][key][inside].count_nonzero()  # none in the padding
+
+
+@pytest.mark.parametrize("alpha", [6.0, 24.0])
+def test_alpha_scales_how_a_middle_factor_learns_only_between_trained_factors(alpha):
+    """One step of gradient descent: c on frozen outer factors moves alike for all alpha, b moves by (alpha / rank)^2."""
+    adapted, x = Adapted(Net().double(), Scaling(alpha), ["first", "second", "last"]), torch.randn(6, 7).double()
+    start = middled(adapted, Tri)
+    adapted.load([start], "bc")
+    adapted.model(x).square().sum().backward()
+    plain = {f"{n}.{k}": v for n, part in start.items() for k, v in vars(part).items()}
+    leaves = {key: value.clone().requires_grad_() for key, value in plain.items()}
+    parts = {name: Tri(**{k: leaves[f"{name}.{k}"] for k in "bca"}) for name in start}
+    dense(adapted_net(adapted), x, parts).square().sum().backward()
+    for name, layer in adapted.layers.items():
+        assert_close(layer.c.grad[0], leaves[f"{name}.c"].grad)
+        step = layer.b.grad[0] * layer.scale[0]  # of our b, for a learning rate of 1
+        assert_close(step, (alpha / 6) ** 2 * leaves[f"{name}.b"].grad)
+
+
+def adapted_net(adapted: Adapted) -> Net:
+    """The same net without places for factors."""
+    net = Net().double()
+    for name, layer in adapted.layers.items():
+        setattr(net, name, layer.base)
+    return net
+
+
+def test_an_adapter_without_a_middle_leaves_none_of_an_earlier_one():
+    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
+    two = {name: part.pair() for name, part in middled(adapted, Tri, seed=1).items()}
+    adapted.load([two])
+    expected = adapted.model(x)
+    for kind in (Heads, Tri):
+        adapted.load([middled(adapted, kind)])
+        assert not torch.equal(adapted.model(x), expected)
+    adapted.load([two])
+    assert torch.equal(adapted.model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Tri, Heads])
+@pytest.mark.parametrize("train", ["bca", "c", "cs", ""])
+def test_reading_after_loading_keeps_untrained_factors_beside_a_middle(kind, train):
+    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    start = middled(adapted, kind)
+    adapted.load([start], train)
+    after = adapted.read(0, start, train)
+    for name, part in start.items():
+        assert type(after[name]) is kind
+        for factor, tensor in vars(part).items():
+            assert (getattr(after[name], factor) is tensor) == (factor not in train)
+            assert_close(getattr(after[name], factor), tensor)
 
 
 def test_without_factors_the_layer_is_its_base():

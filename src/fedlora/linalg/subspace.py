@@ -18,6 +18,19 @@ def orthonormal(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n
     return basis.to(columns.dtype)
 
 
+def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
+    """k random columns, fp32, each n of them in turn orthonormal; the same on every machine up to rounding.
+
+    The q of a QR decomposition is unique once r has a positive diagonal, whatever signs the machine prefers.
+    """
+    blocks = []
+    for start in range(0, k, n):
+        drawn = torch.randn(n, min(n, k - start), generator=rng, device=rng.device, dtype=WORKING)
+        q, r = torch.linalg.qr(drawn)
+        blocks.append(q * r.diagonal().sign())
+    return torch.cat(blocks, 1).float()
+
+
 def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m"]:
     """The m = min(j, k) principal angles between the spaces of the columns, in radians, ascending; in fp64.
 
@@ -29,6 +42,18 @@ def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Fl
     cosines = torch.linalg.svdvals(wide.mT @ narrow).clamp(max=1)  # descending
     sines = torch.linalg.svdvals(narrow - wide @ (wide.mT @ narrow)).flip(-1).clamp(max=1)  # ascending
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def likeness(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
+    """Linear centred kernel alignment, in [0, 1] and in fp64: |x^T y|^2 / (|x^T x| |y^T y|), Frobenius, columns centred.
+
+    It is 1 for y = x, and stays if x or y is multiplied by a number, or from the right by an orthogonal matrix; from the
+    left that changes it. Where one has equal rows it is not defined, and 1 is returned: nothing tells them apart.
+    Source: Kornblith et al. 2019, arXiv:1905.00414.
+    """
+    x, y = (z.to(WORKING) - z.to(WORKING).mean(-2, keepdim=True) for z in (x, y))
+    own = _square(x.mT @ x).sqrt() * _square(y.mT @ y).sqrt()
+    return torch.where(own > 0, _square(x.mT @ y) / own.clamp_min(1e-300), 1.0).clamp(max=1.0)
 
 
 def rank_change(start: LowRank, trained: LowRank, side: Side) -> Float[Tensor, "*batch rank"]:
@@ -74,3 +99,7 @@ def _nearest_orthogonal(x: Tensor, proper: bool) -> Tensor:
         sign = torch.linalg.det(u @ vt)
         vt = torch.cat([vt[..., :-1, :], sign.sign()[..., None, None] * vt[..., -1:, :]], -2)
     return torch.matmul(u, vt)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum((-2, -1))

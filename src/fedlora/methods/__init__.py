@@ -6,6 +6,10 @@ from typing import Any, Literal
 
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.ce_lora import CELoRA
+from fedlora.methods.ditto import Ditto
+from fedlora.methods.fed_dpa import FedDPA
+from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedhm import FedHMLoRA
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
@@ -21,6 +25,7 @@ from fedlora.methods.fslora import FSLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
+from fedlora.methods.ravan import Ravan
 
 Head = Literal["frozen", "averaged", "local"]
 
@@ -310,6 +315,60 @@ _ROWS = (
         exceptions={
             "test_traffic_is_what_the_row_declares, mixed ranks": "a budget counts ranks, and wide ones have more floats",
         },
+    ),
+    Row(
+        name="fed-sb",
+        make=FedSB,
+        paper="Singhal et al. 2025, arXiv:2502.15436",
+        summary="freezes a common b and a, trains and averages a small c between them",
+        exact="yes",
+        up=("r * r",),
+        down=("r * (out + in + r)",),
+    ),
+    Row(
+        name="ravan",
+        make=Ravan,
+        paper="Raje et al. 2025, arXiv:2506.05568",
+        summary="freezes several random heads, averages the small core of each over the clients that trained it",
+        exact="yes, for each head",
+        up=("r * head_rank * head_rank",),
+        down=("rank * head_rank * head_rank + r",),
+        mixed_ranks=True,
+        exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
+    ),
+    Row(
+        name="ce-lora",
+        make=CELoRA,
+        paper="Li et al. 2025, arXiv:2503.23869",
+        summary="trains b c a, keeps b and a personal, mixes the small cores for each client by their likeness",
+        exact="cores only: there is no global model",
+        up=("r * r",),
+        down=("r * r",),
+        head="local",
+        personal=True,
+        singles=True,
+    ),
+    Row(
+        name="fed-dpa",
+        make=FedDPA,
+        paper="Yang et al. 2024, arXiv:2403.19211",
+        summary="FedIT, with a second, personal pair of factors trained beside the shared one",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        head="local",
+        personal=True,
+    ),
+    Row(
+        name="ditto",
+        make=Ditto,
+        paper="Li et al. 2021, arXiv:2012.04221",
+        summary="FedIT, and personal factors instead that are pulled towards the shared ones",
+        exact="no: off by the covariance of the factors",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        head="local",
+        personal=True,
     ),
 )
 

@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Full
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.errors import UserError
 from fedlora.linalg.combine import pad, stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import LowRank, Product, block_diagonal
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A."""
+    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A.
+
+    With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
+    (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
+    """
 
     alpha: float
     rslora: bool = False
@@ -46,6 +50,9 @@ class LoraLayer(nn.Module):
 
     Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
     the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
+
+    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
+    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i.
     """
 
     def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
@@ -56,6 +63,8 @@ class LoraLayer(nn.Module):
         self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
         self.b: nn.Parameter | None = None
         self.a: nn.Parameter | None = None
+        self.c: nn.Parameter | None = None
+        self.s: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
         """Frozen factors that act beside the trained ones, with a client axis or common to all."""
 
@@ -68,7 +77,14 @@ class LoraLayer(nn.Module):
         if self.a is None or self.b is None:
             return y
         x = functional.dropout(x, self.dropout, self.training)
-        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale))
+        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale), self._middle())
+
+    def _middle(self) -> Tensor | None:
+        """[clients, rank, rank] of those present."""
+        if self.c is None:
+            return None
+        c = self.present.of(self.c)
+        return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
 
 
 class OwnLayer(nn.Module):
@@ -164,7 +180,7 @@ class Adapted:
         train, trained = frozenset(train), []
         self.present.index = None
         for name, layer in self.layers.items():
-            layer.a = layer.b = None
+            layer.b = layer.c = layer.s = layer.a = None
             device = _device(layer.base)
             layer.fixed = [self._folded[name]] if name in self._folded else []
             if own := [parts[name] for parts in beside if parts and name in parts]:
@@ -181,13 +197,16 @@ class Adapted:
                 trained += [parameter] if "w" in train else []
             else:
                 layer = self.layers[name]
-                parts, device = [_low_rank(adapter[name]) for adapter in adapters], _device(layer.base)
+                parts, device = [_product(adapter[name]) for adapter in adapters], _device(layer.base)
                 scales = [self.scaling.of(part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
-                both = _side_by_side([LowRank(b=p.b / scale, a=p.a) for p, scale in zip(parts, scales, strict=True)])
-                layer.b = nn.Parameter(both.b.to(device), requires_grad="b" in train)
-                layer.a = nn.Parameter(both.a.to(device), requires_grad="a" in train)
-                trained += [p for p in (layer.b, layer.a) if p.requires_grad]
+                for factor in vars(part):
+                    each = [
+                        vars(p)[factor] / (scale if factor == "b" else 1) for p, scale in zip(parts, scales, strict=True)
+                    ]
+                    parameter = nn.Parameter(_padded(each).to(device), requires_grad=factor in train)
+                    setattr(layer, factor, parameter)
+                    trained += [parameter] if factor in train else []
         return trained
 
     def keep(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -206,6 +225,8 @@ class Adapted:
             if layer.a is not None and layer.b is not None:
                 layer.scale = layer.scale[index.to(layer.scale.device)]
                 layer.b, layer.a = cut(layer.b), cut(layer.a)
+                layer.c = None if layer.c is None else cut(layer.c)
+                layer.s = None if layer.s is None else cut(layer.s)
         for own in self._own.values():
             own.own = {key: cut(x) for key, x in own.own.items()}
         return pairs
@@ -222,11 +243,11 @@ class Adapted:
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
     def factors(self, client: int, like: Adapter) -> dict[str, LowRank]:
-        """A loaded client's factors as they are now, for a penalty: gradients flow through them. `like` has its ranks."""
+        """A loaded client's parts of kind LowRank as they are now, for a penalty: gradients flow. `like` has its ranks."""
         found = {}
         for name, layer in self.layers.items():
-            if layer.a is not None and layer.b is not None:
-                rank = _low_rank(like[name]).rank
+            if layer.a is not None and layer.b is not None and layer.c is None:
+                rank = _product(like[name]).rank
                 b, a = layer.b[client, :, :rank], layer.a[client, :rank]
                 found[name] = LowRank(b * layer.scale[client], a)
         return found
@@ -246,21 +267,22 @@ class Adapted:
                 parts = [self._folded[name]] if name in self._folded else []
                 self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
-    def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, LowRank | Full]:
+    def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's adapter as it is now: trained factors new, the others those of its `start`."""
         train = frozenset(train)
-        adapter: dict[str, LowRank | Full] = {}
+        adapter: dict[str, Factors] = {}
         for name, part in start.items():
             if isinstance(part, Full):
                 module, _, key = name.rpartition(".")
                 adapter[name] = Full(_copy(self._own[module].own[key][client], part.w)) if "w" in train else part
             else:
-                layer, rank = self.layers[name], part.rank
-                assert layer.a is not None and layer.b is not None, f"{name} was not loaded"
-                adapter[name] = LowRank(
-                    b=_copy(layer.b[client, :, :rank] * layer.scale[client], part.b) if "b" in train else part.b,
-                    a=_copy(layer.a[client, :rank], part.a) if "a" in train else part.a,
-                )
+                layer, new = self.layers[name], dict(vars(part))
+                for factor in train & new.keys():
+                    own = getattr(layer, factor)[client][
+                        tuple(slice(size) for size in new[factor].shape)
+                    ]  # not the padding
+                    new[factor] = _copy(own * layer.scale[client] if factor == "b" else own, new[factor])
+                adapter[name] = type(part)(**new)
         return adapter
 
 
@@ -350,12 +372,15 @@ def _within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _plus_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
-    """y + scale * (b a) x; with a client axis in the factors, each client's run of rows has its own."""
+def _plus_product(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
+) -> Tensor:
+    """y + scale * (b middle a) x; with a client axis in the factors, each client's run of rows has its own."""
     a, b = a.to(x.dtype), b.to(x.dtype)
     if a.ndim == 2:
         return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
     inner = x.reshape(len(a), -1, x.shape[-1]) @ a.mT  # [clients, rows of one client * rest, rank]
+    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
     inner = inner if scale is None else inner * scale.to(x.dtype)
     return torch.baddbmm(y.reshape(len(b), -1, y.shape[-1]), inner.to(y.dtype), b.mT.to(y.dtype)).view(y.shape)
 
@@ -367,12 +392,21 @@ def _side_by_side(parts: Sequence[LowRank]) -> LowRank:
     return LowRank(b=torch.stack([part.b for part in padded]), a=torch.stack([part.a for part in padded]))
 
 
-def _low_rank(part: LowRank | Full) -> LowRank:
-    assert isinstance(part, LowRank)
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Several clients' tensors along a new first axis, with zeros at the ends of the smaller ones."""
+    largest = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
+    stacked = tensors[0].new_zeros(len(tensors), *largest)
+    for own, x in zip(stacked, tensors, strict=True):
+        own[tuple(slice(size) for size in x.shape)] = x
+    return stacked
+
+
+def _product(part: Factors) -> Product:
+    assert not isinstance(part, Full)
     return part
 
 
-def _full(part: LowRank | Full) -> Full:
+def _full(part: Factors) -> Full:
     assert isinstance(part, Full)
     return part
 

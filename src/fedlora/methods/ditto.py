@@ -1,0 +1,81 @@
+"""Ditto: each client trains an adapter of its own that is pulled towards the one that all average."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.methods.averaging import FactorAveraging
+
+
+@dataclass(frozen=True)
+class Ditto:
+    """The shared pair as in FedIT, and on each client a whole adapter of its own, which it uses instead.
+
+    In a round a client first trains the shared pair, as in FedIT, bit for bit, and uploads it. Then it trains its own pair
+    with the penalty pull / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, towards the shared pair as it came
+    down. Its own pair starts from the first shared pair that it gets; until then it uses the shared one. With `pull` 0 it
+    trains locally and alone; with a pull without bounds it keeps to the shared pair.
+
+    The paper trains whole models; here the distance is that of the factors, in the scale where the update is b a, not that
+    of the products. A round costs two trainings. A head that is not frozen is trained in both, and not pulled.
+
+    Source: Li et al. 2021, arXiv:2012.04221, Algorithm 1.
+    """
+
+    rank: int = 8
+    pull: float = 0.1
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+        """A shared pair of update zero."""
+        return self._shared().init_server(spec, seed)
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+        """Nothing yet."""
+        return {}
+
+    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """The shared pair."""
+        return server
+
+    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+        """Its own pair, or the shared one as long as there is none."""
+        return mine or unpack(got, LowRank)
+
+    def work(
+        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+        """Trains the shared pair, and uploads it; then its own, with the penalty."""
+        shared = unpack(got, LowRank)
+
+        def penalty(live: Mapping[str, LowRank]) -> Tensor:
+            return self.pull / 2 * distance(live, shared)
+
+        trained = _pairs((yield from fit(shared)))
+        own = _pairs((yield from fit(mine or shared, penalty=penalty if self.pull else None)))
+        return own, pack(trained)
+
+    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+        """The weighted mean of the shared pairs."""
+        return self._shared().merge(server, replies, rnd)
+
+    def _shared(self) -> FactorAveraging:
+        return FactorAveraging(self.rank)
+
+
+def distance(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Tensor:
+    """The sum of |b - b'|^2 + |a - a'|^2 over all modules; on the device of the first."""
+    apart = [
+        (part.b - other[name].b.to(part.b)).square().sum() + (part.a - other[name].a.to(part.a)).square().sum()
+        for name, part in one.items()
+    ]
+    return torch.stack(apart).sum()
+
+
+def _pairs(adapter: Adapter) -> dict[str, LowRank]:
+    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}

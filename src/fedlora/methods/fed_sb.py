@@ -1,0 +1,135 @@
+"""Fed-SB: clients train a small matrix between two frozen factors that all share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
+from fedlora.linalg.fit import svd, truncate
+from fedlora.linalg.lowrank import LowRank, Tri
+from fedlora.linalg.subspace import frame, orthonormal
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.randomness import generator
+
+
+@dataclass(frozen=True)
+class FedSB:
+    """The mean c [rank, rank] between b with orthonormal columns and a with orthonormal rows, which never change.
+
+    The mean is exact, and the upload is rank^2 floats for each module. No update leaves the space that b and a span, so
+    that their choice decides what can be learnt. The rank is at most min(out, in): more would add nothing.
+
+    The paper takes b, diag(c) and a from the singular value decomposition of -lr sign(g), g the gradient of the full model
+    summed over the training data in one place, without noise. No place in a federation has that data, hence `init`:
+
+    "weight": the leading singular vectors of the pretrained weight, and c = 0, so that training starts from the pretrained
+    model. This is not the paper's; it is nearly LoRA-XS's (arXiv:2405.17604), which has the singular values in b and a tiny
+    random c. It sees no data.
+
+    "gradient": near to the paper's. In round 0 the clients train b for one epoch, from zero, on a common orthonormal random
+    a; in round 1, a for one epoch, from zero, on an orthonormal basis of the mean b. b, diag(c) and a then are the singular
+    value decomposition of what the second training gave, so that round 2 starts from there. With one step of plain
+    gradient descent the two uploads are -lr g a^T and -lr b^T g, linear in the mean gradient g: a randomised
+    decomposition of the first step, exact if the rank of g is at most `rank`. It differs from the paper in the step (the
+    run's optimiser over an epoch, not the sign of one sum). The uploads of these two rounds have rank * out and rank * in
+    floats, and whoever must not read single uploads needs no more than their mean.
+
+    "random": random b and a from the run's common seed, and c = 0.
+
+    With "random" only c travels down too. With the others b and a come from the server, as singular vectors differ in sign
+    from machine to machine; they come in every round, as the server keeps no list of who has them.
+
+    The weights are those of the replies; the paper has 1/K, which is the run's setting of uniform weights.
+
+    Source: Singhal et al. 2025, arXiv:2502.15436, and its released code.
+    """
+
+    rank: int = 8
+    init: Literal["weight", "gradient", "random"] = "weight"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
+        """What travels down in the first round.
+
+        Raises:
+            ValueError: `init` is "weight" and the spec cannot read the pretrained weights.
+        """
+        if self.init == "weight":
+            return pack({name: _principal(spec, name, self._rank(spec, name)) for name in spec.modules})
+        frames = _frames(spec, {name: self._rank(spec, name) for name in spec.modules}, seed)
+        if self.init == "random":
+            return pick(pack({name: _untrained(part) for name, part in frames.items()}), "c")
+        return pack({name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in frames.items()})
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Tensors:
+        """Random b and a, if those are used."""
+        if self.init != "random":
+            return {}
+        return pack(_frames(spec, {name: self._rank(spec, name) for name in spec.modules}, seed))
+
+    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """All that the server has, the same for everybody."""
+        return server
+
+    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+        """The three factors, or two while the gradient is looked at."""
+        return _adapter({**mine, **got})
+
+    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+        """Trains c and uploads it; in the first rounds of "gradient", b and then a."""
+        train = {0: "b", 1: "a"}.get(rnd.index, "c") if self.init == "gradient" else "c"
+        trained = yield from fit(self.view(mine, got, who), train, epochs=None if train == "c" else 1)
+        return mine, pick(pack(trained), train)
+
+    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
+        """The mean c; after the first rounds of "gradient", the basis for the next."""
+        mean = {**server, **replies.mean()}
+        if self.init == "gradient" and rnd.index == 0:
+            return Merged(pack({name: _second(part) for name, part in unpack(mean, LowRank).items()}))
+        if self.init == "gradient" and rnd.index == 1:
+            mean = pack({name: decomposed(part) for name, part in unpack(mean, LowRank).items()})
+        return Merged(mean, notes={"aggregation_error": 0.0})  # b, or b and a, are common
+
+    def _rank(self, spec: AdapterSpec, name: str) -> int:
+        return min(spec.rank(name, self.rank), *spec.modules[name])
+
+
+def decomposed(factor: LowRank) -> Tri:
+    """The same matrix with orthonormal columns in b, its singular values on the diagonal of c, orthonormal rows in a."""
+    u, s, vt = svd([(1.0, factor)])
+    return Tri(b=u.to(factor.b), c=torch.diag_embed(s).to(factor.b), a=vt.to(factor.a))
+
+
+def _adapter(tensors: Tensors) -> Adapter:
+    return unpack(tensors, Tri) if any(key.endswith(".c") for key in tensors) else unpack(tensors, LowRank)
+
+
+def _principal(spec: AdapterSpec, name: str, rank: int) -> Tri:
+    if spec.weight is None:
+        raise ValueError(
+            "Fed-SB with init = 'weight' starts from the pretrained weights, and this spec has no `weight` to read them "
+            "with; choose 'random' or 'gradient'"
+        )
+    part = truncate(spec.weight(name), rank)
+    return _untrained(LowRank(b=orthonormal(part.b).to(spec.dtype), a=orthonormal(part.a.mT).mT.to(spec.dtype)))
+
+
+def _untrained(part: LowRank) -> Tri:
+    return Tri(b=part.b, c=part.b.new_zeros(part.rank, part.rank), a=part.a)
+
+
+def _frames(spec: AdapterSpec, ranks: Mapping[str, int], seed: int) -> dict[str, LowRank]:
+    """Random orthonormal columns and rows, each module's from a seed of its own."""
+    found: dict[str, LowRank] = {}
+    for name, (out, in_) in spec.modules.items():
+        rng = generator(seed, "fed_sb", name)
+        b, a = frame(out, ranks[name], rng), frame(in_, ranks[name], rng).mT
+        found[name] = LowRank(b=b.to(spec.dtype), a=a.contiguous().to(spec.dtype))
+    return found
+
+
+def _second(part: LowRank) -> LowRank:
+    """Where the second of the two trainings starts."""
+    return LowRank(b=orthonormal(part.b), a=torch.zeros_like(part.a))

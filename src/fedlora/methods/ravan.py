@@ -1,0 +1,131 @@
+"""RAVAN: several frozen random heads in each module, each with a small trained core; weak clients train fewer of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pick
+from fedlora.linalg.lowrank import Heads
+from fedlora.linalg.subspace import frame
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.method import Local, fit
+from fedlora.randomness import generator
+
+_SUM = torch.float64
+
+
+@dataclass(frozen=True)
+class Ravan:
+    """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
+
+    `rank` is the number of heads, and a client's own rank the number of heads it trains in each module: at least one, at
+    most all. It trains their c_i and s_i while the other heads act frozen beside them, and uploads the products s_i c_i.
+    Each head becomes the mean over those that trained it, which is exact, with s_i back at 1; a head that nobody trained
+    stays. The attainable rank is rank * head_rank with rank * head_rank^2 trained numbers (and the s_i).
+
+    The server says which heads: with `choose` "random" drawn for each client, round and module; with "weight" those of the
+    largest norm of c_i, equal ones (as in the first round, when all are zero) in random order. The paper's third rule, by
+    the norm of the gradient, needs a pass over the client's data first and is left out.
+
+    `init` "normal" draws b_i and a_i such that their columns and rows have length one in the mean; "orthogonal" makes those
+    of all heads of a module orthonormal, as far as its sizes allow. They come from the run's common seed on each client.
+    The paper's text was not available: the variances and that "weight" takes the largest are this package's.
+
+    Source: Raje et al. 2025, NeurIPS, arXiv:2506.05568.
+    """
+
+    rank: int = 8
+    head_rank: int = 4
+    choose: Literal["random", "weight"] = "random"
+    init: Literal["normal", "orthogonal"] = "normal"
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+        """The cores, zero: c [heads, head_rank, head_rank] of each module."""
+        shapes = {name: (spec.rank(name, self.rank), self.head_rank, self.head_rank) for name in spec.modules}
+        return {f"{name}.c": torch.zeros(shape, dtype=spec.dtype) for name, shape in shapes.items()}
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+        """b and a of all heads, the same on every client."""
+        drawn: dict[str, Tensor] = {}
+        for name, (out, in_) in spec.modules.items():
+            ranks, rng = spec.rank(name, self.rank) * self.head_rank, generator(seed, "ravan", name)
+            drawn[f"{name}.b"] = self._columns(out, ranks, rng).to(spec.dtype)
+            drawn[f"{name}.a"] = self._columns(in_, ranks, rng).mT.contiguous().to(spec.dtype)
+        return drawn
+
+    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """All cores, and the numbers of the heads that this client is to train."""
+        return {**server, **self._chosen(server, who, rnd)}
+
+    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+        """All heads."""
+        return _heads(mine, got)
+
+    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+        """Trains c and s of its heads beside the others, and uploads s c."""
+        heads = _heads(mine, got)
+        own = {name: got[f"{name}.heads"] for name in heads}
+        rest = {name: others(part, own[name]).pair() for name, part in heads.items() if len(own[name]) < len(part.s)}
+        trained = yield from fit({name: chosen(part, own[name]) for name, part in heads.items()}, "cs", beside=rest or None)
+        return mine, {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
+
+    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+        """Each head's mean over the clients that trained it."""
+        sums = {key: torch.zeros_like(c, dtype=_SUM) for key, c in server.items()}
+        masses = {key: torch.zeros(len(c), dtype=_SUM) for key, c in server.items()}
+        complete = True
+        for reply in replies:
+            own = self._chosen(server, reply.client, rnd)
+            for key, c in reply.upload.items():
+                heads = own[f"{key.removesuffix('.c')}.heads"]
+                sums[key].index_add_(0, heads, c.to(_SUM), alpha=reply.weight)
+                masses[key].index_add_(0, heads, torch.full((len(heads),), reply.weight, dtype=_SUM))
+                complete = complete and len(heads) == len(masses[key])
+        merged: dict[str, Tensor] = {}
+        for key, before in server.items():
+            mass = masses[key][:, None, None]
+            merged[key] = torch.where(mass > 0, (sums[key] / mass.clamp_min(1e-300)).to(before.dtype), before)
+        return Merged(merged, notes={"aggregation_error": 0.0} if complete else {})
+
+    def _chosen(self, server: Tensors, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
+        """ "module.heads": the numbers of the heads that the client trains, ascending."""
+        found: dict[str, Tensor] = {}
+        for key, c in server.items():
+            name = key.removesuffix(".c")
+            order = torch.randperm(len(c), generator=rnd.rng(f"heads {name}", who.id))
+            if self.choose == "weight":
+                norms = c.to(_SUM).flatten(1).norm(dim=1)
+                order = order[norms[order].argsort(descending=True, stable=True)]
+            found[f"{name}.heads"] = order[: who.rank].sort().values
+        return found
+
+    def _columns(self, n: int, k: int, rng: torch.Generator) -> Tensor:
+        """[n, k]"""
+        return frame(n, k, rng) if self.init == "orthogonal" else torch.randn(n, k, generator=rng) / n**0.5
+
+
+def chosen(part: Heads, heads: Tensor) -> Heads:
+    """The matrix of these heads alone."""
+    count, rank = part.c.shape[:2]
+    columns = part.b.reshape(-1, count, rank)[:, heads]  # [out, these heads, head_rank]
+    rows = part.a.reshape(count, rank, -1)[heads]  # [these heads, head_rank, in]
+    return Heads(b=columns.flatten(1), c=part.c[heads], s=part.s[heads], a=rows.flatten(0, 1))
+
+
+def others(part: Heads, heads: Tensor) -> Heads:
+    """The matrix of all heads but these."""
+    left_out = torch.ones(len(part.s), dtype=torch.bool)
+    left_out[heads] = False
+    return chosen(part, left_out.nonzero().flatten())
+
+
+def _heads(mine: Tensors, got: Tensors) -> dict[str, Heads]:
+    """All heads of each module, every scalar 1."""
+    cores = pick(got, "c")
+    names = [key.removesuffix(".c") for key in cores]
+    return {
+        name: Heads(b=mine[f"{name}.b"], c=(c := cores[f"{name}.c"]), s=c.new_ones(len(c)), a=mine[f"{name}.a"])
+        for name in names
+    }

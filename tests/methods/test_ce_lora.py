@@ -1,0 +1,174 @@
+"""The exact laws of CE-LoRA."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora.linalg.subspace import frame
+from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.methods.ce_lora import CELoRA, Cores
+from fedlora.rounds.simulate import Simulation
+
+from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+
+CLIENTS = toy_clients(3, 4)
+METHOD = CELoRA(rank=4, std=0.5)  # large enough for plain gradient descent to learn
+KEYS = {f"{name}.c" for name in SPEC.modules}
+ROUND = Round(1, 0)
+
+
+@dataclass(frozen=True)
+class Alone(CELoRA):
+    """S = I."""
+
+    def _shares(self, cores: Mapping[str, Tensor], one: int) -> Tensor:
+        return torch.eye(len(next(iter(cores.values()))), dtype=torch.float64)[one]
+
+
+def play(m: CELoRA, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[Cores, MemoryStates]:
+    server, states = m.init_server(SPEC, 0), MemoryStates()
+    for index in range(rounds):
+        server = m.merge(server, Replies(replies(m, server, index, states, who)), Round(index, 0)).server
+    return server, states
+
+
+def replies(m: CELoRA, server: Cores, index: int, states: MemoryStates, who: list[ClientInfo] = CLIENTS) -> list[Reply]:
+    rnd = Round(index, 0)
+    simulation = Simulation(m, SPEC, who, states, ToyTrainer(), 0)
+    return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
+
+
+def view(m: CELoRA, server: Cores, states: MemoryStates, who: ClientInfo, rounds: int) -> dict[str, Tensor]:
+    return products(Simulation(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(who, m.send(server, who, ROUND), ROUND))
+
+
+def known(*cores: Tensor, m: CELoRA = METHOD) -> Cores:
+    """A server that has these from clients "0", "1", ..., the same for all modules."""
+    return replace(m.init_server(SPEC, 0), last={str(i): dict.fromkeys(KEYS, c) for i, c in enumerate(cores)})
+
+
+def drawn(seed: int) -> Tensor:
+    return torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def client(name: str) -> ClientInfo:
+    return ClientInfo(name, 4, 10)
+
+
+def shares(m: CELoRA, server: Cores) -> Tensor:
+    """S, row by row."""
+    ids = sorted(server.last)
+    cores = {key: torch.stack([server.last[one][key] for one in ids]) for key in KEYS}
+    return torch.stack([m._shares(cores, i) for i in range(len(ids))])
+
+
+def test_only_the_core_travels_both_ways():
+    server, states = play(METHOD, 2)
+    for reply in replies(METHOD, server, 2, states):
+        assert {key: tuple(x.shape) for key, x in reply.upload.items()} == dict.fromkeys(KEYS, (4, 4))
+        got = METHOD.send(server, reply.client, ROUND)
+        assert {key: tuple(x.shape) for key, x in got.items()} == dict.fromkeys(KEYS, (4, 4))
+
+
+def test_the_update_starts_at_zero_and_the_first_step_moves_b_alone():
+    start = METHOD.view(METHOD.init_client(SPEC, CLIENTS[0], 0), METHOD.init_server(SPEC, 0).start, CLIENTS[0])
+    assert not any(x.any() for x in products(start).values())
+    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("bca")), CLIENTS[0])
+    for name, part in trained.items():
+        assert part.b.norm() > 1e-3 and torch.equal(part.c, torch.eye(4)) and torch.equal(part.a, start[name].a)
+
+
+def test_all_three_factors_are_trained_and_a_download_leaves_b_and_a_alone():
+    server, states = play(METHOD, 2)
+    before, after = states.saved["1", 0], states.saved["1", 1]
+    assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before)
+    start = METHOD.init_server(SPEC, 0).start
+    assert not any(torch.equal(core[key], start[key]) for core in server.last.values() for key in start)
+    seen = METHOD.view(after, METHOD.send(server, CLIENTS[1], ROUND), CLIENTS[1])
+    assert all(part.b is after[f"{name}.b"] and part.a is after[f"{name}.a"] for name, part in seen.items())
+
+
+def test_where_nobody_is_like_another_training_is_purely_local():
+    m = Alone(rank=4, std=0.5)
+    server, states = play(m, 3)
+    for who in CLIENTS:
+        alone_server, alone_states = play(METHOD, 3, [who])
+        one, other = view(m, server, states, who, 3), view(METHOD, alone_server, alone_states, who, 3)
+        assert all(torch.equal(one[name], other[name]) and one[name].norm() > 0.1 for name in one)
+
+
+def test_cores_with_nothing_in_common_come_back_to_their_owners():
+    """Of rank one, along directions that are orthogonal to each other and to (1, 1, 1, 1)."""
+    signs = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+    cores = [torch.outer(sign, drawn(i)[0]) for i, sign in enumerate(signs)]
+    assert_close(shares(METHOD, known(*cores)), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    for i, core in enumerate(cores):
+        assert_close(METHOD.send(known(*cores), client(str(i)), ROUND), dict.fromkeys(KEYS, core))
+
+
+def test_cores_that_are_all_alike_come_back_as_their_plain_mean():
+    cores = [drawn(0) @ frame(4, 4, torch.Generator().manual_seed(i)) for i in range(3)]
+    for i in range(3):
+        got = METHOD.send(known(*cores), client(str(i)), ROUND)
+        assert_close(got, dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normaliser", ["l1", "softmax"])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_rows_of_the_mixture_sum_to_one(normaliser, include_self):
+    m = replace(METHOD, normaliser=normaliser, include_self=include_self)
+    s = shares(m, known(*(drawn(i) for i in range(5)), m=m))
+    assert_close(s.sum(1), torch.ones(5, dtype=torch.float64))
+    assert ((s.diagonal() > 0).all() if include_self else (s.diagonal() == 0).all()) and (s >= 0).all()
+    off_diagonal = s[~torch.eye(5, dtype=torch.bool)]
+    assert (off_diagonal > 0).all() and off_diagonal.std() > 1e-3
+
+
+def test_a_client_gets_its_own_core_back_in_the_largest_share():
+    s = shares(METHOD, known(*(drawn(i) for i in range(5))))
+    assert (s.argmax(1) == torch.arange(5)).all()
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+def test_the_only_client_gets_its_own_core(include_self):
+    m = replace(METHOD, include_self=include_self)
+    assert_close(m.send(known(drawn(0)), client("0"), ROUND), dict.fromkeys(KEYS, drawn(0)))
+
+
+def test_cores_of_rank_one_are_averaged():
+    cores = [torch.tensor([[float(i)]]) for i in range(3)]
+    assert_close(shares(METHOD, known(*cores)), torch.full((3, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_who_is_absent_stays_in_the_mixture_with_its_last_core_and_who_is_new_gets_the_mean():
+    server = known(drawn(0), drawn(1))
+    fresh = Reply(client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 10.0)
+    merged = METHOD.merge(server, Replies([fresh]), ROUND).server
+    assert merged.last["0"] == server.last["0"] and merged.last["1"] == fresh.upload
+    for who in "01":
+        assert_close(METHOD.send(merged, client(who), ROUND), METHOD.send(known(drawn(0), drawn(2)), client(who), ROUND))
+    assert_close(METHOD.send(merged, client("new"), ROUND), dict.fromkeys(KEYS, (drawn(0) + drawn(2)) / 2))
+
+
+def test_a_core_of_weight_zero_is_not_kept():
+    server = known(drawn(0), drawn(1))
+    nothing = Reply(client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 0.0)
+    assert METHOD.merge(server, Replies([nothing]), ROUND).server == server
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_clients_draw_the_same_a_if_it_is_shared(shared):
+    m = CELoRA(rank=4, shared_a=shared)
+    one, other = (m.init_client(SPEC, who, 0) for who in CLIENTS[:2])
+    for name in SPEC.modules:
+        assert torch.equal(one[f"{name}.a"], other[f"{name}.a"]) == shared
+        assert one[f"{name}.a"].std().item() == pytest.approx(1e-3, rel=0.4)
+
+
+def test_the_server_holds_one_core_for_each_client():
+    server, _ = play(METHOD, 2)
+    assert sorted(server.last) == ["0", "1", "2"] and all(cores.keys() == KEYS for cores in server.last.values())

@@ -1,0 +1,89 @@
+"""The exact laws of Ditto."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.adapter import lora_init, pack, unpack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.ditto import Ditto, distance
+from fedlora.rounds.simulate import Simulation
+
+from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+from uploads import factors
+
+CLIENTS = toy_clients(3, 2)
+
+
+def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], MemoryStates]:
+    server, states, merged = m.init_server(SPEC, 0), MemoryStates(), []
+    for index in range(rounds):
+        rnd, some = Round(index, 0), who[-1:] if index % 2 else who  # the last one is always there
+        simulation = Simulation(m, SPEC, who, states, ToyTrainer(), 0)
+        sent = {one: m.send(server, one, rnd) for one in some}
+        merged.append(m.merge(server, Replies(simulation.turn(rnd, sent, {})), rnd))
+        server = merged[-1].server
+    return merged, states
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.1])
+def test_the_shared_pair_is_fedits_bit_for_bit(pull):
+    one, other = play(Ditto(rank=2, pull=pull), 4)[0][-1], play(FactorAveraging(rank=2), 4)[0][-1]
+    assert one.server.keys() == other.server.keys() and one.notes == other.notes
+    assert all(torch.equal(one.server[key], other.server[key]) for key in one.server)
+
+
+def test_without_a_pull_a_client_trains_as_if_it_were_alone():
+    together, alone = play(Ditto(rank=2, pull=0.0), 4)[1], play(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1]
+    one, other = together.client_state(CLIENTS[-1], 4), alone.client_state(CLIENTS[-1], 4)
+    assert all(torch.equal(one[n].b, other[n].b) and torch.equal(one[n].a, other[n].a) for n in SPEC.modules)
+    pulled = play(Ditto(rank=2, pull=0.1), 4)[1].client_state(CLIENTS[-1], 4)
+    assert not any(torch.equal(one[name].b, pulled[name].b) for name in SPEC.modules)
+
+
+def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down():
+    """The distance falls as 1 / pull; lr * pull is 1/2, so that gradient descent comes to rest."""
+    apart = []
+    for pull in (50.0, 500.0):
+        m, trainer, rnd = Ditto(rank=2, pull=pull), ToyTrainer(lr=0.05 / pull, steps=20), Round(0, 0)
+        shared = factors(2, "shared", spec=SPEC)
+        job = m.work({}, pack(shared), CLIENTS[0], rnd)
+        own, _ = trainer.fit_one(job.send(next(job).start), CLIENTS[0])
+        apart.append(distance(own, shared).sqrt())
+    assert_close(apart[1], apart[0] / 10, rtol=0.05, atol=0)
+    assert apart[1] > 0
+
+
+def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_since():
+    m, who, rnd = Ditto(rank=2, pull=3.0), CLIENTS[0], Round(0, 0)
+    got, mine = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
+    job = m.work(mine, got, who, rnd)
+    first = next(job)
+    assert first.penalty is None
+    second = job.send(factors(2, "trained", spec=SPEC))
+    assert second.start is mine and second.penalty is not None
+    assert_close(second.penalty(mine), 1.5 * distance(mine, unpack(got, LowRank)))
+    assert second.penalty(unpack(got, LowRank)) == 0
+
+
+def test_the_distance_is_that_of_all_factors():
+    one, other = factors(2, "one", spec=SPEC), factors(2, "other", spec=SPEC)
+    apart = [torch.cat([(one[n].b - other[n].b).flatten(), (one[n].a - other[n].a).flatten()]) for n in SPEC.modules]
+    assert_close(distance(one, other), torch.cat(apart).square().sum())
+
+
+def test_a_client_uses_the_shared_pair_until_it_has_its_own_which_starts_there():
+    m, who, got = Ditto(rank=2), CLIENTS[0], Ditto(rank=2).init_server(SPEC, 1)
+    mine = m.init_client(SPEC, who, 0)
+    shared = products(m.view(mine, got, who))
+    assert_close(shared, products(lora_init(SPEC, 2, 1)))
+    job = m.work(mine, got, who, Round(0, 0))
+    next(job)
+    second = job.send(factors(2, "trained", spec=SPEC))
+    assert all(torch.equal(part.a, got[f"{name}.a"]) for name, part in second.start.items())
+    own = factors(2, "own", spec=SPEC)
+    assert m.view(own, got, who) is own

@@ -1,0 +1,172 @@
+"""The exact laws of RAVAN."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora.adapter import Tensors
+from fedlora.linalg.lowrank import Heads
+from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.methods.ravan import Ravan, chosen, others
+from fedlora.rounds.simulate import Simulation
+
+from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+
+NAME = "layer.2.q"
+METHOD = Ravan(rank=4, head_rank=2)
+CLIENTS = toy_clients(3, [4, 1, 2])
+ROUND = Round(3, 0)
+
+
+def cores(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A server's state in the middle of a run."""
+    rng = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(c.shape, generator=rng) for key, c in METHOD.init_server(SPEC, 0).items()}
+
+
+def replies(server: Tensors, who: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, rnd: Round = ROUND) -> list[Reply]:
+    sent = {one: m.send(server, one, rnd) for one in who}
+    return list(Simulation(m, SPEC, who, MemoryStates(), ToyTrainer(), 0).turn(rnd, sent, {}))
+
+
+def view(server: Tensors, m: Ravan = METHOD, who: ClientInfo = CLIENTS[0]) -> dict[str, Heads]:
+    return m.view(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who)  # type: ignore[return-value]
+
+
+def request(server: Tensors, who: ClientInfo, m: Ravan = METHOD) -> tuple[Any, Fit]:
+    job = m.work(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who, ROUND)
+    return job, next(job)
+
+
+def test_the_update_is_the_sum_of_the_scaled_heads():
+    server, mine = cores(), METHOD.init_client(SPEC, CLIENTS[0], 0)
+    for name, product in products(view(server)).items():
+        b, a, c = mine[f"{name}.b"], mine[f"{name}.a"], server[f"{name}.c"]
+        assert_close(product, sum(b[:, 2 * i : 2 * i + 2] @ c[i] @ a[2 * i : 2 * i + 2] for i in range(4)))
+
+
+def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
+    start = view(METHOD.init_server(SPEC, 0))
+    assert not any(x.any() for x in products(start).values())
+    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cs")), CLIENTS[0])
+    for part in trained.values():
+        assert (part.c.flatten(1).norm(dim=1) > 1e-4).all() and torch.equal(part.s, torch.ones(4))
+
+
+def test_a_client_trains_as_many_heads_as_its_rank_beside_the_others():
+    for who in CLIENTS:
+        _, asked = request(cores(), who)
+        assert asked.train == {"c", "s"} and {len(part.s) for part in asked.start.values()} == {who.rank}
+        beside = asked.beside or {}
+        assert (not beside) == (who.rank == 4)
+        for name, whole in products(view(cores())).items():
+            rest = beside[name].product() if beside else 0
+            assert_close(asked.start[name].product() + rest, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_what_goes_up_is_the_product_of_scalar_and_core_for_the_trained_heads():
+    for who in CLIENTS:
+        job, asked = request(cores(), who)
+        trained = {name: replace(part, s=part.s * 3, c=part.c + 1) for name, part in asked.start.items()}
+        with pytest.raises(StopIteration) as done:
+            job.send(trained)
+        _, upload = done.value.value
+        assert upload.keys() == {f"{name}.c" for name in SPEC.modules}
+        for name, part in asked.start.items():
+            assert_close(upload[f"{name}.c"], 3 * (part.c + 1))
+
+
+def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_trained_it():
+    server = cores()
+    got = replies(server)
+    merged = METHOD.merge(server, Replies(iter(got)), ROUND).server
+    trained = {
+        reply.client.id: dict(zip(METHOD.send(server, reply.client, ROUND)[f"{NAME}.heads"].tolist(), c, strict=True))
+        for reply in got
+        for c in [reply.upload[f"{NAME}.c"]]
+    }
+    mine = METHOD.init_client(SPEC, CLIENTS[0], 0)
+    for i in range(4):
+        b, a = mine[f"{NAME}.b"][:, 2 * i : 2 * i + 2], mine[f"{NAME}.a"][2 * i : 2 * i + 2]
+        sent = [(r.weight, b @ trained[r.client.id][i] @ a) for r in got if i in trained[r.client.id]]
+        mean = sum(weight * product for weight, product in sent) / sum(weight for weight, _ in sent)
+        assert_close(b @ merged[f"{NAME}.c"][i] @ a, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_nobody_trained_keeps_its_value():
+    server, weak = cores(), CLIENTS[1:2]
+    merged = METHOD.merge(server, Replies(replies(server, weak)), ROUND).server
+    for name in SPEC.modules:
+        own = METHOD.send(server, weak[0], ROUND)[f"{name}.heads"].tolist()
+        same = [torch.equal(x, y) for x, y in zip(merged[f"{name}.c"], server[f"{name}.c"], strict=True)]
+        assert [i for i in range(4) if not same[i]] == own and len(own) == 1
+
+
+def test_heads_are_drawn_for_each_client_round_and_module_and_all_come_to_be_trained():
+    drawn = {}
+    for index in range(20):
+        for who in (ClientInfo("x", 1, 9), ClientInfo("y", 1, 9)):
+            for key, heads in METHOD.send(cores(), who, Round(index, 0)).items():
+                drawn[index, who.id, key] = heads.tolist() if key.endswith(".heads") else None
+    columns = [
+        [drawn[index, who, f"{name}.heads"] for index in range(20)] for who in "xy" for name in ("layer.2.q", "layer.10.v")
+    ]
+    assert all(one != other for i, one in enumerate(columns) for other in columns[:i])
+    assert all({heads[0] for heads in column} == {0, 1, 2, 3} for column in columns)
+
+
+def test_by_weight_the_heads_of_the_largest_cores_are_trained_and_equal_ones_in_random_order():
+    m = replace(METHOD, choose="weight")
+    server = {key: c * torch.tensor([0.1, 3.0, 1.0, 2.0])[:, None, None] / c.norm(dim=(1, 2), keepdim=True)
+              for key, c in cores().items()}  # fmt: skip
+    for rank, wanted in [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])]:
+        assert m.send(server, ClientInfo("x", rank, 9), ROUND)[f"{NAME}.heads"].tolist() == wanted
+    start = m.init_server(SPEC, 0)
+    first = {m.send(start, ClientInfo(str(i), 1, 9), Round(0, 0))[f"{NAME}.heads"].item() for i in range(30)}
+    assert first == {0, 1, 2, 3}
+
+
+def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():
+    server, strong = cores(), toy_clients(3, 4)
+    got = replies(server, strong)
+    merged = METHOD.merge(server, Replies(got), ROUND)
+    total = sum(r.weight for r in got)
+    mean = {key: sum(r.weight / total * r.upload[key] for r in got) for key in server}
+    assert merged.notes == {"aggregation_error": 0.0}
+    assert_close(products(view(merged.server)), products(view(mean)), rtol=1e-5, atol=1e-5)
+    assert METHOD.merge(server, Replies(replies(server)), ROUND).notes == {}
+
+
+@pytest.mark.parametrize("init", ["normal", "orthogonal"])
+def test_outer_factors_are_common_and_of_length_one(init):
+    m = Ravan(rank=8, head_rank=40, init=init)
+    one, other = m.init_client(SPEC, CLIENTS[0], 0), m.init_client(SPEC, CLIENTS[1], 0)
+    for name in SPEC.modules:
+        assert all(torch.equal(one[f"{name}.{k}"], other[f"{name}.{k}"]) for k in "ba")
+        lengths = one[f"{name}.b"].square().sum(0), one[f"{name}.a"].square().sum(1)
+        assert all(x.mean().item() == pytest.approx(1, abs=0.1) for x in lengths)
+
+
+def test_orthogonal_heads_have_orthonormal_factors_where_they_fit():
+    for name, (out, in_) in SPEC.modules.items():
+        mine = replace(METHOD, rank=2, init="orthogonal").init_client(SPEC, CLIENTS[0], 0)
+        b, a = mine[f"{name}.b"], mine[f"{name}.a"]
+        assert min(out, in_) >= 4
+        assert_close(b.mT @ b, torch.eye(4))
+        assert_close(a @ a.mT, torch.eye(4))
+
+
+def test_the_attainable_rank_is_that_of_all_heads_together():
+    m = Ravan(rank=3, head_rank=2)
+    server = {key: torch.eye(2).expand(3, 2, 2) for key in m.init_server(SPEC, 0)}
+    assert torch.linalg.matrix_rank(products(view(server, m))[NAME]) == 6
+
+
+def test_some_heads_and_the_others_are_all_heads():
+    part = view(cores())[NAME]
+    for heads in (torch.tensor([2]), torch.tensor([0, 3]), torch.tensor([0, 1, 2, 3])):
+        both = chosen(part, heads).product() + others(part, heads).product()
+        assert_close(both, part.product(), rtol=1e-5, atol=1e-5)
