@@ -219,6 +219,9 @@ class Counting:
     def clients(self) -> Sequence[ClientInfo]:
         return self.inner.clients()
 
+    def held(self) -> Mapping[str, Sequence[int]]:
+        return self.inner.held()
+
     def fold(self, change: Any) -> None:
         self.inner.fold(change)
 

@@ -39,6 +39,10 @@ class Simulation:
         """All of them."""
         return self.members
 
+    def held(self) -> Mapping[str, Sequence[int]]:
+        """Nothing: what they would hold on machines of their own is only counted."""
+        return {}
+
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the one base that all share."""
         self.trainer.fold(change)
