@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,9 @@ import torch
 
 from fedlora.adapter import Adapter, Full
 from fedlora.config import Experiment, read
-from fedlora.data.partition import Division, divide
+from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import Corpus, load
+from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
 from fedlora.export import to_merged, to_peft
 from fedlora.linalg.combine import stack
@@ -26,7 +26,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
-from fedlora.rounds.loop import Plan, Progress, Watcher, one_round
+from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
 from fedlora.rounds.sample import cohort_size
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.inject import Adapted, Scaling, head_modules
@@ -118,7 +118,7 @@ def export(
         done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
-        bench = _Bench.make(experiment)
+        bench = Bench.make(experiment, Problem.make(experiment))
         adapters = bench.adapters(progress, folder, done)
         if client is not None:
             if client not in adapters:
@@ -163,10 +163,32 @@ class Problem:
         members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
         return cls(corpus, division, members)
 
+    @classmethod
+    def of_server(cls, experiment: Experiment) -> "Problem":
+        """Only the global test set and the names of the labels: the clients have their examples elsewhere.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
+        corpus = load(experiment.data, experiment.seed)
+        return cls(replace(corpus, train=corpus.train.select([])), Division((), 0, 0), [])
+
+    @classmethod
+    def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "Problem":
+        """One client's own file; no global test set.
+
+        Raises:
+            UserError: the file cannot be read, or has a label that is not among `labels`.
+        """
+        examples = load_own(experiment.data, file, labels, experiment.seed)
+        own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
+        corpus = Corpus(examples, examples.select([]), tuple(labels))
+        return cls(corpus, Division((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
+
 
 @dataclass(frozen=True)
-class _Bench:
-    """Everything a run needs in memory."""
+class Bench:
+    """Everything a run needs in memory, on a server or on a client."""
 
     experiment: Experiment
     problem: Problem
@@ -175,8 +197,13 @@ class _Bench:
     method: AnyMethod
 
     @classmethod
-    def make(cls, experiment: Experiment) -> "_Bench":
-        problem, task, settings = Problem.make(experiment), Classification(), experiment.train
+    def make(cls, experiment: Experiment, problem: Problem) -> "Bench":
+        """Loads the model and tokenizes the examples.
+
+        Raises:
+            UserError: the model or the device cannot be used.
+        """
+        task, settings = Classification(), experiment.train
         quiet()
         model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
         model.to(_device(settings.device))
@@ -230,11 +257,24 @@ class _Bench:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
+    bench = Bench.make(experiment, Problem.make(experiment))
+    progress = rounds(bench, folder, watch, bench.simulation(folder))
+    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
+    return Result(folder.path, folder.rows(), adapters)
+
+
+def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
+    """Runs the rounds that the folder lacks with the clients of the exchange; what the server knows after the last.
+
+    Raises:
+        UserError: the folder cannot be read.
+        RunStopped: the run cannot go on; all complete rounds are in the folder.
+    """
+    experiment = bench.experiment
+    progress: Progress
     done, progress = folder.restore()
-    bench = _Bench.make(experiment)
     if not folder.experiment.exists():
-        folder.record("experiment.toml", experiment.to_toml())
-        folder.record("environment.json", json.dumps(_environment(), indent=1))
+        record(folder, experiment)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,
@@ -244,16 +284,21 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
         experiment.evaluate,
         experiment.rounds,
         experiment.method.weights == "uniform",
-        None if experiment.method.row.personal else bench.trainer.judge,
+        None if experiment.method.row.personal or not len(bench.trainer.test) else bench.trainer.judge,
     )
     progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
     for index in progress.folds.rounds:
         bench.trainer.fold(folder.fold(index))
     for index in range(done, experiment.rounds):
-        progress, row = one_round(plan, bench.simulation(folder), folder, progress, index, watch)
+        progress, row = one_round(plan, exchange, folder, progress, index, watch)
         folder.commit(index + 1, progress, row)
-    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
-    return Result(folder.path, folder.rows(), adapters)
+    return progress
+
+
+def record(folder: RunFolder, experiment: Experiment) -> None:
+    """Writes down what is run, and with which versions."""
+    folder.record("experiment.toml", experiment.to_toml())
+    folder.record("environment.json", json.dumps(_environment(), indent=1))
 
 
 @contextmanager

@@ -214,6 +214,8 @@ class Counting:
     inner: Simulation
     floats_up: dict[int, set[int]] = field(default_factory=dict)
     floats_down: dict[int, set[int]] = field(default_factory=dict)
+    folds_judged: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
+    """What travelled with the download for judging already, and not again for the turn."""
     uploads: list[Tensors] = field(default_factory=list)
 
     def clients(self) -> Sequence[ClientInfo]:
@@ -226,14 +228,16 @@ class Counting:
         self.inner.fold(change)
 
     def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
-        traffic = [[*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()]
-        self.floats_down[rnd.index] = {sum(x.numel() for x in tensors) for tensors in traffic}
+        down = {who: sum(x.numel() for x in (*got.values(), *missed.get(who, {}).values())) for who, got in sent.items()}
+        self.floats_down[rnd.index] = {floats + self.folds_judged.get((rnd.index, who), 0) for who, floats in down.items()}
         for reply in self.inner.turn(rnd, sent, missed):
             self.floats_up.setdefault(rnd.index, set()).add(sum(x.numel() for x in reply.upload.values()))
             self.uploads.append(reply.upload)
             yield reply
 
     def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        for who, tensors in missed.items():
+            self.folds_judged[rnd.index, who] = sum(x.numel() for x in tensors.values())
         return self.inner.judge(rnd, sent, missed)
 
 

@@ -145,6 +145,16 @@ class RunFolder:
         found: Mapping[str, LowRank] = _read(self._fold_file(index))[0]
         return found
 
+    def folds(self) -> list[int]:
+        """The indices of the rounds that left a fold, in order; those after the last complete round included."""
+        return sorted(int(file.stem) for file in (self.path / "folds").glob("*.safetensors"))
+
+    def forget(self, done: int) -> None:
+        """Removes the folds and the clients' states of all rounds but the first `done`."""
+        for file in [*self.path.glob("folds/*.safetensors"), *self.path.glob("clients/*/*.safetensors")]:
+            if int(file.stem) >= done:
+                file.unlink()
+
     def _fold_file(self, index: int) -> Path:
         return self.path / "folds" / f"{index}.safetensors"
 

@@ -43,7 +43,9 @@ class Folds:
         """The same where these clients have told which folds they hold: all up to the first that they lack."""
         if not held or not self.rounds:
             return self
-        counts = {who: next((i for i, r in enumerate(self.rounds) if r not in has), len(self.rounds)) for who, has in held.items()}
+        counts = {
+            who: next((i for i, r in enumerate(self.rounds) if r not in has), len(self.rounds)) for who, has in held.items()
+        }
         return replace(self, applied={**self.applied, **counts})
 
     def added(self, index: int) -> "Folds":

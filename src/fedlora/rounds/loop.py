@@ -44,8 +44,8 @@ class Exchange(Protocol):
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score]]:
-        """Has the clients judge what they would use in round `rnd`, on their held-out examples."""
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """Has the clients judge what they would use in round `rnd`; None of those that have no held-out examples."""
 
 
 @runtime_checkable
@@ -144,7 +144,8 @@ def one_round(
         after = Progress(merged.server, folds.added(index))
     started = time.perf_counter()
     if (index + 1) % plan.evaluate.every == 0 or index + 1 == plan.rounds:
-        row |= _judge(plan, exchange, store, after, index + 1, tally.accepted)
+        found, folds = _judge(plan, exchange, store, after, index + 1, tally.accepted)
+        row, after = row | found, Progress(after.server, folds)
     tally.seconds["evaluate"] = time.perf_counter() - started
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}
     watch.round_ended(row)
@@ -218,9 +219,9 @@ def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
 
 def _judge(
     plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, index: int, accepted: Sequence[str]
-) -> dict[str, Any]:
-    """Scores of what would be used in the round of this index."""
-    rnd = Round(index, plan.seed)
+) -> tuple[dict[str, Any], Folds]:
+    """Scores of what would be used in the round of this index, the bytes sent for them, and who now has which folds."""
+    rnd, folds = Round(index, plan.seed), after.folds.known(exchange.held())
     found: dict[str, Any] = {}
     if plan.judge is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
@@ -231,9 +232,12 @@ def _judge(
         everybody = sorted(exchange.clients(), key=lambda who: who.id)
         judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(accepted)]
         sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
-        missed = _missed(plan, store, after.folds.known(exchange.held()), judges)
-        found["clients"] = summary({who.id: score for who, score in exchange.judge(rnd, sent, missed)})
-    return found
+        missed = _missed(plan, store, folds, judges)
+        scores = {who.id: score for who, score in exchange.judge(rnd, sent, missed)}
+        found["clients"] = summary({who: score for who, score in scores.items() if score is not None})
+        found["bytes_judge"] = _encoded_bytes([*sent.values(), *missed.values()])
+        folds = folds.delivered(scores)
+    return found, folds
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -58,12 +58,10 @@ class Simulation:
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score]]:
-        """Each client's score before round `rnd`, on its held-out examples; clients that have none are left out."""
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """Each client's score before round `rnd`, on its held-out examples; None where it has none."""
         for who, got in sent.items():
-            score = self.trainer.score(self.view(who, got, rnd), who)
-            if score is not None:
-                yield who, score
+            yield who, self.trainer.score(self.view(who, got, rnd), who)
 
     def view(self, who: ClientInfo, got: Tensors, rnd: Round) -> Adapter:
         """The adapter that the client would use at the start of round `rnd`."""
