@@ -1,27 +1,21 @@
 """The node and the exchange in one process: all but Flower itself."""
 
-import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
-import torch
 
 from fedlora.config import build
-from fedlora.errors import RunStopped
 from fedlora.experiment import Bench, Problem, Silent, rounds, run
-from fedlora.messages import Round
 from fedlora.rounds.checkpoint import RunFolder
-from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, Settings, fingerprint
-from fedlora.rounds.flower.wire import Done, Hello, Order, Present, Refused, seal, unseal
+from fedlora.rounds.flower.wire import Hello
 from fedlora.version import __version__
 
 from tiny import tiny_bert, tiny_rows
-
-CLIENTS = ("000", "001", "002", "003")
+from wired import CLIENTS, assert_same_runs, problem
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +27,7 @@ def home(tmp_path_factory):
 
 
 def experiment(home, method="fedit", **more):
-    return build(
-        {
-            "model": str(home / "bert"),
-            "data": {"source": str(home / "rows.jsonl")},
-            "rounds": 3,
-            "clients": {"count": 4, "partition": "iid"},
-            "method": {"name": method, "rank": 2},
-            "train": {"batch_size": 8, "max_length": 16, "lr": 1e-2, "device": "cpu"},
-            "deploy": {"poll": 0.01, "deadline": 5.0},
-            **more,
-        }
-    )
+    return build(problem(home, method, **more))
 
 
 @dataclass
@@ -114,39 +97,9 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
     return Remote(hand, hello, door, bench.trainer, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
-def rows_of(folder):
-    lock = RunFolder(folder)
-    rows = lock.rows()
-    lock.release()
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def same_runs(one, other):
-    """Rows and checkpoints are bit for bit the same."""
-    return (
-        rows_of(one) == rows_of(other)
-        and (one / "checkpoint.safetensors").read_bytes() == (other / "checkpoint.safetensors").read_bytes()
-    )
-
-
 @pytest.mark.parametrize("method", ["fedit", "flora", "fedsa-lora"])
 def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
     what = experiment(home, method)
     run(what, tmp_path / "simulated")
     serve(what, tmp_path / "served", Hand(make_nodes(tmp_path)))
-    assert_same_progress(tmp_path / "simulated", tmp_path / "served")
-
-
-def assert_same_progress(one, other):
-    assert rows_of(one) == rows_of(other)
-    assert server_state(one) == server_state(other)
-
-
-def server_state(folder):
-    """The server's state after the last round, without the order of its names."""
-    lock = RunFolder(folder)
-    try:
-        plan, tensors = outline(lock.restore()[1].server)
-        return json.dumps(plan, sort_keys=True), tensors
-    finally:
-        lock.release()
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")

@@ -6,11 +6,8 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora.rounds.flower.line import Unreachable, ask
+from fedlora.rounds.flower.line import SETTING, Unreachable, ask
 from fedlora.rounds.flower.parcel import packed, unpacked
-
-FOLDER = "fedlora"
-"""The key of the SuperNode's --node-config that names the node's folder."""
 
 app = ClientApp()
 
@@ -18,7 +15,9 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """The worker's answer. The worker ends with the parent of this process, which ends with the SuperNode."""
-    folder = context.node_config.get(FOLDER)
+    folder = context.node_config.get(SETTING)
     if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise Unreachable(f"the SuperNode's --node-config has no folder of a node under {FOLDER!r}; fedlora join makes one")
+        raise Unreachable(
+            f"the SuperNode's --node-config has no folder of a node under {SETTING!r}; fedlora join makes one"
+        )
     return Message(packed(ask(Path(folder), unpacked(message), os.getppid())), reply_to=message)

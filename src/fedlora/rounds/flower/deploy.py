@@ -15,9 +15,9 @@ from fedlora.config import Experiment
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Problem, Result, record
 from fedlora.rounds.checkpoint import RunFolder
-from fedlora.rounds.flower.client_app import FOLDER as NODE
 from fedlora.rounds.flower.journal import FOLDER, Reader
 from fedlora.rounds.flower.keys import Keys
+from fedlora.rounds.flower.line import SETTING
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
 from fedlora.rounds.loop import Watcher
@@ -172,7 +172,7 @@ def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -
     """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
     port = str(free_port())
     command = ["flower-supernode", "--superlink", str(server), "--port", port]
-    command += ["--node-config", f'{NODE}="{folder.resolve()}"']
+    command += ["--node-config", f'{SETTING}="{folder.resolve()}"']
     if keys is None:
         command += ["--insecure"]
     else:

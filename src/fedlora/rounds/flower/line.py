@@ -1,7 +1,7 @@
 """Between a node's short-lived processes and its resident worker: a Unix socket. Imports nothing heavy.
 
-A message is its length in eight bytes, and itself. The socket is in the node's folder, which is its owner's alone, so nobody
-else can connect.
+A message is its length in eight bytes, and itself. The socket is in the node's folder, its owner's alone: nobody else can
+connect.
 """
 
 import os
@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SETTING = "fedlora"
+"""The key of the SuperNode's --node-config that names the node's folder."""
 
 NAME = "worker.sock"
 LOG = "worker.log"
