@@ -76,6 +76,77 @@ def deploy_local(
 
 
 @app.command()
+def serve(
+    file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where nodes connect.")] = "127.0.0.1:9092",
+    keys: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Made by fedlora keys.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = None,
+) -> None:
+    """Run an experiment with clients on other machines: a Flower SuperLink, and the run."""
+    from fedlora.config import read
+
+    _need_flower()
+    from fedlora.rounds.flower import deploy as flower
+
+    address = flower.Address.parse(listen)
+    found = flower.needed(address, keys)
+
+    def ready(path: Path) -> None:
+        if resume is None and file is not None:
+            flower.prepare(read(file, overrides or ()), path)
+
+    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.serve(path, address, found, watch, _note))
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")],
+    client: Annotated[list[str], typer.Option(help="The name of the data owner; with --data, one.")],
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its examples; none: its part of the division.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the node keeps its state; by default nodes/CLIENT.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The client's rank; none: method.rank.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="This node's private key.")] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's ca.crt.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Take part in a run with the examples on this machine: a Flower SuperNode and its worker. Ends with Ctrl-C."""
+    _need_flower()
+    from fedlora.rounds.flower import deploy as flower
+    from fedlora.rounds.flower.node import Settings
+
+    address = flower.Address.parse(server)
+    settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
+    where = folder or Path("nodes", client[0])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        flower.join(where, settings, address, flower.credentials(address, key, ca), _note)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
+    host: Annotated[list[str] | None, typer.Option(help="A name or address by which nodes reach the server.")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="Make a key for this node.")] = None,
+) -> None:
+    """Make the server's certificate, and a key for each node that may connect."""
+    _need_flower()
+    from fedlora.rounds.flower.keys import Keys
+
+    made = Keys(folder)
+    if not host and not node:
+        raise UserError("nothing to make; give --host for the server's certificate, --node for a node's key")
+    if host:
+        made.make_server(host)
+        print(made.ca)
+    for name in node or ():
+        print(made.make_node(name))
+
+
+@app.command()
 def demo(overrides: Overrides = None, out: Out = None) -> None:
     """Run the built-in experiment: a real MiniLM, ten clients, the documentation of Python's standard library."""
     _run(None, overrides, out)

@@ -17,7 +17,5 @@ def query(message: Message, context: Context) -> Message:
     """The worker's answer. The worker ends with the parent of this process, which ends with the SuperNode."""
     folder = context.node_config.get(SETTING)
     if not isinstance(folder, str) or not Path(folder).is_dir():
-        raise Unreachable(
-            f"the SuperNode's --node-config has no folder of a node under {SETTING!r}; fedlora join makes one"
-        )
+        raise Unreachable(f"the SuperNode's --node-config has no node's folder under {SETTING!r}; fedlora join makes one")
     return Message(packed(ask(Path(folder), unpacked(message), os.getppid())), reply_to=message)

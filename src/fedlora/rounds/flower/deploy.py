@@ -28,6 +28,7 @@ _POLL = 0.2
 _STATUS_SECONDS = 15.0
 _STOP_SECONDS = 10.0
 _AGAIN_SECONDS = 5.0
+_NOT_LET_IN = "Exit Code: 305"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,80 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
             Settings(clients=members[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
         return server.run(path, watch, say)
+
+
+def needed(address: Address, folder: Path | None) -> Keys | None:
+    """The keys for a server that listens there; none are needed on the loopback.
+
+    Raises:
+        UserError: they are needed and not given, or incomplete.
+    """
+    if folder is None:
+        if not address.loopback:
+            raise UserError(f"--listen {address} can be reached from other machines and needs --keys (see fedlora keys)")
+        return None
+    keys = Keys(folder)
+    keys.superlink()
+    if not keys.nodes():
+        raise UserError(
+            f"{folder}: has no node's key, so nobody could connect; see fedlora keys"
+        )
+    return keys
+
+
+def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
+    """A node's files for a server there; none are needed on the loopback.
+
+    Raises:
+        UserError: they are needed and not given, or not there.
+    """
+    given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
+    if len(given) < 2 and (given or not server.loopback):
+        raise UserError(f"--server {server} needs --key (this node's, from fedlora keys) and --ca (the server's ca.crt)")
+    for path in given.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    return given or None
+
+
+def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: Say) -> Result:
+    """Runs the folder's experiment with a SuperLink there.
+
+    Raises:
+        UserError: the experiment or its data cannot be used, or Flower does not start.
+        RunStopped: the run cannot go on.
+    """
+    server = Server(path.resolve() / FOLDER, address, keys)
+    try:
+        say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
+        return server.run(path, watch, say)
+    finally:
+        server.stop()
+
+
+def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
+    """Runs a SuperNode until it is interrupted; starts it again if the server sent it away or Flower gave up.
+
+    Raises:
+        UserError: the settings cannot be used, or the server does not let this node in.
+    """
+    if settings.data is not None and len(settings.clients) != 1:
+        raise UserError("--data is one client's; give one --client, or start one node for each")
+    if settings.data is not None and not Path(settings.data).is_file():
+        raise UserError(f"{settings.data}: no such file")
+    settings.write(folder)
+    say(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
+    while True:
+        node = start_node(folder, server, keys)
+        try:
+            while node.ended() is None:
+                time.sleep(_POLL)
+        finally:
+            node.stop()
+        if refusal := node.said(_NOT_LET_IN):
+            raise UserError(f"{server} does not let this node in: {refusal}; the whole log is {node.log}")
+        say(f"the SuperNode ended ({node.last_words()}); again in {_AGAIN_SECONDS:g} s")
+        time.sleep(_AGAIN_SECONDS)
 
 
 class Server:

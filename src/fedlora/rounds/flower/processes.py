@@ -42,6 +42,7 @@ class Process:
     def __init__(self, command: Sequence[str], home: Path, log: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.log = log
+        self._from = log.stat().st_size if log.exists() else 0
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [f"{Path(sys.executable).parent}/{command[0]}", *command[1:]],
@@ -66,6 +67,12 @@ class Process:
         """The last line of its log that is not empty."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+
+    def said(self, word: str) -> str | None:
+        """The line of its log that has this word, and the next ones; None if there is none."""
+        lines = self.log.read_bytes()[self._from :].decode(errors="replace").splitlines()
+        found = next((i for i, line in enumerate(lines) if word in line), None)
+        return None if found is None else " ".join(" ".join(lines[found : found + 4]).split())
 
     def stop(self) -> None:
         """Asks it to end, and then makes it; what it started ends with it."""
