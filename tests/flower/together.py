@@ -1,6 +1,7 @@
 """A ServerApp that plays the runs of many folders in lockstep: all share the messages, which Flower carries slowly."""
 
 import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Together:
         self._waiting: list[tuple[int, bytes, float]] = []
         self._sent: dict[str, tuple[int, list[int]]] = {}
         self._answers: dict[int, bytes | str] = {}
-        self._count = 0
+        self._count, self._looked = 0, 0.0
 
     def nodes(self) -> Collection[int]:
         return self._nodes
@@ -50,10 +51,12 @@ class Together:
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
         with self._lock:
-            for ticket, bundle in (self._post.collect(list(self._sent)) if self._sent else {}).items():
+            due = self._sent and time.monotonic() - self._looked > 0.5
+            for ticket, bundle in (self._post.collect(list(self._sent)) if due else {}).items():
                 _, numbers = self._sent.pop(ticket)
                 parts = [bundle] * len(numbers) if isinstance(bundle, str) else unseal(bundle)[1]
                 self._answers |= dict(zip(numbers, parts, strict=True))
+            self._looked = time.monotonic() if due else self._looked
             return {ticket: self._answers.pop(int(ticket)) for ticket in tickets if int(ticket) in self._answers}
 
 

@@ -116,9 +116,7 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
     keys = Keys(folder)
     keys.superlink()
     if not keys.nodes():
-        raise UserError(
-            f"{folder}: has no node's key, so nobody could connect; see fedlora keys"
-        )
+        raise UserError(f"{folder}: has no node's key, so nobody could connect; see fedlora keys")
     return keys
 
 

@@ -27,12 +27,16 @@ class NodesOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] not in ("http", "websocket") or scope["path"].startswith(NODES_MAY) or _from_here(scope):
+        if scope["type"] not in ("http", "websocket") or _for_nodes(scope["path"]) or _from_here(scope):
             await self._app(scope, receive, send)
             return
         if scope["type"] == "http":
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"only from the server's own machine\n"})
+
+
+def _for_nodes(path: str) -> bool:
+    return path.startswith(NODES_MAY) and ".." not in path
 
 
 def _from_here(scope: Scope) -> bool:
