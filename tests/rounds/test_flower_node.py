@@ -15,7 +15,7 @@ from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, Settings, fingerprint
-from fedlora.rounds.flower.wire import Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_bert, tiny_rows
@@ -189,10 +189,7 @@ BAD = {
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
     "refused": (lambda header, payloads: seal(Refused(reason="no")), "no"),
-    "a strange kind": (
-        lambda header, payloads: seal(Order(kind="turn", run="", when=header.when, held=[], errands=[])),
-        "turn",
-    ),
+    "a strange kind": (lambda header, payloads: seal(Bundle()), "answers 'bundle'"),
     "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
     "silence": (lambda header, payloads: None, "no answer within"),
 }

@@ -63,7 +63,7 @@ def forged(frame, payloads=b""):
         b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
         b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
         b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
-        b'{"header": {"kind": "done", "when": {"index": "1", "seed": 0, "attempt": 0}, "folds": [], "answers": []}, "sizes": []}',
+        b'{"header": {"kind": "refused", "reason": 1}, "sizes": []}',
         b"\xff\xfe",
     ],
 )
