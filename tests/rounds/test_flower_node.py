@@ -255,7 +255,9 @@ def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
             carried["bytes_down"][header.when.index] += sum(map(len, payloads))
             carried["bytes_up"][header.when.index] += sum(map(len, unseal(answer)[1]))
         elif isinstance(header, Order):
-            carried["bytes_judge"][header.when.index - 1] += sum(map(len, payloads))
+            (errand,) = header.errands
+            carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.got])
+            carried["bytes_down"][header.when.index - 1] += len(payloads[errand.folds])
     assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
 
 

@@ -144,8 +144,9 @@ def one_round(
         after = Progress(merged.server, folds.added(index))
     started = time.perf_counter()
     if (index + 1) % plan.evaluate.every == 0 or index + 1 == plan.rounds:
-        found, folds = _judge(plan, exchange, store, after, index + 1, tally.accepted)
+        found, folds, bytes_folds = _judge(plan, exchange, store, after, index + 1, tally.accepted)
         row, after = row | found, Progress(after.server, folds)
+        row["bytes_down"] += bytes_folds
     tally.seconds["evaluate"] = time.perf_counter() - started
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}
     watch.round_ended(row)
@@ -219,10 +220,12 @@ def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
 
 def _judge(
     plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, index: int, accepted: Sequence[str]
-) -> tuple[dict[str, Any], Folds]:
-    """Scores of what would be used in the round of this index, the bytes sent for them, and who now has which folds."""
+) -> tuple[dict[str, Any], Folds, int]:
+    """Scores of what would be used in the round of this index, and the bytes sent for them; who now has which folds, and
+    the bytes of those that had to be sent, which are not sent again for the round."""
     rnd, folds = Round(index, plan.seed), after.folds.known(exchange.held())
     found: dict[str, Any] = {}
+    bytes_folds = 0
     if plan.judge is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
         mine = plan.method.init_client(plan.spec, anybody, plan.seed)
@@ -235,9 +238,9 @@ def _judge(
         missed = _missed(plan, store, folds, judges)
         scores = {who.id: score for who, score in exchange.judge(rnd, sent, missed)}
         found["clients"] = summary({who: score for who, score in scores.items() if score is not None})
-        found["bytes_judge"] = _encoded_bytes([*sent.values(), *missed.values()])
-        folds = folds.delivered(scores)
-    return found, folds
+        found["bytes_judge"] = _encoded_bytes([*sent.values()])
+        folds, bytes_folds = folds.delivered(scores), _encoded_bytes([*missed.values()])
+    return found, folds, bytes_folds
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
