@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -68,17 +69,19 @@ def rows_in(path):
 
 
 def alive_in(folder):
-    """The processes that have this folder in their command line."""
-    found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
-    return {int(pid) for pid in found if open_state(pid) not in ("Z", "")}
+    """The processes that have this folder in their command line or their environment, but for this one."""
+    return {
+        pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if pid != os.getpid() and knows(pid, folder)
+    }
 
 
-def open_state(pid):
+def knows(pid, folder):
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""
+        texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ", "stat")]
+    except OSError:
+        return False
+    *where, state = texts
+    return any(str(folder).encode() in text for text in where) and state.rpartition(b")")[2].split()[0] != b"Z"
 
 
 def test_a_server_killed_with_all_its_flower_goes_on_as_if_nothing_had_happened_and_leaves_no_process(home, tmp_path):
@@ -90,7 +93,7 @@ def test_a_server_killed_with_all_its_flower_goes_on_as_if_nothing_had_happened_
     assert alive_in(path)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    assert until(lambda: not alive_in(path), 60)
+    assert until(lambda: not alive_in(path), 90)
     second = subprocess.run([*command, "--resume", str(path)], capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert "round 3/3" in second.stdout and "run directory" in second.stdout

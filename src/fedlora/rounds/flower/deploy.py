@@ -234,7 +234,7 @@ class Server:
         how, why = end
         if how != "done":
             raise (UserError if how == "unusable" else RunStopped)(why)
-        folder = RunFolder(path)  # waits for the server's process to have let go of it
+        folder = RunFolder(path)
         try:
             return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
         finally:

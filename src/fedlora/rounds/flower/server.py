@@ -14,6 +14,9 @@ from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.wire import PROTOCOL, Hello
 from fedlora.version import __version__
 
+_LET_GO_SECONDS = 60.0
+"""An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
+
 
 def serve(path: Path, post: Post) -> None:
     """Runs the rounds that the folder lacks, and writes the adapter; tells its journal how it ended.
@@ -27,7 +30,7 @@ def serve(path: Path, post: Post) -> None:
     journal = Journal(path)
     try:
         experiment = read_folder(path)
-        folder = RunFolder(path)
+        folder = RunFolder(path, _LET_GO_SECONDS)
         try:
             bench = Bench.make(experiment, Problem.of_server(experiment))
             exchange = remote(bench, folder, post, journal)
