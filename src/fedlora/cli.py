@@ -267,6 +267,7 @@ def _need_flower() -> None:
 
 def _note(message: str) -> None:
     Console().print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    sys.stdout.flush()
 
 
 def _say(message: str, style: str) -> None:

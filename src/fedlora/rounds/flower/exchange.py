@@ -28,6 +28,9 @@ from fedlora.rounds.flower.wire import (
 from fedlora.rounds.gate import Failed
 from fedlora.train.evaluate import Score
 
+_HELLO_SECONDS = 600.0
+"""A node loads its model to answer a hello."""
+
 
 @runtime_checkable
 class Post(Protocol):
@@ -216,12 +219,14 @@ class Remote:
         new = connected - self._greeted
         self._greeted = (self._greeted & connected) | new
         if new:
-            self._pending |= self._post.send(dict.fromkeys(new, seal(self._hello)), self._deadline)
+            self._pending |= self._post.send(dict.fromkeys(new, seal(self._hello)), _HELLO_SECONDS)
         letters = self._post.collect(list(self._pending)) if self._pending else {}
         for ticket, letter in letters.items():
             at = self._pending.pop(ticket)
             reason = self._welcome(at, letter, connected)
-            if reason is not None:
+            if isinstance(letter, str):
+                self._greeted.discard(at)  # it may have been too busy loading its model: once more
+            if reason is not None and f"node {at} refused: {reason}" not in self._refused:
                 self._refused.append(f"node {at} refused: {reason}")
                 self._tell(self._refused[-1])
 

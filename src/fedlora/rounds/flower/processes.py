@@ -32,6 +32,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # of a second that each message waits at most; a whole one otherwise
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
     }
 

@@ -1,14 +1,13 @@
 """A node's resident worker: it holds the model, the examples and the clients' states, and answers one message at a time."""
 
 import os
-import select
 import socket
 import sys
-import threading
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedlora.rounds.flower.lifetime import end_with
 from fedlora.rounds.flower.line import receive, send, short_path
 
 LOCK = "worker.lock"
@@ -24,7 +23,7 @@ def main(folder: Path, until: int) -> int:
         FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout:
         return 0
-    _end_with(until)
+    end_with(until)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with short_path(folder) as path:
         Path(path).unlink(missing_ok=True)
@@ -43,20 +42,6 @@ def main(folder: Path, until: int) -> int:
                 send(connection, node.answer(receive(connection)))
             except (OSError, EOFError) as error:
                 print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
-
-
-def _end_with(pid: int) -> None:
-    """Ends this process, whatever it is doing, when that one ends."""
-    try:
-        other = os.pidfd_open(pid)
-    except ProcessLookupError:
-        os._exit(0)
-
-    def wait() -> None:
-        select.select([other], [], [])
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
