@@ -118,7 +118,8 @@ def export(
         done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
-        bench = Bench.make(experiment, Problem.make(experiment))
+        elsewhere = experiment.data.source == "none"
+        bench = Bench.make(experiment, Problem.of_server(experiment) if elsewhere else Problem.make(experiment))
         adapters = bench.adapters(progress, folder, done)
         if client is not None:
             if client not in adapters:
