@@ -103,7 +103,7 @@ def test_a_server_killed_with_all_its_flower_goes_on_as_if_nothing_had_happened_
 
 
 def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home, tmp_path):
-    what = table(home, 3, rounds=8, deploy={"deadline": 20.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 8})
+    what = table(home, 3, rounds=8, deploy={"deadline": 60.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 8})
     path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
     deploy.prepare(build(what), path)
     with ExitStack() as stack:
