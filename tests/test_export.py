@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from fedlora import Experiment, run
 from fedlora.errors import UserError
-from fedlora.experiment import _Bench, _opened, export, read_folder
+from fedlora.experiment import Bench, Problem, _opened, export, read_folder
 from fedlora.methods import TABLE
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_rows
@@ -87,7 +87,7 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
     """What the run's own views compute: the global one under the empty name, or each client's."""
     with _opened(folder) as (run_folder, experiment):
         done, server = run_folder.restore()
-        bench = _Bench.make(experiment)
+        bench = Bench.make(experiment, Problem.make(experiment))
         found = {}
         for client, adapter in bench.adapters(server, run_folder, done).items():
             bench.adapted.load([adapter])
@@ -117,7 +117,7 @@ def in_transformers(merged: Path) -> Tensor:
 def untrained(folder: Path) -> Tensor:
     """What a base with the head of the run's seed computes."""
     with _opened(folder) as (_, experiment):
-        bench = _Bench.make(experiment)
+        bench = Bench.make(experiment, Problem.make(experiment))
         return logits(bench.adapted.model, experiment.model)
 
 

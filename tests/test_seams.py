@@ -1,6 +1,8 @@
 """Which part of the house may know what."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,12 +64,28 @@ def test_the_engine_names_no_method(part):
         ("flwr_datasets", ("data",)),
         ("typer", ("cli.py",)),
         ("rich", ("cli.py", "terminal.py")),
+        ("flwr", ("rounds/flower",)),
+        ("cryptography", ("rounds/flower",)),
     ],
 )
 def test_a_library_is_known_only_where_it_belongs(library, homes):
     for file, names in imports("").items():
         if any(within(name, library) for name in names):
             assert file.startswith(homes), f"{file} imports {library}"
+
+
+def test_what_flower_starts_for_each_message_imports_nothing_heavy():
+    heavy = "[m for m in ('torch', 'transformers', 'datasets', 'pydantic') if m in sys.modules]"
+    code = f"import sys, fedlora.rounds.flower.client_app; sys.exit(str({heavy}) if {heavy} else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_pickled():
+    for file, names in imports("").items():
+        assert not any(
+            within(name, "pickle", "cloudpickle", "dill", "shelve", "marshal", "torch.save") for name in names
+        ), file
 
 
 def test_only_inject_divides_by_a_rank():

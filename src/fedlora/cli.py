@@ -1,5 +1,6 @@
 """The command line: thin, one function for each command."""
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,13 @@ app = typer.Typer(
     help="Federated fine-tuning of transformers with LoRA adapters.",
 )
 
+deploy = typer.Typer(no_args_is_help=True, help="Run over Flower, on this machine for trying it out.")
+app.add_typer(deploy, name="deploy")
+
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: method.rank=4")]
 Out = Annotated[Path | None, typer.Option("--out", help="A new folder for the run; by default one in runs/.")]
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.TOML", show_default=False)]
+Resume = Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with a run that stopped.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
 
 
@@ -33,7 +38,7 @@ def run(
     file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
     overrides: Overrides = None,
     out: Out = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with a run that stopped.")] = None,
+    resume: Resume = None,
 ) -> None:
     """Run an experiment, or go on with one that stopped."""
     if resume is not None:
@@ -44,6 +49,101 @@ def run(
         raise UserError("run needs an experiment file, or --resume RUN_DIR")
     else:
         _run(file, overrides, out)
+
+
+@deploy.command("local")
+def deploy_local(
+    file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
+    clients: Annotated[int, typer.Option(help="How many SuperNodes; clients.count, where that is not set.")] = 4,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = None,
+) -> None:
+    """Run an experiment over Flower, with server and clients in processes of this machine, to try it out."""
+    from fedlora.config import read
+
+    _need_flower()
+    from fedlora.rounds.flower import deploy as flower
+
+    def ready(path: Path) -> None:
+        if resume is None and file is not None:
+            experiment = read(file, overrides or ())
+            if experiment.clients.count is None:
+                experiment = read(file, [*(overrides or ()), f"clients.count={clients}"])
+            flower.prepare(experiment, path)
+
+    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.local(path, clients, watch, _note))
+
+
+@app.command()
+def serve(
+    file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where nodes connect.")] = "127.0.0.1:9092",
+    keys: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Made by fedlora keys.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = None,
+) -> None:
+    """Run an experiment with clients on other machines: a Flower SuperLink, and the run."""
+    from fedlora.config import read
+
+    _need_flower()
+    from fedlora.rounds.flower import deploy as flower
+
+    address = flower.Address.parse(listen)
+    found = flower.needed(address, keys)
+
+    def ready(path: Path) -> None:
+        if resume is None and file is not None:
+            flower.prepare(read(file, overrides or ()), path)
+
+    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.serve(path, address, found, watch, _note))
+
+
+@app.command()
+def join(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")],
+    client: Annotated[list[str], typer.Option(help="The name of the data owner; with --data, one.")],
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its examples; none: its part of the division.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the node keeps its state; by default nodes/CLIENT.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The client's rank; none: method.rank.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="This node's private key.")] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's ca.crt.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Take part in a run with the examples on this machine: a Flower SuperNode and its worker. Ends with Ctrl-C."""
+    _need_flower()
+    from fedlora.rounds.flower import deploy as flower
+    from fedlora.rounds.flower.node import Settings
+
+    address = flower.Address.parse(server)
+    settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
+    where = folder or Path("nodes", client[0])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        flower.join(where, settings, address, flower.credentials(address, key, ca), _note)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
+    host: Annotated[list[str] | None, typer.Option(help="A name or address by which nodes reach the server.")] = None,
+    node: Annotated[list[str] | None, typer.Option(help="Make a key for this node.")] = None,
+) -> None:
+    """Make the server's certificate, and a key for each node that may connect."""
+    _need_flower()
+    from fedlora.rounds.flower.keys import Keys
+
+    made = Keys(folder)
+    if not host and not node:
+        raise UserError("nothing to make; give --host for the server's certificate, --node for a node's key")
+    if host:
+        made.make_server(host)
+        print(made.ca)
+    for name in node or ():
+        print(made.make_node(name))
 
 
 @app.command()
@@ -110,12 +210,12 @@ def _resume(path: Path) -> None:
     _follow(path, runs.read_folder(path).rounds, lambda watch: runs.resume(path, watch))
 
 
-def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"]) -> None:
+def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], command: str = "run") -> None:
     """Shows a run while it goes on and its table at the end; when it stops, says how to take it up again."""
     from fedlora import terminal
 
     console = Console()
-    again = f"go on with: fedlora run --resume {path}"
+    again = f"go on with: fedlora {command} --resume {path}"
     try:
         with terminal.Live(console, rounds) as live:
             result = go(live)
@@ -130,6 +230,44 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"]) -> Non
     for client, folder in list(result.adapters.items())[:1]:
         more = f" and {len(result.adapters) - 1} more beside it" if len(result.adapters) > 1 else ""
         console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
+
+
+def _serve(
+    file: Path | None,
+    overrides: list[str] | None,
+    out: Path | None,
+    resume: Path | None,
+    ready: Callable[[Path], None],
+    go: Callable[[Path, "Watcher"], "Result"],
+) -> None:
+    """A new run or one that goes on, shown while it does."""
+    from fedlora import experiment as runs
+    from fedlora.config import read
+
+    if resume is not None:
+        if file is not None or overrides or out is not None:
+            raise UserError("--resume takes no file, --set or --out: a run goes on as it began")
+        path = resume
+    elif file is None:
+        raise UserError("an experiment file is needed, or --resume RUN_DIR")
+    else:
+        path = out or runs.new_folder(read(file, overrides or ()))
+        ready(path)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started must be ended
+    command = " ".join(sys.argv[1:3]) if sys.argv[1:2] == ["deploy"] else "serve"
+    _follow(path, runs.read_folder(path).rounds, lambda watch: go(path, watch), command)
+
+
+def _need_flower() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise UserError("Flower is not installed; pip install 'fedlora[flower]' brings it")
+
+
+def _note(message: str) -> None:
+    Console().print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    sys.stdout.flush()
 
 
 def _say(message: str, style: str) -> None:

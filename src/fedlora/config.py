@@ -15,6 +15,7 @@ from fedlora.method import AnyMethod
 from fedlora.methods import TABLE, Head, Row
 
 Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
 
@@ -28,7 +29,8 @@ class Data(_Section):
 
     source: str = "stdlib-docs"
     """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
-    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names integer labels."""
+    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names integer labels. `none`: a server without
+    examples, which needs `labels`."""
     test: str | None = None
     """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -42,6 +44,8 @@ class Data(_Section):
     """Use only so many examples for training, drawn at random."""
     test_rows: Positive | None = None
     """Use only so many examples for the global test, drawn at random."""
+    labels: list[str] | None = None
+    """The labels' names, in the order of their numbers; none: those that occur in the training set."""
 
 
 class Clients(_Section):
@@ -175,6 +179,17 @@ class Evaluate(_Section):
     batch_size: Positive = 64
 
 
+class Deploy(_Section):
+    """How long a server waits for clients on other machines."""
+
+    deadline: Seconds = 3600.0
+    """A round goes on after so long without the clients that have not answered (see `sampling.min_replies`)."""
+    wait: Seconds = 600.0
+    """The run stops if `clients.count` clients have not come within so long."""
+    poll: Seconds = 0.5
+    """Between two looks for answers."""
+
+
 class Experiment(_Section):
     """All that determines a run."""
 
@@ -190,6 +205,7 @@ class Experiment(_Section):
     train: Train = Train()
     sampling: Sampling = Sampling()
     evaluate: Evaluate = Evaluate()
+    deploy: Deploy = Deploy()
 
     @field_validator("data", mode="before")
     @classmethod
@@ -200,6 +216,8 @@ class Experiment(_Section):
     def _consistent(self) -> "Experiment":
         if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
+        if self.data.source == "none" and not self.data.labels:
+            raise ValueError("data.source = 'none' needs data.labels, the names of the clients' labels")
         ranks = self.clients.ranks
         equal = ranks is None or (isinstance(ranks, list) and set(ranks) == {self.method.rank})
         if not equal and not self.method.row.mixed_ranks:

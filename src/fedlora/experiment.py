@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,9 @@ import torch
 
 from fedlora.adapter import Adapter, Full, lora_init
 from fedlora.config import Experiment, read
-from fedlora.data.partition import Division, divide
+from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import Corpus, load
+from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
 from fedlora.export import to_merged, to_peft
 from fedlora.linalg.combine import stack
@@ -26,7 +26,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
-from fedlora.rounds.loop import Plan, Progress, Watcher, one_round
+from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
 from fedlora.rounds.sample import cohort_size
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
@@ -66,7 +66,7 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
         UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
         RunStopped: the run cannot go on; `resume` takes it up again.
     """
-    experiment = _settled(experiment or Experiment())
+    experiment = settled(experiment or Experiment())
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
     try:
         return _run(experiment, folder, watch or Silent())
@@ -119,7 +119,8 @@ def export(
         done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
-        bench = _Bench.make(experiment)
+        elsewhere = experiment.data.source == "none"
+        bench = Bench.make(experiment, Problem.of_server(experiment) if elsewhere else Problem.make(experiment))
         adapters = bench.adapters(progress, folder, done)
         if client is not None:
             if client not in adapters:
@@ -164,10 +165,32 @@ class Problem:
         members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
         return cls(corpus, division, members)
 
+    @classmethod
+    def of_server(cls, experiment: Experiment) -> "Problem":
+        """Only the global test set and the names of the labels: the clients have their examples elsewhere.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
+        corpus = load(experiment.data, experiment.seed)
+        return cls(replace(corpus, train=corpus.train.select([])), Division((), 0, 0), [])
+
+    @classmethod
+    def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "Problem":
+        """One client's own file; no global test set.
+
+        Raises:
+            UserError: the file cannot be read, or has a label that is not among `labels`.
+        """
+        examples = load_own(experiment.data, file, labels, experiment.seed)
+        own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
+        corpus = Corpus(examples, examples.select([]), tuple(labels))
+        return cls(corpus, Division((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
+
 
 @dataclass(frozen=True)
-class _Bench:
-    """Everything a run needs in memory."""
+class Bench:
+    """Everything a run needs in memory, on a server or on a client."""
 
     experiment: Experiment
     problem: Problem
@@ -176,8 +199,13 @@ class _Bench:
     method: AnyMethod
 
     @classmethod
-    def make(cls, experiment: Experiment) -> "_Bench":
-        problem, task, settings = Problem.make(experiment), Classification(), experiment.train
+    def make(cls, experiment: Experiment, problem: Problem) -> "Bench":
+        """Loads the model and tokenizes the examples.
+
+        Raises:
+            UserError: the model or the device cannot be used.
+        """
+        task, settings = Classification(), experiment.train
         quiet()
         model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
         model.to(_device(settings.device))
@@ -235,12 +263,24 @@ class _Bench:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
+    bench = Bench.make(experiment, Problem.make(experiment))
+    progress = rounds(bench, folder, watch, bench.simulation(folder))
+    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
+    return Result(folder.path, folder.rows(), adapters)
+
+
+def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
+    """Runs the rounds that the folder lacks with the clients of the exchange; what the server knows after the last.
+
+    Raises:
+        UserError: the folder cannot be read.
+        RunStopped: the run cannot go on; all complete rounds are in the folder.
+    """
+    experiment = bench.experiment
+    progress: Progress
     done, progress = folder.restore()
-    bench = _Bench.make(experiment)
     if not folder.experiment.exists():
-        folder.record("experiment.toml", experiment.to_toml())
-        path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
-        folder.record("environment.json", json.dumps({**_environment(), **path}, indent=1))
+        record(folder, experiment, clients_in_a_step=bench.trainer.together, tokens_in_a_pass=bench.trainer.tokens)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,
@@ -250,16 +290,33 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
         experiment.evaluate,
         experiment.rounds,
         experiment.method.weights == "uniform",
-        None if experiment.method.row.personal else bench.trainer.judge,
+        None if experiment.method.row.personal or not len(bench.trainer.test) else bench.trainer.judge,
     )
     progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
     for index in progress.folds.rounds:
         bench.trainer.fold(folder.fold(index))
     for index in range(done, experiment.rounds):
-        progress, row = one_round(plan, bench.simulation(folder), folder, progress, index, watch)
+        progress, row = one_round(plan, exchange, folder, progress, index, watch)
         folder.commit(index + 1, progress, row)
-    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
-    return Result(folder.path, folder.rows(), adapters)
+    return progress
+
+
+def settled(experiment: Experiment) -> Experiment:
+    """With the precision that `auto` stands for here: what is resumed elsewhere must compute the same."""
+    if experiment.train.precision != "auto":
+        return experiment
+    if _device(experiment.train.device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    train = experiment.train.model_copy(update={"precision": "bf16" if fast else "fp32"})
+    return experiment.model_copy(update={"train": train})
+
+
+def record(folder: RunFolder, experiment: Experiment, **measured: int) -> None:
+    """Writes down what is run, with which versions, and what was measured before."""
+    folder.record("experiment.toml", experiment.to_toml())
+    folder.record("environment.json", json.dumps({**_environment(), **measured}, indent=1))
 
 
 @contextmanager
@@ -281,18 +338,6 @@ def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapte
         else recompress(stack([(1.0, one) for one in (part.pair(), *(fold[name] for fold in folds if name in fold))]))
         for name, part in view.items()
     }
-
-
-def _settled(experiment: Experiment) -> Experiment:
-    """With the precision that `auto` stands for here: what is resumed elsewhere must compute the same."""
-    if experiment.train.precision != "auto":
-        return experiment
-    if _device(experiment.train.device).type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    train = experiment.train.model_copy(update={"precision": "bf16" if fast else "fp32"})
-    return experiment.model_copy(update={"train": train})
 
 
 def _device(choice: str) -> torch.device:

@@ -230,18 +230,24 @@ class Counting:
     floats_down: dict[int, set[int]] = field(default_factory=dict)
     bytes_up: dict[int, set[int]] = field(default_factory=dict)
     bytes_down: dict[int, set[int]] = field(default_factory=dict)
+    folds_judged: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
+    """What travelled with the download for judging already, and not again for the turn."""
     uploads: list[Tensors] = field(default_factory=list)
 
     def clients(self) -> Sequence[ClientInfo]:
         return self.inner.clients()
 
+    def held(self) -> Mapping[str, Sequence[int]]:
+        return self.inner.held()
+
     def fold(self, change: Any) -> None:
         self.inner.fold(change)
 
     def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
-        traffic = [[*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()]
-        self.floats_down[rnd.index] = {floats_in(tensors) for tensors in traffic}
-        self.bytes_down[rnd.index] = {other_bytes_in(tensors) for tensors in traffic}
+        down = {who: [*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()}
+        judged = self.folds_judged
+        self.floats_down[rnd.index] = {floats_in(x) + judged.get((rnd.index, who), 0) for who, x in down.items()}
+        self.bytes_down[rnd.index] = {other_bytes_in(x) for x in down.values()}
         for reply in self.inner.turn(rnd, sent, missed):
             self.floats_up.setdefault(rnd.index, set()).add(floats_in(reply.upload.values()))
             self.bytes_up.setdefault(rnd.index, set()).add(other_bytes_in(reply.upload.values()))
@@ -249,6 +255,8 @@ class Counting:
             yield reply
 
     def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        for who, tensors in missed.items():
+            self.folds_judged[rnd.index, who] = sum(x.numel() for x in tensors.values())
         return self.inner.judge(rnd, sent, missed)
 
 

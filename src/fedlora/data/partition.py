@@ -48,7 +48,7 @@ def divide(train: Dataset, clients: Clients, seed: int) -> Division:
         UserError: the examples or the labels do not suffice for such a division.
     """
     rows_of = _users(train, clients) if clients.partition == "natural" else _numbered(train, clients, seed)
-    shares = tuple(_share(client, rows_of[client], clients.held_out, seed) for client in sorted(rows_of))
+    shares = tuple(share(client, rows_of[client], clients.held_out, seed) for client in sorted(rows_of))
     given = sum(len(rows) for rows in rows_of.values())
     users = len(train.unique("user")) if clients.partition == "natural" else len(shares)
     return Division(shares, left_out_rows=len(train) - given, left_out_clients=users - len(shares))
@@ -60,7 +60,8 @@ def label_table(train: Dataset, division: Division, labels: int) -> Int[np.ndarr
     return np.stack([np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in division.shares])
 
 
-def _share(client: str, rows: list[int], held_out: float, seed: int) -> Share:
+def share(client: str, rows: list[int], held_out: float, seed: int) -> Share:
+    """These rows as one client's, its held-out ones drawn at random for its id."""
     count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
     order = torch.randperm(len(rows), generator=generator(seed, "held out", client)).tolist()
     rows = sorted(rows)

@@ -1,7 +1,7 @@
 """The examples of a run: a training and a test set with integer labels, from wherever the configuration says."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,12 @@ def load(data: config.Data, seed: int) -> Corpus:
     """
     if data.source == STDLIB_DOCS:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
+    if data.source == "none":
+        empty = datasets.Dataset.from_dict({"text": [], "label": []})
+        return Corpus(empty, empty, tuple(data.labels or ()))
     table, test_table = find(data.source, data.test, data.label)
     train = _examples(table, data)
-    names, index = _numbering(train["label"], table)
+    names, index = _named(data.labels) if data.labels else _numbering(train["label"], table)
     train["label"] = _numbered(train["label"], index, table)
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
@@ -54,6 +57,23 @@ def load(data: config.Data, seed: int) -> Corpus:
         test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
         labels=names,
     )
+
+
+def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> datasets.Dataset:
+    """All examples of one client's own file, with the columns of `load`; its labels are among those of the run.
+
+    Raises:
+        UserError: not readable, an example without text or label, or a label that the run does not have.
+    """
+    table, _ = find(file, None, data.label)
+    columns = _examples(table, data.model_copy(update={"user": None}))
+    columns["label"] = _numbered(columns["label"], _named(labels)[1], table)
+    return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
+
+
+def _named(labels: Sequence[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:
+    """Names that were given, and their numbers; examples may have the one or the other."""
+    return tuple(labels), {**{str(i): i for i in range(len(labels))}, **{name: i for i, name in enumerate(labels)}}
 
 
 def _examples(table: Table, data: config.Data, user_needed: bool = True) -> dict[str, list[Any]]:

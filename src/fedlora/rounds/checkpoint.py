@@ -30,8 +30,8 @@ class RunFolder:
     Rows, client states and folds are written before the commit; after a crash those of later rounds are written again.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Locks the folder, which must exist.
+    def __init__(self, path: Path, seconds: float = 0.0) -> None:
+        """Locks the folder, which must exist; waits so long for another process to let go of it.
 
         Raises:
             UserError: it does not exist, cannot be written, or another process has it.
@@ -44,7 +44,7 @@ class RunFolder:
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=seconds)
         except Timeout:
             raise UserError(
                 f"{path}: another process is running in this directory; wait for it or choose another"
@@ -144,6 +144,16 @@ class RunFolder:
         """The change of the base that the round of this index made."""
         found: Mapping[str, LowRank] = _read(self._fold_file(index))[0]
         return found
+
+    def folds(self) -> list[int]:
+        """The indices of the rounds that left a fold, in order; those after the last complete round included."""
+        return sorted(int(file.stem) for file in (self.path / "folds").glob("*.safetensors"))
+
+    def forget(self, done: int) -> None:
+        """Removes the folds and the clients' states of all rounds but the first `done`."""
+        for file in [*self.path.glob("folds/*.safetensors"), *self.path.glob("clients/*/*.safetensors")]:
+            if int(file.stem) >= done:
+                file.unlink()
 
     def _fold_file(self, index: int) -> Path:
         return self.path / "folds" / f"{index}.safetensors"

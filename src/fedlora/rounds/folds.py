@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec
-from fedlora.linalg.combine import stack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 
 
@@ -39,19 +39,59 @@ class Folds:
             return self
         return replace(self, applied={**self.applied, **dict.fromkeys(clients, len(self.rounds))})
 
+    def known(self, held: Mapping[str, Sequence[int]]) -> "Folds":
+        """The same where these clients have told which folds they hold: all up to the first that they lack."""
+        if not held or not self.rounds:
+            return self
+        counts = {
+            who: next((i for i, r in enumerate(self.rounds) if r not in has), len(self.rounds)) for who, has in held.items()
+        }
+        return replace(self, applied={**self.applied, **counts})
+
     def added(self, index: int) -> "Folds":
         """The same with one fold more."""
         return replace(self, rounds=(*self.rounds, index))
 
 
-def catch_up(folds: Sequence[Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
-    """The sum of the folds for the wire: for each module its stacked factors, or the dense matrix where that is smaller."""
+def catch_up(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
+    """The folds of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
+
+    Each fold stays by itself, under its round's index: who has a part of them already applies the rest, and a base that all
+    folds reached one by one is bit for bit the same as any other.
+    """
     tensors: dict[str, Tensor] = {}
-    for name in folds[0] if folds else ():
-        out, in_ = spec.modules[name]
-        total = stack([(1.0, fold[name]) for fold in folds])
-        if total.rank * (out + in_) < out * in_:
-            tensors |= {f"{name}.b": total.b, f"{name}.a": total.a}
-        else:
-            tensors[f"{name}.w"] = total.product()
+    for index, fold in folds.items():
+        for name, part in fold.items():
+            out, in_ = spec.modules[name]
+            if part.rank * (out + in_) < out * in_:
+                tensors |= {f"{index}/{name}.b": part.b, f"{index}/{name}.a": part.a}
+            else:
+                tensors[f"{index}/{name}.w"] = part.product()
     return tensors
+
+
+def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRank]]:
+    """The inverse of `catch_up`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
+
+    Raises:
+        ValueError: a name or a shape is none of `catch_up`.
+    """
+    grouped: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        index, _, rest = key.partition("/")
+        name, _, factor = rest.rpartition(".")
+        if not index.isdecimal() or name not in spec.modules:
+            raise ValueError(f"{key!r} is no part of a fold of this model")
+        grouped.setdefault(int(index), {}).setdefault(name, {})[factor] = tensor
+    return {i: {name: _factors(name, parts, spec) for name, parts in grouped[i].items()} for i in sorted(grouped)}
+
+
+def _factors(name: str, parts: Tensors, spec: AdapterSpec) -> LowRank:
+    if parts.keys() == {"w"}:
+        parts = {"b": parts["w"], "a": torch.eye(parts["w"].shape[-1], dtype=parts["w"].dtype)}
+    if parts.keys() != {"b", "a"} or {x.ndim for x in parts.values()} != {2}:
+        raise ValueError(f"the fold of {name!r} has the parts {sorted(parts)}, expected b and a, or w")
+    b, a = parts["b"], parts["a"]
+    if (b.shape[0], a.shape[1]) != spec.modules[name] or b.shape[1] != a.shape[0]:
+        raise ValueError(f"the fold of {name!r} has the shapes {tuple(b.shape)} and {tuple(a.shape)}")
+    return LowRank(b, a)

@@ -28,6 +28,9 @@ class Exchange(Protocol):
     def clients(self) -> Sequence[ClientInfo]:
         """All that are registered."""
 
+    def held(self) -> Mapping[str, Sequence[int]]:
+        """The indices of the rounds whose folds a client holds, of those clients that have told."""
+
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on which the next turns and judgements happen here, if it happens here."""
 
@@ -41,8 +44,8 @@ class Exchange(Protocol):
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score]]:
-        """Has the clients judge what they would use in round `rnd`, on their held-out examples."""
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """Has the clients judge what they would use in round `rnd`; None of those that have no held-out examples."""
 
 
 @runtime_checkable
@@ -141,7 +144,9 @@ def one_round(
         after = Progress(merged.server, folds.added(index))
     started = time.perf_counter()
     if (index + 1) % plan.evaluate.every == 0 or index + 1 == plan.rounds:
-        row |= _judge(plan, exchange, store, after, index + 1, tally.accepted)
+        found, folds, bytes_folds = _judge(plan, exchange, store, after, index + 1, tally.accepted)
+        row, after = row | found, Progress(after.server, folds)
+        row["bytes_down"] += bytes_folds
     tally.seconds["evaluate"] = time.perf_counter() - started
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}
     watch.round_ended(row)
@@ -155,10 +160,11 @@ def _attempt(
     chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
     watch.round_started(rnd, chosen)
     sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
-    missed = _missed(plan, store, before.folds, chosen)
-    folds = before.folds.delivered(who.id for who in chosen)
+    folds = before.folds.known(exchange.held())
+    missed = _missed(plan, store, folds, chosen)
     tally.bytes_down += _encoded_bytes([*sent.values(), *missed.values()])
     tally.chosen, tally.accepted, tally.losses = [who.id for who in chosen], [], []
+    answered: list[str] = []
     gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
 
     def accepted() -> Iterator[Reply]:
@@ -172,6 +178,7 @@ def _attempt(
             refused = answer.reason if isinstance(answer, Failed) else gate.refusal(answer)
             watch.answered(answer.client, refused)
             if isinstance(answer, Reply):
+                answered.append(answer.client.id)
                 tally.bytes_up += len(encode(answer.upload))
             if refused is not None or isinstance(answer, Failed):
                 tally.refused[answer.client.id] = str(refused)
@@ -184,18 +191,18 @@ def _attempt(
     replies = accepted()
     first = next(replies, None)
     if first is None:
-        return None, folds
+        return None, folds.delivered(answered)
     trained, started = tally.seconds["train"], time.perf_counter()
     merged: Merged[Any] = plan.method.merge(before.server, Replies(chain([first], replies)), rnd)
     tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
-    return (merged if len(tally.accepted) >= plan.sampling.min_replies else None), folds
+    return (merged if len(tally.accepted) >= plan.sampling.min_replies else None), folds.delivered(answered)
 
 
 def _missed(plan: Plan, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for lacking in {folds.missed(who.id) for who in clients} - {()}:
-        made[lacking] = catch_up([store.fold(index) for index in lacking], plan.spec)
+        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, plan.spec)
     return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
 
 
@@ -213,10 +220,12 @@ def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
 
 def _judge(
     plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, index: int, accepted: Sequence[str]
-) -> dict[str, Any]:
-    """Scores of what would be used in the round of this index."""
-    rnd = Round(index, plan.seed)
+) -> tuple[dict[str, Any], Folds, int]:
+    """Scores of what would be used in the round of this index, and the bytes sent for them; who now has which folds, and
+    the bytes of those that had to be sent, which are not sent again for the round."""
+    rnd, folds = Round(index, plan.seed), after.folds.known(exchange.held())
     found: dict[str, Any] = {}
+    bytes_folds = 0
     if plan.judge is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
         mine = plan.method.init_client(plan.spec, anybody, plan.seed)
@@ -226,9 +235,12 @@ def _judge(
         everybody = sorted(exchange.clients(), key=lambda who: who.id)
         judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(accepted)]
         sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
-        missed = _missed(plan, store, after.folds, judges)
-        found["clients"] = summary({who.id: score for who, score in exchange.judge(rnd, sent, missed)})
-    return found
+        missed = _missed(plan, store, folds, judges)
+        scores = {who.id: score for who, score in exchange.judge(rnd, sent, missed)}
+        found["clients"] = summary({who: score for who, score in scores.items() if score is not None})
+        found["bytes_judge"] = _encoded_bytes([*sent.values()])
+        folds, bytes_folds = folds.delivered(scores), _encoded_bytes([*missed.values()])
+    return found, folds, bytes_folds
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -42,6 +42,10 @@ class Simulation:
         """All of them."""
         return self.members
 
+    def held(self) -> Mapping[str, Sequence[int]]:
+        """Nothing: what they would hold on machines of their own is only counted."""
+        return {}
+
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the one base that all share."""
         self.trainer.fold(change)
@@ -57,11 +61,11 @@ class Simulation:
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score]]:
-        """Each client's score before round `rnd`, on its held-out examples; clients that have none are left out."""
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """Each client's score before round `rnd`, on its held-out examples; None where it has none."""
         for some in self._windows(sent):
             scores = self.trainer.scores([(who, self.view(who, sent[who], rnd)) for who in some])
-            yield from ((who, score) for who, score in zip(some, scores, strict=True) if score is not None)
+            yield from zip(some, scores, strict=True)
 
     def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
         """A few groups' clients at a time: enough to form groups of similar work, few enough to keep in memory."""

@@ -133,7 +133,9 @@ def passes(sizes: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]]
 
 
 def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adapter) -> int:
-    """What a training pass keeps for its backward pass, for each token of the longest example."""
+    """What a training pass keeps for its backward pass, for each token of the longest example; 1 where there is none."""
+    if len(examples) == 0:
+        return 1
     (parameter, *_) = adapted.load([start], "ba")
     kept: dict[int, int] = {}
 
@@ -147,6 +149,7 @@ def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adap
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         task.losses(adapted.model, inputs, targets)
     own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
+    adapted.load([])
     return max(1, sum(size for at, size in kept.items() if at not in own) // int(examples.lengths().max()))
 
 

@@ -92,6 +92,8 @@ class Classification:
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
         """Columns `text`, `label` and, for pairs, `text_pair`; longer examples are cut to `max_length` tokens."""
+        if not len(columns["text"]):
+            return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
         found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}

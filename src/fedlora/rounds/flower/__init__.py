@@ -1,0 +1,1 @@
+"""The clients on other machines: the exchange over Flower, whose SuperLink and SuperNodes carry the bytes."""

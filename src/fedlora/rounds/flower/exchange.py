@@ -1,0 +1,276 @@
+"""The exchange with clients on other nodes: who is there, what each is sent, which answers count. Knows no network."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from fedlora.adapter import Tensors
+from fedlora.errors import RunStopped
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.rounds.client import Trainer
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.door import Door
+from fedlora.rounds.flower.wire import (
+    Answer,
+    Done,
+    Errand,
+    Hello,
+    Order,
+    Person,
+    Present,
+    Refused,
+    When,
+    seal,
+    unseal,
+)
+from fedlora.rounds.gate import Failed
+from fedlora.train.evaluate import Score
+
+_HELLO_SECONDS = 600.0
+"""A node loads its model to answer a hello."""
+
+
+@runtime_checkable
+class Post(Protocol):
+    """Who carries messages to nodes and back."""
+
+    def nodes(self) -> Collection[int]:
+        """The nodes that are connected now."""
+
+    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        """Sends each node its message, to be given up after so many seconds; tickets, and the node of each."""
+
+    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        """The answers that have come, or why there will be none."""
+
+
+_Found = tuple[Round, Answer, "bytes | None"]
+"""The round that a node says it answers, its answer for one client, and that one's upload."""
+
+
+@dataclass
+class _Guest:
+    """A node that has been let in. `at` is what Flower calls it, until it connects anew."""
+
+    at: int
+    clients: list[ClientInfo]
+    folds: list[int]
+
+
+class Remote:
+    """The exchange over a post. Nodes that come later or return are let in between two rounds."""
+
+    def __init__(
+        self,
+        post: Post,
+        hello: Hello,
+        door: Door,
+        trainer: Trainer,
+        deadline: float,
+        poll: float = 0.5,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        """`hello` says what is run; `tell` gets one line about a node that is refused or a client that fails."""
+        self._post, self._hello, self._door, self._trainer = post, hello, door, trainer
+        self._deadline, self._poll, self._tell = deadline, poll, tell
+        self._guests: dict[str, _Guest] = {}  # by the node's own name
+        self._greeted: set[int] = set()
+        self._pending: dict[str, int] = {}  # hellos
+        self._refused: list[str] = []
+
+    def gather(self, count: int, seconds: float) -> None:
+        """Waits until so many clients have come.
+
+        Raises:
+            RunStopped: they have not within so many seconds; names those that have, and who was refused.
+        """
+        until = time.monotonic() + seconds
+        while len(self.clients()) < count:
+            if time.monotonic() > until:
+                came = ", ".join(sorted(who.id for who in self.clients())) or "none"
+                why = "".join(f"; {reason}" for reason in self._refused)
+                raise RunStopped(f"of {count} clients, {came} came within {seconds:g} s (deploy.wait){why}")
+            time.sleep(self._poll)
+
+    def clients(self) -> Sequence[ClientInfo]:
+        """All that have been let in, those included whose node is away."""
+        self._greet()
+        return sorted((who for guest in self._guests.values() for who in guest.clients), key=lambda who: who.id)
+
+    def held(self) -> Mapping[str, Sequence[int]]:
+        """As their nodes have told."""
+        return {who.id: guest.folds for guest in self._guests.values() for who in guest.clients}
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the server's own base, on which the global test is."""
+        self._trainer.fold(change)
+
+    def turn(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[Reply | Failed]:
+        """The replies in the order of `sent`; whoever has not answered by the deadline has failed."""
+        for who, found in self._results("turn", rnd, sent, missed):
+            if isinstance(found, str):
+                yield Failed(who, found)
+                continue
+            when, answer, upload = found
+            try:
+                if upload is None:
+                    raise ValueError("sent no upload")
+                yield Reply(who, when, decode(upload), answer.weight, answer.notes)
+            except ValueError as error:
+                yield Failed(who, str(error))
+
+    def judge(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """The scores that came by the deadline, of one and the same set of metrics."""
+        names: set[str] | None = None
+        for who, found in self._results("judge", rnd, sent, missed):
+            if isinstance(found, str):
+                self._tell(f"client {who.id} did not judge: {found}")
+                continue
+            when, answer, _ = found
+            if when != rnd:
+                self._tell(f"client {who.id} judged another round")
+            elif not answer.examples:
+                yield who, None
+            else:
+                names = set(answer.metrics) if names is None else names
+                if names == set(answer.metrics):
+                    yield who, Score(answer.examples, answer.metrics)
+
+    def _results(
+        self,
+        kind: Literal["turn", "judge"],
+        rnd: Round,
+        sent: Mapping[ClientInfo, Tensors],
+        missed: Mapping[ClientInfo, Tensors],
+    ) -> Iterator[tuple[ClientInfo, _Found | str]]:
+        """What each client answered, in the order of `sent` and as soon as it is known; or why it did not."""
+        found: dict[str, _Found | str] = {}
+        letters: dict[int, bytes] = {}
+        names: dict[int, str] = {}
+        connected = set(self._post.nodes())
+        for name, guest in self._guests.items():
+            mine = {who: got for who, got in sent.items() if who in guest.clients}
+            if mine and guest.at in connected:
+                names[guest.at] = name
+                letters[guest.at] = self._order(kind, rnd, guest, mine, missed)
+            elif mine:
+                found |= {who.id: "its node is not connected" for who in mine}
+        tickets = self._post.send(letters, self._deadline) if letters else {}
+        for at in letters.keys() - set(tickets.values()):
+            found |= {who.id: "could not be sent to its node" for who in self._guests[names[at]].clients}
+        until = time.monotonic() + self._deadline
+        for who in sent:
+            while who.id not in found:
+                if not self._collect(tickets, names, found):
+                    if time.monotonic() > until:
+                        found[who.id] = f"gave no answer within {self._deadline:g} s (deploy.deadline)"
+                    else:
+                        time.sleep(self._poll)
+            yield who, found.pop(who.id)
+
+    def _collect(self, tickets: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
+        """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
+        letters = self._post.collect(list(tickets)) if tickets else {}
+        for ticket, letter in letters.items():
+            guest = self._guests[names[tickets.pop(ticket)]]
+            mine = {who.id for who in guest.clients}
+            results = _opened(letter)
+            if isinstance(results, str):
+                found |= dict.fromkeys(mine, results)
+                continue
+            done, payloads = results
+            guest.folds = done.folds
+            found |= dict.fromkeys(mine, "its node's answer does not mention it")
+            for answer in done.answers:
+                if answer.id in mine:
+                    found[answer.id] = _found(done, answer, payloads)
+        return bool(letters)
+
+    def _order(
+        self,
+        kind: Literal["turn", "judge"],
+        rnd: Round,
+        guest: _Guest,
+        sent: Mapping[ClientInfo, Tensors],
+        missed: Mapping[ClientInfo, Tensors],
+    ) -> bytes:
+        """The message to one node; what several of its clients are sent alike is in it once."""
+        payloads: dict[bytes, int] = {}
+        errands = [
+            Errand(
+                who=Person.of(who),
+                got=payloads.setdefault(encode(got), len(payloads)),
+                folds=payloads.setdefault(encode(missed[who]), len(payloads)) if who in missed else None,
+            )
+            for who, got in sent.items()
+        ]
+        order = Order(kind=kind, run=self._hello.run, when=When.of(rnd), held=guest.folds, errands=errands)
+        return seal(order, list(payloads))
+
+    def _greet(self) -> None:
+        """Says hello to nodes that are new, and lets in those that have answered as they should."""
+        connected = set(self._post.nodes())
+        new = connected - self._greeted
+        self._greeted = (self._greeted & connected) | new
+        if new:
+            self._pending |= self._post.send(dict.fromkeys(new, seal(self._hello)), _HELLO_SECONDS)
+        letters = self._post.collect(list(self._pending)) if self._pending else {}
+        for ticket, letter in letters.items():
+            at = self._pending.pop(ticket)
+            reason = self._welcome(at, letter, connected)
+            if isinstance(letter, str):
+                self._greeted.discard(at)  # it may have been too busy loading its model: once more
+            if reason is not None and f"node {at} refused: {reason}" not in self._refused:
+                self._refused.append(f"node {at} refused: {reason}")
+                self._tell(self._refused[-1])
+
+    def _welcome(self, at: int, letter: bytes | str, connected: Collection[int]) -> str | None:
+        """Lets a node in, in place of what it was before; or says why not."""
+        if isinstance(letter, str):
+            return letter
+        try:
+            header, _ = unseal(letter)
+        except ValueError as error:
+            return str(error)
+        if isinstance(header, Refused):
+            return header.reason
+        if not isinstance(header, Present):
+            return f"answers {header.kind!r} to a hello"
+        others = {name: guest for name, guest in self._guests.items() if name != header.node and guest.at in connected}
+        taken = {who.id: name for name, guest in others.items() for who in guest.clients}
+        reason = self._door.refusal(header, taken)
+        if reason is None:
+            claimed = {person.id for person in header.clients}
+            for guest in self._guests.values():  # of nodes that are gone
+                guest.clients = [who for who in guest.clients if who.id not in claimed]
+            self._guests[header.node] = _Guest(at, [person.info() for person in header.clients], list(header.folds))
+        return reason
+
+
+def _opened(letter: bytes | str) -> tuple[Done, list[bytes]] | str:
+    """A node's answer to an order, or why it cannot be used."""
+    if isinstance(letter, str):
+        return letter
+    try:
+        header, payloads = unseal(letter)
+    except ValueError as error:
+        return f"its node sent {error}"
+    if isinstance(header, Refused):
+        return header.reason
+    return (header, payloads) if isinstance(header, Done) else f"its node answers {header.kind!r}"
+
+
+def _found(done: Done, answer: Answer, payloads: Sequence[bytes]) -> _Found | str:
+    if answer.error is not None:
+        return answer.error
+    if answer.upload is None:
+        return done.when.round(), answer, None
+    if answer.upload >= len(payloads):
+        return "its upload is missing"
+    return done.when.round(), answer, payloads[answer.upload]

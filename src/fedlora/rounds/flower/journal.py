@@ -1,0 +1,82 @@
+"""What a server tells about a run while it goes on: lines of a file, which whoever shows the progress reads."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedlora.messages import ClientInfo, Round
+from fedlora.rounds.loop import Watcher
+
+FOLDER, NAME = "deploy", "journal.jsonl"
+
+
+class Journal:
+    """Writes the lines. The last one says how the run ended: done, stopped or unusable."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / FOLDER / NAME
+        self._file.parent.mkdir(exist_ok=True)
+
+    def write(self, **line: Any) -> None:
+        """Adds a line."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def tell(self, message: str) -> None:
+        """A line for a person."""
+        self.write(told=message)
+
+    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
+        """The cohort."""
+        self.write(round=asdict(rnd), chosen=[asdict(who) for who in chosen])
+
+    def answered(self, who: ClientInfo, refused: str | None) -> None:
+        """One client's answer."""
+        self.write(answered=asdict(who), refused=refused)
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """The round's row."""
+        self.write(row=dict(row))
+
+    def ended(self, how: str, why: str = "") -> None:
+        """The end."""
+        self.write(ended=how, why=why)
+
+
+class Reader:
+    """Reads what a journal has had since it was opened, and shows it."""
+
+    def __init__(self, run: Path, watch: Watcher, say: Any) -> None:
+        self._file, self._watch, self._say = run / FOLDER / NAME, watch, say
+        self._at = self._file.stat().st_size if self._file.exists() else 0
+        self.changed = time.monotonic()
+
+    def show(self) -> tuple[str, str] | None:
+        """Shows the new lines; how and why the run ended, if it has."""
+        for line in self._lines():
+            self.changed = time.monotonic()
+            match line:
+                case {"told": message}:
+                    self._say(message)
+                case {"round": rnd, "chosen": chosen}:
+                    self._watch.round_started(Round(**rnd), [ClientInfo(**who) for who in chosen])
+                case {"answered": who, "refused": refused}:
+                    self._watch.answered(ClientInfo(**who), refused)
+                case {"row": row}:
+                    self._watch.round_ended(row)
+                case {"ended": how, "why": why}:
+                    return how, why
+        return None
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._at)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._at += len(line)
+                    yield json.loads(line)

@@ -1,0 +1,240 @@
+"""What a node does with the messages it gets: a small simulation of its own clients. It knows nothing of Flower."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from fedlora.config import build
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Bench, Problem
+from fedlora.messages import ClientInfo, Round
+from fedlora.rounds import durable
+from fedlora.rounds.checkpoint import RunFolder, client_folder
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.wire import (
+    PROTOCOL,
+    Answer,
+    Bundle,
+    Done,
+    Errand,
+    Header,
+    Hello,
+    Order,
+    Person,
+    Present,
+    Refused,
+    seal,
+    unseal,
+)
+from fedlora.rounds.folds import caught_up
+from fedlora.rounds.simulate import Simulation
+from fedlora.version import __version__
+
+SETTINGS = "node.json"
+
+
+class Settings(BaseModel):
+    """What the owner of a node decides, in the file `node.json` of its folder.
+
+    `clients` are the names of its data owners. With `data`, a file, there is one of them, and all examples are its own;
+    without, they have their parts of the experiment's division. `overrides` are changes of the experiment, as `--set`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    clients: list[str]
+    data: str | None = None
+    rank: int | None = None
+    overrides: list[str] = []
+    experiments: int = 1
+    """How many experiments are kept in memory at a time."""
+
+    def write(self, folder: Path) -> None:
+        """Makes the folder a node's, for its owner alone."""
+        durable.folder(folder)
+        folder.chmod(0o700)
+        durable.replace(folder / SETTINGS, self.model_dump_json(indent=1).encode())
+
+
+@dataclass
+class _Work:
+    """One run on this node."""
+
+    bench: Bench
+    folder: RunFolder
+    simulation: Simulation
+    base: str
+    folded: list[int] = field(default_factory=list)
+    """The rounds whose folds the model in memory has, in order."""
+
+
+class Node:
+    """The clients of one machine, around one resident model; what must survive is in the folder.
+
+    name                          this node's own, whatever Flower calls it
+    runs/RUN/hello                the server's hello
+    runs/RUN/clients, folds       as in a run's folder
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the settings.
+
+        Raises:
+            UserError: there are none.
+        """
+        self._folder = folder
+        self._works: dict[str, _Work] = {}
+        try:
+            self._settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: no settings of a node there; fedlora join makes them") from error
+        name = folder / "name"
+        if not name.exists():
+            durable.replace(name, uuid4().hex.encode())
+        self._name = name.read_text()
+
+    def answer(self, message: bytes) -> bytes:
+        """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
+        try:
+            header, payloads = unseal(message)
+            if isinstance(header, Bundle):
+                return seal(header, [self.answer(payload) for payload in payloads])
+            return seal(*self._answer(header, payloads))
+        except (ValueError, UserError, RunStopped) as error:
+            return seal(Refused(reason=str(error)))
+
+    def _answer(self, header: Header, payloads: Sequence[bytes]) -> tuple[Header, list[bytes]]:
+        match header:
+            case Hello():
+                return self._present(header), []
+            case Order():
+                work = self._work(header.run)
+                if lost := sorted(set(header.held) - set(work.folded)):
+                    raise ValueError(f"node {self._name} no longer has the folds of the rounds {[i + 1 for i in lost]}")
+                return self._done(work, header, payloads)
+        raise ValueError(f"a node is not asked {header.kind!r}")
+
+    def _present(self, hello: Hello) -> Present:
+        if (hello.protocol, hello.version) != (PROTOCOL, __version__):
+            return Present(protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], folds=[])
+        folder = self._run_folder(hello.run)
+        durable.folder(folder)
+        if hello.run in self._works:
+            self._works.pop(hello.run).folder.release()
+        if (folder / "hello").exists() and _hello(folder).life != hello.life:
+            left = RunFolder(folder)
+            left.forget(hello.done)
+            left.release()
+        durable.replace(folder / "hello", hello.model_dump_json().encode())
+        work = self._work(hello.run)
+        people = [Person.of(who) for who in work.simulation.members]
+        return Present(
+            protocol=PROTOCOL, version=__version__, node=self._name, base=work.base, clients=people, folds=work.folded
+        )
+
+    def _work(self, run: str) -> _Work:
+        """The run in memory; loaded from the hello on disk if it is not there."""
+        if run not in self._works:
+            while len(self._works) >= self._settings.experiments:
+                self._works.pop(next(iter(self._works))).folder.release()
+            path = self._run_folder(run)
+            if not (path / "hello").exists():
+                raise ValueError("this node has had no hello for this run")
+            self._works[run] = self._load(_hello(path), path)
+        return self._works[run]
+
+    def _load(self, hello: Hello, path: Path) -> _Work:
+        experiment = build(tomllib.loads(hello.experiment), self._settings.overrides, "the server's experiment")
+        if self._settings.data is None:
+            problem = Problem.make(experiment)
+            if unknown := sorted(set(self._settings.clients) - {who.id for who in problem.members}):
+                raise UserError(f"the experiment's division has no client {unknown[0]!r}")
+        else:
+            rank = self._settings.rank or experiment.method.rank
+            problem = Problem.of_client(experiment, self._settings.clients[0], self._settings.data, rank, hello.labels)
+        if list(problem.corpus.labels) != hello.labels:
+            raise UserError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
+        bench = Bench.make(experiment, problem)
+        members = [who for who in problem.members if who.id in self._settings.clients]
+        base = fingerprint(bench.adapted.model)
+        folder = RunFolder(path)
+        simulation = Simulation(bench.method, bench.adapted.spec, members, folder, bench.trainer, experiment.seed)
+        work = _Work(bench, folder, simulation, base)
+        for index in folder.folds():
+            bench.trainer.fold(folder.fold(index))
+            work.folded.append(index)
+        return work
+
+    def _done(self, work: _Work, order: Order, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+        answers: list[Answer] = []
+        uploads: list[bytes] = []
+        for errand in order.errands:
+            try:
+                answer, upload = self._run(work, order, errand, payloads)
+            except (UserError, RunStopped, ValueError, RuntimeError, OSError, IndexError) as error:
+                answer, upload = Answer(id=errand.who.id, error=_line(error)), None
+            if upload is not None:
+                answer = answer.model_copy(update={"upload": len(uploads)})
+                uploads.append(upload)
+            answers.append(answer)
+        return Done(when=order.when, folds=work.folded, answers=answers), uploads
+
+    def _run(self, work: _Work, order: Order, errand: Errand, payloads: Sequence[bytes]) -> tuple[Answer, bytes | None]:
+        who, rnd = errand.who.info(), order.when.round()
+        if who not in work.simulation.members:
+            raise ValueError(f"this node has no client {who.id!r} of rank {who.rank} with {who.examples} examples")
+        if errand.folds is not None:
+            self._fold(work, payloads[errand.folds])
+        got = decode(payloads[errand.got])
+        if order.kind == "judge":
+            return self._judged(work, rnd, who, got), None
+        reply = next(iter(work.simulation.turn(rnd, {who: got}, {})))
+        return Answer(id=who.id, weight=reply.weight, notes=dict(reply.notes)), encode(reply.upload)
+
+    def _judged(self, work: _Work, rnd: Round, who: ClientInfo, got: dict[str, torch.Tensor]) -> Answer:
+        _, score = next(iter(work.simulation.judge(rnd, {who: got}, {})))
+        return (
+            Answer(id=who.id) if score is None else Answer(id=who.id, examples=score.examples, metrics=dict(score.metrics))
+        )
+
+    def _fold(self, work: _Work, payload: bytes) -> None:
+        """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
+        for index, change in caught_up(decode(payload), work.bench.adapted.spec).items():
+            if index in work.folded:
+                continue
+            if work.folded and index < work.folded[-1]:
+                raise ValueError(f"the fold of round {index + 1} came after that of round {work.folded[-1] + 1}")
+            work.folder.save_fold(index, change)
+            work.simulation.fold(change)
+            work.folded.append(index)
+
+    def _run_folder(self, run: str) -> Path:
+        return self._folder / "runs" / client_folder(run)
+
+
+def _hello(folder: Path) -> Hello:
+    return Hello.model_validate_json((folder / "hello").read_bytes())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's names, shapes, dtypes and values, as they are before anything is folded."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    """The error in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError | RunStopped | ValueError) else f"{type(error).__name__}: {text}"

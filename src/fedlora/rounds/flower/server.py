@@ -1,0 +1,77 @@
+"""One run on the server: the rounds of a folder with the clients of a post. Knows no network."""
+
+from pathlib import Path
+from uuid import uuid4
+
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Bench, Problem, read_folder, rounds
+from fedlora.rounds import durable
+from fedlora.rounds.checkpoint import RunFolder
+from fedlora.rounds.flower.door import Door
+from fedlora.rounds.flower.exchange import Post, Remote
+from fedlora.rounds.flower.journal import FOLDER, Journal
+from fedlora.rounds.flower.node import fingerprint
+from fedlora.rounds.flower.wire import PROTOCOL, Hello
+from fedlora.version import __version__
+
+_LET_GO_SECONDS = 60.0
+"""An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
+
+
+def serve(path: Path, post: Post) -> None:
+    """Runs the rounds that the folder lacks, and writes the adapter; tells its journal how it ended.
+
+    A personal method's adapters are the clients' own: the server has none to write.
+
+    Raises:
+        UserError: the folder, the data or the model cannot be used.
+        RunStopped: the run cannot go on, because of too few clients, for instance.
+    """
+    journal = Journal(path)
+    try:
+        experiment = read_folder(path)
+        folder = RunFolder(path, _LET_GO_SECONDS)
+        try:
+            bench = Bench.make(experiment, Problem.of_server(experiment))
+            exchange = remote(bench, folder, post, journal)
+            exchange.gather(experiment.clients.size or 1, experiment.deploy.wait)
+            progress = rounds(bench, folder, journal, exchange)
+            if not experiment.method.row.personal:
+                bench.write(bench.adapters(progress, folder, experiment.rounds), path / "adapter", "adapter")
+        finally:
+            folder.release()
+    except UserError as error:
+        journal.ended("unusable", str(error))
+        raise
+    except RunStopped as error:
+        journal.ended("stopped", str(error))
+        raise
+    except BaseException as error:
+        journal.ended("stopped", f"{type(error).__name__}: {error}")
+        raise
+    journal.ended("done")
+
+
+def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Remote:
+    """The exchange for the rounds that the folder lacks."""
+    experiment = bench.experiment
+    hello = Hello(
+        protocol=PROTOCOL,
+        version=__version__,
+        run=_name(folder.path),
+        experiment=experiment.to_toml(),
+        labels=list(bench.problem.corpus.labels),
+        life=uuid4().hex,
+        done=folder.restore()[0],
+    )
+    door = Door(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
+    return Remote(post, hello, door, bench.trainer, experiment.deploy.deadline, experiment.deploy.poll, journal.tell)
+
+
+def _name(path: Path) -> str:
+    """The run's name, the same whenever it is taken up: nodes keep their clients' states under it."""
+    file = path / FOLDER / "run"
+    if not file.exists():
+        durable.folder(file.parent)
+        durable.replace(file, uuid4().hex.encode())
+    return file.read_text()

@@ -1,0 +1,20 @@
+"""The Flower ServerApp: one run over the Grid, begun or taken up where its folder says."""
+
+import os
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.rounds.flower.lifetime import end_with
+from fedlora.rounds.flower.post import GridPost
+from fedlora.rounds.flower.server import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs what the run's setting `folder`, a path on the server, holds; an error is also in the folder's journal."""
+    end_with(os.getppid())  # a server without its SuperLink would keep the run's folder
+    serve(Path(str(context.run_config["folder"])), GridPost(grid))

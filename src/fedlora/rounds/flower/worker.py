@@ -1,0 +1,48 @@
+"""A node's resident worker: it holds the model, the examples and the clients' states, and answers one message at a time."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedlora.rounds.flower.lifetime import end_with
+from fedlora.rounds.flower.line import receive, send, short_path
+
+LOCK = "worker.lock"
+PID = "worker.pid"
+
+
+def main(folder: Path, until: int) -> int:
+    """Answers until the process `until` ends; the exit code. 0 at once if the node has a worker already.
+
+    It listens before it imports what takes seconds, so that whoever started it knows that it is there.
+    """
+    try:
+        FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        return 0
+    end_with(until)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short_path(folder) as path:
+        Path(path).unlink(missing_ok=True)
+        listening.bind(path)
+    (folder / PID).write_text(str(os.getpid()))
+    listening.listen()
+    from fedlora.rounds.flower.node import Node
+    from fedlora.train.tasks import quiet
+
+    quiet()
+    node = Node(folder)
+    while True:
+        connection, _ = listening.accept()
+        with connection:
+            try:
+                send(connection, node.answer(receive(connection)))
+            except (OSError, EOFError) as error:
+                print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

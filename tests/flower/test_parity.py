@@ -1,0 +1,88 @@
+"""Every method over Flower, with four SuperNodes on this machine, and in the simulator."""
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from fedlora.config import build
+from fedlora.experiment import run
+from fedlora.methods import TABLE
+from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
+
+from tiny import tiny_bert, tiny_rows
+from wired import CLIENTS, assert_same_runs, problem
+
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
+HERE = Path(__file__).parent
+
+
+FEW = ("fedit", "flora", "fedsa-lora")
+"""One that averages, one that changes the base, one with states on the clients."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, request):
+    """The folders of the simulated and of the served runs, one of each of these methods."""
+    names = request.param
+    home = tmp_path_factory.mktemp("parity")
+    tiny_bert(home / "bert")
+    tiny_rows(home / "rows.jsonl", 80)
+    more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        address = deploy.Address("127.0.0.1", free_port())
+        server = deploy.Server(home / "server", address, None)
+        stack.callback(server.stop)
+        for client in CLIENTS:
+            Settings(clients=[client], experiments=len(names)).write(home / f"node{client}")
+            stack.callback(deploy.start_node(home / f"node{client}", address, None).stop)
+        for name in names:
+            deploy.prepare(build(settings(home, name, **more)), home / "served" / name)
+        (home / "settings.toml").write_text(tomli_w.dumps({"folder": str(home / "served")}))
+        flwr(
+            home / "server" / "flower",
+            "run",
+            str(HERE / "parity_app"),
+            CONNECTION,
+            "--run-config",
+            str(home / "settings.toml"),
+        )
+        for name in names:
+            run(build(settings(home, name, **more)), home / "simulated" / name)
+        ends = {name: ended(home / "served" / name) for name in names}
+    assert set(ends.values()) == {"done "}, ends
+    return home
+
+
+def settings(home, name, **more):
+    table = problem(home, name, **more)
+    brief = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in TABLE[name].settings()}
+    return {**table, "method": {**table["method"], **brief}}
+
+
+def ended(path, seconds=500.0):
+    journal, until = path / FOLDER / NAME, time.monotonic() + seconds
+    while time.monotonic() < until:
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        if lines and "ended" in (last := json.loads(lines[-1])):
+            return f"{last['ended']} {last['why']}"
+        time.sleep(0.5)
+    return "not ended"
+
+
+@pytest.mark.parametrize(
+    "both", [pytest.param(FEW, id="few"), pytest.param(tuple(TABLE), id="all", marks=pytest.mark.slow)], indirect=True
+)
+def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both):
+    for served in sorted((both / "served").iterdir()):
+        assert_same_runs(both / "simulated" / served.name, served)

@@ -1,0 +1,81 @@
+"""A ServerApp that plays the runs of many folders in lockstep: all share the messages, which Flower carries slowly."""
+
+import threading
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora import experiment
+from fedlora.rounds.flower.post import GridPost
+from fedlora.rounds.flower.server import serve
+from fedlora.rounds.flower.wire import Bundle, seal, unseal
+
+app = ServerApp()
+
+
+class Together:
+    """A post for so many runs, each in a thread: what they send at the same time goes to a node as one message."""
+
+    def __init__(self, post: GridPost, runs: int) -> None:
+        self._post, self._nodes = post, list(post.nodes())
+        self._lock, self._all = threading.Lock(), threading.Barrier(runs, self._flush)
+        self._waiting: list[tuple[int, bytes, float]] = []
+        self._sent: dict[str, tuple[int, list[int]]] = {}
+        self._answers: dict[int, bytes | str] = {}
+        self._count, self._looked = 0, 0.0
+
+    def nodes(self) -> Collection[int]:
+        return self._nodes
+
+    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        tickets = {}
+        with self._lock:
+            for node, letter in letters.items():
+                tickets[str(len(self._waiting) + self._count)] = node
+                self._waiting.append((node, letter, seconds))
+        self._all.wait()
+        return tickets
+
+    def _flush(self) -> None:
+        for node in self._nodes:
+            mine = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
+            bundle = seal(Bundle(), [letter for _, letter in mine])
+            seconds = max(seconds for _, _, seconds in self._waiting)
+            for ticket in self._post.send({node: bundle}, seconds):
+                self._sent[ticket] = (node, [i for i, _ in mine])
+        self._count += len(self._waiting)
+        self._waiting.clear()
+
+    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        with self._lock:
+            due = self._sent and time.monotonic() - self._looked > 0.5
+            for ticket, bundle in (self._post.collect(list(self._sent)) if due else {}).items():
+                _, numbers = self._sent.pop(ticket)
+                parts = [bundle] * len(numbers) if isinstance(bundle, str) else unseal(bundle)[1]
+                self._answers |= dict(zip(numbers, parts, strict=True))
+            self._looked = time.monotonic() if due else self._looked
+            return {ticket: self._answers.pop(int(ticket)) for ticket in tickets if int(ticket) in self._answers}
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    folders = sorted(path for path in Path(str(context.run_config["folder"])).iterdir() if path.is_dir())
+    post = GridPost(grid)
+    while len(post.nodes()) < 4:
+        threading.Event().wait(0.5)
+    one_at_a_time, make = threading.Lock(), experiment.Bench.make
+
+    def made(*arguments):  # loading a model draws from the one global generator
+        with one_at_a_time:
+            return make(*arguments)
+
+    experiment.Bench.make = made
+    together = Together(post, len(folders))
+    threads = [threading.Thread(target=serve, args=(path, together), name=path.name) for path in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,274 @@
+"""The node and the exchange in one process: all but Flower itself."""
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from fedlora.config import build
+from fedlora.errors import RunStopped
+from fedlora.experiment import Bench, Problem, Silent, rounds, run
+from fedlora.rounds.checkpoint import RunFolder
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.door import Door
+from fedlora.rounds.flower.exchange import Remote
+from fedlora.rounds.flower.node import Node, Settings, fingerprint
+from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.version import __version__
+
+from tiny import LABELS, tiny_bert, tiny_rows
+from wired import CLIENTS, assert_same_runs, problem, rows_of
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    tiny_bert(folder / "bert")
+    tiny_rows(folder / "rows.jsonl", 80)
+    return folder
+
+
+def experiment(home, method="fedit", **more):
+    return build(problem(home, method, **more))
+
+
+@dataclass
+class Hand:
+    """A post that carries messages by hand; `spoil` may change an answer, and nodes may be unplugged."""
+
+    nodes_by_number: dict[int, Node]
+    spoil: object = None
+    away: set[int] = field(default_factory=set)
+    answers: dict[str, bytes | str] = field(default_factory=dict)
+    carried: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+
+    def nodes(self) -> Collection[int]:
+        return self.nodes_by_number.keys() - self.away
+
+    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        tickets = {}
+        for at, letter in letters.items():
+            ticket = f"{len(self.carried)}"
+            answer = self.nodes_by_number[at].answer(letter)
+            self.carried.append((at, letter, answer))
+            if self.spoil is not None:
+                answer = self.spoil(at, letter, answer)
+            if answer is not None:
+                self.answers[ticket] = answer
+            tickets[ticket] = at
+        return tickets
+
+    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        return {ticket: self.answers.pop(ticket) for ticket in list(tickets) if ticket in self.answers}
+
+
+def make_nodes(folder, groups=(CLIENTS[:2], CLIENTS[2:])):
+    nodes = {}
+    for i, clients in enumerate(groups):
+        Settings(clients=list(clients)).write(folder / f"node{i}")
+        nodes[i + 1] = Node(folder / f"node{i}")
+    return nodes
+
+
+def serve(what, folder, hand, life="1", count=4, said=None):
+    """The run over the post, taken up where its folder says."""
+    folder.mkdir(exist_ok=True)
+    lock = RunFolder(folder)
+    try:
+        bench = Bench.make(what, Problem.of_server(what))
+        remote = make_remote(what, bench, hand, life, lock.restore()[0], said)
+        remote.gather(count, 0.5)
+        return rounds(bench, lock, Silent(), remote)
+    finally:
+        lock.release()
+
+
+def make_remote(what, bench, hand, life="1", done=0, said=None):
+    hello = Hello(
+        protocol=1,
+        version=__version__,
+        run="r",
+        experiment=what.to_toml(),
+        labels=list(bench.problem.corpus.labels),
+        life=life,
+        done=done,
+    )
+    row = what.method.row
+    door = Door(fingerprint(bench.adapted.model), what.method.rank, row.mixed_ranks)
+    tell = [] if said is None else said
+    return Remote(hand, hello, door, bench.trainer, what.deploy.deadline, what.deploy.poll, tell.append)
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "fedsa-lora"])
+def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
+    what = experiment(home, method)
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path)))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(home, tmp_path, monkeypatch):
+    what, nodes = experiment(home, "flora"), make_nodes(tmp_path)
+    serve(what, tmp_path / "whole", Hand(make_nodes(tmp_path / "other")))
+    commit = RunFolder.commit
+
+    def dies(folder, done, *rest):
+        if done == 2:
+            raise RunStopped("killed")
+        commit(folder, done, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="killed"):
+        patch.setattr(RunFolder, "commit", dies)
+        serve(what, tmp_path / "again", Hand(nodes), life="1")  # its judges have the fold of round 2 already
+    serve(what, tmp_path / "again", Hand(nodes), life="2")
+    assert_same_runs(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
+    what, nodes = experiment(home, "flora", rounds=4), make_nodes(tmp_path, (CLIENTS,))
+
+    def loses(at, letter, answer):
+        header, _ = unseal(letter)
+        if isinstance(header, Order) and header.kind == "turn" and (header.when.index, header.when.attempt) == (2, 0):
+            shutil.rmtree(tmp_path / "node0" / "runs")
+            nodes[1] = Node(tmp_path / "node0")
+            hand.nodes_by_number = {2: nodes[1]}
+            return None
+        return answer
+
+    hand = Hand(nodes, loses)
+    what = what.model_copy(update={"deploy": what.deploy.model_copy(update={"deadline": 0.3})})
+    serve(what, tmp_path / "run", hand)
+    rows = rows_of(tmp_path / "run")
+    assert rows[2]["attempts"] == 2 and len(rows) == 4
+    assert sorted(f.stem for f in (tmp_path / "node0").glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
+
+
+def first_upload(payloads, bend):
+    tensors = decode(payloads[0])
+    name = next(iter(tensors))
+    return [encode({**tensors, name: bend(tensors[name])}), *payloads[1:]]
+
+
+def nan(header, payloads):
+    return seal(header, first_upload(payloads, lambda x: torch.full_like(x, float("nan"))))
+
+
+def misshapen(header, payloads):
+    return seal(header, first_upload(payloads, lambda x: x[:1]))
+
+
+def of_another_round(header, payloads):
+    return seal(header.model_copy(update={"when": header.when.model_copy(update={"index": 7})}), payloads)
+
+
+def of_another_client(header, payloads):
+    answers = [answer.model_copy(update={"id": "002"}) for answer in header.answers]
+    return seal(header.model_copy(update={"answers": answers}), payloads)
+
+
+def too_heavy(header, payloads):
+    answers = [answer.model_copy(update={"weight": 1e9}) for answer in header.answers]
+    return seal(header.model_copy(update={"answers": answers}), payloads)
+
+
+def a_missing_payload(header, payloads):
+    return seal(header, [])
+
+
+BAD = {
+    "NaN": (nan, "NaN or infinite"),
+    "misshapen": (misshapen, "shape"),
+    "garbage": (lambda header, payloads: b"\x80\x04garbage", "not a message"),
+    "no tensors": (lambda header, payloads: seal(header, [b"garbage"] * len(payloads)), "not a payload of tensors"),
+    "cut": (lambda header, payloads: seal(header, payloads)[:-3], "damaged"),
+    "replay": (of_another_round, "replies to round 8"),
+    "another's name": (of_another_client, "does not mention it"),
+    "too heavy": (too_heavy, "weight"),
+    "a missing payload": (a_missing_payload, "upload is missing"),
+    "refused": (lambda header, payloads: seal(Refused(reason="no")), "no"),
+    "a strange kind": (lambda header, payloads: seal(Bundle()), "answers 'bundle'"),
+    "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
+    "silence": (lambda header, payloads: None, "no answer within"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
+    bad, reason = BAD[name]
+
+    def spoil(at, letter, answer):
+        header, payloads = unseal(answer)
+        return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else answer
+
+    what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
+    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["001", "002", "003"]
+    assert list(row["refused"]) == ["000"] and reason in row["refused"]["000"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": "0"}, "has fedlora 0"),
+        ({"base": "f" * 64}, "another base model"),
+        ({"clients": [Person(id="000", rank=5, examples=3)]}, "has rank 5"),
+        ({"clients": [Person(id="002", rank=2, examples=3)]}, "already there"),
+        ({"clients": [Person(id="000", rank=2, examples=3)] * 2}, "two clients of one name"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, change, reason):
+    def spoil(at, letter, answer):
+        header, _ = unseal(answer)
+        return seal(header.model_copy(update=change)) if at == 2 and isinstance(header, Present) else answer
+
+    said = []
+    with pytest.raises(RunStopped, match=reason):
+        serve(experiment(home), tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[2:], CLIENTS[:2])), spoil), said=said)
+    assert len(said) == 1 and reason in said[0]
+
+
+def test_a_client_whose_disk_is_full_is_refused_with_its_reason(home, tmp_path, monkeypatch):
+    save = RunFolder.save_client
+
+    def full(folder, who, *rest):
+        if who.id == "001":
+            raise RunStopped("cannot write: No space left on device")
+        save(folder, who, *rest)
+
+    monkeypatch.setattr(RunFolder, "save_client", full)
+    serve(experiment(home, "fedsa-lora", rounds=1), tmp_path / "run", Hand(make_nodes(tmp_path)))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["000", "002", "003"] and "No space left" in row["refused"]["001"]
+
+
+def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
+    hand = Hand(make_nodes(tmp_path, [[client] for client in CLIENTS]))
+    serve(experiment(home, "flora", rounds=2), tmp_path / "run", hand)
+    carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
+    for _, letter, answer in hand.carried:
+        header, payloads = unseal(letter)
+        if isinstance(header, Order) and header.kind == "turn":
+            carried["bytes_down"][header.when.index] += sum(map(len, payloads))
+            carried["bytes_up"][header.when.index] += sum(map(len, unseal(answer)[1]))
+        elif isinstance(header, Order):
+            (errand,) = header.errands
+            carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.got])
+            carried["bytes_down"][header.when.index - 1] += len(payloads[errand.folds])
+    assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
+
+
+def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home, tmp_path):
+    what = experiment(home, rounds=1, clients={"count": 2}, data={"source": "none", "labels": list(LABELS)})
+    nodes = {}
+    for i, size in enumerate((21, 30)):
+        file = tiny_rows(tmp_path / f"{size}.jsonl", size)
+        Settings(clients=[f"clinic {size}"], data=str(file)).write(tmp_path / f"node{i}")
+        nodes[i] = Node(tmp_path / f"node{i}")
+    serve(what, tmp_path / "run", Hand(nodes), count=2)
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["clinic 21", "clinic 30"] and "global" not in row
+    assert set(row["clients"]["accuracy"]["each"]) == {"clinic 21", "clinic 30"}

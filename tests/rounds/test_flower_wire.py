@@ -1,0 +1,117 @@
+import random
+
+import pytest
+
+from fedlora.rounds.flower import wire
+from fedlora.rounds.flower.superlink import NodesOnly
+from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Order, Person, Refused, When, seal, unseal
+
+WHEN = When(index=3, seed=1, attempt=0)
+ORDER = Order(
+    kind="turn", run="r", when=WHEN, held=[0, 2], errands=[Errand(who=Person(id="a/é", rank=2, examples=7), got=0, folds=1)]
+)
+PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
+
+
+@pytest.mark.parametrize(
+    "header", [ORDER, Bundle(), Refused(reason="no"), Done(when=WHEN, folds=[], answers=[Answer(id="a")])]
+)
+def test_what_is_sealed_is_unsealed(header):
+    assert unseal(seal(header, PAYLOADS)) == (header, PAYLOADS)
+
+
+def test_a_loss_that_is_no_number_arrives_as_it_is():
+    done = Done(when=WHEN, folds=[], answers=[Answer(id="a", notes={"loss": float("nan"), "other": float("inf")})])
+    notes = unseal(seal(done))[0].answers[0].notes
+    assert notes["loss"] != notes["loss"] and notes["other"] == float("inf")
+
+
+def test_any_damage_gives_one_clear_error():
+    rng, message = random.Random(0), seal(ORDER, PAYLOADS)
+    for _ in range(3000):
+        bad = bytearray(message)
+        match rng.randrange(5):
+            case 0:
+                bad = bad[: rng.randrange(len(bad))]
+            case 1:
+                bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            case 2:
+                bad += rng.randbytes(rng.randrange(1, 20))
+            case 3:
+                at = rng.randrange(len(bad))
+                del bad[at : at + rng.randrange(1, 40)]
+            case 4:
+                bad = bytearray(rng.randbytes(rng.randrange(100)))
+        with pytest.raises(ValueError, match="message") as error:
+            unseal(bytes(bad))
+        assert "\n" not in str(error.value)
+
+
+def forged(frame, payloads=b""):
+    """A message with a valid digest, whatever is in it."""
+    rest = len(frame).to_bytes(8, "big") + frame + payloads
+    return wire._MAGIC + wire._digest(rest) + rest
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"{}",
+        b"[" * 100_000,
+        b'{"header": {"kind": "other"}, "sizes": []}',
+        b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
+        b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
+        b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
+        b'{"header": {"kind": "refused", "reason": 1}, "sizes": []}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_header_made_to_harm_gives_one_clear_error(frame):
+    with pytest.raises(ValueError, match="a message whose") as error:
+        unseal(forged(frame))
+    assert "\n" not in str(error.value)
+
+
+def test_a_header_said_to_be_larger_than_the_message_is_not_believed():
+    rest = (2**62).to_bytes(8, "big") + b"{}"
+    with pytest.raises(ValueError, match="header would have"):
+        unseal(wire._MAGIC + wire._digest(rest) + rest)
+
+
+def test_a_message_above_the_limit_is_neither_sealed_nor_unsealed(monkeypatch):
+    message = seal(ORDER, PAYLOADS)
+    monkeypatch.setattr(wire, "MOST_BYTES", len(message) - 1)
+    for refused in (lambda: seal(ORDER, PAYLOADS), lambda: unseal(message)):
+        with pytest.raises(ValueError, match="too large"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("path", "client", "server", "passes"),
+    [
+        ("/v1/control/start-run", "192.0.2.7", "192.0.2.1", False),
+        ("/v1/control/register-node", "192.0.2.7", "192.0.2.1", False),
+        ("/v1/runtime/pull-messages", "192.0.2.7", "192.0.2.1", False),
+        ("/docs", "192.0.2.7", "192.0.2.1", False),
+        ("/v1/fleet/../control/start-run", "192.0.2.7", "192.0.2.1", False),
+        ("/v1/fleet/pull-messages", "192.0.2.7", "192.0.2.1", True),
+        ("/v1/control/start-run", "127.0.0.1", "127.0.0.1", True),
+        ("/v1/control/start-run", "192.0.2.1", "192.0.2.1", True),
+    ],
+)
+def test_from_other_machines_only_what_nodes_need_can_be_reached(path, client, server, passes):
+    passed, sent = [], []
+
+    async def inner(scope, receive, send):
+        passed.append(scope["path"])
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "path": path, "client": (client, 1), "server": (server, 2)}
+    run = NodesOnly(inner)(scope, None, send)
+    with pytest.raises(StopIteration):
+        run.send(None)
+    assert bool(passed) == passes
+    assert [event.get("status") for event in sent if "status" in event] == ([] if passes else [403])
