@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from fedlora.adapter import Tensors
 from fedlora.linalg.lowrank import Heads
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
-from fedlora.methods.ravan import Ravan, chosen, others
+from fedlora.methods.ravan import Ravan, chosen, others, own_heads
 from fedlora.rounds.simulate import Simulation
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -32,6 +32,11 @@ def replies(server: Tensors, who: list[ClientInfo] = CLIENTS, m: Ravan = METHOD,
     return list(Simulation(m, SPEC, who, MemoryStates(), ToyTrainer(), 0).turn(rnd, sent, {}))
 
 
+def told(m: Ravan, server: Tensors, who: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
+    """The heads that the download names."""
+    return {name: heads.tolist() for name, heads in own_heads(m.send(server, who, rnd), who).items()}
+
+
 def view(server: Tensors, m: Ravan = METHOD, who: ClientInfo = CLIENTS[0]) -> dict[str, Heads]:
     return m.view(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who)  # type: ignore[return-value]
 
@@ -46,6 +51,13 @@ def test_the_update_is_the_sum_of_the_scaled_heads():
     for name, product in products(view(server)).items():
         b, a, c = mine[f"{name}.b"], mine[f"{name}.a"], server[f"{name}.c"]
         assert_close(product, sum(b[:, 2 * i : 2 * i + 2] @ c[i] @ a[2 * i : 2 * i + 2] for i in range(4)))
+
+
+def test_a_download_names_the_same_heads_in_whatever_order_its_tensors_come():
+    for who in CLIENTS:
+        got = METHOD.send(cores(), who, ROUND)
+        turned = own_heads(dict(reversed(got.items())), who)
+        assert all(torch.equal(turned[name], heads) for name, heads in own_heads(got, who).items())
 
 
 def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
@@ -84,7 +96,7 @@ def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_train
     got = replies(server)
     merged = METHOD.merge(server, Replies(iter(got)), ROUND).server
     trained = {
-        reply.client.id: dict(zip(METHOD.send(server, reply.client, ROUND)[f"{NAME}.heads"].tolist(), c, strict=True))
+        reply.client.id: dict(zip(told(METHOD, server, reply.client)[NAME], c, strict=True))
         for reply in got
         for c in [reply.upload[f"{NAME}.c"]]
     }
@@ -100,7 +112,7 @@ def test_a_head_that_nobody_trained_keeps_its_value():
     server, weak = cores(), CLIENTS[1:2]
     merged = METHOD.merge(server, Replies(replies(server, weak)), ROUND).server
     for name in SPEC.modules:
-        own = METHOD.send(server, weak[0], ROUND)[f"{name}.heads"].tolist()
+        own = told(METHOD, server, weak[0])[name]
         same = [torch.equal(x, y) for x, y in zip(merged[f"{name}.c"], server[f"{name}.c"], strict=True)]
         assert [i for i in range(4) if not same[i]] == own and len(own) == 1
 
@@ -109,11 +121,9 @@ def test_heads_are_drawn_for_each_client_round_and_module_and_all_come_to_be_tra
     drawn = {}
     for index in range(20):
         for who in (ClientInfo("x", 1, 9), ClientInfo("y", 1, 9)):
-            for key, heads in METHOD.send(cores(), who, Round(index, 0)).items():
-                drawn[index, who.id, key] = heads.tolist() if key.endswith(".heads") else None
-    columns = [
-        [drawn[index, who, f"{name}.heads"] for index in range(20)] for who in "xy" for name in ("layer.2.q", "layer.10.v")
-    ]
+            for name, heads in told(METHOD, cores(), who, Round(index, 0)).items():
+                drawn[index, who.id, name] = heads
+    columns = [[drawn[index, who, name] for index in range(20)] for who in "xy" for name in ("layer.2.q", "layer.10.v")]
     assert all(one != other for i, one in enumerate(columns) for other in columns[:i])
     assert all({heads[0] for heads in column} == {0, 1, 2, 3} for column in columns)
 
@@ -123,9 +133,9 @@ def test_by_weight_the_heads_of_the_largest_cores_are_trained_and_equal_ones_in_
     server = {key: c * torch.tensor([0.1, 3.0, 1.0, 2.0])[:, None, None] / c.norm(dim=(1, 2), keepdim=True)
               for key, c in cores().items()}  # fmt: skip
     for rank, wanted in [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])]:
-        assert m.send(server, ClientInfo("x", rank, 9), ROUND)[f"{NAME}.heads"].tolist() == wanted
+        assert told(m, server, ClientInfo("x", rank, 9))[NAME] == wanted
     start = m.init_server(SPEC, 0)
-    first = {m.send(start, ClientInfo(str(i), 1, 9), Round(0, 0))[f"{NAME}.heads"].item() for i in range(30)}
+    first = {told(m, start, ClientInfo(str(i), 1, 9), Round(0, 0))[NAME][0] for i in range(30)}
     assert first == {0, 1, 2, 3}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pick
 from fedlora.linalg.lowrank import Heads
+from fedlora.linalg.sparse import pack_positions, unpack_positions
 from fedlora.linalg.subspace import frame
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
@@ -56,8 +57,11 @@ class Ravan:
         return drawn
 
     def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
-        """All cores, and the numbers of the heads that this client is to train."""
-        return {**server, **self._chosen(server, who, rnd)}
+        """All cores, and the positions of the heads that this client is to train among all heads of all modules."""
+        own = self._chosen(server, who, rnd)
+        order = sorted(server.items())  # a download may come in another order than it was sent
+        marks = [torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[key], True) for key, c in order]
+        return {**server, "heads": pack_positions(torch.cat(marks))}
 
     def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
         """All heads."""
@@ -66,7 +70,7 @@ class Ravan:
     def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains c and s of its heads beside the others, and uploads s c."""
         heads = _heads(mine, got)
-        own = {name: got[f"{name}.heads"] for name in heads}
+        own = own_heads(got, who)
         rest = {name: others(part, own[name]).pair() for name, part in heads.items() if len(own[name]) < len(part.s)}
         trained = yield from fit({name: chosen(part, own[name]) for name, part in heads.items()}, "cs", beside=rest or None)
         return mine, {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
@@ -79,10 +83,9 @@ class Ravan:
         for reply in replies:
             own = self._chosen(server, reply.client, rnd)
             for key, c in reply.upload.items():
-                heads = own[f"{key.removesuffix('.c')}.heads"]
-                sums[key].index_add_(0, heads, c.to(_SUM), alpha=reply.weight)
-                masses[key].index_add_(0, heads, torch.full((len(heads),), reply.weight, dtype=_SUM))
-                complete = complete and len(heads) == len(masses[key])
+                sums[key].index_add_(0, own[key], c.to(_SUM), alpha=reply.weight)
+                masses[key].index_add_(0, own[key], torch.full((len(c),), reply.weight, dtype=_SUM))
+                complete = complete and len(c) == len(masses[key])
         merged: dict[str, Tensor] = {}
         for key, before in server.items():
             mass = masses[key][:, None, None]
@@ -90,20 +93,27 @@ class Ravan:
         return Merged(merged, notes={"aggregation_error": 0.0} if complete else {})
 
     def _chosen(self, server: Tensors, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
-        """ "module.heads": the numbers of the heads that the client trains, ascending."""
+        """For each `module.c`, the numbers of the heads that the client trains, ascending."""
         found: dict[str, Tensor] = {}
         for key, c in server.items():
-            name = key.removesuffix(".c")
-            order = torch.randperm(len(c), generator=rnd.rng(f"heads {name}", who.id))
+            order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", who.id))
             if self.choose == "weight":
                 norms = c.to(_SUM).flatten(1).norm(dim=1)
                 order = order[norms[order].argsort(descending=True, stable=True)]
-            found[f"{name}.heads"] = order[: who.rank].sort().values
+            found[key] = order[: who.rank].sort().values
         return found
 
     def _columns(self, n: int, k: int, rng: torch.Generator) -> Tensor:
         """[n, k]"""
         return frame(n, k, rng) if self.init == "orthogonal" else torch.randn(n, k, generator=rng) / n**0.5
+
+
+def own_heads(got: Tensors, who: ClientInfo) -> dict[str, Tensor]:
+    """Module -> the numbers of the heads that the client was told to train, ascending."""
+    totals = {key.removesuffix(".c"): len(c) for key, c in sorted(pick(got, "c").items())}
+    count = sum(min(who.rank, total) for total in totals.values())
+    marks = torch.split(unpack_positions(got["heads"], count, sum(totals.values())), list(totals.values()))
+    return {name: own.nonzero().flatten() for name, own in zip(totals, marks, strict=True)}
 
 
 def chosen(part: Heads, heads: Tensor) -> Heads:
