@@ -157,11 +157,11 @@ def measure(side: str, work: str, files: list[str]) -> dict[str, float]:
     return found
 
 
-def table(files: list[str], repeats: int) -> str:
+def table(files: list[str], repeats: int, works: list[str]) -> str:
     """Medians; the ratio is that of each turn to the loop by hand of the same turn."""
     hand, *_ = SIDES
     lines: list[str] = []
-    for work in ("W1", "W2"):
+    for work in works:
         turns = [{side: measure(side, work, files) for side in SIDES} for _ in range(repeats)]
         lines += [
             f"| {work} | seconds a round | samples/s | times the loop by hand | peak memory | test accuracy |",
@@ -194,13 +194,14 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--works", nargs="+", choices=["W1", "W2"], default=["W1", "W2"])
     parser.add_argument("--write", type=Path, help="write the table to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     files = [given.train, given.test]
     if given.side is None:
-        text = table(files, given.repeats)
+        text = table(files, given.repeats, given.works)
         print(text)
         if given.write:
             given.write.write_text(f"# The simulator against loops by hand\n\n{text}\n", encoding="utf-8")
