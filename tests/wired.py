@@ -9,7 +9,16 @@ import torch
 
 from fedlora.rounds.checkpoint import RunFolder
 
+from tiny import tiny_bert, tiny_rows
+
 CLIENTS = ("000", "001", "002", "003")
+
+
+def furnish(home: Path) -> Path:
+    """Puts the model and the rows of `problem` there."""
+    tiny_bert(home / "bert")
+    tiny_rows(home / "rows.jsonl", 80)
+    return home
 
 
 def problem(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
-from fedlora.rounds.sample import cohort_size
+from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.inject import Adapted, Scaling, head_modules
@@ -156,11 +156,7 @@ class Problem:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
         if long := [share.client for share in division.shares if len(client_folder(share.client)) > 200]:
             raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
-        if (cohort := cohort_size(count, experiment.sampling.fraction)) < experiment.sampling.min_replies:
-            raise UserError(
-                f"sampling.min_replies = {experiment.sampling.min_replies}: only {cohort} of {count} clients are chosen "
-                "for a round; lower it, or raise sampling.fraction"
-            )
+        check_cohort(count, experiment.sampling)
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
         members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
         return cls(corpus, division, members)
@@ -216,6 +212,7 @@ class Bench:
             experiment.lora.dropout,
             experiment.lora.rank_pattern,
             head_modules(model, missing),
+            torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
         examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)
         kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))

@@ -21,8 +21,7 @@ from fedlora.rounds.flower.journal import FOLDER, NAME
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import free_port
 
-from tiny import tiny_bert, tiny_rows
-from wired import assert_same_runs, problem, rows_of
+from wired import assert_same_runs, furnish, problem, rows_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,10 +35,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny_bert(folder / "bert")
-    tiny_rows(folder / "rows.jsonl", 80)
-    return folder
+    return furnish(tmp_path_factory.mktemp("home"))
 
 
 def table(home, clients, **more):

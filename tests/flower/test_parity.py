@@ -17,8 +17,7 @@ from fedlora.rounds.flower.journal import FOLDER, NAME
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 
-from tiny import tiny_bert, tiny_rows
-from wired import CLIENTS, assert_same_runs, problem
+from wired import CLIENTS, assert_same_runs, furnish, problem
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
@@ -32,9 +31,7 @@ FEW = ("fedit", "flora", "fedsa-lora")
 def both(tmp_path_factory, request):
     """The folders of the simulated and of the served runs, one of each of these methods."""
     names = request.param
-    home = tmp_path_factory.mktemp("parity")
-    tiny_bert(home / "bert")
-    tiny_rows(home / "rows.jsonl", 80)
+    home = furnish(tmp_path_factory.mktemp("parity"))
     more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())

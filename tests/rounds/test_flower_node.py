@@ -18,16 +18,13 @@ from fedlora.rounds.flower.node import Node, Settings, fingerprint
 from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
 from fedlora.version import __version__
 
-from tiny import LABELS, tiny_bert, tiny_rows
-from wired import CLIENTS, assert_same_runs, problem, rows_of
+from tiny import LABELS, tiny_rows
+from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    tiny_bert(folder / "bert")
-    tiny_rows(folder / "rows.jsonl", 80)
-    return folder
+    return furnish(tmp_path_factory.mktemp("home"))
 
 
 def experiment(home, method="fedit", **more):

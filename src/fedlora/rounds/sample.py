@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fedlora.config import Sampling
+from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Round
 
 
@@ -21,3 +23,16 @@ def choose(clients: Sequence[ClientInfo], fraction: float, rnd: Round) -> list[C
 def cohort_size(clients: int, fraction: float) -> int:
     """How many clients a round has: at least one."""
     return max(1, round(fraction * clients))
+
+
+def check_cohort(clients: int, sampling: Sampling) -> None:
+    """Nothing, if so many clients are enough for a round.
+
+    Raises:
+        UserError: fewer are chosen than must reply.
+    """
+    if (cohort := cohort_size(clients, sampling.fraction)) < sampling.min_replies:
+        raise UserError(
+            f"sampling.min_replies = {sampling.min_replies}: only {cohort} of {clients} clients are chosen for a round; "
+            "lower it, or raise sampling.fraction"
+        )

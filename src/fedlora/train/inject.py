@@ -1,4 +1,4 @@
-"""LoRA factors into a transformer and back. Only this file knows module classes and alpha / rank."""
+"""LoRA factors into a transformer and back. Only this file knows alpha / rank; module classes only this and `layers`."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.errors import UserError
-from fedlora.linalg.combine import pad, stack
+from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import LowRank, Product, block_diagonal
+from fedlora.linalg.lowrank import LowRank, Product
+from fedlora.train.layers import LoraLayer, OwnLayer, Present
 
 
 @dataclass(frozen=True)
@@ -32,87 +32,6 @@ class Scaling:
     def of(self, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
         return self.alpha / (rank**0.5 if self.rslora else rank)
-
-
-@dataclass
-class Present:
-    """Which of the loaded clients have rows in the input; None: all of them."""
-
-    index: Tensor | None = None
-
-    def of(self, x: Tensor) -> Tensor:
-        """The part of [clients, *shape] that belongs to them."""
-        return x if self.index is None else x[self.index]
-
-
-class LoraLayer(nn.Module):
-    """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
-
-    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
-    the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
-
-    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
-    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i.
-    """
-
-    def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
-        super().__init__()
-        self.base = base
-        self.dropout = dropout
-        self.present = present or Present()
-        self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
-        self.b: nn.Parameter | None = None
-        self.a: nn.Parameter | None = None
-        self.c: nn.Parameter | None = None
-        self.s: nn.Parameter | None = None
-        self.fixed: list[LowRank] = []
-        """Frozen factors that act beside the trained ones, with a client axis or common to all."""
-
-    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """base(x) + scale * lora_B lora_A dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
-        y: Tensor = self.base(x)
-        of = self.present.of
-        for part in self.fixed:
-            y = _plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
-        if self.a is None or self.b is None:
-            return y
-        x = functional.dropout(x, self.dropout, self.training)
-        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale), self._middle())
-
-    def _middle(self) -> Tensor | None:
-        """[clients, rank, rank] of those present."""
-        if self.c is None:
-            return None
-        c = self.present.of(self.c)
-        return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
-
-
-class OwnLayer(nn.Module):
-    """A module of the task head with the clients' own parameters, [clients, *shape] in `own`. Without them, that module."""
-
-    def __init__(self, base: nn.Module, present: Present) -> None:
-        super().__init__()
-        self.base = base
-        self.present = present
-        self.own: dict[str, nn.Parameter] = {}
-
-    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """Each client's run of rows through the module with the client's parameters, in their dtype."""
-        if not self.own:
-            y: Tensor = self.base(x)
-            return y
-        own = {key: self.present.of(w) for key, w in self.own.items()}
-        first = next(iter(own.values()))
-        x = x.to(first.dtype)
-        runs = x.reshape(len(first), -1, *x.shape[1:])
-        if type(self.base) is nn.Linear and "weight" in own:
-            grouped = runs.flatten(1, -2) @ own["weight"].mT
-            bias = own["bias"][:, None] if "bias" in own else self.base.bias
-            y = grouped if bias is None else grouped + bias
-            return y.reshape(*x.shape[:-1], -1)
-        call = torch.func.functional_call
-        each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
-        return torch.cat(each)
 
 
 class Adapted:
@@ -184,7 +103,7 @@ class Adapted:
             device = _device(layer.base)
             layer.fixed = [self._folded[name]] if name in self._folded else []
             if own := [parts[name] for parts in beside if parts and name in parts]:
-                layer.fixed.append(_side_by_side(own))
+                layer.fixed.append(LowRank(b=_padded([x.b for x in own]), a=_padded([x.a for x in own])))
             layer.fixed = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.fixed]
         for own_layer in self._own.values():
             own_layer.own = {}
@@ -201,9 +120,9 @@ class Adapted:
                 scales = [self.scaling.of(part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
                 for factor in vars(part):
-                    each = [
-                        vars(p)[factor] / (scale if factor == "b" else 1) for p, scale in zip(parts, scales, strict=True)
-                    ]
+                    each = [vars(own)[factor] for own in parts]
+                    if factor == "b":
+                        each = [b / scale for b, scale in zip(each, scales, strict=True)]
                     parameter = nn.Parameter(_padded(each).to(device), requires_grad=factor in train)
                     setattr(layer, factor, parameter)
                     trained += [parameter] if factor in train else []
@@ -278,9 +197,8 @@ class Adapted:
             else:
                 layer, new = self.layers[name], dict(vars(part))
                 for factor in train & new.keys():
-                    own = getattr(layer, factor)[client][
-                        tuple(slice(size) for size in new[factor].shape)
-                    ]  # not the padding
+                    unpadded = tuple(slice(size) for size in new[factor].shape)
+                    own = getattr(layer, factor)[client][unpadded]
                     new[factor] = _copy(own * layer.scale[client] if factor == "b" else own, new[factor])
                 adapter[name] = type(part)(**new)
         return adapter
@@ -370,26 +288,6 @@ def _ends(sizes: Iterable[str]) -> str:
 
 def _within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _plus_product(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
-) -> Tensor:
-    """y + scale * (b middle a) x; with a client axis in the factors, each client's run of rows has its own."""
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    if a.ndim == 2:
-        return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
-    inner = x.reshape(len(a), -1, x.shape[-1]) @ a.mT  # [clients, rows of one client * rest, rank]
-    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
-    inner = inner if scale is None else inner * scale.to(x.dtype)
-    return torch.baddbmm(y.reshape(len(b), -1, y.shape[-1]), inner.to(y.dtype), b.mT.to(y.dtype)).view(y.shape)
-
-
-def _side_by_side(parts: Sequence[LowRank]) -> LowRank:
-    """Several clients' factors along a new first axis, at the largest rank."""
-    rank = max(part.rank for part in parts)
-    padded = [pad(part, rank) for part in parts]
-    return LowRank(b=torch.stack([part.b for part in padded]), a=torch.stack([part.a for part in padded]))
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

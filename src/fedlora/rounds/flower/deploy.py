@@ -13,7 +13,7 @@ import tomli_w
 
 from fedlora.config import Experiment
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Problem, Result, record, settled
+from fedlora.experiment import Problem, Result, read_folder, record, settled
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.journal import FOLDER, Reader
 from fedlora.rounds.flower.keys import Keys
@@ -21,12 +21,11 @@ from fedlora.rounds.flower.line import SETTING
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
 from fedlora.rounds.loop import Watcher
-from fedlora.rounds.sample import cohort_size
+from fedlora.rounds.sample import check_cohort
 
 Say = Callable[[str], None]
 _POLL = 0.2
 _STATUS_SECONDS = 15.0
-_STOP_SECONDS = 10.0
 _AGAIN_SECONDS = 5.0
 _NOT_LET_IN = "Exit Code: 305"
 
@@ -70,11 +69,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
     """
     if (count := experiment.clients.size) is None:
         raise UserError("clients.count must say for how many clients the server waits")
-    if (cohort := cohort_size(count, experiment.sampling.fraction)) < experiment.sampling.min_replies:
-        raise UserError(
-            f"sampling.min_replies = {experiment.sampling.min_replies}: only {cohort} of {count} clients are chosen for a "
-            "round; lower it, or raise sampling.fraction"
-        )
+    check_cohort(count, experiment.sampling)
     folder = RunFolder.create(path)
     try:
         record(folder, settled(experiment))
@@ -89,8 +84,6 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
-    from fedlora.experiment import read_folder
-
     members = [who.id for who in Problem.make(read_folder(path)).members]
     home, address = path.resolve() / FOLDER, Address("127.0.0.1", free_port())
     with ExitStack() as stack:

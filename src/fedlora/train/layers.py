@@ -1,0 +1,104 @@
+"""The layers that carry the clients' own factors and heads, each client's run of rows through its own."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.linalg.lowrank import LowRank, block_diagonal
+
+
+@dataclass
+class Present:
+    """Which of the loaded clients have rows in the input; None: all of them."""
+
+    index: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of [clients, *shape] that belongs to them."""
+        return x if self.index is None else x[self.index]
+
+
+class LoraLayer(nn.Module):
+    """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
+
+    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
+    the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
+
+    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
+    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i.
+    """
+
+    def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.dropout = dropout
+        self.present = present or Present()
+        self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
+        self.b: nn.Parameter | None = None
+        self.a: nn.Parameter | None = None
+        self.c: nn.Parameter | None = None
+        self.s: nn.Parameter | None = None
+        self.fixed: list[LowRank] = []
+        """Frozen factors that act beside the trained ones, with a client axis or common to all."""
+
+    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+        """base(x) + scale * lora_B lora_A dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
+        y: Tensor = self.base(x)
+        of = self.present.of
+        for part in self.fixed:
+            y = _plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
+        if self.a is None or self.b is None:
+            return y
+        x = functional.dropout(x, self.dropout, self.training)
+        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale), self._middle())
+
+    def _middle(self) -> Tensor | None:
+        """[clients, rank, rank] of those present."""
+        if self.c is None:
+            return None
+        c = self.present.of(self.c)
+        return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
+
+
+class OwnLayer(nn.Module):
+    """A module of the task head with the clients' own parameters, [clients, *shape] in `own`. Without them, that module."""
+
+    def __init__(self, base: nn.Module, present: Present) -> None:
+        super().__init__()
+        self.base = base
+        self.present = present
+        self.own: dict[str, nn.Parameter] = {}
+
+    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+        """Each client's run of rows through the module with the client's parameters, in their dtype."""
+        if not self.own:
+            y: Tensor = self.base(x)
+            return y
+        own = {key: self.present.of(w) for key, w in self.own.items()}
+        first = next(iter(own.values()))
+        x = x.to(first.dtype)
+        runs = x.reshape(len(first), -1, *x.shape[1:])
+        if type(self.base) is nn.Linear and "weight" in own:
+            grouped = runs.flatten(1, -2) @ own["weight"].mT
+            bias = own["bias"][:, None] if "bias" in own else self.base.bias
+            y = grouped if bias is None else grouped + bias
+            return y.reshape(*x.shape[:-1], -1)
+        call = torch.func.functional_call
+        each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
+        return torch.cat(each)
+
+
+def _plus_product(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
+) -> Tensor:
+    """y + scale * (b middle a) x; with a client axis in the factors, each client's run of rows has its own."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if a.ndim == 2:
+        return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
+    inner = x.reshape(len(a), -1, x.shape[-1]) @ a.mT  # [clients, rows of one client * rest, rank]
+    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
+    inner = inner if scale is None else inner * scale.to(x.dtype)
+    return torch.baddbmm(y.reshape(len(b), -1, y.shape[-1]), inner.to(y.dtype), b.mT.to(y.dtype)).view(y.shape)

@@ -1,0 +1,52 @@
+"""What a run does with its settings before the first round."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedlora.config import build
+from fedlora.errors import UserError
+from fedlora.experiment import Bench, Problem, run, settled
+
+from wired import furnish, problem
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+def experiment(home, **train):
+    table = problem(home)
+    return build({**table, "rounds": 1, "train": {**table["train"], **train}})
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
+    chosen = experiment(home, precision=precision)
+    bench = Bench.make(chosen, Problem.make(chosen))
+    assert {p.dtype for p in bench.adapted.model.parameters()} == {dtype}
+    assert {x.dtype for x in bench.adapted.spec.head.values()} == {torch.float32}
+
+
+def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_path):
+    result = run(experiment(home, precision="bf16"), tmp_path / "run")
+    assert 0 < result.rows[0]["train_loss"] < 10
+    assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()} == {torch.float32}
+    measured = json.loads((tmp_path / "run/environment.json").read_text())
+    assert measured["clients_in_a_step"] == 1 and measured["tokens_in_a_pass"] > 100
+
+
+def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):
+    run(experiment(home, precision="auto"), tmp_path / "run")
+    written = tomllib.loads((tmp_path / "run/experiment.toml").read_text())["train"]["precision"]
+    assert written == settled(experiment(home, precision="auto")).train.precision in ("fp32", "bf16")
+
+
+def test_a_round_that_chooses_too_few_is_refused_before_anything_is_read(home):
+    table = problem(home, sampling={"fraction": 0.25, "min_replies": 2})
+    with pytest.raises(UserError, match="only 1 of 4 clients are chosen"):
+        Problem.make(build(table))
