@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.messages import Asked, ClientInfo, Fit, Round, Seen
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.randomness import generator
@@ -23,6 +23,8 @@ SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},
     head={"head.weight": torch.linspace(-1, 1, 8).reshape(2, 4), "head.bias": torch.zeros(2)},
     weight=lambda name: torch.randn(SPEC.modules[name], generator=generator(0, "pretrained", name)),
+    features=6,
+    classes=3,
 )
 """Non-square modules whose names sort differently as text and as numbers, their pretrained weights, and a head."""
 
@@ -94,6 +96,14 @@ class ToyTrainer:
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 
+    def features(self, who: ClientInfo) -> Seen:
+        """Points around one of three centres, the label; `skew` times the client's own shift away from it."""
+        labels = torch.arange(who.examples) % self.spec.classes
+        centres = _drawn((self.spec.classes, self.spec.features), self.seed, "centres")
+        noise = _drawn((who.examples, self.spec.features), self.seed, "noise")
+        shift = _drawn((self.spec.classes, self.spec.features), self.seed, "shift", who.id)
+        return Seen((centres + self.skew * shift)[labels] + 0.1 * noise, labels, self.spec.classes)
+
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Minus the distance as `accuracy`, so that higher is better."""
         return [Score(who.examples, {"accuracy": -float(self.loss(adapter, who.id))}) for who, adapter in asked]
@@ -128,6 +138,10 @@ class Recorder:
             self.last[one.who.id] = trained
             self.weights[one.who.id] = self.inner.weights(trained)
         return answers
+
+    def features(self, who: ClientInfo) -> Seen:
+        """The toy's."""
+        return self.inner.features(who)
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """The toy's."""

@@ -32,6 +32,7 @@ class AdapterSpec:
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
     of single modules, whatever the rank of the client. `weight` reads a module's pretrained weight, fp32 [out, in].
+    `features` is the width of the last layer, `classes` the number of labels.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -39,6 +40,8 @@ class AdapterSpec:
     dtype: torch.dtype = torch.float32
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     weight: Callable[[str], Tensor] | None = None
+    features: int = 0
+    classes: int = 0
 
     def rank(self, module: str, rank: int) -> int:
         """The rank of `module` for a client of rank `rank`."""

@@ -99,6 +99,7 @@ class MethodChoice(BaseModel):
                 raise ValueError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from error
         if self.rank < 1:
             raise ValueError(f"rank = {self.rank}: a rank is at least 1")
+        self.make()  # which may refuse values too
         return self
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Tensors, pack
@@ -148,6 +149,20 @@ class Fit:
             name: replace(part, **{f: moved[f"{name}.{f}"] for f in vars(part) if f"{name}.{f}" in moved})  # type: ignore[arg-type]
             for name, part in trained.items()
         }
+
+
+@dataclass(frozen=True)
+class Features:
+    """A request for the client's own training examples as the base model sees them without any adapter: `Seen`."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A client's training examples: what the last layer makes of each, its label's number, and how many labels exist."""
+
+    features: Float[Tensor, "examples width"]
+    labels: Int[Tensor, " examples"]
+    classes: int
 
 
 @dataclass(frozen=True)

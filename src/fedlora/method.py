@@ -7,14 +7,14 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Merged, Replies, Round
+from fedlora.messages import ClientInfo, Features, Fit, Merged, Replies, Round, Seen
 
 T = TypeVar("T")
 S = TypeVar("S")
 C = TypeVar("C")
 
-Local = Generator[Fit, Adapter, T]
-"""A computation on a client that asks for training and in the end returns a T."""
+Local = Generator[Fit | Features, Any, T]
+"""A computation on a client that asks for training, or for features, and in the end returns a T."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Method(Protocol[S, C]):
         """On the client: the adapter that `who` would use now. The only way to evaluate."""
 
     def work(self, mine: C, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
-        """On the client: one round's work; asks for training with `fit` and returns the next state and the upload."""
+        """On the client: one round's work; asks with `fit` and `features`, and returns the next state and the upload."""
 
     def merge(self, server: S, replies: Replies, rnd: Round) -> Merged[S]:
         """On the server: the next state from the accepted replies."""
@@ -78,4 +78,11 @@ def fit(
 
     See `Fit` for the arguments.
     """
-    return (yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates))
+    trained: Adapter = yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates)
+    return trained
+
+
+def features() -> Local[Seen]:
+    """Asks for the client's own training examples as features of the base model: `seen = yield from features()`."""
+    seen: Seen = yield Features()
+    return seen

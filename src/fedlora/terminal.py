@@ -89,6 +89,7 @@ def methods(rows: Iterable[Row]) -> Table:
             f"unequal ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; head: {row.head}; "
             f"needs single uploads: {_yes(row.singles)}",
             f"floats per layer and round up: {', then '.join(row.up)}" + (", and their positions" if row.picked_up else ""),
+            *([f"floats once, on top: {row.once[0]}"] if row.once[0] != "0" else []),
             f"floats per layer and round down: {', then '.join(row.down)}"
             + (", and their positions" if row.picked_down else ""),
             f"settings: {settings}",

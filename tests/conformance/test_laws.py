@@ -139,10 +139,14 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head == "averaged" else 0
     settings = {key: x for key, x in {**row.settings(), **row.preset}.items() if isinstance(x, int | float)}
     everybody = {"K": len(clients), "R": sum(who.rank for who in clients), **settings, "rank": toy_method(row).rank}
+    everybody |= {"features": game.trainer.spec.features, "classes": game.trainer.spec.classes}
 
     def floats(formula: str, who: ClientInfo) -> int:
         shapes = game.trainer.spec.modules.values()
         return math.floor(sum(evaluate(formula, r=who.rank, out=out, in_=in_, **everybody) for out, in_ in shapes))
+
+    def once(r: int) -> list[int]:
+        return [int(evaluate(formula, **everybody)) if r == 0 else 0 for formula in row.once]
 
     def positions(picked: tuple[str, str] | None) -> set[int]:
         return {position_bytes(floats(picked[0], who), floats(picked[1], who)) if picked else 0 for who in clients}
@@ -150,9 +154,10 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     for r in range(ROUNDS):
         fold = row.fold if r - 1 in game.progress.folds.rounds else "0"
         up, down = row.up[r % len(row.up)], row.down[r % len(row.down)]
-        assert game.exchange.floats_up[r] == {floats(up, who) + head for who in clients}
+        first_floats, first_bytes = once(r)
+        assert game.exchange.floats_up[r] == {floats(up, who) + first_floats + head for who in clients}
         assert game.exchange.floats_down[r] == {floats(down, who) + floats(fold, who) + head for who in clients}
-        assert game.exchange.bytes_up[r] == positions(row.picked_up)
+        assert game.exchange.bytes_up[r] == {size + first_bytes for size in positions(row.picked_up)}
         assert game.exchange.bytes_down[r] == positions(row.picked_down)
     assert (row.fold != "0") == bool(game.progress.folds.rounds)
 

@@ -1,22 +1,31 @@
 """The exact laws of CE-LoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fedlora.config import build
+from fedlora.errors import UserError
+from fedlora.linalg.mixture import Mixtures
 from fedlora.linalg.subspace import frame
-from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.linalg.transport import mixtures_apart
+from fedlora.messages import Asked, ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.ce_lora import CELoRA, Cores
+from fedlora.methods.wrap.head import HeadRule
+from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.gate import Gate
 from fedlora.rounds.simulate import Simulation
 
-from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 CLIENTS = toy_clients(3, 4)
-METHOD = CELoRA(rank=4, std=0.5)  # large enough for plain gradient descent to learn
+METHOD = CELoRA(rank=4, std=0.5, data_weight=0.0)  # a std large enough for plain gradient descent to learn
+BOTH = replace(METHOD, data_weight=0.3)
 KEYS = {f"{name}.c" for name in SPEC.modules}
 ROUND = Round(1, 0)
 
@@ -25,8 +34,8 @@ ROUND = Round(1, 0)
 class Alone(CELoRA):
     """S = I."""
 
-    def _shares(self, cores: Mapping[str, Tensor], one: int) -> Tensor:
-        return torch.eye(len(next(iter(cores.values()))), dtype=torch.float64)[one]
+    def _shares(self, server: Cores, ids: Sequence[str], one: str) -> Tensor:
+        return torch.eye(len(ids), dtype=torch.float64)[ids.index(one)]
 
 
 def play(m: CELoRA, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[Cores, MemoryStates]:
@@ -51,6 +60,20 @@ def known(*cores: Tensor, m: CELoRA = METHOD) -> Cores:
     return replace(m.init_server(SPEC, 0), last={str(i): dict.fromkeys(KEYS, c) for i, c in enumerate(cores)})
 
 
+def points(*places: float, cores: Sequence[Tensor] = ()) -> Cores:
+    """A server whose clients "0", "1", ... each have two examples at a place of their own: d is the squared distance."""
+    told = {
+        str(i): {"counts": torch.tensor([2]), "weights": torch.ones(2) / 2}
+        | {"means": torch.full((2, 1), place), "variances": torch.ones(2, 1)}
+        for i, place in enumerate(places)
+    }
+    replies = [
+        Reply(client(who), ROUND, {**dict.fromkeys(KEYS, core), **{f"data/{key}": x for key, x in data.items()}}, 1.0)
+        for core, (who, data) in zip(cores or [drawn(i) for i in range(len(places))], told.items(), strict=True)
+    ]
+    return BOTH.merge(BOTH.init_server(SPEC, 0), Replies(replies), ROUND).server
+
+
 def drawn(seed: int) -> Tensor:
     return torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -62,8 +85,15 @@ def client(name: str) -> ClientInfo:
 def shares(m: CELoRA, server: Cores) -> Tensor:
     """S, row by row."""
     ids = sorted(server.last)
-    cores = {key: torch.stack([server.last[one][key] for one in ids]) for key in KEYS}
-    return torch.stack([m._shares(cores, i) for i in range(len(ids))])
+    return torch.stack([m._shares(server, ids, one) for one in ids])
+
+
+def told(trainer: Any = None, m: CELoRA = BOTH) -> tuple[Reply, Any]:
+    """What a client uploads the first time, and what it was sent."""
+    who, rnd = CLIENTS[0], Round(0, 0)
+    got = m.send(m.init_server(SPEC, 0), who, rnd)
+    done = turns(m, trainer or Recorder(), [Begun(who, m.init_client(SPEC, who, 0), got)], rnd)[0]
+    return Reply(who, rnd, done.upload, float(who.examples)), got
 
 
 def test_only_the_core_travels_both_ways():
@@ -120,8 +150,8 @@ def test_cores_that_are_all_alike_come_back_as_their_plain_mean():
 @pytest.mark.parametrize("normaliser", ["l1", "softmax"])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_rows_of_the_mixture_sum_to_one(normaliser, include_self):
-    m = replace(METHOD, normaliser=normaliser, include_self=include_self)
-    s = shares(m, known(*(drawn(i) for i in range(5)), m=m))
+    m = replace(BOTH, normaliser=normaliser, include_self=include_self)
+    s = shares(m, points(0.0, 1.0, 3.0, 4.0, 9.0))
     assert_close(s.sum(1), torch.ones(5, dtype=torch.float64))
     assert ((s.diagonal() > 0).all() if include_self else (s.diagonal() == 0).all()) and (s >= 0).all()
     off_diagonal = s[~torch.eye(5, dtype=torch.bool)]
@@ -172,3 +202,118 @@ def test_clients_draw_the_same_a_if_it_is_shared(shared):
 def test_the_server_holds_one_core_for_each_client():
     server, _ = play(METHOD, 2)
     assert sorted(server.last) == ["0", "1", "2"] and all(cores.keys() == KEYS for cores in server.last.values())
+
+
+def test_mixtures_travel_once_and_after_that_exactly_the_cores():
+    server, states = play(BOTH, 1)
+    assert {who: one.means.shape for who, one in server.data.items()} == dict.fromkeys("012", (9, SPEC.features))
+    for reply in replies(BOTH, server, 1, states):
+        assert {key: tuple(x.shape) for key, x in reply.upload.items()} == dict.fromkeys(KEYS, (4, 4))
+        assert BOTH.send(server, reply.client, ROUND).keys() == KEYS
+    assert BOTH.send(server, client("new"), ROUND).keys() > KEYS
+
+
+def test_without_a_part_for_the_data_nobody_is_asked():
+    reply, got = told(m=METHOD)
+    assert reply.upload.keys() == KEYS == got.keys()
+
+
+def test_a_client_that_was_not_accepted_is_asked_again():
+    server = BOTH.init_server(SPEC, 0)
+    nothing = Reply(CLIENTS[0], ROUND, told()[0].upload, 0.0)
+    assert BOTH.send(BOTH.merge(server, Replies([nothing]), ROUND).server, CLIENTS[0], ROUND).keys() > KEYS
+
+
+def test_asking_for_features_is_no_training():
+    class Listening(Recorder):
+        def fit(self, some: Sequence[Asked], rnd: Round) -> Any:
+            steps.extend(one.step for one in some)
+            return super().fit(some, rnd)
+
+    steps: list[int] = []
+    told(Listening())
+    assert steps == [0]
+
+
+@pytest.mark.parametrize("tau", [None, 5.0])
+def test_the_mixture_is_lambda_of_the_data_and_the_rest_of_the_cores(tau):
+    m, server = replace(BOTH, tau=tau), points(0.0, 1.0, 3.0)
+    d = torch.tensor([[0.0, 1, 9], [1, 0, 4], [9, 4, 0]], dtype=torch.float64)
+    alike = torch.stack([shares_of_cores(server, i) for i in range(3)])
+    s = 0.3 * torch.exp(-d / (tau or 4.0)) + 0.7 * alike
+    assert_close(shares(m, server), s / s.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+def shares_of_cores(server: Cores, one: int) -> Tensor:
+    """The likeness of cores before it is divided by the sum of the row, of which the client's own is 1."""
+    row = METHOD._shares(server, ["0", "1", "2"], str(one))
+    return row / row[one]
+
+
+def test_where_data_are_far_apart_everyone_gets_its_own_core():
+    m, cores = replace(BOTH, data_weight=1.0, tau=1e-3), [drawn(i) for i in range(3)]
+    server = points(0.0, 10.0, 30.0, cores=cores)
+    for i, core in enumerate(cores):
+        assert_close(m.send(server, client(str(i)), ROUND), dict.fromkeys(KEYS, core) | {}, rtol=0, atol=0)
+
+
+def test_where_data_are_the_same_everyone_gets_the_plain_mean():
+    m, cores = replace(BOTH, data_weight=1.0), [drawn(i) for i in range(3)]
+    server = points(2.0, 2.0, 2.0, cores=cores)
+    for i in range(3):
+        assert_close(m.send(server, client(str(i)), ROUND), dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_client_without_mixtures_is_like_nobody():
+    empty = Mixtures(torch.tensor([1]), torch.zeros(0), torch.zeros(0, 1), torch.zeros(0, 1))
+    m, server = replace(BOTH, data_weight=1.0), points(0.0, 1.0)
+    reply = Reply(
+        client("2"), ROUND, {**dict.fromkeys(KEYS, drawn(2)), **{f"data/{k}": x for k, x in vars(empty).items()}}, 1.0
+    )
+    s = shares(m, m.merge(server, Replies([reply]), ROUND).server)
+    assert s[2].tolist() == [0, 0, 1] and s[0, 2] == 0 and s[0, 1] > 0.1
+
+
+def test_distances_are_those_of_the_mixtures_in_whatever_order_clients_come():
+    uploads = {
+        who.id: reply
+        for who in CLIENTS
+        for reply in [replies(BOTH, BOTH.init_server(SPEC, 0), 0, MemoryStates(), [who])[0]]
+    }
+    found = []
+    for order in ("012", "201"):
+        server = BOTH.init_server(SPEC, 0)
+        for who in order:
+            server = BOTH.merge(server, Replies([uploads[who]]), ROUND).server
+        places = torch.tensor([list(server.data).index(who) for who in "012"])
+        found.append(server.apart[places][:, places])
+    assert torch.equal(*found) and torch.equal(found[0], found[0].T) and not found[0].diagonal().any()
+    assert found[0][0, 2] == mixtures_apart(server.data["0"], server.data["2"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("key", "bend", "reason"),
+    [
+        ("counts", lambda x: x + 1, "add up to its 10"),
+        ("counts", lambda x: torch.tensor([12, -1, -1]), "add up to its 10"),
+        ("counts", lambda x: x[:2], "shape"),
+        ("means", lambda x: x[1:], "shape"),
+        ("means", lambda x: x[:, 1:], "shape"),
+        ("means", lambda x: x * torch.nan, "NaN"),
+        ("weights", lambda x: x * 2, "add up to 1"),
+        ("weights", lambda x: x - 2 * x.roll(1), "add up to 1"),
+        ("variances", lambda x: -x, "negative variances"),
+    ],
+)
+def test_mixtures_that_are_none_are_refused(key, bend, reason):
+    reply, got = told(m=HeadRule(BOTH, "local"))
+    gate = Gate(HeadRule(BOTH, "local"), SPEC, reply.round, {reply.client: got})
+    bent = {**reply.upload, f"data/{key}": bend(reply.upload[f"data/{key}"])}
+    assert reason in (gate.refusal(replace(reply, upload=bent)) or "")
+    assert gate.refusal(reply) is None
+
+
+@pytest.mark.parametrize("setting", ["data_weight=1.5", "tau=0.0"])
+def test_settings_out_of_range_are_refused_before_anything_starts(setting):
+    with pytest.raises(UserError, match=setting.partition("=")[0]):
+        build({"method": {"name": "ce-lora"}}, [f"method.{setting}"])

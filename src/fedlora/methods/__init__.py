@@ -41,6 +41,10 @@ class Row:
     for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
     the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
 
+    `once` are the floats, and the bytes of whole numbers, that a client uploads on top of `up` when it takes part for the
+    first time, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
+    number of labels. It is for clients who have all labels.
+
     `exceptions` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
     the reason.
     """
@@ -57,6 +61,7 @@ class Row:
     mixed_ranks: bool = False
     singles: bool = False
     fold: str = "0"
+    once: tuple[str, str] = ("0", "0")
     picked_up: tuple[str, str] | None = None
     picked_down: tuple[str, str] | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
@@ -341,10 +346,11 @@ _ROWS = (
         name="ce-lora",
         make=CELoRA,
         paper="Li et al. 2025, arXiv:2503.23869",
-        summary="trains b c a, keeps b and a personal, mixes the small cores for each client by their likeness",
+        summary="trains b c a, keeps b and a personal, mixes the small cores for each client by data and core likeness",
         exact="cores only: there is no global model",
         up=("r * r",),
         down=("r * r",),
+        once=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,
         singles=True,

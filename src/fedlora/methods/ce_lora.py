@@ -1,6 +1,6 @@
 """CE-LoRA: personal factors around a small core, of which each client gets its own mixture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -9,18 +9,28 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.lowrank import Tri
+from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, flaw
 from fedlora.linalg.subspace import likeness
+from fedlora.linalg.transport import mixtures_apart
 from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.method import Local, features, fit
 from fedlora.randomness import generator
+
+_DATA = "data/"
+_ASKED = f"{_DATA}asked"
 
 
 @dataclass(frozen=True)
 class Cores:
-    """The core that all start from, and the last one that each client has sent."""
+    """The core that all start from, the last one that each client has sent, and what each has told of its data.
+
+    `apart` [clients, clients] are the distances of their data, in the order of `data`.
+    """
 
     start: Tensors
     last: Mapping[str, Tensors] = field(default_factory=dict)
+    data: Mapping[str, Mixtures] = field(default_factory=dict)
+    apart: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -28,20 +38,25 @@ class CELoRA:
     """The update is b c a. A client trains all three, keeps b and a, and sends c: rank^2 floats for each module, and back.
 
     Client i gets back sum_j S_ij c_j over all clients that have ever sent a core, each with its last one: who is absent
-    stays in the mixture. S_ij is the mean over modules of the linear centred kernel alignment of c_i and c_j, in [0, 1],
-    divided by the sum of the row (`normaliser` "l1"), or its softmax. Without `include_self` a client gets nothing of its
-    own core, unless it is the only one. The numbers of examples do not count. A client that has never sent a core gets the
-    plain mean. Mixing costs O(clients^2 rank^3) for each module and round.
+    stays in the mixture. S is `data_weight` (the paper's lambda) times the likeness of the data plus 1 - `data_weight`
+    times that of the cores, each row divided by its sum (`normaliser` "l1"), or its softmax. Without `include_self` a
+    client gets nothing of its own core, unless it is the only one. The numbers of examples do not count. A client that has
+    never sent a core gets the plain mean. Mixing costs O(clients^2 rank^3) for each module and round.
+
+    The likeness of cores is the mean over modules of their linear centred kernel alignment, in [0, 1]. The likeness of data
+    is exp(-d_ij / `tau`), `tau` by default the median of d over all pairs of clients. The first time that a client sends a
+    core it sends Gaussian mixtures too, for each label those of its examples' features in the base model, unless
+    `data_weight` is 0; d is the cost of optimal transport between labels, at that between Gaussians
+    (`linalg/transport.py`), and found once for each pair of clients. The mixtures tell much more of a client's examples
+    than its cores do: of a label with three examples or fewer they are the features themselves. `sampling.max_norm` counts
+    them.
 
     b starts at 0, c at the identity and a with normal entries of deviation `std`: the released code's 1e-3, with which
     training starts slowly and depends on an optimiser that normalises its steps. Cores mean something to each other only as
     long as the clients' b and a stay close; hence `shared_a`: all draw the same a.
 
-    The paper mixes by the likeness of the clients' data too: class-conditional Gaussian mixtures of features, compared by
-    optimal transport. That part is not here, as a method cannot ask for features: S is that of the cores alone, which the
-    paper's mixture would be with lambda 0. The server's part is missing in the released code, and the paper's text was not
-    available: the form of S and absent and new clients are this package's. The code also trains layer norms, which have no
-    place in an adapter.
+    The server's part is missing in the released code, and the paper's text was not available: the forms of d and S, the
+    defaults of their settings, and absent and new clients are this package's.
 
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
@@ -49,8 +64,16 @@ class CELoRA:
     rank: int = 8
     std: float = 1e-3
     shared_a: bool = True
+    data_weight: float = 0.5
+    tau: float | None = None
     include_self: bool = True
     normaliser: Literal["l1", "softmax"] = "l1"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.data_weight <= 1:
+            raise ValueError(f"data_weight = {self.data_weight}: expected a number from 0 to 1")
+        if self.tau is not None and self.tau <= 0:
+            raise ValueError(f"tau = {self.tau}: expected a number above 0")
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
         """The identity, and nobody's core."""
@@ -66,43 +89,100 @@ class CELoRA:
         return drawn
 
     def send(self, server: Cores, who: ClientInfo, rnd: Round) -> Tensors:
-        """The client's own mixture of cores."""
+        """The client's own mixture of cores; beside it an empty tensor that asks for its data's mixtures, if unknown."""
+        ask = {_ASKED: torch.zeros(0, dtype=torch.uint8)} if self.data_weight and who.id not in server.data else {}
         if not server.last:
-            return server.start
+            return {**server.start, **ask}
         ids = sorted(server.last)
-        stacked = {key: torch.stack([server.last[one][key] for one in ids]) for key in server.start}
-        shares = self._shares(stacked, ids.index(who.id)) if who.id in server.last else _even(len(ids))
-        return {key: mixed(cores, shares) for key, cores in stacked.items()}
+        shares = self._shares(server, ids, who.id) if who.id in server.last else _even(len(ids))
+        return {**{key: mixed([server.last[one][key] for one in ids], shares) for key in server.start}, **ask}
 
     def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
         """Its own b and a around the mixture."""
-        return unpack({**mine, **got}, Tri)
+        return unpack({**mine, **_split(got)[0]}, Tri)
 
     def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
-        """Trains all three factors; keeps b and a, uploads c."""
+        """Trains all three factors; keeps b and a, uploads c, and mixtures if it is asked for them."""
+        data: Tensors = {}
+        if _ASKED in got:
+            seen = yield from features()
+            points, seed = seen.features.to(next(iter(mine.values())).dtype), rnd.rng("mixtures", who.id).initial_seed()
+            data = {_DATA + key: x for key, x in vars(fit_mixtures(points, seen.labels, seen.classes, seed)).items()}
         trained = pack((yield from fit(self.view(mine, got, who), "bca")))
-        return pick(trained, "ba"), pick(trained, "c")
+        return pick(trained, "ba"), {**pick(trained, "c"), **data}
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """With as many components as there must be for so many examples of each label."""
+        (cores, expected), (_, came) = _split(like), _split(upload)
+        if not expected or came["counts"].shape != expected["counts"].shape:
+            return like
+        counts = came["counts"]
+        if bool((counts < 0).any()) or int(counts.sum()) != who.examples:
+            raise ValueError(f"examples of each label that do not add up to its {who.examples}")
+        total = int(components(counts).sum())
+        shapes = {key: x if key == "counts" else x.new_empty(total, *x.shape[1:]) for key, x in expected.items()}
+        if all(came[key].shape == x.shape for key, x in shapes.items()) and (reason := flaw(Mixtures(**came))):
+            raise ValueError(reason)
+        return {**cores, **{_DATA + key: x for key, x in shapes.items()}}
 
     def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
-        """Keeps the cores that came; they are mixed when they are sent."""
-        came = {reply.client.id: reply.upload for reply in replies if reply.weight > 0}
-        return Merged(replace(server, last={**server.last, **came}))
+        """Keeps the cores and mixtures that came; cores are mixed when they are sent."""
+        came = {reply.client.id: _split(reply.upload) for reply in replies if reply.weight > 0}
+        last = {**server.last, **{who: cores for who, (cores, _) in came.items()}}
+        if not (new := {who: Mixtures(**data) for who, (_, data) in came.items() if data}):
+            return Merged(replace(server, last=last))
+        data = {**server.data, **new}
+        return Merged(replace(server, last=last, data=data, apart=_distances(data, server.apart)))
 
-    def _shares(self, cores: Mapping[str, Tensor], one: int) -> Tensor:
-        """Row `one` of S [clients], which sums to 1."""
-        alike = torch.stack([likeness(c[one].expand_as(c), c) for c in cores.values()]).mean(0)
-        others = torch.arange(len(alike)) != one
-        if not self.include_self and bool(others.any()):
+    def _shares(self, server: Cores, ids: Sequence[str], one: str) -> Tensor:
+        """The row of S [clients] that belongs to client `one`, in the order of `ids`; it sums to 1."""
+        alike = (1 - self.data_weight) * _cores_alike([server.last[who] for who in ids], ids.index(one))
+        if self.data_weight:
+            place = {who: i for i, who in enumerate(server.data)}
+            alike = alike + self.data_weight * self._data_alike(server.apart, place[one])[[place[who] for who in ids]]
+        others = torch.tensor([who != one for who in ids])
+        if not self.include_self and len(ids) > 1:
             alike = torch.where(others, alike, -torch.inf if self.normaliser == "softmax" else 0.0)
         if self.normaliser == "softmax":
             return alike.softmax(0)
         total = alike.sum()
-        return alike / total if total > 0 else _even(len(alike))
+        return alike / total if total > 0 else _even(len(ids))
+
+    def _data_alike(self, apart: Tensor, one: int) -> Tensor:
+        """exp(-d / tau) for the row of d [clients] of client `one`; 1 where d is 0, even if the median is."""
+        pairs = apart[~torch.eye(len(apart), dtype=torch.bool)]
+        pairs = pairs[pairs.isfinite()]
+        tau = self.tau or (float(pairs.median()) if len(pairs) else 1.0)
+        return torch.where(apart[one] > 0, torch.exp(-apart[one] / tau), 1.0)
 
 
-def mixed(cores: Tensor, shares: Tensor) -> Tensor:
+def mixed(cores: Sequence[Tensor], shares: Tensor) -> Tensor:
     """sum_j shares_j cores_j [rank, rank], summed in fp64."""
-    return torch.einsum("k,kij->ij", shares, cores.to(shares.dtype)).to(cores.dtype)
+    return torch.einsum("k,kij->ij", shares, torch.stack([c.to(shares.dtype) for c in cores])).to(cores[0].dtype)
+
+
+def _cores_alike(cores: Sequence[Tensors], one: int) -> Tensor:
+    """How like core number `one` each is [clients], in [0, 1]."""
+    stacked = [torch.stack([core[key] for core in cores]) for key in cores[0]]
+    return torch.stack([likeness(c[one].expand_as(c), c) for c in stacked]).mean(0)
+
+
+def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
+    """[clients, clients], of which the first ones are known."""
+    apart = known.new_zeros(len(data), len(data))
+    apart[: len(known), : len(known)] = known
+    ids = list(data)
+    for j in range(len(known), len(ids)):
+        for i in range(j):
+            one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on who came first
+            apart[i, j] = apart[j, i] = mixtures_apart(data[one], data[other])
+    return apart
+
+
+def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The cores, and what is about data, under its own names."""
+    data = {key.removeprefix(_DATA): x for key, x in tensors.items() if key.startswith(_DATA)}
+    return {key: x for key, x in tensors.items() if not key.startswith(_DATA)}, data
 
 
 def _even(clients: int) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round
-from fedlora.method import AnyMethod
+from fedlora.messages import Asked, ClientInfo, Features, Fit, Round, Seen
+from fedlora.method import AnyMethod, Local
 from fedlora.train.evaluate import Score
 
 
@@ -21,6 +21,9 @@ class Trainer(Protocol):
 
     def fit(self, asked: Sequence[Asked], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
+
+    def features(self, who: ClientInfo) -> Seen:
+        """The client's training examples as the base sees them without any adapter."""
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the frozen base for good."""
@@ -48,7 +51,8 @@ class Turn:
 
 
 def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn]:
-    """Runs the method's work of all these clients to its end, in step: what they ask for at a time is answered at once."""
+    """Runs the method's work of all these clients to its end, in step: trainings that they ask for at a time are answered
+    at once, and questions for features each by itself."""
     jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
     done: dict[int, Turn] = {}
     answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
@@ -57,10 +61,18 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Roun
         asked: dict[int, Asked] = {}
         for i, (adapter, notes) in answers.items():
             try:
-                asked[i] = Asked(jobs[i].send(adapter), begun[i].who, step)  # type: ignore[arg-type]
+                asked[i] = Asked(_next_fit(jobs[i], adapter, begun[i].who, trainer), begun[i].who, step)
             except StopIteration as end:
                 mine, upload = end.value
                 done[i] = Turn(mine, upload, notes)
         answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         step += 1
     return [done[i] for i in range(len(begun))]
+
+
+def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, who: ClientInfo, trainer: Trainer) -> Fit:
+    """The next training that the job asks for, given the answer to the last."""
+    request = job.send(answer)
+    while isinstance(request, Features):
+        request = job.send(trainer.features(who))
+    return request

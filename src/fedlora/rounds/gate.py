@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
-from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.messages import ClientInfo, Fit, Reply, Round, Seen
 from fedlora.method import AnyMethod, Chooses
 
 
@@ -90,12 +90,16 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
 
 
 def _layout(method: AnyMethod, spec: AdapterSpec, who: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
-    """An upload of the right names, shapes and dtypes: the method's own work, with a trainer that changes nothing."""
+    """An upload of the right names, shapes and dtypes: the method's own work, with a trainer that changes nothing.
+
+    A client's features are not known here: it is played as one without examples.
+    """
     job = method.work(method.init_client(spec, who, rnd.seed), sent, who, rnd)
+    nobody = Seen(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
     try:
         request = next(job)
         while True:
-            request = job.send(request.start)
+            request = job.send(request.start if isinstance(request, Fit) else nobody)
     except StopIteration as done:
         upload: Tensors = done.value[1]
         return upload

@@ -78,11 +78,14 @@ class Adapted:
             parent, _, last = name.rpartition(".")
             self._own[name] = OwnLayer(model.get_submodule(name), self.present)
             setattr(model.get_submodule(parent), last, self._own[name])
+        config = getattr(model, "config", None)
         self.spec = AdapterSpec(
             modules={name: sizes[name] for name in names},
             head=head_parameters,
             rank_pattern=pattern,
             weight=self._weight,
+            features=getattr(config, "hidden_size", 0),
+            classes=getattr(config, "num_labels", 0),
         )
 
     def load(

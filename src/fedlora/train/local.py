@@ -8,10 +8,11 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round
+from fedlora.messages import Asked, ClientInfo, Round, Seen
 from fedlora.randomness import derive
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import Score, score
+from fedlora.train.features import features
 from fedlora.train.inject import Adapted
 from fedlora.train.tasks import Encoded, Task
 
@@ -43,6 +44,12 @@ class LocalTrainer:
             results = train_together(self.adapted, self.task, self.examples, some, self.settings, self.tokens)
             found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
         return [found[i] for i in range(len(asked))]
+
+    def features(self, who: ClientInfo) -> Seen:
+        """The client's training examples as the base sees them without any adapter."""
+        rows = self.rows[who.id]
+        seen = features(self.adapted, self.task, self.examples, rows, self.judge_batch)
+        return Seen(seen, self.examples.targets[rows], self.adapted.spec.classes)
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the resident base for good."""

@@ -63,6 +63,9 @@ class Task(Protocol):
     def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Each metric of each example of a batch [rows]; a score is their mean."""
 
+    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the last layer makes of each example of a batch [rows, width]."""
+
 
 class Classification:
     """A label for a text or a pair of texts."""
@@ -116,6 +119,14 @@ class Classification:
             "accuracy": (logits.argmax(-1) == targets).float(),
             "loss": functional.cross_entropy(logits, targets, reduction="none"),
         }
+
+    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The last layer where the head reads it: at the first token, [CLS], or at the last of models that look back."""
+        backbone: Any = model.base_model
+        hidden: Tensor = backbone(**inputs).last_hidden_state  # [rows, longest, width]
+        looks_back = hasattr(model, "score")  # so transformers calls the heads of these models
+        at = inputs["attention_mask"].sum(1) - 1 if looks_back else 0
+        return hidden[torch.arange(len(hidden), device=hidden.device), at].float()
 
 
 def locate(source: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
+from fedlora.messages import ClientInfo, Features, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import AnyMethod, Chooses, Local
 from fedlora.methods import Head
 
@@ -59,19 +59,22 @@ class HeadRule:
         """The wrapped method's work; each training it asks for trains the head too, unless that is frozen."""
         received, rest = _split(got)
         head: Tensors = {**mine.head, **received}
-        job = self.inner.work(mine.inner, rest, who, rnd)
-        request = next(job)
+        job, answer = self.inner.work(mine.inner, rest, who, rnd), None
         while True:
-            train = request.train if self.rule == "frozen" else request.train | {"w"}
-            trained = yield replace(request, start={**request.start, **_parts(head)}, train=train)
-            head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
             try:
-                request = job.send({name: part for name, part in trained.items() if name not in head})
+                request = job.send(answer)
             except StopIteration as done:
                 inner, upload = done.value
                 if self.rule == "averaged":
                     return WithHead(inner, {}), {**upload, **_marked(head)}
                 return WithHead(inner, head), upload
+            if isinstance(request, Features):
+                answer = yield request
+                continue
+            train = request.train if self.rule == "frozen" else request.train | {"w"}
+            trained = yield replace(request, start={**request.start, **_parts(head)}, train=train)
+            head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
+            answer = {name: part for name, part in trained.items() if name not in head}
 
     def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
         """What the wrapped method expects, if it lets clients choose, beside the head."""

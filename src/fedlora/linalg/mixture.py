@@ -1,0 +1,65 @@
+"""Gaussian mixtures of labelled points: a few numbers in place of many points."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+COMPONENTS = 3
+"""A group's mixture has so many, or as many as the group has points."""
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Diagonal Gaussian mixtures, one for each group of two points or more.
+
+    `counts` are the points of all groups; the others hold `components(counts)` rows for each group, one after the other.
+    """
+
+    counts: Int[Tensor, " groups"]
+    weights: Float[Tensor, " components"]
+    means: Float[Tensor, "components width"]
+    variances: Float[Tensor, "components width"]
+
+
+def components(counts: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
+    """How many components the mixtures of groups of so many points have.
+
+    >>> components(torch.tensor([0, 1, 2, 50])).tolist()
+    [0, 0, 2, 3]
+    """
+    return counts.clamp(max=COMPONENTS).where(counts > 1, 0)
+
+
+def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " points"], count: int, seed: int) -> Mixtures:
+    """The mixtures that expectation maximisation finds from a k-means start, for groups 0, ..., `count` - 1.
+
+    Settings as in the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, 200 steps at most.
+    Of a group of three points or fewer each is a mean: who has the mixture has the points.
+    """
+    from sklearn.exceptions import ConvergenceWarning  # takes a second to import
+    from sklearn.mixture import GaussianMixture
+
+    counts = torch.bincount(groups, minlength=count)
+    weights, means, variances = [points.new_zeros(0)], [points[:0]], [points[:0]]
+    for group, size in enumerate(components(counts).tolist()):
+        if size:
+            model = GaussianMixture(size, covariance_type="diag", reg_covar=1e-5, max_iter=200, random_state=seed % 2**32)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # equal points, or 200 steps: as good as it gets
+                model.fit(points[groups == group].double().numpy())
+            weights.append(torch.from_numpy(model.weights_).to(points.dtype))
+            means.append(torch.from_numpy(model.means_).to(points.dtype))
+            variances.append(torch.from_numpy(model.covariances_).to(points.dtype))
+    return Mixtures(counts, torch.cat(weights), torch.cat(means), torch.cat(variances))
+
+
+def flaw(mixtures: Mixtures) -> str | None:
+    """What keeps tensors that anybody may have made from being mixtures; None for mixtures. NaN is not looked for."""
+    each, masses = components(mixtures.counts), torch.zeros(len(mixtures.counts), dtype=mixtures.weights.dtype)
+    masses = masses.index_add(0, torch.repeat_interleave(each), mixtures.weights)
+    if bool((mixtures.weights < 0).any()) or bool(((masses - (each > 0).to(masses)).abs() > 1e-3).any()):
+        return "weights that are negative or do not add up to 1 for each class"
+    return "negative variances" if bool((mixtures.variances < 0).any()) else None

@@ -1,0 +1,59 @@
+"""How far Gaussian mixtures are from each other: optimal transport between components, then between mixtures."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.mixture import Mixtures, components
+from fedlora.linalg.terms import WORKING
+
+
+def gaussians_apart(
+    means: Float[Tensor, "m width"],
+    variances: Float[Tensor, "m width"],
+    other_means: Float[Tensor, "n width"],
+    other_variances: Float[Tensor, "n width"],
+) -> Float[Tensor, "m n"]:
+    """The squared 2-Wasserstein distances of diagonal Gaussians: |mean - mean'|^2 + |deviation - deviation'|^2, in fp64."""
+    one = torch.cat([means.to(WORKING), variances.to(WORKING).sqrt()], 1)
+    other = torch.cat([other_means.to(WORKING), other_variances.to(WORKING).sqrt()], 1)
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def transport_cost(mass: Float[Tensor, " m"], other: Float[Tensor, " n"], cost: Float[Tensor, "m n"]) -> float:
+    """The least cost of carrying one mass to the places of the other, where `cost` is that of a unit; in fp64.
+
+    Masses need not add up to 1: only their proportions count.
+    """
+    import ot  # it and scipy take a second to import
+
+    masses = [(x.to(WORKING) / x.to(WORKING).sum()).numpy() for x in (mass, other)]
+    return float(ot.emd2(*masses, cost.to(WORKING).numpy(), check_marginals=False))
+
+
+def mixtures_apart(one: Mixtures, other: Mixtures) -> float:
+    """Optimal transport between groups, by their points, at the cost of optimal transport between their components.
+
+    Symmetric up to rounding, 0 for the same mixtures; the costs are squared distances. Infinite where one has no mixture.
+    Solves a small problem for each pair of groups.
+    Source: Alvarez-Melis and Fusi 2020, arXiv:2002.02923, with mixtures of Gaussians in place of Gaussians.
+    """
+    if not len(one.weights) or not len(other.weights):
+        return float("inf")
+    cost = gaussians_apart(one.means, one.variances, other.means, other.variances)
+    own, others, strips = _each(one.weights, one), _each(other.weights, other), _each(cost, one)
+    between = [
+        [transport_cost(v, w, block.mT) for w, block in zip(others, _each(strip.mT, other), strict=True)]
+        for v, strip in zip(own, strips, strict=True)
+    ]
+    return transport_cost(_masses(one), _masses(other), torch.tensor(between, dtype=WORKING))
+
+
+def _each(rows: Tensor, mixtures: Mixtures) -> tuple[Tensor, ...]:
+    """The rows of the components, in a tensor for each group that has any."""
+    return torch.split(rows, [size for size in components(mixtures.counts).tolist() if size])
+
+
+def _masses(mixtures: Mixtures) -> Tensor:
+    """Points of each group that has a mixture."""
+    return mixtures.counts[components(mixtures.counts) > 0].to(WORKING)
