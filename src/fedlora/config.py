@@ -81,6 +81,8 @@ class MethodChoice(BaseModel):
     name: str = "fedit"
     head: Head | None = None
     """The task head: frozen, averaged or local; none: as the method's paper has it."""
+    norms: bool | None = None
+    """Whether the layer norms belong to the task head, and are trained and travel as it does; none: as in the paper."""
     weights: Literal["examples", "uniform"] = "examples"
     """A client's share in the mean: its number of examples, or the same for all."""
 
@@ -92,7 +94,9 @@ class MethodChoice(BaseModel):
         hints = get_type_hints(row.make)
         for key, value in (self.model_extra or {}).items():
             if key not in row.settings():
-                raise ValueError(f"{self.name} has no setting {key!r}{_nearest(key, [*row.settings(), 'head', 'weights'])}")
+                raise ValueError(
+                    f"{self.name} has no setting {key!r}{_nearest(key, [*row.settings(), 'head', 'norms', 'weights'])}"
+                )
             try:
                 TypeAdapter(hints[key]).validate_python(value)
             except ValidationError as error:
@@ -106,6 +110,11 @@ class MethodChoice(BaseModel):
     def row(self) -> Row:
         """The method's row in the table."""
         return TABLE[self.name]
+
+    @property
+    def with_norms(self) -> bool:
+        """Whether layer norms are trained with the head."""
+        return self.row.norms if self.norms is None else self.norms
 
     @property
     def rank(self) -> int:

@@ -30,7 +30,7 @@ from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
-from fedlora.train.inject import Adapted, Scaling, head_modules
+from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
 
@@ -205,13 +205,14 @@ class Bench:
         quiet()
         model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
         model.to(_device(settings.device))
+        head = head_modules(model, missing)
         adapted = Adapted(
             model,
             Scaling(experiment.lora.alpha, experiment.lora.rslora),
             experiment.lora.targets,
             experiment.lora.dropout,
             experiment.lora.rank_pattern,
-            head_modules(model, missing),
+            head + (norm_modules(model, head) if experiment.method.with_norms else ()),
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
         examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)

@@ -86,7 +86,8 @@ def methods(rows: Iterable[Row]) -> Table:
             f"{row.summary}",
             f"{row.paper}",
             f"exact mean: {row.exact}",
-            f"unequal ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; head: {row.head}; "
+            f"unequal ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; "
+            f"head: {row.head}{', with the layer norms' if row.norms else ''}; "
             f"needs single uploads: {_yes(row.singles)}",
             f"floats per layer and round up: {', then '.join(row.up)}" + (", and their positions" if row.picked_up else ""),
             *([f"floats once, on top: {row.once[0]}"] if row.once[0] != "0" else []),

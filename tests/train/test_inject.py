@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, Factors, Full, lora_init
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import Heads, LowRank, Tri
-from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight, head_modules
+from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight, head_modules, norm_modules
 from fedlora.train.layers import LoraLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT's, about our twin
@@ -433,3 +433,26 @@ def test_the_head_of_a_complete_checkpoint_is_what_peft_saves_whole(kind):
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets))
     saved = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     assert saved and list(found) == saved
+
+
+@pytest.mark.parametrize(("kind", "count"), [("bert", 5), ("gpt2", 5), ("llama", 5)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_each_clients_layer_norms_are_those_of_a_model_of_its_own(kind, count, precision):
+    model = classifier(kind).eval()
+    head = head_modules(model, ())
+    norms = norm_modules(model, head)
+    assert len(norms) == count
+    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), head=[*head, *norms], precision=precision)
+    clients = [{n: Full(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()} for _ in range(2)]
+    trained = adapted.load(clients, "w")
+    assert len(trained) == len(adapted.spec.head) and any(name.startswith(norms[0]) for name in adapted.spec.head)
+    ids = torch.randint(1, 40, (4, 6))
+    found = adapted.model.eval()(input_ids=ids).logits
+    found.sum().backward()
+    assert all(bool(x.grad.any()) for x in trained)
+    for own, run in zip(clients, range(2), strict=True):
+        twin = copy.deepcopy(model)
+        twin.load_state_dict({name: part.w for name, part in own.items()}, strict=False)
+        rows = ids[2 * run : 2 * run + 2]
+        loose = {"rtol": 0.1, "atol": 0.1} if precision == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        assert_close(found[2 * run : 2 * run + 2].float(), twin(input_ids=rows).logits, **loose)

@@ -45,6 +45,8 @@ class Row:
     first time, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
     number of labels. It is for clients who have all labels.
 
+    `norms` tells whether the paper trains the layer norms too; they are then a part of the head.
+
     `exceptions` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
     the reason.
     """
@@ -57,6 +59,7 @@ class Row:
     up: tuple[str, ...]
     down: tuple[str, ...]
     head: Head = "averaged"
+    norms: bool = False
     personal: bool = False
     mixed_ranks: bool = False
     singles: bool = False
@@ -350,6 +353,7 @@ _ROWS = (
         exact="cores only: there is no global model",
         up=("r * r",),
         down=("r * r",),
+        norms=True,
         once=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,

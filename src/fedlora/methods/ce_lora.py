@@ -53,7 +53,8 @@ class CELoRA:
 
     b starts at 0, c at the identity and a with normal entries of deviation `std`: the released code's 1e-3, with which
     training starts slowly and depends on an optimiser that normalises its steps. Cores mean something to each other only as
-    long as the clients' b and a stay close; hence `shared_a`: all draw the same a.
+    long as the clients' b and a stay close; hence `shared_a`: all draw the same a. Layer norms are trained too, and stay
+    on the client as the head does.
 
     The server's part is missing in the released code, and the paper's text was not available: the forms of d and S, the
     defaults of their settings, and absent and new clients are this package's.

@@ -47,7 +47,8 @@ class Adapted:
         head: Iterable[str] = (),
         precision: torch.dtype = torch.float32,
     ) -> None:
-        """Finds the targets and wraps them; freezes everything. `head` names the modules of the task head.
+        """Finds the targets and wraps them; freezes everything. `head` names the modules of the task head, and others that
+        are to be trained as they are.
 
         The base computes in `precision`. Factors and heads keep their own; what is folded adds up in fp32.
 
@@ -257,6 +258,12 @@ def head_modules(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
         if own and not _within(name, found) and (new.issuperset(own) or name.endswith(tuple(SEQ_CLS_HEAD_NAMES))):
             found.append(name)
     return tuple(found)
+
+
+def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
+    """The normalisations with parameters that lie outside the head: LayerNorm, RMSNorm and their like."""
+    norms = (n for n, m in model.named_modules() if type(m).__name__.endswith("Norm") and any(True for _ in m.parameters()))
+    return tuple(name for name in norms if not _within(name, head))
 
 
 def _match(sizes: Mapping[str, tuple[int, int]], targets: Sequence[str] | str) -> list[str]:

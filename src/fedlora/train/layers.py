@@ -64,7 +64,10 @@ class LoraLayer(nn.Module):
 
 
 class OwnLayer(nn.Module):
-    """A module of the task head with the clients' own parameters, [clients, *shape] in `own`. Without them, that module."""
+    """A linear module of the task head, or any other, with the clients' own parameters, [clients, *shape] in `own`.
+
+    Without them, it is that module.
+    """
 
     def __init__(self, base: nn.Module, present: Present) -> None:
         super().__init__()
@@ -73,12 +76,15 @@ class OwnLayer(nn.Module):
         self.own: dict[str, nn.Parameter] = {}
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """Each client's run of rows through the module with the client's parameters, in their dtype."""
+        """Each client's run of rows through the module with the client's parameters, in their dtype.
+
+        A linear module's result stays in that dtype, as the loss is computed in it; any other's goes on through the base.
+        """
         if not self.own:
             y: Tensor = self.base(x)
             return y
         own = {key: self.present.of(w) for key, w in self.own.items()}
-        first = next(iter(own.values()))
+        first, came = next(iter(own.values())), x.dtype
         x = x.to(first.dtype)
         runs = x.reshape(len(first), -1, *x.shape[1:])
         if type(self.base) is nn.Linear and "weight" in own:
@@ -88,7 +94,7 @@ class OwnLayer(nn.Module):
             return y.reshape(*x.shape[:-1], -1)
         call = torch.func.functional_call
         each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
-        return torch.cat(each)
+        return torch.cat(each).to(came)
 
 
 def _plus_product(
