@@ -12,8 +12,9 @@ from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Asked, ClientInfo, Fit, Round, Seen
+from fedlora.method import AnyMethod
 from fedlora.methods import Row
-from fedlora.methods.wrap.head import HeadRule
+from fedlora.methods.wrap.head import with_head
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
 from fedlora.rounds.simulate import Simulation
@@ -200,9 +201,9 @@ def toy_clients(count: int = 4, rank: int | Sequence[int] = 3) -> list[ClientInf
     return [ClientInfo(str(i), ranks[i], 10 + 7 * i) for i in range(count)]
 
 
-def toy_method(row: Row, rank: int = 3, **settings: Any) -> HeadRule:
+def toy_method(row: Row, rank: int = 3, **settings: Any) -> AnyMethod:
     """A row's method of that rank, with its own head rule."""
-    return HeadRule(row.make(**row.preset, rank=rank, **settings), row.head)
+    return with_head(row.make(**row.preset, rank=rank, **settings), row.head)
 
 
 def toy_plan(

@@ -40,6 +40,8 @@ class Data(_Section):
     label: str = "label"
     user: str | None = None
     """The column that names the owner of an example, for the natural partition."""
+    task: str | None = None
+    """The column that names the task of an example: a client takes part once for each of its tasks, as CLIENT/TASK."""
     rows: Positive | None = None
     """Use only so many examples for training, drawn at random."""
     test_rows: Positive | None = None
@@ -80,7 +82,7 @@ class MethodChoice(BaseModel):
 
     name: str = "fedit"
     head: Head | None = None
-    """The task head: frozen, averaged or local; none: as the method's paper has it."""
+    """The task head: frozen, averaged, local, or own (as the method itself does; fl-tac); none: as in the paper."""
     norms: bool | None = None
     """Whether the layer norms belong to the task head, and are trained and travel as it does; none: as in the paper."""
     weights: Literal["examples", "uniform"] = "examples"
@@ -101,6 +103,8 @@ class MethodChoice(BaseModel):
                 TypeAdapter(hints[key]).validate_python(value)
             except ValidationError as error:
                 raise ValueError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from error
+        if self.head == "own" and row.head != "own":
+            raise ValueError(f"head = 'own': {self.name} does not treat the head itself; allowed: frozen, averaged, local")
         if self.rank < 1:
             raise ValueError(f"rank = {self.rank}: a rank is at least 1")
         self.make()  # which may refuse values too
@@ -238,7 +242,12 @@ class Experiment(_Section):
             )
         if isinstance(ranks, list) and max(ranks) > self.method.rank:
             raise ValueError(f"clients.ranks: {max(ranks)} is above method.rank = {self.method.rank}")
-        if isinstance(ranks, list) and self.clients.size is not None and len(ranks) != self.clients.size:
+        if (
+            isinstance(ranks, list)
+            and self.clients.size is not None
+            and self.data.task is None
+            and len(ranks) != self.clients.size
+        ):
             raise ValueError(f"clients.ranks has {len(ranks)} entries for {self.clients.size} clients")
         return self
 

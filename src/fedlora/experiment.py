@@ -24,7 +24,7 @@ from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
-from fedlora.methods.wrap.head import HeadRule
+from fedlora.methods.wrap.head import with_head
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
 from fedlora.rounds.sample import check_cohort
@@ -158,7 +158,8 @@ class Problem:
             raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
         check_cohort(count, experiment.sampling)
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
-        members = [ClientInfo(s.client, rank, len(s.train)) for s, rank in zip(division.shares, ranks, strict=True)]
+        shares = zip(division.shares, ranks, strict=True)
+        members = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
         return cls(corpus, division, members)
 
     @classmethod
@@ -229,7 +230,7 @@ class Bench:
             settings.together,
             settings.memory_mb * 1_000_000 // kept,
         )
-        method = HeadRule(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+        method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         return cls(experiment, problem, adapted, trainer, method)
 
     def adapters(self, progress: Progress, folder: RunFolder, done: int) -> dict[str, Adapter]:

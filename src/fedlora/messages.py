@@ -17,11 +17,15 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """One data owner: a stable name, the rank of its factors, its number of training examples."""
+    """One data owner: a stable name, the rank of its factors, its number of training examples.
+
+    An owner of several tasks takes part once for each. `task` is the task's name where it is known; it does not travel.
+    """
 
     id: str
     rank: int
     examples: int
+    task: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

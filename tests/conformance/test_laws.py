@@ -23,8 +23,12 @@ from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients
 
 
 def brief(row: Row) -> Row:
-    """The row, with a period of two rounds, twenty steps of a search, a server of large steps: enough for what it does."""
-    short = {key: value for key, value in {"every": 2, "steps": 20, "server_lr": 0.05}.items() if key in row.settings()}
+    """The row, with a period of two rounds, twenty steps of a search, a server of large steps, two clusters: enough."""
+    short = {
+        key: value
+        for key, value in {"every": 2, "steps": 20, "server_lr": 0.05, "tasks": 2}.items()
+        if key in row.settings()
+    }
     return replace(row, preset={**row.preset, **short})
 
 
@@ -136,7 +140,7 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     """Floats of the factors and bytes of positions; the head is the row's rule and comes on top. All clients take part."""
     clients = people(ranks)
     game = whole_game(row.name, ranks)
-    head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head == "averaged" else 0
+    head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head in ("averaged", "own") else 0
     settings = {key: x for key, x in {**row.settings(), **row.preset}.items() if isinstance(x, int | float)}
     everybody = {"K": len(clients), "R": sum(who.rank for who in clients), **settings, "rank": toy_method(row).rank}
     everybody |= {"features": game.trainer.spec.features, "classes": game.trainer.spec.classes}

@@ -22,6 +22,7 @@ class Share:
     client: str
     train: tuple[int, ...]
     held_out: tuple[int, ...]
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Division:
     """The clients' shares, ordered by client id, and what belongs to no client.
 
     Rows are left out by `shards` (the remainder), `pathological` (labels that nobody has) and `natural` (users with fewer
-    than `min_size` examples, or beyond the `count` largest); clients only by `natural`.
+    than `min_size` examples, or beyond the `count` largest), and with tasks those of which a client has fewer than
+    `min_size`; clients only by `natural`.
     """
 
     shares: tuple[Share, ...]
@@ -42,16 +44,20 @@ def divide(train: Dataset, clients: Clients, seed: int) -> Division:
 
     A client's held-out rows are drawn at random for its id, at least one where it has two or more, never all. Numbered
     clients are "000", "001", ...; those of the natural partition have their user's name. Costs some two milliseconds a
-    client, iid and natural less.
+    client, iid and natural less. Where the examples have tasks, a client's rows of each task are a share of their own,
+    under the name "CLIENT/TASK".
 
     Raises:
         UserError: the examples or the labels do not suffice for such a division.
     """
     rows_of = _users(train, clients) if clients.partition == "natural" else _numbered(train, clients, seed)
-    shares = tuple(share(client, rows_of[client], clients.held_out, seed) for client in sorted(rows_of))
-    given = sum(len(rows) for rows in rows_of.values())
-    users = len(train.unique("user")) if clients.partition == "natural" else len(shares)
-    return Division(shares, left_out_rows=len(train) - given, left_out_clients=users - len(shares))
+    users = len(train.unique("user")) if clients.partition == "natural" else len(rows_of)
+    owned = {(owner, ""): rows for owner, rows in rows_of.items()}
+    if "task" in train.column_names:
+        owned = _by_task(train["task"][:], rows_of, clients.min_size)
+    shares = tuple(share(name, owned[name, task], clients.held_out, seed, task) for name, task in sorted(owned))
+    given = sum(len(rows) for rows in owned.values())
+    return Division(shares, left_out_rows=len(train) - given, left_out_clients=users - len(rows_of))
 
 
 def label_table(train: Dataset, division: Division, labels: int) -> Int[np.ndarray, "clients labels"]:
@@ -60,7 +66,7 @@ def label_table(train: Dataset, division: Division, labels: int) -> Int[np.ndarr
     return np.stack([np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in division.shares])
 
 
-def share(client: str, rows: list[int], held_out: float, seed: int) -> Share:
+def share(client: str, rows: list[int], held_out: float, seed: int, task: str = "") -> Share:
     """These rows as one client's, its held-out ones drawn at random for its id."""
     count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
     order = torch.randperm(len(rows), generator=generator(seed, "held out", client)).tolist()
@@ -69,7 +75,22 @@ def share(client: str, rows: list[int], held_out: float, seed: int) -> Share:
         client,
         train=tuple(sorted(rows[i] for i in order[count:])),
         held_out=tuple(sorted(rows[i] for i in order[:count])),
+        task=task,
     )
+
+
+def _by_task(tasks: list[str], rows_of: dict[str, list[int]], min_size: int) -> dict[tuple[str, str], list[int]]:
+    """Each owner's rows of each task, under (OWNER/TASK, task); of tasks of which it has enough."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for owner, rows in rows_of.items():
+        for row in rows:
+            found[f"{owner}/{tasks[row]}", tasks[row]].append(row)
+    enough = {key: rows for key, rows in found.items() if len(rows) >= min_size}
+    if not enough:
+        raise UserError(f"clients.min_size = {min_size}: nobody has so many examples of a task (data.task); lower it")
+    if len({client for client, _ in found}) < len(found):
+        raise UserError("data.task: names of clients and tasks are ambiguous once joined by '/'; rename one of them")
+    return enough
 
 
 def _users(train: Dataset, clients: Clients) -> dict[str, list[int]]:

@@ -50,7 +50,7 @@ def load(data: config.Data, seed: int) -> Corpus:
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
     else:
-        test = _examples(test_table, data, user_needed=False)
+        test = _examples(test_table, data, owners_needed=False)
         test["label"] = _numbered(test["label"], index, test_table)
     return Corpus(
         train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
@@ -66,7 +66,7 @@ def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> 
         UserError: not readable, an example without text or label, or a label that the run does not have.
     """
     table, _ = find(file, None, data.label)
-    columns = _examples(table, data.model_copy(update={"user": None}))
+    columns = _examples(table, data.model_copy(update={"user": None, "task": None}))
     columns["label"] = _numbered(columns["label"], _named(labels)[1], table)
     return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
 
@@ -76,14 +76,15 @@ def _named(labels: Sequence[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:
     return tuple(labels), {**{str(i): i for i in range(len(labels))}, **{name: i for i, name in enumerate(labels)}}
 
 
-def _examples(table: Table, data: config.Data, user_needed: bool = True) -> dict[str, list[Any]]:
+def _examples(table: Table, data: config.Data, owners_needed: bool = True) -> dict[str, list[Any]]:
     """The columns by our names, every value checked; labels still as text."""
     if not table.names:
         raise UserError(f"{table.origin} has no examples")
-    checks = {"text": _text, "text_pair": _text, "label": _label, "user": _user}
+    checks = {"text": _text, "text_pair": _text, "label": _label, "user": _user, "task": _task}
     wanted = {ours: name for ours in checks if (name := getattr(data, ours)) is not None}
-    if not user_needed and data.user not in table.names:
-        wanted.pop("user", None)
+    for ours in () if owners_needed else ("user", "task"):
+        if getattr(data, ours) not in table.names:
+            wanted.pop(ours, None)
     for ours, name in wanted.items():
         if name not in table.names:
             raise UserError(f"{table.origin} has no column {name!r} (data.{ours}){nearest(name, table.names)}")
@@ -118,6 +119,12 @@ def _label(value: Any, row: int) -> str:
 def _user(value: Any, row: int) -> str:
     if value is None or value == "":
         raise ValueError(f"row {row} has no user; name one or remove the row, or choose another column")
+    return str(value)
+
+
+def _task(value: Any, row: int) -> str:
+    if value is None or value == "":
+        raise ValueError(f"row {row} has no task; name one or remove the row, or choose another column")
     return str(value)
 
 

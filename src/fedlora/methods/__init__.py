@@ -16,6 +16,7 @@ from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedrpca import FedRPCA
 from fedlora.methods.fedsvd import FedSVD
+from fedlora.methods.fl_tac import FLTAC
 from fedlora.methods.flasc import FLASC
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
@@ -27,7 +28,7 @@ from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.ravan import Ravan
 
-Head = Literal["frozen", "averaged", "local"]
+Head = Literal["frozen", "averaged", "local", "own"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Row:
     `once` are the floats, and the bytes of whole numbers, that a client uploads on top of `up` when it takes part for the
     first time, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
     number of labels. It is for clients who have all labels.
+
+    `head` "own" is for a method that treats the head itself; it travels with the factors.
 
     `norms` tells whether the paper trains the layer norms too; they are then a part of the head.
 
@@ -356,6 +359,18 @@ _ROWS = (
         norms=True,
         once=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
+        personal=True,
+        singles=True,
+    ),
+    Row(
+        name="fl-tac",
+        make=FLTAC,
+        paper="Ping et al. 2024, ICLR Workshop on LLM Agents, arXiv:2404.15384",
+        summary="an adapter for each task of a client; the server clusters them and averages within the clusters",
+        exact="no: off by the covariance of the factors within a cluster",
+        up=("r * (out + in)",),
+        down=("r * (out + in)",),
+        head="own",
         personal=True,
         singles=True,
     ),

@@ -14,6 +14,11 @@ from fedlora.methods import Head
 _MARK = "head/"
 
 
+def with_head(method: AnyMethod, rule: Head) -> AnyMethod:
+    """The method with the head by the rule; "own" is for methods that treat the head themselves."""
+    return method if rule == "own" else HeadRule(method, rule)
+
+
 @dataclass(frozen=True)
 class WithHead:
     """The state of a wrapped method, and the head it does not know about."""
@@ -24,7 +29,7 @@ class WithHead:
 
 @dataclass(frozen=True)
 class HeadRule:
-    """Adds the task head to a method, which goes on seeing its factors alone.
+    """Adds the task head to a method, which goes on seeing its factors alone, in a spec without a head.
 
     frozen: the head stays as the model was loaded, and nothing travels. averaged: it is trained, and averaged with the
     replies' weights. local: it is trained, and stays on the client. An averaged head is exact: it is no product.
@@ -40,11 +45,11 @@ class HeadRule:
 
     def init_server(self, spec: AdapterSpec, seed: int) -> WithHead:
         """The wrapped method's state, and the head if it is averaged."""
-        return WithHead(self.inner.init_server(spec, seed), spec.head if self.rule == "averaged" else {})
+        return WithHead(self.inner.init_server(_headless(spec), seed), spec.head if self.rule == "averaged" else {})
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> WithHead:
         """The wrapped method's state, and the head unless it is averaged."""
-        return WithHead(self.inner.init_client(spec, who, seed), spec.head if self.rule != "averaged" else {})
+        return WithHead(self.inner.init_client(_headless(spec), who, seed), spec.head if self.rule != "averaged" else {})
 
     def send(self, server: WithHead, who: ClientInfo, rnd: Round) -> Tensors:
         """What the wrapped method sends, and an averaged head."""
@@ -81,7 +86,7 @@ class HeadRule:
         if not isinstance(self.inner, Chooses):
             return like
         (_, rest), (head, alike) = _split(upload), _split(like)
-        return {**self.inner.layout(spec, rest, alike, who, rnd), **_marked(head)}
+        return {**self.inner.layout(_headless(spec), rest, alike, who, rnd), **_marked(head)}
 
     def merge(self, server: WithHead, replies: Replies, rnd: Round) -> Merged[WithHead]:
         """The wrapped method's merge, and the mean of the heads; reads the replies once, so that they may stream."""
@@ -95,6 +100,10 @@ class HeadRule:
 
         merged = self.inner.merge(server.inner, Replies(bare()), rnd)
         return Merged(WithHead(merged.server, heads.mean()), merged.fold, merged.notes)
+
+
+def _headless(spec: AdapterSpec) -> AdapterSpec:
+    return replace(spec, head={})
 
 
 def _marked(head: Tensors) -> dict[str, Tensor]:

@@ -1,0 +1,124 @@
+"""FL-TAC: an adapter for each task of each client, averaged with those that the server takes for the same task's."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, lora_init, pack, pick, unpack
+from fedlora.linalg.kmeans import agreement, embedded, kmeans, silhouette
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
+from fedlora.method import Local, fit
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The adapter that all start from, the clusters' means, and the number of each client's cluster."""
+
+    start: Tensors
+    means: tuple[Tensors, ...] = ()
+    belongs: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FLTAC:
+    """FedIT within clusters, which k-means finds anew in each round among all adapters that came.
+
+    A client with several tasks (`data.task`) takes part as several clients, one for each, with an adapter each; no task's
+    name travels. `tasks` is the number of clusters. By default it is chosen in each round: that of the largest silhouette
+    from 2 to `most_tasks`, and one cluster where no silhouette reaches `apart`. As long as adapters of different tasks have
+    not gone apart, as in the first round, all are then averaged together; with a number given they are divided at random.
+    With no more adapters than `tasks`, each is a cluster of its own.
+
+    The vectors are b and a, b with the scale alpha / rank in it, and the head (head "own"), which is averaged within the
+    cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, of all together.
+    The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
+
+    A client that was absent goes where most of its last cluster went, or keeps what it had if none of that took part. One
+    that has never taken part starts from the beginning. The round log has `clusters`, their `silhouette`, and `missing`
+    clusters that came out empty as adapters were equal; where the tasks' names are known, as in a simulation, also
+    `misclustered`, the part of the adapters in a wrong cluster under the best one-to-one naming, and `merged_tasks`,
+    those that are in the majority nowhere.
+
+    Source: Ping et al. 2024, arXiv:2404.15384, and its released code.
+    """
+
+    rank: int = 8
+    tasks: int | None = None
+    most_tasks: int = 8
+    apart: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.most_tasks, self.tasks or 1) < 1 or self.tasks == 0:
+            raise ValueError(f"tasks = {self.tasks}, most_tasks = {self.most_tasks}: there is at least one task")
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
+        """Factors of update zero and the head; no clusters."""
+        return Clusters(pack({**lora_init(spec, self.rank, seed), **{name: Full(w) for name, w in spec.head.items()}}))
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+        """Nothing: an adapter lives for a round."""
+
+    def send(self, server: Clusters, who: ClientInfo, rnd: Round) -> Tensors:
+        """The mean of the client's cluster."""
+        return server.means[server.belongs[who.id]] if who.id in server.belongs else server.start
+
+    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+        """What came."""
+        return {**unpack(pick(got, "ba"), LowRank), **unpack(pick(got, "w"), Full)}
+
+    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+        """Trains and uploads all of it."""
+        factors = {key.rpartition(".")[2] for key in got}
+        return None, pack((yield from fit(self.view(mine, got, who), factors)))
+
+    def merge(self, server: Clusters, replies: Replies, rnd: Round) -> Merged[Clusters]:
+        """Clusters the adapters, and averages within the clusters."""
+        came = sorted((reply for reply in replies if reply.weight > 0), key=lambda reply: reply.client.id)
+        if not came:
+            raise ValueError("cannot merge: no reply has a positive weight")
+        points = embedded(torch.stack([reply.upload[key].flatten() for reply in came]) for key in came[0].upload)
+        groups = self._clustered(points, rnd.rng("k-means").initial_seed())
+        means = [RunningMean() for _ in range(int(groups.max()) + 1)]
+        for reply, group in zip(came, groups.tolist(), strict=True):
+            means[group].add(reply.weight, reply.upload, reply.client.id)
+        now = {reply.client.id: group for reply, group in zip(came, groups.tolist(), strict=True)}
+        notes = {"clusters": float(len(means)), "silhouette": silhouette(points, groups), **_diagnosis(came, groups)}
+        if self.tasks is not None:
+            notes["missing"] = float(min(self.tasks, len(came)) - len(means))
+        return Merged(_followed(server, [mean.mean() for mean in means], now), notes=notes)
+
+    def _clustered(self, points: Tensor, seed: int) -> Tensor:
+        """Each point's cluster [points]."""
+        if self.tasks is not None:
+            return kmeans(points, self.tasks, seed)
+        tried = [kmeans(points, number, seed) for number in range(2, min(self.most_tasks, len(points) - 1) + 1)]
+        best = max(tried, key=lambda groups: silhouette(points, groups), default=None)
+        together = torch.zeros(len(points), dtype=torch.long)
+        return together if best is None or silhouette(points, best) < self.apart else best
+
+
+def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str, int]) -> Clusters:
+    """The new means, and those who were absent with most of their last cluster, or with its last mean."""
+    belongs, kept = dict(now), list[Tensors](means)
+    for group, mean in enumerate(server.means):
+        members = [who for who, number in server.belongs.items() if number == group]
+        went = Counter(sorted(now[who] for who in members if who in now)).most_common(1)
+        absent = [who for who in members if who not in now]
+        if absent and not went:
+            kept.append(mean)
+        belongs |= dict.fromkeys(absent, went[0][0] if went else len(kept) - 1)
+    return Clusters(server.start, tuple(kept), belongs)
+
+
+def _diagnosis(came: Sequence[Reply], groups: Tensor) -> dict[str, float]:
+    """How far the clusters are the tasks, if all of these are known."""
+    names = [reply.client.task for reply in came]
+    if "" in names:
+        return {}
+    known = torch.tensor([sorted(set(names)).index(name) for name in names])
+    majority = {int(known[groups == group].mode().values) for group in groups.unique()}
+    return {"misclustered": 1 - agreement(groups, known), "merged_tasks": float(len(set(names)) - len(majority))}
