@@ -50,3 +50,13 @@ def test_a_round_that_chooses_too_few_is_refused_before_anything_is_read(home):
     table = problem(home, sampling={"fraction": 0.25, "min_replies": 2})
     with pytest.raises(UserError, match="only 1 of 4 clients are chosen"):
         Problem.make(build(table))
+
+
+def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_path):
+    table = problem(home, "fl-tac", rounds=1)
+    chosen = build({**table, "data": {**table["data"], "task": "user"}, "clients": {"count": 3, "partition": "iid"}})
+    result = run(chosen, tmp_path / "run")
+    expected = {f"00{i}/u{task}" for i in range(3) for task in range(4)}
+    (row,) = result.rows
+    assert set(row["clients"]["accuracy"]["each"]) == set(row["accepted"]) == set(result.adapters) == expected
+    assert 0 <= row["misclustered"] < 1 and row["clusters"] >= 1

@@ -153,3 +153,43 @@ def test_an_impossible_division_is_refused_in_one_line_that_names_the_key(client
 def test_natural_without_owners_is_refused():
     with pytest.raises(UserError, match=r"data\.user"):
         divide(corpus().remove_columns("user"), Clients(partition="natural"), seed=0)
+
+
+def of_tasks(users, tasks, **clients):
+    train = Dataset.from_dict({"label": [0] * len(users), "user": list(users), "task": list(tasks)})
+    return divide(train, Clients(partition="natural", count=None, **clients), seed=0)
+
+
+def test_a_clients_tasks_are_shares_of_their_own():
+    division = of_tasks("aaaabbbb", "xxyyyyyy")
+    assert [(s.client, s.task, rows_of(s)) for s in division.shares] == [
+        ("a/x", "x", [0, 1]),
+        ("a/y", "y", [2, 3]),
+        ("b/y", "y", [4, 5, 6, 7]),
+    ]
+    assert (division.left_out_rows, division.left_out_clients) == (0, 0)
+
+
+@pytest.mark.parametrize("partition", NUMBERED)
+def test_tasks_do_not_change_who_owns_a_row(partition):
+    plain = corpus(601)
+    tasks = plain.add_column("task", [f"t{i % 3}" for i in range(601)])
+    owner = {
+        row: s.client for s in divide(plain, Clients(count=8, partition=partition), seed=0).shares for row in rows_of(s)
+    }
+    for share in divide(tasks, Clients(count=8, partition=partition), seed=0).shares:
+        assert {(f"{owner[row]}/t{row % 3}", f"t{row % 3}") for row in rows_of(share)} == {(share.client, share.task)}
+
+
+def test_tasks_of_which_a_client_has_too_few_examples_are_left_out():
+    division = of_tasks("aaaabb", "xxxyyx", min_size=2)
+    assert [s.client for s in division.shares] == ["a/x"] and division.left_out_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("users", "tasks", "words"),
+    [("aabb", "xyxy", "min_size = 2"), (["a/x"] * 2 + ["a"] * 2, ["y"] * 2 + ["x/y"] * 2, "'/'")],
+)
+def test_tasks_that_make_no_clients_are_refused(users, tasks, words):
+    with pytest.raises(UserError, match=words):
+        of_tasks(users, tasks, min_size=2)

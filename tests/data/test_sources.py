@@ -171,6 +171,15 @@ def test_an_example_without_owner_is_refused(tmp_path):
     assert "row 13 has no user" in refusal(source=str(path), user="user")
 
 
+def test_tasks_are_read_where_they_are_asked_for_and_a_test_set_needs_none(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{**row, "kind": f"t{i % 2}"} for i, row in enumerate(ROWS)])
+    corpus = load(Data(source=str(train), test=str(write(tmp_path / "test.jsonl", ROWS)), task="kind"), seed=0)
+    assert corpus.train["task"][:] == ["t0", "t1"] * 6 and "task" not in corpus.test.column_names
+    assert "no column 'kinds' (data.task); did you mean 'kind'?" in refusal(source=str(train), task="kinds")
+    write(tmp_path / "holes.jsonl", [{**row, "kind": "t0" if i else None} for i, row in enumerate(ROWS)])
+    assert "row 1 has no task" in refusal(source=str(tmp_path / "holes.jsonl"), task="kind")
+
+
 def test_a_test_label_that_training_never_saw_is_refused_by_name(tmp_path):
     train = write(tmp_path / "train.jsonl", [{"text": "a", "label": label} for label in ("no", "yes")])
     test = write(tmp_path / "test.jsonl", [{"text": "a", "label": "maybe"}])

@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from fedlora.messages import ClientInfo
 from fedlora.rounds.flower import wire
 from fedlora.rounds.flower.superlink import NodesOnly
 from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Order, Person, Refused, When, seal, unseal
@@ -18,6 +19,11 @@ PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 )
 def test_what_is_sealed_is_unsealed(header):
     assert unseal(seal(header, PAYLOADS)) == (header, PAYLOADS)
+
+
+def test_the_name_of_a_clients_task_stays_at_home_and_the_client_is_the_same():
+    who = ClientInfo("a", 2, 7, task="secret")
+    assert Person.of(who).info() == who and "secret" not in Person.of(who).model_dump_json()
 
 
 def test_a_loss_that_is_no_number_arrives_as_it_is():

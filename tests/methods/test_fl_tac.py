@@ -1,0 +1,182 @@
+"""The exact laws of FL-TAC."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from fedlora.adapter import Full, pack
+from fedlora.config import build
+from fedlora.errors import UserError
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.fl_tac import FLTAC, Clusters
+from fedlora.methods.wrap.head import with_head
+from fedlora.rounds.simulate import Simulation
+
+from toy import SPEC, MemoryStates, ToyTrainer, toy_clients
+from uploads import factors as drawn
+from uploads import plus
+
+RANK, ROUND = 2, Round(1, 0)
+TASKS = ("news", "mail", "code")
+THREE = FLTAC(rank=RANK, tasks=3)
+FREE = FLTAC(rank=RANK)
+
+
+def adapter(task: str, who: int, drift: float) -> dict[str, LowRank | Full]:
+    """The task's own adapter and head, and what the client moved them by."""
+    own = drawn(RANK, task, spec=SPEC), drawn(RANK, task, who, spec=SPEC, size=drift)
+    rng = torch.Generator().manual_seed(100 * TASKS.index(task) + who)
+    heads = {
+        name: Full(x * (1 + TASKS.index(task)) + drift * torch.randn(x.shape, generator=rng))
+        for name, x in SPEC.head.items()
+    }
+    return {**plus(*own), **heads}
+
+
+def replies(count: int = 9, drift: float = 0.1, tasks: tuple[str, ...] = TASKS) -> list[Reply]:
+    """Clients "0", "1", ... of weights 10, 17, ..., with the tasks in turn."""
+    who = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
+    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(who)]
+
+
+def merged(m: FLTAC, some: list[Reply], server: Clusters | None = None) -> Merged[Clusters]:
+    return m.merge(server or m.init_server(SPEC, 0), Replies(some), ROUND)
+
+
+def mean(some: list[Reply]) -> dict[str, Tensor]:
+    total = sum(reply.weight for reply in some)
+    return {key: sum(reply.weight / total * reply.upload[key].double() for reply in some).float() for key in some[0].upload}
+
+
+def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("m", [THREE, FREE], ids=["three", "free"])
+def test_adapters_that_lie_apart_are_averaged_with_those_of_their_task_and_no_others(m):
+    some = replies()
+    found = merged(m, some)
+    assert (found.notes["clusters"], found.notes["misclustered"], found.notes["merged_tasks"]) == (3, 0, 0)
+    for reply in some:
+        own = [other for other in some if other.client.task == reply.client.task]
+        assert_close(m.send(found.server, reply.client, ROUND), mean(own), rtol=1e-5, atol=1e-6)
+
+
+def test_members_of_a_cluster_receive_the_same_tensors_bit_for_bit():
+    some = replies()
+    server = merged(THREE, some).server
+    for one, other in zip(some, some[3:], strict=False):
+        assert_equal(THREE.send(server, one.client, ROUND), THREE.send(server, other.client, ROUND))
+
+
+@pytest.mark.parametrize("drift", [0.1, 3.0])
+def test_the_order_of_replies_does_not_matter(drift):
+    some = replies(drift=drift)
+    one, other = merged(THREE, some).server, merged(THREE, some[4:] + some[:4]).server
+    for reply in some:
+        assert_equal(THREE.send(one, reply.client, ROUND), THREE.send(other, reply.client, ROUND))
+
+
+@pytest.mark.parametrize("rule", ["own", "averaged"])
+def test_one_task_is_fedit(rule):
+    found = []
+    for m in (with_head(FLTAC(rank=RANK, tasks=1), rule), with_head(FactorAveraging(rank=RANK), "averaged")):
+        server, states = m.init_server(SPEC, 0), MemoryStates()
+        for index in range(3):
+            rnd = Round(index, 0)
+            turn = Simulation(m, SPEC, toy_clients(3, RANK), states, ToyTrainer(), 0)
+            sent = {who: m.send(server, who, rnd) for who in turn.clients()}
+            server = m.merge(server, Replies(turn.turn(rnd, sent, {})), rnd).server
+        who = toy_clients(3, RANK)[1]
+        found.append(pack(m.view(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who)))
+    assert_equal(*found)
+
+
+def test_where_nothing_has_gone_apart_all_are_averaged_together():
+    some = replies(tasks=("news",), drift=1.0)
+    found = merged(FREE, some)
+    assert found.notes["clusters"] == 1 and found.notes["silhouette"] == 0
+    assert_close(FREE.send(found.server, some[0].client, ROUND), mean(some), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [THREE, FREE], ids=["three", "free"])
+def test_equal_adapters_are_one_cluster_and_the_log_says_what_is_missing(m):
+    some = [replace(reply, upload=pack(adapter("news", 0, 0.0))) for reply in replies()]
+    found = merged(m, some)
+    assert found.notes["clusters"] == 1 and found.notes.get("missing", 2) == 2
+    assert found.notes["merged_tasks"] == 2 and found.notes["misclustered"] == pytest.approx(2 / 3)
+    assert_close(m.send(found.server, some[5].client, ROUND), dict(some[0].upload))
+
+
+def test_two_tasks_in_one_cluster_are_told():
+    notes = merged(FLTAC(rank=RANK, tasks=2), replies()).notes
+    assert (notes["clusters"], notes["missing"], notes["merged_tasks"]) == (2, 0, 1)
+    assert notes["misclustered"] == pytest.approx(1 / 3)
+
+
+def test_nothing_is_said_about_tasks_that_are_not_known():
+    nameless = [replace(reply, client=replace(reply.client, task="")) for reply in replies()]
+    assert merged(THREE, nameless).notes.keys() == {"clusters", "silhouette", "missing"}
+
+
+def test_no_more_adapters_than_tasks_are_a_cluster_each():
+    some = replies(2)
+    found = merged(THREE, some)
+    assert found.notes["clusters"] == 2 and found.notes["missing"] == 0
+    for reply in some:
+        assert_close(THREE.send(found.server, reply.client, ROUND), dict(reply.upload))
+
+
+def test_who_was_absent_goes_where_most_of_its_cluster_went():
+    some = replies()
+    before = merged(THREE, some).server
+    after = merged(THREE, [replace(r, upload=pack(adapter(r.client.task, 50, 0.0))) for r in some[:6]], before).server
+    for absent, present in zip(some[6:], some, strict=False):
+        assert_equal(THREE.send(after, absent.client, ROUND), THREE.send(after, present.client, ROUND))
+
+
+def test_who_was_absent_with_all_of_its_cluster_keeps_what_it_had():
+    some = replies()
+    before = merged(THREE, some).server
+    after = merged(THREE, [some[0], some[1], some[3], some[4]], before).server
+    for reply in (some[2], some[5], some[8]):
+        assert_equal(THREE.send(after, reply.client, ROUND), THREE.send(before, reply.client, ROUND))
+    assert len(after.means) == 4
+
+
+def test_who_has_never_taken_part_starts_from_the_beginning():
+    server = merged(THREE, replies()).server
+    assert_equal(THREE.send(server, ClientInfo("new", RANK, 5), ROUND), THREE.init_server(SPEC, 0).start)
+
+
+def test_the_head_is_a_part_of_what_is_clustered_only_where_the_method_has_it():
+    """Two tasks that differ in the head alone."""
+    some = replies(8, drift=0.0, tasks=("news", "mail"))
+    alike = [replace(r, upload={**r.upload, **{k: some[0].upload[k] for k in r.upload if k[-1] in "ba"}}) for r in some]
+    assert merged(FREE, alike).notes["misclustered"] == 0
+    bare = [replace(r, upload={k: x for k, x in r.upload.items() if k[-1] in "ba"}) for r in alike]
+    assert merged(FREE, bare).notes["clusters"] == 1
+
+
+def test_no_name_of_a_task_travels():
+    assert not any(task in key for reply in replies() for key in reply.upload for task in TASKS)
+    assert THREE.send(merged(THREE, replies()).server, replies()[0].client, ROUND).keys() == replies()[0].upload.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"name": "fl-tac", "tasks": 0}, ["tasks = 0"]),
+        ({"name": "fedit", "head": "own"}, ["head = 'own'", "fedit", "allowed: frozen, averaged, local"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_in_one_line(given, words):
+    with pytest.raises(UserError) as refused:
+        build({"method": given})
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
