@@ -11,6 +11,7 @@ from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.experiment import Bench, Problem, run, settled
 
+from tiny import tiny_rows
 from wired import furnish, problem
 
 
@@ -60,3 +61,22 @@ def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_p
     (row,) = result.rows
     assert set(row["clients"]["accuracy"]["each"]) == set(row["accepted"]) == set(result.adapters) == expected
     assert 0 <= row["misclustered"] < 1 and row["clusters"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [{}, {"tasks": 3}])
+def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks):
+    rows = [json.loads(line) for line in tiny_rows(tmp_path / "rows.jsonl", 900).read_text().splitlines()]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text(
+        "\n".join(
+            json.dumps({**r, "task": f"t{i % 7 % 3}", "label": f"{i % 7 % 3} {r['label']}"}) for i, r in enumerate(rows)
+        )
+    )
+    table = {
+        **problem(home, rounds=4, clients={"count": 5, "partition": "iid"}),
+        "data": {"source": str(file), "task": "task"},
+        "method": {"name": "fl-tac", "rank": 4, **tasks},
+    }
+    run_rows = run(build(table, ["train.epochs=2", "train.together=16"]), tmp_path / "run").rows
+    assert run_rows[-1]["clusters"] == 3 and run_rows[-1]["misclustered"] == 0

@@ -66,6 +66,8 @@ def test_the_engine_names_no_method(part):
         ("rich", ("cli.py", "terminal.py")),
         ("flwr", ("rounds/flower",)),
         ("cryptography", ("rounds/flower",)),
+        ("sklearn", ("linalg",)),
+        ("ot", ("linalg",)),
     ],
 )
 def test_a_library_is_known_only_where_it_belongs(library, homes):

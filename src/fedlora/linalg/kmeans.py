@@ -20,7 +20,8 @@ def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "point
         centred = x.to(WORKING) - x.to(WORKING).mean(0)
         gram = gram + centred @ centred.mT
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp(min=0).sqrt()
+    points: Tensor = vectors * values.clamp(min=0).sqrt()
+    return points
 
 
 def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int[Tensor, " points"]:
@@ -48,7 +49,7 @@ def silhouette(points: Float[Tensor, "points width"], groups: Int[Tensor, " poin
     """
     from sklearn.metrics import silhouette_score  # takes a second to import
 
-    if not 1 < len(groups.unique()) < len(groups):
+    if not 1 < len(set(groups.tolist())) < len(groups):
         return 0.0
     return float(silhouette_score(points.numpy(), groups.numpy()))
 

@@ -29,9 +29,11 @@ class FLTAC:
 
     A client with several tasks (`data.task`) takes part as several clients, one for each, with an adapter each; no task's
     name travels. `tasks` is the number of clusters. By default it is chosen in each round: that of the largest silhouette
-    from 2 to `most_tasks`, and one cluster where no silhouette reaches `apart`. As long as adapters of different tasks have
-    not gone apart, as in the first round, all are then averaged together; with a number given they are divided at random.
-    With no more adapters than `tasks`, each is a cluster of its own.
+    from 2 to `most_tasks`, and one cluster where no silhouette reaches `apart` (by default what Kaufman and Rousseeuw 1990
+    call no substantial structure). As long as adapters of different tasks have not gone apart, as perhaps in the first
+    round, all are then averaged together; with a number given they are divided by chance. Clusters that differ by chance
+    are hardly ever mended: who starts from different means stays apart, and the silhouette grows while `misclustered`
+    stays. With no more adapters than `tasks`, each is a cluster of its own.
 
     The vectors are b and a, b with the scale alpha / rank in it, and the head (head "own"), which is averaged within the
     cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, of all together.
@@ -49,7 +51,7 @@ class FLTAC:
     rank: int = 8
     tasks: int | None = None
     most_tasks: int = 8
-    apart: float = 0.1
+    apart: float = 0.25
 
     def __post_init__(self) -> None:
         if min(self.most_tasks, self.tasks or 1) < 1 or self.tasks == 0:
@@ -120,5 +122,5 @@ def _diagnosis(came: Sequence[Reply], groups: Tensor) -> dict[str, float]:
     if "" in names:
         return {}
     known = torch.tensor([sorted(set(names)).index(name) for name in names])
-    majority = {int(known[groups == group].mode().values) for group in groups.unique()}
+    majority = {int(known[groups == group].mode().values) for group in set(groups.tolist())}
     return {"misclustered": 1 - agreement(groups, known), "merged_tasks": float(len(set(names)) - len(majority))}
