@@ -149,9 +149,14 @@ def test_the_merged_model_brings_its_tokenizer_and_the_names_of_the_labels(finis
     )
 
 
+def personal(name: str) -> dict[str, Any]:
+    """Settings with which the two clients differ."""
+    return {"name": name, "rank": 4, **({"tasks": 2} if "tasks" in TABLE[name].settings() else {})}
+
+
 @pytest.mark.parametrize("name", PERSONAL)
 def test_a_personal_method_leaves_each_client_an_adapter_that_computes_its_own_view(name, finished):
-    folder = finished(method={"name": name, "rank": 4})
+    folder = finished(method=personal(name))
     own = own_logits(folder)
     assert sorted(own) == ["000", "001"]
     assert (own["000"] - own["001"]).abs().max() > 1e-3
@@ -162,7 +167,7 @@ def test_a_personal_method_leaves_each_client_an_adapter_that_computes_its_own_v
 @pytest.mark.parametrize("name", PERSONAL)
 @pytest.mark.parametrize("client", ["000", "001"])
 def test_one_client_of_a_personal_method_can_be_merged(name, client, finished, tmp_path):
-    folder = finished(method={"name": name, "rank": 4})
+    folder = finished(method=personal(name))
     export(folder, "merged", tmp_path / "merged", client)
     assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[client], rtol=1e-5, atol=1e-5)
 

@@ -98,7 +98,7 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
     return Remote(hand, hello, door, bench.trainer, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
-@pytest.mark.parametrize("method", ["fedit", "flora", "fedsa-lora"])
+@pytest.mark.parametrize("method", ["fedit", "flora", "fedsa-lora", "ce-lora"])
 def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
     what = experiment(home, method)
     run(what, tmp_path / "simulated")
