@@ -34,7 +34,18 @@ from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
 
-_PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors", "numpy")
+_PACKAGES = (
+    "fedlora",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "flwr-datasets",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "POT",
+)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,13 @@ def test_what_is_no_address_is_refused(text):
         deploy.Address.parse(text)
 
 
+def test_tasks_of_one_data_set_are_refused(tmp_path):
+    table = problem(tmp_path)
+    with pytest.raises(UserError, match=r"data\.task .* once for each task"):
+        deploy.prepare(build({**table, "data": {**table["data"], "task": "user"}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_keys_nothing_listens_or_joins_beyond_this_machine(tmp_path):
     with pytest.raises(UserError, match="needs --keys"):
         deploy.needed(deploy.Address("0.0.0.0", 1), None)

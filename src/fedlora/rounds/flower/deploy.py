@@ -67,6 +67,8 @@ def prepare(experiment: Experiment, path: Path) -> None:
     Raises:
         UserError: the folder cannot be used, or the experiment does not say how many clients there will be.
     """
+    if experiment.data.task is not None:
+        raise UserError("data.task is for one machine: over Flower an owner joins once for each task, with a file for each")
     if (count := experiment.clients.size) is None:
         raise UserError("clients.count must say for how many clients the server waits")
     check_cohort(count, experiment.sampling)
