@@ -88,7 +88,8 @@ def test_clients_trained_together_train_as_if_alone(bench, settings, request_, t
     for one, alone in both(bench, jobs(bench[0], **request_), settings, tokens):
         assert one.steps == alone.steps
         assert_close(one.loss, alone.loss, rtol=1e-5, atol=1e-6)
-        assert_close(pack(one.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
+        # a hundredth of a step: AdamW makes steps of one size of gradients near zero, and so of their rounding
+        assert_close(pack(one.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-4)
 
 
 def test_training_moves_what_is_compared(bench):
@@ -194,7 +195,7 @@ def test_a_mask_is_the_clients_own_whoever_is_beside_it():
 
 def test_the_kept_part_is_scaled_and_of_the_right_size():
     (found,) = masks([(100, 20)], [0])
-    assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.7], rel=1e-4)
+    assert found.unique().tolist() == pytest.approx([0.0, 256 / (256 - 77)])  # 0.3 is nearest to 77 / 256
     assert float(found.mean()) == pytest.approx(1.0, abs=0.01)
 
 
