@@ -135,10 +135,10 @@ def _gram_basis(matrix: Matrix, shape: tuple[int, int, int], width: int) -> Tens
 def _root(gram: Tensor) -> Tensor:
     """root with root root^T = gram, also of a Gram matrix of dependent rows. Waits for the device."""
     root, failed = torch.linalg.cholesky_ex(gram)
-    if not failed.any():
-        return root
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+    if failed.any():
+        values, vectors = torch.linalg.eigh(gram)
+        root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return root  # type: ignore[no-any-return]
 
 
 def _affordable_steps(shape: tuple[int, int, int], width: int) -> int:
