@@ -18,7 +18,7 @@ from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
-from fedlora.export import to_merged, to_peft
+from fedlora.export import MIXED, exportable, fixed, to_merged, to_peft
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -39,11 +39,15 @@ _PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "flwr-datas
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client)."""
+    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client).
+
+    `left_out` says why adapters are missing, if any are.
+    """
 
     folder: Path
     rows: Sequence[Mapping[str, Any]]
     adapters: Mapping[str, Path]
+    left_out: str = ""
 
 
 class Silent:
@@ -109,8 +113,8 @@ def export(
     Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`.
 
     Raises:
-        UserError: no such run or client, no complete round yet, `out` is in use, or `to` is merged without a client for a
-            personal method.
+        UserError: no such run or client, no complete round yet, `out` is in use, `to` is merged without a client for a
+            personal method, or the adapter is no fixed matrix.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -262,8 +266,10 @@ class Bench:
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     bench = Bench.make(experiment, Problem.make(experiment))
     progress = rounds(bench, folder, watch, bench.simulation(folder))
-    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
-    return Result(folder.path, folder.rows(), adapters)
+    adapters = bench.adapters(progress, folder, experiment.rounds)
+    able = {name: adapter for name, adapter in adapters.items() if exportable(adapter)}
+    left_out = f"{len(adapters) - len(able)} of {len(adapters)} not written: {MIXED}" if len(able) < len(adapters) else ""
+    return Result(folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter"), left_out)
 
 
 def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
@@ -332,7 +338,7 @@ def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapte
     return {
         name: part
         if isinstance(part, Full) or not any(name in fold for fold in folds)
-        else recompress(stack([(1.0, one) for one in (part.pair(), *(fold[name] for fold in folds if name in fold))]))
+        else recompress(stack([(1.0, one) for one in (fixed(part).pair(), *(f[name] for f in folds if name in f))]))
         for name, part in view.items()
     }
 
