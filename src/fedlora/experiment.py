@@ -18,7 +18,7 @@ from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
-from fedlora.export import MIXED, exportable, fixed, to_merged, to_peft
+from fedlora.export import fixed, to_merged, to_peft, unfit
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -34,7 +34,17 @@ from fedlora.train.inject import Adapted, Scaling, head_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
 
-_PACKAGES = ("fedlora", "torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors", "numpy")
+_PACKAGES = (
+    "fedlora",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "flwr-datasets",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)
@@ -251,7 +261,14 @@ class Bench:
         return Simulation(self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed)
 
     def write(self, adapters: Mapping[str, Adapter], out: Path, to: Literal["adapter", "merged"]) -> dict[str, Path]:
-        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders."""
+        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
+
+        Raises:
+            UserError: one of them has no place there; nothing was written.
+        """
+        for name, adapter in adapters.items():
+            if reason := unfit(adapter):
+                raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
         labels, lora = self.problem.corpus.labels, self.experiment.lora
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
@@ -267,8 +284,9 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     bench = Bench.make(experiment, Problem.make(experiment))
     progress = rounds(bench, folder, watch, bench.simulation(folder))
     adapters = bench.adapters(progress, folder, experiment.rounds)
-    able = {name: adapter for name, adapter in adapters.items() if exportable(adapter)}
-    left_out = f"{len(adapters) - len(able)} of {len(adapters)} not written: {MIXED}" if len(able) < len(adapters) else ""
+    reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
+    left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
+    able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
     return Result(folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter"), left_out)
 
 

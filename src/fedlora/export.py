@@ -13,38 +13,28 @@ from torch import nn
 
 from fedlora.adapter import Adapter, Factors, Full
 from fedlora.config import Lora
-from fedlora.errors import UserError
 from fedlora.linalg.lowrank import Experts, Product
 from fedlora.train.inject import Adapted, Scaling, add_to_base
 
-MIXED = "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
+
+def unfit(adapter: Adapter) -> str | None:
+    """Why neither PEFT nor plain transformers have a place for the adapter; None if they have."""
+    if any(isinstance(part, Experts) for part in adapter.values()):
+        return "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
+    return None
 
 
 def fixed(part: Factors) -> Product:
-    """The part, which adds the same matrix whatever the input.
-
-    Raises:
-        UserError: it is experts, which each input mixes anew.
-    """
-    if isinstance(part, Experts):
-        raise UserError(f"cannot be exported: {MIXED}; fedlora alone can use it")
-    assert not isinstance(part, Full)
+    """The same part, known to add one matrix whatever the input; see `unfit`."""
+    assert not isinstance(part, Full | Experts)
     return part
-
-
-def exportable(adapter: Adapter) -> bool:
-    """Whether PEFT and plain transformers have a place for all of it."""
-    return not any(isinstance(part, Experts) for part in adapter.values())
 
 
 def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str]) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
     `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
-    two factors: a middle one is multiplied into b.
-
-    Raises:
-        UserError: see `fixed`; nothing was written.
+    two factors: a middle one is multiplied into b. The adapter is not `unfit`.
     """
     scaling = Scaling(lora.alpha, lora.rslora)
     factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Full)}
@@ -81,11 +71,7 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
 
 
 def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any) -> None:
-    """A folder that plain transformers loads. `model` is the untouched base, and is changed.
-
-    Raises:
-        UserError: see `fixed`; nothing was written.
-    """
+    """A folder that plain transformers loads. `model` is the untouched base, and is changed. The adapter is not `unfit`."""
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in adapter.items():
