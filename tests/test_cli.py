@@ -177,6 +177,13 @@ def test_a_run_prints_each_round_and_the_paths_and_equals_a_run_by_python(place,
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_run_without_an_adapter_that_peft_can_hold_says_why(place, command, tmp_path):
+    code, printed, errors = command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.name=fedlease")
+    assert (code, errors) == (0, "")
+    assert "PEFT adapters  3 of 3 not written: each input has its own mixture of experts" in printed
+    assert_refused(command("export", tmp_path / "run", tmp_path / "out"), "own mixture of experts")
+
+
 def test_a_set_value_takes_the_place_of_the_files(place, command, tmp_path):
     command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.rank=2", "--set", "rounds=1")
     written = tomllib.loads((tmp_path / "run" / "experiment.toml").read_text())

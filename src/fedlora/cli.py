@@ -230,6 +230,8 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
     for client, folder in list(result.adapters.items())[:1]:
         more = f" and {len(result.adapters) - 1} more beside it" if len(result.adapters) > 1 else ""
         console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
+    if result.left_out:
+        console.print(f"PEFT adapters  {result.left_out}", highlight=False, soft_wrap=True)
 
 
 def _serve(

@@ -12,6 +12,7 @@ from fedlora.methods.fed_dpa import FedDPA
 from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedhm import FedHMLoRA
+from fedlora.methods.fedlease import FedLEASE
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedrpca import FedRPCA
@@ -37,7 +38,8 @@ class Row:
     `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
     top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
     in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
-    sum of their ranks. `rank` is the method's, in all three; so are its other settings. `picked_up` and `picked_down` tell,
+    sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are the experts, which the
+    clients' data decide. `picked_up` and `picked_down` tell,
     for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
     the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
 
@@ -370,6 +372,22 @@ _ROWS = (
         down=("r * (out + in)",),
         head="local",
         personal=True,
+    ),
+    Row(
+        name="fedlease",
+        make=FedLEASE,
+        paper="Wang et al. 2025, arXiv:2509.15087",
+        summary="clusters clients by their b after a warm-up; each cluster trains an expert and a router that mixes all in",
+        exact="no: off by the covariance of the factors, in each cluster; there is no global model",
+        up=("r * (out + in) + (2 * E - 1) * in",),
+        down=("E * r * (out + in) + (2 * E - 1) * in",),
+        head="local",
+        personal=True,
+        singles=True,
+        exceptions={
+            "test_traffic_is_what_the_row_declares": "E is found in the warm-up, which has pairs up and nothing down",
+            "test_identical_clients_are_as_one": "equal ones make clusters too, and each trains its own expert alone",
+        },
     ),
 )
 
