@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from fedlora.linalg.terms import WORKING
@@ -50,12 +48,16 @@ def clusters(apart: Float[Tensor, "items items"], most: int, count: int = 0) -> 
 
 def silhouette(apart: Float[Tensor, "items items"], labels: Sequence[int]) -> float:
     """The mean over items of (v - u) / max(u, v), in [-1, 1]: u, v the mean distances to its own and the next cluster."""
+    from sklearn.metrics import silhouette_score  # takes a second to import
+
     return float(silhouette_score(apart.numpy(), labels, metric="precomputed"))
 
 
 def _linked(apart: Tensor, count: int) -> list[int]:
     if count == 1:
         return [0] * len(apart)
+    from sklearn.cluster import AgglomerativeClustering  # takes a second to import
+
     found = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit_predict(apart.numpy()).tolist()
     numbers = {label: i for i, label in enumerate(dict.fromkeys(found))}
     return [numbers[label] for label in found]
