@@ -4,9 +4,9 @@
                                 [--runs runs/claims.jsonl] [--write docs/benchmarks/claims.md]
 
 30 clients under Dirichlet labels, MiniLM; within a claim the same rounds, epochs, alpha and head for all. The learning rate
-of each line is the best of three on the clients' held-out examples, never on the test set, found with the first seed. Claims
-that are judged on held-out examples are searched with a further seed, which is not reported. Every run is kept in a file of
-JSON Lines and not repeated, so that an interrupted claim goes on where it was; delete it after a change of the methods.
+of each line is the best of three on the clients' held-out examples, never on the test set, found with the first seed. What is
+judged on held-out examples is searched with a further seed, which is not reported. Every run is kept in a file of JSON Lines
+and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of the methods.
 """
 
 import argparse
@@ -257,8 +257,8 @@ def report(name: str, bench: Bench, seeds: Sequence[int]) -> str:
     size = (
         f"{bench.rows} training rows, a fifth of them held out; {bench.test_rows} test rows; {CLIENTS} clients, all in "
         f"each of {bench.rounds} rounds of {train.epochs} epoch(s); batches of {train.batch_size}, {train.optimizer}, "
-        f"alpha {any_one.lora.alpha:g}, {train.precision}; means ± standard deviations over seeds {', '.join(map(str, seeds))}; "
-        f"lr searched with {searched}. Traffic is that of all rounds, of the first seed, the head included."
+        f"alpha {any_one.lora.alpha:g}, {train.precision}; lr searched with {searched}; means ± standard deviations over "
+        f"seeds {', '.join(map(str, seeds))}. Traffic is that of all rounds, of the first seed, the head included."
     )
     return "\n".join([f"## Claim {name}", "", claim.says, "", f"Here: {size}", "", *lines])
 
