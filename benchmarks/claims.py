@@ -3,10 +3,11 @@
     python benchmarks/claims.py a TRAIN.jsonl.gz TEST.jsonl.gz [--seeds 0 1 2] [--rounds N] [--rows N]
                                 [--runs runs/claims.jsonl] [--write docs/benchmarks/claims.md]
 
-30 clients under Dirichlet labels, MiniLM; within a claim the same rounds, epochs, alpha and head for all. The learning rate
-of each line is the best of three on the clients' held-out examples, never on the test set, found with the first seed. What is
-judged on held-out examples is searched with a further seed, which is not reported. Every run is kept in a file of JSON Lines
-and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of the methods.
+30 clients under Dirichlet labels, MiniLM; within a claim the same rounds, epochs, alpha and head for all. The learning
+rate of each line is the best of three on the clients' held-out examples, never on the test set, found with the first
+seed. What is judged on held-out examples is searched with a further seed, which is not reported. Every run is kept in a
+file of JSON Lines and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of
+the methods.
 """
 
 import argparse
