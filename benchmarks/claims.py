@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.01], help="of Dirichlet")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=1500)
+    parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--runs", type=Path, default=Path("runs/claims.jsonl"), help="the file that keeps the runs")
     parser.add_argument("--write", type=Path, help="put the section into this file")
