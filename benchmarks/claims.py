@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,21 @@ class Bench:
     def rows_of(self, experiment: Experiment) -> list[Row]:
         """The round log of the experiment."""
         key = experiment.to_toml()
-        for line in self.runs.read_text(encoding="utf-8").splitlines() if self.runs.exists() else ():
-            known = json.loads(line)
+        for known in self.kept():
             if known["experiment"] == key:
                 return list(known["rows"])
         with tempfile.TemporaryDirectory() as folder:
             rows = run(experiment, Path(folder, "run")).rows
         self.runs.parent.mkdir(parents=True, exist_ok=True)
         with self.runs.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"experiment": key, "rows": list(rows)}) + "\n")
+            file.write(f"\n{json.dumps({'experiment': key, 'rows': list(rows)})}\n")
         return list(rows)
+
+    def kept(self) -> Iterator[dict[str, Any]]:
+        """The runs in the file; a line that was not written to its end is passed over."""
+        for line in self.runs.read_text(encoding="utf-8").splitlines() if self.runs.exists() else ():
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
 
 def held_out(rows: Sequence[Row]) -> float:
