@@ -166,12 +166,15 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods."""
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
+    """List the methods, or say all there is to say about one."""
     from fedlora import terminal
+    from fedlora.config import build
     from fedlora.methods import TABLE
 
-    Console().print(terminal.methods(TABLE.values()))
+    Console().print(
+        terminal.methods(TABLE.values()) if name is None else terminal.method(build({"method": {"name": name}}).method.row)
+    )
 
 
 @app.command()
