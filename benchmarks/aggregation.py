@@ -2,9 +2,10 @@
 
     python benchmarks/aggregation.py [--quick] [--write docs/benchmarks/aggregation.md]
 
-Each measurement runs in its own process. Time is the median of the repetitions. Memory is the highest resident size during
-the first repetition minus the size before it (Linux), with every block above 1 MiB returned to the system when freed, so
-that no measurement profits from what another has left behind; the given factors are not counted.
+Each measurement runs in its own process. Memory is the highest resident size during a first repetition minus the size
+before it (Linux, glibc), with every block above 1 MiB returned to the system when freed, so that no measurement profits
+from what another has left behind; the given factors are not counted. Time is the median of the repetitions that follow,
+with freed blocks kept, as on a server that merges many modules in every round.
 """
 
 import argparse
@@ -133,8 +134,16 @@ def forgotten_peak() -> float:
     return resident("VmRSS")
 
 
+def return_blocks_above(size: int) -> None:
+    """Freed blocks of at least so many bytes go back to the system at once, smaller ones are kept."""
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # from malloc.h
+    libc.mallopt(mmap_threshold, size)
+    libc.mallopt(trim_threshold, 1 << 30 if size > 1 << 20 else size)
+
+
 def measure(case: Case) -> dict[str, float]:
     """In the child: seconds, peak MB above the input, relative error of the result."""
+    return_blocks_above(1 << 20)
     if case.step.endswith("exact path"):
         fit._affordable_steps = lambda shape, width: 0
     small = replace(case, modules=1, width=256, terms=20)
@@ -143,12 +152,13 @@ def measure(case: Case) -> dict[str, float]:
     compute, scale = computation(case)
     terms, seconds = made(case), []
     before = forgotten_peak()
-    for i in range(case.repetitions):
+    result = compute(terms)
+    peak = resident("VmHWM") - before
+    return_blocks_above(1 << 25)  # the most that glibc takes
+    for _ in range(case.repetitions):
         start = time.perf_counter()
         result = compute(terms)
         seconds.append(time.perf_counter() - start)
-        if i == 0:
-            peak = resident("VmHWM") - before
     error = relative_error(result, terms).mean() if scale == 1 else float("nan")
     return {"seconds": scale * statistics.median(seconds), "megabytes": peak, "error": float(error)}
 
@@ -156,7 +166,6 @@ def measure(case: Case) -> dict[str, float]:
 @functools.cache
 def in_a_child(case: Case) -> dict[str, float]:
     environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "OMP_WAIT_POLICY": "passive",  # on a busy machine, threads that spin slow the small steps down a hundredfold
     }

@@ -42,7 +42,7 @@ class Work:
 W1, W2 = Work(20, 2000, 20, 3), Work(1000, 8000, 100, 5)
 
 
-def experiment(files: list[str], work: Work, together: int, batches: str = "by-length") -> Any:
+def experiment(files: list[str], work: Work, together: int, precision: str = "fp32") -> Any:
     from fedlora.config import build
 
     train, test = files
@@ -54,23 +54,29 @@ def experiment(files: list[str], work: Work, together: int, batches: str = "by-l
             "method": {"name": "fedit", "rank": RANK},
             "lora": {"alpha": ALPHA},
             "sampling": {"fraction": work.chosen / work.clients},
-            "train": {"lr": LR, "batch_size": BATCH, "max_length": LONGEST, "batches": batches, "together": together},
+            "train": {
+                "lr": LR,
+                "batch_size": BATCH,
+                "max_length": LONGEST,
+                "together": together,
+                "precision": precision,
+            },
             "evaluate": {"every": work.rounds, "clients": "none"},
         }
     )
 
 
-def product(files: list[str], work: Work, together: int) -> dict[str, float]:
+def product(files: list[str], work: Work, together: int, precision: str = "fp32") -> dict[str, float]:
     """The package."""
     from fedlora.experiment import run
 
     with tempfile.TemporaryDirectory() as folder:
-        result = run(experiment(files, work, together), Path(folder, "run"))
+        result = run(experiment(files, work, together, precision), Path(folder, "run"))
     seconds = [row["seconds"]["train"] + row["seconds"]["merge"] for row in result.rows]
     return {"seconds": statistics.median(seconds), "accuracy": result.rows[-1]["global"]["accuracy"]}
 
 
-def by_hand(files: list[str], work: Work, large: bool) -> dict[str, float]:
+def by_hand(files: list[str], work: Work, large: bool = False, precision: str = "float32") -> dict[str, float]:
     """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each.
 
     With `large` the floor: one adapter, all rows of a round in large batches sorted by length.
@@ -88,9 +94,11 @@ def by_hand(files: list[str], work: Work, large: bool) -> dict[str, float]:
     path = locate(setup.model)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(problem.corpus.labels))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=len(problem.corpus.labels), dtype=getattr(torch, precision)
+    )
     lora = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"])
-    model = get_peft_model(base, lora)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False)
     ids = tokenizer(problem.corpus.train["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
     labels = torch.tensor(problem.corpus.train["label"][:])
 
@@ -140,10 +148,12 @@ def by_hand(files: list[str], work: Work, large: bool) -> dict[str, float]:
 
 
 SIDES: dict[str, Any] = {
-    "loop by hand, PyTorch + PEFT": lambda files, work: by_hand(files, work, large=False),
+    "loop by hand, PyTorch + PEFT": lambda files, work: by_hand(files, work),
     "fedlora, one client at a time": lambda files, work: product(files, work, 1),
     "fedlora, 16 clients in a step": lambda files, work: product(files, work, 16),
-    "floor: large sorted batches, nothing federated": lambda files, work: by_hand(files, work, large=True),
+    "fedlora, 16 clients in a step, bf16": lambda files, work: product(files, work, 16, "bf16"),
+    "floor": lambda files, work: by_hand(files, work, large=True),
+    "floor, all in bf16": lambda files, work: by_hand(files, work, large=True, precision="bfloat16"),
 }
 WORKS = {"W1": W1, "W2": W2, "20 clients": Work(20, 2000, 20, 1), "2,000 clients": Work(2000, 2000, 2000, 1)}
 

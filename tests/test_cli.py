@@ -44,10 +44,10 @@ def write(path: Path, table: dict[str, Any]) -> None:
 @pytest.fixture
 def command(monkeypatch, capsys) -> Command:
     """Runs `fedlora` in this process; its exit code, what it printed, and its errors."""
+    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*words: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as stopped:
             cli.main()
             sys.exit(0)
@@ -148,10 +148,22 @@ def test_a_refusal_reaches_the_shell(place):
     assert_refused((done.returncode, done.stdout, done.stderr), "no-such.toml", "no such file")
 
 
-def test_the_methods_are_listed_with_their_papers(command):
+def test_the_methods_are_listed_with_their_papers_and_nothing_is_cut_in_eighty_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = command("methods")
-    assert code == 0
-    assert all(re.search(rf"^{row.name}\s", printed, re.MULTILINE) and row.paper in printed for row in TABLE.values())
+    assert code == 0 and "\u2026" not in printed and max(map(len, printed.splitlines())) <= 80
+    assert re.search(r"secure\b.*\n.* DP *$", printed, re.MULTILINE)
+    for row in TABLE.values():
+        assert re.search(rf"^ {row.name}\s", printed, re.MULTILINE) and row.paper.split()[-1] in printed
+
+
+def test_one_method_is_told_of_in_full(command):
+    code, printed, _ = command("methods", "flasc")
+    assert code == 0 and TABLE["flasc"].private in printed and "density_up = " in printed
+
+
+def test_a_method_that_does_not_exist_is_refused(command):
+    assert_refused(command("methods", "fedid"), "unknown method 'fedid'", "'fedit'")
 
 
 def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):
@@ -175,6 +187,13 @@ def test_a_run_prints_each_round_and_the_paths_and_equals_a_run_by_python(place,
     assert f"PEFT adapter   {tmp_path / 'run' / 'adapter'}\n" in printed
     one, other = (folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", by_python))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_without_an_adapter_that_peft_can_hold_says_why(place, command, tmp_path):
+    code, printed, errors = command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.name=fedlease")
+    assert (code, errors) == (0, "")
+    assert "PEFT adapters  3 of 3 not written: each input has its own mixture of experts" in printed
+    assert_refused(command("export", tmp_path / "run", tmp_path / "out"), "own mixture of experts")
 
 
 def test_a_set_value_takes_the_place_of_the_files(place, command, tmp_path):

@@ -215,6 +215,21 @@ def test_other_architectures_compute_the_same_merged(base, finished, tmp_path):
     assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
 
 
+def test_a_mixture_of_experts_ends_its_run_without_an_adapter_and_says_why(tmp_path):
+    rows, model = tiny_rows(tmp_path / "rows.jsonl", 45), tiny_bert(tmp_path / "bert")
+    given = {"model": str(model), "data": str(rows), "rounds": 2, "train": {"lr": 0.02}}
+    clients = {"count": 3, "partition": "iid"}
+    result = run(Experiment.model_validate({**given, "clients": clients, "method": {"name": "fedlease"}}), tmp_path / "run")
+    assert result.rows[-1]["experts"] == 2 and "3 of 3 not written: each input has its own mixture" in result.left_out
+    assert not result.adapters and not (result.folder / "adapter").exists()
+    views = own_logits(result.folder)
+    assert (views["000"] - views["001"]).abs().max() > 1e-3
+    for to, client in (("adapter", None), ("adapter", "001"), ("merged", "001")):
+        with pytest.raises(UserError, match="cannot be exported: each input has its own mixture of experts"):
+            export(result.folder, to, tmp_path / "out", client)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_in_use_is_refused_and_stays_as_it_was(finished, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; choose another"):

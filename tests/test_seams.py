@@ -61,6 +61,7 @@ def test_the_engine_names_no_method(part):
         ("transformers", ("train", "export.py")),
         ("peft", ("train", "export.py")),
         ("datasets", ("data",)),
+        ("sklearn", ("linalg",)),
         ("flwr_datasets", ("data",)),
         ("typer", ("cli.py",)),
         ("rich", ("cli.py", "terminal.py")),

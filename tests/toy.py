@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import Asked, ClientInfo, Fit, Round, Seen
 from fedlora.method import AnyMethod
 from fedlora.methods import Row
@@ -63,10 +63,7 @@ class ToyTrainer:
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
         """What the model computes with: each module's folds and product, and the head."""
-        return {
-            name: part.w if isinstance(part, Full) else part.product() + self.base.get(name, 0)
-            for name, part in adapter.items()
-        }
+        return {name: x + self.base.get(name, 0) for name, x in products(adapter).items()}
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Adds to the base for good."""
@@ -86,7 +83,7 @@ class ToyTrainer:
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
         target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
         for _ in range(self.steps * (request.epochs or 1)):
-            weights = {name: _weight(kinds[name](**tensors)) + fixed[name] for name, tensors in parts.items()}
+            weights = {name: _matrix(kinds[name](**tensors)) + fixed[name] for name, tensors in parts.items()}
             loss = _distance(weights, target)
             if request.penalty is not None:
                 loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if kinds[name] is LowRank})
@@ -226,10 +223,15 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
 
 def products(adapter: Adapter) -> dict[str, Tensor]:
     """The dense matrix of each module and the head as it is: what may be compared."""
-    return {name: part.w if isinstance(part, Full) else part.product() for name, part in adapter.items()}
+    return {name: _matrix(part) for name, part in adapter.items()}
 
 
-def _weight(part: Factors) -> Tensor:
+def _matrix(part: Factors) -> Tensor:
+    """What the part makes of each unit vector: that is its matrix, if it has one."""
+    if isinstance(part, Experts):
+        shares = part.shares(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
+        pair = part.side_by_side()
+        return pair.b @ (shares.to(part.a.dtype).mT * pair.a)
     return part.w if isinstance(part, Full) else part.product()
 
 

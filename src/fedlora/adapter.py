@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedlora.linalg.lowrank import Heads, LowRank, Tri
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
 from fedlora.randomness import generator
 
 Tensors = Mapping[str, Tensor]
@@ -21,9 +21,9 @@ class Full:
     w: Tensor
 
 
-Factors = LowRank | Tri | Heads | Full
+Factors = LowRank | Tri | Heads | Experts | Full
 Adapter = Mapping[str, Factors]
-Kind = TypeVar("Kind", LowRank, Tri, Heads, Full)
+Kind = TypeVar("Kind", LowRank, Tri, Heads, Experts, Full)
 
 
 @dataclass(frozen=True)

@@ -166,12 +166,15 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods."""
+def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
+    """List the methods, or say all there is to say about one."""
     from fedlora import terminal
+    from fedlora.config import build
     from fedlora.methods import TABLE
 
-    Console().print(terminal.methods(TABLE.values()))
+    Console().print(
+        terminal.methods(TABLE.values()) if name is None else terminal.method(build({"method": {"name": name}}).method.row)
+    )
 
 
 @app.command()
@@ -230,6 +233,8 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
     for client, folder in list(result.adapters.items())[:1]:
         more = f" and {len(result.adapters) - 1} more beside it" if len(result.adapters) > 1 else ""
         console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
+    if result.left_out:
+        console.print(f"PEFT adapters  {result.left_out}", highlight=False, soft_wrap=True)
 
 
 def _serve(

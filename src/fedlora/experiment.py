@@ -18,7 +18,7 @@ from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
-from fedlora.export import to_merged, to_peft
+from fedlora.export import fixed, to_merged, to_peft, unfit
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -50,11 +50,15 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client)."""
+    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client).
+
+    `left_out` says why adapters are missing, if any are.
+    """
 
     folder: Path
     rows: Sequence[Mapping[str, Any]]
     adapters: Mapping[str, Path]
+    left_out: str = ""
 
 
 class Silent:
@@ -120,8 +124,8 @@ def export(
     Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`.
 
     Raises:
-        UserError: no such run or client, no complete round yet, `out` is in use, or `to` is merged without a client for a
-            personal method.
+        UserError: no such run or client, no complete round yet, `out` is in use, `to` is merged without a client for a
+            personal method, or the adapter is no fixed matrix.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -260,7 +264,14 @@ class Bench:
         return Simulation(self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed)
 
     def write(self, adapters: Mapping[str, Adapter], out: Path, to: Literal["adapter", "merged"]) -> dict[str, Path]:
-        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders."""
+        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
+
+        Raises:
+            UserError: one of them has no place there; nothing was written.
+        """
+        for name, adapter in adapters.items():
+            if reason := unfit(adapter):
+                raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
         labels, lora = self.problem.corpus.labels, self.experiment.lora
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
@@ -275,8 +286,11 @@ class Bench:
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     bench = Bench.make(experiment, Problem.make(experiment))
     progress = rounds(bench, folder, watch, bench.simulation(folder))
-    adapters = bench.write(bench.adapters(progress, folder, experiment.rounds), folder.path / "adapter", "adapter")
-    return Result(folder.path, folder.rows(), adapters)
+    adapters = bench.adapters(progress, folder, experiment.rounds)
+    reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
+    left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
+    able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
+    return Result(folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter"), left_out)
 
 
 def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
@@ -345,7 +359,7 @@ def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapte
     return {
         name: part
         if isinstance(part, Full) or not any(name in fold for fold in folds)
-        else recompress(stack([(1.0, one) for one in (part.pair(), *(fold[name] for fold in folds if name in fold))]))
+        else recompress(stack([(1.0, one) for one in (fixed(part).pair(), *(f[name] for f in folds if name in f))]))
         for name, part in view.items()
     }
 

@@ -11,19 +11,33 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from fedlora.adapter import Adapter, Full
+from fedlora.adapter import Adapter, Factors, Full
 from fedlora.config import Lora
+from fedlora.linalg.lowrank import Experts, Product
 from fedlora.train.inject import Adapted, Scaling, add_to_base
+
+
+def unfit(adapter: Adapter) -> str | None:
+    """Why neither PEFT nor plain transformers have a place for the adapter; None if they have."""
+    if any(isinstance(part, Experts) for part in adapter.values()):
+        return "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
+    return None
+
+
+def fixed(part: Factors) -> Product:
+    """The same part, known to add one matrix whatever the input; see `unfit`."""
+    assert not isinstance(part, Full | Experts)
+    return part
 
 
 def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str]) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
     `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
-    two factors: a middle one is multiplied into b.
+    two factors: a middle one is multiplied into b. The adapter is not `unfit`.
     """
     scaling = Scaling(lora.alpha, lora.rslora)
-    factors = {name: part.pair() for name, part in adapter.items() if not isinstance(part, Full)}
+    factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Full)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Full)}
     for name, part in factors.items():
@@ -57,13 +71,13 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
 
 
 def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any) -> None:
-    """A folder that plain transformers loads. `model` is the untouched base, and is changed."""
+    """A folder that plain transformers loads. `model` is the untouched base, and is changed. The adapter is not `unfit`."""
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in adapter.items():
             if isinstance(part, Full):
                 parameters[name].copy_(part.w)
             else:
-                add_to_base(model.get_submodule(name), part.product().float())
+                add_to_base(model.get_submodule(name), fixed(part).product().float())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -5,10 +5,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedlora import pages
 from fedlora.data.partition import label_table
 from fedlora.experiment import Problem, Result
 from fedlora.messages import ClientInfo, Round
@@ -77,26 +79,29 @@ def closing(result: Result) -> Table:
     return table
 
 
-def methods(rows: Iterable[Row]) -> Table:
-    """A few lines for each method."""
-    table = Table.grid(padding=(0, 2, 1, 0))
+def methods(rows: Iterable[Row]) -> Group:
+    """What each method does and needs, in few lines."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, leading=1)
+    for title in ("method", "exact", "floats of a\nlayer up,\nand down", "unequal\nranks", "per-\nsonal"):
+        table.add_column(title, max_width=11 if title == "exact" else None)
+    for title in ("single\nuploads", "secure\nsums", "DP"):
+        table.add_column(title, max_width=7)
     for row in rows:
-        settings = ", ".join(f"{key} = {value!r}" for key, value in row.settings().items())
-        facts = [
-            f"{row.summary}",
-            f"{row.paper}",
-            f"exact mean: {row.exact}",
-            f"unequal ranks: {_yes(row.mixed_ranks)}; personal: {_yes(row.personal)}; "
-            f"head: {row.head}{', with the layer norms' if row.norms else ''}; "
-            f"needs single uploads: {_yes(row.singles)}",
-            f"floats per layer and round up: {', then '.join(row.up)}" + (", and their positions" if row.picked_up else ""),
-            *([f"floats once, on top: {row.once[0]}"] if row.once[0] != "0" else []),
-            f"floats per layer and round down: {', then '.join(row.down)}"
-            + (", and their positions" if row.picked_down else ""),
-            f"settings: {settings}",
-        ]
-        table.add_row(Text(row.name, style="bold"), Text("\n".join(facts)))
-    return table
+        up, down = (" then ".join(formulas) for formulas in (row.up, row.down))
+        authors, _, number = row.paper.rpartition(", ")
+        table.add_row(
+            Text.assemble((row.name, "bold"), f"\n{authors}\n{number}"),
+            pages.short(row.exact),
+            f"{up}\n{down}",
+            *map(pages.yes, (row.mixed_ranks, row.personal, row.singles)),
+            *map(pages.short, (row.secure_sums(), row.private)),
+        )
+    return Group(table, Text("All about one of them: fedlora methods NAME"))
+
+
+def method(row: Row) -> Markdown:
+    """The method's page."""
+    return Markdown(pages.page(row))
 
 
 def clients(problem: Problem) -> Group:
@@ -142,7 +147,3 @@ def _scores(row: Mapping[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"

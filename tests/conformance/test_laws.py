@@ -39,6 +39,7 @@ every_row = pytest.mark.parametrize(
     [pytest.param(*case, id=name) for name, case in CASES.items()]
     + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MIXED.items()],
 )
+SECURE = {name: case for name, case in CASES.items() if case[0].secure_sums().startswith("yes")}
 PERIOD = 2  # rounds after which every brief row has done all that it ever does
 ROUNDS = 2 * PERIOD
 
@@ -105,6 +106,21 @@ def test_only_the_ratio_of_weights_matters(row, ranks):
     both = [method.merge(server, Replies(some), replies[0].round) for some in (replies, scaled)]
     for who in people(ranks):
         assert_close(*(change(method, merged, who) for merged in both))
+
+
+@pytest.mark.parametrize(("row", "ranks"), SECURE.values(), ids=SECURE)
+def test_with_secure_aggregation_the_sum_of_the_uploads_is_enough(row, ranks):
+    """Clients count equally: there are methods in which they always do."""
+    method, server, replies = a_round_of_replies(row.name, ranks)
+    apart = [replace(reply, weight=1.0) for reply in replies]
+    summed = replace(apart[0], upload=Replies(apart).mean(), weight=float(len(apart)))
+    both = [method.merge(server, Replies(some), apart[0].round) for some in (apart, [summed])]
+    for who in people(ranks):
+        assert_close(*(change(method, merged, who) for merged in both))
+
+
+def test_a_row_that_needs_single_uploads_does_not_promise_secure_aggregation():
+    assert not {name for name in SECURE if TABLE[name].singles}
 
 
 @every_row

@@ -1,4 +1,4 @@
-"""The exact laws of the four methods that average factors; the head is beside the point here."""
+"""The exact laws of the methods that average factors; the head is beside the point here."""
 
 from typing import Any
 
@@ -190,6 +190,17 @@ def test_fedsa_lora_with_equal_b_everywhere_is_fedit_restricted_to_a():
         it.init_server(spec, 0), Replies(gather(it, it.init_server(spec, 0), 0, MemoryStates())), Round(0, 0)
     )
     assert all(torch.equal(merged_sa.server[key], x) for key, x in pick(merged_it.server, "a").items())
+
+
+def test_local_only_gives_each_client_what_fedit_would_if_there_were_no_other():
+    (_, states), m, one = after(method("local-only"), 3), method("fedit"), CLIENTS[1]
+    server = m.init_server(ToyTrainer().spec, 0)
+    for index in range(3):
+        server = m.merge(server, Replies(gather(m, server, index, MemoryStates(), [one])), Round(index, 0)).server
+    own = adapter(method("local-only"), {}, states, one, 3)
+    assert all(
+        torch.equal(own[name].product(), part.product()) for name, part in adapter(m, server, states, one, 3).items()
+    )
 
 
 def test_clients_of_unequal_ranks_cannot_be_averaged_and_both_are_named():

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, Factors, Full, lora_init
 from fedlora.errors import UserError
-from fedlora.linalg.lowrank import Heads, LowRank, Tri
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
 from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight, head_modules, norm_modules
 from fedlora.train.layers import LoraLayer
 
@@ -291,6 +291,118 @@ def test_reading_after_loading_keeps_untrained_factors_beside_a_middle(kind, tra
         for factor, tensor in vars(part).items():
             assert (getattr(after[name], factor) is tensor) == (factor not in train)
             assert_close(getattr(after[name], factor), tensor)
+
+
+def routed(adapted: Adapted, seed: int = 0, others: int = 2, rank: int = 3) -> dict[str, Experts]:
+    """An adapter of random experts, fp64."""
+    torch.manual_seed(seed)
+    drawn = partial(torch.randn, dtype=torch.float64)
+    return {
+        name: Experts(
+            b=drawn(out, rank),
+            a=drawn(rank, in_),
+            g=drawn(2 * others + 1, in_),
+            others_b=drawn(others, out, rank),
+            others_a=drawn(others, rank, in_),
+        )
+        for name, (out, in_) in adapted.spec.modules.items()
+    }
+
+
+def pass_by_pass(part: Experts, x: Tensor, dropped: Tensor) -> Tensor:
+    """As published: for each of the `experts` chosen slots a pass through every expert, of which one counts."""
+    pairs = [(part.b, part.a), *zip(part.others_b, part.others_a, strict=True)]
+    expert_of = torch.tensor([0] * len(pairs) + list(range(1, len(pairs))))
+    weights, slots = (x @ part.g.mT).softmax(-1).topk(len(pairs), -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    passes = [
+        (weights[..., k] * (expert_of[slots[..., k]] == e))[..., None] * (dropped @ a.mT @ b.mT)
+        for k in range(len(pairs))
+        for e, (b, a) in enumerate(pairs)
+    ]
+    return torch.stack(passes).sum(0)
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+@pytest.mark.parametrize("others", [1, 3])
+def test_a_pass_for_each_expert_computes_and_learns_as_one_for_each_slot_and_expert(others, rest):
+    net, x = Net().double(), torch.randn(6, *rest, 7).double()
+    adapted = Adapted(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
+    start = routed(adapted, others=others)
+    leaves = {n: {k: v.clone().requires_grad_(k in "bag") for k, v in vars(part).items()} for n, part in start.items()}
+    adapted.load([start], "bag")
+    found, expected = adapted.model(x), x
+    for name, activation in (("first", torch.tanh), ("second", torch.tanh), ("last", nn.Identity())):
+        update = pass_by_pass(Experts(**leaves[name]), expected, expected)
+        expected = activation(net.get_submodule(name)(expected) + update)
+    assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    wanted = {f"{name}.{k}": v.grad for name, tensors in leaves.items() for k, v in tensors.items() if k in "bag"}
+    assert_close(gradients_of_the_factors(adapted), wanted)  # and none of the other experts
+    assert all(layer.others_b is not None and layer.others_b.grad is None for layer in adapted.layers.values())
+
+
+def test_the_router_sees_the_input_before_dropout_and_the_experts_after():
+    base, x = nn.Linear(7, 12).double(), torch.randn(6, 5, 7).double()
+    adapted = Adapted(nn.Sequential(copy.deepcopy(base)), Scaling(24.0), "all-linear", dropout=0.4)
+    start = routed(adapted)
+    adapted.load([start])
+    torch.manual_seed(3)
+    found = adapted.model.train()(x)
+    torch.manual_seed(3)
+    dropped = functional.dropout(x, 0.4)
+    assert_close(found, base(x) + pass_by_pass(start["0"], x, dropped))
+    assert not torch.allclose(found, base(x) + pass_by_pass(start["0"], dropped, dropped))
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+def test_experts_of_several_clients_give_each_client_what_its_own_would(rest):
+    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
+    singles = [routed(adapted, seed, rank=rank) for seed, rank in enumerate([2, 3, 1])]
+    adapted.load(singles, "bag")
+    outputs = adapted.model(x.flatten(0, 1)).unflatten(0, (3, 2))
+    outputs.square().sum().backward()
+    found = [gradients_of_the_factors(adapted, client) for client in range(3)]
+    for i, single in enumerate(singles):
+        adapted.load([single], "bag")
+        alone = adapted.model(x[i])
+        alone.square().sum().backward()
+        assert_close(outputs[i], alone)
+        for key, gradient in gradients_of_the_factors(adapted).items():
+            inside = tuple(slice(size) for size in gradient.shape)
+            assert_close(found[i][key][inside], gradient)
+            assert found[i][key].count_nonzero() == found[i][key][inside].count_nonzero()  # none in the padding
+
+
+@pytest.mark.parametrize("train", ["bag", "g", ""])
+def test_reading_experts_after_loading_keeps_what_was_not_trained(train):
+    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    start = routed(adapted)
+    adapted.load([start], train)
+    after = adapted.read(0, start, train)
+    for name, part in start.items():
+        assert type(after[name]) is Experts
+        for factor, tensor in vars(part).items():
+            assert (getattr(after[name], factor) is tensor) == (factor not in train)
+            assert_close(getattr(after[name], factor), tensor)
+
+
+def test_experts_leave_nothing_to_an_adapter_without_any():
+    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
+    two = {name: LowRank(part.b, part.a) for name, part in routed(adapted).items()}
+    adapted.load([two])
+    expected = adapted.model(x)
+    adapted.load([routed(adapted)])
+    assert not torch.equal(adapted.model(x), expected)
+    adapted.load([two])
+    assert torch.equal(adapted.model(x), expected)
+
+
+def test_different_numbers_of_experts_are_not_loaded_together():
+    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    with pytest.raises(AssertionError, match="several forms"):
+        adapted.load([routed(adapted, others=1), routed(adapted, others=2)])
 
 
 def test_without_factors_the_layer_is_its_base():

@@ -1,7 +1,10 @@
 """Tables as their owners keep them: the standard library's sentences, local files, data sets on the hub."""
 
 import difflib
+import inspect
 import json
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from typing import Any
 
 import datasets
 
+from fedlora.cache import cached
 from fedlora.data import files, stdlib_docs
 from fedlora.errors import UserError
 
@@ -51,7 +55,8 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def _stdlib_docs() -> Table:
-    rows = stdlib_docs.examples()
+    key = [sys.version, sysconfig.get_paths()["stdlib"], inspect.getsource(stdlib_docs)]
+    rows = json.loads(cached("stdlib-docs", key, lambda: json.dumps(stdlib_docs.examples()).encode()))
     return Table(f"data.source = {STDLIB_DOCS!r}", ["text", "label", "user"], lambda name: [row[name] for row in rows])
 
 

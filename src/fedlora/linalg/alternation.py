@@ -70,20 +70,21 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
 
 
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
-    """Exact least squares for q, then for p, until a sweep explains no 1e-12 more of the targets, or `sweeps` are done.
+    """Exact least squares for q, then for p, until a sweep gains no millionth of the objective, or `sweeps` are done.
 
+    A gain below 1e-12 of the targets' squared norms ends it too, as the objective may be zero but for rounding.
     One pair of coefficients for all `layers` together; each element of the batch has its own, unless `shared`. The
     objective never increases. Where the coefficients are not unique, they stay as near the start as each step allows. Waits
     for the device once a sweep.
     """
     p = q = _start(layers, shared)
     mirrored = [_swapped(layer) for layer in layers]
-    before = float("-inf")
+    size, before = float(_total([layer.size() for layer in layers], shared, 0).sum()), float("-inf")
     for _ in range(sweeps):
         q, _ = _half_step(layers, p, q, shared)
         p, explained = _half_step(mirrored, q, p, shared)
         now = float(explained.sum())
-        if now - before <= 1e-12 * now:
+        if now - before <= max(1e-6 * (size - now), 1e-12 * now):
             break
         before = now
     return Coefficients(p=p, q=q) if layers[0].pinned else _same_ratio(layers, Coefficients(p=p, q=q), shared)

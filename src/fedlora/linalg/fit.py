@@ -126,11 +126,19 @@ def _gram_basis(matrix: Matrix, shape: tuple[int, int, int], width: int) -> Tens
         gram = matrix @ matrix.mT if wide else matrix.mT @ matrix
         vectors = torch.linalg.eigh(gram).eigenvectors[..., -width:]
         return torch.matmul(matrix.mT, vectors) if wide else vectors
-    values, vectors = torch.linalg.eigh(matrix.a @ matrix.a.mT)
-    root = vectors * values.clamp_min(0).sqrt()[..., None, :]  # root root^T = a a^T, also where a has dependent rows
+    root = _root(matrix.a @ matrix.a.mT)
     image = (matrix.b.mT @ matrix.b) @ root
     core = torch.linalg.eigh(root.mT @ image).eigenvectors[..., -width:]
     return torch.matmul(matrix.a.mT, image @ core)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """root with root root^T = gram, also of a Gram matrix of dependent rows. Waits for the device."""
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():
+        values, vectors = torch.linalg.eigh(gram)
+        root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return root  # type: ignore[no-any-return]
 
 
 def _affordable_steps(shape: tuple[int, int, int], width: int) -> int:

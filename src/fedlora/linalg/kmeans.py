@@ -1,4 +1,4 @@
-"""K-means, how well its groups stand apart, and how far they agree with groups that are known."""
+"""K-means, and how far its groups agree with groups that are known."""
 
 import warnings
 from collections.abc import Iterable
@@ -39,19 +39,6 @@ def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int
         found = KMeans(groups, n_init=10, tol=0.0, random_state=seed % 2**32).fit_predict(points.numpy())
     names = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
     return torch.tensor([names[label] for label in found.tolist()])
-
-
-def silhouette(points: Float[Tensor, "points width"], groups: Int[Tensor, " points"]) -> float:
-    """The mean over points of (b - a) / max(a, b), in [-1, 1]: a its mean distance to its group, b to the next one.
-
-    0 where all points are one group, or each its own.
-    Source: Rousseeuw 1987, Silhouettes: a graphical aid to the interpretation and validation of cluster analysis.
-    """
-    from sklearn.metrics import silhouette_score  # takes a second to import
-
-    if not 1 < len(set(groups.tolist())) < len(groups):
-        return 0.0
-    return float(silhouette_score(points.numpy(), groups.numpy()))
 
 
 def agreement(groups: Int[Tensor, " points"], known: Int[Tensor, " points"]) -> float:

@@ -12,6 +12,7 @@ from fedlora.methods.fed_dpa import FedDPA
 from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedhm import FedHMLoRA
+from fedlora.methods.fedlease import FedLEASE
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedrpca import FedRPCA
@@ -38,7 +39,8 @@ class Row:
     `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
     top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
     in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
-    sum of their ranks. `rank` is the method's, in all three; so are its other settings. `picked_up` and `picked_down` tell,
+    sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are the experts, which the
+    clients' data decide. `picked_up` and `picked_down` tell,
     for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
     the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
 
@@ -50,6 +52,10 @@ class Row:
 
     `norms` tells whether the paper trains the layer norms too; they are then a part of the head.
 
+    `exact`, `secure` and `private` are a short answer, which may be followed by a colon and the reason. `secure`: does the
+    sum of all uploads suffice, so that they can be masked; by default that follows from `singles`. `private`: would noise,
+    in training or on the clipped upload, cover all that leaves a client. "open" is what nobody has settled.
+
     `exceptions` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
     the reason.
     """
@@ -59,19 +65,25 @@ class Row:
     paper: str
     summary: str
     exact: str
-    up: tuple[str, ...]
-    down: tuple[str, ...]
+    up: tuple[str, ...] = ("r * (out + in)",)
+    down: tuple[str, ...] = ("r * (out + in)",)
     head: Head = "averaged"
     norms: bool = False
     personal: bool = False
     mixed_ranks: bool = False
     singles: bool = False
+    secure: str = ""
+    private: str = "open"
     fold: str = "0"
     once: tuple[str, str] = ("0", "0")
     picked_up: tuple[str, str] | None = None
     picked_down: tuple[str, str] | None = None
     exceptions: Mapping[str, str] = field(default_factory=dict)
     preset: Mapping[str, Any] = field(default_factory=dict)
+
+    def secure_sums(self) -> str:
+        """Whether it works with secure aggregation, which shows the server nothing but sums of uploads."""
+        return self.secure or ("no: the server needs each upload by itself" if self.singles else "yes")
 
     def settings(self) -> dict[str, Any]:
         """What the user may set, with the defaults."""
@@ -86,8 +98,7 @@ _ROWS = (
         paper="Zhang et al. 2024, arXiv:2305.05644",
         summary="averages b and a separately",
         exact="no: off by the covariance of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
+        private="yes: noise enters through b and a, and through the product of both",
     ),
     Row(
         name="ffa-lora",
@@ -99,6 +110,7 @@ _ROWS = (
         up=("r * out",),
         down=("r * out",),
         head="frozen",
+        private="yes: noise enters once, through b",
     ),
     Row(
         name="rolora",
@@ -108,7 +120,7 @@ _ROWS = (
         summary="trains and averages b and a in alternate rounds",
         exact="yes, in each round",
         up=("r * out", "r * in"),
-        down=("r * (out + in)",),
+        private="yes: noise enters once in a round, in time through both factors",
     ),
     Row(
         name="fedsa-lora",
@@ -121,6 +133,21 @@ _ROWS = (
         down=("r * in",),
         head="local",
         personal=True,
+        private="yes: noise on a alone, as long as nobody hands out a personal model",
+    ),
+    Row(
+        name="local-only",
+        make=FactorAveraging,
+        preset={"shared": "", "schedule": ("ba",)},
+        paper="a baseline, no paper",
+        summary="sends nothing: each client trains b, a and its head alone",
+        exact="nothing is merged",
+        up=("0",),
+        down=("0",),
+        head="local",
+        personal=True,
+        private="yes: nothing leaves a client",
+        exceptions={"test_a_bad_upload_is_refused_and_the_round_goes_on": "there is nothing in it that could be bad"},
     ),
     Row(
         name="flexlora",
@@ -128,10 +155,10 @@ _ROWS = (
         paper="Bai et al. 2024, arXiv:2402.11505",
         summary="averages products; each client gets the best fit of its own rank",
         exact="up to the rank: the best fit to the mean of the products",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         mixed_ranks=True,
         singles=True,
+        secure='dense only: with upload = "dense"',
+        private="yes: noise on both factors, of which the cut to the rank removes a part",
     ),
     Row(
         name="fra-lora",
@@ -139,9 +166,9 @@ _ROWS = (
         paper="Trautmann et al. 2025, arXiv:2501.06332",
         summary="averages products and factorises the mean again",
         exact="up to the rank: the best fit to the mean of the products",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         singles=True,
+        secure='dense only: with upload = "dense"',
+        private="yes: noise on both factors, of which the cut to the rank removes a part",
     ),
     Row(
         name="flora",
@@ -149,11 +176,11 @@ _ROWS = (
         paper="Wang et al. 2024, arXiv:2409.05976",
         summary="stacks the factors into the base and starts from fresh ones",
         exact="yes",
-        up=("r * (out + in)",),
         down=("0",),
         fold="min(R * (out + in), out * in)",
         mixed_ranks=True,
         singles=True,
+        private="yes: but the noise stays in the base, with a rank that grows",
         exceptions={"test_identical_clients_are_as_one": "each client draws an a of its own"},
     ),
     Row(
@@ -162,10 +189,10 @@ _ROWS = (
         paper="Singhal et al. 2025, arXiv:2410.09432",
         summary="averages b and a separately; what that misses goes into the base",
         exact="yes",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         fold="min((K - 1) * r * (out + in), out * in)",
         singles=True,
+        secure="no: only for the factors, not for what goes into the base",
+        private="yes: but products of noise stay in the base",
     ),
     Row(
         name="flora-na",
@@ -173,10 +200,9 @@ _ROWS = (
         paper="Nguyen et al. 2025, arXiv:2509.26399",
         summary="searches two lists of coefficients whose combined b and a imitate the mean of the products",
         exact="no: between averaged factors and the best fit of the rank",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         mixed_ranks=True,
         singles=True,
+        private="yes: the search shrinks clients with much noise",
     ),
     Row(
         name="lora-fair",
@@ -184,9 +210,9 @@ _ROWS = (
         paper="Bian et al. 2025, arXiv:2411.14961",
         summary="averages b and a, and corrects b on the server towards the mean of the products",
         exact="no: only what lies in the rows of the mean a",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         singles=True,
+        secure="no: it would take a second exchange in each round",
+        private="yes: the correction is pulled to zero, which dampens noise",
     ),
     Row(
         name="frlora",
@@ -194,9 +220,8 @@ _ROWS = (
         paper="Yan et al. 2025, ICLR, openreview e0rQRMUhs7",
         summary="starts each round from the principal part of the weights; the change goes into the base",
         exact="no: off by the covariance of the factors; yes if b alone is trained",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         fold="min(2 * r * (out + in), out * in)",
+        private="yes: on changes, not on the large factors themselves; the noise stays in the base",
     ),
     Row(
         name="fedloru",
@@ -204,9 +229,8 @@ _ROWS = (
         paper="Park and Klabjan 2024, arXiv:2409.12371",
         summary="averages b and a separately; every few rounds their product goes into the base",
         exact="no: off by the covariance of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         fold="min(r * (out + in), out * in)",
+        private="yes: but each fold puts noise into the base",
     ),
     Row(
         name="pfedloru",
@@ -214,10 +238,9 @@ _ROWS = (
         paper="Park and Klabjan 2024, arXiv:2409.12371",
         summary="FedLoRU with a second, personal pair of factors that never travels",
         exact="no: off by the covariance of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         fold="min(r * (out + in), out * in)",
         personal=True,
+        private="yes: but each fold puts noise into the base",
     ),
     Row(
         name="mfedloru",
@@ -230,6 +253,7 @@ _ROWS = (
         fold="min(rank * (out + in), out * in)",
         mixed_ranks=True,
         singles=True,
+        private="yes: but each fold puts noise into the base",
         exceptions={"test_one_client_alone_trains_locally, mixed ranks": "its upload is cut to its rank"},
     ),
     Row(
@@ -238,10 +262,10 @@ _ROWS = (
         paper="Cho et al. 2024, arXiv:2401.06432",
         summary="pads unequal ranks with zeros, averages by norm; clients prune their own rank",
         exact="no: off by the covariance of the padded factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         mixed_ranks=True,
         singles=True,
+        secure="no: the server weighs each upload by its norm",
+        private="no: weights and ranks follow the clients' data",
     ),
     Row(
         name="fedhm-lora",
@@ -249,10 +273,9 @@ _ROWS = (
         paper="Yao et al. 2021, arXiv:2111.14655",
         summary="averages products by capacity; each client gets the best fit of its own rank, balanced",
         exact="up to the rank: the best fit to the mean of the products",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         mixed_ranks=True,
         singles=True,
+        private="yes: noise on both factors, of which the cut to the rank removes a part",
     ),
     Row(
         name="fedsvd",
@@ -261,8 +284,8 @@ _ROWS = (
         summary="trains and averages b; the server makes the common a orthonormal again",
         exact="yes",
         up=("r * out",),
-        down=("r * (out + in)",),
         head="frozen",
+        private="yes: noise enters once, through b, and the orthonormal a does not enlarge it",
     ),
     Row(
         name="fedrot-lora",
@@ -270,8 +293,7 @@ _ROWS = (
         paper="Zhang et al. 2026, arXiv:2602.23638",
         summary="clients turn their factors towards the shared ones before b and a are averaged",
         exact="no: off by the covariance of the turned factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
+        private="yes: turning comes before clipping and keeps the norm",
     ),
     Row(
         name="fedrpca",
@@ -279,9 +301,8 @@ _ROWS = (
         paper="Jhunjhunwala et al. 2025, arXiv:2506.01194",
         summary="splits the clients' changes into common and sparse parts, and amplifies the sparse mean",
         exact="no: a rescaled mean of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         singles=True,
+        private="yes: but noise counts as sparse, and is amplified",
     ),
     Row(
         name="fslora",
@@ -289,9 +310,10 @@ _ROWS = (
         paper="Fang et al. 2025, arXiv:2501.19389",
         summary="each client trains random ranks of each module, scaled up so that the changes add up unbiased",
         exact="no: a mean of factors, of which each client saw a random part",
-        up=("r * (out + in)",),
         down=("rank * (out + in)",),
         mixed_ranks=True,
+        secure="yes: with zeros for what was not drawn; what was is public",
+        private="yes: what is drawn does not depend on data, and only that needs noise",
         exceptions={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
             "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
@@ -308,6 +330,8 @@ _ROWS = (
         picked_up=("density_up * r * (out + in)", "rank * (out + in)"),
         picked_down=("density_down * r * (out + in)", "rank * (out + in)"),
         mixed_ranks=True,
+        secure="no: clients send different entries; filled up with zeros they save nothing",
+        private="no: which entries a client sends depends on its data",
         exceptions={
             "test_one_client_alone_trains_locally": "small changes stay at home, and the server takes its own step"
         },
@@ -323,6 +347,8 @@ _ROWS = (
         picked_up=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
+        secure="no: clients send different ranks; filled up with zeros they save nothing",
+        private="no: which ranks a client sends depends on its data",
         exceptions={
             "test_traffic_is_what_the_row_declares, mixed ranks": "a budget counts ranks, and wide ones have more floats",
         },
@@ -335,6 +361,7 @@ _ROWS = (
         exact="yes",
         up=("r * r",),
         down=("r * (out + in + r)",),
+        private="yes: noise enters once, on rank^2 numbers",
     ),
     Row(
         name="ravan",
@@ -346,6 +373,8 @@ _ROWS = (
         down=("rank * head_rank * head_rank",),
         picked_down=("r", "rank"),
         mixed_ranks=True,
+        secure="yes: with zeros for heads that were not trained, and a count for each",
+        private="yes: noise enters once, on the small cores; the server says which heads",
         exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
     ),
     Row(
@@ -361,6 +390,7 @@ _ROWS = (
         head="local",
         personal=True,
         singles=True,
+        private="no: mixtures of features leave a client; with data_weight 0 yes, noise on the small cores alone",
     ),
     Row(
         name="fl-tac",
@@ -368,11 +398,10 @@ _ROWS = (
         paper="Ping et al. 2024, ICLR Workshop on LLM Agents, arXiv:2404.15384",
         summary="an adapter for each task of a client; the server clusters them and averages within the clusters",
         exact="no: off by the covariance of the factors within a cluster",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         head="own",
         personal=True,
         singles=True,
+        private="yes: noise on each adapter, of which an owner of several tasks sends several",
     ),
     Row(
         name="fed-dpa",
@@ -380,10 +409,9 @@ _ROWS = (
         paper="Yang et al. 2024, arXiv:2403.19211",
         summary="FedIT, with a second, personal pair of factors trained beside the shared one",
         exact="no: off by the covariance of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         head="local",
         personal=True,
+        private="yes: as FedIT; the personal pair stays at home",
     ),
     Row(
         name="ditto",
@@ -391,10 +419,25 @@ _ROWS = (
         paper="Li et al. 2021, arXiv:2012.04221",
         summary="FedIT, and personal factors instead that are pulled towards the shared ones",
         exact="no: off by the covariance of the factors",
-        up=("r * (out + in)",),
-        down=("r * (out + in)",),
         head="local",
         personal=True,
+        private="yes: as FedIT; the personal factors stay at home",
+    ),
+    Row(
+        name="fedlease",
+        make=FedLEASE,
+        paper="Wang et al. 2025, arXiv:2509.15087",
+        summary="clusters clients by their b after a warm-up; each cluster trains an expert and a router that mixes all in",
+        exact="no: off by the covariance of the factors, in each cluster; there is no global model",
+        up=("r * (out + in) + (2 * E - 1) * in",),
+        down=("E * r * (out + in) + (2 * E - 1) * in",),
+        head="local",
+        personal=True,
+        singles=True,
+        exceptions={
+            "test_traffic_is_what_the_row_declares": "E is found in the warm-up, which has pairs up and nothing down",
+            "test_identical_clients_are_as_one": "equal ones make clusters too, and each trains its own expert alone",
+        },
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Methods that average factors: which factors travel and which are trained when makes four published methods."""
+"""Methods that average factors: which travel and which are trained when makes four published methods and a baseline."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ class FactorAveraging:
     exact. b comes first, since with b = 0 the gradient of a is zero. The round's index, which the server announces, decides
     what is trained, and both factors come down: a client may have missed rounds.
     shared "a", schedule "ba" is FedSA-LoRA (Guo et al. 2025, arXiv:2410.01463): b stays personal; there is no global model.
+    shared "", schedule "ba": nothing travels, and every client trains alone.
     """
 
     rank: int = 8

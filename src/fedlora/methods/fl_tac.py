@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, lora_init, pack, pick, unpack
-from fedlora.linalg.kmeans import agreement, embedded, kmeans, silhouette
+from fedlora.linalg.cluster import silhouette
+from fedlora.linalg.kmeans import agreement, embedded, kmeans
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import Local, fit
@@ -88,7 +89,7 @@ class FLTAC:
         for reply, group in zip(came, groups.tolist(), strict=True):
             means[group].add(reply.weight, reply.upload, reply.client.id)
         now = {reply.client.id: group for reply, group in zip(came, groups.tolist(), strict=True)}
-        notes = {"clusters": float(len(means)), "silhouette": silhouette(points, groups), **_diagnosis(came, groups)}
+        notes = {"clusters": float(len(means)), "silhouette": _silhouette(points, groups), **_diagnosis(came, groups)}
         if self.tasks is not None:
             notes["missing"] = float(min(self.tasks, len(came)) - len(means))
         return Merged(_followed(server, [mean.mean() for mean in means], now), notes=notes)
@@ -98,9 +99,13 @@ class FLTAC:
         if self.tasks is not None:
             return kmeans(points, self.tasks, seed)
         tried = [kmeans(points, number, seed) for number in range(2, min(self.most_tasks, len(points) - 1) + 1)]
-        best = max(tried, key=lambda groups: silhouette(points, groups), default=None)
+        best = max(tried, key=lambda groups: _silhouette(points, groups), default=None)
         together = torch.zeros(len(points), dtype=torch.long)
-        return together if best is None or silhouette(points, best) < self.apart else best
+        return together if best is None or _silhouette(points, best) < self.apart else best
+
+
+def _silhouette(points: Tensor, groups: Tensor) -> float:
+    return silhouette(torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist"), groups.tolist())
 
 
 def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str, int]) -> Clusters:

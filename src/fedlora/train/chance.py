@@ -1,5 +1,6 @@
 """Dropout whose masks belong to the clients, so that it does not matter who is trained in the same step."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_LEVELS = 1 << 16  # a mask entry takes 16 random bits
+_LEVELS = 1 << 8  # a mask entry takes one random byte
 
 
 class Chance(TorchFunctionMode):
@@ -17,7 +18,8 @@ class Chance(TorchFunctionMode):
     The first axis of what is dropped out holds the clients' runs of rows, all as long as the longest. A client's mask has
     the shape that it would have if the client were alone: its own rows, its own longest example. Inputs are [rows, length,
     ...], attention weights [rows, heads, length, length]; two axes hold no length. The probability is rounded to a multiple
-    of 2^-16. Attention with dropout is computed in the open, since the masks inside a fused kernel are not to be had.
+    of 2^-8, and what is kept is scaled up to match. Attention with dropout is computed in the open, since the masks inside
+    a fused kernel are not to be had.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class Chance(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
-        level = round(p * _LEVELS)
+        level = min(max(round(p * _LEVELS), 1), _LEVELS - 1)
         kept: Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
             input, self._mask(input.shape, level, input.device), _LEVELS / (_LEVELS - level)
         )
@@ -70,42 +72,43 @@ class Chance(TorchFunctionMode):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         if attn_mask is not None:
-            hidden = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, float("-inf")) if hidden else scores + attn_mask
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, float("-inf"))
+            scores = scores + attn_mask
         return self._dropout(scores.softmax(-1), dropout_p) @ value
 
     def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
-        """True where an entry is kept."""
+        """1 where an entry is kept, else 0. Bytes, not bools: those take many times as long to multiply with."""
         longest = max(length for length, _ in self._sizes)
         run = shape[0] // len(self._generators)
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
-        kept = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.bool, device=device)
-        for mask, generator, (length, rows) in zip(kept, self._generators, self._sizes, strict=True):
+        masks = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
+        for mask, generator, (length, rows) in zip(masks, self._generators, self._sizes, strict=True):
             own = [rows, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
             if own != list(mask.shape):
-                mask.fill_(True)
-            _draw(level, generator, mask[tuple(slice(n) for n in own)])
-        return kept.flatten(0, 1)
+                mask.fill_(_LEVELS // 2 - 1)
+            mask[tuple(slice(n) for n in own)] = _bytes(own, generator)
+        return masks.ge_(level - _LEVELS // 2).flatten(0, 1)
 
 
 class _Kept(torch.autograd.Function):
-    """x * mask * scale, in one pass each way."""
+    """x * mask * scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         """The product."""
         ctx.save_for_backward(mask)
         ctx.scale = scale
-        return torch.ops.aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+        return x * mask.to(x.dtype).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """The same product of the gradient."""
-        return torch.ops.aten.native_dropout_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+        (mask,) = ctx.saved_tensors
+        return gradient * mask.to(gradient.dtype).mul_(ctx.scale), None, None
 
 
-def _draw(level: int, generator: torch.Generator, kept: Tensor) -> None:
-    """False with probability `level` / 2^16."""
-    words = torch.empty((kept.numel() + 3) // 4, dtype=torch.int64, device=generator.device)
-    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: kept.numel()]
-    torch.ge(bits.view(kept.shape), level - _LEVELS // 2, out=kept)
+def _bytes(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random int8 of the whole range."""
+    words = torch.empty((math.prod(shape) + 7) // 8, dtype=torch.int64, device=generator.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int8)[: math.prod(shape)].view(list(shape))

@@ -14,8 +14,8 @@ from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import LowRank, Product
-from fedlora.train.layers import LoraLayer, OwnLayer, Present
+from fedlora.linalg.lowrank import Experts, LowRank, Product
+from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,15 @@ class Adapted:
     ) -> list[nn.Parameter]:
         """Puts the clients' adapters into the model, and frozen factors beside them; returns what is named in `train`.
 
-        All adapters have the same names. Parameters have a leading client axis; smaller ranks are padded with zeros in b
+        All adapters have the same `form`. Parameters have a leading client axis; smaller ranks are padded with zeros in b
         and a, which get no gradient and stay zero.
         """
+        assert len({form(adapter) for adapter in adapters}) <= 1, "adapters of several forms cannot be loaded together"
         train, trained = frozenset(train), []
         self.present.index = None
         for name, layer in self.layers.items():
-            layer.b = layer.c = layer.s = layer.a = None
+            for factor in FACTORS:
+                setattr(layer, factor, None)
             device = _device(layer.base)
             layer.fixed = [self._folded[name]] if name in self._folded else []
             if own := [parts[name] for parts in beside if parts and name in parts]:
@@ -120,7 +122,7 @@ class Adapted:
                 trained += [parameter] if "w" in train else []
             else:
                 layer = self.layers[name]
-                parts, device = [_product(adapter[name]) for adapter in adapters], _device(layer.base)
+                parts, device = [_factored(adapter[name]) for adapter in adapters], _device(layer.base)
                 scales = [self.scaling.of(part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
                 for factor in vars(part):
@@ -145,13 +147,13 @@ class Adapted:
             for i, part in enumerate(layer.fixed):
                 if part.b.ndim == 3:
                     layer.fixed[i] = LowRank(part.b[index.to(part.b.device)], part.a[index.to(part.a.device)])
-            if layer.a is not None and layer.b is not None:
+            if layer.a is not None:
                 layer.scale = layer.scale[index.to(layer.scale.device)]
-                layer.b, layer.a = cut(layer.b), cut(layer.a)
-                layer.c = None if layer.c is None else cut(layer.c)
-                layer.s = None if layer.s is None else cut(layer.s)
-        for own in self._own.values():
-            own.own = {key: cut(x) for key, x in own.own.items()}
+            for factor in FACTORS:
+                if (own := getattr(layer, factor)) is not None:
+                    setattr(layer, factor, cut(own))
+        for own_layer in self._own.values():
+            own_layer.own = {key: cut(x) for key, x in own_layer.own.items()}
         return pairs
 
     def _weight(self, name: str) -> Tensor:
@@ -169,8 +171,8 @@ class Adapted:
         """A loaded client's parts of kind LowRank as they are now, for a penalty: gradients flow. `like` has its ranks."""
         found = {}
         for name, layer in self.layers.items():
-            if layer.a is not None and layer.b is not None and layer.c is None:
-                rank = _product(like[name]).rank
+            if layer.a is not None and layer.b is not None and isinstance(part := like[name], LowRank):
+                rank = part.rank
                 b, a = layer.b[client, :, :rank], layer.a[client, :rank]
                 found[name] = LowRank(b * layer.scale[client], a)
         return found
@@ -206,6 +208,11 @@ class Adapted:
                     new[factor] = _copy(own * layer.scale[client] if factor == "b" else own, new[factor])
                 adapter[name] = type(part)(**new)
         return adapter
+
+
+def form(adapter: Adapter) -> frozenset[tuple[str, type, int]]:
+    """What adapters have in common that are loaded together: names, kinds, and how many experts; ranks may differ."""
+    return frozenset((name, type(part), len(part.g) if isinstance(part, Experts) else 0) for name, part in adapter.items())
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
@@ -309,7 +316,7 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def _product(part: Factors) -> Product:
+def _factored(part: Factors) -> Product | Experts:
     assert not isinstance(part, Full)
     return part
 

@@ -7,7 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.linalg.lowrank import LowRank, block_diagonal
+from fedlora.linalg.lowrank import Experts, LowRank, block_diagonal
+
+FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
+"""All that a `LoraLayer` may have."""
 
 
 @dataclass
@@ -28,7 +31,9 @@ class LoraLayer(nn.Module):
     the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
 
     With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
-    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i.
+    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
+    `others_a` the update is that of `Experts`: `g` sees the input before dropout, the experts see it after. `others_b` is
+    not scaled.
     """
 
     def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
@@ -41,19 +46,25 @@ class LoraLayer(nn.Module):
         self.a: nn.Parameter | None = None
         self.c: nn.Parameter | None = None
         self.s: nn.Parameter | None = None
+        self.g: nn.Parameter | None = None
+        self.others_b: nn.Parameter | None = None
+        self.others_a: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
         """Frozen factors that act beside the trained ones, with a client axis or common to all."""
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """base(x) + scale * lora_B lora_A dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
+        """base(x) + the update of dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
         of = self.present.of
         for part in self.fixed:
             y = _plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
         if self.a is None or self.b is None:
             return y
-        x = functional.dropout(x, self.dropout, self.training)
-        return _plus_product(y, x, of(self.a), of(self.b), of(self.scale), self._middle())
+        dropped = functional.dropout(x, self.dropout, self.training)
+        if self.g is not None and self.others_b is not None and self.others_a is not None:
+            factors = of(self.b) * of(self.scale), of(self.a), of(self.g), of(self.others_b), of(self.others_a)
+            return _plus_experts(y, x, dropped, Experts(*(factor.to(x.dtype) for factor in factors)))
+        return _plus_product(y, dropped, of(self.a), of(self.b), of(self.scale), self._middle())
 
     def _middle(self) -> Tensor | None:
         """[clients, rank, rank] of those present."""
@@ -97,10 +108,20 @@ class OwnLayer(nn.Module):
         return torch.cat(each).to(came)
 
 
+def _plus_experts(y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
+    """y + sum_e w_e(x) b_e a_e dropped, each client's run of rows with its own experts: one pass through each of them."""
+    shares = experts.shares(x.reshape(len(experts.g), -1, x.shape[-1]))  # [clients, rows of one client * rest, experts]
+    pair = experts.side_by_side()
+    return _plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
+
+
 def _plus_product(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
 ) -> Tensor:
-    """y + scale * (b middle a) x; with a client axis in the factors, each client's run of rows has its own."""
+    """y + b (scale * middle a x); with a client axis in the factors, each client's run of rows has its own.
+
+    `scale` broadcasts to [clients, rows of one client * rest, rank].
+    """
     a, b = a.to(x.dtype), b.to(x.dtype)
     if a.ndim == 2:
         return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)

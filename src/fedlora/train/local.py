@@ -1,6 +1,6 @@
 """The trainer of one machine: all clients' examples around one resident model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from fedlora.randomness import derive
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import Score, score
 from fedlora.train.features import features
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import Adapted, form
 from fedlora.train.tasks import Encoded, Task
 
 
@@ -59,8 +59,7 @@ class LocalTrainer:
         """Each adapter on its client's held-out examples, if there are any."""
         able = [i for i, (who, _) in enumerate(asked) if len(self.held_out[who.id])]
         found: dict[int, Score] = {}
-        for start in range(0, len(able), self.together):
-            some = able[start : start + self.together]
+        for some in self._alike(able, [form(asked[i][1]) for i in able]):
             pairs = [(self.held_out[who.id], adapter) for who, adapter in (asked[i] for i in some)]
             found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.judge_batch), strict=True)
         return [found.get(i) for i in range(len(asked))]
@@ -75,11 +74,16 @@ class LocalTrainer:
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Which jobs go together: those that train the same factors, the longest first."""
-        alike: dict[object, list[int]] = {}
-        for i in sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings)):
-            request = jobs[i].request
-            rates = tuple(sorted((request.rates or {}).items()))
-            key = request.train, tuple(request.start), tuple(request.beside or ()), rates
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
+        requests = [jobs[i].request for i in order]
+        rates = [tuple(sorted((request.rates or {}).items())) for request in requests]
+        keys = [(r.train, form(r.start), tuple(r.beside or ()), rate) for r, rate in zip(requests, rates, strict=True)]
+        return self._alike(order, keys)
+
+    def _alike(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
+        """Groups of equal keys, of at most `together`, each in the given order."""
+        alike: dict[Hashable, list[int]] = {}
+        for i, key in zip(order, keys, strict=True):
             alike.setdefault(key, []).append(i)
         for some in alike.values():
             yield from (some[start : start + self.together] for start in range(0, len(some), self.together))

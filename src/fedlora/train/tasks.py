@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,9 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import transformers
 from jaxtyping import Int
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.cache import cached
 from fedlora.errors import UserError
 from fedlora.randomness import derive
 
@@ -98,15 +101,9 @@ class Classification:
         if not len(columns["text"]):
             return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
-        found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
-        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
-        lengths = [len(ids) for ids in found["input_ids"]]
-        return Encoded(
-            features={name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found},
-            starts=torch.tensor([0, *lengths]).cumsum(0),
-            targets=torch.tensor(list(columns["label"])),
-            padding={name: padding[name] for name in found},
-        )
+        features = _kept_tokens(tokenizer, texts, max_length)
+        starts, padding = features.pop("starts"), {"input_ids": tokenizer.pad_token_id}
+        return Encoded(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """Cross-entropies, in fp32."""
@@ -160,6 +157,25 @@ def locate(source: str) -> str:
             f"model = {source!r}: {path / 'model.safetensors'} is not the published file; install the package again"
         )
     return str(path)
+
+
+def _kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
+    """`_tokens`, from the cache where the tokenizer can say what it is."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return _tokens(tokenizer, texts, max_length)
+    lasting = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # those are left over from the last call
+    key = [transformers.__version__, repr(tokenizer), json.dumps(lasting), str(max_length)]
+    for column in texts:
+        key += [str(len(column)), *column]
+    return load(cached("tokens", key, lambda: save(_tokens(tokenizer, texts, max_length))))
+
+
+def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
+    """The model's inputs, example after example, and in `starts` where each begins and the last one ends."""
+    found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
+    lengths = [len(ids) for ids in found["input_ids"]]
+    flat = {name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found}
+    return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
 
 
 def quiet() -> None:

@@ -1,0 +1,46 @@
+"""What takes a while to make and depends on nothing but its key, kept on disk from run to run."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+_DIGEST = 32  # bytes of SHA-256
+
+
+def cached(kind: str, key: Iterable[str], make: Callable[[], bytes]) -> bytes:
+    """The content for this key: from the cache folder if it is there and whole, else made and put there.
+
+    The folder is `$FEDLORA_CACHE`, else `fedlora` in `$XDG_CACHE_HOME` or `~/.cache`; only its owner may read it. Nothing
+    is kept if the variable is empty, or if the folder cannot be written.
+    """
+    folder = _folder()
+    if folder is None:
+        return make()
+    digest = hashlib.sha256()
+    for part in key:
+        digest.update(f"{len(part)}:{part}".encode())
+    path = folder / f"{kind}-{digest.hexdigest()}"
+    with suppress(OSError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+            return content[_DIGEST:]
+    content = make()
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, delete=False) as file, ExitStack() as undo:
+            undo.callback(os.unlink, file.name)
+            file.write(hashlib.sha256(content).digest() + content)
+            file.flush()
+            os.replace(file.name, path)
+            undo.pop_all()
+    return content
+
+
+def _folder() -> Path | None:
+    own = os.environ.get("FEDLORA_CACHE")
+    if own is not None:
+        return Path(own).expanduser() if own else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fedlora").expanduser()

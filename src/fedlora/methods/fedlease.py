@@ -1,0 +1,162 @@
+"""FedLEASE: after a warm-up, clusters of clients share an expert, and route each input through all experts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.linalg.cluster import clusters, directions, distances, pairwise
+from fedlora.linalg.combine import fresh_rows
+from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
+from fedlora.method import Local, fit
+
+
+@dataclass(frozen=True)
+class First:
+    """A client's latest upload of the warm-up, b and a, and its weight."""
+
+    weight: float
+    upload: Tensors
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the server knows: until the clusters are made `first`, and then all the rest.
+
+    `members` maps clients to clusters. `downloads` holds what the members of each cluster get: that is the experts, and a
+    copy of the others for each. `centres` maps "module.b" to the mean directions of b of those that made each cluster
+    [clusters, out * rank].
+    """
+
+    first: Mapping[str, First] = field(default_factory=dict)
+    members: Mapping[str, int] = field(default_factory=dict)
+    downloads: tuple[Tensors, ...] = ()
+    centres: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FedLEASE:
+    """Each cluster of clients trains one expert b a, and a router that mixes in the frozen experts of the others.
+
+    For `warmup_rounds` each client trains a pair of its own, all from the same start, and uploads it. Then the server
+    clusters those that came, once: by the mean over modules of 1 - cosine between their b, with average linkage, into the
+    number of clusters from 2 to `max_experts` with the largest silhouette, or into `experts` of them if that is not 0. A
+    cluster's expert starts at the mean of its members' pairs, and its router at random, as `torch.nn.Linear` does. From
+    then on a client trains its cluster's expert and router (see `linalg.lowrank.Experts`), and uploads both; the server
+    averages them over the members that came. An expert without any stays. With one expert there is no router, and the
+    method is FedIT; also where fewer than three clients came to the warm-up, which have no silhouette.
+
+    The paper's `warmup_rounds` is one round, the released code's are five. The paper weighs clients equally
+    (`method.weights` "uniform"). In the released code each client goes on from its own pair instead of the mean, with all
+    other experts at zero, and has a random head of its own that is never trained; here the head is personal and trained.
+    All experts must come down each round if the others are to stay current, though the paper counts only the own one.
+
+    The paper has all clients take part. Here a client that has not come when the clusters are made trains its own pair in
+    its first round, and joins the cluster whose founders' b are nearest in the mean; its pair counts in no expert. Until
+    then it is judged with its own pair. So choose `warmup_rounds` such that enough clients come.
+
+    Source: Wang et al. 2025, NeurIPS, arXiv:2509.15087, and its released code.
+    """
+
+    rank: int = 8
+    warmup_rounds: int = 1
+    max_experts: int = 4
+    experts: int = 0
+
+    def init_server(self, spec: AdapterSpec, seed: int) -> Allocation:
+        """Nobody's pair."""
+        return Allocation()
+
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+        """A pair of update zero, the same on every client: directions of b are compared over the same a."""
+        return pack(lora_init(spec, self.rank, seed))
+
+    def send(self, server: Allocation, who: ClientInfo, rnd: Round) -> Tensors:
+        """Nothing to a client without a cluster; else its expert and router, and the others' experts."""
+        return server.downloads[server.members[who.id]] if who.id in server.members else {}
+
+    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+        """The experts behind the router, a lone expert, or the client's own pair."""
+        return unpack(got, Experts) if pick(got, "g") else unpack(got or mine, LowRank)
+
+    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+        """Trains and uploads its pair, which it keeps, or its cluster's expert and router."""
+        trained = pick(pack((yield from fit(self.view(mine, got, who), "bag"))), "bag")
+        return mine if got else trained, trained
+
+    def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:
+        """Collects pairs; makes the clusters after the warm-up; then averages in each, and lets newcomers join."""
+        came = (reply for reply in replies if reply.weight > 0)
+        if server.downloads:
+            after = _averaged(server, came)
+        else:
+            first = {**server.first, **{reply.client.id: First(reply.weight, reply.upload) for reply in came}}
+            after = Allocation(first) if rnd.index + 1 < self.warmup_rounds else self._allocated(first, rnd)
+        return Merged(after, notes={"experts": float(len(after.downloads))} if after.downloads else {})
+
+    def _allocated(self, first: Mapping[str, First], rnd: Round) -> Allocation:
+        """The clusters of those that came to the warm-up, and their first experts."""
+        ids = sorted(first)
+        vectors = _directions([first[who].upload for who in ids])
+        found = clusters(pairwise(list(vectors.values())), self.max_experts, self.experts)
+        own = torch.tensor(found)
+        means = [RunningMean() for _ in range(max(found) + 1)]
+        for who, cluster in zip(ids, found, strict=True):
+            means[cluster].add(first[who].weight, first[who].upload, who)
+        experts = [mean.mean() for mean in means]
+        if len(experts) > 1:
+            experts = [{**expert, **_router(expert, len(experts), rnd, i)} for i, expert in enumerate(experts)]
+        centres = {key: torch.stack([x[own == i].mean(0) for i in range(len(experts))]) for key, x in vectors.items()}
+        return Allocation({}, dict(zip(ids, found, strict=True)), _downloads(experts), centres)
+
+
+def _averaged(server: Allocation, replies: Iterable[Reply]) -> Allocation:
+    """Each expert and router at the mean over its present members; who was in no cluster joins the nearest."""
+    means: dict[int, RunningMean] = {}
+    members = dict(server.members)
+    for reply in replies:
+        who = reply.client.id
+        if who in server.members:
+            means.setdefault(server.members[who], RunningMean()).add(reply.weight, reply.upload, who)
+        else:
+            members[who] = _nearest(reply.upload, server.centres)
+    before = [pick(download, "bag") for download in server.downloads]
+    experts = [means[i].mean() if i in means else expert for i, expert in enumerate(before)]
+    return replace(server, members=members, downloads=_downloads(experts))
+
+
+def _downloads(experts: Sequence[Tensors]) -> tuple[Tensors, ...]:
+    """For each cluster its own expert and router, and the experts of the others in their order, stacked."""
+    return tuple({**own, **_stacked([*experts[:i], *experts[i + 1 :]])} for i, own in enumerate(experts))
+
+
+def _stacked(experts: Sequence[Tensors]) -> dict[str, Tensor]:
+    """`"module.others_b"` [experts, out, rank] and `"module.others_a"` [experts, rank, in]; nothing for no experts."""
+    found: dict[str, Tensor] = {}
+    for key in pick(experts[0], "ba") if experts else ():
+        name, _, factor = key.rpartition(".")
+        found[f"{name}.others_{factor}"] = torch.stack([expert[key] for expert in experts])
+    return found
+
+
+def _router(expert: Tensors, experts: int, rnd: Round, number: int) -> dict[str, Tensor]:
+    """`"module.g"` [slots, in], drawn for each module and cluster."""
+    found: dict[str, Tensor] = {}
+    for key, a in pick(expert, "a").items():
+        name = key.removesuffix(".a")
+        found[f"{name}.g"] = fresh_rows((2 * experts - 1, a.shape[1]), rnd.rng(f"router {name}", str(number))).to(a.dtype)
+    return found
+
+
+def _directions(uploads: Sequence[Tensors]) -> dict[str, Tensor]:
+    """`"module.b"` -> the directions of the uploads' b [uploads, out * rank]."""
+    return {key: directions(torch.stack([x[key].flatten() for x in uploads])) for key in sorted(pick(uploads[0], "b"))}
+
+
+def _nearest(upload: Tensors, centres: Tensors) -> int:
+    """The cluster at the smallest mean distance."""
+    vectors = _directions([upload])
+    return int(distances(list(vectors.values()), [centres[key] for key in vectors]).argmin())

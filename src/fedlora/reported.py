@@ -1,0 +1,88 @@
+"""What others have published about the methods, from `reported.toml`."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedlora.methods import TABLE
+
+Value = Annotated[Decimal, Field(allow_inf_nan=True)]
+"""A figure with the digits of its source; nan where there is none."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    about: Annotated[list[str], Field(min_length=1)]
+    """The methods on whose pages it is shown."""
+    source: str
+    read: Literal["paper", "abstract", "code", "secondary"]
+    """Where it was read; secondary: in a text about the paper."""
+    caveat: str = ""
+
+
+class Study(_Entry):
+    """Figures that somebody has published: for each method, one value for each benchmark."""
+
+    model: str
+    metric: str
+    setting: str = ""
+    benchmarks: Annotated[list[str], Field(min_length=1)]
+    values: Annotated[dict[str, list[Value]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Study":
+        for name, values in self.values.items():
+            if len(values) != len(self.benchmarks):
+                raise ValueError(f"{self.source}: {name} has {len(values)} values for {len(self.benchmarks)} benchmarks")
+            if all(value.is_nan() for value in values):
+                raise ValueError(f"{self.source}: {name} has no value at all; leave it out")
+        return self
+
+
+class Claim(_Entry):
+    """What somebody has published without a table that could be read."""
+
+    claim: str
+
+
+class Reported(BaseModel):
+    """All of it. `others` has the names of what is no method of the table here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    others: Mapping[str, str]
+    study: Sequence[Study]
+    claim: Sequence[Claim]
+
+    @model_validator(mode="after")
+    def _known(self) -> "Reported":
+        for entry in (*self.study, *self.claim):
+            names = {*entry.about, *(entry.values if isinstance(entry, Study) else ())}
+            if unknown := names - {*TABLE, *self.others}:
+                raise ValueError(f"{entry.source}: {sorted(unknown)} is neither a method here nor in [others]")
+        return self
+
+    def label(self, name: str) -> str:
+        """How a method or another name is written."""
+        return name if name in TABLE else self.others[name]
+
+
+@cache
+def reported() -> Reported:
+    """The file's entries.
+
+    Raises:
+        ValidationError: an entry is incomplete, or names a method that is not known.
+    """
+    return read(files("fedlora").joinpath("reported.toml").read_text(encoding="utf-8"))
+
+
+def read(text: str) -> Reported:
+    """The entries in a TOML text; see `reported`."""
+    return Reported.model_validate(tomllib.loads(text, parse_float=Decimal))
