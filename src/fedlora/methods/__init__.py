@@ -395,7 +395,7 @@ _ROWS = (
     Row(
         name="fl-tac",
         make=FLTAC,
-        paper="Ping et al. 2024, ICLR Workshop on LLM Agents, arXiv:2404.15384",
+        paper="Ping et al. 2024, arXiv:2404.15384",
         summary="an adapter for each task of a client; the server clusters them and averages within the clusters",
         exact="no: off by the covariance of the factors within a cluster",
         head="own",
