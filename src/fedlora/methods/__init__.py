@@ -434,6 +434,8 @@ _ROWS = (
         head="local",
         personal=True,
         singles=True,
+        secure="no: the clusters need each upload; after them a sum for each cluster would do",
+        private="yes: if the uploads of the warm-up get noise too",
         exceptions={
             "test_traffic_is_what_the_row_declares": "E is found in the warm-up, which has pairs up and nothing down",
             "test_identical_clients_are_as_one": "equal ones make clusters too, and each trains its own expert alone",
