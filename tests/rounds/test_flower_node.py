@@ -16,6 +16,7 @@ from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, Settings, fingerprint
 from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.train import local
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_rows
@@ -27,8 +28,8 @@ def home(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("home"))
 
 
-def experiment(home, method="fedit", **more):
-    return build(problem(home, method, **more))
+def experiment(home, method="fedit", *overrides, **more):
+    return build(problem(home, method, **more), overrides)
 
 
 @dataclass
@@ -104,6 +105,48 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     run(what, tmp_path / "simulated")
     serve(what, tmp_path / "served", Hand(make_nodes(tmp_path)))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "lora-a2"])
+def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
+    what = experiment(home, method, "train.together=4")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkeypatch):
+    sizes = {"train_together": [], "score": []}
+    for name, of in (("train_together", 3), ("score", 3)):
+        monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
+    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
+
+
+def counted(function, sizes, at):
+    """The function, which notes how many there are in its argument at this place."""
+
+    def noting(*arguments):
+        sizes.append(len(arguments[at]))
+        return function(*arguments)
+
+    return noting
+
+
+def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_not(home, tmp_path, monkeypatch):
+    fit = local.LocalTrainer.fit
+
+    def fails(trainer, asked, rnd):
+        if any(one.who.id == "001" for one in asked):
+            raise RuntimeError("out of memory")
+        return fit(trainer, asked, rnd)
+
+    monkeypatch.setattr(local.LocalTrainer, "fit", fails)
+    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "RuntimeError: out of memory"}
 
 
 def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(home, tmp_path, monkeypatch):
