@@ -26,7 +26,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.checkpoint import RunFolder, client_folder
-from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
+from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
@@ -292,9 +292,9 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
     for index in progress.folds.rounds:
         bench.trainer.fold(folder.fold(index))
-    for index in range(done, experiment.rounds):
-        progress, row = one_round(plan, exchange, folder, progress, index, watch)
-        folder.commit(index + 1, progress, row)
+    for after, row in play(plan, exchange, folder, progress, done, watch):
+        folder.commit(row["round"], after, row)
+        progress = after
     return progress
 
 

@@ -18,6 +18,7 @@ from fedlora.errors import RunStopped
 from fedlora.experiment import Silent, run
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import free_port
 
@@ -100,10 +101,10 @@ def test_a_server_killed_with_all_its_flower_goes_on_as_if_nothing_had_happened_
 
 def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home, tmp_path):
     what = table(home, 3, rounds=8, deploy={"deadline": 60.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 8})
-    path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
+    path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     deploy.prepare(build(what), path)
     with ExitStack() as stack:
-        server = deploy.Server(tmp_path / "server", address, None)
+        server = SuperLink.start(tmp_path / "server", address, None)
         stack.callback(server.stop)
         nodes = {}
         for client in ("000", "001", "002"):
@@ -131,7 +132,7 @@ def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home
 
 
 def test_a_superlink_killed_stops_the_run_which_another_superlink_takes_up_with_the_same_nodes(home, tmp_path):
-    path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
+    path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     deploy.prepare(build(table(home, 2)), path)
     with ExitStack() as stack:
         joined = [sys.executable, "-m", "fedlora.cli", "join", "--server", str(address)]
@@ -139,15 +140,15 @@ def test_a_superlink_killed_stops_the_run_which_another_superlink_takes_up_with_
             process = subprocess.Popen([*joined, "--client", client, "--folder", str(tmp_path / client)])
             stack.callback(process.wait)
             stack.callback(process.terminate)
-        server = deploy.Server(tmp_path / "server", address, None)
+        server = SuperLink.start(tmp_path / "server", address, None)
         stack.callback(server.stop)
-        killer = Thread(target=lambda: until(lambda: rows_in(path)) and os.kill(server.pid, signal.SIGKILL))
+        killer = Thread(target=lambda: until(lambda: rows_in(path)) and os.kill(server.process.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(RunStopped, match="the SuperLink ended"):
             server.run(path, Silent(), print)
         killer.join()
         server.stop()
-        again = deploy.Server(tmp_path / "server", address, None)
+        again = SuperLink.start(tmp_path / "server", address, None)
         stack.callback(again.stop)
         again.run(path, Silent(), print)
     run(build(table(home, 2)), tmp_path / "simulated")

@@ -14,6 +14,7 @@ from fedlora.experiment import run
 from fedlora.methods import TABLE
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 
@@ -37,8 +38,8 @@ def both(tmp_path_factory, request):
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        address = deploy.Address("127.0.0.1", free_port())
-        server = deploy.Server(home / "server", address, None)
+        address = Address("127.0.0.1", free_port())
+        server = SuperLink.start(home / "server", address, None)
         stack.callback(server.stop)
         for client in CLIENTS:
             Settings(clients=[client], experiments=len(names)).write(home / f"node{client}")

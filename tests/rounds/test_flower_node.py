@@ -149,8 +149,11 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "RuntimeError: out of memory"}
 
 
-def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(home, tmp_path, monkeypatch):
-    what, nodes = experiment(home, "flora"), make_nodes(tmp_path)
+@pytest.mark.parametrize("method", ["flora", "fedsa-lora"])
+def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(
+    home, tmp_path, monkeypatch, method
+):
+    what, nodes = experiment(home, method), make_nodes(tmp_path)
     serve(what, tmp_path / "whole", Hand(make_nodes(tmp_path / "other")))
     commit = RunFolder.commit
 
@@ -161,9 +164,53 @@ def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_b
 
     with monkeypatch.context() as patch, pytest.raises(RunStopped, match="killed"):
         patch.setattr(RunFolder, "commit", dies)
-        serve(what, tmp_path / "again", Hand(nodes), life="1")  # its judges have the fold of round 2 already
+        serve(what, tmp_path / "again", Hand(nodes), life="1")  # the nodes have worked on round 3 already
     serve(what, tmp_path / "again", Hand(nodes), life="2")
     assert_same_runs(tmp_path / "whole", tmp_path / "again")
+
+
+class Late(Hand):
+    """A post that brings no score before the next round's work has been sent."""
+
+    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        orders = {str(i): unseal(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
+        worked = {order.when.index for order in orders.values() if isinstance(order, Order) and order.kind == "turn"}
+        early = {
+            t for t in tickets if isinstance(o := orders[t], Order) and o.kind == "judge" and o.when.index not in worked
+        }
+        last = max(worked, default=0) == 2
+        return super().collect(tickets if last else [t for t in tickets if t not in early])
+
+
+def test_the_next_rounds_work_is_on_its_way_before_the_scores_are_in(home, tmp_path):
+    what = experiment(home, "flora")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Late(make_nodes(tmp_path)))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+@dataclass
+class Leaky(Hand):
+    """A post that loses the messages of one kind to one node in one round."""
+
+    lost: tuple[int, str, int] = (0, "", 0)
+
+    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        headers = {at: unseal(letter)[0] for at, letter in letters.items()}
+        gone = {at for at, o in headers.items() if isinstance(o, Order) and (at, o.kind, o.when.index) == self.lost}
+        tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
+        return tickets | {f"lost {at}": at for at in gone}
+
+
+def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
+    what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
+    hand = Leaky(make_nodes(tmp_path), lost=(1, "judge", 2))
+    serve(what, tmp_path / "run", hand)
+    rows = rows_of(tmp_path / "run")
+    assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
+    assert "lacks the folds of the rounds [2]" in rows[2]["refused"]["000"]
+    for node in ("node0", "node1"):
+        assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
 
 
 def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):

@@ -119,7 +119,9 @@ class RunFolder:
         return _read(self._client_file(who, max(found)))[0] if found else None
 
     def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
-        """Writes the client's state after the round of this index; keeps the one before it until that round is complete.
+        """Writes the client's state after the round of this index; keeps the two before it.
+
+        The round before may not be complete yet, nor will it be if its server dies (see `loop.play`).
 
         Raises:
             RunStopped: the disk is full.
@@ -128,7 +130,7 @@ class RunFolder:
         durable.folder(file.parent)
         durable.replace(file, encode_state(state))
         earlier = sorted(i for i in self._saved(who) if i < index)
-        for old in earlier[:-1]:
+        for old in earlier[:-2]:
             self._client_file(who, old).unlink()
 
     def save_fold(self, index: int, fold: Adapter) -> None:

@@ -124,7 +124,7 @@ class Node:
             case Order():
                 work = self._work(header.run)
                 if lost := sorted(set(header.held) - set(work.folded)):
-                    raise ValueError(f"node {self._name} no longer has the folds of the rounds {[i + 1 for i in lost]}")
+                    raise ValueError(f"node {self._name} lacks the folds of the rounds {[i + 1 for i in lost]}")
                 return self._done(work, header, payloads)
         raise ValueError(f"a node is not asked {header.kind!r}")
 
