@@ -25,7 +25,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import HeadRule
-from fedlora.rounds.checkpoint import RunFolder, client_folder
+from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
 from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
@@ -119,6 +119,8 @@ def export(
         done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
+        if experiment.method.row.personal and (folder.path / DEPLOY).exists():
+            raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         elsewhere = experiment.data.source == "none"
         bench = Bench.make(experiment, Problem.of_server(experiment) if elsewhere else Problem.make(experiment))
         adapters = bench.adapters(progress, folder, done)
@@ -240,7 +242,7 @@ class Bench:
         who = self.problem.members if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
         views = {one.id: simulation.view(one, self.method.send(progress.server, one, rnd), rnd) for one in who}
         folds = [folder.fold(index) for index in progress.folds.rounds]
-        return {name: _with_folds(view, folds) for name, view in views.items()} if folds else views
+        return {name: with_folds(view, folds) for name, view in views.items()} if folds else views
 
     def simulation(self, folder: RunFolder) -> Simulation:
         """The exchange with the clients' states in the run's folder."""
@@ -327,7 +329,7 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
         folder.release()
 
 
-def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
+def with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
     """The adapter and the folds as one adapter, of the numerical rank of their sum."""
     return {
         name: part

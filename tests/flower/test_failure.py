@@ -17,8 +17,9 @@ import tomli_w
 from fedlora.config import build
 from fedlora.errors import RunStopped
 from fedlora.experiment import Silent, run
+from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import free_port
@@ -58,7 +59,7 @@ def until(condition, seconds=240.0):
 
 
 def journal(path):
-    file = path / FOLDER / NAME
+    file = path / DEPLOY / NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -12,8 +12,9 @@ import tomli_w
 from fedlora.config import build
 from fedlora.experiment import run
 from fedlora.methods import TABLE
+from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
@@ -65,7 +66,7 @@ def settings(home, name, **more):
 
 
 def ended(path, seconds=500.0):
-    journal, until = path / FOLDER / NAME, time.monotonic() + seconds
+    journal, until = path / DEPLOY / NAME, time.monotonic() + seconds
     while time.monotonic() < until:
         lines = journal.read_text().splitlines() if journal.exists() else []
         if lines and "ended" in (last := json.loads(lines[-1])):

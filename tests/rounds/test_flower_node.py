@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fedlora.config import build
-from fedlora.errors import RunStopped
-from fedlora.experiment import Bench, Problem, Silent, rounds, run
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Bench, Problem, Silent, export, rounds, run
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower import deploy, server
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, Settings, fingerprint
@@ -359,3 +360,16 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["clinic 21", "clinic 30"] and "global" not in row
     assert set(row["clients"]["accuracy"]["each"]) == {"clinic 21", "clinic 30"}
+
+
+@pytest.mark.parametrize("method", ["fedsa-lora", "pfedloru"])
+def test_after_a_run_with_a_personal_method_every_node_has_its_clients_adapters(home, tmp_path, method):
+    what = experiment(home, method, rounds=2)
+    simulated = run(what, tmp_path / "simulated").adapters
+    deploy.prepare(what, tmp_path / "served")
+    server.serve(tmp_path / "served", Hand(make_nodes(tmp_path)))
+    for client, folder in simulated.items():
+        (found,) = tmp_path.glob(f"node*/runs/*/adapter/{client}/adapter_model.safetensors")
+        assert found.read_bytes() == (folder / found.name).read_bytes()
+    with pytest.raises(UserError, match="in its node's folder"):
+        export(tmp_path / "served", "adapter", tmp_path / "out")

@@ -16,6 +16,9 @@ from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.codec import decode_state, encode_state
 
+DEPLOY = "deploy"
+"""The folder in a run's folder for what is about a run with clients on other machines."""
+
 
 class RunFolder:
     """The folder of one run, locked for this process.

@@ -178,10 +178,10 @@ def _begin(plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, r
     chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
     sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
     folds = before.folds.known(exchange.held())
-    missed = _missed(plan, store, folds, chosen)
+    lacking = missed(plan.spec, store, folds, chosen)
     gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
-    bytes_down = _encoded_bytes([*sent.values(), *missed.values()])
-    return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, missed))
+    bytes_down = _encoded_bytes([*sent.values(), *lacking.values()])
+    return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
 
 
 def _round(
@@ -262,11 +262,11 @@ def _merged(
     return (merged if enough else None), attempt.folds.delivered(answered)
 
 
-def _missed(plan: Plan, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
+def missed(spec: AdapterSpec, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for lacking in {folds.missed(who.id) for who in clients} - {()}:
-        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, plan.spec)
+        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, spec)
     return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
 
 
@@ -301,9 +301,9 @@ def _judging(
         everybody = sorted(exchange.clients(), key=lambda who: who.id)
         judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(tally.accepted)]
         sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
-        missed = _missed(plan, store, folds, judges)
-        scores = exchange.judge(rnd, sent, missed)
-        bytes_down = row["bytes_down"] + _encoded_bytes([*missed.values()])
+        lacking = missed(plan.spec, store, folds, judges)
+        scores = exchange.judge(rnd, sent, lacking)
+        bytes_down = row["bytes_down"] + _encoded_bytes([*lacking.values()])
         row = row | {"bytes_judge": _encoded_bytes([*sent.values()]), "bytes_down": bytes_down}
         folds = folds.delivered(who.id for who in judges)
     tally.seconds["evaluate"] += time.perf_counter() - started

@@ -8,8 +8,7 @@ from pathlib import Path
 from fedlora.config import Experiment
 from fedlora.errors import UserError
 from fedlora.experiment import Problem, Result, read_folder, record, settled
-from fedlora.rounds.checkpoint import RunFolder
-from fedlora.rounds.flower.journal import FOLDER
+from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.line import SETTING
 from fedlora.rounds.flower.link import Address, Say, SuperLink
@@ -49,7 +48,7 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         RunStopped: the run cannot go on.
     """
     members = [who.id for who in Problem.make(read_folder(path)).members]
-    home, address = path.resolve() / FOLDER, Address("127.0.0.1", free_port())
+    home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
         server = SuperLink.start(home, address, None)
@@ -100,7 +99,7 @@ def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: 
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
-    server = SuperLink.start(path.resolve() / FOLDER, address, keys)
+    server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
     try:
         say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
         return server.run(path, watch, say)
@@ -115,7 +114,7 @@ def serve_on(path: Path, address: Address, ca: Path | None, watch: Watcher, say:
         UserError: the experiment or its data cannot be used.
         RunStopped: the run cannot go on, or there is no SuperLink.
     """
-    return SuperLink.running(path.resolve() / FOLDER, address, ca).run(path, watch, say)
+    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, watch, say)
 
 
 def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:

@@ -50,6 +50,7 @@ class Post(Protocol):
         """The answers that have come, or why there will be none."""
 
 
+Kind = Literal["turn", "judge", "keep"]
 _Found = tuple[Round, Answer, "bytes | None"]
 """The round that a node says it answers, its answer for one client, and that one's upload."""
 
@@ -125,6 +126,12 @@ class Remote:
         """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
         return self._replies(self._sent("turn", rnd, sent, missed))
 
+    def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> None:
+        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders."""
+        for who, found in self._sent("keep", rnd, sent, missed):
+            if isinstance(found, str):
+                self._tell(f"client {who.id} could not keep its adapter: {found}")
+
     def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
         for who, found in results:
             if isinstance(found, str):
@@ -164,7 +171,7 @@ class Remote:
 
     def _sent(
         self,
-        kind: Literal["turn", "judge"],
+        kind: Kind,
         rnd: Round,
         sent: Mapping[ClientInfo, Tensors],
         missed: Mapping[ClientInfo, Tensors],
@@ -225,7 +232,7 @@ class Remote:
 
     def _order(
         self,
-        kind: Literal["turn", "judge"],
+        kind: Kind,
         rnd: Round,
         guest: _Guest,
         sent: Mapping[ClientInfo, Tensors],

@@ -16,7 +16,7 @@ from torch import nn
 from fedlora.adapter import Tensors
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, Problem
+from fedlora.experiment import Bench, Problem, with_folds
 from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
@@ -88,6 +88,7 @@ class Node:
     name                          this node's own, whatever Flower calls it
     runs/RUN/hello                the server's hello
     runs/RUN/clients, folds       as in a run's folder
+    runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
     """
 
     def __init__(self, folder: Path) -> None:
@@ -210,16 +211,21 @@ class Node:
     def _together(self, work: _Work, order: Order, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         """The clients' names and results, as each group of them finishes."""
         rnd = order.when.round()
-        if order.kind == "judge":
+        if order.kind == "keep":
+            for who, got in sent.items():
+                view = with_folds(work.simulation.view(who, got, rnd), [work.folder.fold(i) for i in work.folded])
+                work.bench.write({who.id: view}, work.folder.path / "adapter", "adapter")
+                yield who.id, (Answer(id=who.id), None)
+        elif order.kind == "judge":
             for who, score in work.simulation.judge(rnd, sent, {}):
                 answer = Answer(id=who.id)
                 if score is not None:
                     answer = Answer(id=who.id, examples=score.examples, metrics=dict(score.metrics))
                 yield who.id, (answer, None)
-            return
-        for reply in work.simulation.turn(rnd, sent, {}):
-            answer = Answer(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
-            yield reply.client.id, (answer, encode(reply.upload))
+        else:
+            for reply in work.simulation.turn(rnd, sent, {}):
+                answer = Answer(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+                yield reply.client.id, (answer, encode(reply.upload))
 
     def _fold(self, work: _Work, payload: bytes) -> None:
         """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
