@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,7 +34,7 @@ def both(tmp_path_factory):
     more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
         patch.setenv("OMP_NUM_THREADS", "1")
         address = Address("127.0.0.1", free_port())
         server = SuperLink.start(home / "server", address, None)
