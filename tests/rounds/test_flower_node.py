@@ -21,7 +21,7 @@ from fedlora.train import local
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_rows
-from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
+from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,23 @@ def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulat
     run(what, tmp_path / "simulated")
     serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS,))))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(home, tmp_path):
+    run(experiment(home, "flora", "train.together=1"), tmp_path / "simulated")
+    hand = Hand(make_nodes(tmp_path, [[client] for client in CLIENTS]))
+    serve(experiment(home, "flora", "train.together=4"), tmp_path / "served", hand)
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(home, tmp_path):
+    what = experiment(home, "flora", "train.together=4")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    one, other = known(tmp_path / "simulated"), known(tmp_path / "served")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkeypatch):
