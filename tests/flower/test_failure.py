@@ -123,7 +123,7 @@ def test_a_local_run_that_is_interrupted_and_killed_goes_on_as_if_nothing_had_ha
 
 
 def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home, tmp_path):
-    what = table(home, 3, rounds=99, deploy={"deadline": 60.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99})
+    what = table(home, 3, rounds=99, deploy={"deadline": 40.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99})
     path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     deploy.prepare(build(what), path)
     with ExitStack() as stack:
