@@ -10,7 +10,7 @@ WORDS = [first + last for first in ("ba", "ce", "di", "fo", "gu", "ha", "li", "m
 LABELS = ("east", "north", "west")
 
 
-def tiny_bert(folder: Path, seed: int = 0) -> Path:
+def tiny_bert(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
     """Writes a BERT with random weights and without a task head, and its tokenizer of some 100 words; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", ","]
@@ -19,7 +19,7 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     shape = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
+        hidden_size=hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,

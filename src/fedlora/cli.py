@@ -72,7 +72,9 @@ def deploy_local(
                 experiment = read(file, [*(overrides or ()), f"clients.count={clients}"])
             flower.prepare(experiment, path)
 
-    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.local(path, clients, watch, _note))
+    _serve(
+        file, overrides, out, resume, ready, lambda path, watch: flower.local(path, clients, watch, _note), "deploy local"
+    )
 
 
 @app.command()
@@ -83,21 +85,33 @@ def serve(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = None,
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="A SuperLink that runs on this machine already, instead.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="That SuperLink's ca.crt.")] = None,
 ) -> None:
     """Run an experiment with clients on other machines: a Flower SuperLink, and the run."""
     from fedlora.config import read
 
     _need_flower()
     from fedlora.rounds.flower import deploy as flower
-
-    address = flower.Address.parse(listen)
-    found = flower.needed(address, keys)
+    from fedlora.rounds.flower.link import Address
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
             flower.prepare(read(file, overrides or ()), path)
 
-    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.serve(path, address, found, watch, _note))
+    if superlink is not None:
+        running = Address.parse(superlink)
+        again = f"serve --superlink {superlink}" + ("" if ca is None else f" --ca {ca}")
+        _serve(
+            file, overrides, out, resume, ready, lambda path, watch: flower.serve_on(path, running, ca, watch, _note), again
+        )
+        return
+    address = Address.parse(listen)
+    found = flower.needed(address, keys)
+    again = f"serve --listen {listen}" + ("" if keys is None else f" --keys {keys}")
+    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.serve(path, address, found, watch, _note), again)
 
 
 @app.command()
@@ -114,9 +128,10 @@ def join(
     """Take part in a run with the examples on this machine: a Flower SuperNode and its worker. Ends with Ctrl-C."""
     _need_flower()
     from fedlora.rounds.flower import deploy as flower
+    from fedlora.rounds.flower.link import Address
     from fedlora.rounds.flower.node import Settings
 
-    address = flower.Address.parse(server)
+    address = Address.parse(server)
     settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
     where = folder or Path("nodes", client[0])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -244,8 +259,9 @@ def _serve(
     resume: Path | None,
     ready: Callable[[Path], None],
     go: Callable[[Path, "Watcher"], "Result"],
+    again: str,
 ) -> None:
-    """A new run or one that goes on, shown while it does."""
+    """A new run or one that goes on, shown while it does; `again` is the command that takes it up."""
     from fedlora import experiment as runs
     from fedlora.config import read
 
@@ -259,8 +275,7 @@ def _serve(
         path = out or runs.new_folder(read(file, overrides or ()))
         ready(path)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started must be ended
-    command = " ".join(sys.argv[1:3]) if sys.argv[1:2] == ["deploy"] else "serve"
-    _follow(path, runs.read_folder(path).rounds, lambda watch: go(path, watch), command)
+    _follow(path, runs.read_folder(path).rounds, lambda watch: go(path, watch), again)
 
 
 def _need_flower() -> None:

@@ -25,8 +25,8 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
-from fedlora.rounds.checkpoint import RunFolder, client_folder
-from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, one_round
+from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
+from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
@@ -134,6 +134,8 @@ def export(
         done, progress = folder.restore()
         if not done:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
+        if experiment.method.row.personal and (folder.path / DEPLOY).exists():
+            raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         elsewhere = experiment.data.source == "none"
         bench = Bench.make(experiment, Problem.of_server(experiment) if elsewhere else Problem.make(experiment))
         adapters = bench.adapters(progress, folder, done)
@@ -257,7 +259,7 @@ class Bench:
         who = self.problem.members if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
         views = {one.id: simulation.view(one, self.method.send(progress.server, one, rnd), rnd) for one in who}
         folds = [folder.fold(index) for index in progress.folds.rounds]
-        return {name: _with_folds(view, folds) for name, view in views.items()} if folds else views
+        return {name: with_folds(view, folds) for name, view in views.items()} if folds else views
 
     def simulation(self, folder: RunFolder) -> Simulation:
         """The exchange with the clients' states in the run's folder."""
@@ -319,9 +321,9 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
     for index in progress.folds.rounds:
         bench.trainer.fold(folder.fold(index))
-    for index in range(done, experiment.rounds):
-        progress, row = one_round(plan, exchange, folder, progress, index, watch)
-        folder.commit(index + 1, progress, row)
+    for after, row in play(plan, exchange, folder, progress, done, watch):
+        folder.commit(row["round"], after, row)
+        progress = after
     return progress
 
 
@@ -354,7 +356,7 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
         folder.release()
 
 
-def _with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
+def with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
     """The adapter and the folds as one adapter, of the numerical rank of their sum."""
     return {
         name: part

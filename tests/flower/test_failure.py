@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ import tomli_w
 from fedlora.config import build
 from fedlora.errors import RunStopped
 from fedlora.experiment import Silent, run
+from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.journal import NAME
+from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import free_port
 
-from wired import assert_same_runs, furnish, problem, rows_of
+from wired import assert_same_runs, furnish, problem
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,12 +59,12 @@ def until(condition, seconds=240.0):
 
 
 def journal(path):
-    file = path / FOLDER / NAME
+    file = path / DEPLOY / NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def rows_in(path):
-    return [line for line in journal(path) if "row" in line]
+    return [line["row"] for line in journal(path) if "row" in line]
 
 
 def alive_in(folder):
@@ -80,76 +83,109 @@ def knows(pid, folder):
     return any(str(folder).encode() in text for text in where) and state.rpartition(b")")[2].split()[0] != b"Z"
 
 
-def test_a_server_killed_with_all_its_flower_goes_on_as_if_nothing_had_happened_and_leaves_no_process(home, tmp_path):
+def fedlora(*arguments):
+    """The command line, in a process of its own."""
+    command = [sys.executable, "-m", "fedlora.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupted(process, path, rounds):
+    """What it printed after a Ctrl-C once so many rounds are complete: the command that goes on."""
+    assert until(lambda: len(rows_in(path)) >= rounds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; go on with: fedlora " in said
+    return shlex.split(said.partition("go on with: fedlora ")[2])
+
+
+def test_a_local_run_that_is_interrupted_and_killed_goes_on_as_if_nothing_had_happened_and_leaves_no_process(
+    home, tmp_path
+):
     file, path = tmp_path / "experiment.toml", tmp_path / "run"
     file.write_text(tomli_w.dumps(table(home, 2)))
-    command = [sys.executable, "-m", "fedlora.cli", "deploy", "local", "--clients", "2"]
-    first = subprocess.Popen([*command, str(file), "--out", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert until(lambda: rows_in(path))
+    resume = interrupted(fedlora("deploy", "local", "--clients", "2", file, "--out", path), path, 1)
+    assert resume == ["deploy", "local", "--resume", str(path)]
+    assert not alive_in(path)
+    second = fedlora(*resume)
+    assert until(lambda: len(rows_in(path)) >= 2)
     assert alive_in(path)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
+    second.kill()
+    second.communicate()
     assert until(lambda: not alive_in(path), 90)
-    second = subprocess.run([*command, "--resume", str(path)], capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    assert "round 3/3" in second.stdout and "run directory" in second.stdout
-    assert until(lambda: not alive_in(path), 60)
+    third = fedlora(*resume)
+    out, err = third.communicate()
+    assert third.returncode == 0, err
+    assert "round 3/3" in out and "run directory" in out
+    assert not alive_in(path)
     run(build(table(home, 2)), tmp_path / "simulated")
     assert_same_runs(tmp_path / "simulated", path)
 
 
 def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home, tmp_path):
-    what = table(home, 3, rounds=8, deploy={"deadline": 60.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 8})
-    path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
+    what = table(home, 3, rounds=99, deploy={"deadline": 40.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99})
+    path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     deploy.prepare(build(what), path)
     with ExitStack() as stack:
-        server = deploy.Server(tmp_path / "server", address, None)
-        stack.callback(server.stop)
+        link = SuperLink.start(tmp_path / "link", address, None)
+        stack.callback(link.stop)
         nodes = {}
         for client in ("000", "001", "002"):
             Settings(clients=[client]).write(tmp_path / client)
             nodes[client] = deploy.start_node(tmp_path / client, address, None)
             stack.callback(nodes[client].stop)
-        said = []
-        follow = Thread(target=lambda: said.append(server.run(path, Silent(), said.append)))
+
+        def follow_it():
+            with pytest.raises(RunStopped, match="the SuperLink ended"):
+                link.run(path, Silent(), print)
+
+        follow = Thread(target=follow_it)
         follow.start()
         assert until(lambda: rows_in(path))
         worker = int((tmp_path / "000" / "worker.pid").read_text())
         os.kill(worker, signal.SIGKILL)
         os.killpg(nodes["001"].pid, signal.SIGKILL)
-        missing = until(lambda: [line["row"] for line in rows_in(path) if "001" in line["row"]["refused"]])
+        missing = until(lambda: [row for row in rows_in(path) if "001" in row["refused"]])
         assert missing and missing[0]["accepted"] == ["000", "002"]
         nodes["001"] = deploy.start_node(tmp_path / "001", address, None)
         stack.callback(nodes["001"].stop)
+        back = until(lambda: [r["round"] for r in rows_in(path) if r["round"] > missing[0]["round"] and not r["refused"]])
+        link.stop()
         follow.join()
-    rows = rows_of(path)
-    assert len(rows) == 8 and all({"000", "002"} <= set(row["accepted"]) for row in rows)
-    assert "001" in rows[-1]["accepted"], rows[-1]["refused"]
+    assert back and all({"000", "002"} <= set(row["accepted"]) for row in rows_in(path))
     assert int((tmp_path / "000" / "worker.pid").read_text()) != worker
-    folds = {client: sorted(f.stem for f in (tmp_path / client).glob("runs/*/folds/*")) for client in nodes}
-    assert folds["000"] == folds["001"] == folds["002"] == [str(i) for i in range(8)]
+    for client in nodes:  # what came with the work of that round
+        assert set(range(back[0] - 1)) <= {int(f.stem) for f in (tmp_path / client).glob("runs/*/folds/*")}
 
 
-def test_a_superlink_killed_stops_the_run_which_another_superlink_takes_up_with_the_same_nodes(home, tmp_path):
-    path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
-    deploy.prepare(build(table(home, 2)), path)
+def test_a_served_run_goes_on_after_an_interruption_and_its_superlinks_death_and_on_a_superlink_of_others(home, tmp_path):
+    file, path, address = tmp_path / "experiment.toml", tmp_path / "run", Address("127.0.0.1", free_port())
+    file.write_text(tomli_w.dumps(table(home, 2)))
     with ExitStack() as stack:
-        joined = [sys.executable, "-m", "fedlora.cli", "join", "--server", str(address)]
-        for client in ("000", "001"):
-            process = subprocess.Popen([*joined, "--client", client, "--folder", str(tmp_path / client)])
-            stack.callback(process.wait)
+        joined = [fedlora("join", "--server", address, "--client", c, "--folder", tmp_path / c) for c in ("000", "001")]
+        for process in joined:
+            stack.callback(process.communicate)
             stack.callback(process.terminate)
-        server = deploy.Server(tmp_path / "server", address, None)
-        stack.callback(server.stop)
-        killer = Thread(target=lambda: until(lambda: rows_in(path)) and os.kill(server.pid, signal.SIGKILL))
-        killer.start()
-        with pytest.raises(RunStopped, match="the SuperLink ended"):
-            server.run(path, Silent(), print)
-        killer.join()
-        server.stop()
-        again = deploy.Server(tmp_path / "server", address, None)
-        stack.callback(again.stop)
-        again.run(path, Silent(), print)
+        resume = interrupted(fedlora("serve", "--listen", address, file, "--out", path), path, 1)
+        assert resume == ["serve", "--listen", str(address), "--resume", str(path)]
+        second = fedlora(*resume)
+        assert until(lambda: len(rows_in(path)) >= 2)
+        for pid in [pid for pid in alive_in(path) if "rounds.flower.superlink" in command_of(pid)]:
+            os.kill(pid, signal.SIGKILL)
+        _, err = second.communicate(timeout=60)
+        assert second.returncode == 1 and "the SuperLink ended" in err and shlex.join(resume) in err
+        link = SuperLink.start(tmp_path / "link", address, None)
+        stack.callback(link.stop)
+        third = fedlora("serve", "--superlink", address, "--resume", path)
+        _, err = third.communicate(timeout=200)
+        assert third.returncode == 0, err
+        for process in joined:
+            process.send_signal(signal.SIGINT)
+        assert [process.wait(60) for process in joined] == [130, 130]
     run(build(table(home, 2)), tmp_path / "simulated")
     assert_same_runs(tmp_path / "simulated", path)
     assert until(lambda: not alive_in(tmp_path), 60)
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")

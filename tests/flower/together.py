@@ -1,5 +1,6 @@
 """A ServerApp that plays the runs of many folders in lockstep: all share the messages, which Flower carries slowly."""
 
+import os
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -9,6 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import experiment
+from fedlora.rounds.flower.lifetime import end_with
 from fedlora.rounds.flower.post import GridPost
 from fedlora.rounds.flower.server import serve
 from fedlora.rounds.flower.wire import Bundle, seal, unseal
@@ -21,7 +23,8 @@ class Together:
 
     def __init__(self, post: GridPost, runs: int) -> None:
         self._post, self._nodes = post, list(post.nodes())
-        self._lock, self._all = threading.Lock(), threading.Barrier(runs, self._flush)
+        self._lock = threading.Condition()
+        self._playing, self._arrived, self._flushed = runs, 0, 0
         self._waiting: list[tuple[int, bytes, float]] = []
         self._sent: dict[str, tuple[int, list[int]]] = {}
         self._answers: dict[int, bytes | str] = {}
@@ -36,12 +39,29 @@ class Together:
             for node, letter in letters.items():
                 tickets[str(len(self._waiting) + self._count)] = node
                 self._waiting.append((node, letter, seconds))
-        self._all.wait()
+            self._arrived += 1
+            before = self._flushed
+            self._flush_if_all()
+            self._lock.wait_for(lambda: self._flushed > before)
         return tickets
+
+    def leave(self) -> None:
+        """One run less, which has ended."""
+        with self._lock:
+            self._playing -= 1
+            self._flush_if_all()
+
+    def _flush_if_all(self) -> None:
+        if self._waiting and self._arrived == self._playing:
+            self._flush()
+            self._arrived, self._flushed = 0, self._flushed + 1
+            self._lock.notify_all()
 
     def _flush(self) -> None:
         for node in self._nodes:
             mine = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
+            if not mine:
+                continue
             bundle = seal(Bundle(), [letter for _, letter in mine])
             seconds = max(seconds for _, _, seconds in self._waiting)
             for ticket in self._post.send({node: bundle}, seconds):
@@ -62,6 +82,7 @@ class Together:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    end_with(os.getppid())
     folders = sorted(path for path in Path(str(context.run_config["folder"])).iterdir() if path.is_dir())
     post = GridPost(grid)
     while len(post.nodes()) < 4:
@@ -74,7 +95,14 @@ def main(grid: Grid, context: Context) -> None:
 
     experiment.Bench.make = made
     together = Together(post, len(folders))
-    threads = [threading.Thread(target=serve, args=(path, together), name=path.name) for path in folders]
+
+    def played(path):
+        try:
+            serve(path, together)
+        finally:
+            together.leave()
+
+    threads = [threading.Thread(target=played, args=(path,), name=path.name) for path in folders]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -262,11 +262,11 @@ def test_a_clients_state_is_the_latest_before_the_round(tmp_path):
     folder.release()
 
 
-def test_only_a_clients_two_latest_states_are_kept(tmp_path):
+def test_only_a_clients_three_latest_states_are_kept(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
     for index in (0, 3, 8, 9, 10, 11):
         folder.save_client(ANN, index, state(index))
-    assert names(tmp_path / "run" / "clients") == {"10.safetensors", "11.safetensors"}
+    assert names(tmp_path / "run" / "clients") == {"9.safetensors", "10.safetensors", "11.safetensors"}
     folder.release()
 
 

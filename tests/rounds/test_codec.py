@@ -55,6 +55,17 @@ def there_and_back(path, state):
     return decode_state(str(path))[0]
 
 
+def test_tensors_come_back_in_their_order():
+    names = [f"layer.{i}.{part}" for i in (2, 10, 1) for part in "ba"]
+    assert list(decode(encode({name: torch.ones(2) for name in names}))) == names
+
+
+@pytest.mark.parametrize("order", ["", "0 0", "0 2", "0 x", "0 1 1"])
+def test_an_order_of_other_names_is_refused(order):
+    with pytest.raises(ValueError, match="not a payload of tensors"):
+        decode(save({"a": torch.ones(1), "b": torch.ones(1)}, metadata={"order": order}))
+
+
 def planned(path, plan):
     path.write_bytes(save({"0": torch.ones(2)}, metadata={"plan": plan if isinstance(plan, str) else json.dumps(plan)}))
     return str(path)

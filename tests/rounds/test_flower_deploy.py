@@ -7,6 +7,7 @@ from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.keys import Keys
+from fedlora.rounds.flower.link import Address
 from fedlora.rounds.flower.processes import environment
 
 from wired import problem
@@ -17,14 +18,14 @@ from wired import problem
     [("127.0.0.1:9092", True), ("localhost:1", True), ("[::1]:9092", True), ("0.0.0.0:9092", False), ("a.org:443", False)],
 )
 def test_an_address_is_read_and_written(text, loopback):
-    address = deploy.Address.parse(text)
+    address = Address.parse(text)
     assert str(address) == text and address.loopback == loopback
 
 
 @pytest.mark.parametrize("text", ["", "9092", "host", "host:", "host:0", "host:70000", ":9092", "host:x"])
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(UserError, match="HOST:PORT"):
-        deploy.Address.parse(text)
+        Address.parse(text)
 
 
 def test_tasks_of_one_data_set_are_refused(tmp_path):
@@ -36,16 +37,16 @@ def test_tasks_of_one_data_set_are_refused(tmp_path):
 
 def test_without_keys_nothing_listens_or_joins_beyond_this_machine(tmp_path):
     with pytest.raises(UserError, match="needs --keys"):
-        deploy.needed(deploy.Address("0.0.0.0", 1), None)
+        deploy.needed(Address("0.0.0.0", 1), None)
     with pytest.raises(UserError, match="needs --key"):
-        deploy.credentials(deploy.Address("example.org", 1), None, None)
-    assert deploy.needed(deploy.Address("127.0.0.1", 1), None) is None
-    assert deploy.credentials(deploy.Address("127.0.0.1", 1), None, None) is None
+        deploy.credentials(Address("example.org", 1), None, None)
+    assert deploy.needed(Address("127.0.0.1", 1), None) is None
+    assert deploy.credentials(Address("127.0.0.1", 1), None, None) is None
 
 
 def test_half_of_the_credentials_is_refused_also_on_the_loopback(tmp_path):
     with pytest.raises(UserError, match="needs --key"):
-        deploy.credentials(deploy.Address("127.0.0.1", 1), tmp_path / "key", None)
+        deploy.credentials(Address("127.0.0.1", 1), tmp_path / "key", None)
 
 
 def test_keys_can_be_read_by_their_owner_alone_and_are_made_once(tmp_path):

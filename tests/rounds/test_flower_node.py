@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from fedlora.config import build
-from fedlora.errors import RunStopped
-from fedlora.experiment import Bench, Problem, Silent, rounds, run
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Bench, Problem, Silent, export, rounds, run
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower import deploy, server
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, Settings, fingerprint
 from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.train import local
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_rows
-from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
+from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,8 @@ def home(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("home"))
 
 
-def experiment(home, method="fedit", **more):
-    return build(problem(home, method, **more))
+def experiment(home, method="fedit", *overrides, **more):
+    return build(problem(home, method, **more), overrides)
 
 
 @dataclass
@@ -106,8 +108,70 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
-def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(home, tmp_path, monkeypatch):
-    what, nodes = experiment(home, "flora"), make_nodes(tmp_path)
+@pytest.mark.parametrize("method", ["fedit", "flora", "lora-a2"])
+def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
+    what = experiment(home, method, "train.together=4")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(home, tmp_path):
+    run(experiment(home, "flora", "train.together=1"), tmp_path / "simulated")
+    hand = Hand(make_nodes(tmp_path, [[client] for client in CLIENTS]))
+    serve(experiment(home, "flora", "train.together=4"), tmp_path / "served", hand)
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(home, tmp_path):
+    what = experiment(home, "flora", "train.together=4")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    one, other = known(tmp_path / "simulated"), known(tmp_path / "served")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkeypatch):
+    sizes = {"train_together": [], "score": []}
+    for name, of in (("train_together", 3), ("score", 3)):
+        monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
+    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
+
+
+def counted(function, sizes, at):
+    """The function, which notes how many there are in its argument at this place."""
+
+    def noting(*arguments):
+        sizes.append(len(arguments[at]))
+        return function(*arguments)
+
+    return noting
+
+
+def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_not(home, tmp_path, monkeypatch):
+    fit = local.LocalTrainer.fit
+
+    def fails(trainer, asked, rnd):
+        if any(one.who.id == "001" for one in asked):
+            raise RuntimeError("out of memory")
+        return fit(trainer, asked, rnd)
+
+    monkeypatch.setattr(local.LocalTrainer, "fit", fails)
+    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "RuntimeError: out of memory"}
+
+
+@pytest.mark.parametrize("method", ["flora", "fedsa-lora"])
+def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(
+    home, tmp_path, monkeypatch, method
+):
+    what, nodes = experiment(home, method), make_nodes(tmp_path)
     serve(what, tmp_path / "whole", Hand(make_nodes(tmp_path / "other")))
     commit = RunFolder.commit
 
@@ -118,9 +182,53 @@ def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_b
 
     with monkeypatch.context() as patch, pytest.raises(RunStopped, match="killed"):
         patch.setattr(RunFolder, "commit", dies)
-        serve(what, tmp_path / "again", Hand(nodes), life="1")  # its judges have the fold of round 2 already
+        serve(what, tmp_path / "again", Hand(nodes), life="1")  # the nodes have worked on round 3 already
     serve(what, tmp_path / "again", Hand(nodes), life="2")
     assert_same_runs(tmp_path / "whole", tmp_path / "again")
+
+
+class Late(Hand):
+    """A post that brings no score before the next round's work has been sent."""
+
+    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+        orders = {str(i): unseal(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
+        worked = {order.when.index for order in orders.values() if isinstance(order, Order) and order.kind == "turn"}
+        early = {
+            t for t in tickets if isinstance(o := orders[t], Order) and o.kind == "judge" and o.when.index not in worked
+        }
+        last = max(worked, default=0) == 2
+        return super().collect(tickets if last else [t for t in tickets if t not in early])
+
+
+def test_the_next_rounds_work_is_on_its_way_before_the_scores_are_in(home, tmp_path):
+    what = experiment(home, "flora")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Late(make_nodes(tmp_path)))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
+@dataclass
+class Leaky(Hand):
+    """A post that loses the messages of one kind to one node in one round."""
+
+    lost: tuple[int, str, int] = (0, "", 0)
+
+    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        headers = {at: unseal(letter)[0] for at, letter in letters.items()}
+        gone = {at for at, o in headers.items() if isinstance(o, Order) and (at, o.kind, o.when.index) == self.lost}
+        tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
+        return tickets | {f"lost {at}": at for at in gone}
+
+
+def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
+    what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
+    hand = Leaky(make_nodes(tmp_path), lost=(1, "judge", 2))
+    serve(what, tmp_path / "run", hand)
+    rows = rows_of(tmp_path / "run")
+    assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
+    assert "lacks the folds of the rounds [2]" in rows[2]["refused"]["000"]
+    for node in ("node0", "node1"):
+        assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
 
 
 def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
@@ -269,3 +377,16 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["clinic 21", "clinic 30"] and "global" not in row
     assert set(row["clients"]["accuracy"]["each"]) == {"clinic 21", "clinic 30"}
+
+
+@pytest.mark.parametrize("method", ["fedsa-lora", "pfedloru"])
+def test_after_a_run_with_a_personal_method_every_node_has_its_clients_adapters(home, tmp_path, method):
+    what = experiment(home, method, rounds=2)
+    simulated = run(what, tmp_path / "simulated").adapters
+    deploy.prepare(what, tmp_path / "served")
+    server.serve(tmp_path / "served", Hand(make_nodes(tmp_path)))
+    for client, folder in simulated.items():
+        (found,) = tmp_path.glob(f"node*/runs/*/adapter/{client}/adapter_model.safetensors")
+        assert found.read_bytes() == (folder / found.name).read_bytes()
+    with pytest.raises(UserError, match="in its node's folder"):
+        export(tmp_path / "served", "adapter", tmp_path / "out")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 from jaxtyping import Int
 
 from fedlora.config import Clients
@@ -152,6 +151,9 @@ def _check_enough(train: Dataset, clients: Clients, count: int) -> None:
 
 def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[np.ndarray]:
     """The values of `row` in each partition that flwr_datasets makes of a data set with row and label."""
+    # here, because it imports matplotlib and seaborn: a second of every process
+    from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
+
     partitioner: Partitioner
     match clients.partition:
         case "dirichlet":

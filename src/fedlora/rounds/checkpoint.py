@@ -16,6 +16,9 @@ from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.codec import decode_state, encode_state
 
+DEPLOY = "deploy"
+"""The folder in a run's folder for what is about a run with clients on other machines."""
+
 
 class RunFolder:
     """The folder of one run, locked for this process.
@@ -119,7 +122,9 @@ class RunFolder:
         return _read(self._client_file(who, max(found)))[0] if found else None
 
     def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
-        """Writes the client's state after the round of this index; keeps the one before it until that round is complete.
+        """Writes the client's state after the round of this index; keeps the two before it.
+
+        The round before may not be complete yet, nor will it be if its server dies (see `loop.play`).
 
         Raises:
             RunStopped: the disk is full.
@@ -128,7 +133,7 @@ class RunFolder:
         durable.folder(file.parent)
         durable.replace(file, encode_state(state))
         earlier = sorted(i for i in self._saved(who) if i < index)
-        for old in earlier[:-1]:
+        for old in earlier[:-2]:
             self._client_file(who, old).unlink()
 
     def save_fold(self, index: int, fold: Adapter) -> None:

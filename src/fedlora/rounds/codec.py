@@ -14,8 +14,11 @@ from fedlora.adapter import Tensors
 
 
 def encode(tensors: Tensors) -> bytes:
-    """A payload: the tensors with their names, shapes and dtypes, in one byte string."""
-    return save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()})  # views may share memory
+    """A payload: the tensors with their names, shapes, dtypes and order, in one byte string."""
+    ranks = {name: rank for rank, name in enumerate(sorted(tensors))}
+    order = " ".join(str(ranks[name]) for name in tensors)  # safetensors keeps none, and a sum depends on it
+    named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # views may share memory
+    return save(named, metadata={"order": order})
 
 
 def decode(payload: bytes) -> dict[str, Tensor]:
@@ -25,9 +28,15 @@ def decode(payload: bytes) -> dict[str, Tensor]:
         ValueError: the bytes are no such payload.
     """
     try:
-        return load(payload)
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        tensors = load(payload)
+        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        names = sorted(tensors)
+        ordered = [names[int(rank)] for rank in header["__metadata__"]["order"].split()]
+    except (SafetensorError, KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a payload of tensors: {error}") from error
+    if sorted(ordered) != names:
+        raise ValueError("not a payload of tensors: its order is not one of its names")
+    return {name: tensors[name].clone() for name in ordered}  # aligned as new ones are: products depend on it, too
 
 
 def encode_state(state: Any, **notes: Any) -> bytes:

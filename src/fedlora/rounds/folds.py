@@ -70,6 +70,11 @@ def catch_up(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> d
     return tensors
 
 
+def fold_indices(tensors: Tensors) -> set[int]:
+    """The indices of the rounds whose folds are in what `catch_up` made."""
+    return {int(key.partition("/")[0]) for key in tensors}
+
+
 def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRank]]:
     """The inverse of `catch_up`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
 

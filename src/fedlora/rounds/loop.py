@@ -39,6 +39,7 @@ class Exchange(Protocol):
     ) -> Iterator[Reply | Failed]:
         """Has the clients work on what they were sent; their answers, in the order of `sent`.
 
+        The answers of an earlier `judge` may still be waited for: clients judge first.
         `missed` holds the changes of the base (see `folds.catch_up`) that a client must apply first.
         """
 
@@ -105,6 +106,28 @@ class _Tally:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
 
+def play(
+    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, first: int, watch: Watcher
+) -> Iterator[tuple[Progress, dict[str, Any]]]:
+    """The rounds from index `first` on, each as it is complete: what the server knows after it, and its row of the log.
+
+    A round's clients are sent their work before the scores of the round before are asked for: over a network, where
+    messages take long, judging and the next training go out together.
+
+    Raises:
+        RunStopped: in none of a round's attempts came enough replies that could be accepted.
+    """
+    judging: _Judging | None = None
+    for index in range(first, plan.rounds):
+        attempt = _begin(plan, exchange, store, before, Round(index, plan.seed))
+        if judging is not None:
+            yield judging.ended(watch)
+        judging = _round(plan, exchange, store, before, attempt, watch)
+        before = judging.after
+    if judging is not None:
+        yield judging.ended(watch)
+
+
 def one_round(
     plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, index: int, watch: Watcher
 ) -> tuple[Progress, dict[str, Any]]:
@@ -113,22 +136,74 @@ def one_round(
     Raises:
         RunStopped: in none of the attempts came enough replies that could be accepted.
     """
-    tally = _Tally()
-    for attempt in range(plan.sampling.attempts):
-        rnd = Round(index, plan.seed, attempt)
-        merged, folds = _attempt(plan, exchange, store, before, rnd, tally, watch)
+    attempt = _begin(plan, exchange, store, before, Round(index, plan.seed))
+    return _round(plan, exchange, store, before, attempt, watch).ended(watch)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A round whose messages are on their way. `folds` are those of the clients before they get them."""
+
+    rnd: Round
+    chosen: Sequence[ClientInfo]
+    gate: Gate
+    folds: Folds
+    bytes_down: int
+    answers: Iterator[Reply | Failed]
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """A round that lacks only its clients' scores, if it has any."""
+
+    after: Progress
+    row: dict[str, Any]
+    tally: _Tally
+    scores: Iterator[tuple[ClientInfo, Score | None]] | None
+
+    def ended(self, watch: Watcher) -> tuple[Progress, dict[str, Any]]:
+        """What the server knows after the round, and the row."""
+        row, tally = self.row, self.tally
+        started = time.perf_counter()
+        if self.scores is not None:
+            row = row | {"clients": summary({who.id: score for who, score in self.scores if score is not None})}
+        tally.seconds["evaluate"] += time.perf_counter() - started
+        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}}
+        watch.round_ended(row)
+        return self.after, row
+
+
+def _begin(plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round) -> _Attempt:
+    """Chooses the cohort and sends it its work."""
+    chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
+    sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
+    folds = before.folds.known(exchange.held())
+    lacking = missed(plan.spec, store, folds, chosen)
+    gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
+    bytes_down = _encoded_bytes([*sent.values(), *lacking.values()])
+    return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
+
+
+def _round(
+    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, attempt: _Attempt, watch: Watcher
+) -> _Judging:
+    """Merges the first attempt that has enough replies, and has the result judged."""
+    tally, index = _Tally(), attempt.rnd.index
+    while True:
+        merged, folds = _merged(plan, before, attempt, tally, watch)
         if merged is not None:
             break
         before = Progress(before.server, folds)
-    else:
-        reasons = "; ".join(f"{who}: {reason}" for who, reason in tally.refused.items())
-        raise RunStopped(
-            f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
-            f"(sampling.min_replies) accepted ({reasons}); the rounds before are complete"
-        )
+        if attempt.rnd.attempt + 1 == plan.sampling.attempts:
+            reasons = "; ".join(f"{who}: {reason}" for who, reason in tally.refused.items())
+            raise RunStopped(
+                f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
+                f"(sampling.min_replies) accepted ({reasons}); the rounds before are complete"
+            )
+        attempt = _begin(plan, exchange, store, before, Round(index, plan.seed, attempt.rnd.attempt + 1))
     row: dict[str, Any] = {
         "round": index + 1,
-        "attempts": attempt + 1,
+        "attempts": attempt.rnd.attempt + 1,
         "chosen": tally.chosen,
         "accepted": tally.accepted,
         "refused": tally.refused,
@@ -142,40 +217,28 @@ def one_round(
         store.save_fold(index, merged.fold)
         exchange.fold(merged.fold)
         after = Progress(merged.server, folds.added(index))
-    started = time.perf_counter()
-    if (index + 1) % plan.evaluate.every == 0 or index + 1 == plan.rounds:
-        found, folds, bytes_folds = _judge(plan, exchange, store, after, index + 1, tally.accepted)
-        row, after = row | found, Progress(after.server, folds)
-        row["bytes_down"] += bytes_folds
-    tally.seconds["evaluate"] = time.perf_counter() - started
-    row["seconds"] = {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}
-    watch.round_ended(row)
-    return after, row
+    if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
+        return _Judging(after, row, tally, None)
+    return _judging(plan, exchange, store, after, row, tally)
 
 
-def _attempt(
-    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round, tally: _Tally, watch: Watcher
+def _merged(
+    plan: Plan, before: Progress, attempt: _Attempt, tally: _Tally, watch: Watcher
 ) -> tuple[Merged[Any] | None, Folds]:
     """The merge of one cohort, None if too few of its replies were accepted; and who now has which folds."""
-    chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
-    watch.round_started(rnd, chosen)
-    sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
-    folds = before.folds.known(exchange.held())
-    missed = _missed(plan, store, folds, chosen)
-    tally.bytes_down += _encoded_bytes([*sent.values(), *missed.values()])
-    tally.chosen, tally.accepted, tally.losses = [who.id for who in chosen], [], []
+    watch.round_started(attempt.rnd, attempt.chosen)
+    tally.bytes_down += attempt.bytes_down
+    tally.chosen, tally.accepted, tally.losses = [who.id for who in attempt.chosen], [], []
     answered: list[str] = []
-    gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
 
     def accepted() -> Iterator[Reply]:
-        answers = exchange.turn(rnd, sent, missed)
         while True:
             started = time.perf_counter()
-            answer = next(answers, None)
+            answer = next(attempt.answers, None)
             tally.seconds["train"] += time.perf_counter() - started
             if answer is None:
                 return
-            refused = answer.reason if isinstance(answer, Failed) else gate.refusal(answer)
+            refused = answer.reason if isinstance(answer, Failed) else attempt.gate.refusal(answer)
             watch.answered(answer.client, refused)
             if isinstance(answer, Reply):
                 answered.append(answer.client.id)
@@ -191,18 +254,19 @@ def _attempt(
     replies = accepted()
     first = next(replies, None)
     if first is None:
-        return None, folds.delivered(answered)
+        return None, attempt.folds.delivered(answered)
     trained, started = tally.seconds["train"], time.perf_counter()
-    merged: Merged[Any] = plan.method.merge(before.server, Replies(chain([first], replies)), rnd)
+    merged: Merged[Any] = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
     tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
-    return (merged if len(tally.accepted) >= plan.sampling.min_replies else None), folds.delivered(answered)
+    enough = len(tally.accepted) >= plan.sampling.min_replies
+    return (merged if enough else None), attempt.folds.delivered(answered)
 
 
-def _missed(plan: Plan, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
+def missed(spec: AdapterSpec, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for lacking in {folds.missed(who.id) for who in clients} - {()}:
-        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, plan.spec)
+        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, spec)
     return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
 
 
@@ -218,29 +282,32 @@ def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
     return total
 
 
-def _judge(
-    plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, index: int, accepted: Sequence[str]
-) -> tuple[dict[str, Any], Folds, int]:
-    """Scores of what would be used in the round of this index, and the bytes sent for them; who now has which folds, and
-    the bytes of those that had to be sent, which are not sent again for the round."""
-    rnd, folds = Round(index, plan.seed), after.folds.known(exchange.held())
-    found: dict[str, Any] = {}
-    bytes_folds = 0
+def _judging(
+    plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, row: dict[str, Any], tally: _Tally
+) -> _Judging:
+    """Judges what would be used in the next round: the server at once, the clients when their scores are asked for.
+
+    Folds that had to be sent for it count as this round's, and are not sent again for the next.
+    """
+    started = time.perf_counter()
+    rnd, folds = Round(row["round"], plan.seed), after.folds.known(exchange.held())
+    scores = None
     if plan.judge is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
         mine = plan.method.init_client(plan.spec, anybody, plan.seed)
         score = plan.judge(plan.method.view(mine, plan.method.send(after.server, anybody, rnd), anybody))
-        found["global"] = {**score.metrics, "examples": score.examples}
+        row = row | {"global": {**score.metrics, "examples": score.examples}}
     if plan.evaluate.clients != "none":
         everybody = sorted(exchange.clients(), key=lambda who: who.id)
-        judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(accepted)]
+        judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(tally.accepted)]
         sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
-        missed = _missed(plan, store, folds, judges)
-        scores = {who.id: score for who, score in exchange.judge(rnd, sent, missed)}
-        found["clients"] = summary({who: score for who, score in scores.items() if score is not None})
-        found["bytes_judge"] = _encoded_bytes([*sent.values()])
-        folds, bytes_folds = folds.delivered(scores), _encoded_bytes([*missed.values()])
-    return found, folds, bytes_folds
+        lacking = missed(plan.spec, store, folds, judges)
+        scores = exchange.judge(rnd, sent, lacking)
+        bytes_down = row["bytes_down"] + _encoded_bytes([*lacking.values()])
+        row = row | {"bytes_judge": _encoded_bytes([*sent.values()]), "bytes_down": bytes_down}
+        folds = folds.delivered(who.id for who in judges)
+    tally.seconds["evaluate"] += time.perf_counter() - started
+    return _Judging(Progress(after.server, folds), row, tally, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -1,64 +1,25 @@
 """The commands that start Flower: a server, a node, or all of it on this machine."""
 
-import ipaddress
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import tomli_w
 
 from fedlora.config import Experiment
-from fedlora.errors import RunStopped, UserError
+from fedlora.errors import UserError
 from fedlora.experiment import Problem, Result, read_folder, record, settled
-from fedlora.rounds.checkpoint import RunFolder
-from fedlora.rounds.flower.journal import FOLDER, Reader
+from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.line import SETTING
+from fedlora.rounds.flower.link import Address, Say, SuperLink
 from fedlora.rounds.flower.node import Settings
-from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
+from fedlora.rounds.flower.processes import Process, free_port
 from fedlora.rounds.loop import Watcher
 from fedlora.rounds.sample import check_cohort
 
-Say = Callable[[str], None]
 _POLL = 0.2
-_STATUS_SECONDS = 15.0
 _AGAIN_SECONDS = 5.0
 _NOT_LET_IN = "Exit Code: 305"
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a SuperLink listens."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """HOST:PORT.
-
-        Raises:
-            UserError: it is not that.
-        """
-        host, _, port = text.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"{text!r} is no address; expected HOST:PORT, for example server.example.org:9092")
-        return cls(host.strip("[]"), int(port))
-
-    @property
-    def loopback(self) -> bool:
-        """Whether it can only be reached from this machine."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def prepare(experiment: Experiment, path: Path) -> None:
@@ -82,16 +43,19 @@ def prepare(experiment: Experiment, path: Path) -> None:
 def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
     """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
 
+    A run that is taken up again has its nodes already, which hold the clients' states.
+
     Raises:
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
     members = [who.id for who in Problem.make(read_folder(path)).members]
-    home, address = path.resolve() / FOLDER, Address("127.0.0.1", free_port())
+    home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
+    count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
-        server = Server(home, address, None)
+        server = SuperLink.start(home, address, None)
         stack.callback(server.stop)
-        for i in range(min(count, len(members))):
+        for i in range(count):
             node = home / f"node{i}"
             Settings(clients=members[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
@@ -137,12 +101,22 @@ def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: 
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
-    server = Server(path.resolve() / FOLDER, address, keys)
+    server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
     try:
         say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
         return server.run(path, watch, say)
     finally:
         server.stop()
+
+
+def serve_on(path: Path, address: Address, ca: Path | None, watch: Watcher, say: Say) -> Result:
+    """Runs the folder's experiment on a SuperLink of this machine that runs already.
+
+    Raises:
+        UserError: the experiment or its data cannot be used.
+        RunStopped: the run cannot go on, or there is no SuperLink.
+    """
+    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, watch, say)
 
 
 def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
@@ -170,72 +144,6 @@ def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, P
         time.sleep(_AGAIN_SECONDS)
 
 
-class Server:
-    """A SuperLink of our own."""
-
-    def __init__(self, home: Path, address: Address, keys: Keys | None) -> None:
-        """Starts it, and registers the nodes whose keys there are.
-
-        Raises:
-            UserError: it does not start.
-        """
-        self._home = home
-        command = ["python", "-m", "fedlora.rounds.flower.superlink", "--host", address.host, "--port", str(address.port)]
-        command += ["--disable-runtime-dependency-installation"]
-        command += ["--insecure"] if keys is None else keys.superlink()
-        home.mkdir(parents=True, exist_ok=True)
-        self._link = Process(command, home / "flower", home / "superlink.log")
-        try:
-            wait_for_port(address.port, self._link)
-            connection(self._home / "flower", f"127.0.0.1:{address.port}", None if keys is None else keys.ca)
-            for public in () if keys is None else keys.nodes():
-                flwr(self._home / "flower", "supernode", "register", str(public), CONNECTION)
-        except BaseException:
-            self.stop()
-            raise
-
-    @property
-    def pid(self) -> int:
-        """The SuperLink's process."""
-        return self._link.pid
-
-    def stop(self) -> None:
-        """Ends it and what it started."""
-        self._link.stop()
-
-    def run(self, path: Path, watch: Watcher, say: Say) -> Result:
-        """Runs the folder's experiment to its end, and shows its progress.
-
-        Raises:
-            UserError: the experiment, its data or its model cannot be used.
-            RunStopped: the run cannot go on, or Flower ended it.
-        """
-        home = self._home / "flower"
-        reader = Reader(path, watch, say)
-        settings = self._home / "settings.toml"
-        settings.write_text(tomli_w.dumps({"folder": str(path.resolve())}))
-        app = str(files("fedlora.rounds.flower") / "app")
-        run = flwr(home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"]
-        asked = time.monotonic()
-        while (end := reader.show()) is None:
-            if self._link.ended() is not None:
-                raise RunStopped(f"the SuperLink ended: {self._link.last_words()}; its log is {self._link.log}")
-            if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
-                asked = time.monotonic()
-                status = _status(flwr(home, "ls", CONNECTION, "--run-id", str(run)))
-                if status.startswith("finished") and (end := reader.show()) is None:
-                    raise RunStopped(f"Flower says that the run has {status}; the server's log is {self._link.log}")
-            time.sleep(_POLL)
-        how, why = end
-        if how != "done":
-            raise (UserError if how == "unusable" else RunStopped)(why)
-        folder = RunFolder(path)
-        try:
-            return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
-        finally:
-            folder.release()
-
-
 def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:
     """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
     port = str(free_port())
@@ -246,9 +154,3 @@ def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -
     else:
         command += ["--root-certificates", str(keys["ca"]), "--auth-supernode-private-key", str(keys["key"])]
     return Process(command, folder / "flower", folder / "supernode.log")
-
-
-def _status(said: Any) -> str:
-    """The status of the only run that `flwr ls` tells of."""
-    runs = said.get("runs", [])
-    return str(runs[0].get("status", "unknown")) if runs else "unknown"

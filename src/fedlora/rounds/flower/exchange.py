@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from fedlora.adapter import Tensors
@@ -25,6 +25,7 @@ from fedlora.rounds.flower.wire import (
     seal,
     unseal,
 )
+from fedlora.rounds.folds import fold_indices
 from fedlora.rounds.gate import Failed
 from fedlora.train.evaluate import Score
 
@@ -40,23 +41,35 @@ class Post(Protocol):
         """The nodes that are connected now."""
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        """Sends each node its message, to be given up after so many seconds; tickets, and the node of each."""
+        """Sends each node its message, to be given up after so many seconds; tickets, and the node of each.
+
+        A node reads its messages in the order in which they were sent.
+        """
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
         """The answers that have come, or why there will be none."""
 
 
+Kind = Literal["turn", "judge", "keep"]
 _Found = tuple[Round, Answer, "bytes | None"]
 """The round that a node says it answers, its answer for one client, and that one's upload."""
 
 
 @dataclass
 class _Guest:
-    """A node that has been let in. `at` is what Flower calls it, until it connects anew."""
+    """A node that has been let in. `at` is what Flower calls it, until it connects anew.
+
+    `folds` are those that it has said it holds, `coming` those in messages that it has not answered.
+    """
 
     at: int
     clients: list[ClientInfo]
     folds: list[int]
+    coming: set[int] = field(default_factory=set)
+
+    def expected(self) -> list[int]:
+        """The folds that it holds once it has read all its messages, which it does in their order."""
+        return sorted({*self.folds, *self.coming})
 
 
 class Remote:
@@ -100,8 +113,8 @@ class Remote:
         return sorted((who for guest in self._guests.values() for who in guest.clients), key=lambda who: who.id)
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """As their nodes have told."""
-        return {who.id: guest.folds for guest in self._guests.values() for who in guest.clients}
+        """As their nodes have told, and what is on its way to them."""
+        return {who.id: guest.expected() for guest in self._guests.values() for who in guest.clients}
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the server's own base, on which the global test is."""
@@ -110,8 +123,17 @@ class Remote:
     def turn(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """The replies in the order of `sent`; whoever has not answered by the deadline has failed."""
-        for who, found in self._results("turn", rnd, sent, missed):
+        """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
+        return self._replies(self._sent("turn", rnd, sent, missed))
+
+    def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> None:
+        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders."""
+        for who, found in self._sent("keep", rnd, sent, missed):
+            if isinstance(found, str):
+                self._tell(f"client {who.id} could not keep its adapter: {found}")
+
+    def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
+        for who, found in results:
             if isinstance(found, str):
                 yield Failed(who, found)
                 continue
@@ -126,9 +148,14 @@ class Remote:
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """The scores that came by the deadline, of one and the same set of metrics."""
+        """The scores that came by the deadline, of one and the same set of metrics. Sends at once."""
+        return self._scores(rnd, self._sent("judge", rnd, sent, missed))
+
+    def _scores(
+        self, rnd: Round, results: Iterator[tuple[ClientInfo, _Found | str]]
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
         names: set[str] | None = None
-        for who, found in self._results("judge", rnd, sent, missed):
+        for who, found in results:
             if isinstance(found, str):
                 self._tell(f"client {who.id} did not judge: {found}")
                 continue
@@ -142,14 +169,14 @@ class Remote:
                 if names == set(answer.metrics):
                     yield who, Score(answer.examples, answer.metrics)
 
-    def _results(
+    def _sent(
         self,
-        kind: Literal["turn", "judge"],
+        kind: Kind,
         rnd: Round,
         sent: Mapping[ClientInfo, Tensors],
         missed: Mapping[ClientInfo, Tensors],
     ) -> Iterator[tuple[ClientInfo, _Found | str]]:
-        """What each client answered, in the order of `sent` and as soon as it is known; or why it did not."""
+        """Sends the orders; each client's answer in the order of `sent`, as soon as it is known, or why there is none."""
         found: dict[str, _Found | str] = {}
         letters: dict[int, bytes] = {}
         names: dict[int, str] = {}
@@ -164,8 +191,17 @@ class Remote:
         tickets = self._post.send(letters, self._deadline) if letters else {}
         for at in letters.keys() - set(tickets.values()):
             found |= {who.id: "could not be sent to its node" for who in self._guests[names[at]].clients}
-        until = time.monotonic() + self._deadline
-        for who in sent:
+        return self._results(list(sent), tickets, names, found, time.monotonic() + self._deadline)
+
+    def _results(
+        self,
+        clients: Sequence[ClientInfo],
+        tickets: dict[str, int],
+        names: Mapping[int, str],
+        found: dict[str, _Found | str],
+        until: float,
+    ) -> Iterator[tuple[ClientInfo, _Found | str]]:
+        for who in clients:
             while who.id not in found:
                 if not self._collect(tickets, names, found):
                     if time.monotonic() > until:
@@ -173,6 +209,8 @@ class Remote:
                     else:
                         time.sleep(self._poll)
             yield who, found.pop(who.id)
+        for name in names.values():
+            self._guests[name].coming.clear()  # what is not in an answer by now never came
 
     def _collect(self, tickets: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
         """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
@@ -194,7 +232,7 @@ class Remote:
 
     def _order(
         self,
-        kind: Literal["turn", "judge"],
+        kind: Kind,
         rnd: Round,
         guest: _Guest,
         sent: Mapping[ClientInfo, Tensors],
@@ -210,7 +248,8 @@ class Remote:
             )
             for who, got in sent.items()
         ]
-        order = Order(kind=kind, run=self._hello.run, when=When.of(rnd), held=guest.folds, errands=errands)
+        order = Order(kind=kind, run=self._hello.run, when=When.of(rnd), held=guest.expected(), errands=errands)
+        guest.coming |= {index for who in sent if who in missed for index in fold_indices(missed[who])}
         return seal(order, list(payloads))
 
     def _greet(self) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.messages import ClientInfo, Round
+from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.loop import Watcher
 
-FOLDER, NAME = "deploy", "journal.jsonl"
+NAME = "journal.jsonl"
 
 
 class Journal:
     """Writes the lines. The last one says how the run ended: done, stopped or unusable."""
 
     def __init__(self, run: Path) -> None:
-        self._file = run / FOLDER / NAME
+        self._file = run / DEPLOY / NAME
         self._file.parent.mkdir(exist_ok=True)
 
     def write(self, **line: Any) -> None:
@@ -50,7 +51,7 @@ class Reader:
     """Reads what a journal has had since it was opened, and shows it."""
 
     def __init__(self, run: Path, watch: Watcher, say: Any) -> None:
-        self._file, self._watch, self._say = run / FOLDER / NAME, watch, say
+        self._file, self._watch, self._say = run / DEPLOY / NAME, watch, say
         self._at = self._file.stat().st_size if self._file.exists() else 0
         self.changed = time.monotonic()
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -12,10 +13,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from fedlora.adapter import Tensors
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, Problem
-from fedlora.messages import ClientInfo, Round
+from fedlora.experiment import Bench, Problem, with_folds
+from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
@@ -24,7 +26,6 @@ from fedlora.rounds.flower.wire import (
     Answer,
     Bundle,
     Done,
-    Errand,
     Header,
     Hello,
     Order,
@@ -39,6 +40,11 @@ from fedlora.rounds.simulate import Simulation
 from fedlora.version import __version__
 
 SETTINGS = "node.json"
+_FAILURES = (UserError, RunStopped, ValueError, RuntimeError, OSError, IndexError)
+"""Of one client, which stop neither the others nor the node."""
+
+_Result = tuple[Answer, "bytes | None"]
+"""One client's answer and its upload."""
 
 
 class Settings(BaseModel):
@@ -82,6 +88,7 @@ class Node:
     name                          this node's own, whatever Flower calls it
     runs/RUN/hello                the server's hello
     runs/RUN/clients, folds       as in a run's folder
+    runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,7 +125,7 @@ class Node:
             case Order():
                 work = self._work(header.run)
                 if lost := sorted(set(header.held) - set(work.folded)):
-                    raise ValueError(f"node {self._name} no longer has the folds of the rounds {[i + 1 for i in lost]}")
+                    raise ValueError(f"node {self._name} lacks the folds of the rounds {[i + 1 for i in lost]}")
                 return self._done(work, header, payloads)
         raise ValueError(f"a node is not asked {header.kind!r}")
 
@@ -174,36 +181,51 @@ class Node:
         return work
 
     def _done(self, work: _Work, order: Order, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+        """All that the order asks, its clients together; where that fails one by one, so that one's failure is its own."""
+        found: dict[str, _Result] = {}
+        sent: dict[ClientInfo, Tensors] = {}
+        for errand in order.errands:
+            with _caught(errand.who.id, found):
+                who = errand.who.info()
+                if who not in work.simulation.members:
+                    raise ValueError(f"this node has no client {who.id!r} of rank {who.rank} with {who.examples} examples")
+                if errand.folds is not None:
+                    self._fold(work, payloads[errand.folds])
+                sent[who] = decode(payloads[errand.got])
+        with suppress(*_FAILURES):
+            found.update(self._together(work, order, sent))
+        for who in sent:
+            if who.id not in found:
+                with _caught(who.id, found):
+                    found.update(self._together(work, order, {who: sent[who]}))
         answers: list[Answer] = []
         uploads: list[bytes] = []
         for errand in order.errands:
-            try:
-                answer, upload = self._run(work, order, errand, payloads)
-            except (UserError, RunStopped, ValueError, RuntimeError, OSError, IndexError) as error:
-                answer, upload = Answer(id=errand.who.id, error=_line(error)), None
+            answer, upload = found[errand.who.id]
             if upload is not None:
                 answer = answer.model_copy(update={"upload": len(uploads)})
                 uploads.append(upload)
             answers.append(answer)
         return Done(when=order.when, folds=work.folded, answers=answers), uploads
 
-    def _run(self, work: _Work, order: Order, errand: Errand, payloads: Sequence[bytes]) -> tuple[Answer, bytes | None]:
-        who, rnd = errand.who.info(), order.when.round()
-        if who not in work.simulation.members:
-            raise ValueError(f"this node has no client {who.id!r} of rank {who.rank} with {who.examples} examples")
-        if errand.folds is not None:
-            self._fold(work, payloads[errand.folds])
-        got = decode(payloads[errand.got])
-        if order.kind == "judge":
-            return self._judged(work, rnd, who, got), None
-        reply = next(iter(work.simulation.turn(rnd, {who: got}, {})))
-        return Answer(id=who.id, weight=reply.weight, notes=dict(reply.notes)), encode(reply.upload)
-
-    def _judged(self, work: _Work, rnd: Round, who: ClientInfo, got: dict[str, torch.Tensor]) -> Answer:
-        _, score = next(iter(work.simulation.judge(rnd, {who: got}, {})))
-        return (
-            Answer(id=who.id) if score is None else Answer(id=who.id, examples=score.examples, metrics=dict(score.metrics))
-        )
+    def _together(self, work: _Work, order: Order, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+        """The clients' names and results, as each group of them finishes."""
+        rnd = order.when.round()
+        if order.kind == "keep":
+            for who, got in sent.items():
+                view = with_folds(work.simulation.view(who, got, rnd), [work.folder.fold(i) for i in work.folded])
+                work.bench.write({who.id: view}, work.folder.path / "adapter", "adapter")
+                yield who.id, (Answer(id=who.id), None)
+        elif order.kind == "judge":
+            for who, score in work.simulation.judge(rnd, sent, {}):
+                answer = Answer(id=who.id)
+                if score is not None:
+                    answer = Answer(id=who.id, examples=score.examples, metrics=dict(score.metrics))
+                yield who.id, (answer, None)
+        else:
+            for reply in work.simulation.turn(rnd, sent, {}):
+                answer = Answer(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+                yield reply.client.id, (answer, encode(reply.upload))
 
     def _fold(self, work: _Work, payload: bytes) -> None:
         """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
@@ -232,6 +254,15 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _caught(client: str, found: dict[str, _Result]) -> Iterator[None]:
+    """A failure in here is the client's answer."""
+    try:
+        yield
+    except _FAILURES as error:
+        found[client] = Answer(id=client, error=_line(error)), None
 
 
 def _line(error: BaseException) -> str:

@@ -5,13 +5,15 @@ from uuid import uuid4
 
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Bench, Problem, read_folder, rounds
+from fedlora.messages import Round
 from fedlora.rounds import durable
-from fedlora.rounds.checkpoint import RunFolder
+from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Post, Remote
-from fedlora.rounds.flower.journal import FOLDER, Journal
+from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.wire import PROTOCOL, Hello
+from fedlora.rounds.loop import Progress, missed
 from fedlora.version import __version__
 
 _LET_GO_SECONDS = 60.0
@@ -21,7 +23,7 @@ _LET_GO_SECONDS = 60.0
 def serve(path: Path, post: Post) -> None:
     """Runs the rounds that the folder lacks, and writes the adapter; tells its journal how it ended.
 
-    A personal method's adapters are the clients' own: the server has none to write.
+    A personal method's adapters are the clients' own: they are written to the folders of their nodes.
 
     Raises:
         UserError: the folder, the data or the model cannot be used.
@@ -36,7 +38,10 @@ def serve(path: Path, post: Post) -> None:
             exchange = remote(bench, folder, post, journal)
             exchange.gather(experiment.clients.size or 1, experiment.deploy.wait)
             progress = rounds(bench, folder, journal, exchange)
-            if not experiment.method.row.personal:
+            if experiment.method.row.personal:
+                _keep(bench, folder, exchange, progress)
+                journal.tell("every client's adapter is in its node's folder, in runs/*/adapter")
+            else:
                 bench.write(bench.adapters(progress, folder, experiment.rounds), path / "adapter", "adapter")
         finally:
             folder.release()
@@ -68,9 +73,15 @@ def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Rem
     return Remote(post, hello, door, bench.trainer, experiment.deploy.deadline, experiment.deploy.poll, journal.tell)
 
 
+def _keep(bench: Bench, folder: RunFolder, exchange: Remote, after: Progress) -> None:
+    clients, rnd = exchange.clients(), Round(bench.experiment.rounds, bench.experiment.seed)
+    sent = {who: bench.method.send(after.server, who, rnd) for who in clients}
+    exchange.keep(rnd, sent, missed(bench.adapted.spec, folder, after.folds.known(exchange.held()), clients))
+
+
 def _name(path: Path) -> str:
     """The run's name, the same whenever it is taken up: nodes keep their clients' states under it."""
-    file = path / FOLDER / "run"
+    file = path / DEPLOY / "run"
     if not file.exists():
         durable.folder(file.parent)
         durable.replace(file, uuid4().hex.encode())

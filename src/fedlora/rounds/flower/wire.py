@@ -94,9 +94,12 @@ class Errand(_Part):
 
 
 class Order(_Part):
-    """Server to node: have these clients work, or judge. `held` are the folds that the node is believed to hold."""
+    """Server to node: have these clients work, judge, or keep their adapter as it is after the run.
 
-    kind: Literal["turn", "judge"]
+    `held` are the folds that the node is believed to hold.
+    """
+
+    kind: Literal["turn", "judge", "keep"]
     run: str
     when: When
     held: list[Count]

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,7 +40,11 @@ def main(folder: Path, until: int) -> int:
         connection, _ = listening.accept()
         with connection:
             try:
-                send(connection, node.answer(receive(connection)))
+                message, started = receive(connection), time.perf_counter()
+                answer = node.answer(message)
+                seconds = time.perf_counter() - started
+                print(f"{len(message)} bytes answered with {len(answer)} in {seconds:.3f} s", flush=True)
+                send(connection, answer)
             except (OSError, EOFError) as error:
                 print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
 

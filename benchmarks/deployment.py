@@ -1,0 +1,150 @@
+"""What a deployed round takes beyond the nodes' work, and how much of that is Flower's.
+
+    python benchmarks/deployment.py [--nodes 4] [--rounds 8] [--set KEY=VALUE ...] [--write]
+
+`fedlora demo`, cut short, with a SuperLink and SuperNodes on this machine, one client each: with the clients' judging after
+every round, and without. Then an app that does nothing (`benchmarks/echo`) carries as many messages of the same size over
+another SuperLink and as many SuperNodes. A round is the time from one row of the log to the next; work is what the workers
+say that they needed for it, the slowest node's. The first round, before which nodes load the model, and the last, after
+which there is nothing to send, are left out. With --write the page docs/benchmarks/deployment.md is written.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import flwr
+import tomli_w
+
+from fedlora.config import DEMO, build
+from fedlora.experiment import Problem, Silent
+from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.link import Address, SuperLink
+from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.processes import CONNECTION, free_port
+from fedlora.rounds.flower.processes import flwr as command
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "benchmarks" / "deployment.md"
+SMALL = ["data.rows=400", "data.test_rows=50", "train.max_length=32", "train.device=cpu", "clients.partition=iid"]
+SAID = re.compile(r"^(\d+) bytes answered with (\d+) in ([\d.]+) s$", re.MULTILINE)
+
+
+class Clock(Silent):
+    """Notes when rows come."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.sizes: list[int] = []
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """Notes the time."""
+        self.ends.append(time.time())
+        self.sizes.append(row["bytes_down"])
+
+
+def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> tuple[list[float], list[float], int]:
+    """Seconds of each round but the first and the last, the work in each, and the bytes that one node was sent."""
+    what = build(DEMO, [*SMALL, f"clients.count={nodes}", f"rounds={rounds}", "deploy.wait=300", *overrides])
+    judged = what.evaluate.clients != "none"
+    address, clock = Address("127.0.0.1", free_port()), Clock()
+    deploy.prepare(what, home / "run")
+    with ExitStack() as stack:
+        link = SuperLink.start(home / "link", address, None)
+        stack.callback(link.stop)
+        members = [who.id for who in Problem.make(what).members]
+        for client in members:
+            Settings(clients=[client]).write(home / client)
+            stack.callback(deploy.start_node(home / client, address, None).stop)
+        link.run(home / "run", clock, print)
+        work = [worked((home / client / "worker.log").read_text(), judged) for client in members]
+    return (
+        [b - a for a, b in pairwise(clock.ends)][:-1],
+        [max(node[i] for node in work) for i in range(1, rounds - 1)],
+        clock.sizes[1] // nodes,
+    )
+
+
+def worked(log: str, judged: bool) -> list[float]:
+    """A node's seconds for each round, its training and its judging."""
+    _, *seconds = [float(found[2]) for found in SAID.findall(log)]  # without the hello
+    return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if judged else seconds
+
+
+def floor(home: Path, nodes: int, rounds: int, messages: int, size: int) -> list[float]:
+    """Seconds of the rounds of the app that does nothing."""
+    address, file = Address("127.0.0.1", free_port()), home / "ends.json"
+    with ExitStack() as stack:
+        link = SuperLink.start(home / "link", address, None)
+        stack.callback(link.stop)
+        for i in range(nodes):
+            stack.callback(deploy.start_node(home / f"node{i}", address, None).stop)
+        config = {"file": str(file), "nodes": nodes, "rounds": rounds, "messages": messages, "size": size}
+        (home / "settings.toml").write_text(tomli_w.dumps(config))
+        command(link.home, "run", str(HERE / "echo"), CONNECTION, "--run-config", str(home / "settings.toml"))
+        while not file.exists():
+            time.sleep(0.5)
+    ends = json.loads(file.read_text())
+    return [b - a for a, b in pairwise(ends)]
+
+
+def seconds(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def line(name: str, nodes: int, rounds: int, overrides: Sequence[str], messages: int) -> str:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        whole, work, size = measured(Path(one), nodes, rounds, overrides)
+        beyond = [a - b for a, b in zip(whole, work, strict=True)]
+        idle = floor(Path(other), nodes, rounds, messages, size)
+    text = f"| {name} | {seconds(whole)} | {seconds(work)} | {seconds(beyond)} | {seconds(idle)} |"
+    print(text, flush=True)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(HERE.parent)}")
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    load = os.getloadavg()[0]
+    cases = [
+        ("train, clients judge every round", ["evaluate.clients=all"], 2),
+        ("train only", ["evaluate.clients=none"], 1),
+    ]
+    rows = [line(name, given.nodes, given.rounds, [*given.set, *more], messages) for name, more, messages in cases]
+    text = "\n".join(
+        [
+            "# What a deployed round takes beyond its work",
+            "",
+            f"Made by `benchmarks/deployment.py`: flwr {flwr.__version__}, {given.nodes} SuperNodes and the SuperLink on "
+            f"one machine with {os.cpu_count()} cores ({platform.machine()}), load average at the start {load:.1f}.",
+            "",
+            f"Seconds: the median of {given.rounds - 2} rounds, and the range. Work is the slowest node's; beyond is the "
+            "rest of the round. Flower alone is an app that does nothing but send back as many messages of the same size.",
+            "",
+            "| round | whole | work | beyond | Flower alone |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+    if given.write:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

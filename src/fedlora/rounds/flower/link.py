@@ -1,0 +1,145 @@
+"""A SuperLink, one of our own or one that runs already, and a run on it from its start to its end."""
+
+import ipaddress
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Result
+from fedlora.rounds.checkpoint import RunFolder
+from fedlora.rounds.flower.journal import Reader
+from fedlora.rounds.flower.keys import Keys
+from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, wait_for_port
+from fedlora.rounds.loop import Watcher
+
+Say = Callable[[str], None]
+_POLL = 0.2
+_STATUS_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a SuperLink listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """HOST:PORT.
+
+        Raises:
+            UserError: it is not that.
+        """
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"{text!r} is no address; expected HOST:PORT, for example server.example.org:9092")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it can only be reached from this machine."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own."""
+
+    home: Path
+    process: Process | None
+
+    @classmethod
+    def start(cls, home: Path, address: Address, keys: Keys | None) -> "SuperLink":
+        """One of our own, which knows the nodes whose keys there are.
+
+        Raises:
+            UserError: it does not start.
+        """
+        command = ["python", "-m", "fedlora.rounds.flower.superlink", "--host", address.host, "--port", str(address.port)]
+        command += ["--disable-runtime-dependency-installation"]
+        command += ["--insecure"] if keys is None else keys.superlink()
+        home.mkdir(parents=True, exist_ok=True)
+        process = Process(command, home / "flower", home / "superlink.log")
+        link = cls(home / "flower", process)
+        try:
+            wait_for_port(address.port, process)
+            connection(link.home, f"127.0.0.1:{address.port}", None if keys is None else keys.ca)
+            for public in () if keys is None else keys.nodes():
+                flwr(link.home, "supernode", "register", str(public), CONNECTION)
+        except BaseException:
+            link.stop()
+            raise
+        return link
+
+    @classmethod
+    def running(cls, home: Path, address: Address, ca: Path | None) -> "SuperLink":
+        """One that was started by others. It has to be on this machine: the run's folder is."""
+        connection(home / "flower", str(address), ca)
+        return cls(home / "flower", None)
+
+    def stop(self) -> None:
+        """Ends it and what it started, if it is our own."""
+        if self.process is not None:
+            self.process.stop()
+
+    def run(self, path: Path, watch: Watcher, say: Say) -> Result:
+        """Runs the folder's experiment to its end, and shows its progress.
+
+        Raises:
+            UserError: the experiment, its data or its model cannot be used.
+            RunStopped: the run cannot go on, or Flower ended it.
+        """
+        reader = Reader(path, watch, say)
+        settings = self.home / "settings.toml"
+        settings.write_text(tomli_w.dumps({"folder": str(path.resolve())}))
+        app = str(files("fedlora.rounds.flower") / "app")
+        run = str(flwr(self.home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"])
+        try:
+            how, why = self._follow(run, reader)
+        except BaseException:
+            if self.process is None:
+                with suppress(RunStopped):
+                    flwr(self.home, "stop", run, CONNECTION)
+            raise
+        if how != "done":
+            raise (UserError if how == "unusable" else RunStopped)(why)
+        folder = RunFolder(path)
+        try:
+            return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
+        finally:
+            folder.release()
+
+    def _follow(self, run: str, reader: Reader) -> tuple[str, str]:
+        """How the run ended and why, as its journal says."""
+        asked = time.monotonic()
+        while (end := reader.show()) is None:
+            if self.process is not None and self.process.ended() is not None:
+                raise RunStopped(f"the SuperLink ended: {self.process.last_words()}; its log is {self.process.log}")
+            if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
+                asked = time.monotonic()
+                status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
+                if status.startswith("finished") and (end := reader.show()) is None:
+                    log = "" if self.process is None else f"; the server's log is {self.process.log}"
+                    raise RunStopped(f"Flower says that the run has {status}{log}")
+            time.sleep(_POLL)
+        return end
+
+
+def _status(said: Any) -> str:
+    """The status of the only run that `flwr ls` tells of."""
+    runs = said.get("runs", [])
+    return str(runs[0].get("status", "unknown")) if runs else "unknown"
