@@ -83,7 +83,7 @@ def methods(rows: Iterable[Row]) -> Group:
     """What each method does and needs, in few lines."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, leading=1)
     for title in ("method", "exact", "floats of a\nlayer up,\nand down", "unequal\nranks", "per-\nsonal"):
-        table.add_column(title, max_width=11 if title == "exact" else None)
+        table.add_column(title, min_width=16 if title == "method" else None, max_width=11 if title == "exact" else None)
     for title in ("single\nuploads", "secure\nsums", "DP"):
         table.add_column(title, max_width=7)
     for row in rows:
