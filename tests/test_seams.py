@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fedlora.methods import TABLE
 ROOT = Path(fedlora.__file__).parent
 
 
+@cache
 def imports(part: str) -> dict[str, set[str]]:
     """File -> everything it imports, as dotted names."""
     found = {}

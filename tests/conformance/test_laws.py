@@ -183,7 +183,7 @@ def test_traffic_is_what_the_row_declares(row, ranks):
 
 
 @every_row
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_the_dtype_is_kept(row, ranks, dtype):
     spec = replace(SPEC, head={name: x.to(dtype) for name, x in SPEC.head.items()}, dtype=dtype)
     game = play(row, people(ranks), trainer=Recorder(ToyTrainer(spec=spec)), rounds=PERIOD)

@@ -106,6 +106,7 @@ def test_rows_are_drawn_at_random_and_the_smaller_draw_is_part_of_the_larger(tmp
     assert set(small.train["text"]) != {row["text"] for row in ROWS[:3]}
 
 
+@pytest.mark.slow
 def test_the_standard_library_needs_no_settings():
     corpus = load(Data(test_rows=50), seed=0)
     assert corpus.train.column_names == ["text", "label", "user"]

@@ -24,6 +24,10 @@ from tiny import LABELS, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 
+def some_slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("home"))
@@ -100,7 +104,7 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
     return Remote(hand, hello, door, bench.trainer, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
-@pytest.mark.parametrize("method", ["fedit", "flora", "fedsa-lora", "ce-lora"])
+@pytest.mark.parametrize("method", [*some_slow("fedit", "fedsa-lora"), "flora", "ce-lora"])
 def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
     what = experiment(home, method)
     run(what, tmp_path / "simulated")
@@ -108,7 +112,7 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
-@pytest.mark.parametrize("method", ["fedit", "flora", "lora-a2"])
+@pytest.mark.parametrize("method", [*some_slow("fedit", "lora-a2"), "flora"])
 def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
     what = experiment(home, method, "train.together=4")
     run(what, tmp_path / "simulated")
@@ -167,7 +171,7 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "RuntimeError: out of memory"}
 
 
-@pytest.mark.parametrize("method", ["flora", "fedsa-lora"])
+@pytest.mark.parametrize("method", ["flora", *some_slow("fedsa-lora")])
 def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(
     home, tmp_path, monkeypatch, method
 ):
