@@ -1,10 +1,20 @@
-"""Lets tests import the helpers that stand beside them, and keeps their cache away from the user's."""
+"""Lets tests import the helpers that stand beside them, and keeps their cache away from the user's.
+
+What takes long to import comes first: from within a module whose types are checked, Python would not find it compiled.
+"""
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import beartype  # noqa: F401
+import datasets  # noqa: F401
+import peft  # noqa: F401
 import pytest
+
+with suppress(ImportError):
+    import flwr.superlink.main  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
 
