@@ -130,7 +130,7 @@ def main() -> None:
         [
             "# What a deployed round takes beyond its work",
             "",
-            f"Made by `benchmarks/deployment.py`: flwr {flwr.__version__}, {given.nodes} SuperNodes and the SuperLink on "
+            f"Made by `benchmarks/deployment.py`: flwr {flwr.__version__}, {given.nodes} SuperNode(s) and the SuperLink on "
             f"one machine with {os.cpu_count()} cores ({platform.machine()}), load average at the start {load:.1f}.",
             "",
             f"Seconds: the median of {given.rounds - 2} rounds, and the range. Work is the slowest node's; beyond is the "
