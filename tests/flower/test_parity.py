@@ -22,7 +22,7 @@ from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 
 from wired import CLIENTS, assert_same_runs, furnish, problem
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(600), pytest.mark.xdist_group("parity")]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 BANKING77 = HERE.resolve().parents[2] / "shared" / "data" / "banking77"
 REAL = "a real model and real sentences"
