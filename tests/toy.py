@@ -40,7 +40,7 @@ class ToyTrainer:
 
     spec: AdapterSpec = SPEC
     skew: float = 0.3
-    steps: int = 5
+    steps: int = 3
     lr: float = 0.2
     seed: int = 0
     together: int = 2
