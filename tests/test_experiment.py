@@ -64,8 +64,9 @@ def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", [{}, {"tasks": 3}])
-def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks):
+@pytest.mark.parametrize(("tasks", "most_wrong"), [({"tasks": 3}, 0), ({}, 0.25)])
+def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks, most_wrong):
+    """Without their number, one of them may be split among clusters, but no two share one."""
     rows = [json.loads(line) for line in tiny_rows(tmp_path / "rows.jsonl", 900).read_text().splitlines()]
     file = tmp_path / "tasks.jsonl"
     file.write_text(
@@ -78,5 +79,5 @@ def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks):
         "data": {"source": str(file), "task": "task"},
         "method": {"name": "fl-tac", "rank": 4, **tasks},
     }
-    run_rows = run(build(table, ["train.epochs=2", "train.together=16"]), tmp_path / "run").rows
-    assert run_rows[-1]["clusters"] == 3 and run_rows[-1]["misclustered"] == 0
+    last = run(build(table, ["train.epochs=2", "train.together=16"]), tmp_path / "run").rows[-1]
+    assert last["merged_tasks"] == 0 and last["misclustered"] <= most_wrong

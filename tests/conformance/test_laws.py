@@ -210,7 +210,7 @@ def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row, ranks):
 @pytest.mark.slow
 def test_it_learns(row, ranks):
     row = replace(row, head="averaged" if row.head == "frozen" else row.head)
-    game, untrained = play(row, people(ranks), rounds=12), play(row, people(ranks), rounds=0)
+    game, untrained = play(row, people(ranks), rounds=20), play(row, people(ranks), rounds=0)
     for who, view in game.views.items():
         assert game.trainer.inner.loss(view, who) < 0.8 * untrained.trainer.inner.loss(untrained.views[who], who)
 
