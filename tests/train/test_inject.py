@@ -222,17 +222,14 @@ def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, trai
     assert_close(gradients_of_the_factors(adapted), wanted)
 
 
-@pytest.mark.parametrize("rest", [(), (5,)])
-@pytest.mark.parametrize("kind", [Tri, Heads])
-def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(kind, rest):
-    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
-    singles = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
-    adapted.load(singles, "bcsa")
-    outputs = adapted.model(x.flatten(0, 1)).unflatten(0, (3, 2))
+def assert_each_as_alone(adapted: Adapted, singles: list[Adapter], x: Tensor, train: str) -> None:
+    """Outputs and gradients of clients loaded together, for x [clients, rows, ...], are those of each by itself."""
+    adapted.load(singles, train)
+    outputs = adapted.model(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     outputs.square().sum().backward()
-    found = [gradients_of_the_factors(adapted, client) for client in range(3)]
+    found = [gradients_of_the_factors(adapted, client) for client in range(len(singles))]
     for i, single in enumerate(singles):
-        adapted.load([single], "bcsa")
+        adapted.load([single], train)
         alone = adapted.model(x[i])
         alone.square().sum().backward()
         assert_close(outputs[i], alone)
@@ -240,6 +237,14 @@ def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(k
             inside = tuple(slice(size) for size in gradient.shape)
             assert_close(found[i][key][inside], gradient)
             assert found[i][key].count_nonzero() == found[i][key][inside].count_nonzero()  # none in the padding
+
+
+@pytest.mark.parametrize("rest", [(), (5,)])
+@pytest.mark.parametrize("kind", [Tri, Heads])
+def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(kind, rest):
+    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
+    singles = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
+    assert_each_as_alone(adapted, singles, x, "bcsa")
 
 
 @pytest.mark.parametrize("alpha", [6.0, 24.0])
@@ -360,19 +365,7 @@ def test_the_router_sees_the_input_before_dropout_and_the_experts_after():
 def test_experts_of_several_clients_give_each_client_what_its_own_would(rest):
     adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
     singles = [routed(adapted, seed, rank=rank) for seed, rank in enumerate([2, 3, 1])]
-    adapted.load(singles, "bag")
-    outputs = adapted.model(x.flatten(0, 1)).unflatten(0, (3, 2))
-    outputs.square().sum().backward()
-    found = [gradients_of_the_factors(adapted, client) for client in range(3)]
-    for i, single in enumerate(singles):
-        adapted.load([single], "bag")
-        alone = adapted.model(x[i])
-        alone.square().sum().backward()
-        assert_close(outputs[i], alone)
-        for key, gradient in gradients_of_the_factors(adapted).items():
-            inside = tuple(slice(size) for size in gradient.shape)
-            assert_close(found[i][key][inside], gradient)
-            assert found[i][key].count_nonzero() == found[i][key][inside].count_nonzero()  # none in the padding
+    assert_each_as_alone(adapted, singles, x, "bag")
 
 
 @pytest.mark.parametrize("train", ["bag", "g", ""])

@@ -127,10 +127,13 @@ class Remote:
         return self._replies(self._sent("turn", rnd, sent, missed))
 
     def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> None:
-        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders."""
-        for who, found in self._sent("keep", rnd, sent, missed):
-            if isinstance(found, str):
-                self._tell(f"client {who.id} could not keep its adapter: {found}")
+        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
+        failed = {who.id: found for who, found in self._sent("keep", rnd, sent, missed) if isinstance(found, str)}
+        for client, reason in failed.items():
+            self._tell(f"client {client} could not keep its adapter: {reason}")
+        self._tell(
+            f"{len(sent) - len(failed)} of {len(sent)} clients have their adapter in their node's folder, in runs/*/adapter"
+        )
 
     def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
         for who, found in results:

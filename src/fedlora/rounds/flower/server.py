@@ -40,7 +40,6 @@ def serve(path: Path, post: Post) -> None:
             progress = rounds(bench, folder, journal, exchange)
             if experiment.method.row.personal:
                 _keep(bench, folder, exchange, progress)
-                journal.tell("every client's adapter is in its node's folder, in runs/*/adapter")
             else:
                 bench.write(bench.adapters(progress, folder, experiment.rounds), path / "adapter", "adapter")
         finally:
