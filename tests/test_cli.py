@@ -1,6 +1,8 @@
 """The command line: what it prints, and how it refuses what it cannot use."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedlora import Experiment, cli, run
+from fedlora import Experiment, cli, experiment, run
+from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
 
@@ -200,6 +203,21 @@ def test_a_set_value_takes_the_place_of_the_files(place, command, tmp_path):
     command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.rank=2", "--set", "rounds=1")
     written = tomllib.loads((tmp_path / "run" / "experiment.toml").read_text())
     assert (written["method"]["rank"], written["rounds"]) == (2, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_compiled_code_took_for_a_bad_file_is_still_an_interrupt(number, by_python, command, monkeypatch):
+    def resume(path, watch):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise UserError("the run is damaged") from None
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(experiment, "resume", resume)
+    code, _, errors = command("run", "--resume", by_python)
+    assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
+    assert signal.getsignal(number) == before
 
 
 def test_an_export_prints_where_it_wrote(by_python, command, tmp_path):

@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -235,7 +236,7 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
     console = Console()
     again = f"go on with: fedlora {command} --resume {path}"
     try:
-        with terminal.Live(console, rounds) as live:
+        with _interruptible(), terminal.Live(console, rounds) as live:
             result = go(live)
     except RunStopped as error:
         raise RunStopped(f"{error}; {again}") from error
@@ -250,6 +251,28 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
         console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
     if result.left_out:
         console.print(f"PEFT adapters  {result.left_out}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where compiled code that was interrupted says another error for it."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Exception as error:
+        if stopped:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _serve(
@@ -274,7 +297,6 @@ def _serve(
     else:
         path = out or runs.new_folder(read(file, overrides or ()))
         ready(path)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started must be ended
     _follow(path, runs.read_folder(path).rounds, lambda watch: go(path, watch), again)
 
 
@@ -295,7 +317,7 @@ def _say(message: str, style: str) -> None:
 
 
 def main() -> None:
-    """The `fedlora` command. Exit codes: 0 done, 1 the run had to stop, 2 something given cannot be used, 130 Ctrl-C."""
+    """The `fedlora` command. Exit codes: 0 done, 1 the run had to stop, 2 what was given cannot be used, 130 Ctrl-C."""
     try:
         app()
     except UserError as error:
