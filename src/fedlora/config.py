@@ -157,6 +157,9 @@ class Train(_Section):
     batch_size: Positive = 8
     batches: Literal["by-length", "random"] = "by-length"
     """Batches of examples of similar length, which saves padding, or of any."""
+    packed: bool = True
+    """Compute examples one after the other without padding, where the model can be run so; no result changes beyond
+    rounding."""
     together: Positive = 16
     """How many clients are trained in one step; it changes no result beyond rounding."""
     memory_mb: Positive = 256

@@ -30,6 +30,7 @@ from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
+from fedlora.train.features import try_packing
 from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
@@ -233,6 +234,8 @@ class Bench:
             head + (norm_modules(model, head) if experiment.method.with_norms else ()),
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
+        if settings.packed:
+            try_packing(adapted, task, tokenizer, settings.max_length)
         examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)
         kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
         trainer = LocalTrainer(

@@ -91,15 +91,18 @@ def train_together(
                 live = going
             batches = [next(queues[i]) for i in live]
             sizes = [(int(lengths[batch].max()), len(batch)) for batch in batches]
-            for places in passes(sizes, tokens):
+            packed = [(int(lengths[batch].sum()), 1) for batch in batches]
+            for places in passes(packed if adapted.packing.works else sizes, tokens):
                 now = [live[place] for place in places]
-                chance.next_pass([chances[i] for i in now], [sizes[place] for place in places])
                 adapted.present.index = None if len(now) == len(live) else torch.tensor(places, device=device)
                 some = [batches[place] for place in places]
                 rows, real = side_by_side(some, [batch[:1] for batch in some])
                 inputs, targets = examples.batch(rows, device)
+                with adapted.packing.of(lengths[rows].view(real.shape) * real, device) as layout:
+                    chance.next_pass([chances[i] for i in now], [sizes[place] for place in places], layout)
+                    each = task.losses(adapted.model, inputs, targets)
                 real = real.to(device)
-                each = task.losses(adapted.model, inputs, targets).view(real.shape) * real
+                each = each.view(real.shape) * real
                 objective = (each.sum(1) / real.sum(1)).sum()
                 for place, i in zip(places, now, strict=True):
                     if (penalty := jobs[i].request.penalty) is not None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from fedlora.train.packing import Layout, attention_weights, heads_of
 
 _LEVELS = 1 << 8  # a mask entry takes one random byte
 
@@ -26,11 +28,18 @@ class Chance(TorchFunctionMode):
         super().__init__()
         self._generators: Sequence[torch.Generator] = ()
         self._sizes: Sequence[tuple[int, int]] = ()
+        self._layout: Layout | None = None
 
-    def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
-        """Whose rows the model sees next: for each client its generator, the length of its longest row, its rows."""
-        self._generators, self._sizes = generators, sizes
+    def next_pass(
+        self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]], layout: Layout | None = None
+    ) -> None:
+        """Whose rows the model sees next: for each client its generator, the length of its longest row, its rows.
 
+        What is in the packed form of the layout gets the masks that it would get padded.
+        """
+        self._generators, self._sizes, self._layout = generators, sizes, layout
+
+    @no_type_check  # called for everything that torch does
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -65,30 +74,36 @@ class Chance(TorchFunctionMode):
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-        if is_causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, float("-inf"))
-            scores = scores + attn_mask
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+        weights = attention_weights(query, key, attn_mask, is_causal, scale)
+        return self._dropout(weights, dropout_p) @ heads_of(value, query.shape[1])
 
     def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
         """1 where an entry is kept, else 0. Bytes, not bools: those take many times as long to multiply with."""
+        if (layout := self._layout) is None:
+            masks = self._padded(shape, device)
+        elif len(shape) == 1:  # all buckets' attention weights
+            heads = shape[0] // sum(len(bucket.rows) * bucket.longest**2 for bucket in layout.buckets)
+            whole = self._padded((layout.padded[0], heads, layout.padded[1], layout.padded[1]), device)
+            masks = torch.cat([part.flatten() for part in layout.squares(whole)])
+        elif len(shape) > 2 and tuple(shape[:2]) == layout.packed:
+            masks = layout.pack(self._padded((*layout.padded, *shape[2:]), device))
+        else:
+            masks = self._padded(shape, device)
+        return masks.ge_(level - _LEVELS // 2)
+
+    def _padded(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Random int8 for the clients' rows. What lies outside a client's own shape is set only without a layout, which
+        would leave it out."""
         longest = max(length for length, _ in self._sizes)
         run = shape[0] // len(self._generators)
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
-        masks = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
-        for mask, generator, (length, rows) in zip(masks, self._generators, self._sizes, strict=True):
+        drawn = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
+        for mine, generator, (length, rows) in zip(drawn, self._generators, self._sizes, strict=True):
             own = [rows, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
-            if own != list(mask.shape):
-                mask.fill_(_LEVELS // 2 - 1)
-            mask[tuple(slice(n) for n in own)] = _bytes(own, generator)
-        return masks.ge_(level - _LEVELS // 2).flatten(0, 1)
+            if own != list(mine.shape) and self._layout is None:
+                mine.fill_(_LEVELS // 2 - 1)
+            mine[tuple(slice(n) for n in own)] = _bytes(own, generator)
+        return drawn.flatten(0, 1)
 
 
 class _Kept(torch.autograd.Function):

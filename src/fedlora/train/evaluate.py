@@ -38,7 +38,9 @@ def score(
             batches = [rows[start : start + run] for rows in sorted_rows]
             rows, real = side_by_side(batches, [own[:1] for own in sorted_rows])
             inputs, targets = examples.batch(rows, device)
-            for name, each in task.judge(adapted.model, inputs, targets).items():
+            with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
+                judged = task.judge(adapted.model, inputs, targets)
+            for name, each in judged.items():
                 value = (each.view(real.shape) * real.to(device)).sum(1)
                 sums[name] = sums[name] + value if name in sums else value
     found = {name: value.tolist() for name, value in sums.items()}

@@ -1,5 +1,7 @@
 """Examples as the untouched base model sees them."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,11 +18,29 @@ def features(
     The examples are taken in order of length to save padding, `batch_size` in one pass.
     """
     found = torch.zeros(len(rows), adapted.spec.features)
+    lengths = examples.lengths()[rows]
     adapted.load([])
     adapted.model.eval()
     device = next(adapted.model.parameters()).device
     with torch.inference_mode():
-        for places in torch.split(examples.lengths()[rows].argsort(stable=True), batch_size):
+        for places in torch.split(lengths.argsort(stable=True), batch_size):
             inputs, _ = examples.batch(rows[places], device)
-            found[places] = task.features(adapted.model, inputs).float().cpu()
+            with adapted.packing.of(lengths[places][None], device):
+                found[places] = task.features(adapted.model, inputs).float().cpu()
     return found
+
+
+def try_packing(adapted: Adapted, task: Task, tokenizer: Any, max_length: int) -> None:
+    """Packs examples from now on if the model's features are then the same, but for rounding: see `Packing`."""
+    texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
+    examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
+    adapted.load([])
+    adapted.model.eval()
+    parameter = next(adapted.model.parameters())
+    inputs, _ = examples.batch(torch.arange(len(texts)), parameter.device)
+    with torch.inference_mode():
+        adapted.packing.try_out(
+            lambda: task.features(adapted.model, inputs),
+            examples.lengths().view(2, -1),
+            torch.finfo(parameter.dtype).eps ** 0.5,
+        )

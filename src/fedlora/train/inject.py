@@ -16,6 +16,7 @@ from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import Experts, LowRank, Product
 from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
+from fedlora.train.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Adapted:
         sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not _within(n, self.head)}
         names = _match(sizes, targets if targets is not None else _default_targets(model, sizes))
         pattern = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern or {})) is not None}
-        self.present = Present()
+        self.packing = Packing(model)
+        self.present = Present(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
         for name in names:
             parent, _, last = name.rpartition(".")

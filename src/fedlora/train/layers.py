@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.linalg.lowrank import Experts, LowRank, block_diagonal
+from fedlora.train.packing import Packing
 
 FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
 """All that a `LoraLayer` may have."""
@@ -15,13 +16,26 @@ FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
 
 @dataclass
 class Present:
-    """Which of the loaded clients have rows in the input; None: all of them."""
+    """Which of the loaded clients have rows in the input; None: all of them. And how their rows lie in it."""
 
     index: Tensor | None = None
+    packing: Packing | None = None
 
     def of(self, x: Tensor) -> Tensor:
         """The part of [clients, *shape] that belongs to them."""
         return x if self.index is None else x[self.index]
+
+    def runs(self, x: Tensor, clients: int) -> Tensor:
+        """Each client's rows of [rows, *rest, width], as [clients, rows of one client, *rest, width]."""
+        if self.packing is not None and self.packing.inside is not None:
+            return self.packing.inside.spread(x)
+        return x.reshape(clients, -1, *x.shape[1:])
+
+    def back(self, runs: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `runs`, also of flattened ones, in the shape of `like` but for its width."""
+        if self.packing is not None and self.packing.inside is not None:
+            return self.packing.inside.gather(runs)
+        return runs.reshape(*like.shape[:-1], -1)
 
 
 class LoraLayer(nn.Module):
@@ -57,14 +71,14 @@ class LoraLayer(nn.Module):
         y: Tensor = self.base(x)
         of = self.present.of
         for part in self.fixed:
-            y = _plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
+            y = self._plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
         if self.a is None or self.b is None:
             return y
         dropped = functional.dropout(x, self.dropout, self.training)
         if self.g is not None and self.others_b is not None and self.others_a is not None:
             factors = of(self.b) * of(self.scale), of(self.a), of(self.g), of(self.others_b), of(self.others_a)
-            return _plus_experts(y, x, dropped, Experts(*(factor.to(x.dtype) for factor in factors)))
-        return _plus_product(y, dropped, of(self.a), of(self.b), of(self.scale), self._middle())
+            return self._plus_experts(y, x, dropped, Experts(*(factor.to(x.dtype) for factor in factors)))
+        return self._plus_product(y, dropped, of(self.a), of(self.b), of(self.scale), self._middle())
 
     def _middle(self) -> Tensor | None:
         """[clients, rank, rank] of those present."""
@@ -72,6 +86,29 @@ class LoraLayer(nn.Module):
             return None
         c = self.present.of(self.c)
         return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
+
+    def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
+        """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts: one pass through each of them."""
+        shares = experts.shares(
+            self.present.runs(x, len(experts.g)).flatten(1, -2)
+        )  # [clients, rows of one client * rest, experts]
+        pair = experts.side_by_side()
+        return self._plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
+
+    def _plus_product(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
+    ) -> Tensor:
+        """y + b (scale * middle a x); with a client axis in the factors, each client's rows have their own.
+
+        `scale` broadcasts to [clients, rows of one client * rest, rank].
+        """
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if a.ndim == 2:
+            return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
+        inner = self.present.runs(x, len(a)).flatten(1, -2) @ a.mT  # [clients, rows of one client * rest, rank]
+        inner = inner if middle is None else inner @ middle.to(x.dtype).mT
+        inner = inner if scale is None else inner * scale.to(x.dtype)
+        return y + self.present.back(inner.to(y.dtype) @ b.mT.to(y.dtype), y)
 
 
 class OwnLayer(nn.Module):
@@ -96,36 +133,11 @@ class OwnLayer(nn.Module):
             return y
         own = {key: self.present.of(w) for key, w in self.own.items()}
         first, came = next(iter(own.values())), x.dtype
-        x = x.to(first.dtype)
-        runs = x.reshape(len(first), -1, *x.shape[1:])
+        runs = self.present.runs(x.to(first.dtype), len(first))
         if type(self.base) is nn.Linear and "weight" in own:
             grouped = runs.flatten(1, -2) @ own["weight"].mT
             bias = own["bias"][:, None] if "bias" in own else self.base.bias
-            y = grouped if bias is None else grouped + bias
-            return y.reshape(*x.shape[:-1], -1)
+            return self.present.back(grouped if bias is None else grouped + bias, x)
         call = torch.func.functional_call
         each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
-        return torch.cat(each).to(came)
-
-
-def _plus_experts(y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
-    """y + sum_e w_e(x) b_e a_e dropped, each client's run of rows with its own experts: one pass through each of them."""
-    shares = experts.shares(x.reshape(len(experts.g), -1, x.shape[-1]))  # [clients, rows of one client * rest, experts]
-    pair = experts.side_by_side()
-    return _plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
-
-
-def _plus_product(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
-) -> Tensor:
-    """y + b (scale * middle a x); with a client axis in the factors, each client's run of rows has its own.
-
-    `scale` broadcasts to [clients, rows of one client * rest, rank].
-    """
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    if a.ndim == 2:
-        return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
-    inner = x.reshape(len(a), -1, x.shape[-1]) @ a.mT  # [clients, rows of one client * rest, rank]
-    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
-    inner = inner if scale is None else inner * scale.to(x.dtype)
-    return torch.baddbmm(y.reshape(len(b), -1, y.shape[-1]), inner.to(y.dtype), b.mT.to(y.dtype)).view(y.shape)
+        return self.present.back(torch.stack(each), x).to(came)

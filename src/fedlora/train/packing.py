@@ -1,0 +1,283 @@
+"""Examples one after the other instead of padded to the longest: a transformer's blocks then compute real tokens only."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_NEAR = 0.75  # of the longest example of a bucket: shorter ones get a bucket of their own
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Examples of similar length, whose attention is computed together: their rows [n], and the longest one's length."""
+
+    rows: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a pass is in the packed form [1, tokens, ...], and in three others: padded [rows, longest, ...],
+    by client [clients, tokens of the client with the most, ...], and in the buckets one after the other [places, ...]."""
+
+    packed: tuple[int, int]
+    padded: tuple[int, int]
+    at_padded: Int[Tensor, " tokens"]
+    by_client: tuple[int, int]
+    at_client: Int[Tensor, " tokens"]
+    buckets: tuple[Bucket, ...]
+    at_bucket: Int[Tensor, " tokens"]
+
+    @staticmethod
+    def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
+        """The layout for each client's run of examples of these lengths; 0: a filler, which the packed form leaves out."""
+        clients, run = lengths.shape
+        of_row = lengths.flatten()
+        longest, most = int(of_row.max()), int(lengths.sum(1).max())
+        row, at = (torch.arange(longest) < of_row[:, None]).nonzero(as_tuple=True)
+        before = lengths.cumsum(1) - lengths  # tokens of the same client
+        by_client = (before + torch.arange(clients)[:, None] * most).flatten()
+        ranked = of_row.argsort(descending=True, stable=True)[: int((of_row > 0).sum())]
+        descending, cuts = of_row[ranked].tolist(), [0]
+        for i, length in enumerate(descending):
+            if length < _NEAR * descending[cuts[-1]]:
+                cuts.append(i)
+        buckets, starts, start = [], torch.zeros_like(of_row), 0
+        for first, last in pairwise([*cuts, len(descending)]):
+            wide, rows = descending[first], ranked[first:last]
+            starts[rows] = start + wide * torch.arange(last - first)
+            start += wide * (last - first)
+            buckets.append(Bucket(rows.to(device), wide))
+        return Layout(
+            packed=(1, len(row)),
+            padded=(clients * run, longest),
+            at_padded=(row * longest + at).to(device),
+            by_client=(clients, most),
+            at_client=(by_client[row] + at).to(device),
+            buckets=tuple(buckets),
+            at_bucket=(starts[row] + at).to(device),
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[rows, longest, ...] to [1, tokens, ...]."""
+        return _taken(x.flatten(0, 1), self.at_padded)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, tokens, ...] to [rows, longest, ...]; zeros where an example is shorter."""
+        return _placed(x[0], self.at_padded, *self.padded)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[1, tokens, ...] to [clients, most tokens, ...]; zeros where a client has fewer."""
+        return _placed(x[0], self.at_client, *self.by_client)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[clients, most tokens, ...] to [1, tokens, ...]."""
+        return _taken(x.flatten(0, 1), self.at_client)[None]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[1, heads, tokens, size] to [n, heads, longest, size] of each bucket."""
+        sizes = [len(bucket.rows) * bucket.longest for bucket in self.buckets]
+        parts = torch.split(_placed(x[0].transpose(0, 1), self.at_bucket, sum(sizes)), sizes)
+        return [
+            part.view(-1, bucket.longest, *part.shape[1:]).transpose(1, 2)
+            for part, bucket in zip(parts, self.buckets, strict=True)
+        ]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        flat = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+        return _taken(flat, self.at_bucket).transpose(0, 1)[None]
+
+    def squares(self, x: Tensor) -> list[Tensor]:
+        """Of what belongs to pairs of tokens [rows or 1, heads or 1, longest, longest], each bucket's part."""
+        rows = [bucket.rows if len(x) > 1 else 0 for bucket in self.buckets]
+        cut = [slice(bucket.longest) for bucket in self.buckets]
+        return [x[row][..., own, own] for row, own in zip(rows, cut, strict=True)]
+
+
+class Packing(TorchFunctionMode):
+    """A model's blocks, made to compute a pass's tokens in the packed form.
+
+    The model is called with padded inputs. Before each block, what has an entry for each token is packed; after the last
+    one, its output is padded again: embeddings and head notice nothing. Within the mode, attention is computed bucket by
+    bucket, with the model's own mask cut to the bucket. This needs one list of blocks that go through torch's
+    `scaled_dot_product_attention` and otherwise treat each token alone; `try_out` sees whether that is so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inside: Layout | None = None
+        """The layout of what is being computed; None: it is padded."""
+        self._layout: Layout | None = None
+        self.works = False
+        """Whether the packed form is used."""
+        self._blocks = _blocks(model)
+        for block in self._blocks:
+            block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        if self._blocks:
+            self._blocks[-1].register_forward_hook(self._leave)
+
+    def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
+        """Uses the packed form from now on if a call gives the same as in the padded form, [rows, width]."""
+        self.works = False
+        if not self._blocks:
+            return
+        expected, self.works = call(), True
+        try:
+            with self.of(lengths, expected.device):
+                apart = (call() - expected).norm() / expected.norm()
+        except Exception:  # whatever an architecture raises that is built otherwise
+            self.inside, self.works = None, False
+        else:
+            self.works = bool(apart < tolerance)
+
+    @contextmanager
+    def of(self, lengths: Int[Tensor, "clients run"], device: torch.device) -> Iterator[Layout | None]:
+        """For calls of the model with examples of these lengths, 0 for a filler; None if they are computed padded."""
+        if not self.works:
+            yield None
+            return
+        self._layout = Layout.of(lengths, device)
+        try:
+            with self:
+                yield self._layout
+        finally:
+            self._layout = None
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if (layout := self._layout) is None:
+            return None
+        self.inside = layout
+        return _packed(args, layout), _packed(kwargs, layout)
+
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if (layout := self.inside) is None:
+            return None
+        self.inside = None
+        return layout.unpack(output) if isinstance(output, Tensor) else (layout.unpack(output[0]), *output[1:])
+
+    @no_type_check  # called for everything that torch does
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention and self.inside is not None:
+            return _attention(self.inside, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    layout: Layout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """[1, heads, tokens, size]. The dropout of all weights is one call, on all buckets' weights one after the other."""
+    split = [layout.split(x) for x in (query, key, value)]
+    masks = [None] * len(layout.buckets) if attn_mask is None else layout.squares(attn_mask)
+    each = list(zip(*split, masks, strict=True))
+    if dropout_p == 0:
+        attend = functional.scaled_dot_product_attention
+        return layout.join([attend(q, k, v, m, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa) for q, k, v, m in each])
+    weights = [attention_weights(q, k, m, is_causal, scale) for q, k, _, m in each]
+    flat = functional.dropout(torch.cat([w.flatten() for w in weights]), dropout_p)
+    parts = torch.split(flat, [w.numel() for w in weights])
+    dropped = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
+    return layout.join([w @ heads_of(v, w.shape[1]) for w, (_, _, v, _) in zip(dropped, each, strict=True)])
+
+
+def attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """[rows, heads, queries, keys], before dropout; as torch's `scaled_dot_product_attention` defines them."""
+    key = heads_of(key, query.shape[1])
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, float("-inf"))
+        scores = scores + attn_mask
+    return scores.softmax(-1)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """Keys or values for so many heads: with fewer, groups of heads share one."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks in order; none if there are several lists of them, or none."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and {issubclass(type(one), GradientCheckpointingLayer) for one in module} == {True}
+    ]
+    return lists[0] if len(lists) == 1 else []
+
+
+def _packed(x: Any, layout: Layout) -> Any:
+    """With all tensors packed that have an entry for each token."""
+    if isinstance(x, Tensor):
+        rows, longest = layout.padded
+        if x.ndim in (2, 3) and x.shape[1] == longest and x.shape[0] in (1, rows):
+            return layout.pack(x.expand(rows, *x.shape[1:]))
+        return x
+    if isinstance(x, tuple):
+        return tuple(_packed(one, layout) for one in x)
+    return {key: _packed(one, layout) for key, one in x.items()} if isinstance(x, dict) else x
+
+
+class _Take(torch.autograd.Function):
+    """Some of the rows of x, each at most once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
+        """[places, *rest] to [rows, *rest]."""
+        ctx.save_for_backward(at)
+        ctx.size = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Zeros where nothing was taken."""
+        return _placed(gradient, ctx.saved_tensors[0], ctx.size), None
+
+
+class _Place(torch.autograd.Function):
+    """The rows of x at places of a zero tensor; the inverse of `_Take`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor, size: int) -> Tensor:
+        """[rows, *rest] to [size, *rest]."""
+        ctx.save_for_backward(at)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, at, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """What is at the places."""
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _taken(x: Tensor, at: Tensor) -> Tensor:
+    taken: Tensor = _Take.apply(x, at)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def _placed(x: Tensor, at: Tensor, *places: int) -> Tensor:
+    placed: Tensor = _Place.apply(x, at, math.prod(places))  # type: ignore[no-untyped-call]
+    return placed.view(*places, *x.shape[1:])

@@ -1,0 +1,142 @@
+"""Examples one after the other give what padded ones give."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_batched import bench, jobs, routed  # noqa: F401  (a fixture)
+from torch import nn
+from torch.testing import assert_close
+
+from fedlora.adapter import pack
+from fedlora.config import Train
+from fedlora.train.batched import train_together
+from fedlora.train.evaluate import score
+from fedlora.train.inject import Adapted
+from fedlora.train.packing import Layout, Packing
+from fedlora.train.tasks import Classification, Encoded
+
+TASK = Classification()
+LENGTHS = torch.tensor([[5, 30], [11, 0]])
+SMALL = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "hidden_size": 32, "num_attention_heads": 4}
+BLOCKS = {**SMALL, "num_hidden_layers": 2, "intermediate_size": 48}
+GROUPED = {**BLOCKS, "num_key_value_heads": 2}
+PACKS: dict[str, Any] = {
+    "bert": transformers.BertConfig(**BLOCKS),
+    "roberta": transformers.RobertaConfig(**BLOCKS, max_position_embeddings=40),
+    "distilbert": transformers.DistilBertConfig(
+        vocab_size=50, num_labels=3, pad_token_id=0, dim=32, n_layers=2, n_heads=4, hidden_dim=48
+    ),
+    "opt": transformers.OPTConfig(
+        **SMALL, num_hidden_layers=2, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=40
+    ),
+    "llama, groups of heads and rotations": transformers.LlamaConfig(**GROUPED),
+    "mistral, a window of 8 tokens": transformers.MistralConfig(**GROUPED, sliding_window=8),
+}
+PADS: dict[str, Any] = {
+    "albert, one block for all layers": transformers.AlbertConfig(**BLOCKS, embedding_size=16),
+    "deberta, positions in its attention": transformers.DebertaV2Config(**BLOCKS),
+    "gemma 2, attention of its own": transformers.Gemma2Config(**GROUPED, head_dim=8),
+}
+
+
+def model_of(config: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config)
+    return model.eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Two clients' rows; the last one is a filler, which the model sees and the layout does not have."""
+    mask = (torch.arange(30) < torch.tensor([5, 30, 11, 4])[:, None]).long()
+    ids = torch.randint(3, 50, mask.shape, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    """Features and logits [3, width]."""
+    return torch.cat([TASK.features(model, inputs()), model(**inputs()).logits], 1)[:3]
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_a_model_gives_the_same_packed_and_computes_no_padding(name):
+    model = model_of(PACKS[name])
+    packing, seen = Packing(model), []
+    with torch.inference_mode():
+        padded = outputs(model)
+        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        assert packing.works
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.in_features == 48:  # the last one of each block
+                module.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[:-1].numel()))
+        with packing.of(LENGTHS, padded.device) as layout:
+            assert layout is not None
+            packed = outputs(model)
+        assert_close(outputs(model), padded, rtol=0, atol=0)
+    assert_close(packed, padded, rtol=1e-5, atol=1e-6)
+    assert seen[: len(seen) // 2] == [46] * (len(seen) // 2)
+
+
+@pytest.mark.parametrize("name", PADS)
+def test_a_model_that_cannot_be_packed_is_seen_and_stays_padded(name):
+    model = model_of(PADS[name])
+    packing = Packing(model)
+    with torch.inference_mode():
+        before = outputs(model)
+        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        assert not packing.works
+        with packing.of(LENGTHS, before.device) as layout:
+            assert layout is None
+            assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("experts", "dropout", "tokens"), [(False, 0.0, 1), (False, 0.1, 100_000), (True, 0.1, 100_000)])
+def test_training_and_judging_give_the_same_packed(bench, experts, dropout, tokens):  # noqa: F811
+    adapted, examples = bench
+    some = jobs(adapted)
+    some = [routed(job, 2, i) for i, job in enumerate(some)] if experts else some
+    settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
+    attention = [m for m in adapted.model.modules() if hasattr(m, "attention_head_size")]
+    assert attention and adapted.packing.works
+    found = []
+    for works in (True, False):
+        adapted.packing.works = works
+        for module in attention:
+            module.dropout.p = dropout
+        try:
+            trained = train_together(adapted, TASK, examples, some, settings, tokens)
+        finally:
+            adapted.packing.works = True
+            for module in attention:
+                module.dropout.p = 0.1
+        found.append(trained)
+    for packed, padded in zip(*found, strict=True):
+        assert packed.loss == pytest.approx(padded.loss, rel=1e-5)
+        assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
+    assert_close(judged(adapted, examples, some, True), judged(adapted, examples, some, False), rtol=1e-4, atol=1e-6)
+
+
+def judged(adapted: Adapted, examples: Encoded, some: Any, works: bool) -> list[float]:
+    adapted.packing.works = works
+    try:
+        asked = [(job.rows, job.request.start) for job in some]
+        return [each.metrics["loss"] for each in score(adapted, TASK, examples, asked, 16)]
+    finally:
+        adapted.packing.works = True
+
+
+def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():
+    layout = Layout.of(LENGTHS, torch.device("cpu"))
+    assert (layout.packed, layout.padded, layout.by_client) == ((1, 46), (4, 30), (2, 35))
+    assert [(bucket.rows.tolist(), bucket.longest) for bucket in layout.buckets] == [([1], 30), ([2], 11), ([0], 5)]
+    x = torch.arange(1.0, 93).view(1, 46, 2).double().requires_grad_()
+    heads = x.unflatten(2, (2, 1)).transpose(1, 2)  # [1, heads, tokens, 1]
+    assert_close(layout.pack(layout.unpack(x)), x)
+    assert_close(layout.gather(layout.spread(x)), x)
+    assert_close(layout.join(layout.split(heads)), heads)
+    assert_close(layout.unpack(x)[2, :11], x[0, 35:])
+    assert not layout.unpack(x)[2, 11:].any() and not layout.unpack(x)[3].any()
+    for form in (lambda x: layout.pack(layout.unpack(x)), layout.spread, lambda x: layout.join(layout.split(x[:, None]))):
+        assert torch.autograd.gradcheck(form, (x,))
