@@ -1,12 +1,14 @@
 """Seconds and memory of a simulated round, against loops written by hand with PyTorch and PEFT for the same work.
 
-    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--write docs/benchmarks/simulator.md]
+    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--parts W1 W2 learn scale]
+                                   [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5 rounds,
 one step each. By hand: client after client, batches in random order, padded to their longest. Floor: the same rows in
-batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Memory: one
-round of 2,000 rows with 20 and with 2,000 clients. Every measurement is a process of its own; the sides take turns.
+batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Learn: W1 with lr 3e-2 and
+alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of one row in each of 20 rounds, chosen from
+100 and from 10,000. Every measurement is a process of its own; the sides take turns.
 """
 
 import argparse
@@ -17,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BATCH, LR, RANK, ALPHA, LONGEST, LARGE = 8, 1e-3, 8, 16, 64, 128
+STARTED = time.perf_counter()
+BATCH, RANK, LONGEST, LARGE = 8, 8, 64, 128
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Work:
     rows: int
     chosen: int
     rounds: int
+    lr: float = 1e-3
+    alpha: float = 16.0
 
     @property
     def samples(self) -> int:
@@ -39,23 +45,30 @@ class Work:
         return self.rows // self.clients * self.chosen
 
 
-W1, W2 = Work(20, 2000, 20, 3), Work(1000, 8000, 100, 5)
+WORKS = {
+    "W1": Work(20, 2000, 20, 3),
+    "W2": Work(1000, 8000, 100, 5),
+    "learn": Work(20, 2000, 20, 15, lr=3e-2, alpha=1.0),
+    "100 clients": Work(100, 100, 100, 20),
+    "10,000 clients": Work(10_000, 10_000, 100, 20),
+}
 
 
-def experiment(files: list[str], work: Work, together: int, precision: str = "fp32") -> Any:
+def experiment(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> Any:
     from fedlora.config import build
 
     train, test = files
     return build(
         {
             "data": {"source": train, "test": test, "rows": work.rows, "test_rows": 1000},
+            "seed": seed,
             "rounds": work.rounds,
             "clients": {"count": work.clients, "partition": "iid", "held_out": 0.0, "min_size": 1},
             "method": {"name": "fedit", "rank": RANK},
-            "lora": {"alpha": ALPHA},
+            "lora": {"alpha": work.alpha},
             "sampling": {"fraction": work.chosen / work.clients},
             "train": {
-                "lr": LR,
+                "lr": work.lr,
                 "batch_size": BATCH,
                 "max_length": LONGEST,
                 "together": together,
@@ -66,17 +79,35 @@ def experiment(files: list[str], work: Work, together: int, precision: str = "fp
     )
 
 
-def product(files: list[str], work: Work, together: int, precision: str = "fp32") -> dict[str, float]:
-    """The package."""
-    from fedlora.experiment import run
+def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
+    """The package. `outside` is the part of a round's time that is not spent in training steps."""
+    from fedlora import experiment as runs
+    from fedlora.train import local
 
+    setup = runs.settled(experiment(files, work, seed, together, precision))
+    runs.Problem.make(setup)
+    ready, steps, train_together = time.perf_counter() - STARTED, 0.0, local.train_together
+
+    def timed(*arguments: Any) -> Any:
+        nonlocal steps
+        started = time.perf_counter()
+        done = train_together(*arguments)
+        steps += time.perf_counter() - started
+        return done
+
+    local.train_together = timed
     with tempfile.TemporaryDirectory() as folder:
-        result = run(experiment(files, work, together, precision), Path(folder, "run"))
+        result = runs.run(setup, Path(folder, "run"))
     seconds = [row["seconds"]["train"] + row["seconds"]["merge"] for row in result.rows]
-    return {"seconds": statistics.median(seconds), "accuracy": result.rows[-1]["global"]["accuracy"]}
+    return {
+        "seconds": statistics.median(seconds),
+        "accuracy": result.rows[-1]["global"]["accuracy"],
+        "outside": 1 - steps / sum(seconds),
+        "ready": ready,
+    }
 
 
-def by_hand(files: list[str], work: Work, large: bool = False, precision: str = "float32") -> dict[str, float]:
+def by_hand(files: list[str], work: Work, seed: int, large: bool = False, precision: str = "float32") -> dict[str, float]:
     """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each.
 
     With `large` the floor: one adapter, all rows of a round in large batches sorted by length.
@@ -89,15 +120,15 @@ def by_hand(files: list[str], work: Work, large: bool = False, precision: str = 
     from fedlora.train.tasks import locate, quiet
 
     quiet()
-    setup = experiment(files, work, 1)
+    setup = experiment(files, work, seed, 1)
     problem = Problem.make(setup)
     path = locate(setup.model)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(path)
     base = AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=len(problem.corpus.labels), dtype=getattr(torch, precision)
     )
-    lora = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"])
+    lora = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=work.alpha, target_modules=["query", "value"])
     model = get_peft_model(base, lora, autocast_adapter_dtype=False)
     ids = tokenizer(problem.corpus.train["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
     labels = torch.tensor(problem.corpus.train["label"][:])
@@ -125,7 +156,7 @@ def by_hand(files: list[str], work: Work, large: bool = False, precision: str = 
         total = {name: torch.zeros_like(x) for name, x in mean.items()}
         for share in shares:
             set_peft_model_state_dict(model, mean)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=work.lr, weight_decay=0.0)
             model.train()
             for rows in batches(share):
                 loss = torch.nn.functional.cross_entropy(model(**batch(rows.tolist(), ids)).logits, labels[rows])
@@ -147,49 +178,71 @@ def by_hand(files: list[str], work: Work, large: bool = False, precision: str = 
     return {"seconds": statistics.median(seconds), "accuracy": right / len(test_ids)}
 
 
+HAND, BATCHED = "loop by hand, PyTorch + PEFT", "fedlora, 16 clients in a step, bf16"
 SIDES: dict[str, Any] = {
-    "loop by hand, PyTorch + PEFT": lambda files, work: by_hand(files, work),
-    "fedlora, one client at a time": lambda files, work: product(files, work, 1),
-    "fedlora, 16 clients in a step": lambda files, work: product(files, work, 16),
-    "fedlora, 16 clients in a step, bf16": lambda files, work: product(files, work, 16, "bf16"),
-    "floor": lambda files, work: by_hand(files, work, large=True),
-    "floor, all in bf16": lambda files, work: by_hand(files, work, large=True, precision="bfloat16"),
+    HAND: by_hand,
+    "fedlora, one client at a time": lambda *given: product(*given, 1),
+    "fedlora, 16 clients in a step": lambda *given: product(*given, 16),
+    BATCHED: lambda *given: product(*given, 16, "bf16"),
+    "floor": lambda *given: by_hand(*given, large=True),
+    "floor, all in bf16": lambda *given: by_hand(*given, large=True, precision="bfloat16"),
 }
-WORKS = {"W1": W1, "W2": W2, "20 clients": Work(20, 2000, 20, 1), "2,000 clients": Work(2000, 2000, 2000, 1)}
 
 
-def measure(side: str, work: str, files: list[str]) -> dict[str, float]:
+def measure(side: str, work: str, files: list[str], seed: int = 0) -> dict[str, float]:
     """One side in a process of its own: seconds of a round (median), accuracy, peak memory in MB."""
-    command = [sys.executable, __file__, *files, "--side", side, "--work", work]
+    command = [sys.executable, __file__, *files, "--side", side, "--work", work, "--seed", str(seed)]
     output = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(output.stdout.splitlines()[-1])
     print(work, side, found, file=sys.stderr, flush=True)
     return found
 
 
-def table(files: list[str], repeats: int, works: list[str]) -> str:
+def speed(work: str, files: list[str], repeats: int) -> list[str]:
     """Medians; the ratio is that of each turn to the loop by hand of the same turn."""
-    hand, *_ = SIDES
-    lines: list[str] = []
-    for work in works:
-        turns = [{side: measure(side, work, files) for side in SIDES} for _ in range(repeats)]
-        lines += [
-            f"| {work} | seconds a round | samples/s | times the loop by hand | peak memory | test accuracy |",
-            "|---|---|---|---|---|---|",
+    turns = [{side: measure(side, work, files) for side in SIDES} for _ in range(repeats)]
+    lines = [
+        f"| {work} | seconds a round | samples/s | times the loop by hand | outside steps | peak memory | test accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for side in SIDES:
+        second, memory, accuracy = (
+            statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_mb", "accuracy")
+        )
+        ratio = statistics.median(turn[HAND]["seconds"] / turn[side]["seconds"] for turn in turns)
+        outside = [turn[side]["outside"] for turn in turns if "outside" in turn[side]]
+        cells = [
+            side,
+            f"{second:.1f}",
+            f"{WORKS[work].samples / second:.0f}",
+            f"{ratio:.2f}",
+            f"{statistics.median(outside):.1%}" if outside else "",
+            f"{memory:.0f} MB",
+            f"{accuracy:.3f}",
         ]
-        for side in SIDES:
-            second, memory, accuracy = (
-                statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_mb", "accuracy")
-            )
-            ratio = statistics.median(turn[hand]["seconds"] / turn[side]["seconds"] for turn in turns)
-            samples = WORKS[work].samples / second
-            lines.append(f"| {side} | {second:.1f} | {samples:.0f} | {ratio:.2f} | {memory:.0f} MB | {accuracy:.3f} |")
-        lines.append("")
-    lines += ["| 2,000 rows, one round, 16 clients in a step | peak memory |", "|---|---|"]
-    for work in ("20 clients", "2,000 clients"):
-        found = measure("fedlora, 16 clients in a step", work, files)
-        lines.append(f"| {work} | {found['peak_mb']:.0f} MB |")
-    return "\n".join([f"Made by `benchmarks/simulator.py`, {repeats} turns, fp32, {processor()}.", "", *lines])
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def learn(files: list[str], seeds: Sequence[int]) -> list[str]:
+    """Test accuracy for each seed."""
+    work = WORKS["learn"]
+    head = f"| test accuracy after {work.rounds} rounds | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |"
+    lines = [head, "|---" * (len(seeds) + 2) + "|"]
+    for side in (HAND, "fedlora, 16 clients in a step", BATCHED):
+        found = [measure(side, "learn", files, seed)["accuracy"] for seed in seeds]
+        each = " | ".join(f"{accuracy:.3f}" for accuracy in (*found, statistics.mean(found)))
+        lines.append(f"| {side} | {each} |")
+    return [*lines, ""]
+
+
+def scale(files: list[str]) -> list[str]:
+    lines = ["| 100 clients a round, chosen from | seconds a round | start-up, imports included | peak memory |"]
+    lines += ["|---|---|---|---|"]
+    for work in ("100 clients", "10,000 clients"):
+        found = measure(BATCHED, work, files)
+        lines.append(f"| {work} | {found['seconds']:.2f} | {found['ready']:.1f} s | {found['peak_mb']:.0f} MB |")
+    return [*lines, ""]
 
 
 def processor() -> str:
@@ -204,20 +257,31 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--works", nargs="+", choices=["W1", "W2"], default=["W1", "W2"])
-    parser.add_argument("--write", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["W1", "W2", "learn", "scale"], default=["W1", "W2", "learn", "scale"]
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of learn")
+    parser.add_argument("--write", type=Path, help="write the tables to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     files = [given.train, given.test]
-    if given.side is None:
-        text = table(files, given.repeats, given.works)
-        print(text)
-        if given.write:
-            given.write.write_text(f"# The simulator against loops by hand\n\n{text}\n", encoding="utf-8")
+    if given.side is not None:
+        found = SIDES[given.side](files, WORKS[given.work], given.seed)
+        print(json.dumps({**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
         return
-    found = SIDES[given.side](files, WORKS[given.work])
-    print(json.dumps({**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
+    parts = {
+        "W1": lambda: speed("W1", files, given.repeats),
+        "W2": lambda: speed("W2", files, given.repeats),
+        "learn": lambda: learn(files, given.seeds),
+        "scale": lambda: scale(files),
+    }
+    lines = [line for part in given.parts for line in parts[part]()]
+    text = "\n".join([f"Made by `benchmarks/simulator.py`, {given.repeats} turns, {processor()}.", "", *lines])
+    print(text)
+    if given.write:
+        given.write.write_text(f"# The simulator against loops by hand\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fedlora.rounds.flower.processes import Process, free_port
 from tiny import tiny_bert, tiny_rows
 from wired import problem, rows_of
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 
 
 def refused(process, seconds=120.0):

@@ -85,7 +85,6 @@ def ended(path, seconds=500.0):
 needs_data = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"needs the data set banking77 in {BANKING77.parent}")
 
 
-@pytest.mark.xdist_group("parity")
 @pytest.mark.parametrize("name", [*TABLE, pytest.param(REAL, marks=needs_data)])
 def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both, name):
     assert_same_runs(both / "simulated" / name, both / "served" / name)

@@ -15,7 +15,7 @@ from fedlora.rounds.flower.processes import free_port
 from tiny import tiny_bert, tiny_rows
 from wired import CLIENTS, problem, rows_of
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 MB = 1_000_000
 SAID = re.compile(r"^(\d+) bytes answered with (\d+) in", re.MULTILINE)
 

@@ -1,6 +1,7 @@
 """Examples one after the other instead of padded to the longest: a transformer's blocks then compute real tokens only."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+# oneDNN keeps what it compiles for a shape, of a thousand shapes unless told, half a megabyte each; ours seldom recur
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 _NEAR = 0.75  # of the longest example of a bucket: shorter ones get a bucket of their own
 
