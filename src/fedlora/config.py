@@ -171,6 +171,9 @@ class Train(_Section):
     matrix instructions for it."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    devices: Positive | Literal["auto"] = 1
+    """How many devices train clients at once, each in a process of its own with its own model; auto: all GPUs, or one CPU.
+    It changes no result beyond rounding. Processes on the CPU share its cores."""
 
 
 class Sampling(_Section):

@@ -30,6 +30,7 @@ from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.batched import bytes_per_token
+from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
 from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
@@ -210,7 +211,7 @@ class Bench:
     experiment: Experiment
     problem: Problem
     adapted: Adapted
-    trainer: LocalTrainer
+    trainer: LocalTrainer | ManyDevices
     method: AnyMethod
 
     @classmethod
@@ -253,6 +254,24 @@ class Bench:
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         return cls(experiment, problem, adapted, trainer, method)
 
+    def on_all_devices(self) -> "Bench":
+        """The same, with a process for each device that `train.devices` asks for but the first.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        assert isinstance(self.trainer, LocalTrainer)
+        count = devices(self.experiment)
+        if count == 1:
+            return self
+        if _device(self.experiment.train.device).type == "cuda":
+            names, threads = [f"cuda:{i}" for i in range(1, count)], torch.get_num_threads()
+        else:
+            names, threads = ["cpu"] * (count - 1), max(1, torch.get_num_threads() // count)
+        torch.set_num_threads(threads)
+        helpers = [Helper(name, _trainer, self.experiment, self.problem, name, threads) for name in names]
+        return replace(self, trainer=ManyDevices(self.trainer, helpers))
+
     def adapters(self, progress: Progress, folder: RunFolder, done: int) -> dict[str, Adapter]:
         """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
 
@@ -289,7 +308,7 @@ class Bench:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
-    bench = Bench.make(experiment, Problem.make(experiment))
+    bench = Bench.make(experiment, Problem.make(experiment)).on_all_devices()
     progress = rounds(bench, folder, watch, bench.simulation(folder))
     adapters = bench.adapters(progress, folder, experiment.rounds)
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
@@ -376,6 +395,33 @@ def _device(choice: str) -> torch.device:
         return torch.empty(0, device=choice).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def devices(experiment: Experiment) -> int:
+    """How many are to train at once.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    wanted, device = experiment.train.devices, experiment.train.device
+    if _device(device).type != "cuda":
+        return 1 if wanted == "auto" else wanted
+    there = torch.cuda.device_count()
+    if ":" in device:
+        if wanted not in (1, "auto"):
+            raise UserError(f"train.device = {device!r} is one device; for train.devices = {wanted} say 'cuda'")
+        return 1
+    if wanted != "auto" and wanted > there:
+        raise UserError(f"train.devices = {wanted}: this machine has {there}")
+    return there if wanted == "auto" else wanted
+
+
+def _trainer(experiment: Experiment, problem: Problem, device: str, threads: int) -> LocalTrainer:
+    torch.set_num_threads(threads)
+    train = experiment.train.model_copy(update={"device": device})
+    trainer = Bench.make(experiment.model_copy(update={"train": train}), problem).trainer
+    assert isinstance(trainer, LocalTrainer)
+    return trainer
 
 
 def _environment() -> dict[str, Any]:

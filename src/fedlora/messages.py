@@ -130,7 +130,8 @@ class Fit:
 
     `train` names factors (`b`, `a`, in Tri and Heads also `c` and `s`, in Experts `g`, `w` of Full); the others stay as
     they are. `epochs` None means the run's own setting. `beside` are frozen factors that act beside those in `start`.
-    `penalty` is added to the loss of each step; it sees the parts of kind LowRank as they are then.
+    `penalty` is added to the loss of each step; it sees the parts of kind LowRank as they are then. It has to be picklable,
+    as it may be computed in another process: a function of a module, or a `functools.partial` of one.
 
     `mask` says which entries of `"module.factor"` may move, as a bool tensor that broadcasts to the factor: [1, rank] for
     b, [rank, 1] for a. The others get no gradient, count in no norm, do not decay, and come back bit for bit; a factor

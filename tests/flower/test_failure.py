@@ -22,10 +22,11 @@ from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import Address, SuperLink
 from fedlora.rounds.flower.node import Settings
-from fedlora.rounds.flower.processes import free_port
+from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
 
 from wired import assert_same_runs, furnish, problem
 
+APP = Path(deploy.__file__).parent / "app"
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 
 
@@ -158,7 +159,8 @@ def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home
         assert set(range(back[0] - 1)) <= {int(f.stem) for f in (tmp_path / client).glob("runs/*/folds/*")}
 
 
-def test_a_served_run_goes_on_after_an_interruption_and_its_superlinks_death_and_on_a_superlink_of_others(home, tmp_path):
+def test_a_served_run_goes_on_after_an_interruption_and_its_superlinks_death_and_on_flowers_own_superlink(home, tmp_path):
+    """And `flwr run` does the same there, without our command."""
     file, path, address = tmp_path / "experiment.toml", tmp_path / "run", Address("127.0.0.1", free_port())
     file.write_text(tomli_w.dumps(table(home, 2)))
     with ExitStack() as stack:
@@ -174,16 +176,26 @@ def test_a_served_run_goes_on_after_an_interruption_and_its_superlinks_death_and
             os.kill(pid, signal.SIGKILL)
         _, err = second.communicate(timeout=60)
         assert second.returncode == 1 and "the SuperLink ended" in err and shlex.join(resume) in err
-        link = SuperLink.start(tmp_path / "link", address, None)
-        stack.callback(link.stop)
+        command = ["flower-superlink", "--insecure", "--host", address.host, "--port", str(address.port)]
+        flowers = Process(command, tmp_path / "link", tmp_path / "superlink.log")
+        stack.callback(flowers.stop)
+        wait_for_port(address.port, flowers)
         third = fedlora("serve", "--superlink", address, "--resume", path)
         _, err = third.communicate(timeout=200)
         assert third.returncode == 0, err
+        by_hand = tmp_path / "by hand"
+        by_hand.mkdir()
+        (by_hand / "experiment.toml").write_text(file.read_text())
+        (tmp_path / "settings.toml").write_text(tomli_w.dumps({"folder": str(by_hand)}))
+        connection(tmp_path / "operator", str(address), None)
+        flwr(tmp_path / "operator", "run", str(APP), CONNECTION, "--run-config", str(tmp_path / "settings.toml"))
+        assert until(lambda: journal(by_hand) and journal(by_hand)[-1].get("ended") == "done")
         for process in joined:
             process.send_signal(signal.SIGINT)
         assert [process.wait(60) for process in joined] == [130, 130]
     run(build(table(home, 2)), tmp_path / "simulated")
     assert_same_runs(tmp_path / "simulated", path)
+    assert_same_runs(tmp_path / "simulated", by_hand)
     assert until(lambda: not alive_in(tmp_path), 60)
 
 

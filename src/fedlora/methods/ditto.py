@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,12 +53,8 @@ class Ditto:
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
         """Trains the shared pair, and uploads it; then its own, with the penalty."""
         shared = unpack(got, LowRank)
-
-        def penalty(live: Mapping[str, LowRank]) -> Tensor:
-            return self.pull / 2 * distance(live, shared)
-
         trained = _pairs((yield from fit(shared)))
-        own = _pairs((yield from fit(mine or shared, penalty=penalty if self.pull else None)))
+        own = _pairs((yield from fit(mine or shared, penalty=partial(_pull, self.pull, shared) if self.pull else None)))
         return own, pack(trained)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
@@ -66,6 +63,10 @@ class Ditto:
 
     def _shared(self) -> FactorAveraging:
         return FactorAveraging(self.rank)
+
+
+def _pull(strength: float, shared: Mapping[str, LowRank], live: Mapping[str, LowRank]) -> Tensor:
+    return strength / 2 * distance(live, shared)
 
 
 def distance(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -65,11 +66,7 @@ class HetLoRA:
         """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the registered rank."""
         start = self._own(mine, got)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
-
-        def penalty(live: Mapping[str, LowRank]) -> Tensor:
-            return self.tail_penalty * tail(live, kept)
-
-        adapter = yield from fit(start, penalty=penalty if self.tail_penalty else None)
+        adapter = yield from fit(start, penalty=partial(_penalty, self.tail_penalty, kept) if self.tail_penalty else None)
         trained = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
         if tail(trained, kept) < tail(start, kept):
             mine = {name: torch.tensor(rank) for name, rank in kept.items()}
@@ -103,6 +100,10 @@ class HetLoRA:
     def _kept(self, rank: int) -> int:
         """The rank without the tail; the rank itself where it may not fall."""
         return min(rank, max(self.min_rank, math.floor(self.gamma * rank + 1e-9)))
+
+
+def _penalty(strength: float, kept: Mapping[str, int], live: Mapping[str, LowRank]) -> Tensor:
+    return strength * tail(live, kept)
 
 
 def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:

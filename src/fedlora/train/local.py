@@ -45,6 +45,10 @@ class LocalTrainer:
             found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
         return [found[i] for i in range(len(asked))]
 
+    def steps(self, asked: Asked) -> int:
+        """How many batches the request takes."""
+        return Job(asked.request, self.rows[asked.who.id], 0, 0).steps(self.settings)
+
     def features(self, who: ClientInfo) -> Seen:
         """The client's training examples as the base sees them without any adapter."""
         rows = self.rows[who.id]

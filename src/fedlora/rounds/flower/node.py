@@ -169,7 +169,7 @@ class Node:
             problem = Problem.of_client(experiment, self._settings.clients[0], self._settings.data, rank, hello.labels)
         if list(problem.corpus.labels) != hello.labels:
             raise UserError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
-        bench = Bench.make(experiment, problem)
+        bench = Bench.make(experiment, problem).on_all_devices()
         members = [who for who in problem.members if who.id in self._settings.clients]
         base = fingerprint(bench.adapted.model)
         folder = RunFolder(path)

@@ -1,0 +1,175 @@
+"""Several devices of one machine: a process and a model for each, and requests answered by all of them at once."""
+
+import io
+import pickle
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.errors import RunStopped
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import Asked, ClientInfo, Round, Seen
+from fedlora.train.evaluate import Score
+from fedlora.train.local import LocalTrainer
+from fedlora.train.tasks import Encoded
+
+
+class Helper:
+    """A trainer in a process of its own, which ends when this object or this process does."""
+
+    def __init__(self, name: str, make: Callable[..., LocalTrainer], *arguments: Any) -> None:
+        """Starts to make the trainer there: `make(*arguments)`, of which all must be picklable. Does not wait."""
+        self._name = name
+        context = get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_help, args=(theirs, make, arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, call: str, *arguments: Any) -> None:
+        """Begins a call of the trainer; each is followed by `answer`.
+
+        Raises:
+            RunStopped: the process has ended.
+        """
+        try:
+            self._line.send_bytes(_pickled((call, arguments)))
+        except OSError as error:
+            raise self._ended() from error
+
+    def answer(self) -> Any:
+        """What the call gave. What it raised is raised here.
+
+        Raises:
+            RunStopped: the process has ended.
+        """
+        try:
+            found, error = pickle.loads(self._line.recv_bytes())
+        except (EOFError, OSError) as ended:
+            raise self._ended() from ended
+        if error is not None:
+            raise error
+        return found
+
+    def _ended(self) -> RunStopped:
+        self._process.join(1)
+        return RunStopped(f"the process for {self._name} has ended with exit code {self._process.exitcode}")
+
+
+class ManyDevices:
+    """A trainer for each device: one here, the others in helpers. Which client is trained where changes only rounding."""
+
+    def __init__(self, here: LocalTrainer, helpers: Sequence[Helper]) -> None:
+        self._here, self._helpers = here, helpers
+
+    @property
+    def together(self) -> int:
+        """How many clients are best trained at once: on all devices."""
+        return self._here.together * (1 + len(self._helpers))
+
+    @property
+    def tokens(self) -> int:
+        """Of a pass on one device."""
+        return self._here.tokens
+
+    @property
+    def test(self) -> Encoded:
+        """The global test set."""
+        return self._here.test
+
+    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+        """As `LocalTrainer.fit`."""
+        return self._shared("fit", asked, [self._here.steps(one) for one in asked], rnd)
+
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
+        """As `LocalTrainer.scores`."""
+        return self._shared("scores", asked, [len(self._here.held_out[who.id]) for who, _ in asked])
+
+    def features(self, who: ClientInfo) -> Seen:
+        """As `LocalTrainer.features`."""
+        return self._here.features(who)
+
+    def judge(self, adapter: Adapter) -> Score:
+        """As `LocalTrainer.judge`."""
+        return self._here.judge(adapter)
+
+    def fold(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the base on every device."""
+        for helper in self._helpers:
+            helper.ask("fold", change)
+        self._with_answers(lambda: self._here.fold(change))
+
+    def _shared(self, call: str, asked: Sequence[Any], works: Sequence[int], *more: Any) -> list[Any]:
+        """The call with a part of what is asked on each device, in the order of `asked`."""
+        parts = shares(works, 1 + len(self._helpers))
+        for helper, part in zip(self._helpers, parts[1:], strict=True):
+            helper.ask(call, [asked[i] for i in part], *more)
+        mine, answers = self._with_answers(lambda: getattr(self._here, call)([asked[i] for i in parts[0]], *more))
+        found = {i: x for part, own in zip(parts, [mine, *answers], strict=True) for i, x in zip(part, own, strict=True)}
+        return [found[i] for i in range(len(asked))]
+
+    def _with_answers(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:
+        """What the call here gives, and what those of all helpers have given: none is left open where one has failed."""
+        found: list[Any] = []
+        failed: list[Exception] = []
+        for call in (here, *(helper.answer for helper in self._helpers)):
+            try:
+                found.append(call())
+            except Exception as error:  # raised below
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return found[0], found[1:]
+
+
+def shares(works: Sequence[int], devices: int) -> list[list[int]]:
+    """Which jobs each device gets, so that the most that one has to do is little: the largest first, to whom has least."""
+    parts: list[list[int]] = [[] for _ in range(devices)]
+    totals = [0] * devices
+    for i in sorted(range(len(works)), key=lambda i: -works[i]):
+        least = totals.index(min(totals))
+        parts[least].append(i)
+        totals[least] += works[i]
+    return [sorted(part) for part in parts]
+
+
+def _help(line: Connection, make: Callable[..., LocalTrainer], arguments: tuple[Any, ...]) -> None:
+    """Answers calls until the line is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that asks, whose end ends this one
+    trainer = make(*arguments)
+    while True:
+        try:
+            call, given = pickle.loads(line.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = _pickled((getattr(trainer, call)(*given), None))
+        except Exception as error:  # whoever asked decides what it means
+            answer = _pickled((None, error))
+        line.send_bytes(answer)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as their bytes: torch would share memory, with an open file for each tensor."""
+
+    def reducer_override(self, x: Any) -> Any:
+        if type(x) is not torch.Tensor:
+            return NotImplemented
+        x = x.detach().cpu().contiguous()
+        return _tensor, (bytearray(x.flatten().view(torch.uint8).numpy()), x.dtype, tuple(x.shape))
+
+
+def _tensor(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+
+
+def _pickled(x: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(x)
+    return file.getvalue()
