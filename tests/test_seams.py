@@ -86,11 +86,10 @@ def test_what_flower_starts_for_each_message_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_is_pickled():
-    for file, names in imports("").items():
-        assert not any(
-            within(name, "pickle", "cloudpickle", "dill", "shelve", "marshal", "torch.save") for name in names
-        ), file
+def test_nothing_is_pickled_but_what_the_processes_of_one_run_say_to_each_other():
+    picklers = ("pickle", "cloudpickle", "dill", "shelve", "marshal", "torch.save")
+    files = {file for file, names in imports("").items() if any(within(name, *picklers) for name in names)}
+    assert files == {"train/devices.py"}
 
 
 def test_only_inject_divides_by_a_rank():
