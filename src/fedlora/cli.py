@@ -135,9 +135,9 @@ def join(
     address = Address.parse(server)
     settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
     where = folder or Path("nodes", client[0])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        flower.join(where, settings, address, flower.credentials(address, key, ca), _note)
+        with _interruptible():
+            flower.join(where, settings, address, flower.credentials(address, key, ca), _note)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -92,6 +92,20 @@ def test_a_model_that_cannot_be_packed_is_seen_and_stays_padded(name):
             assert_close(outputs(model), before, rtol=0, atol=0)
 
 
+def test_a_call_that_fails_inside_the_blocks_leaves_nothing_behind():
+    model = model_of(PACKS["bert"])
+    packing = Packing(model)
+    with torch.inference_mode():
+        expected = outputs(model)
+        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        failing = model.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), packing.of(LENGTHS, expected.device):
+            outputs(model)
+        failing.remove()
+        assert packing.inside is None
+        assert_close(outputs(model), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("experts", "dropout", "tokens"), [(False, 0.0, 1), (False, 0.1, 100_000), (True, 0.1, 100_000)])
 def test_training_and_judging_give_the_same_packed(bench, experts, dropout, tokens):  # noqa: F811
     adapted, examples = bench

@@ -89,9 +89,8 @@ class LoraLayer(nn.Module):
 
     def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
         """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts: one pass through each of them."""
-        shares = experts.shares(
-            self.present.runs(x, len(experts.g)).flatten(1, -2)
-        )  # [clients, rows of one client * rest, experts]
+        runs = self.present.runs(x, len(experts.g)).flatten(1, -2)
+        shares = experts.shares(runs)  # [clients, rows of one client * rest, experts]
         pair = experts.side_by_side()
         return self._plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
 

@@ -141,7 +141,7 @@ class Packing(TorchFunctionMode):
             with self.of(lengths, expected.device):
                 apart = (call() - expected).norm() / expected.norm()
         except Exception:  # whatever an architecture raises that is built otherwise
-            self.inside, self.works = None, False
+            self.works = False
         else:
             self.works = bool(apart < tolerance)
 
@@ -156,7 +156,7 @@ class Packing(TorchFunctionMode):
             with self:
                 yield self._layout
         finally:
-            self._layout = None
+            self._layout = self.inside = None  # also where a block has failed
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if (layout := self._layout) is None:
