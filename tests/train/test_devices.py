@@ -30,10 +30,8 @@ def experiment(home, method: str, **train: Any):
     return build({**table, "train": {**table["train"], **train}})
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["flora", pytest.param("ditto", marks=pytest.mark.slow), pytest.param("ce-lora", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flora", "ditto", "ce-lora"])
 def test_a_run_on_two_devices_is_that_on_one_and_leaves_no_process(home, tmp_path, method):
     """Folds reach every device, penalties travel, features are seen; single clients, so that no sum is in another order."""
     before = set(multiprocessing.active_children())
@@ -82,6 +80,7 @@ def helper():
     return Helper("the other one", Stub, 100)
 
 
+@pytest.mark.slow
 def test_a_helper_answers_with_what_its_trainer_gives_or_raises(helper):
     sent = [
         torch.randn(2, 3),
@@ -112,6 +111,7 @@ def test_a_helper_that_dies_stops_the_run_and_is_named():
         helper.answer()
 
 
+@pytest.mark.slow
 def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(helper):
     here = create_autospec(LocalTrainer, instance=True)
     here.scores.side_effect = Stub(0).scores
