@@ -141,6 +141,16 @@ def judged(adapted: Adapted, examples: Encoded, some: Any, works: bool) -> list[
         adapted.packing.works = True
 
 
+def test_clients_that_are_judged_on_long_examples_only_may_have_fewer_than_others(bench):  # noqa: F811
+    adapted, examples = bench
+    ranked = examples.lengths().argsort()
+    asked = [(rows, job.request.start) for rows, job in zip((ranked[:20], ranked[-2:]), jobs(adapted), strict=False)]
+    together = score(adapted, TASK, examples, asked, 8)
+    alone = [score(adapted, TASK, examples, [one], 8)[0] for one in asked]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5)
+
+
 def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():
     layout = Layout.of(LENGTHS, torch.device("cpu"))
     assert (layout.packed, layout.padded, layout.by_client) == ((1, 46), (4, 30), (2, 35))

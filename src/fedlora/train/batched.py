@@ -96,7 +96,7 @@ def train_together(
                 now = [live[place] for place in places]
                 adapted.present.index = None if len(now) == len(live) else torch.tensor(places, device=device)
                 some = [batches[place] for place in places]
-                rows, real = side_by_side(some, [batch[:1] for batch in some])
+                rows, real = side_by_side(some)
                 inputs, targets = examples.batch(rows, device)
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device) as layout:
                     chance.next_pass([chances[i] for i in now], [sizes[place] for place in places], layout)

@@ -31,9 +31,11 @@ def epoch(
 
 
 def side_by_side(
-    batches: Sequence[Int[Tensor, " _"]], fillers: Sequence[Int[Tensor, " 1"]]
+    batches: Sequence[Int[Tensor, " _"]],
 ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "batches longest"]]:
-    """Batches of several clients as equally long runs, the shorter ones filled up, and which of the rows are real."""
+    """Batches of several clients as equally long runs, and which of the rows are real. The shorter batches are filled up
+    with one of the real rows, so that no filler is the longest example."""
     run = max(len(batch) for batch in batches)
-    filled = [torch.cat([batch, one.expand(run - len(batch))]) for batch, one in zip(batches, fillers, strict=True)]
+    filler = next(batch[:1] for batch in batches if len(batch))
+    filled = [torch.cat([batch, filler.expand(run - len(batch))]) for batch in batches]
     return torch.cat(filled), torch.arange(run) < torch.tensor([len(batch) for batch in batches])[:, None]

@@ -36,7 +36,7 @@ def score(
     with torch.inference_mode():
         for start in range(0, most, run):
             batches = [rows[start : start + run] for rows in sorted_rows]
-            rows, real = side_by_side(batches, [own[:1] for own in sorted_rows])
+            rows, real = side_by_side(batches)
             inputs, targets = examples.batch(rows, device)
             with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
                 judged = task.judge(adapted.model, inputs, targets)

@@ -44,7 +44,8 @@ class Layout:
 
     @staticmethod
     def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
-        """The layout for each client's run of examples of these lengths; 0: a filler, which the packed form leaves out."""
+        """The layout for each client's run of examples of these lengths; 0: a filler, which the packed form leaves out, and
+        which is not longer than the longest."""
         clients, run = lengths.shape
         of_row = lengths.flatten()
         longest, most = int(of_row.max()), int(lengths.sum(1).max())
