@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Experiment, build
-from fedlora.experiment import Problem, run, settled
+from fedlora.experiment import run
+from fedlora.problem import Problem
+from fedlora.runs import settled
 from fedlora.train.tasks import Classification, quiet
 
 CLIENTS = 30

@@ -27,12 +27,15 @@ import flwr
 import tomli_w
 
 from fedlora.config import DEMO, build
-from fedlora.experiment import Problem, Silent
+from fedlora.problem import Problem
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.link import Address, SuperLink
-from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
+from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, free_port
 from fedlora.rounds.flower.processes import flwr as command
+from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.watch import Silent
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks" / "deployment.md"
@@ -65,7 +68,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
         members = [who.id for who in Problem.make(what).members]
         for client in members:
             Settings(clients=[client]).write(home / client)
-            stack.callback(deploy.start_node(home / client, address, None).stop)
+            stack.callback(start_node(home / client, address, None).stop)
         link.run(home / "run", clock, print)
         work = [worked((home / client / "worker.log").read_text(), judged) for client in members]
     return (
@@ -88,7 +91,7 @@ def floor(home: Path, nodes: int, rounds: int, messages: int, size: int) -> list
         link = SuperLink.start(home / "link", address, None)
         stack.callback(link.stop)
         for i in range(nodes):
-            stack.callback(deploy.start_node(home / f"node{i}", address, None).stop)
+            stack.callback(start_node(home / f"node{i}", address, None).stop)
         config = {"file": str(file), "nodes": nodes, "rounds": rounds, "messages": messages, "size": size}
         (home / "settings.toml").write_text(tomli_w.dumps(config))
         command(link.home, "run", str(HERE / "echo"), CONNECTION, "--run-config", str(home / "settings.toml"))

@@ -81,11 +81,13 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
 
 def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
-    from fedlora import experiment as runs
+    from fedlora.experiment import run
+    from fedlora.problem import Problem
+    from fedlora.runs import settled
     from fedlora.train import local
 
-    setup = runs.settled(experiment(files, work, seed, together, precision))
-    runs.Problem.make(setup)
+    setup = settled(experiment(files, work, seed, together, precision))
+    Problem.make(setup)
     ready, steps, train_together = time.perf_counter() - STARTED, 0.0, local.train_together
 
     def timed(*arguments: Any) -> Any:
@@ -97,7 +99,7 @@ def product(files: list[str], work: Work, seed: int, together: int, precision: s
 
     local.train_together = timed
     with tempfile.TemporaryDirectory() as folder:
-        result = runs.run(setup, Path(folder, "run"))
+        result = run(setup, Path(folder, "run"))
     seconds = [row["seconds"]["train"] + row["seconds"]["merge"] for row in result.rows]
     return {
         "seconds": statistics.median(seconds),
@@ -116,7 +118,7 @@ def by_hand(files: list[str], work: Work, seed: int, large: bool = False, precis
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from fedlora.experiment import Problem
+    from fedlora.problem import Problem
     from fedlora.train.tasks import locate, quiet
 
     quiet()

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from fedlora.config import build
 from fedlora.errors import UserError
-from fedlora.experiment import Bench, Problem, run, settled
+from fedlora.experiment import Bench, run
+from fedlora.problem import Problem
+from fedlora.runs import settled
 
 from tiny import tiny_rows
 from wired import furnish, problem

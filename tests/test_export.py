@@ -15,8 +15,10 @@ from torch.testing import assert_close
 
 from fedlora import Experiment, run
 from fedlora.errors import UserError
-from fedlora.experiment import Bench, Problem, _opened, export, read_folder
+from fedlora.experiment import Bench, _opened, export
 from fedlora.methods import TABLE
+from fedlora.problem import Problem
+from fedlora.runs import read_folder
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_rows
 

@@ -66,7 +66,7 @@ def test_the_engine_names_no_method(part):
         ("sklearn", ("linalg",)),
         ("flwr_datasets", ("data",)),
         ("typer", ("cli.py",)),
-        ("rich", ("cli.py", "terminal.py")),
+        ("rich", ("cli.py", "terminal.py", "listings.py")),
         ("flwr", ("rounds/flower",)),
         ("cryptography", ("rounds/flower",)),
         ("sklearn", ("linalg",)),
@@ -79,9 +79,20 @@ def test_a_library_is_known_only_where_it_belongs(library, homes):
             assert file.startswith(homes), f"{file} imports {library}"
 
 
-def test_what_flower_starts_for_each_message_imports_nothing_heavy():
-    heavy = "[m for m in ('torch', 'transformers', 'datasets', 'pydantic') if m in sys.modules]"
-    code = f"import sys, fedlora.rounds.flower.client_app; sys.exit(str({heavy}) if {heavy} else 0)"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("cli", ("torch", "pydantic")),
+        ("rounds.flower.client_app", ("torch", "transformers", "datasets", "pydantic")),  # one for each message
+        ("rounds.flower.join", ("torch", "transformers", "datasets")),  # stays as long as the node does
+        ("rounds.flower.deploy", ("transformers", "datasets")),
+        ("listings", ("transformers",)),
+        ("terminal", ("transformers", "datasets")),
+    ],
+)
+def test_what_needs_no_model_does_not_import_what_loads_one(module, heavy):
+    found = f"[m for m in {heavy} if m in sys.modules]"
+    code = f"import sys, fedlora.{module}; sys.exit(str({found}) if {found} else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

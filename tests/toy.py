@@ -11,14 +11,13 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Round, Seen
+from fedlora.messages import Asked, ClientInfo, Fit, Round, Score, Seen
 from fedlora.method import AnyMethod
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import with_head
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
 from fedlora.rounds.simulate import Simulation
-from fedlora.train.evaluate import Score
 
 SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},

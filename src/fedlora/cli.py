@@ -14,8 +14,8 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
-    from fedlora.experiment import Result
-    from fedlora.rounds.loop import Watcher
+    from fedlora.rounds.watch import Watcher
+    from fedlora.runs import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,7 +96,7 @@ def serve(
 
     _need_flower()
     from fedlora.rounds.flower import deploy as flower
-    from fedlora.rounds.flower.link import Address
+    from fedlora.rounds.flower.address import Address
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
@@ -128,16 +128,16 @@ def join(
 ) -> None:
     """Take part in a run with the examples on this machine: a Flower SuperNode and its worker. Ends with Ctrl-C."""
     _need_flower()
-    from fedlora.rounds.flower import deploy as flower
-    from fedlora.rounds.flower.link import Address
-    from fedlora.rounds.flower.node import Settings
+    from fedlora.rounds.flower import join as node
+    from fedlora.rounds.flower.address import Address
+    from fedlora.rounds.flower.settings import Settings
 
     address = Address.parse(server)
     settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
     where = folder or Path("nodes", client[0])
     try:
         with _interruptible():
-            flower.join(where, settings, address, flower.credentials(address, key, ca), _note)
+            node.join(where, settings, address, node.credentials(address, key, ca), _note)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -171,25 +171,25 @@ def demo(overrides: Overrides = None, out: Out = None) -> None:
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data and its partition without training; print the clients."""
-    from fedlora import terminal
+    from fedlora import listings
     from fedlora.config import read
-    from fedlora.experiment import Problem
+    from fedlora.problem import Problem
 
     problem = Problem.make(read(file, overrides or ()))
     console = Console()
-    console.width = max(console.width, terminal.CLIENTS_WIDTH)
-    console.print(terminal.clients(problem))
+    console.width = max(console.width, listings.CLIENTS_WIDTH)
+    console.print(listings.clients(problem))
 
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
     """List the methods, or say all there is to say about one."""
-    from fedlora import terminal
+    from fedlora import listings
     from fedlora.config import build
     from fedlora.methods import TABLE
 
     Console().print(
-        terminal.methods(TABLE.values()) if name is None else terminal.method(build({"method": {"name": name}}).method.row)
+        listings.methods(TABLE.values()) if name is None else listings.method(build({"method": {"name": name}}).method.row)
     )
 
 
@@ -217,16 +217,18 @@ def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> No
     from fedlora.config import DEMO, build, read
 
     experiment = build(DEMO, overrides or ()) if file is None else read(file, overrides or ())
-    from fedlora import experiment as runs
+    from fedlora.experiment import run
+    from fedlora.runs import new_folder
 
-    path = out or runs.new_folder(experiment)
-    _follow(path, experiment.rounds, lambda watch: runs.run(experiment, path, watch))
+    path = out or new_folder(experiment)
+    _follow(path, experiment.rounds, lambda watch: run(experiment, path, watch))
 
 
 def _resume(path: Path) -> None:
-    from fedlora import experiment as runs
+    from fedlora.experiment import resume
+    from fedlora.runs import read_folder
 
-    _follow(path, runs.read_folder(path).rounds, lambda watch: runs.resume(path, watch))
+    _follow(path, read_folder(path).rounds, lambda watch: resume(path, watch))
 
 
 def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], command: str = "run") -> None:
@@ -285,7 +287,7 @@ def _serve(
     again: str,
 ) -> None:
     """A new run or one that goes on, shown while it does; `again` is the command that takes it up."""
-    from fedlora import experiment as runs
+    from fedlora import runs
     from fedlora.config import read
 
     if resume is not None:

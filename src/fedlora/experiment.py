@@ -1,22 +1,15 @@
 """From an experiment to a run: the data divided, the model loaded, the rounds, the exported adapters."""
 
-import importlib.metadata
-import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fedlora.adapter import Adapter, Full, lora_init
-from fedlora.config import Experiment, read
-from fedlora.data.partition import Division, divide, share
-from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import Corpus, load, load_own
+from fedlora.config import Experiment
 from fedlora.errors import UserError
 from fedlora.export import fixed, to_merged, to_peft, unfit
 from fedlora.linalg.combine import stack
@@ -25,55 +18,19 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
+from fedlora.problem import Problem
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
-from fedlora.rounds.loop import Exchange, Plan, Progress, Watcher, play
-from fedlora.rounds.sample import check_cohort
+from fedlora.rounds.loop import Exchange, Plan, Progress, play
 from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.watch import Silent, Watcher
+from fedlora.runs import Result, new_folder, read_folder, record, settled
+from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
 from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
-
-_PACKAGES = (
-    "fedlora",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "flwr-datasets",
-    "safetensors",
-    "numpy",
-    "scikit-learn",
-    "POT",
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client).
-
-    `left_out` says why adapters are missing, if any are.
-    """
-
-    folder: Path
-    rows: Sequence[Mapping[str, Any]]
-    adapters: Mapping[str, Path]
-    left_out: str = ""
-
-
-class Silent:
-    """Shows no progress."""
-
-    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """Nothing."""
-
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
-        """Nothing."""
-
-    def round_ended(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
 
 
 def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Watcher | None = None) -> Result:
@@ -89,22 +46,6 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
         return _run(experiment, folder, watch or Silent())
     finally:
         folder.release()
-
-
-def new_folder(experiment: Experiment) -> Path:
-    """The folder that a run gets when none is named: the time and the method."""
-    return Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{experiment.method.name}")
-
-
-def read_folder(path: Path) -> Experiment:
-    """The experiment of an earlier run.
-
-    Raises:
-        UserError: the folder holds no run.
-    """
-    if not (path / "experiment.toml").is_file():
-        raise UserError(f"{path}: no run here: it has no experiment.toml")
-    return read(path / "experiment.toml")
 
 
 def resume(path: str | Path, watch: Watcher | None = None) -> Result:
@@ -154,57 +95,6 @@ def export(
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The examples divided among the clients."""
-
-    corpus: Corpus
-    division: Division
-    members: Sequence[ClientInfo]
-
-    @classmethod
-    def make(cls, experiment: Experiment) -> "Problem":
-        """Reads and divides the data; takes no model.
-
-        Raises:
-            UserError: the data cannot be read, or not be divided so.
-        """
-        corpus = load(experiment.data, experiment.seed)
-        division = divide(corpus.train, experiment.clients, experiment.seed)
-        wanted, count = experiment.clients.ranks, len(division.shares)
-        if isinstance(wanted, list) and len(wanted) != count:
-            raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
-        if long := [share.client for share in division.shares if len(client_folder(share.client)) > 200]:
-            raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
-        check_cohort(count, experiment.sampling)
-        ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
-        shares = zip(division.shares, ranks, strict=True)
-        members = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
-        return cls(corpus, division, members)
-
-    @classmethod
-    def of_server(cls, experiment: Experiment) -> "Problem":
-        """Only the global test set and the names of the labels: the clients have their examples elsewhere.
-
-        Raises:
-            UserError: the data cannot be read.
-        """
-        corpus = load(experiment.data, experiment.seed)
-        return cls(replace(corpus, train=corpus.train.select([])), Division((), 0, 0), [])
-
-    @classmethod
-    def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "Problem":
-        """One client's own file; no global test set.
-
-        Raises:
-            UserError: the file cannot be read, or has a label that is not among `labels`.
-        """
-        examples = load_own(experiment.data, file, labels, experiment.seed)
-        own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
-        corpus = Corpus(examples, examples.select([]), tuple(labels))
-        return cls(corpus, Division((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
-
-
-@dataclass(frozen=True)
 class Bench:
     """Everything a run needs in memory, on a server or on a client."""
 
@@ -224,7 +114,7 @@ class Bench:
         task, settings = Classification(), experiment.train
         quiet()
         model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
-        model.to(_device(settings.device))
+        model.to(hardware.device(settings.device))
         head = head_modules(model, missing)
         adapted = Adapted(
             model,
@@ -261,10 +151,10 @@ class Bench:
             UserError: there are not so many.
         """
         assert isinstance(self.trainer, LocalTrainer)
-        count = devices(self.experiment)
+        count = hardware.devices(self.experiment.train)
         if count == 1:
             return self
-        if _device(self.experiment.train.device).type == "cuda":
+        if hardware.device(self.experiment.train.device).type == "cuda":
             names, threads = [f"cuda:{i}" for i in range(1, count)], torch.get_num_threads()
         else:
             names, threads = ["cpu"] * (count - 1), max(1, torch.get_num_threads() // count)
@@ -349,24 +239,6 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     return progress
 
 
-def settled(experiment: Experiment) -> Experiment:
-    """With the precision that `auto` stands for here: what is resumed elsewhere must compute the same."""
-    if experiment.train.precision != "auto":
-        return experiment
-    if _device(experiment.train.device).type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    train = experiment.train.model_copy(update={"precision": "bf16" if fast else "fp32"})
-    return experiment.model_copy(update={"train": train})
-
-
-def record(folder: RunFolder, experiment: Experiment, **measured: int) -> None:
-    """Writes down what is run, with which versions, and what was measured before."""
-    folder.record("experiment.toml", experiment.to_toml())
-    folder.record("environment.json", json.dumps({**_environment(), **measured}, indent=1))
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
     """The folder of an earlier run, locked, and its experiment."""
@@ -388,51 +260,12 @@ def with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter
     }
 
 
-def _device(choice: str) -> torch.device:
-    if choice == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=choice).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
-
-
-def devices(experiment: Experiment) -> int:
-    """How many are to train at once.
-
-    Raises:
-        UserError: there are not so many.
-    """
-    wanted, device = experiment.train.devices, experiment.train.device
-    if _device(device).type != "cuda":
-        return 1 if wanted == "auto" else wanted
-    there = torch.cuda.device_count()
-    if ":" in device:
-        if wanted not in (1, "auto"):
-            raise UserError(f"train.device = {device!r} is one device; for train.devices = {wanted} say 'cuda'")
-        return 1
-    if wanted != "auto" and wanted > there:
-        raise UserError(f"train.devices = {wanted}: this machine has {there}")
-    return there if wanted == "auto" else wanted
-
-
 def _trainer(experiment: Experiment, problem: Problem, device: str, threads: int) -> LocalTrainer:
     torch.set_num_threads(threads)
     train = experiment.train.model_copy(update={"device": device})
     trainer = Bench.make(experiment.model_copy(update={"train": train}), problem).trainer
     assert isinstance(trainer, LocalTrainer)
     return trainer
-
-
-def _environment() -> dict[str, Any]:
-    """Versions of what the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
 
 
 def _some(names: Mapping[str, Any]) -> str:

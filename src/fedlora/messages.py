@@ -52,6 +52,14 @@ class Reply:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Score:
+    """The means of a task's metrics over a number of examples."""
+
+    examples: int
+    metrics: Mapping[str, float]
+
+
 class RunningMean:
     """A weighted mean of mappings of tensors, one at a time: memory for one sum in fp64, whatever the number of terms."""
 

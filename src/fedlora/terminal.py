@@ -1,24 +1,15 @@
-"""What a person sees: live progress, the closing table, and the tables of the other commands."""
+"""What a person sees of a run: live progress and the closing table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.markdown import Markdown
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from fedlora import pages
-from fedlora.data.partition import label_table
-from fedlora.experiment import Problem, Result
 from fedlora.messages import ClientInfo, Round
-from fedlora.methods import Row
-
-_FEW_LABELS = 20
-CLIENTS_WIDTH = 120
-"""Columns that the table of clients may take, so that all its numbers can be read."""
+from fedlora.runs import Result
 
 
 class Live:
@@ -77,53 +68,6 @@ def closing(result: Result) -> Table:
             f"{sum(row['seconds'].values()):.1f}",
         )
     return table
-
-
-def methods(rows: Iterable[Row]) -> Group:
-    """What each method does and needs, in few lines."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, leading=1)
-    for title in ("method", "exact", "floats of a\nlayer up,\nand down", "unequal\nranks", "per-\nsonal"):
-        table.add_column(title, min_width=16 if title == "method" else None, max_width=11 if title == "exact" else None)
-    for title in ("single\nuploads", "secure\nsums", "DP"):
-        table.add_column(title, max_width=7)
-    for row in rows:
-        up, down = (" then ".join(formulas) for formulas in (row.up, row.down))
-        authors, _, number = row.paper.rpartition(", ")
-        table.add_row(
-            Text.assemble((row.name, "bold"), f"\n{authors}\n{number}"),
-            pages.short(row.exact),
-            f"{up}\n{down}",
-            *map(pages.yes, (row.mixed_ranks, row.personal, row.singles)),
-            *map(pages.short, (row.secure_sums(), row.private)),
-        )
-    return Group(table, Text("All about one of them: fedlora methods NAME"))
-
-
-def method(row: Row) -> Markdown:
-    """The method's page."""
-    return Markdown(pages.page(row))
-
-
-def clients(problem: Problem) -> Group:
-    """Each client's rank, sizes and labels: the count of every label if they are few, else of the most frequent."""
-    labels, division = problem.corpus.labels, problem.division
-    counts = label_table(problem.corpus.train, division, len(labels))
-    few = len(labels) <= _FEW_LABELS
-    title = f"{len(problem.members)} clients, {len(problem.corpus.test)} test examples"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("client", "rank", "train", "held out", *(map(str, range(len(labels))) if few else ("labels",))):
-        table.add_column(name, justify="right")
-    if not few:
-        table.add_column("most frequent", overflow="fold")
-    for who, share, own in zip(problem.members, division.shares, counts.tolist(), strict=True):
-        ranked = sorted(range(len(labels)), key=lambda label: -own[label])
-        top = ", ".join(f"{labels[label]} {own[label]}" for label in ranked[:3] if own[label])
-        cells = map(str, own) if few else (str(sum(count > 0 for count in own)), top)
-        table.add_row(who.id, str(who.rank), str(len(share.train)), str(len(share.held_out)), *cells)
-    below = [Text("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))] if few else []
-    if division.left_out_rows:
-        below.append(Text(f"left out: {division.left_out_rows} examples, {division.left_out_clients} clients"))
-    return Group(table, *below)
 
 
 def size(count: int) -> str:

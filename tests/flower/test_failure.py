@@ -16,13 +16,16 @@ import tomli_w
 
 from fedlora.config import build
 from fedlora.errors import RunStopped
-from fedlora.experiment import Silent, run
+from fedlora.experiment import run
 from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.journal import NAME
-from fedlora.rounds.flower.link import Address, SuperLink
-from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
+from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.watch import Silent
 
 from wired import assert_same_runs, furnish, problem
 
@@ -133,7 +136,7 @@ def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home
         nodes = {}
         for client in ("000", "001", "002"):
             Settings(clients=[client]).write(tmp_path / client)
-            nodes[client] = deploy.start_node(tmp_path / client, address, None)
+            nodes[client] = start_node(tmp_path / client, address, None)
             stack.callback(nodes[client].stop)
 
         def follow_it():
@@ -148,7 +151,7 @@ def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(home
         os.killpg(nodes["001"].pid, signal.SIGKILL)
         missing = until(lambda: [row for row in rows_in(path) if "001" in row["refused"]])
         assert missing and missing[0]["accepted"] == ["000", "002"]
-        nodes["001"] = deploy.start_node(tmp_path / "001", address, None)
+        nodes["001"] = start_node(tmp_path / "001", address, None)
         stack.callback(nodes["001"].stop)
         back = until(lambda: [r["round"] for r in rows_in(path) if r["round"] > missing[0]["round"] and not r["refused"]])
         link.stop()

@@ -6,12 +6,14 @@ from contextlib import ExitStack
 import pytest
 
 from fedlora.config import build
-from fedlora.experiment import Silent
 from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.link import Address, SuperLink
-from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import Process, free_port
+from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.watch import Silent
 
 from tiny import tiny_bert, tiny_rows
 from wired import problem, rows_of
@@ -42,7 +44,7 @@ def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path, monkeypatch):
 
         def node(name, key, ca):
             Settings(clients=["000"]).write(tmp_path / name)
-            process = deploy.start_node(tmp_path / name, address, {"key": key, "ca": ca})
+            process = start_node(tmp_path / name, address, {"key": key, "ca": ca})
             stack.callback(process.stop)
             return process
 

@@ -15,10 +15,12 @@ from fedlora.experiment import run
 from fedlora.methods import TABLE
 from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.journal import NAME
-from fedlora.rounds.flower.link import Address, SuperLink
-from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
+from fedlora.rounds.flower.settings import Settings
 
 from wired import CLIENTS, assert_same_runs, furnish, problem
 
@@ -43,7 +45,7 @@ def both(tmp_path_factory):
         stack.callback(server.stop)
         for client in CLIENTS:
             Settings(clients=[client], experiments=len(names)).write(home / f"node{client}")
-            stack.callback(deploy.start_node(home / f"node{client}", address, None).stop)
+            stack.callback(start_node(home / f"node{client}", address, None).stop)
         for name in names:
             deploy.prepare(build(settings(home, name, **more)), home / "served" / name)
         (home / "settings.toml").write_text(tomli_w.dumps({"folder": str(home / "served")}))

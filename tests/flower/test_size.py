@@ -6,11 +6,13 @@ from contextlib import ExitStack
 import pytest
 
 from fedlora.config import build
-from fedlora.experiment import Silent
 from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.link import Address, SuperLink
-from fedlora.rounds.flower.node import Settings
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
+from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import free_port
+from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.watch import Silent
 
 from tiny import tiny_bert, tiny_rows
 from wired import CLIENTS, problem, rows_of
@@ -33,7 +35,7 @@ def test_four_clients_upload_64_mb_each_and_the_log_says_what_was_carried(tmp_pa
         stack.callback(link.stop)
         for client in CLIENTS:
             Settings(clients=[client]).write(tmp_path / client)
-            stack.callback(deploy.start_node(tmp_path / client, address, None).stop)
+            stack.callback(start_node(tmp_path / client, address, None).stop)
         link.run(path, Silent(), print)
     row = rows_of(path)[0]
     assert row["accepted"] == list(CLIENTS) and row["bytes_up"] >= 4 * 64 * MB

@@ -6,8 +6,9 @@ from cryptography import x509
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import credentials
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.link import Address
 from fedlora.rounds.flower.processes import environment
 
 from wired import problem
@@ -39,14 +40,14 @@ def test_without_keys_nothing_listens_or_joins_beyond_this_machine(tmp_path):
     with pytest.raises(UserError, match="needs --keys"):
         deploy.needed(Address("0.0.0.0", 1), None)
     with pytest.raises(UserError, match="needs --key"):
-        deploy.credentials(Address("example.org", 1), None, None)
+        credentials(Address("example.org", 1), None, None)
     assert deploy.needed(Address("127.0.0.1", 1), None) is None
-    assert deploy.credentials(Address("127.0.0.1", 1), None, None) is None
+    assert credentials(Address("127.0.0.1", 1), None, None) is None
 
 
 def test_half_of_the_credentials_is_refused_also_on_the_loopback(tmp_path):
     with pytest.raises(UserError, match="needs --key"):
-        deploy.credentials(Address("127.0.0.1", 1), tmp_path / "key", None)
+        credentials(Address("127.0.0.1", 1), tmp_path / "key", None)
 
 
 def test_keys_can_be_read_by_their_owner_alone_and_are_made_once(tmp_path):

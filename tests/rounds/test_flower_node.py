@@ -9,14 +9,17 @@ import torch
 
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, Problem, Silent, export, rounds, run
+from fedlora.experiment import Bench, export, rounds, run
+from fedlora.problem import Problem
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower import deploy, server
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
-from fedlora.rounds.flower.node import Node, Settings, fingerprint
+from fedlora.rounds.flower.node import Node, fingerprint
+from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.rounds.watch import Silent
 from fedlora.train import local
 from fedlora.version import __version__
 

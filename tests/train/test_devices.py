@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import devices, run
+from fedlora.experiment import run
 from fedlora.train.devices import Helper, ManyDevices, shares
+from fedlora.train.hardware import devices
 from fedlora.train.local import LocalTrainer
 
 from wired import assert_same_runs, furnish, problem
@@ -125,12 +126,12 @@ def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(he
 
 
 def test_devices_that_are_not_there_are_refused(home, monkeypatch):
-    assert devices(experiment(home, "fedit", devices="auto")) == 1  # one CPU
-    monkeypatch.setattr("fedlora.experiment._device", lambda choice: torch.device("cuda"))
+    assert devices(experiment(home, "fedit", devices="auto").train) == 1  # one CPU
+    monkeypatch.setattr("fedlora.train.hardware.device", lambda choice: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices(experiment(home, "fedit", device="cuda", devices="auto")) == 2
-    assert devices(experiment(home, "fedit", device="cuda:1", devices="auto")) == 1
+    assert devices(experiment(home, "fedit", device="cuda", devices="auto").train) == 2
+    assert devices(experiment(home, "fedit", device="cuda:1", devices="auto").train) == 1
     with pytest.raises(UserError, match=r"train\.devices = 3: this machine has 2"):
-        devices(experiment(home, "fedit", device="cuda", devices=3))
+        devices(experiment(home, "fedit", device="cuda", devices=3).train)
     with pytest.raises(UserError, match=r"'cuda:1' is one device; for train\.devices = 2 say 'cuda'"):
-        devices(experiment(home, "fedit", device="cuda:1", devices=2))
+        devices(experiment(home, "fedit", device="cuda:1", devices=2).train)

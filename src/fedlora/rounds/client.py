@@ -6,9 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Features, Fit, Round, Seen
+from fedlora.messages import Asked, ClientInfo, Features, Fit, Round, Score, Seen
 from fedlora.method import AnyMethod, Local
-from fedlora.train.evaluate import Score
 
 
 @runtime_checkable

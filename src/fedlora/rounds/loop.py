@@ -11,14 +11,14 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.codec import encode
 from fedlora.rounds.folds import Folds, FoldStore, catch_up
 from fedlora.rounds.gate import Failed, Gate
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
-from fedlora.train.evaluate import Score
+from fedlora.rounds.watch import Watcher
 
 
 @runtime_checkable
@@ -55,20 +55,6 @@ class GlobalJudge(Protocol):
 
     def __call__(self, adapter: Adapter) -> Score:
         """The adapter's score on it."""
-
-
-@runtime_checkable
-class Watcher(Protocol):
-    """Who shows the progress."""
-
-    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """The cohort is known."""
-
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
-        """One client's answer came; `refused` is the reason if it is not used."""
-
-    def round_ended(self, row: Mapping[str, Any]) -> None:
-        """The round's row, before it is written."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.train.evaluate import Score
+from fedlora.messages import Score
 
 LOWER_IS_BETTER = frozenset({"loss"})
 

@@ -7,11 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import Begun, Trainer, turns
 from fedlora.rounds.codec import outline
-from fedlora.train.evaluate import Score
 
 _GROUPS = 4  # that are in memory at once
 

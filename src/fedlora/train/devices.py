@@ -14,8 +14,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round, Seen
-from fedlora.train.evaluate import Score
+from fedlora.messages import Asked, ClientInfo, Round, Score, Seen
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Encoded
 

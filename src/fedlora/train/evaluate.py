@@ -1,22 +1,14 @@
 """Judging an adapter on examples it was not trained on."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from fedlora.adapter import Adapter
+from fedlora.messages import Score
 from fedlora.train.batches import side_by_side
 from fedlora.train.inject import Adapted
 from fedlora.train.tasks import Encoded, Task
-
-
-@dataclass(frozen=True)
-class Score:
-    """The means of a task's metrics over a number of examples."""
-
-    examples: int
-    metrics: Mapping[str, float]
 
 
 def score(

@@ -8,10 +8,10 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round, Seen
+from fedlora.messages import Asked, ClientInfo, Round, Score, Seen
 from fedlora.randomness import derive
 from fedlora.train.batched import Job, train_together
-from fedlora.train.evaluate import Score, score
+from fedlora.train.evaluate import score
 from fedlora.train.features import features
 from fedlora.train.inject import Adapted, form
 from fedlora.train.tasks import Encoded, Task

@@ -1,25 +1,20 @@
-"""The commands that start Flower: a server, a node, or all of it on this machine."""
+"""The commands that start a server, or all of Flower on this machine; `node` and `join` are their other end."""
 
-import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from fedlora.config import Experiment
 from fedlora.errors import UserError
-from fedlora.experiment import Problem, Result, read_folder, record, settled
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import Say, start_node
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.line import SETTING
-from fedlora.rounds.flower.link import Address, Say, SuperLink
-from fedlora.rounds.flower.node import Settings
-from fedlora.rounds.flower.processes import Process, free_port
-from fedlora.rounds.loop import Watcher
+from fedlora.rounds.flower.link import SuperLink
+from fedlora.rounds.flower.processes import free_port
+from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
-
-_POLL = 0.2
-_AGAIN_SECONDS = 5.0
-_NOT_LET_IN = "Exit Code: 305"
+from fedlora.rounds.watch import Watcher
+from fedlora.runs import Result, read_folder, record, settled
 
 
 def prepare(experiment: Experiment, path: Path) -> None:
@@ -49,6 +44,8 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
+    from fedlora.problem import Problem  # takes a second to import
+
     members = [who.id for who in Problem.make(read_folder(path)).members]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
@@ -79,21 +76,6 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
     return keys
 
 
-def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
-    """A node's files for a server there; none are needed on the loopback.
-
-    Raises:
-        UserError: they are needed and not given, or not there.
-    """
-    given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
-    if len(given) < 2 and (given or not server.loopback):
-        raise UserError(f"--server {server} needs --key (this node's, from fedlora keys) and --ca (the server's ca.crt)")
-    for path in given.values():
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-    return given or None
-
-
 def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: Say) -> Result:
     """Runs the folder's experiment with a SuperLink there.
 
@@ -117,40 +99,3 @@ def serve_on(path: Path, address: Address, ca: Path | None, watch: Watcher, say:
         RunStopped: the run cannot go on, or there is no SuperLink.
     """
     return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, watch, say)
-
-
-def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
-    """Runs a SuperNode until it is interrupted; starts it again if the server sent it away or Flower gave up.
-
-    Raises:
-        UserError: the settings cannot be used, or the server does not let this node in.
-    """
-    if settings.data is not None and len(settings.clients) != 1:
-        raise UserError("--data is one client's; give one --client, or start one node for each")
-    if settings.data is not None and not Path(settings.data).is_file():
-        raise UserError(f"{settings.data}: no such file")
-    settings.write(folder)
-    say(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
-    while True:
-        node = start_node(folder, server, keys)
-        try:
-            while node.ended() is None:
-                time.sleep(_POLL)
-        finally:
-            node.stop()
-        if refusal := node.said(_NOT_LET_IN):
-            raise UserError(f"{server} does not let this node in: {refusal}; the whole log is {node.log}")
-        say(f"the SuperNode ended ({node.last_words()}); again in {_AGAIN_SECONDS:g} s")
-        time.sleep(_AGAIN_SECONDS)
-
-
-def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:
-    """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
-    port = str(free_port())
-    command = ["flower-supernode", "--superlink", str(server), "--port", port]
-    command += ["--node-config", f'{SETTING}="{folder.resolve()}"']
-    if keys is None:
-        command += ["--insecure"]
-    else:
-        command += ["--root-certificates", str(keys["ca"]), "--auth-supernode-private-key", str(keys["key"])]
-    return Process(command, folder / "flower", folder / "supernode.log")

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 from fedlora.adapter import Tensors
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower.door import Door
@@ -27,7 +27,6 @@ from fedlora.rounds.flower.wire import (
 )
 from fedlora.rounds.folds import fold_indices
 from fedlora.rounds.gate import Failed
-from fedlora.train.evaluate import Score
 
 _HELLO_SECONDS = 600.0
 """A node loads its model to answer a hello."""

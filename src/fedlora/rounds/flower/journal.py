@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.loop import Watcher
+from fedlora.rounds.watch import Watcher
 
 NAME = "journal.jsonl"
 

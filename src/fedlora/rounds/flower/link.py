@@ -1,8 +1,6 @@
 """A SuperLink, one of our own or one that runs already, and a run on it from its start to its end."""
 
-import ipaddress
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,47 +10,17 @@ from typing import Any
 import tomli_w
 
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Result
 from fedlora.rounds.checkpoint import RunFolder
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import Say
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, wait_for_port
-from fedlora.rounds.loop import Watcher
+from fedlora.rounds.watch import Watcher
+from fedlora.runs import Result
 
-Say = Callable[[str], None]
 _POLL = 0.2
 _STATUS_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a SuperLink listens."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """HOST:PORT.
-
-        Raises:
-            UserError: it is not that.
-        """
-        host, _, port = text.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"{text!r} is no address; expected HOST:PORT, for example server.example.org:9092")
-        return cls(host.strip("[]"), int(port))
-
-    @property
-    def loopback(self) -> bool:
-        """Whether it can only be reached from this machine."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)

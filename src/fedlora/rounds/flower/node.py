@@ -10,17 +10,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from fedlora.adapter import Tensors
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, Problem, with_folds
+from fedlora.experiment import Bench, with_folds
 from fedlora.messages import ClientInfo
+from fedlora.problem import Problem
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
     Answer,
@@ -39,35 +40,11 @@ from fedlora.rounds.folds import caught_up
 from fedlora.rounds.simulate import Simulation
 from fedlora.version import __version__
 
-SETTINGS = "node.json"
 _FAILURES = (UserError, RunStopped, ValueError, RuntimeError, OSError, IndexError)
 """Of one client, which stop neither the others nor the node."""
 
 _Result = tuple[Answer, "bytes | None"]
 """One client's answer and its upload."""
-
-
-class Settings(BaseModel):
-    """What the owner of a node decides, in the file `node.json` of its folder.
-
-    `clients` are the names of its data owners. With `data`, a file, there is one of them, and all examples are its own;
-    without, they have their parts of the experiment's division. `overrides` are changes of the experiment, as `--set`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    clients: list[str]
-    data: str | None = None
-    rank: int | None = None
-    overrides: list[str] = []
-    experiments: int = 1
-    """How many experiments are kept in memory at a time."""
-
-    def write(self, folder: Path) -> None:
-        """Makes the folder a node's, for its owner alone."""
-        durable.folder(folder)
-        folder.chmod(0o700)
-        durable.replace(folder / SETTINGS, self.model_dump_json(indent=1).encode())
 
 
 @dataclass
@@ -99,10 +76,7 @@ class Node:
         """
         self._folder = folder
         self._works: dict[str, _Work] = {}
-        try:
-            self._settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no settings of a node there; fedlora join makes them") from error
+        self._settings = Settings.read(folder)
         name = folder / "name"
         if not name.exists():
             durable.replace(name, uuid4().hex.encode())

@@ -4,8 +4,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, Problem, read_folder, rounds
+from fedlora.experiment import Bench, rounds
 from fedlora.messages import Round
+from fedlora.problem import Problem
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.door import Door
@@ -14,6 +15,7 @@ from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.wire import PROTOCOL, Hello
 from fedlora.rounds.loop import Progress, missed
+from fedlora.runs import read_folder
 from fedlora.version import __version__
 
 _LET_GO_SECONDS = 60.0

@@ -1,0 +1,33 @@
+"""Who shows a run's progress."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from fedlora.messages import ClientInfo, Round
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """What is told as a run goes on."""
+
+    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
+        """The cohort is known."""
+
+    def answered(self, who: ClientInfo, refused: str | None) -> None:
+        """One client's answer came; `refused` is the reason if it is not used."""
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """The round's row, before it is written."""
+
+
+class Silent:
+    """Shows no progress."""
+
+    def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
+        """Nothing."""
+
+    def answered(self, who: ClientInfo, refused: str | None) -> None:
+        """Nothing."""
+
+    def round_ended(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""

@@ -1,0 +1,50 @@
+"""What this machine computes on."""
+
+import torch
+
+from fedlora.config import Train
+from fedlora.errors import UserError
+
+
+def device(choice: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=choice).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
+
+
+def devices(train: Train) -> int:
+    """How many are to train at once.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    wanted = train.devices
+    if device(train.device).type != "cuda":
+        return 1 if wanted == "auto" else wanted
+    there = torch.cuda.device_count()
+    if ":" in train.device:
+        if wanted not in (1, "auto"):
+            raise UserError(f"train.device = {train.device!r} is one device; for train.devices = {wanted} say 'cuda'")
+        return 1
+    if wanted != "auto" and wanted > there:
+        raise UserError(f"train.devices = {wanted}: this machine has {there}")
+    return there if wanted == "auto" else wanted
+
+
+def fast_in_bf16(choice: str) -> bool:
+    """Whether the device of `train.device` has instructions for bf16.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device(choice).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
