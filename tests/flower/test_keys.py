@@ -29,8 +29,7 @@ def refused(process, seconds=120.0):
     return process.said("Exit Code: 305")
 
 
-def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_only_nodes_whose_keys_the_server_has_get_in(tmp_path):
     tiny_bert(tmp_path / "bert")
     tiny_rows(tmp_path / "rows.jsonl", 40)
     more = {"rounds": 1, "deploy": {"deadline": 200.0, "wait": 200.0}, "clients": {"count": 1, "partition": "iid"}}

