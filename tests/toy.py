@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Round, Score, Seen
+from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
 from fedlora.method import AnyMethod
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import with_head
@@ -93,6 +93,17 @@ class ToyTrainer:
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 
+    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+        """By the factors that `request` names."""
+        parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
+        trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
+        kinds = {name: type(part) for name, part in request.start.items()}
+        weights = {n: _matrix(kinds[n](**tensors)) + self.base.get(n, 0) for n, tensors in parts.items()}
+        found = torch.autograd.grad(_distance(weights, self.target(who.id)), [parts[name][key] for name, key in trained])
+        for (name, key), slope in zip(trained, found, strict=True):
+            parts[name][key] = slope
+        return {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
+
     def features(self, who: ClientInfo) -> Seen:
         """Points around one of three centres, the label; `skew` times the client's own shift away from it."""
         labels = torch.arange(who.examples) % self.spec.classes
@@ -135,6 +146,10 @@ class Recorder:
             self.last[one.who.id] = trained
             self.weights[one.who.id] = self.inner.weights(trained)
         return answers
+
+    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+        """The toy's."""
+        return self.inner.gradient(who, request)
 
     def features(self, who: ClientInfo) -> Seen:
         """The toy's."""

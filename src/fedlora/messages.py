@@ -165,6 +165,15 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """A request for the gradient of the client's mean training loss at `start`, without dropout: an adapter that has it in
+    place of the factors that `train` names."""
+
+    start: Adapter
+    train: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Features:
     """A request for the client's own training examples as the base model sees them without any adapter: `Seen`."""
 

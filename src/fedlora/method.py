@@ -7,14 +7,14 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Features, Fit, Merged, Replies, Round, Seen
+from fedlora.messages import ClientInfo, Features, Fit, Gradient, Merged, Replies, Round, Seen
 
 T = TypeVar("T")
 S = TypeVar("S")
 C = TypeVar("C")
 
-Local = Generator[Fit | Features, Any, T]
-"""A computation on a client that asks for training, or for features, and in the end returns a T."""
+Local = Generator[Fit | Gradient | Features, Any, T]
+"""A computation on a client that asks for training, for gradients or for features, and in the end returns a T."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Method(Protocol[S, C]):
         """On the client: the adapter that `who` would use now. The only way to evaluate."""
 
     def work(self, mine: C, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
-        """On the client: one round's work; asks with `fit` and `features`, and returns the next state and the upload."""
+        """On the client: one round's work; asks with `fit` and the like, and returns the next state and the upload."""
 
     def merge(self, server: S, replies: Replies, rnd: Round) -> Merged[S]:
         """On the server: the next state from the accepted replies."""
@@ -80,6 +80,12 @@ def fit(
     """
     trained: Adapter = yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates)
     return trained
+
+
+def gradient(start: Adapter, train: Iterable[str]) -> Local[Adapter]:
+    """Asks for the gradient of the client's mean loss: `slope = yield from gradient(start, "c")`. See `Gradient`."""
+    slope: Adapter = yield Gradient(start, frozenset(train))
+    return slope
 
 
 def features() -> Local[Seen]:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.adapter import Tensors
+from fedlora.adapter import Tensors, pick
 from fedlora.linalg.lowrank import Heads
+from fedlora.linalg.sparse import pack_positions
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.ravan import Ravan, chosen, others, own_heads
+from fedlora.rounds.gate import Gate
 from fedlora.rounds.simulate import Simulation
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -34,7 +36,11 @@ def replies(server: Tensors, who: list[ClientInfo] = CLIENTS, m: Ravan = METHOD,
 
 def told(m: Ravan, server: Tensors, who: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
     """The heads that the download names."""
-    return {name: heads.tolist() for name, heads in own_heads(m.send(server, who, rnd), who).items()}
+    return {name: heads.tolist() for name, heads in told_in(m.send(server, who, rnd), who).items()}
+
+
+def told_in(got: Tensors, who: ClientInfo) -> dict[str, torch.Tensor]:
+    return own_heads(pick(got, "c"), got["heads"], who)
 
 
 def view(server: Tensors, m: Ravan = METHOD, who: ClientInfo = CLIENTS[0]) -> dict[str, Heads]:
@@ -56,8 +62,8 @@ def test_the_update_is_the_sum_of_the_scaled_heads():
 def test_a_download_names_the_same_heads_in_whatever_order_its_tensors_come():
     for who in CLIENTS:
         got = METHOD.send(cores(), who, ROUND)
-        turned = own_heads(dict(reversed(got.items())), who)
-        assert all(torch.equal(turned[name], heads) for name, heads in own_heads(got, who).items())
+        turned = told_in(dict(reversed(got.items())), who)
+        assert all(torch.equal(turned[name], heads) for name, heads in told_in(got, who).items())
 
 
 def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
@@ -137,6 +143,53 @@ def test_by_weight_the_heads_of_the_largest_cores_are_trained_and_equal_ones_in_
     start = m.init_server(SPEC, 0)
     first = {told(m, start, ClientInfo(str(i), 1, 9), Round(0, 0))[NAME][0] for i in range(30)}
     assert first == {0, 1, 2, 3}
+
+
+def test_by_gradient_a_client_takes_the_heads_whose_cores_its_loss_falls_fastest_by():
+    m, trainer = replace(METHOD, choose="gradient"), ToyTrainer()
+    server, who = cores(), ClientInfo("x", 2, 9)
+    assert m.send(server, who, ROUND).keys() == server.keys()
+    (reply,) = replies(server, [who], m)
+    own = own_heads(server, reply.upload["heads"], who)
+    for name in SPEC.modules:
+        falls = []
+        for head in range(4):  # a small step down the head's own gradient, found by differences
+            slope = torch.zeros(2, 2, dtype=torch.float64)
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                ends = []
+                for step in (1e-3, -1e-3):
+                    moved = {key: c.double().clone() for key, c in server.items()}
+                    moved[f"{name}.c"][head, i, j] += step
+                    start = {n: double(p, moved[f"{n}.c"]) for n, p in view(server, m).items()}
+                    ends.append(float(trainer.loss(start, "x")))
+                slope[i, j] = (ends[0] - ends[1]) / 2e-3
+            falls.append(float(slope.norm()))
+        assert own[name].tolist() == sorted(sorted(range(4), key=lambda i: -falls[i])[:2])
+
+
+def double(part: Heads, c: torch.Tensor) -> Heads:
+    return Heads(b=part.b.double(), c=c, s=part.s.double(), a=part.a.double())
+
+
+def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
+    m, server = replace(METHOD, choose="gradient"), cores()
+    got = replies(server, CLIENTS, m)
+    merged = m.merge(server, Replies(iter(got)), ROUND).server
+    own = {r.client.id: own_heads(server, r.upload["heads"], r.client)[NAME].tolist() for r in got}
+    assert len({tuple(heads) for heads in own.values()}) == 3
+    for head in range(4):
+        sent = [(r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in got if head in own[r.client.id]]
+        assert_close(merged[f"{NAME}.c"][head], sum(w * c for w, c in sent) / sum(w for w, _ in sent))
+
+
+def test_a_client_that_chooses_more_heads_in_one_module_than_it_may_is_refused():
+    m, server, who = replace(METHOD, choose="gradient"), cores(), ClientInfo("x", 1, 9)
+    (reply,) = replies(server, [who], m)
+    assert Gate(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(reply) is None
+    marks = torch.zeros(4 * len(SPEC.modules), dtype=torch.bool)
+    marks[: len(SPEC.modules)] = True
+    bad = replace(reply, upload={**reply.upload, "heads": pack_positions(marks)})
+    assert "not 1 in each module" in str(Gate(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(bad))
 
 
 def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():

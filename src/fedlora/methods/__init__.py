@@ -374,7 +374,7 @@ _ROWS = (
         picked_down=("r", "rank"),
         mixed_ranks=True,
         secure="yes: with zeros for heads that were not trained, and a count for each",
-        private="yes: noise enters once, on the small cores; the server says which heads",
+        private="yes: noise enters once, on the small cores; heads chosen by gradient tell of the data besides",
         exceptions={"test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own"},
     ),
     Row(

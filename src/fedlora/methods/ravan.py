@@ -1,5 +1,6 @@
 """RAVAN: several frozen random heads in each module, each with a small trained core; weak clients train fewer of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from fedlora.linalg.lowrank import Heads
 from fedlora.linalg.sparse import pack_positions, unpack_positions
 from fedlora.linalg.subspace import frame
 from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.method import Local, fit, gradient
 from fedlora.randomness import generator
 
 _SUM = torch.float64
@@ -26,20 +27,22 @@ class Ravan:
     Each head becomes the mean over those that trained it, which is exact, with s_i back at 1; a head that nobody trained
     stays. The attainable rank is rank * head_rank with rank * head_rank^2 trained numbers (and the s_i).
 
-    The server says which heads: with `choose` "random" drawn for each client, round and module; with "weight" those of the
-    largest norm of c_i, equal ones (as in the first round, when all are zero) in random order. The paper's third rule, by
-    the norm of the gradient, needs a pass over the client's data first and is left out.
+    Which heads: with `choose` "random" the server draws them for each client, round and module; with "weight" it takes
+    those of the largest norm of c_i, equal ones (as in the first round, when all are zero) in random order. With "gradient"
+    the client takes those where the gradient of its loss by c_i has the largest norm, which costs one more pass over its
+    examples; the numbers of the heads then travel up instead of down, and tell something of the data.
 
     `init` "normal" draws b_i and a_i such that their columns and rows have length one in the mean; "orthogonal" makes those
     of all heads of a module orthonormal, as far as its sizes allow. They come from the run's common seed on each client.
-    The paper's text was not available: the variances and that "weight" takes the largest are this package's.
+    The paper's text was not available: the variances and that "weight" and "gradient" take the largest are this
+    package's.
 
     Source: Raje et al. 2025, NeurIPS, arXiv:2506.05568.
     """
 
     rank: int = 8
     head_rank: int = 4
-    choose: Literal["random", "weight"] = "random"
+    choose: Literal["random", "weight", "gradient"] = "random"
     init: Literal["normal", "orthogonal"] = "normal"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
@@ -57,11 +60,10 @@ class Ravan:
         return drawn
 
     def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
-        """All cores, and the positions of the heads that this client is to train among all heads of all modules."""
-        own = self._chosen(server, who, rnd)
-        order = sorted(server.items())  # a download may come in another order than it was sent
-        marks = [torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[key], True) for key, c in order]
-        return {**server, "heads": pack_positions(torch.cat(marks))}
+        """All cores, and which heads this client is to train unless it chooses itself."""
+        if self.choose == "gradient":
+            return dict(server)
+        return {**server, "heads": _packed(server, self._told(server, who, rnd))}
 
     def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
         """All heads."""
@@ -69,11 +71,25 @@ class Ravan:
 
     def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains c and s of its heads beside the others, and uploads s c."""
-        heads = _heads(mine, got)
-        own = own_heads(got, who)
+        heads, cores = _heads(mine, got), pick(got, "c")
+        if chooses := self.choose == "gradient":
+            own = yield from _steepest(heads, who)
+        else:
+            own = own_heads(cores, got["heads"], who)
         rest = {name: others(part, own[name]).pair() for name, part in heads.items() if len(own[name]) < len(part.s)}
         trained = yield from fit({name: chosen(part, own[name]) for name, part in heads.items()}, "cs", beside=rest or None)
-        return mine, {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
+        products = {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
+        return mine, {**products, "heads": _packed(cores, own)} if chooses else products
+
+    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+        """As `like`: each client has its number of heads in every module.
+
+        Raises:
+            ValueError: the client has chosen otherwise.
+        """
+        if self.choose == "gradient":
+            own_heads(self.init_server(spec, rnd.seed), upload["heads"], who)
+        return like
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """Each head's mean over the clients that trained it."""
@@ -81,10 +97,14 @@ class Ravan:
         masses = {key: torch.zeros(len(c), dtype=_SUM) for key, c in server.items()}
         complete = True
         for reply in replies:
-            own = self._chosen(server, reply.client, rnd)
-            for key, c in reply.upload.items():
-                sums[key].index_add_(0, own[key], c.to(_SUM), alpha=reply.weight)
-                masses[key].index_add_(0, own[key], torch.full((len(c),), reply.weight, dtype=_SUM))
+            if self.choose == "gradient":
+                own = own_heads(server, reply.upload["heads"], reply.client)
+            else:
+                own = self._told(server, reply.client, rnd)
+            for key, c in pick(reply.upload, "c").items():
+                heads = own[key.removesuffix(".c")]
+                sums[key].index_add_(0, heads, c.to(_SUM), alpha=reply.weight)
+                masses[key].index_add_(0, heads, torch.full((len(c),), reply.weight, dtype=_SUM))
                 complete = complete and len(c) == len(masses[key])
         merged: dict[str, Tensor] = {}
         for key, before in server.items():
@@ -92,15 +112,15 @@ class Ravan:
             merged[key] = torch.where(mass > 0, (sums[key] / mass.clamp_min(1e-300)).to(before.dtype), before)
         return Merged(merged, notes={"aggregation_error": 0.0} if complete else {})
 
-    def _chosen(self, server: Tensors, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
-        """For each `module.c`, the numbers of the heads that the client trains, ascending."""
+    def _told(self, server: Tensors, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
+        """Module -> the numbers of the heads that the server has the client train, ascending."""
         found: dict[str, Tensor] = {}
         for key, c in server.items():
             order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", who.id))
             if self.choose == "weight":
                 norms = c.to(_SUM).flatten(1).norm(dim=1)
                 order = order[norms[order].argsort(descending=True, stable=True)]
-            found[key] = order[: who.rank].sort().values
+            found[key.removesuffix(".c")] = order[: who.rank].sort().values
         return found
 
     def _columns(self, n: int, k: int, rng: torch.Generator) -> Tensor:
@@ -108,12 +128,35 @@ class Ravan:
         return frame(n, k, rng) if self.init == "orthogonal" else torch.randn(n, k, generator=rng) / n**0.5
 
 
-def own_heads(got: Tensors, who: ClientInfo) -> dict[str, Tensor]:
-    """Module -> the numbers of the heads that the client was told to train, ascending."""
-    totals = {key.removesuffix(".c"): len(c) for key, c in sorted(pick(got, "c").items())}
-    count = sum(min(who.rank, total) for total in totals.values())
-    marks = torch.split(unpack_positions(got["heads"], count, sum(totals.values())), list(totals.values()))
+def own_heads(cores: Tensors, packed: Tensor, who: ClientInfo) -> dict[str, Tensor]:
+    """Module -> the numbers of the heads that the client trains, ascending; `cores` has the c of all heads.
+
+    Raises:
+        ValueError: they are not as many in each module as the client trains.
+    """
+    totals = {key.removesuffix(".c"): len(c) for key, c in sorted(cores.items())}
+    counts = [min(who.rank, total) for total in totals.values()]
+    marks = torch.split(unpack_positions(packed, sum(counts), sum(totals.values())), list(totals.values()))
+    if any(int(own.sum()) != count for own, count in zip(marks, counts, strict=True)):
+        raise ValueError(f"heads are chosen, but not {who.rank} in each module")
     return {name: own.nonzero().flatten() for name, own in zip(totals, marks, strict=True)}
+
+
+def _packed(cores: Tensors, own: Mapping[str, Tensor]) -> Tensor:
+    """The positions of these heads among all heads of all modules, these in order of name: tensors may travel in any."""
+    marks = []
+    for key, c in sorted(cores.items()):
+        marks.append(torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[key.removesuffix(".c")], True))
+    return pack_positions(torch.cat(marks))
+
+
+def _steepest(heads: Mapping[str, Heads], who: ClientInfo) -> Local[dict[str, Tensor]]:
+    """Module -> the numbers of the heads by whose core the client's loss has the largest gradient, ascending."""
+    if all(who.rank >= len(part.s) for part in heads.values()):
+        return {name: torch.arange(len(part.s)) for name, part in heads.items()}
+    slopes = yield from gradient(heads, "c")
+    norms = {name: part.c.flatten(1).norm(dim=1) for name, part in slopes.items() if isinstance(part, Heads)}
+    return {name: x.argsort(descending=True, stable=True)[: who.rank].sort().values for name, x in norms.items()}
 
 
 def chosen(part: Heads, heads: Tensor) -> Heads:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Features, Fit, Round, Score, Seen
+from fedlora.messages import Asked, ClientInfo, Features, Fit, Gradient, Round, Score, Seen
 from fedlora.method import AnyMethod, Local
 
 
@@ -20,6 +20,9 @@ class Trainer(Protocol):
 
     def fit(self, asked: Sequence[Asked], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
+
+    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+        """The gradient of the client's mean training loss."""
 
     def features(self, who: ClientInfo) -> Seen:
         """The client's training examples as the base sees them without any adapter."""
@@ -51,7 +54,7 @@ class Turn:
 
 def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn]:
     """Runs the method's work of all these clients to its end, in step: trainings that they ask for at a time are answered
-    at once, and questions for features each by itself."""
+    at once, and questions for gradients and features each by itself."""
     jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
     done: dict[int, Turn] = {}
     answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
@@ -72,6 +75,6 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Roun
 def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, who: ClientInfo, trainer: Trainer) -> Fit:
     """The next training that the job asks for, given the answer to the last."""
     request = job.send(answer)
-    while isinstance(request, Features):
-        request = job.send(trainer.features(who))
+    while not isinstance(request, Fit):
+        request = job.send(trainer.features(who) if isinstance(request, Features) else trainer.gradient(who, request))
     return request

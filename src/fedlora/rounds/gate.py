@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
-from fedlora.messages import ClientInfo, Fit, Reply, Round, Seen
+from fedlora.messages import ClientInfo, Features, Reply, Round, Seen
 from fedlora.method import AnyMethod, Chooses
 
 
@@ -99,7 +99,7 @@ def _layout(method: AnyMethod, spec: AdapterSpec, who: ClientInfo, sent: Tensors
     try:
         request = next(job)
         while True:
-            request = job.send(request.start if isinstance(request, Fit) else nobody)
+            request = job.send(nobody if isinstance(request, Features) else request.start)
     except StopIteration as done:
         upload: Tensors = done.value[1]
         return upload

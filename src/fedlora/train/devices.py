@@ -14,7 +14,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round, Score, Seen
+from fedlora.messages import Asked, ClientInfo, Gradient, Round, Score, Seen
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Encoded
 
@@ -89,6 +89,10 @@ class ManyDevices:
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """As `LocalTrainer.scores`."""
         return self._shared("scores", asked, [len(self._here.held_out[who.id]) for who, _ in asked])
+
+    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+        """As `LocalTrainer.gradient`."""
+        return self._here.gradient(who, request)
 
     def features(self, who: ClientInfo) -> Seen:
         """As `LocalTrainer.features`."""

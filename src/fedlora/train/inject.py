@@ -1,7 +1,7 @@
 """LoRA factors into a transformer and back. Only this file knows alpha / rank; module classes only this and `layers`."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -196,18 +196,37 @@ class Adapted:
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's adapter as it is now: trained factors new, the others those of its `start`."""
+        return self._read(client, start, train, lambda x: x, lambda b, scale: b * scale)
+
+    def gradient(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
+        """The same with the gradients of the trained factors in place of these."""
+        return self._read(client, start, train, lambda x: x.grad, lambda b, scale: b / scale)
+
+    def _read(
+        self,
+        client: int,
+        start: Adapter,
+        train: Iterable[str],
+        of: Callable[[Tensor], Tensor | None],
+        scaled: Callable[[Tensor, Tensor], Tensor],
+    ) -> dict[str, Factors]:
+        """`of` each trained parameter; what is of b as a function of what is of `lora_B`, and the factor between them."""
+
+        def own(x: Tensor) -> Tensor:
+            found = of(x)
+            return (torch.zeros_like(x) if found is None else found)[client]
+
         train = frozenset(train)
         adapter: dict[str, Factors] = {}
         for name, part in start.items():
             if isinstance(part, Full):
                 module, _, key = name.rpartition(".")
-                adapter[name] = Full(_copy(self._own[module].own[key][client], part.w)) if "w" in train else part
+                adapter[name] = Full(_copy(own(self._own[module].own[key]), part.w)) if "w" in train else part
             else:
                 layer, new = self.layers[name], dict(vars(part))
                 for factor in train & new.keys():
-                    unpadded = tuple(slice(size) for size in new[factor].shape)
-                    own = getattr(layer, factor)[client][unpadded]
-                    new[factor] = _copy(own * layer.scale[client] if factor == "b" else own, new[factor])
+                    x = own(getattr(layer, factor))[tuple(slice(size) for size in new[factor].shape)]
+                    new[factor] = _copy(scaled(x, layer.scale[client]) if factor == "b" else x, new[factor])
                 adapter[name] = type(part)(**new)
         return adapter
 

@@ -8,11 +8,12 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Round, Score, Seen
+from fedlora.messages import Asked, ClientInfo, Gradient, Round, Score, Seen
 from fedlora.randomness import derive
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
+from fedlora.train.gradient import gradient
 from fedlora.train.inject import Adapted, form
 from fedlora.train.tasks import Encoded, Task
 
@@ -48,6 +49,11 @@ class LocalTrainer:
     def steps(self, asked: Asked) -> int:
         """How many batches the request takes."""
         return Job(asked.request, self.rows[asked.who.id], 0, 0).steps(self.settings)
+
+    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+        """The gradient of the client's mean training loss."""
+        rows = self.rows[who.id]
+        return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
 
     def features(self, who: ClientInfo) -> Seen:
         """The client's training examples as the base sees them without any adapter."""

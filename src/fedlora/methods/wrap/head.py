@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors
-from fedlora.messages import ClientInfo, Features, Merged, Replies, Reply, Round, RunningMean
+from fedlora.messages import ClientInfo, Features, Gradient, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import AnyMethod, Chooses, Local
 from fedlora.methods import Head
 
@@ -76,8 +76,13 @@ class HeadRule:
             if isinstance(request, Features):
                 answer = yield request
                 continue
+            start: Adapter = {**request.start, **_parts(head)}
+            if isinstance(request, Gradient):
+                slope = yield replace(request, start=start)
+                answer = {name: part for name, part in slope.items() if name not in head}
+                continue
             train = request.train if self.rule == "frozen" else request.train | {"w"}
-            trained = yield replace(request, start={**request.start, **_parts(head)}, train=train)
+            trained = yield replace(request, start=start, train=train)
             head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
             answer = {name: part for name, part in trained.items() if name not in head}
 

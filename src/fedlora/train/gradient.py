@@ -1,0 +1,25 @@
+"""The gradient of one client's loss."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fedlora.adapter import Adapter
+from fedlora.messages import Gradient
+from fedlora.train.inject import Adapted
+from fedlora.train.tasks import Encoded, Task
+
+
+def gradient(
+    adapted: Adapted, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], request: Gradient, batch_size: int
+) -> Adapter:
+    """What the request asks for, over the examples `rows`, `batch_size` in one pass, in order of length."""
+    adapted.load([request.start], request.train)
+    adapted.model.eval()
+    device, lengths = next(adapted.model.parameters()).device, examples.lengths()[rows]
+    for places in torch.split(lengths.argsort(stable=True), batch_size):
+        inputs, targets = examples.batch(rows[places], device)
+        with adapted.packing.of(lengths[places][None], device):
+            loss = task.losses(adapted.model, inputs, targets).sum() / len(rows)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return adapted.gradient(0, request.start, request.train)
