@@ -1,14 +1,15 @@
 """Seconds and memory of a simulated round, against loops written by hand with PyTorch and PEFT for the same work.
 
     python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--parts W1 W2 learn scale]
-                                   [--write docs/benchmarks/simulator.md]
+                                   [--peers flower=PYTHON pfl=PYTHON] [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5 rounds,
 one step each. By hand: client after client, batches in random order, padded to their longest. Floor: the same rows in
 batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Learn: W1 with lr 3e-2 and
 alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of one row in each of 20 rounds, chosen from
-100 and from 10,000. Every measurement is a process of its own; the sides take turns.
+100 and from 10,000. Every measurement is a process of its own; the sides take turns. Peers are other frameworks, each
+with the Python of an environment of its own: see `peers`.
 """
 
 import argparse
@@ -19,10 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peers.work import Work as Handed
 
 STARTED = time.perf_counter()
 BATCH, RANK, LONGEST, LARGE = 8, 8, 64, 128
@@ -109,75 +113,67 @@ def product(files: list[str], work: Work, seed: int, together: int, precision: s
     }
 
 
-def by_hand(files: list[str], work: Work, seed: int, large: bool = False, precision: str = "float32") -> dict[str, float]:
-    """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each.
-
-    With `large` the floor: one adapter, all rows of a round in large batches sorted by length.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def handed(files: list[str], work: Work, seed: int) -> "Handed":
+    """The work as token ids and rows, for whoever knows nothing of the package."""
+    from peers.work import Work as Handed
+    from transformers import AutoTokenizer
 
     from fedlora.problem import Problem
     from fedlora.train.tasks import locate, quiet
 
     quiet()
     setup = experiment(files, work, seed, 1)
-    problem = Problem.make(setup)
-    path = locate(setup.model)
-    torch.manual_seed(seed)
+    problem, path = Problem.make(setup), locate(setup.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=len(problem.corpus.labels), dtype=getattr(torch, precision)
+    train, test = (
+        tokenizer(part["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
+        for part in (problem.corpus.train, problem.corpus.test)
     )
-    lora = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=work.alpha, target_modules=["query", "value"])
-    model = get_peft_model(base, lora, autocast_adapter_dtype=False)
-    ids = tokenizer(problem.corpus.train["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
-    labels = torch.tensor(problem.corpus.train["label"][:])
+    return Handed(
+        model=str(path),
+        classes=len(problem.corpus.labels),
+        ids=train,
+        labels=problem.corpus.train["label"][:],
+        test_ids=test,
+        test_labels=problem.corpus.test["label"][:],
+        clients=[[int(row) for row in share.train] for share in problem.division.shares],
+        chosen=work.chosen,
+        rounds=work.rounds,
+        lr=work.lr,
+        alpha=work.alpha,
+        rank=RANK,
+        batch=BATCH,
+        seed=seed,
+    )
 
-    def batch(rows: list[int], ids: list[list[int]]) -> dict[str, torch.Tensor]:
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[row]) for row in rows], batch_first=True)
-        return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
 
-    def cohort() -> list[torch.Tensor]:
-        """The rows of each client, or of all of them together."""
-        some = torch.randperm(work.clients)[: work.chosen].tolist()
-        shares = [torch.tensor(problem.division.shares[i].train) for i in some]
-        return [torch.cat(shares)] if large else shares
+def by_hand(files: list[str], work: Work, seed: int, large: bool = False, precision: str = "float32") -> dict[str, float]:
+    """What one would write: a PEFT model, its adapter set to the mean before each client, a fresh AdamW for each.
 
-    def batches(rows: torch.Tensor) -> list[torch.Tensor]:
-        if not large:
-            return list(torch.split(rows[torch.randperm(len(rows))], BATCH))
-        lengths = torch.tensor([len(ids[row]) for row in rows.tolist()])
-        return list(torch.split(rows[lengths.argsort()], LARGE))
+    With `large` the floor: one adapter, all rows of a round in large batches sorted by length.
+    """
+    import torch
+    from peers import work as plain
 
-    mean = {name: x.clone() for name, x in get_peft_model_state_dict(model).items()}
-    seconds = []
-    for _ in range(work.rounds):
-        started, shares = time.perf_counter(), cohort()
-        total = {name: torch.zeros_like(x) for name, x in mean.items()}
-        for share in shares:
-            set_peft_model_state_dict(model, mean)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=work.lr, weight_decay=0.0)
-            model.train()
-            for rows in batches(share):
-                loss = torch.nn.functional.cross_entropy(model(**batch(rows.tolist(), ids)).logits, labels[rows])
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, x in get_peft_model_state_dict(model).items():
-                total[name] += x.detach() / len(shares)
-        mean = total
+    given = handed(files, work, seed)
+    model = given.make(getattr(torch, precision))
+    mean, seconds = plain.state(model), []
+    for _ in range(given.rounds):
+        started, cohort = time.perf_counter(), torch.randperm(len(given.clients))[: given.chosen].tolist()
+        if large:
+            rows = torch.tensor([row for client in cohort for row in given.clients[client]])
+            lengths = torch.tensor([len(given.ids[row]) for row in rows.tolist()])
+            given.train(model, torch.split(rows[lengths.argsort()], LARGE))
+        else:
+            total = {name: torch.zeros_like(x) for name, x in mean.items()}
+            for client in cohort:
+                plain.put(model, mean)
+                given.train(model, given.shuffled(client))
+                for name, x in plain.state(model).items():
+                    total[name] += x / len(cohort)
+            plain.put(model, mean := total)
         seconds.append(time.perf_counter() - started)
-    set_peft_model_state_dict(model, mean)
-    model.eval()
-    test_ids = tokenizer(problem.corpus.test["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
-    test_labels = torch.tensor(problem.corpus.test["label"][:])
-    right = 0
-    with torch.inference_mode():
-        for rows in torch.split(torch.arange(len(test_ids)), 64):
-            right += int((model(**batch(rows.tolist(), test_ids)).logits.argmax(-1) == test_labels[rows]).sum())
-    return {"seconds": statistics.median(seconds), "accuracy": right / len(test_ids)}
+    return {"seconds": statistics.median(seconds), "accuracy": given.accuracy(model)}
 
 
 HAND, BATCHED = "loop by hand, PyTorch + PEFT", "fedlora, 16 clients in a step, bf16"
@@ -191,30 +187,42 @@ SIDES: dict[str, Any] = {
 }
 
 
-def measure(side: str, work: str, files: list[str], seed: int = 0) -> dict[str, float]:
-    """One side in a process of its own: seconds of a round (median), accuracy, peak memory in MB."""
-    command = [sys.executable, __file__, *files, "--side", side, "--work", work, "--seed", str(seed)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True)
+PEERS = {"flower": "Flower's simulation engine", "pfl": "pfl-research"}
+"""Other frameworks, by the names of their files in `peers`."""
+
+
+def measure(side: str, work: str, files: list[str], seed: int = 0, python: str = "") -> dict[str, float]:
+    """One side in a process of its own: seconds of a round (median), accuracy, peak memory in MB.
+
+    A peer needs the Python of its own environment, and gets the work in a file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, *files, "--side", side, "--work", work, "--seed", str(seed)]
+        if side in PEERS:
+            handed(files, WORKS[work], seed).write(file := Path(folder, "work.json"))
+            command = [python, str(Path(__file__).parent / "peers" / f"with_{side}.py"), str(file)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(output.stdout.splitlines()[-1])
     print(work, side, found, file=sys.stderr, flush=True)
     return found
 
 
-def speed(work: str, files: list[str], repeats: int) -> list[str]:
+def speed(work: str, files: list[str], repeats: int, pythons: Mapping[str, str]) -> list[str]:
     """Medians; the ratio is that of each turn to the loop by hand of the same turn."""
-    turns = [{side: measure(side, work, files) for side in SIDES} for _ in range(repeats)]
+    sides = [*SIDES, *pythons]
+    turns = [{side: measure(side, work, files, python=pythons.get(side, "")) for side in sides} for _ in range(repeats)]
     lines = [
         f"| {work} | seconds a round | samples/s | times the loop by hand | outside steps | peak memory | test accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
-    for side in SIDES:
+    for side in sides:
         second, memory, accuracy = (
             statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_mb", "accuracy")
         )
         ratio = statistics.median(turn[HAND]["seconds"] / turn[side]["seconds"] for turn in turns)
         outside = [turn[side]["outside"] for turn in turns if "outside" in turn[side]]
         cells = [
-            side,
+            PEERS.get(side, side),
             f"{second:.1f}",
             f"{WORKS[work].samples / second:.0f}",
             f"{ratio:.2f}",
@@ -263,6 +271,7 @@ def main() -> None:
         "--parts", nargs="+", choices=["W1", "W2", "learn", "scale"], default=["W1", "W2", "learn", "scale"]
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of learn")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME=PYTHON", help=f"out of {', '.join(PEERS)}")
     parser.add_argument("--write", type=Path, help="write the tables to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -273,9 +282,10 @@ def main() -> None:
         found = SIDES[given.side](files, WORKS[given.work], given.seed)
         print(json.dumps({**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}))
         return
+    pythons = dict(peer.split("=", 1) for peer in given.peers)
     parts = {
-        "W1": lambda: speed("W1", files, given.repeats),
-        "W2": lambda: speed("W2", files, given.repeats),
+        "W1": lambda: speed("W1", files, given.repeats, pythons),
+        "W2": lambda: speed("W2", files, given.repeats, pythons),
         "learn": lambda: learn(files, given.seeds),
         "scale": lambda: scale(files),
     }
