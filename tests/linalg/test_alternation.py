@@ -44,6 +44,18 @@ def test_the_affine_objective_is_the_dense_one():
     torch.testing.assert_close(objective([affine(terms, origin)], at), squared_error(combined(terms, at, origin), terms))
 
 
+@pytest.mark.parametrize("count", [3, 12])  # fewer and more ranks than the matrix has rows
+def test_the_target_is_the_same_in_factors_and_formed(count):
+    terms = [(w, LowRank(b=f.b.float(), a=f.a.float())) for w, f in uneven(count)]
+    layer = linear(terms)
+    assert (layer.whole is None) == (count == 3)
+    at = alternate([layer])
+    exact = [(w, LowRank(b=f.b.double(), a=f.a.double())) for w, f in terms]
+    torch.testing.assert_close(objective([layer], at), squared_error(combined(exact, at), exact), rtol=1e-5, atol=0)
+    found = (objective([each], alternate([each])) for each in (layer, linear(exact)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
 def test_the_objective_of_several_layers_is_their_sum():
     layers = [random_terms((3, 3), seed=s, in_=n) for s, n in ((1, 22), (2, 17))]
     blocks = [linear([(0.5, f) for _, f in terms]) for terms in layers]

@@ -1,9 +1,10 @@
 """Two lists of coefficients, so that (sum_i p_i b_i)(sum_i q_i a_i) comes near a sum of products of single terms.
 
-The objective is quadratic in p for fixed q and the other way round. For a given p, all that the least-squares problem for q
-needs are the rank x rank products of the combined b with each b_i: a step takes (out + in) rank^2 multiplications a term
-and in * rank a pair of terms. The Gram blocks b_u^T b_v of all pairs, after which no step depends on the width, would take
-as much as `rank` steps, more than are mostly needed, and for many terms more memory than the terms.
+The objective is quadratic in p for fixed q and the other way round. For a given p, all that the least-squares problem for
+q needs is the combined b: its product with itself, and with the target. The target is formed once where the ranks of the
+terms add up to its width, and stays in factors where they do not. Beside this a step takes in * rank multiplications for
+each pair of terms. The Gram blocks b_u^T b_v of all pairs, after which no step depends on the width, would take as much as
+`rank` steps, more than are mostly needed, and for many terms more memory than the terms.
 Source: Nguyen et al. 2025, arXiv:2509.26399.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fedlora.linalg.combine import norm
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, shared_rank
+from fedlora.linalg.terms import WORKING, Terms, dense, shared_rank, sizes
 
 _SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter to the objective, kept as they are
 
@@ -25,17 +26,21 @@ _SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter
 class Layer:
     """One matrix to imitate: sum_uv target[u, v] b_u a_v, its factors in fp64, and where to start.
 
-    `pinned` says that term 0 keeps the coefficient 1.
+    `whole` is that matrix, if it is smaller than its factors; it is as exact as the terms' own dtype. `pinned` says that
+    term 0 keeps the coefficient 1.
     """
 
     left: Float[Tensor, "*batch m rank out"]
     right: Float[Tensor, "*batch m rank in"]
     target: Float[Tensor, "m m"]
+    whole: Float[Tensor, "*batch out in"] | None
     start: Float[Tensor, " m"]
     pinned: bool
 
     def size(self) -> Float[Tensor, "*batch"]:
         """The squared norm of the target."""
+        if self.whole is not None:
+            return self.whole.square().sum((-2, -1))
         share = self.target.T @ self.left.flatten(-2)  # [*batch, m, rank * out]
         b, a = share.reshape(self.left.shape).flatten(-3, -2).mT, self.right.flatten(-3, -2)
         return norm(LowRank(b=b, a=a)).square()
@@ -56,7 +61,7 @@ def linear(terms: Terms) -> Layer:
         ValueError: the ranks differ.
     """
     share = _shares(terms)
-    return _layer([factor for _, factor in terms], share.diag(), share, pinned=False)
+    return _layer(terms, [factor for _, factor in terms], share.diag(), share, pinned=False)
 
 
 def affine(terms: Terms, origin: LowRank) -> Layer:
@@ -66,27 +71,31 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
     target = torch.cat([torch.cat([one, share])[None], torch.cat([share[:, None], share.diag()], 1)])
     moved = [LowRank(b=f.b.to(WORKING) - origin.b.to(WORKING), a=f.a.to(WORKING) - origin.a.to(WORKING)) for _, f in terms]
     first = LowRank(b=origin.b.to(WORKING), a=origin.a.to(WORKING))
-    return _layer([first, *moved], target, torch.cat([one, share]), pinned=True)
+    return _layer(terms, [first, *moved], target, torch.cat([one, share]), pinned=True)
 
 
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
-    """Exact least squares for q, then for p, until a sweep gains no millionth of the objective, or `sweeps` are done.
+    """Exact least squares for q, then for p, until a step would gain no millionth of the objective, or `sweeps` are done.
 
-    A gain below 1e-12 of the targets' squared norms ends it too, as the objective may be zero but for rounding.
+    What it would gain is told by the objective's slope, and by its curvature at the step before. A gain below 1e-12 of the
+    targets' squared norms ends it too, as the objective may be zero but for rounding.
     One pair of coefficients for all `layers` together; each element of the batch has its own, unless `shared`. The
     objective never increases. Where the coefficients are not unique, they stay as near the start as each step allows. Waits
     for the device once a sweep.
     """
     p = q = _start(layers, shared)
     mirrored = [_swapped(layer) for layer in layers]
-    size, before = float(_total([layer.size() for layer in layers], shared, 0).sum()), float("-inf")
+    size = float(_total([layer.size() for layer in layers], shared, 0).sum())
+    inverse: Tensor | None = None
     for _ in range(sweeps):
-        q, _ = _half_step(layers, p, q, shared)
-        p, explained = _half_step(mirrored, q, p, shared)
-        now = float(explained.sum())
-        if now - before <= max(1e-6 * (size - now), 1e-12 * now):
-            break
-        before = now
+        slope, explained = _slope(layers, p, q, shared)
+        if inverse is not None:
+            gain, now = float((slope * _times(inverse, slope)).sum()), float(explained.sum())
+            if gain <= max(1e-6 * (size - now), 1e-12 * now):
+                break
+        inverse = _inverse(layers, p, shared)
+        q = q + _times(inverse, slope)
+        p = p + _times(_inverse(mirrored, q, shared), _slope(mirrored, q, p, shared)[0])
     return Coefficients(p=p, q=q) if layers[0].pinned else _same_ratio(layers, Coefficients(p=p, q=q), shared)
 
 
@@ -101,7 +110,7 @@ def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rat
     least = torch.full_like(size, float("inf"))
     for _ in range(steps + 1):
         now = Coefficients(*(_pin(layers, start * x) for x in moving))
-        loss = size - _explained(layers, now, shared)
+        loss = size - _slope(layers, now.p, now.q, shared)[1]
         better = (loss < least)[..., None]
         least = torch.minimum(least, loss).detach()
         best = Coefficients(p=torch.where(better, now.p, best.p).detach(), q=torch.where(better, now.q, best.q).detach())
@@ -114,56 +123,59 @@ def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rat
 
 def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -> Float[Tensor, "*batch"]:
     """The squared Frobenius distance from the targets, summed over the layers (and over the batch if `shared`)."""
-    return _total([layer.size() for layer in layers], shared, 0) - _explained(layers, at, shared)
+    return _total([layer.size() for layer in layers], shared, 0) - _slope(layers, at.p, at.q, shared)[1]
 
 
 def combined(terms: Terms, at: Coefficients, origin: LowRank | None = None) -> LowRank:
     """The factors (sum_i p_i b_i, sum_i q_i a_i), in the dtype of the terms; with `origin`, those of `affine`."""
-    factors = [factor for _, factor in terms]
-    dtype = factors[0].b.dtype
-    b, a = (torch.stack([getattr(f, side).to(WORKING) for f in factors]) for side in "ba")
     p, q = (x.movedim(-1, 0)[..., None, None] for x in (at.p, at.q))
+    b, a = (torch.zeros_like(getattr(terms[0][1], side), dtype=WORKING) for side in "ba")
     if origin is not None:
-        b = torch.cat([origin.b.to(WORKING)[None], b - origin.b.to(WORKING)])
-        a = torch.cat([origin.a.to(WORKING)[None], a - origin.a.to(WORKING)])
-    return LowRank(b=(p * b).sum(0).to(dtype), a=(q * a).sum(0).to(dtype))
+        b, a = b + (p[0] - p[1:].sum(0)) * origin.b, a + (q[0] - q[1:].sum(0)) * origin.a
+        p, q = p[1:], q[1:]
+    for (_, factor), own_p, own_q in zip(terms, p, q, strict=True):
+        b += own_p * factor.b
+        a += own_q * factor.a
+    return LowRank(b=b.to(terms[0][1].b.dtype), a=a.to(terms[0][1].a.dtype))
 
 
-def _half_step(layers: Sequence[Layer], p: Tensor, q: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
-    """The q nearest to the given one among the minimisers for this p, and how much of the targets it explains."""
-    matrices, vectors = [], []
+def _slope(layers: Sequence[Layer], p: Tensor, q: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
+    """Minus half the objective's gradient by q, zero where q is pinned, and how much of the targets p and q explain."""
+    slopes, parts = [], []
     for layer in layers:
-        gram, wanted = _seen_through(layer, p)
-        flat = layer.right.flatten(-2)
-        matrices.append((gram[..., None, :, :] @ layer.right).flatten(-2) @ flat.mT)
-        vectors.append((flat @ wanted.flatten(-2)[..., None])[..., 0])
-    matrix, vector = _total(matrices, shared, 2), _total(vectors, shared, 1)
-    free = slice(1, None) if layers[0].pinned else slice(None)
-    gradient = vector - (matrix @ q[..., None])[..., 0]
-    inverse = torch.linalg.pinv(matrix[..., free, free], rtol=_SINGULAR, hermitian=True)
-    step = (inverse @ gradient[..., free, None])[..., 0]
-    q = torch.cat([q[..., :1], q[..., 1:] + step], -1) if layers[0].pinned else q + step
-    return q, (q * (2 * vector - (matrix @ q[..., None])[..., 0])).sum(-1)
+        b, a = _combination(layer.left, p), _combination(layer.right, q)
+        wanted, given = _through_target(layer, b), (b @ b.mT) @ a
+        slopes.append((layer.right.flatten(-2) @ (wanted - given).flatten(-2)[..., None])[..., 0])
+        parts.append((a * (2 * wanted - given)).sum((-2, -1)))
+    slope = _total(slopes, shared, 1)
+    if layers[0].pinned:
+        slope = torch.cat([torch.zeros_like(slope[..., :1]), slope[..., 1:]], -1)
+    return slope, _total(parts, shared, 0)
 
 
-def _explained(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
-    """The squared norm of the targets minus the objective."""
-    parts = []
+def _inverse(layers: Sequence[Layer], p: Tensor, shared: bool) -> Tensor:
+    """Of half the objective's second derivative by q, [*batch, m, m]; zero where q is pinned or does not matter."""
+    matrices = []
     for layer in layers:
-        gram, wanted = _seen_through(layer, at.p)
-        a = _combination(layer.right, at.q)
-        parts.append((a * (2 * wanted - gram @ a)).sum((-2, -1)))
-    return _total(parts, shared, 0)
+        b, flat = _combination(layer.left, p), layer.right.flatten(-2)
+        matrices.append(((b @ b.mT)[..., None, :, :] @ layer.right).flatten(-2) @ flat.mT)
+    matrix, pinned = _total(matrices, shared, 2), int(layers[0].pinned)
+    inverse = torch.linalg.pinv(matrix[..., pinned:, pinned:], rtol=_SINGULAR, hermitian=True)
+    return torch.nn.functional.pad(inverse, (pinned, 0, pinned, 0))
 
 
-def _seen_through(layer: Layer, p: Tensor) -> tuple[Tensor, Tensor]:
-    """With b the combination of the left factors: b^T b [*batch, rank, rank] and b^T target [*batch, rank, in]."""
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _through_target(layer: Layer, b: Tensor) -> Tensor:
+    """The combined b^T, [*batch, rank, out], times the target."""
+    if layer.whole is not None:
+        return b @ layer.whole
     m, rank = layer.left.shape[-3:-1]
-    b = _combination(layer.left, p)  # its transpose, [*batch, rank, out]
     each = (b @ layer.left.flatten(-3, -2).mT).reshape(*b.shape[:-1], m, rank)  # b^T b_u, [*batch, rank, m, rank]
-    gram = (each * p[..., None, :, None]).sum(-2)
     share = torch.einsum("uv,...iuj->...ivj", layer.target, each).flatten(-2)  # [*batch, rank, m * rank]
-    return gram, share @ layer.right.flatten(-3, -2)
+    return share @ layer.right.flatten(-3, -2)
 
 
 def _combination(factors: Tensor, coefficients: Tensor) -> Tensor:
@@ -177,15 +189,30 @@ def _total(per_layer: Sequence[Tensor], shared: bool, own_axes: int) -> Tensor:
     return torch.stack(list(per_layer)).sum(0)
 
 
-def _layer(factors: Sequence[LowRank], target: Tensor, start: Tensor, pinned: bool) -> Layer:
-    left = torch.stack([f.b.mT.to(WORKING) for f in factors], -3)
-    right = torch.stack([f.a.to(WORKING) for f in factors], -3)
-    return Layer(left=left, right=right, target=target, start=start, pinned=pinned)
+def _layer(terms: Terms, factors: Sequence[LowRank], target: Tensor, start: Tensor, pinned: bool) -> Layer:
+    out, in_, ranks = sizes(terms)
+    whole = None
+    if ranks >= min(out, in_):
+        total = sum(weight for weight, _ in terms)
+        shares = [(weight / total, factor) for weight, factor in terms]
+        whole = dense(shares, torch.promote_types(terms[0][1].b.dtype, torch.float32)).to(WORKING)
+    left = _stacked([f.b.mT for f in factors])
+    return Layer(left, _stacked([f.a for f in factors]), target, whole, start, pinned)
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """[*batch, m, rank, n] from m times [*batch, rank, n], in fp64."""
+    first = factors[0]
+    stack = torch.empty(*first.shape[:-2], len(factors), *first.shape[-2:], dtype=WORKING, device=first.device)
+    for i, factor in enumerate(factors):
+        stack[..., i, :, :] = factor
+    return stack
 
 
 def _swapped(layer: Layer) -> Layer:
     """The transposed problem, in which p and q change places."""
-    return replace(layer, left=layer.right, right=layer.left, target=layer.target.mT)
+    whole = None if layer.whole is None else layer.whole.mT
+    return replace(layer, left=layer.right, right=layer.left, target=layer.target.mT, whole=whole)
 
 
 def _start(layers: Sequence[Layer], shared: bool) -> Tensor:
