@@ -7,7 +7,7 @@
 rate of each line is the best of three on the clients' held-out examples, never on the test set, found with the first
 seed. What is judged on held-out examples is searched with a further seed, which is not reported. Every run is kept in a
 file of JSON Lines and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of
-the methods.
+the methods. The defaults are small, 800 of 10,003 rows and 6 rounds, so that a claim takes no hour on two cores.
 """
 
 import argparse
@@ -90,7 +90,7 @@ CLAIMS = {
     ),
     "d": Claim(
         "CE-LoRA uploads a small part of FedIT's bytes, and its personal models are better than those of clients that "
-        "train alone (Li et al. 2025; here without the likeness of data).",
+        "train alone (Li et al. 2025).",
         ((case("local-only", 8), case("ce-lora", 8), case("fedit", 8, head="local")),),
         personal=True,
     ),
@@ -311,8 +311,8 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.1, 0.01], help="of Dirichlet")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=1200)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=800)
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--runs", type=Path, default=Path("runs/claims.jsonl"), help="the file that keeps the runs")
     parser.add_argument("--write", type=Path, help="put the section into this file")
