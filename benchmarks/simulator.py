@@ -52,7 +52,7 @@ class Work:
 WORKS = {
     "W1": Work(20, 2000, 20, 3),
     "W2": Work(1000, 8000, 100, 5),
-    "learn": Work(20, 2000, 20, 15, lr=3e-2, alpha=1.0),
+    "learn": Work(20, 2000, 20, 24, lr=3e-2, alpha=1.0),
     "100 clients": Work(100, 100, 100, 20),
     "10,000 clients": Work(10_000, 10_000, 100, 20),
 }
