@@ -9,7 +9,8 @@ one step each. By hand: client after client, batches in random order, padded to 
 batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Learn: W1 with lr 3e-2 and
 alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of one row in each of 20 rounds, chosen from
 100 and from 10,000. Every measurement is a process of its own; the sides take turns. Peers are other frameworks, each
-with the Python of an environment of its own: see `peers`.
+with the Python of an environment of its own (see `peers`); their memory is that of all their processes, shared pages
+counted once.
 """
 
 import argparse

@@ -5,7 +5,6 @@ Knows nothing of fedlora, so that other frameworks can import it in environments
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -139,4 +138,3 @@ def _mb(pid: int) -> float:
 def say(**found: float) -> None:
     """The last line that a measured process prints."""
     print(json.dumps(found), flush=True)
-    sys.stdout.flush()

@@ -37,9 +37,11 @@ def test_the_objective_is_the_dense_one(batch):
     torch.testing.assert_close(objective([linear(terms)], at), squared_error(combined(terms, at), terms))
 
 
-def test_the_affine_objective_is_the_dense_one():
-    terms, origin = random_terms((3, 3, 3)), random_factor(3, seed=50)
-    p, q = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("count", [3, 12])  # fewer and more ranks than the matrix has rows
+def test_the_affine_objective_is_the_dense_one(count):
+    terms, origin = random_terms((3,) * count), random_factor(3, seed=50)
+    assert (affine(terms, origin).whole is None) == (count == 3)
+    p, q = torch.rand(2, count + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at = Coefficients(p=p, q=q)
     torch.testing.assert_close(objective([affine(terms, origin)], at), squared_error(combined(terms, at, origin), terms))
 

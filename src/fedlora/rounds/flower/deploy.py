@@ -1,4 +1,4 @@
-"""The commands that start a server, or all of Flower on this machine; `node` and `join` are their other end."""
+"""The commands that start a server, or all of Flower on this machine; `join` starts their other end."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,10 +7,10 @@ from fedlora.config import Experiment
 from fedlora.errors import UserError
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.join import Say, start_node
+from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import free_port
+from fedlora.rounds.flower.processes import Say, free_port
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.watch import Watcher

@@ -1,16 +1,15 @@
 """A node's side of a deployment: a SuperNode, kept alive. Imports nothing heavy; the worker has the model."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedlora.errors import UserError
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.line import SETTING
-from fedlora.rounds.flower.processes import Process, free_port
+from fedlora.rounds.flower.processes import Process, Say, free_port
 from fedlora.rounds.flower.settings import Settings
 
-Say = Callable[[str], None]
 _POLL = 0.2
 _AGAIN_SECONDS = 5.0
 _NOT_LET_IN = "Exit Code: 305"

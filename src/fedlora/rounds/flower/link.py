@@ -12,10 +12,9 @@ import tomli_w
 from fedlora.errors import RunStopped, UserError
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.join import Say
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, wait_for_port
+from fedlora.rounds.flower.processes import CONNECTION, Process, Say, connection, flwr, wait_for_port
 from fedlora.rounds.watch import Watcher
 from fedlora.runs import Result
 

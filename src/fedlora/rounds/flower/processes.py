@@ -17,6 +17,9 @@ import tomli_w
 
 from fedlora.errors import RunStopped, UserError
 
+Say = Callable[[str], None]
+"""Who shows a line to a person."""
+
 _LIBC = ctypes.CDLL(None)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _STOP_SECONDS = 8.0
