@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedlora.linalg import fit
-from fedlora.linalg.alternation import alternate, combined, linear
+from fedlora.linalg.alternation import alternate, at_once, combined, linear
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.fit import best_fit
 from fedlora.linalg.lowrank import LowRank
@@ -59,6 +59,17 @@ def made(case: Case) -> Terms:
 def one_by_one(modules: int, terms: Terms, compute: Callable[[Terms], LowRank]) -> LowRank:
     done = [compute([(w, LowRank(b=f.b[i], a=f.a[i])) for w, f in terms]) for i in range(modules)]
     return LowRank(b=torch.stack([f.b for f in done]), a=torch.stack([f.a for f in done]))
+
+
+def coefficients(case: Case, terms: Terms) -> LowRank:
+    """As FLoRA-NA calls it: so many modules at a time."""
+    size = at_once(case.terms, case.rank, 2 * case.width)
+    layers = (
+        linear([(w, LowRank(b=f.b[i : i + size], a=f.a[i : i + size])) for w, f in terms])
+        for i in range(0, case.modules, size)
+    )
+    done = [combined(layer, alternate([layer])) for layer in layers]
+    return LowRank(b=torch.cat([f.b for f in done]).float(), a=torch.cat([f.a for f in done]).float())
 
 
 def dense_sum(terms: Terms) -> Tensor:
@@ -110,7 +121,7 @@ def computation(case: Case) -> tuple[Callable[[Terms], LowRank], float]:
         "best fit": lambda terms: best_fit(terms, case.rank),
         "best fit, exact path": lambda terms: best_fit(terms, case.rank),
         "ridge": lambda terms: corrected(terms, 0.01),
-        "coefficients": lambda terms: one_by_one(case.modules, terms, lambda one: combined(one, alternate([linear(one)]))),
+        "coefficients": lambda terms: coefficients(case, terms),
     }
     if case.step in ours:
         return ours[case.step], 1.0

@@ -25,6 +25,11 @@ def weights(terms):
     return Coefficients(p=w, q=w)
 
 
+def solved(terms, solver=alternate):
+    layer = linear(terms)
+    return combined(layer, solver([layer]))
+
+
 def squared_error(factor, terms):
     return (factor.product() - total(terms)).square().sum((-2, -1))
 
@@ -33,17 +38,18 @@ def squared_error(factor, terms):
 def test_the_objective_is_the_dense_one(batch):
     terms = random_terms((3, 3, 3), batch=batch)
     rng = torch.Generator().manual_seed(0)
-    at = Coefficients(*torch.rand(2, *batch, 3, generator=rng, dtype=torch.float64))
-    torch.testing.assert_close(objective([linear(terms)], at), squared_error(combined(terms, at), terms))
+    at, layer = Coefficients(*torch.rand(2, *batch, 3, generator=rng, dtype=torch.float64)), linear(terms)
+    torch.testing.assert_close(objective([layer], at), squared_error(combined(layer, at), terms))
 
 
 @pytest.mark.parametrize("count", [3, 12])  # fewer and more ranks than the matrix has rows
 def test_the_affine_objective_is_the_dense_one(count):
     terms, origin = random_terms((3,) * count), random_factor(3, seed=50)
-    assert (affine(terms, origin).whole is None) == (count == 3)
+    layer = affine(terms, origin)
+    assert (layer.whole is None) == (count == 3)
     p, q = torch.rand(2, count + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at = Coefficients(p=p, q=q)
-    torch.testing.assert_close(objective([affine(terms, origin)], at), squared_error(combined(terms, at, origin), terms))
+    torch.testing.assert_close(objective([layer], at), squared_error(combined(layer, at), terms))
 
 
 @pytest.mark.parametrize("count", [3, 12])  # fewer and more ranks than the matrix has rows
@@ -53,7 +59,7 @@ def test_the_target_is_the_same_in_factors_and_formed(count):
     assert (layer.whole is None) == (count == 3)
     at = alternate([layer])
     exact = [(w, LowRank(b=f.b.double(), a=f.a.double())) for w, f in terms]
-    torch.testing.assert_close(objective([layer], at), squared_error(combined(exact, at), exact), rtol=1e-5, atol=0)
+    torch.testing.assert_close(objective([layer], at), squared_error(combined(layer, at), exact), rtol=1e-5, atol=0)
     found = (objective([each], alternate([each])) for each in (layer, linear(exact)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
@@ -74,7 +80,7 @@ def test_alternation_never_raises_the_objective():
 
 def test_no_sweep_returns_the_mean_factors():
     terms = random_terms((3, 3, 3))
-    found = combined(terms, alternate([linear(terms)], sweeps=0))
+    found = solved(terms, partial(alternate, sweeps=0))
     assert apart(found.b, mean(terms).b) < 1e-14
     assert apart(found.a, mean(terms).a) < 1e-14
 
@@ -82,7 +88,7 @@ def test_no_sweep_returns_the_mean_factors():
 @pytest.mark.parametrize("seed", range(3))
 def test_alternation_lies_between_the_mean_factors_and_the_best_fit(seed):
     terms = uneven(6, seed)
-    error = float(relative_error(combined(terms, alternate([linear(terms)])), terms))
+    error = float(relative_error(solved(terms), terms))
     assert apart(truncated(total(terms), 3), total(terms)) <= error <= float(relative_error(mean(terms), terms))
 
 
@@ -98,28 +104,27 @@ def test_alternation_does_no_worse_than_the_published_solver():
 def test_identical_terms_are_reproduced_and_keep_their_factors(form):
     factor = random_factor(3)
     terms = [(0.25, factor)] * 4
-    origin = random_factor(3, seed=7) if form == "affine" else None
-    blocks = linear(terms) if origin is None else affine(terms, origin)
-    found = combined(terms, alternate([blocks]), origin)
+    layer = affine(terms, random_factor(3, seed=7)) if form == "affine" else linear(terms)
+    found = combined(layer, alternate([layer]))
     assert apart(found.b, factor.b) < 1e-10
     assert apart(found.a, factor.a) < 1e-10
 
 
 def test_one_term_is_the_identity():
     terms = random_terms((3,))
-    found = combined(terms, alternate([linear(terms)]))
+    found = solved(terms)
     assert apart(found.b, terms[0][1].b) < 1e-12
 
 
 def test_a_common_a_is_exact():
     terms = [(w, LowRank(b=f.b, a=random_factor(3).a)) for w, f in random_terms((3, 3, 3))]
-    assert float(relative_error(combined(terms, alternate([linear(terms)])), terms)) < 1e-12
+    assert float(relative_error(solved(terms), terms)) < 1e-12
 
 
 def test_two_terms_that_differ_in_size_only_are_exact():
     factor = random_factor(3)
     terms = [(0.5, factor), (0.5, LowRank(b=7 * factor.b, a=factor.a))]
-    assert float(relative_error(combined(terms, alternate([linear(terms)])), terms)) < 1e-12
+    assert float(relative_error(solved(terms), terms)) < 1e-12
 
 
 @pytest.mark.parametrize("solver", [alternate, partial(descend, steps=10)])
@@ -139,7 +144,7 @@ def test_each_element_of_a_batch_has_its_own_pair():
 
 def test_the_norms_of_the_factors_keep_their_ratio():
     terms = uneven(5)
-    found, centre = combined(terms, alternate([linear(terms)])), mean(terms)
+    found, centre = solved(terms), mean(terms)
     torch.testing.assert_close(found.b.norm() / found.a.norm(), centre.b.norm() / centre.a.norm())
 
 
@@ -152,6 +157,6 @@ def test_the_origin_keeps_its_coefficient(solver):
 def test_zero_terms_give_zero_and_no_nan():
     terms = [(0.5, LowRank(b=torch.zeros(30, 2), a=random_factor(2, dtype=torch.float32).a))] * 2
     for solver in (alternate, partial(descend, steps=10)):
-        found = combined(terms, solver([linear(terms)]))
+        found = solved(terms, solver)
         assert not found.b.any()
         assert found.a.isfinite().all()

@@ -19,6 +19,7 @@ from fedlora.linalg.combine import norm
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.terms import WORKING, Terms, dense, shared_rank, sizes
 
+_FACTORS = 1 << 21  # numbers stacked at once: 16 MB; larger batches gain nothing on a CPU
 _SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter to the objective, kept as they are
 
 
@@ -52,6 +53,11 @@ class Coefficients:
 
     p: Float[Tensor, "*batch m"]
     q: Float[Tensor, "*batch m"]
+
+
+def at_once(terms: int, rank: int, width: int) -> int:
+    """For how many matrices to make one layer, each of so many terms of that rank; `width` is out + in."""
+    return max(1, _FACTORS // (terms * rank * width))
 
 
 def linear(terms: Terms) -> Layer:
@@ -126,17 +132,9 @@ def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -
     return _total([layer.size() for layer in layers], shared, 0) - _slope(layers, at.p, at.q, shared)[1]
 
 
-def combined(terms: Terms, at: Coefficients, origin: LowRank | None = None) -> LowRank:
-    """The factors (sum_i p_i b_i, sum_i q_i a_i), in the dtype of the terms; with `origin`, those of `affine`."""
-    p, q = (x.movedim(-1, 0)[..., None, None] for x in (at.p, at.q))
-    b, a = (torch.zeros_like(getattr(terms[0][1], side), dtype=WORKING) for side in "ba")
-    if origin is not None:
-        b, a = b + (p[0] - p[1:].sum(0)) * origin.b, a + (q[0] - q[1:].sum(0)) * origin.a
-        p, q = p[1:], q[1:]
-    for (_, factor), own_p, own_q in zip(terms, p, q, strict=True):
-        b += own_p * factor.b
-        a += own_q * factor.a
-    return LowRank(b=b.to(terms[0][1].b.dtype), a=a.to(terms[0][1].a.dtype))
+def combined(layer: Layer, at: Coefficients) -> LowRank:
+    """The factors (sum_i p_i b_i, sum_i q_i a_i), in fp64."""
+    return LowRank(b=_combination(layer.left, at.p).mT, a=_combination(layer.right, at.q))
 
 
 def _slope(layers: Sequence[Layer], p: Tensor, q: Tensor, shared: bool) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ Terms = Sequence[tuple[float, LowRank]]
 WORKING = torch.float64
 """What every decomposition, inner product and solve is computed in, whatever the dtype of the factors."""
 
-_BLOCK = 128  # ranks multiplied at once when a dense sum is formed: large enough for BLAS, small enough for memory
+_BLOCK = 256  # ranks multiplied at once when a dense sum is formed: large enough for BLAS, small enough for memory
 
 
 def sizes(terms: Terms) -> tuple[int, int, int]:

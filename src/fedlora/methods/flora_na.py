@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
-from fedlora.linalg.alternation import Coefficients, Layer, affine, alternate, combined, descend, linear
+from fedlora.linalg.alternation import Coefficients, Layer, affine, alternate, at_once, combined, descend, linear
 from fedlora.linalg.combine import leading, widen
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.terms import Terms
@@ -13,8 +13,6 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
-
-_FACTORS = 1 << 25  # fp64 numbers of factors at once
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,21 @@ class FLoRANA:
             ideal = ideal.plus(weight, update)
         groups = [group for names in alike(server.adapter) for group in _groups(names, uploads, server.adapter)]
         adapter: dict[str, LowRank] = {}
-        for group, at in zip(groups, self._coefficients(groups), strict=True):
-            fitted = combined(group.terms, at, group.origin if self.form == "affine" else None)
+        for group, fitted in zip(groups, self._fitted(groups), strict=True):
             rank, rng = server.adapter[group.names[0]].rank, rnd.rng(f"flora-na {group.names[0]}")
-            adapter |= unbatch(widen(fitted, rank, rng) if rank > fitted.rank else fitted, group.names, fitted.b.dtype)
+            whole = widen(fitted, rank, rng) if rank > fitted.rank else fitted
+            adapter |= unbatch(whole, group.names, group.origin.b.dtype)
         adapter = {name: adapter[name] for name in server.adapter}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
-    def _coefficients(self, groups: Sequence["_Group"]) -> list[Coefficients]:
-        """For each group, p and q [module, client]."""
+    def _fitted(self, groups: Sequence["_Group"]) -> Iterator[LowRank]:
+        """For each group, b [module, out, rank] and a [module, rank, in]."""
+        layers = map(self._layer, groups)
         if self.scope == "layer":
-            return [self._solve([self._layer(group)], shared=False) for group in groups]
-        one = self._solve([self._layer(group) for group in groups], shared=True)
-        return [Coefficients(*(x.expand(len(group.names), -1) for x in (one.p, one.q))) for group in groups]
+            yield from (combined(layer, self._solve([layer], shared=False)) for layer in layers)
+        else:
+            one = self._solve(together := list(layers), shared=True)
+            yield from (combined(layer, one) for layer in together)
 
     def _layer(self, group: "_Group") -> Layer:
         return linear(group.terms) if self.form == "linear" else affine(group.terms, group.origin)
@@ -105,10 +105,10 @@ class _Group:
 
 
 def _groups(names: Sequence[str], uploads: Sequence[tuple[float, Updates]], server: Updates) -> Iterator[_Group]:
-    """Modules of one shape, as many at once as fit into memory in fp64."""
+    """Modules of one shape, as many as are solved together."""
     rank = max(update[name].rank for _, update in uploads for name in names)
     out, in_ = server[names[0]].b.shape[-2], server[names[0]].a.shape[-1]
-    size = max(1, _FACTORS // (len(uploads) * rank * (out + in_)))
+    size = at_once(len(uploads), rank, out + in_)
     for some in (names[i : i + size] for i in range(0, len(names), size)):
         terms = [(weight, batch(update, some, rank)) for weight, update in uploads]
         yield _Group(some, terms, leading(batch(server, some), rank))
