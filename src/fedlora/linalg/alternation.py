@@ -134,7 +134,7 @@ def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -
 
 def combined(layer: Layer, at: Coefficients) -> LowRank:
     """The factors (sum_i p_i b_i, sum_i q_i a_i), in fp64."""
-    return LowRank(b=_combination(layer.left, at.p).mT, a=_combination(layer.right, at.q))
+    return LowRank(b=_combination(layer.left, at.p).mT.contiguous(), a=_combination(layer.right, at.q))
 
 
 def _slope(layers: Sequence[Layer], p: Tensor, q: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
