@@ -1,7 +1,8 @@
 """Seconds and memory of a simulated round, against loops written by hand with PyTorch and PEFT for the same work.
 
     python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--parts W1 W2 learn scale]
-                                   [--peers flower=PYTHON pfl=PYTHON] [--write docs/benchmarks/simulator.md]
+                                   [--peers flower=PYTHON flower-afresh=PYTHON pfl=PYTHON]
+                                   [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5 rounds,
@@ -11,6 +12,9 @@ alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients 
 100 and from 10,000. Every measurement is a process of its own; the sides take turns. Peers are other frameworks, each
 with the Python of an environment of its own (see `peers`); their memory is that of all their processes, shared pages
 counted once.
+
+Of peak: the multiply-adds of the model's linear layers for the tokens of a round, padding left out, forward and backward
+to their inputs (frozen weights need no more), over those of square matrix products of the same precision in the same time.
 """
 
 import argparse
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from peers.work import Work as Handed
 
 STARTED = time.perf_counter()
-BATCH, RANK, LONGEST, LARGE = 8, 8, 64, 128
+BATCH, RANK, LONGEST, LARGE, SQUARE = 8, 8, 64, 128, 2048
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,12 @@ SIDES: dict[str, Any] = {
 }
 
 
-PEERS = {"flower": "Flower's simulation engine", "pfl": "pfl-research"}
-"""Other frameworks, by the names of their files in `peers`."""
+PEERS = {
+    "flower": "Flower's simulation engine, the model kept",
+    "flower-afresh": "Flower's simulation engine, the model loaded by each client",
+    "pfl": "pfl-research",
+}
+"""Other frameworks, by the names of their files in `peers`, each followed by its argument if it takes one."""
 
 
 def measure(side: str, work: str, files: list[str], seed: int = 0, python: str = "") -> dict[str, float]:
@@ -201,32 +209,62 @@ def measure(side: str, work: str, files: list[str], seed: int = 0, python: str =
         command = [sys.executable, __file__, *files, "--side", side, "--work", work, "--seed", str(seed)]
         if side in PEERS:
             handed(files, WORKS[work], seed).write(file := Path(folder, "work.json"))
-            command = [python, str(Path(__file__).parent / "peers" / f"with_{side}.py"), str(file)]
+            name, *arguments = side.split("-")
+            command = [python, str(Path(__file__).parent / "peers" / f"with_{name}.py"), str(file), *arguments]
         output = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(output.stdout.splitlines()[-1])
     print(work, side, found, file=sys.stderr, flush=True)
     return found
 
 
+def needed(files: list[str], work: Work) -> float:
+    """Floating-point operations of a round in the linear layers of the model's blocks."""
+    from torch import nn
+    from transformers import AutoModel
+
+    given = handed(files, work, 0)
+    linear = [layer for layer in AutoModel.from_pretrained(given.model).modules() if isinstance(layer, nn.Linear)]
+    tokens = work.samples * statistics.mean(map(len, given.ids))
+    return 2 * 2 * tokens * sum(layer.weight.numel() for layer in linear)
+
+
+def peak(precision: str) -> float:
+    """Floating-point operations a second of square matrix products."""
+    import torch
+
+    x, seconds = torch.randn(SQUARE, SQUARE, dtype=getattr(torch, precision)), []
+    for _ in range(10):
+        started = time.perf_counter()
+        x @ x
+        seconds.append(time.perf_counter() - started)
+    return 2 * SQUARE**3 / statistics.median(seconds)
+
+
 def speed(work: str, files: list[str], repeats: int, pythons: Mapping[str, str]) -> list[str]:
-    """Medians; the ratio is that of each turn to the loop by hand of the same turn."""
-    sides = [*SIDES, *pythons]
-    turns = [{side: measure(side, work, files, python=pythons.get(side, "")) for side in sides} for _ in range(repeats)]
+    """Medians; ratios are those of each turn to the loop by hand and to the matrix products of the same turn."""
+    sides, turns, peaks = [*SIDES, *pythons], [], []
+    for _ in range(repeats):
+        peaks.append({precision: peak(precision) for precision in ("float32", "bfloat16")})
+        turns.append({side: measure(side, work, files, python=pythons.get(side, "")) for side in sides})
+    flops, titles = needed(files, WORKS[work]), ("seconds a round", "samples/s", "times the loop by hand", "of peak")
     lines = [
-        f"| {work} | seconds a round | samples/s | times the loop by hand | outside steps | peak memory | test accuracy |",
-        "|---|---|---|---|---|---|---|",
+        f"| {work} | {' | '.join(titles)} | outside steps | peak memory | test accuracy |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
         second, memory, accuracy = (
             statistics.median(turn[side][key] for turn in turns) for key in ("seconds", "peak_mb", "accuracy")
         )
         ratio = statistics.median(turn[HAND]["seconds"] / turn[side]["seconds"] for turn in turns)
+        precision = "bfloat16" if side.endswith("bf16") else "float32"
+        share = statistics.median(flops / t[side]["seconds"] / top[precision] for t, top in zip(turns, peaks, strict=True))
         outside = [turn[side]["outside"] for turn in turns if "outside" in turn[side]]
         cells = [
             PEERS.get(side, side),
             f"{second:.1f}",
             f"{WORKS[work].samples / second:.0f}",
             f"{ratio:.2f}",
+            f"{share:.0%}",
             f"{statistics.median(outside):.1%}" if outside else "",
             f"{memory:.0f} MB",
             f"{accuracy:.3f}",

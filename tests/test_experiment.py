@@ -35,12 +35,13 @@ def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
     assert {x.dtype for x in bench.adapted.spec.head.values()} == {torch.float32}
 
 
-def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_path):
-    result = run(experiment(home, precision="bf16"), tmp_path / "run")
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_path, packed):
+    result = run(experiment(home, precision="bf16", packed=packed), tmp_path / "run")
     assert 0 < result.rows[0]["train_loss"] < 10
     assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()} == {torch.float32}
-    measured = json.loads((tmp_path / "run/environment.json").read_text())
-    assert measured["clients_in_a_step"] == 1 and measured["tokens_in_a_pass"] > 100
+    found = json.loads((tmp_path / "run/environment.json").read_text())
+    assert found["clients_in_a_step"] == 1 and found["tokens_in_a_pass"] > 100 and found["packed"] is packed
 
 
 def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):

@@ -9,24 +9,30 @@ from flwr.clientapp import ClientApp
 from peft import PeftModel
 from work import Work, put, state
 
-WORK = "FEDLORA_BENCHMARK_WORK"
-"""The environment variable that names the work's file."""
+WORK, AFRESH = "FEDLORA_BENCHMARK_WORK", "FEDLORA_BENCHMARK_AFRESH"
+"""Environment variables: the work's file; whether each client loads the model."""
 
 app = ClientApp()
 
 
 @cache
-def resident() -> tuple[Work, PeftModel]:
-    """The work and the model, loaded once in each process."""
-    work = Work.read(os.environ[WORK])
+def shared() -> Work:
+    """The work, read once in each process."""
     torch.set_num_threads(1)
-    return work, work.make()
+    return Work.read(os.environ[WORK])
+
+
+@cache
+def resident() -> PeftModel:
+    """The model, loaded once in each process."""
+    return shared().make()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
-    work, model = resident()
+    work = shared()
+    model = work.make() if AFRESH in os.environ else resident()
     put(model, message.content["arrays"].to_torch_state_dict())
     batches = work.shuffled(int(context.node_config["partition-id"]))
     work.train(model, batches)

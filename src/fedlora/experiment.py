@@ -218,7 +218,8 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     progress: Progress
     done, progress = folder.restore()
     if not folder.experiment.exists():
-        record(folder, experiment, clients_in_a_step=bench.trainer.together, tokens_in_a_pass=bench.trainer.tokens)
+        path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
+        record(folder, experiment, **path, packed=bench.adapted.packing.works)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,

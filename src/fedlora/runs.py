@@ -67,10 +67,10 @@ def settled(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"train": train})
 
 
-def record(folder: RunFolder, experiment: Experiment, **measured: int) -> None:
-    """Writes down what is run, with which versions, and what was measured before."""
+def record(folder: RunFolder, experiment: Experiment, **found: int) -> None:
+    """Writes down what is run, with which versions, and what was found out before: which way the clients train."""
     folder.record("experiment.toml", experiment.to_toml())
-    folder.record("environment.json", json.dumps({**_environment(), **measured}, indent=1))
+    folder.record("environment.json", json.dumps({**_environment(), **found}, indent=1))
 
 
 def _environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ class RunFolder:
     """The folder of one run, locked for this process.
 
     experiment.toml      the resolved experiment
-    environment.json     versions
+    environment.json     versions, and which way the clients train
     rounds.jsonl         one row for each complete round
     checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
     clients/ID/ROUND.safetensors   states of clients that have any
