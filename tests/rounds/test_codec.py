@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
-from fedlora.rounds.codec import decode, decode_state, encode, encode_state, outline
+from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
 
 DTYPES = [
     torch.float64,
@@ -79,6 +79,7 @@ def test_a_payload_keeps_names_shapes_dtypes_and_values(dtype):
     assert got.keys() == sent.keys()
     assert all(got[name].dtype == dtype and got[name].shape == sent[name].shape for name in sent)
     assert all(torch.equal(got[name], sent[name]) for name in sent)
+    assert encoded_size(sent) == len(encode(sent))
 
 
 def test_a_payload_keeps_nan_infinities_and_negative_zero():

@@ -41,7 +41,8 @@ class FactorAveraging:
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
         """The factors that do not travel."""
-        return pick(pack(lora_init(spec, self.rank, seed)), _ALL - set(self.shared))
+        kept = _ALL - set(self.shared)
+        return pick(pack(lora_init(spec, self.rank, seed)), kept) if kept else {}
 
     def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
         """The shared factors, the same for everybody."""

@@ -4,8 +4,10 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
@@ -19,6 +21,16 @@ def encode(tensors: Tensors) -> bytes:
     order = " ".join(str(ranks[name]) for name in tensors)  # safetensors keeps none, and a sum depends on it
     named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # views may share memory
     return save(named, metadata={"order": order})
+
+
+def encoded_size(tensors: Tensors) -> int:
+    """The length of `encode(tensors)`, which the tensors' values have no part in."""
+    return _encoded_size(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
+
+
+@lru_cache(maxsize=256)  # most clients of a round send the same names and shapes
+def _encoded_size(layout: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> int:
+    return len(encode({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in layout}))
 
 
 def decode(payload: bytes) -> dict[str, Tensor]:

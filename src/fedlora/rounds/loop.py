@@ -13,7 +13,7 @@ from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
-from fedlora.rounds.codec import encode
+from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.folds import Folds, FoldStore, catch_up
 from fedlora.rounds.gate import Failed, Gate
 from fedlora.rounds.report import summary
@@ -166,7 +166,7 @@ def _begin(plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, r
     folds = before.folds.known(exchange.held())
     lacking = missed(plan.spec, store, folds, chosen)
     gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
-    bytes_down = _encoded_bytes([*sent.values(), *lacking.values()])
+    bytes_down = sum(map(encoded_size, [*sent.values(), *lacking.values()]))
     return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
 
 
@@ -228,7 +228,7 @@ def _merged(
             watch.answered(answer.client, refused)
             if isinstance(answer, Reply):
                 answered.append(answer.client.id)
-                tally.bytes_up += len(encode(answer.upload))
+                tally.bytes_up += encoded_size(answer.upload)
             if refused is not None or isinstance(answer, Failed):
                 tally.refused[answer.client.id] = str(refused)
                 continue
@@ -256,18 +256,6 @@ def missed(spec: AdapterSpec, store: FoldStore, folds: Folds, clients: Sequence[
     return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
 
 
-def _encoded_bytes(payloads: Sequence[Tensors]) -> int:
-    """The encoded size of all payloads together; one that goes to several clients is encoded once to measure it."""
-    sizes: dict[tuple[tuple[str, int], ...], int] = {}
-    total = 0
-    for payload in payloads:
-        key = tuple((name, id(tensor)) for name, tensor in payload.items())
-        if key not in sizes:
-            sizes[key] = len(encode(payload))
-        total += sizes[key]
-    return total
-
-
 def _judging(
     plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, row: dict[str, Any], tally: _Tally
 ) -> _Judging:
@@ -289,8 +277,8 @@ def _judging(
         sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
         lacking = missed(plan.spec, store, folds, judges)
         scores = exchange.judge(rnd, sent, lacking)
-        bytes_down = row["bytes_down"] + _encoded_bytes([*lacking.values()])
-        row = row | {"bytes_judge": _encoded_bytes([*sent.values()]), "bytes_down": bytes_down}
+        bytes_down = row["bytes_down"] + sum(map(encoded_size, lacking.values()))
+        row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
         folds = folds.delivered(who.id for who in judges)
     tally.seconds["evaluate"] += time.perf_counter() - started
     return _Judging(Progress(after.server, folds), row, tally, scores)
