@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedlora.train.packing import Layout, attention_weights, heads_of
+from fedlora.train.attention import Attention
+from fedlora.train.packing import Layout
 
 _LEVELS = 1 << 8  # a mask entry takes one random byte
 
@@ -47,7 +48,7 @@ class Chance(TorchFunctionMode):
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+            return self._attention(Attention(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -59,23 +60,10 @@ class Chance(TorchFunctionMode):
         )
         return kept
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if dropout_p == 0:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        weights = attention_weights(query, key, attn_mask, is_causal, scale)
-        return self._dropout(weights, dropout_p) @ heads_of(value, query.shape[1])
+    def _attention(self, call: Attention) -> Tensor:
+        if call.dropout_p == 0:
+            return call.fused()
+        return call.weighted(self._dropout(call.weights(), call.dropout_p))
 
     def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
         """1 where an entry is kept, else 0. Bytes, not bools: those take many times as long to multiply with."""

@@ -15,6 +15,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedlora.train.attention import Attention
+
 # oneDNN keeps what it compiles for a shape, of a thousand shapes unless told, half a megabyte each; ours seldom recur
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
@@ -176,52 +178,24 @@ class Packing(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and self.inside is not None:
-            return _attention(self.inside, *args, **(kwargs or {}))
+            return _attention(self.inside, Attention(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
-def _attention(
-    layout: Layout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def _attention(layout: Layout, call: Attention) -> Tensor:
     """[1, heads, tokens, size]. The dropout of all weights is one call, on all buckets' weights one after the other."""
-    split = [layout.split(x) for x in (query, key, value)]
-    masks = [None] * len(layout.buckets) if attn_mask is None else layout.squares(attn_mask)
-    each = list(zip(*split, masks, strict=True))
-    if dropout_p == 0:
-        attend = functional.scaled_dot_product_attention
-        return layout.join([attend(q, k, v, m, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa) for q, k, v, m in each])
-    weights = [attention_weights(q, k, m, is_causal, scale) for q, k, _, m in each]
-    flat = functional.dropout(torch.cat([w.flatten() for w in weights]), dropout_p)
+    split = [layout.split(x) for x in (call.query, call.key, call.value)]
+    masks = [None] * len(layout.buckets) if call.attn_mask is None else layout.squares(call.attn_mask)
+    each = [
+        call._replace(query=query, key=key, value=value, attn_mask=mask)
+        for query, key, value, mask in zip(*split, masks, strict=True)
+    ]
+    if call.dropout_p == 0:
+        return layout.join([one.fused() for one in each])
+    weights = [one.weights() for one in each]
+    flat = functional.dropout(torch.cat([w.flatten() for w in weights]), call.dropout_p)
     parts = torch.split(flat, [w.numel() for w in weights])
-    dropped = [part.view_as(w) for part, w in zip(parts, weights, strict=True)]
-    return layout.join([w @ heads_of(v, w.shape[1]) for w, (_, _, v, _) in zip(dropped, each, strict=True)])
-
-
-def attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-    """[rows, heads, queries, keys], before dropout; as torch's `scaled_dot_product_attention` defines them."""
-    key = heads_of(key, query.shape[1])
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, float("-inf"))
-        scores = scores + attn_mask
-    return scores.softmax(-1)
-
-
-def heads_of(x: Tensor, heads: int) -> Tensor:
-    """Keys or values for so many heads: with fewer, groups of heads share one."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    return layout.join([one.weighted(part.view_as(w)) for one, part, w in zip(each, parts, weights, strict=True)])
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

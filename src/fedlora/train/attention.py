@@ -1,0 +1,46 @@
+"""Torch's attention, taken apart: what intercepts it may need the weights themselves, or a part of the rows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class Attention(NamedTuple):
+    """A call of `scaled_dot_product_attention`: query [rows, heads, queries, size], key and value [rows, heads or fewer,
+    keys, size]; where those have fewer heads, groups of heads share one."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def fused(self) -> Tensor:
+        """The result, [rows, heads, queries, size], from torch's own kernels."""
+        return functional.scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
+
+    def weights(self) -> Tensor:
+        """[rows, heads, queries, keys], before dropout; as torch defines them."""
+        query, key = self.query, self._of_each_head(self.key)
+        scores = (query * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)) @ key.mT
+        if self.is_causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        if (mask := self.attn_mask) is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+            scores = scores + mask
+        return scores.softmax(-1)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The result with these weights."""
+        return weights @ self._of_each_head(self.value)
+
+    def _of_each_head(self, x: Tensor) -> Tensor:
+        heads = self.query.shape[1]
+        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
