@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.train.attention import Attention
 
-# oneDNN keeps what it compiles for a shape, of a thousand shapes unless told, half a megabyte each; ours seldom recur
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+# What oneDNN compiles for a shape it keeps, and so does ideep, which torch calls it through: each for a thousand shapes
+# unless told, up to half a megabyte a shape. Ours seldom recur in another step.
+os.environ |= {key: os.environ.get(key, "64") for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
 
 _NEAR = 0.75  # of the longest example of a bucket: shorter ones get a bucket of their own
 
