@@ -3,7 +3,7 @@ import torch
 
 from fedlora.linalg import fit
 from fedlora.linalg.combine import leading, norm
-from fedlora.linalg.fit import best_fit, recompress, svd, truncate
+from fedlora.linalg.fit import best_fit, gram, leading_eigenvectors, recompress, svd, truncate
 from fedlora.linalg.lowrank import LowRank
 
 from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
@@ -194,3 +194,26 @@ def test_recompress_loses_no_more_than_the_tolerance():
     found = recompress(factor, tolerance=0.3)
     assert found.rank < 8
     assert apart(found.product(), factor.product()) <= 0.3
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("n", [1, 7, 300, 450])  # below and above where a part is computed
+def test_gram_is_the_product_with_its_transpose(n, batch):
+    x = torch.randn(*batch, n, 40, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    torch.testing.assert_close(gram(x), x @ x.mT)
+    torch.testing.assert_close(gram(x.contiguous().mT.contiguous().mT), x @ x.mT)
+
+
+@pytest.mark.parametrize("n", [50, 300])
+def test_leading_eigenvectors_span_what_the_largest_eigenvalues_have(n):
+    x = torch.randn(2, n, n + 20, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    found = leading_eigenvectors(x @ x.mT, 5)
+    torch.testing.assert_close(found.mT @ found, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
+    largest = torch.linalg.eigvalsh(x @ x.mT)[..., -5:]
+    torch.testing.assert_close(torch.linalg.vecdot(found, (x @ x.mT) @ found, dim=-2), largest)
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(300, 300), torch.eye(300), torch.ones(300, 300)])
+def test_leading_eigenvectors_are_orthonormal_where_eigenvalues_are_equal(matrix):
+    found = leading_eigenvectors(matrix.double(), 5)
+    torch.testing.assert_close(found.mT @ found, torch.eye(5, dtype=torch.float64))
