@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
@@ -36,6 +35,8 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
     `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
     two factors: a middle one is multiplied into b. The adapter is not `unfit`.
     """
+    from peft import LoraConfig  # takes a second to import
+
     scaling = Scaling(lora.alpha, lora.rslora)
     factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Full)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -279,6 +278,8 @@ def _is_dense(base: nn.Module) -> bool:
 
 def head_modules(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
     """The modules that make the task head: those wholly new to the checkpoint, and those whose name PEFT takes for one."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES  # takes a second to import
+
     new, keys = set(missing), list(model.state_dict())
     found: list[str] = []
     for name, _ in model.named_modules():
@@ -308,6 +309,8 @@ def _match(sizes: Mapping[str, tuple[int, int]], targets: Sequence[str] | str) -
 
 
 def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> list[str] | str:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     kind = getattr(getattr(model, "config", None), "model_type", None)
     targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if targets is None:

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.train.attention import Attention
 
@@ -201,6 +200,8 @@ def _attention(layout: Layout, call: Attention) -> Tensor:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The model's blocks in order; none if there are several lists of them, or none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes two seconds to import
+
     lists = [
         list(module)
         for module in model.modules()
