@@ -41,7 +41,11 @@ def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_
     assert 0 < result.rows[0]["train_loss"] < 10
     assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()} == {torch.float32}
     found = json.loads((tmp_path / "run/environment.json").read_text())
-    assert found["clients_in_a_step"] == 1 and found["tokens_in_a_pass"] > 100 and found["packed"] is packed
+    assert (
+        found["clients_in_a_step"] == 1
+        and found["tokens_in_a_pass"] > 100
+        and found["packed"] is found["last_block_narrowed"] is packed
+    )
 
 
 def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):

@@ -219,7 +219,8 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     done, progress = folder.restore()
     if not folder.experiment.exists():
         path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
-        record(folder, experiment, **path, packed=bench.adapted.packing.works)
+        packing = bench.adapted.packing
+        record(folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,

@@ -11,11 +11,15 @@ from torch.testing import assert_close
 
 from fedlora.adapter import pack
 from fedlora.config import Train
+from fedlora.data.files import columns
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
-from fedlora.train.inject import Adapted
+from fedlora.train.features import try_packing
+from fedlora.train.inject import Adapted, Scaling, norm_modules
 from fedlora.train.packing import Layout, Packing
 from fedlora.train.tasks import Classification, Encoded
+
+from tiny import LABELS, tiny_bert, tiny_rows
 
 TASK = Classification()
 LENGTHS = torch.tensor([[5, 30], [11, 0]])
@@ -34,6 +38,7 @@ PACKS: dict[str, Any] = {
     "llama, groups of heads and rotations": transformers.LlamaConfig(**GROUPED),
     "mistral, a window of 8 tokens": transformers.MistralConfig(**GROUPED, sliding_window=8),
 }
+NARROWS = {"bert", "roberta"}  # their blocks add up in modules of their own
 PADS: dict[str, Any] = {
     "albert, one block for all layers": transformers.AlbertConfig(**BLOCKS, embedding_size=16),
     "deberta, positions in its attention": transformers.DebertaV2Config(**BLOCKS),
@@ -67,7 +72,7 @@ def test_a_model_gives_the_same_packed_and_computes_no_padding(name):
     with torch.inference_mode():
         padded = outputs(model)
         packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
-        assert packing.works
+        assert packing.works and packing.narrows == (name in NARROWS)
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.in_features == 48:  # the last one of each block
                 module.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[:-1].numel()))
@@ -76,7 +81,31 @@ def test_a_model_gives_the_same_packed_and_computes_no_padding(name):
             packed = outputs(model)
         assert_close(outputs(model), padded, rtol=0, atol=0)
     assert_close(packed, padded, rtol=1e-5, atol=1e-6)
-    assert seen[: len(seen) // 2] == [46] * (len(seen) // 2)
+    last = 3 if name in NARROWS else 46
+    assert seen[: len(seen) // 2] in ([46, last], [46, last] * 2)
+
+
+def test_a_head_that_reads_other_tokens_too_gets_all_of_them():
+    class OfTheMean(nn.Module):
+        """Pools as some models do."""
+
+        def __init__(self, bert: nn.Module) -> None:
+            super().__init__()
+            self.base_model, self.head = bert, nn.Linear(32, 3)
+
+        def forward(self, **given: torch.Tensor) -> Any:
+            shown = given["attention_mask"][..., None]
+            seen = self.base_model(**given).last_hidden_state * shown
+            return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.head(seen.sum(1) / shown.sum(1)))
+
+    model = OfTheMean(model_of(PACKS["bert"]).base_model).eval()
+    packing = Packing(model)
+    with torch.inference_mode():
+        padded = outputs(model)
+        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        assert packing.works and not packing.narrows
+        with packing.of(LENGTHS, padded.device):
+            assert_close(outputs(model), padded, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PADS)
@@ -113,7 +142,7 @@ def test_training_and_judging_give_the_same_packed(bench, experts, dropout, toke
     some = [routed(job, 2, i) for i, job in enumerate(some)] if experts else some
     settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
     attention = [m for m in adapted.model.modules() if hasattr(m, "attention_head_size")]
-    assert attention and adapted.packing.works
+    assert attention and adapted.packing.works and adapted.packing.narrows
     found = []
     for works in (True, False):
         adapted.packing.works = works
@@ -130,6 +159,24 @@ def test_training_and_judging_give_the_same_packed(bench, experts, dropout, toke
         assert packed.loss == pytest.approx(padded.loss, rel=1e-5)
         assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
     assert_close(judged(adapted, examples, some, True), judged(adapted, examples, some, False), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first_tokens(tmp_path):
+    model, tokenizer, _ = TASK.load(str(tiny_bert(tmp_path / "model")), LABELS, seed=0)
+    table = columns(tiny_rows(tmp_path / "rows.jsonl", 44), "data.source")
+    table["label"] = [LABELS.index(label) for label in table["label"]]
+    norms = norm_modules(model, ["classifier"])
+    adapted = Adapted(model, Scaling(16.0), "all-linear", dropout=0.1, head=["classifier", *norms])
+    try_packing(adapted, TASK, tokenizer, 64)
+    assert adapted.packing.narrows and any("output.dense" in name for name in adapted.layers)
+    examples, some = TASK.encode(tokenizer, table, 64), jobs(adapted)
+    assert any("LayerNorm" in name for name in some[0].request.start)
+    settings, found = Train(batch_size=4, lr=0.1, optimizer="sgd"), []
+    for adapted.packing.works in (True, False):
+        found.append(train_together(adapted, TASK, examples, some, settings, 100_000))
+    for packed, padded in zip(*found, strict=True):
+        assert packed.loss == pytest.approx(padded.loss, rel=1e-5)
+        assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
 
 
 def judged(adapted: Adapted, examples: Encoded, some: Any, works: bool) -> list[float]:
@@ -149,6 +196,19 @@ def test_clients_that_are_judged_on_long_examples_only_may_have_fewer_than_other
     alone = [score(adapted, TASK, examples, [one], 8)[0] for one in asked]
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5)
+
+
+def test_the_first_tokens_have_a_layout_of_their_own():
+    layout = Layout.of(torch.tensor([[0, 5], [11, 2], [0, 0]]), torch.device("cpu"))
+    whole = torch.arange(1.0, 19)[None, :, None]
+    first = layout.first
+    assert first is not None and first.packed == (1, 3) and first.by_client == (3, 2)
+    narrow = whole[:, layout.at_first]
+    assert narrow.flatten().tolist() == [1, 6, 17]
+    assert_close(first.unpack(narrow)[:, 0], layout.unpack(whole)[:, 0])
+    assert_close(first.pack(layout.unpack(whole)), narrow)
+    assert first.spread(narrow)[..., 0].tolist() == [[1, 0], [6, 17], [0, 0]]
+    assert_close(first.gather(first.spread(narrow)), narrow)
 
 
 def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():

@@ -73,8 +73,8 @@ class Chance(TorchFunctionMode):
             heads = shape[0] // sum(len(bucket.rows) * bucket.longest**2 for bucket in layout.buckets)
             whole = self._padded((layout.padded[0], heads, layout.padded[1], layout.padded[1]), device)
             masks = torch.cat([part.flatten() for part in layout.squares(whole)])
-        elif len(shape) > 2 and tuple(shape[:2]) == layout.packed:
-            masks = layout.pack(self._padded((*layout.padded, *shape[2:]), device))
+        elif len(shape) > 2 and (form := next((one for one in layout.forms() if one.packed == tuple(shape[:2])), None)):
+            masks = form.pack(self._padded((*form.padded, *shape[2:]), device))
         else:
             masks = self._padded(shape, device)
         return masks.ge_(level - _LEVELS // 2)

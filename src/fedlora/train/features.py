@@ -31,16 +31,17 @@ def features(
 
 
 def try_packing(adapted: Adapted, task: Task, tokenizer: Any, max_length: int) -> None:
-    """Packs examples from now on if the model's features are then the same, but for rounding: see `Packing`."""
+    """Packs examples from now on if the model's features and losses are then the same, but for rounding: see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
     examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
     adapted.load([])
     adapted.model.eval()
     parameter = next(adapted.model.parameters())
-    inputs, _ = examples.batch(torch.arange(len(texts)), parameter.device)
+    inputs, targets = examples.batch(torch.arange(len(texts)), parameter.device)
+
+    def outputs() -> Tensor:
+        seen = task.features(adapted.model, inputs)
+        return torch.cat([seen, task.losses(adapted.model, inputs, targets)[:, None].to(seen)], 1)
+
     with torch.inference_mode():
-        adapted.packing.try_out(
-            lambda: task.features(adapted.model, inputs),
-            examples.lengths().view(2, -1),
-            torch.finfo(parameter.dtype).eps ** 0.5,
-        )
+        adapted.packing.try_out(outputs, examples.lengths().view(2, -1), torch.finfo(parameter.dtype).eps ** 0.5)

@@ -34,7 +34,10 @@ class Bucket:
 @dataclass(frozen=True)
 class Layout:
     """Where each token of a pass is in the packed form [1, tokens, ...], and in three others: padded [rows, longest, ...],
-    by client [clients, tokens of the client with the most, ...], and in the buckets one after the other [places, ...]."""
+    by client [clients, tokens of the client with the most, ...], and in the buckets one after the other [places, ...].
+
+    `first` is the layout of the examples' first tokens alone, which are at `at_first`, and has no buckets.
+    """
 
     packed: tuple[int, int]
     padded: tuple[int, int]
@@ -42,7 +45,9 @@ class Layout:
     by_client: tuple[int, int]
     at_client: Int[Tensor, " tokens"]
     buckets: tuple[Bucket, ...]
-    at_bucket: Int[Tensor, " tokens"]
+    at_bucket: Int[Tensor, " places"]
+    first: "Layout | None" = None
+    at_first: Int[Tensor, " examples"] | None = None
 
     @staticmethod
     def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
@@ -60,11 +65,24 @@ class Layout:
             if length < _NEAR * descending[cuts[-1]]:
                 cuts.append(i)
         buckets, starts, start = [], torch.zeros_like(of_row), 0
-        for first, last in pairwise([*cuts, len(descending)]):
-            wide, rows = descending[first], ranked[first:last]
-            starts[rows] = start + wide * torch.arange(last - first)
-            start += wide * (last - first)
+        for begin, end in pairwise([*cuts, len(descending)]):
+            wide, rows = descending[begin], ranked[begin:end]
+            starts[rows] = start + wide * torch.arange(end - begin)
+            start += wide * (end - begin)
             buckets.append(Bucket(rows.to(device), wide))
+        real = (lengths > 0).long()
+        examples = int(real.sum(1).max())
+        place = (real.cumsum(1) - 1 + torch.arange(clients)[:, None] * examples).flatten()
+        some = of_row.nonzero()[:, 0]
+        first = Layout(
+            packed=(1, len(some)),
+            padded=(clients * run, longest),
+            at_padded=(some * longest).to(device),
+            by_client=(clients, examples),
+            at_client=place[some].to(device),
+            buckets=(),
+            at_bucket=some[:0].to(device),
+        )
         return Layout(
             packed=(1, len(row)),
             padded=(clients * run, longest),
@@ -73,7 +91,13 @@ class Layout:
             at_client=(by_client[row] + at).to(device),
             buckets=tuple(buckets),
             at_bucket=(starts[row] + at).to(device),
+            first=first,
+            at_first=(at == 0).nonzero()[:, 0].to(device),
         )
+
+    def forms(self) -> "tuple[Layout, ...]":
+        """This one, and that of the first tokens if there is one."""
+        return (self,) if self.first is None else (self, self.first)
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, longest, ...] to [1, tokens, ...]."""
@@ -109,7 +133,7 @@ class Layout:
         """Of what belongs to pairs of tokens [rows or 1, heads or 1, longest, longest], each bucket's part."""
         rows = [bucket.rows if len(x) > 1 else 0 for bucket in self.buckets]
         cut = [slice(bucket.longest) for bucket in self.buckets]
-        return [x[row][..., own, own] for row, own in zip(rows, cut, strict=True)]
+        return [x[..., own, own][row] for row, own in zip(rows, cut, strict=True)]
 
 
 class Packing(TorchFunctionMode):
@@ -128,6 +152,9 @@ class Packing(TorchFunctionMode):
         self._layout: Layout | None = None
         self.works = False
         """Whether the packed form is used."""
+        self.narrows = False
+        """Whether the last block goes on with the first tokens alone."""
+        self._last = self._attended = False  # the last block is computed; and its attention is done
         self._blocks = _blocks(model)
         for block in self._blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -135,18 +162,23 @@ class Packing(TorchFunctionMode):
             self._blocks[-1].register_forward_hook(self._leave)
 
     def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
-        """Uses the packed form from now on if a call gives the same as in the padded form, [rows, width]."""
-        self.works = False
+        """Uses the packed form from now on if a call gives the same as in the padded form, [rows, width]; narrows if it
+        does so too. What the call gives is all that may be asked of the model later."""
+        self.works = self.narrows = False
         if not self._blocks:
             return
-        expected, self.works = call(), True
-        try:
-            with self.of(lengths, expected.device):
-                apart = (call() - expected).norm() / expected.norm()
-        except Exception:  # whatever an architecture raises that is built otherwise
-            self.works = False
-        else:
-            self.works = bool(apart < tolerance)
+        expected = call()
+        for module in self._blocks[-1].modules():
+            if module is not self._blocks[-1]:
+                module.register_forward_pre_hook(self._narrow, with_kwargs=True)
+        for self.works, self.narrows in ((True, True), (True, False), (False, False)):
+            try:
+                with self.of(lengths, expected.device):
+                    apart = (call() - expected).norm() / expected.norm()
+            except Exception:  # whatever an architecture raises that is built otherwise
+                continue
+            if apart < tolerance:
+                return
 
     @contextmanager
     def of(self, lengths: Int[Tensor, "clients run"], device: torch.device) -> Iterator[Layout | None]:
@@ -160,17 +192,24 @@ class Packing(TorchFunctionMode):
                 yield self._layout
         finally:
             self._layout = self.inside = None  # also where a block has failed
+            self._attended = False
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if (layout := self._layout) is None:
             return None
-        self.inside = layout
+        self.inside, self._last = layout, block is self._blocks[-1]
         return _packed(args, layout), _packed(kwargs, layout)
+
+    def _narrow(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._attended or self.inside is None or self.inside.at_first is None:
+            return None
+        layout, self.inside = self.inside, self.inside.first
+        return _first(args, layout), _first(kwargs, layout)
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if (layout := self.inside) is None:
             return None
-        self.inside = None
+        self.inside, self._attended = None, False
         return layout.unpack(output) if isinstance(output, Tensor) else (layout.unpack(output[0]), *output[1:])
 
     @no_type_check  # called for everything that torch does
@@ -178,6 +217,7 @@ class Packing(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and self.inside is not None:
+            self._attended = self.narrows and self._last
             return _attention(self.inside, Attention(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
@@ -213,14 +253,32 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _packed(x: Any, layout: Layout) -> Any:
     """With all tensors packed that have an entry for each token."""
-    if isinstance(x, Tensor):
-        rows, longest = layout.padded
+    rows, longest = layout.padded
+
+    def pack(x: Tensor) -> Tensor:
         if x.ndim in (2, 3) and x.shape[1] == longest and x.shape[0] in (1, rows):
             return layout.pack(x.expand(rows, *x.shape[1:]))
         return x
+
+    return _each_tensor(x, pack)
+
+
+def _first(x: Any, layout: Layout) -> Any:
+    """With only the first tokens in all tensors in the packed form."""
+    at = layout.at_first
+
+    def take(x: Tensor) -> Tensor:
+        return x if at is None or tuple(x.shape[:2]) != layout.packed else _taken(x[0], at)[None]
+
+    return _each_tensor(x, take)
+
+
+def _each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        return change(x)
     if isinstance(x, tuple):
-        return tuple(_packed(one, layout) for one in x)
-    return {key: _packed(one, layout) for key, one in x.items()} if isinstance(x, dict) else x
+        return tuple(_each_tensor(one, change) for one in x)
+    return {key: _each_tensor(one, change) for key, one in x.items()} if isinstance(x, dict) else x
 
 
 class _Take(torch.autograd.Function):
