@@ -143,6 +143,9 @@ class Packing(TorchFunctionMode):
     one, its output is padded again: embeddings and head notice nothing. Within the mode, attention is computed bucket by
     bucket, with the model's own mask cut to the bucket. This needs one list of blocks that go through torch's
     `scaled_dot_product_attention` and otherwise treat each token alone; `try_out` sees whether that is so.
+
+    What comes in the last block after its attention is computed for each example's first token alone, if nothing else is
+    read later. This needs a block of which the modules add up what they are given, not the block itself: tried out too.
     """
 
     def __init__(self, model: nn.Module) -> None:
