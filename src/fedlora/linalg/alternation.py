@@ -132,8 +132,8 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
 
 
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
-    """From the mean factors, exact least squares for q, then for p, until a step would add less than a thousandth to what
-    all before have gained, or `sweeps` are done.
+    """From the mean factors, exact least squares for q, then for p, until for every element of the batch a step would add
+    less than a thousandth to what all before have gained, or `sweeps` are done.
 
     What it would gain is told by the objective's slope, and by its curvature at the step before. A gain below 1e-14 of the
     squared norm of the mean factors' product ends it too, as it may be rounding.
@@ -146,18 +146,19 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
     b, a = ([layer.right.moved(p) for layer in some] for some in (mirrored, layers))
     before = _lengths(mirrored, b, shared), _lengths(layers, a, shared)
     inverse: Tensor | None = None
-    gained, least = 0.0, 1e-14 * float((before[0] * before[1]).square().sum())
+    least = 1e-14 * (before[0] * before[1]).square()
+    gained = torch.zeros_like(least)
     for _ in range(sweeps):
         slope = _slope(layers, b, a, shared)
-        if inverse is not None and float((slope * _times(inverse, slope)).sum()) <= max(1e-3 * gained, least):
+        if inverse is not None and ((slope * _times(inverse, slope)).sum(-1) <= torch.maximum(1e-3 * gained, least)).all():
             break
         inverse = _inverse(layers, b, shared)
         q = q + (step := _times(inverse, slope))
-        gained += float((slope * step).sum())
+        gained = gained + (slope * step).sum(-1)
         a = [layer.right.moved(q) for layer in layers]
         slope = _slope(mirrored, a, b, shared)
         p = p + (step := _times(_inverse(mirrored, a, shared), slope))
-        gained += float((slope * step).sum())
+        gained = gained + (slope * step).sum(-1)
         b = [layer.left.moved(p) for layer in layers]
     if not layers[0].scalable:
         return Coefficients(p=p, q=q)
