@@ -1,6 +1,7 @@
 """The best approximation of a sum of products by a matrix of low rank, and the sum's singular value decomposition."""
 
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ Split = Literal["left", "balanced"]
 Svd = tuple[Tensor, Tensor, Tensor]
 
 _EIGEN = 5  # the leading eigenvectors of n x n cost about as much as this many n^3 of matrix product (fp64, CPU, n = 800)
-_PARTIAL = 200  # rows from which it pays to compute a part: leading eigenvectors alone, half of a symmetric product
+_PARTIAL = 100  # rows from which it pays to compute a part: leading eigenvectors alone, half of a symmetric product
 _SPARE = 8  # ranks carried beyond those asked for: they make the last one asked for converge
 _CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches gain nothing on a CPU and cost memory
 _CHUNK_ELSE = 1 << 26
@@ -121,8 +122,18 @@ def leading_eigenvectors(matrix: Float[Tensor, "*batch n n"], count: int) -> Flo
     import scipy.linalg
 
     flat = matrix.reshape(-1, n, n).numpy()
-    found = [scipy.linalg.eigh(one, subset_by_index=(n - count, n - 1), driver="evr")[1] for one in flat]
+    with _blas().limit(limits=1):
+        found = [scipy.linalg.eigh(one, subset_by_index=(n - count, n - 1), driver="evr")[1] for one in flat]
     return torch.stack([torch.from_numpy(one) for one in found]).reshape(*matrix.shape[:-1], count)
+
+
+@cache
+def _blas() -> Any:
+    """numpy's and scipy's BLAS: its threads, after their work, would take the cores from torch's for a while."""
+    import scipy.linalg  # noqa: F401  (what is not loaded yet is not found)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _at_once(elements: int, device: torch.device) -> int:
