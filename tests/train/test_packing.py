@@ -16,7 +16,8 @@ from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 from fedlora.train.inject import Adapted, Scaling, norm_modules
-from fedlora.train.packing import Layout, Packing
+from fedlora.train.layout import Layout
+from fedlora.train.packing import Packing
 from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows

@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedlora.train.attention import Attention
-from fedlora.train.packing import Layout
+from fedlora.train.layout import Layout
 
 _LEVELS = 1 << 8  # a mask entry takes one random byte
 
