@@ -41,6 +41,7 @@ class Packing(TorchFunctionMode):
         self.narrows = False
         """Whether the last block goes on with the first tokens alone."""
         self._last = self._attended = False  # the last block is computed; and its attention is done
+        self._trying = False  # what is not computed is NaN, so that whoever reads it is found out, however little it weighs
         self._blocks = _blocks(model)
         for block in self._blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -58,11 +59,14 @@ class Packing(TorchFunctionMode):
             if module is not self._blocks[-1]:
                 module.register_forward_pre_hook(self._narrow, with_kwargs=True)
         for self.works, self.narrows in ((True, True), (True, False), (False, False)):
+            self._trying = True
             try:
                 with self.of(lengths, expected.device):
                     apart = (call() - expected).norm() / expected.norm()
             except Exception:  # whatever an architecture raises that is built otherwise
                 continue
+            finally:
+                self._trying = False
             if apart < tolerance:
                 return
 
@@ -96,7 +100,10 @@ class Packing(TorchFunctionMode):
         if (layout := self.inside) is None:
             return None
         self.inside, self._attended = None, False
-        return layout.unpack(output) if isinstance(output, Tensor) else (layout.unpack(output[0]), *output[1:])
+        padded = layout.unpack(output if isinstance(output, Tensor) else output[0])
+        if self._trying and layout.first is None:
+            padded[:, 1:] = float("nan")
+        return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
     @no_type_check  # called for everything that torch does
     def __torch_function__(
