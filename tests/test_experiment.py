@@ -11,7 +11,9 @@ from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.experiment import Bench, run
 from fedlora.problem import Problem
+from fedlora.rounds.watch import Silent
 from fedlora.runs import settled
+from fedlora.train import hardware
 
 from tiny import tiny_rows
 from wired import furnish, problem
@@ -52,6 +54,40 @@ def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):
     run(experiment(home, precision="auto"), tmp_path / "run")
     written = tomllib.loads((tmp_path / "run/experiment.toml").read_text())["train"]["precision"]
     assert written == settled(experiment(home, precision="auto")).train.precision in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("packed", "order"), [(True, "random"), (False, "by-length")])
+def test_batches_are_random_by_default_but_by_length_where_padding_would_be_computed(home, tmp_path, packed, order):
+    for name, batches in (("auto", "auto"), ("named", order)):
+        run(experiment(home, packed=packed, batches=batches), tmp_path / name)
+    written = tomllib.loads((tmp_path / "auto/experiment.toml").read_text())["train"]
+    assert written["batches"] == order and experiment(home).train.batches == "auto"
+    one, other = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("auto", "named"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_on_a_processor_without_its_instructions_is_warned_of_before_the_first_round(
+    home, tmp_path, monkeypatch, fast
+):
+    monkeypatch.setattr(hardware, "fast_in_bf16", lambda device: fast)
+    watch = Listening()
+    run(experiment(home, precision="bf16"), tmp_path / "run", watch)
+    assert watch.heard[-1] == "round 1"
+    assert [("bf16" in line and "'auto' would choose fp32" in line) for line in watch.heard[:-1]] == [True] * (not fast)
+
+
+class Listening(Silent):
+    """Remembers notifications and rounds, in their order."""
+
+    def __init__(self):
+        self.heard = []
+
+    def notify(self, message):
+        self.heard.append(message)
+
+    def round_started(self, rnd, chosen):
+        self.heard.append(f"round {rnd.index + 1}")
 
 
 def test_a_round_that_chooses_too_few_is_refused_before_anything_is_read(home):

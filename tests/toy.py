@@ -196,6 +196,9 @@ class MemoryStates:
 class Quiet:
     """A watcher that sees nothing."""
 
+    def notify(self, message: str) -> None:
+        """Nothing."""
+
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Nothing."""
 

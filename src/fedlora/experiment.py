@@ -103,10 +103,12 @@ class Bench:
     adapted: Adapted
     trainer: LocalTrainer | ManyDevices
     method: AnyMethod
+    notes: Sequence[str] = ()
+    """What the user should know before the first round."""
 
     @classmethod
     def make(cls, experiment: Experiment, problem: Problem) -> "Bench":
-        """Loads the model and tokenizes the examples.
+        """Loads the model and tokenizes the examples. The bench's experiment says which order of batches `auto` stands for.
 
         Raises:
             UserError: the model or the device cannot be used.
@@ -127,6 +129,9 @@ class Bench:
         )
         if settings.packed:
             try_packing(adapted, task, tokenizer, settings.max_length)
+        if settings.batches == "auto":
+            settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
+            experiment = experiment.model_copy(update={"train": settings})
         examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)
         kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
         trainer = LocalTrainer(
@@ -142,7 +147,8 @@ class Bench:
             settings.memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
-        return cls(experiment, problem, adapted, trainer, method)
+        slow = hardware.slow_precision(settings)
+        return cls(experiment, problem, adapted, trainer, method, [slow] if slow else [])
 
     def on_all_devices(self) -> "Bench":
         """The same, with a process for each device that `train.devices` asks for but the first.
@@ -215,6 +221,8 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
         RunStopped: the run cannot go on; all complete rounds are in the folder.
     """
     experiment = bench.experiment
+    for note in bench.notes:
+        watch.notify(note)
     progress: Progress
     done, progress = folder.restore()
     if not folder.experiment.exists():

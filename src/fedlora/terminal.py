@@ -28,6 +28,10 @@ class Live:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def notify(self, message: str) -> None:
+        """Prints the line."""
+        self._console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Empties the bar."""
         again = f", attempt {rnd.attempt + 1}" if rnd.attempt else ""

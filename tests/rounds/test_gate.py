@@ -77,6 +77,9 @@ class Seen:
     cohorts: list[list[ClientInfo]] = field(default_factory=list)
     answers: list[tuple[str, str | None]] = field(default_factory=list)
 
+    def notify(self, message):
+        pass
+
     def round_started(self, rnd, chosen):
         self.cohorts.append(list(chosen))
 

@@ -8,7 +8,10 @@ from fedlora.messages import ClientInfo, Round
 
 @runtime_checkable
 class Watcher(Protocol):
-    """What is told as a run goes on."""
+    """Progress callbacks."""
+
+    def notify(self, message: str) -> None:
+        """A line that the user should read before the first round."""
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """The cohort is known."""
@@ -22,6 +25,9 @@ class Watcher(Protocol):
 
 class Silent:
     """Shows no progress."""
+
+    def notify(self, message: str) -> None:
+        """Nothing."""
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Nothing."""

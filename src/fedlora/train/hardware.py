@@ -39,6 +39,16 @@ def devices(train: Train) -> int:
     return there if wanted == "auto" else wanted
 
 
+def slow_precision(train: Train) -> str | None:
+    """A warning if the device has no instructions for `train.precision`; None if it has."""
+    if train.precision != "bf16" or fast_in_bf16(train.device):
+        return None
+    return (
+        "train.precision = 'bf16': this processor has no bf16 instructions and emulates them, up to a hundred times slower "
+        "than fp32; 'auto' would choose fp32 here"
+    )
+
+
 def fast_in_bf16(choice: str) -> bool:
     """Whether the device of `train.device` has instructions for bf16.
 

@@ -26,9 +26,9 @@ class Journal:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def tell(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """A line for a person."""
-        self.write(told=message)
+        self.write(notified=message)
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """The cohort."""
@@ -60,7 +60,7 @@ class Reader:
         for line in self._lines():
             self.changed = time.monotonic()
             match line:
-                case {"told": message}:
+                case {"notified": message}:
                     self._say(message)
                 case {"round": rnd, "chosen": chosen}:
                     self._watch.round_started(Round(**rnd), [ClientInfo(**who) for who in chosen])

@@ -71,7 +71,7 @@ def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Rem
         done=folder.restore()[0],
     )
     door = Door(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
-    return Remote(post, hello, door, bench.trainer, experiment.deploy.deadline, experiment.deploy.poll, journal.tell)
+    return Remote(post, hello, door, bench.trainer, experiment.deploy.deadline, experiment.deploy.poll, journal.notify)
 
 
 def _keep(bench: Bench, folder: RunFolder, exchange: Remote, after: Progress) -> None:
