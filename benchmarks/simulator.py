@@ -5,13 +5,13 @@
                                    [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
-query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5 rounds,
-one step each. All sides but the floor take batches in random order. By hand: client after client, padded to the longest. Floor: the same rows in
-batches of 128 sorted by length, one adapter, nothing federated. Factors and head are averaged. Learn: W1 with lr 3e-2 and
-alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of one row in each of 20 rounds, chosen from
-100 and from 10,000. Every measurement is a process of its own; the sides take turns. Peers are other frameworks, each
-with the Python of an environment of its own (see `peers`); their memory is that of all their processes, shared pages
-counted once.
+query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5
+rounds, one step each. All sides but the floor take batches in random order. By hand: client after client, padded to the
+longest. Floor: the same rows in batches of 128 sorted by length, one adapter, nothing federated. Factors and head are
+averaged. Learn: W1 with lr 3e-2 and alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of
+one row in each of 20 rounds, chosen from 100 and from 10,000. Every measurement is a process of its own; the sides take
+turns. Peers are other frameworks, each with the Python of an environment of its own (see `peers`); their memory is that
+of all their processes, shared pages counted once.
 
 Of peak: the multiply-adds of the model's linear layers for the tokens of a round, padding left out, forward and backward
 to their inputs (frozen weights need no more), over those of square matrix products of the same precision in the same time.
