@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from fedlora.errors import RunStopped, UserError
+from fedlora.printable import printable
 from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
@@ -157,9 +159,9 @@ def keys(
         raise UserError("nothing to make; give --host for the server's certificate, --node for a node's key")
     if host:
         made.make_server(host)
-        print(made.ca)
+        print(printable(str(made.ca)))
     for name in node or ():
-        print(made.make_node(name))
+        print(printable(str(made.make_node(name))))
 
 
 @app.command()
@@ -204,7 +206,7 @@ def export(
     from fedlora.experiment import export as write
 
     for folder in write(run_dir, to, out, client).values():
-        print(folder)
+        print(printable(str(folder)))
 
 
 @app.command()
@@ -247,12 +249,12 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
         _say(f"interrupted; {again}" if started else "interrupted before the first round", "yellow")
         raise typer.Exit(130) from None
     console.print(terminal.closing(result))
-    console.print(f"run directory  {result.folder}", highlight=False, soft_wrap=True)
+    console.print(Text(printable(f"run directory  {result.folder}")), soft_wrap=True)
     for client, folder in list(result.adapters.items())[:1]:
         more = f" and {len(result.adapters) - 1} more beside it" if len(result.adapters) > 1 else ""
-        console.print(f"PEFT adapter   {folder}{more if client else ''}", highlight=False, soft_wrap=True)
+        console.print(Text(printable(f"PEFT adapter   {folder}{more if client else ''}")), soft_wrap=True)
     if result.left_out:
-        console.print(f"PEFT adapters  {result.left_out}", highlight=False, soft_wrap=True)
+        console.print(Text(printable(f"PEFT adapters  {result.left_out}")), soft_wrap=True)
 
 
 @contextmanager
@@ -310,12 +312,12 @@ def _need_flower() -> None:
 
 
 def _note(message: str) -> None:
-    Console().print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    Console().print(Text(printable(message), "yellow"), soft_wrap=True)
     sys.stdout.flush()
 
 
 def _say(message: str, style: str) -> None:
-    Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text(printable(message), style), soft_wrap=True)
 
 
 def main() -> None:

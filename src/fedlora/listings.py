@@ -11,6 +11,7 @@ from rich.text import Text
 from fedlora import pages
 from fedlora.data.partition import label_table
 from fedlora.methods import Row
+from fedlora.printable import printable
 from fedlora.problem import Problem
 
 _FEW_LABELS = 20
@@ -58,8 +59,9 @@ def clients(problem: Problem) -> Group:
         ranked = sorted(range(len(labels)), key=lambda label: -own[label])
         top = ", ".join(f"{labels[label]} {own[label]}" for label in ranked[:3] if own[label])
         cells = map(str, own) if few else (str(sum(count > 0 for count in own)), top)
-        table.add_row(who.id, str(who.rank), str(len(share.train)), str(len(share.held_out)), *cells)
-    below = [Text("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)))] if few else []
+        row = (who.id, str(who.rank), str(len(share.train)), str(len(share.held_out)), *cells)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    below = [Text(printable("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels))))] if few else []
     if division.left_out_rows:
         below.append(Text(f"left out: {division.left_out_rows} examples, {division.left_out_clients} clients"))
     return Group(table, *below)

@@ -7,8 +7,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.messages import ClientInfo, Round
+from fedlora.printable import printable
 from fedlora.runs import Result
 
 
@@ -42,13 +44,13 @@ class Live:
         """Moves the bar by one client; names a client that is refused."""
         self._bar.advance(self._task)
         if refused is not None:
-            self._console.print(f"client {who.id} refused: {refused}", style="yellow", markup=False, highlight=False)
+            self._console.print(Text(printable(f"client {who.id} refused: {refused}"), "yellow"))
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """One line of the round's main numbers."""
         seconds = sum(row["seconds"].values())
         parts = [f"round {row['round']}/{self._rounds}", f"loss {row['train_loss']:.3f}", *_scores(row), f"{seconds:.1f} s"]
-        self._console.print("  ".join(parts), highlight=False)
+        self._console.print(Text("  ".join(parts)))
 
 
 def closing(result: Result) -> Table:

@@ -1,0 +1,27 @@
+"""Names that others chose, made safe to print: client ids, labels, column and file names, reasons."""
+
+import re
+
+_UNPRINTABLE = re.compile(r"[^ -~]")
+_LONGEST = 40  # characters of a quoted name
+
+
+def printable(text: str) -> str:
+    r"""The text with everything that a terminal would act on or hide written as an escape.
+
+    Control characters, line ends, bidirectional overrides and lone surrogates, as `repr` does, without its quotes.
+
+    >>> print(printable("a\x1b[2Jb\nÄ\u202e"))
+    a\x1b[2Jb\nÄ\u202e
+    """
+    return _UNPRINTABLE.sub(lambda match: _escape(match[0]), text)
+
+
+def quoted(name: object) -> str:
+    """A name from a file or a setting, quoted, escaped and cut to 40 characters: it may be anything."""
+    text = str(name)
+    return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
