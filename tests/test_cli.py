@@ -32,7 +32,7 @@ def place(tmp_path_factory) -> Path:
     (place / "pickled").mkdir()
     (place / "pickled" / "config.json").write_text((place / "model" / "config.json").read_text())
     tiny_rows(place / "rows.jsonl", 45)
-    (place / "foreign.jsonl").write_text('{"text": "bab", "label": "south"}\n')
+    (place / "foreign.jsonl").write_text('{"text": "bab", "label": 3}\n')
     (place / "empty.jsonl").write_text("")
     table = {"model": str(place / "model"), "data": str(place / "rows.jsonl"), "rounds": 2, "clients": CLIENTS}
     write(place / "good.toml", table)
@@ -92,7 +92,7 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
         ("model=package:no_such.inner/model", ["'no_such.inner'", "pip install"]),
         ("data.source={place}/no-such.jsonl", ["data.source", "no-such.jsonl", "no such file"]),
         ("data.source={place}/empty.jsonl", ["empty.jsonl", "no examples"]),
-        ("data.test={place}/foreign.jsonl", ["data.test", "'south'", "training set"]),
+        ("data.test={place}/foreign.jsonl", ["data.test", "row 1", "number", "the training set has names"]),
         ("data.label=colour", ["'colour'", "data.label", "label"]),
         ("clients.count=1000", ["clients.count = 1000", "lower"]),
         ("clients.min_size=14", ["clients.min_size = 14", "lower"]),

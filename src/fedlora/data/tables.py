@@ -1,6 +1,5 @@
 """Tables as their owners keep them: the standard library's sentences, local files, data sets on the hub."""
 
-import difflib
 import inspect
 import json
 import sys
@@ -15,18 +14,26 @@ import datasets
 
 from fedlora.cache import cached
 from fedlora.data import files, stdlib_docs
+from fedlora.data.labels import given
 from fedlora.errors import UserError
+from fedlora.hints import closest
+from fedlora.printable import quoted
 
 STDLIB_DOCS = "stdlib-docs"
+_SHOWN = 10  # columns in a message
 
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns, nothing checked. `origin` is the key and value that led here; `labels` the labels' names if known."""
+    """Named columns, nothing checked.
+
+    `origin` is the key and value that led here, `labels` the names of its labels' numbers if known. `column` gives None for
+    a name that several columns have.
+    """
 
     origin: str
     names: Sequence[str]
-    column: Callable[[str], Iterable[Any]]
+    column: Callable[[str], Iterable[Any] | None]
     labels: tuple[str, ...] | None = None
 
 
@@ -48,10 +55,14 @@ def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None
     return train, _file(test, "data.test")
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the likeliest one, and all there are."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" there are: {', '.join(allowed)}"
+def choices(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the likeliest one, and those there are, which may be anything."""
+    names = list(allowed)
+    near = closest(word, names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (
+        f"; did you mean {quoted(near)}?" if near else ";"
+    ) + f" there are: {', '.join(map(quoted, names[:_SHOWN]))}{more}"
 
 
 def _stdlib_docs() -> Table:
@@ -70,12 +81,15 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise UserError(f"{path}: expected a list of different names, the label's number being its place in the list")
-    return tuple(names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: expected a list of names, the label's number being its place in the list")
+    try:
+        return given(names)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
@@ -84,7 +98,7 @@ def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None
         with _no_progress_bars():
             splits = datasets.load_dataset(name, subset or None)
     except Exception as error:  # whatever the hub's client, the network or the data set's files raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise UserError(
             f"data.source = {source!r}: not loaded from the hub: {reason}; for a local file give its path, offline set "
             "HF_HUB_OFFLINE=1 to use what was downloaded before"
@@ -98,11 +112,20 @@ def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None
 
 def _split(splits: Mapping[str, datasets.Dataset], split: str, source: str, label: str, key: str) -> Table:
     if split not in splits:
-        raise UserError(f"{key}: {source!r} has no split {split!r}{nearest(split, splits)}")
+        raise UserError(f"{key}: {source!r} has no split {split!r}{choices(split, splits)}")
     dataset = splits[split]
     names = getattr(dataset.features.get(label), "names", None)
     origin = f"data.source = {source!r}, split {split!r}"
-    return Table(origin, dataset.column_names, lambda name: dataset[name][:], None if names is None else tuple(names))
+    if names is None:
+        return Table(origin, dataset.column_names, lambda name: dataset[name][:])
+    # a ClassLabel is a place among its names, also where the names are numbers; -1 stands for none
+    name_of = dict(enumerate(names))
+    return Table(
+        origin,
+        dataset.column_names,
+        lambda name: [name_of.get(value) for value in dataset[name]] if name == label else dataset[name][:],
+        given(names),
+    )
 
 
 @contextmanager

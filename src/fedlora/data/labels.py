@@ -1,0 +1,101 @@
+"""Which labels a run has, and which of them an example's is: one rule for all files of a run (docs/data.md)."""
+
+from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal
+
+from fedlora.data.names import is_code, name, number, whole
+
+_MANY = 100  # labels; so many may be rare ones
+
+
+class LabelError(ValueError):
+    """A label that cannot be used. The message continues "a label that ..."; `label` itself is data and not in it."""
+
+    def __init__(self, label: str, reason: str) -> None:
+        super().__init__(reason)
+        self.label = label
+
+
+def given(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that were given for the labels, without blanks around them.
+
+    Raises:
+        ValueError: one is empty or cannot be encoded, or two are the same.
+    """
+    keys = [name(each) for each in names]
+    if not all(keys):
+        raise ValueError(f"name {keys.index('') + 1} is empty")
+    if len(set(keys)) < len(keys) or _written_twice(keys):
+        raise ValueError("two names are the same, or the same number")
+    return tuple(each.strip() for each in names)
+
+
+def found(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
+    """The labels of examples for which no names were given, in order: numbers by size, else text by code point.
+
+    Raises:
+        LabelError: it is not clear what a label means.
+        ValueError: the training set has one label, or nearly as many as examples.
+    """
+    trained = set(train)
+    labels = trained | set(test)
+    if len(trained) < 2:
+        raise ValueError("all examples have the same label; expected two labels or more")
+    if len(trained) > max(_MANY, len(train) // 2):
+        raise ValueError(
+            f"{len(trained)} labels for {len(train)} examples; choose another column, or name the labels in data.labels"
+        )
+    numbers = {number(label) is not None for label in trained}
+    if other := min((label for label in labels - trained if (number(label) is not None) not in numbers), default=None):
+        kinds = "name, the training set has numbers" if number(other) is None else "number, the training set has names"
+        raise LabelError(other, f"is a {kinds}; name the labels in data.labels, in order")
+    if twice := _written_twice(labels):
+        raise LabelError(twice, "is a number that other examples write in another way; write it in one way")
+    if "-1" in labels and labels != {"-1", "1"}:
+        raise LabelError(
+            "-1",
+            "is -1, which often marks an example without a label; remove such examples, or name all labels in data.labels",
+        )
+    if any(number(label) is None or is_code(label) for label in labels):
+        return tuple(sorted(labels))
+    for label in sorted(labels):
+        if whole(label) is None:
+            raise LabelError(
+                label, "is a fraction, not a name or a whole number; if these are codes, list them in data.labels"
+            )
+    return tuple(sorted(labels, key=int))
+
+
+def places(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
+    """The place of each of these labels among the names of a run.
+
+    A label is the name that it equals. A number is the name that is this number; only where no name is a number, it is a
+    place itself, counted from 0.
+
+    Raises:
+        LabelError: a label is not among them.
+    """
+    by_name = {name(each): place for place, each in enumerate(names)}
+    by_number: dict[Decimal | None, int] = {
+        value: place for place, each in enumerate(names) if (value := number(each)) is not None
+    }
+    by_place: dict[str | None, int] = {} if by_number else {str(place): place for place in range(len(names))}
+    place_of = {}
+    for label in dict.fromkeys(labels):
+        found = (by_name.get(label), by_number.get(number(label)), by_place.get(whole(label)))
+        if (place := next((place for place in found if place is not None), None)) is None:
+            numbers = ", which are numbers themselves and not counted from 0" if by_number else ""
+            raise LabelError(label, f"is not among the {len(names)} labels of the run{numbers}")
+        place_of[label] = place
+    return place_of
+
+
+def _written_twice(labels: Collection[str]) -> str | None:
+    """A label that is the same number as another one."""
+    seen = set()
+    for label in sorted(labels):
+        value = number(label)
+        if value is not None and value in seen:
+            return label
+        seen.add(value)
+    return None

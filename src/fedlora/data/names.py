@@ -1,0 +1,68 @@
+"""How labels, owners and tasks are read: the same name from every format (docs/data.md)."""
+
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?")
+_LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
+
+
+def name(value: object) -> str:
+    """The name in a cell, without blanks around it; empty where it is missing (null, NaN, or blank).
+
+    Truth values are the names `true` and `false`, also where they are text in any capitalization.
+
+    Raises:
+        ValueError: neither text nor a number nor a truth value; the message has the type, not the value.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str | bool):
+        text = encodable(str(value)).strip()
+        return text.lower() if text.lower() in ("true", "false") else text
+    if isinstance(value, int | float | Decimal):
+        if value != value:
+            return ""
+        if math.isfinite(value):
+            return str(value)
+        raise ValueError("is infinite; expected text or a whole number")
+    raise ValueError(f"is of type {type(value).__name__}; expected text or a whole number")
+
+
+def encodable(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: it was cut within a character, so that it has half of a surrogate pair and no encoding.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair, as text does that was cut within a character") from None
+    return text
+
+
+def unified(names: Sequence[str]) -> list[str]:
+    """The names of a column; where all of them are whole numbers, in their usual form: 1.0 and +1 are 1."""
+    usual = {each: whole(each) for each in set(names)}
+    return [usual[each] or each for each in names] if None not in usual.values() else list(names)
+
+
+def number(name: str) -> Decimal | None:
+    """The value of a name that is a number, however it is written."""
+    return Decimal(name) if _NUMBER.fullmatch(name) else None
+
+
+def is_code(name: str) -> bool:
+    """Whether a number has leading zeros, which only codes have."""
+    return _LEADING_ZERO.match(name) is not None
+
+
+def whole(name: str) -> str | None:
+    """The usual form of a name that is a whole number; None for all else, and for codes such as 007."""
+    value = number(name)
+    if value is None or is_code(name) or value != value.to_integral_value():
+        return None
+    return str(int(value))

@@ -1,0 +1,53 @@
+"""What somebody may have meant by a word that is not known here."""
+
+import difflib
+from collections.abc import Iterable
+
+_ALIKE = 0.7
+"""Below that a suggestion is a wild guess: 0.7 still finds a letter too few or too many, or two that changed places."""
+
+
+def closest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word that is most like this one, if one is like it."""
+    return next(iter(difflib.get_close_matches(word, list(allowed), n=1, cutoff=_ALIKE)), None)
+
+
+FOREIGN = {
+    # PEFT
+    "r": "method.rank",
+    "lora_r": "method.rank",
+    "alpha": "lora.alpha",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "use_rslora": "lora.rslora",
+    "target_modules": "lora.targets",
+    # transformers
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "train_file": "data.source",
+    "validation_file": "data.test",
+    "learning_rate": "train.lr",
+    "optim": "train.optimizer",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "max_grad_norm": "train.clip_norm",
+    "max_seq_length": "train.max_length",
+    "bf16": "train.precision",
+    # Flower
+    "num_rounds": "rounds",
+    "num_server_rounds": "rounds",
+    "num_clients": "clients.count",
+    "num_supernodes": "clients.count",
+    "num_partitions": "clients.count",
+    "local_epochs": "train.epochs",
+    "strategy": "method.name",
+    "fraction_fit": "sampling.fraction",
+    "fraction_train": "sampling.fraction",
+    "min_fit_clients": "sampling.min_replies",
+    "min_train_nodes": "sampling.min_replies",
+}
+"""Our keys for the words that other projects have for the same thing."""
