@@ -71,6 +71,8 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
     ("change", "parts"),
     [
         ("train.learning_rte=1", ["'train.learning_rte'", "allowed: optimizer, lr"]),
+        ("lora.r=4", ["'lora.r'", "did you mean 'method.rank'"]),
+        ("method.alpha=4", ["'alpha'", "did you mean 'lora.alpha'"]),
         ("train.epoch=1", ["'train.epoch'", "did you mean 'epochs'"]),
         ("round=1", ["'round'", "did you mean 'rounds'"]),
         ("clients.partition=dirichle", ["clients.partition", "'dirichle'", "did you mean 'dirichlet'"]),

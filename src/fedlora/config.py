@@ -1,6 +1,5 @@
 """The experiment: pydantic models of `experiment.toml`, checked before anything starts."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedlora.errors import UserError
+from fedlora.hints import FOREIGN, closest
 from fedlora.method import AnyMethod
 from fedlora.methods import TABLE, Head, Row
 
@@ -29,8 +29,8 @@ class Data(_Section):
 
     source: str = "stdlib-docs"
     """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
-    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names integer labels. `none`: a server without
-    examples, which needs `labels`."""
+    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names the numbers in it (docs/data.md). `none`: a
+    server without examples, which needs `labels`."""
     test: str | None = None
     """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -47,7 +47,7 @@ class Data(_Section):
     test_rows: Positive | None = None
     """Use only so many examples for the global test, drawn at random."""
     labels: list[str] | None = None
-    """The labels' names, in the order of their numbers; none: those that occur in the training set."""
+    """The labels' names, in the order of their numbers; none: those that occur in the training and test set."""
 
 
 class Clients(_Section):
@@ -97,7 +97,7 @@ class MethodChoice(BaseModel):
         for key, value in (self.model_extra or {}).items():
             if key not in row.settings():
                 raise ValueError(
-                    f"{self.name} has no setting {key!r}{_nearest(key, [*row.settings(), 'head', 'norms', 'weights'])}"
+                    f"{self.name} has no setting {key!r}{_other_key(key, [*row.settings(), 'head', 'norms', 'weights'])}"
                 )
             try:
                 TypeAdapter(hints[key]).validate_python(value)
@@ -329,12 +329,12 @@ def _explain(error: ValidationError) -> str:
         section: Any = Experiment
         for parent in parents:
             section = section.model_fields[parent].annotation
-        return f"unknown key {where!r}{_nearest(key, section.model_fields)}"
+        return f"unknown key {where!r}{_other_key(key, section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
     near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
-    return f"{where} = {first['input']!r}: {message}{near}"
+    return f"{where} = {_shortened(repr(first['input']))}: {message}{near}"
 
 
 _UNION_TAG = re.compile(r"str|(list|dict|literal|constrained)[-\[].*")
@@ -345,9 +345,32 @@ def _words(expected: str) -> list[str]:
     return [word.strip("' ") for word in expected.replace(" or ", ",").split(",") if word.strip("' ")]
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def _nearest(word: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    if near := closest(word, allowed):
+        return f"; did you mean {near!r}?"
     return f"; allowed: {', '.join(allowed)}" if allowed else ""
+
+
+def _other_key(key: str, allowed: Iterable[str]) -> str:
+    """The end of a message about a key that is not allowed where it stands.
+
+    It is ours for another project's word, else the keys of that name in other sections, else the nearest in this one.
+    """
+    places = [FOREIGN[key]] if key in FOREIGN else [place for place in _places() if place.rpartition(".")[2] == key]
+    return f"; did you mean {' or '.join(map(repr, places))}?" if places else _nearest(key, allowed)
+
+
+def _places() -> list[str]:
+    """All keys of an experiment, each with its section."""
+    keys = ["method.rank"]  # a setting that every method has
+    for name, field in Experiment.model_fields.items():
+        inner = field.annotation
+        keys.append(name)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += [f"{name}.{key}" for key in inner.model_fields]
+    return keys

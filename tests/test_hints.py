@@ -1,0 +1,54 @@
+"""What a message about an unknown key suggests."""
+
+from typing import Any
+
+import pytest
+
+from fedlora.config import _places, build
+from fedlora.errors import UserError
+from fedlora.hints import FOREIGN
+
+
+def hint(table: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as refused:
+        build(table)
+    return str(refused.value).partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"method": {"alpha": 1}}, "did you mean 'lora.alpha'?"),
+        ({"train": {"alpha": 1}}, "did you mean 'lora.alpha'?"),
+        ({"train": {"seed": 1}}, "did you mean 'seed'?"),
+        ({"lora": {"r": 1}}, "did you mean 'method.rank'?"),
+        ({"lora": {"rank": 1}}, "did you mean 'method.rank'?"),
+        ({"rank": 1}, "did you mean 'method.rank'?"),
+        ({"lr": 1}, "did you mean 'train.lr'?"),
+        ({"clients": {"fraction": 1}}, "did you mean 'sampling.fraction'?"),
+        ({"lora": {"batch_size": 1}}, "did you mean 'train.batch_size' or 'evaluate.batch_size'?"),
+        ({"evaluate": {"rounds": 1}}, "did you mean 'rounds'?"),
+        ({"train": {"epoch": 1}}, "did you mean 'epochs'?"),
+        ({"num_rounds": 1}, "did you mean 'rounds'?"),
+        ({"train": {"per_device_train_batch_size": 1}}, "did you mean 'train.batch_size'?"),
+        ({"clients": {"fraction_fit": 1}}, "did you mean 'sampling.fraction'?"),
+        ({"dataset": {"path": "x"}}, "did you mean 'data'?"),
+    ],
+)
+def test_an_unknown_key_is_pointed_to_the_place_of_ours(table, expected):
+    assert hint(table) == expected
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "warmup", "qqqq"])
+def test_a_key_far_from_all_allowed_ones_gets_their_list(key):
+    assert hint({"train": {key: 1}}).startswith("allowed: optimizer, lr, weight_decay, ")
+
+
+def test_every_word_of_another_project_leads_to_a_key_that_exists():
+    assert set(FOREIGN.values()) <= set(_places())
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(UserError) as refused:
+        build({"data": ["private " * 1000]})
+    assert len(str(refused.value)) < 300
