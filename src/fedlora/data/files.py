@@ -49,7 +49,10 @@ def columns(path: Path, key: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> dict[str, Any]:
-    table = parquet.ParquetFile(path).read()
+    with parquet.ParquetFile(
+        path
+    ) as file:  # read_table would look for partitions in the path, and refuse columns of one name
+        table = file.read()
     names = table.column_names
     return {name: table.column(i).to_pylist() if names.count(name) == 1 else None for i, name in enumerate(names)}
 
