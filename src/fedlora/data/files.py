@@ -49,9 +49,8 @@ def columns(path: Path, key: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> dict[str, Any]:
-    with parquet.ParquetFile(
-        path
-    ) as file:  # read_table would look for partitions in the path, and refuse columns of one name
+    # not read_table: it takes a folder named `key=value` for a column, and rejects columns of one name
+    with parquet.ParquetFile(path) as file:
         table = file.read()
     names = table.column_names
     return {name: table.column(i).to_pylist() if names.count(name) == 1 else None for i, name in enumerate(names)}
