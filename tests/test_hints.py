@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import _places, build
+from fedlora.config import _all_keys, build
 from fedlora.errors import UserError
-from fedlora.hints import FOREIGN
+from fedlora.hints import ALIASES
 
 
 def hint(table: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def test_a_key_far_from_all_allowed_ones_gets_their_list(key):
 
 
 def test_every_word_of_another_project_leads_to_a_key_that_exists():
-    assert set(FOREIGN.values()) <= set(_places())
+    assert set(ALIASES.values()) <= set(_all_keys())
 
 
 def test_a_long_value_is_cut():

@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedlora.errors import UserError
-from fedlora.hints import FOREIGN, closest
+from fedlora.hints import ALIASES, closest
 from fedlora.method import AnyMethod
 from fedlora.methods import TABLE, Head, Row
 
@@ -359,13 +359,13 @@ def _nearest(word: str, allowed: Iterable[str]) -> str:
 def _other_key(key: str, allowed: Iterable[str]) -> str:
     """The end of a message about a key that is not allowed where it stands.
 
-    It is ours for another project's word, else the keys of that name in other sections, else the nearest in this one.
+    Suggests our key for another project's word, else the keys of that name in other sections, else the closest one here.
     """
-    places = [FOREIGN[key]] if key in FOREIGN else [place for place in _places() if place.rpartition(".")[2] == key]
-    return f"; did you mean {' or '.join(map(repr, places))}?" if places else _nearest(key, allowed)
+    keys = [ALIASES[key]] if key in ALIASES else [dotted for dotted in _all_keys() if dotted.rpartition(".")[2] == key]
+    return f"; did you mean {' or '.join(map(repr, keys))}?" if keys else _nearest(key, allowed)
 
 
-def _places() -> list[str]:
+def _all_keys() -> list[str]:
     """All keys of an experiment, each with its section."""
     keys = ["method.rank"]  # a setting that every method has
     for name, field in Experiment.model_fields.items():

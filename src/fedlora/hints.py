@@ -1,4 +1,4 @@
-"""What somebody may have meant by a word that is not known here."""
+"""Suggestions for unknown keys and values."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ def closest(word: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(allowed), n=1, cutoff=_ALIKE)), None)
 
 
-FOREIGN = {
+ALIASES = {
     # PEFT
     "r": "method.rank",
     "lora_r": "method.rank",

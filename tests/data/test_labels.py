@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from fedlora.config import Data
-from fedlora.data.labels import found
+from fedlora.data.labels import found_labels
 from fedlora.data.sources import load, load_own
 from fedlora.errors import UserError
 
@@ -39,7 +39,7 @@ def write(path: Path, labels: list[Any], **others: list[Any]) -> str:
 
 
 def named(corpus: Any) -> list[str]:
-    return [corpus.labels[place] for place in corpus.train["label"]]
+    return [corpus.labels[index] for index in corpus.train["label"]]
 
 
 def refusal(**data: Any) -> str:
@@ -94,7 +94,7 @@ def test_a_label_that_is_missing_or_not_clear_is_refused_with_its_row_in_every_f
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_whole_numbers_are_places_among_names_that_are_given(tmp_path, ending):
+def test_whole_numbers_are_indices_of_names_that_are_given(tmp_path, ending):
     path = write(tmp_path / f"d.{ending}", [1.0, 0.0, 1.0])
     (tmp_path / "labels.json").write_text('["weather", " house", "unseen"]')
     corpus = load(Data(source=path, test=path), 0)
@@ -109,7 +109,7 @@ def test_numbers_are_names_where_the_names_are_numbers(tmp_path, ending, labels)
     assert named(corpus) == ["3", "1", "2"]
     assert load_own(Data(), path, ["1", "2", "3"], 0)["label"][:] == [2, 0, 1]
     zero = write(tmp_path / f"z.{ending}", [0, 1, 2])
-    assert "row 1 has a label that is not among the 3 labels of the run" in refusal(source=zero, labels=["1", "2", "3"])
+    assert "row 1 has a label that is not among the 3 names" in refusal(source=zero, labels=["1", "2", "3"])
 
 
 def test_names_that_are_given_make_minus_one_and_fractions_clear(tmp_path):
@@ -119,9 +119,9 @@ def test_names_that_are_given_make_minus_one_and_fractions_clear(tmp_path):
     assert load(Data(source=path, test=path, labels=["250.00", "401.9", "428.0"]), 0).train["label"][:] == [1, 0, 2]
 
 
-def test_codes_with_leading_zeros_are_never_places(tmp_path):
+def test_codes_with_leading_zeros_are_never_indices(tmp_path):
     path = write(tmp_path / "d.csv", ["01", "00"])
-    assert "row 1 has a label that is not among the 2 labels" in refusal(source=path, labels=["red", "green"])
+    assert "row 1 has a label that is not among the 2 names" in refusal(source=path, labels=["red", "green"])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_label_that_only_the_test_set_has_is_a_label_of_the_run(tmp_path, trai
     source, judged = write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)
     corpus = load(Data(source=source, test=judged), 0)
     assert corpus.labels == labels
-    assert [corpus.labels[place] for place in corpus.test["label"]] == [str(label).removesuffix(".0") for label in test]
+    assert [corpus.labels[index] for index in corpus.test["label"]] == [str(label).removesuffix(".0") for label in test]
 
 
 def test_a_label_that_only_labels_json_names_is_a_label_of_the_run(tmp_path):
@@ -155,7 +155,7 @@ def test_the_labels_json_beside_a_clients_own_file_names_the_numbers_in_it(tmp_p
     assert load_own(Data(), own, ["weather", "house"], 0)["label"][:] == [1, 0, 0]
 
 
-def test_a_class_label_of_the_hub_is_a_place_also_where_its_names_are_numbers(monkeypatch):
+def test_a_class_label_of_the_hub_is_an_index_also_where_its_names_are_numbers(monkeypatch):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["1", "2", "3"])})
     split = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 2]}, features=features)
     unlabelled = Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
@@ -213,7 +213,7 @@ def test_a_column_of_texts_is_not_taken_for_the_labels(tmp_path):
 
 
 def test_many_labels_that_come_back_are_labels():
-    assert len(found([f"{i}" for i in range(500)] * 2, [])) == 500
+    assert len(found_labels([f"{i}" for i in range(500)] * 2, [])) == 500
 
 
 @pytest.mark.parametrize("value", ["a private text", 5, {"a private": "text"}, ["a private text"]])

@@ -207,7 +207,7 @@ def test_a_split_name_for_a_local_file_is_refused(tmp_path):
 def test_label_names_that_do_not_fit_are_refused(tmp_path):
     path = write(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "labels.json").write_text('["red", "green"]')
-    assert "row 3 has a label that is not among the 2 labels" in refusal(source=str(path))
+    assert "row 3 has a label that is not among the 2 names" in refusal(source=str(path))
     (tmp_path / "labels.json").write_text('{"red": 0}')
     assert "labels.json: expected a list" in refusal(source=str(path))
 

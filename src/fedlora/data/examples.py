@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fedlora import config
-from fedlora.data.labels import LabelError, places
+from fedlora.data.labels import LabelError, label_ids
 from fedlora.data.names import encodable, name, number, unified
 from fedlora.data.tables import Table, choices
 from fedlora.errors import UserError
@@ -54,10 +54,10 @@ def row_of(error: LabelError, labels: Sequence[str], place: str) -> UserError:
 def _by_table(labels: list[str], names: Sequence[str], place: str) -> list[str]:
     """The labels, numbers replaced by the names that the table has for them."""
     try:
-        place_of = places([label for label in labels if number(label) is not None], names)
+        ids = label_ids([label for label in labels if number(label) is not None], names)
     except LabelError as error:
         raise row_of(error, labels, place) from None
-    return [name(names[place_of[label]]) if label in place_of else label for label in labels]
+    return [name(names[ids[label]]) if label in ids else label for label in labels]
 
 
 def _read(table: Table, column: str, ours: str, read: Callable[[Any], str]) -> list[str]:

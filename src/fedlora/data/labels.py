@@ -16,7 +16,7 @@ class LabelError(ValueError):
         self.label = label
 
 
-def given(names: Sequence[str]) -> tuple[str, ...]:
+def given_labels(names: Sequence[str]) -> tuple[str, ...]:
     """Names that were given for the labels, without blanks around them.
 
     Raises:
@@ -30,7 +30,7 @@ def given(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(each.strip() for each in names)
 
 
-def found(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
+def found_labels(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
     """The labels of examples for which no names were given, in order: numbers by size, else text by code point.
 
     Raises:
@@ -66,28 +66,28 @@ def found(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=int))
 
 
-def places(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
-    """The place of each of these labels among the names of a run.
+def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
+    """The index of each of these labels among the names.
 
-    A label is the name that it equals. A number is the name that is this number; only where no name is a number, it is a
-    place itself, counted from 0.
+    A label is the name that it equals. A number is the name that is this number; only where no name is a number, it is
+    itself the index, counted from 0.
 
     Raises:
-        LabelError: a label is not among them.
+        LabelError: a label is not among the names.
     """
-    by_name = {name(each): place for place, each in enumerate(names)}
+    by_name = {name(each): index for index, each in enumerate(names)}
     by_number: dict[Decimal | None, int] = {
-        value: place for place, each in enumerate(names) if (value := number(each)) is not None
+        value: index for index, each in enumerate(names) if (value := number(each)) is not None
     }
-    by_place: dict[str | None, int] = {} if by_number else {str(place): place for place in range(len(names))}
-    place_of = {}
+    by_index: dict[str | None, int] = {} if by_number else {str(index): index for index in range(len(names))}
+    ids = {}
     for label in dict.fromkeys(labels):
-        found = (by_name.get(label), by_number.get(number(label)), by_place.get(whole(label)))
-        if (place := next((place for place in found if place is not None), None)) is None:
+        found = (by_name.get(label), by_number.get(number(label)), by_index.get(whole(label)))
+        if (index := next((index for index in found if index is not None), None)) is None:
             numbers = ", which are numbers themselves and not counted from 0" if by_number else ""
-            raise LabelError(label, f"is not among the {len(names)} labels of the run{numbers}")
-        place_of[label] = place
-    return place_of
+            raise LabelError(label, f"is not among the {len(names)} names of the labels{numbers}")
+        ids[label] = index
+    return ids
 
 
 def _written_twice(labels: Collection[str]) -> str | None:

@@ -12,10 +12,10 @@ _LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
 def name(value: object) -> str:
     """The name in a cell, without blanks around it; empty where it is missing (null, NaN, or blank).
 
-    Truth values are the names `true` and `false`, also where they are text in any capitalization.
+    Booleans are the names `true` and `false`, also where they are text in any capitalization.
 
     Raises:
-        ValueError: neither text nor a number nor a truth value; the message has the type, not the value.
+        ValueError: neither text nor a number nor a boolean; the message has the type, not the value.
     """
     if value is None:
         return ""

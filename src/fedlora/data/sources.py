@@ -8,7 +8,7 @@ import torch
 
 from fedlora import config
 from fedlora.data.examples import Columns, examples, row_of, where
-from fedlora.data.labels import LabelError, found, given, places
+from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
 from fedlora.data.tables import STDLIB_DOCS, find
 from fedlora.errors import UserError
 from fedlora.randomness import generator
@@ -45,11 +45,11 @@ def load(data: config.Data, seed: int) -> Corpus:
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
     names = _given(data) or table.labels or _found(train["label"], place, test.get("label", []), test_place)
-    train["label"] = _places(train["label"], names, place)
+    train["label"] = _label_ids(train["label"], names, place)
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
     else:
-        test["label"] = _places(test["label"], names, test_place)
+        test["label"] = _label_ids(test["label"], names, test_place)
     return Corpus(
         train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
         test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
@@ -65,32 +65,32 @@ def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> 
     """
     table, _ = find(file, None, data.label)
     columns = examples(table, data.model_copy(update={"user": None, "task": None}))
-    columns["label"] = _places(columns["label"], labels, where(table, data))
+    columns["label"] = _label_ids(columns["label"], labels, where(table, data))
     return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
 
 
 def _given(data: config.Data) -> tuple[str, ...] | None:
     try:
-        return given(data.labels) if data.labels else None
+        return given_labels(data.labels) if data.labels else None
     except ValueError as error:
         raise UserError(f"data.labels: {error}") from None
 
 
 def _found(train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
     try:
-        return found(train, test)
+        return found_labels(train, test)
     except LabelError as error:
         raise row_of(error, train, train_place) if error.label in train else row_of(error, test, test_place) from None
     except ValueError as error:
         raise UserError(f"{train_place}: {error}") from None
 
 
-def _places(labels: list[str], names: Sequence[str], place: str) -> list[int]:
+def _label_ids(labels: list[str], names: Sequence[str], place: str) -> list[int]:
     try:
-        place_of = places(labels, names)
+        ids = label_ids(labels, names)
     except LabelError as error:
         raise row_of(error, labels, place) from None
-    return [place_of[label] for label in labels]
+    return [ids[label] for label in labels]
 
 
 def _split(columns: Columns, fraction: float, seed: int) -> tuple[Columns, Columns]:

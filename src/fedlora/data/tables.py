@@ -14,7 +14,7 @@ import datasets
 
 from fedlora.cache import cached
 from fedlora.data import files, stdlib_docs
-from fedlora.data.labels import given
+from fedlora.data.labels import given_labels
 from fedlora.errors import UserError
 from fedlora.hints import closest
 from fedlora.printable import quoted
@@ -87,7 +87,7 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: expected a list of names, the label's number being its place in the list")
     try:
-        return given(names)
+        return given_labels(names)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -118,13 +118,17 @@ def _split(splits: Mapping[str, datasets.Dataset], split: str, source: str, labe
     origin = f"data.source = {source!r}, split {split!r}"
     if names is None:
         return Table(origin, dataset.column_names, lambda name: dataset[name][:])
-    # a ClassLabel is a place among its names, also where the names are numbers; -1 stands for none
+    # a ClassLabel is an index of its names, also where these are numbers; -1 stands for none
     name_of = dict(enumerate(names))
+    try:
+        labels = given_labels(names)
+    except ValueError as error:
+        raise UserError(f"{origin}, names of {quoted(label)}: {error}") from None
     return Table(
         origin,
         dataset.column_names,
         lambda name: [name_of.get(value) for value in dataset[name]] if name == label else dataset[name][:],
-        given(names),
+        labels,
     )
 
 
