@@ -105,9 +105,9 @@ def test_columns_without_a_name_and_commas_at_the_end_do_not_matter(tmp_path, co
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('text,label\na,x\n"secret,y\nb,x\n"secret too,y\n', "line 3 to 5: text after a closing quote"),
+        ('text,label\na,x\n"secret,y\nb,x\n"secret too,y\n', "lines 3 to 5: text after a closing quote"),
         ('text,label\na,x\nb,"secret" x\n', "line 3: text after a closing quote"),
-        ('text,label\na,x\n"secret,y\nb,x\n', "line 3 to 4: a quote is never closed"),
+        ('text,label\na,x\n"secret,y\nb,x\n', "lines 3 to 4: a quote is never closed"),
         ("text,label,note\na,x,\nsecret\n", "line 3 has 1 values for the 3 columns"),
         ('text,label\n"a\n\nb",x\nsecret,y,z\n', "line 5 has 3 values for the 2 columns"),
     ],

@@ -39,7 +39,7 @@ def _rows(text: str) -> Iterator[tuple[int, list[str]]]:
                 row = next(reader, None)
             except csv.Error as error:
                 what = "a quote is never closed" if "end of data" in str(error) else "text after a closing quote"
-                where = f"line {line}" + (f" to {reader.line_num}" if reader.line_num > line else "")
+                where = f"line {line}" if reader.line_num <= line else f"lines {line} to {reader.line_num}"
                 raise ValueError(f"{where}: {what}; quote such a value as a whole, and double the quotes in it") from None
             if row is None:
                 return
