@@ -18,6 +18,7 @@ from fedlora.methods.wrap.head import with_head
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
 from fedlora.rounds.simulate import Simulation
+from fedlora.train.requests import check_request, check_update
 
 SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},
@@ -66,6 +67,7 @@ class ToyTrainer:
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Adds to the base for good."""
+        check_update(self.spec, change, "change of the base")
         for name, part in change.items():
             self.base[name] = self.base.get(name, 0) + part.product()
 
@@ -75,6 +77,7 @@ class ToyTrainer:
 
     def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
+        check_request(self.spec, request)
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         leaves = [parts[name][key] for name, key in trained]
@@ -85,7 +88,8 @@ class ToyTrainer:
             weights = {name: _matrix(kinds[name](**tensors)) + fixed[name] for name, tensors in parts.items()}
             loss = _distance(weights, target)
             if request.penalty is not None:
-                loss = loss + request.penalty({name: LowRank(**x) for name, x in parts.items() if kinds[name] is LowRank})
+                live = {f"{name}.{key}": x for name, tensors in parts.items() for key, x in tensors.items()}
+                loss = loss + request.penalty(live)
             for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
@@ -95,6 +99,7 @@ class ToyTrainer:
 
     def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
         """By the factors that `request` names."""
+        check_request(self.spec, request)
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         kinds = {name: type(part) for name, part in request.start.items()}

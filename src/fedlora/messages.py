@@ -138,19 +138,22 @@ class Fit:
 
     `train` names factors (`b`, `a`, in Tri and Heads also `c` and `s`, in Experts `g`, `w` of Full); the others stay as
     they are. `epochs` None means the run's own setting. `beside` are frozen factors that act beside those in `start`.
-    `penalty` is added to the loss of each step; it sees the parts of kind LowRank as they are then. It has to be picklable,
-    as it may be computed in another process: a function of a module, or a `functools.partial` of one.
+    `penalty` is added to the loss of each step; it gets all tensors of the adapter as they are then, as `pack` names them,
+    heads included. It has to be picklable, as it may be computed in another process: a function of a module, or a
+    `functools.partial` of one.
 
     `mask` says which entries of `"module.factor"` may move, as a bool tensor that broadcasts to the factor: [1, rank] for
     b, [rank, 1] for a. The others get no gradient, count in no norm, do not decay, and come back bit for bit; a factor
     without a mask is trained as a whole. `rates` multiplies the learning rate of a factor in all modules: {"b": 5.0}.
+
+    A trainer refuses a request that it cannot honour as a whole, with a ValueError: see `train.requests`.
     """
 
     start: Adapter
     train: frozenset[str]
     epochs: int | None = None
     beside: Mapping[str, LowRank] | None = None
-    penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None
+    penalty: Callable[[Tensors], Tensor] | None = None
     mask: Mapping[str, Tensor] | None = None
     rates: Mapping[str, float] | None = None
 

@@ -70,7 +70,7 @@ def fit(
     train: Iterable[str] = "ba",
     epochs: int | None = None,
     beside: Mapping[str, LowRank] | None = None,
-    penalty: Callable[[Mapping[str, LowRank]], Tensor] | None = None,
+    penalty: Callable[[Tensors], Tensor] | None = None,
     mask: Mapping[str, Tensor] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> Local[Adapter]:

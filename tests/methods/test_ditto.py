@@ -66,8 +66,8 @@ def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_sin
     assert first.penalty is None
     second = job.send(factors(2, "trained", spec=SPEC))
     assert second.start is mine and second.penalty is not None
-    assert_close(second.penalty(mine), 1.5 * distance(mine, unpack(got, LowRank)))
-    assert second.penalty(unpack(got, LowRank)) == 0
+    assert_close(second.penalty(pack(mine)), 1.5 * distance(mine, unpack(got, LowRank)))
+    assert second.penalty(got) == 0
 
 
 def test_the_distance_is_that_of_all_factors():

@@ -141,7 +141,7 @@ def test_the_penalty_pulls_on_the_tail_alone():
     m, who = HetLoRA(rank=4, gamma=0.5, tail_penalty=0.1), ClientInfo("0", 4, 10)
     request = next(m.work(m.init_client(SPEC, who, 0), pack(factors(4, 0)), who, RND))
     live = {n: LowRank(b=x.b.requires_grad_(), a=x.a.requires_grad_()) for n, x in factors(4, 0).items()}
-    loss = request.penalty(live)
+    loss = request.penalty(pack(live))
     assert_close(loss, 0.1 * sum(x.b[:, 2:].norm() * x.a[2:].norm() for x in live.values()))
     loss.backward()
     for part in live.values():

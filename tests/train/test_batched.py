@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.adapter import Adapter, Full, Tensors, lora_init, pack, pick, unpack
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import Experts, LowRank
@@ -73,7 +73,11 @@ def beside(adapted: Adapted, client: int) -> dict[str, LowRank]:
 
 
 def penalty(adapted: Adapted, client: int) -> Any:
-    return lambda factors: (client + 1) * torch.stack([f.product().square().sum() for f in factors.values()]).sum()
+    def of_products_and_heads(live: Tensors) -> Tensor:
+        parts = [f.product() for f in unpack(pick(live, "ba"), LowRank).values()]
+        return (client + 1) * torch.stack([x.square().sum() for x in (*parts, *pick(live, "w").values())]).sum()
+
+    return of_products_and_heads
 
 
 @pytest.mark.parametrize("tokens", [200, 100_000])
@@ -134,7 +138,7 @@ def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(bench)
     some = [some[0], routed(some[1], 2, 1), routed(some[2], 1, 2), routed(some[3], 2, 3)]
     who = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
     rows = {one.id: job.rows for one, job in zip(who, some, strict=True)}
-    asked = [Asked(replace(job.request, train=frozenset("bag")), one, 0) for one, job in zip(who, some, strict=True)]
+    asked = [Asked(job.request, one, 0) for one, job in zip(who, some, strict=True)]
     trainers = [
         LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together) for together in (1, 3)
     ]

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
@@ -65,8 +65,8 @@ class Ditto:
         return FactorAveraging(self.rank)
 
 
-def _pull(strength: float, shared: Mapping[str, LowRank], live: Mapping[str, LowRank]) -> Tensor:
-    return strength / 2 * distance(live, shared)
+def _pull(strength: float, shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
+    return strength / 2 * distance(unpack(pick(live, "ba"), LowRank), shared)
 
 
 def distance(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Tensor:

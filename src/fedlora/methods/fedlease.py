@@ -84,7 +84,8 @@ class FedLEASE:
 
     def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains and uploads its pair, which it keeps, or its cluster's expert and router."""
-        trained = pick(pack((yield from fit(self.view(mine, got, who), "bag"))), "bag")
+        factors = "bag" if pick(got, "g") else "ba"
+        trained = pick(pack((yield from fit(self.view(mine, got, who), factors))), factors)
         return mine if got else trained, trained
 
     def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.combine import leading, norm, pad
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.stream import RunningSum
@@ -102,8 +102,8 @@ class HetLoRA:
         return min(rank, max(self.min_rank, math.floor(self.gamma * rank + 1e-9)))
 
 
-def _penalty(strength: float, kept: Mapping[str, int], live: Mapping[str, LowRank]) -> Tensor:
-    return strength * tail(live, kept)
+def _penalty(strength: float, kept: Mapping[str, int], live: Tensors) -> Tensor:
+    return strength * tail(unpack(pick(live, "ba"), LowRank), kept)
 
 
 def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:

@@ -73,8 +73,17 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Roun
 
 
 def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, who: ClientInfo, trainer: Trainer) -> Fit:
-    """The next training that the job asks for, given the answer to the last."""
+    """The next training that the job asks for, given the answer to the last.
+
+    Raises:
+        TypeError: the job asks for something that no trainer answers.
+    """
     request = job.send(answer)
     while not isinstance(request, Fit):
-        request = job.send(trainer.features(who) if isinstance(request, Features) else trainer.gradient(who, request))
+        if isinstance(request, Features):
+            request = job.send(trainer.features(who))
+        elif isinstance(request, Gradient):
+            request = job.send(trainer.gradient(who, request))
+        else:
+            raise TypeError(f"expected a request Fit, Gradient or Features, got {type(request).__name__}")
     return request

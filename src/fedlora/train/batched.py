@@ -1,6 +1,6 @@
 """Training many clients' adapters in one forward and backward pass over the one resident model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from fedlora.messages import Fit
 from fedlora.randomness import derive, generator
 from fedlora.train.batches import epoch, side_by_side
 from fedlora.train.chance import Chance
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import Adapted, form
 from fedlora.train.tasks import Encoded, Task
 
 
@@ -27,7 +27,7 @@ class Job:
 
     def epochs(self, settings: Train) -> int:
         """As requested, else the run's."""
-        return self.request.epochs or settings.epochs
+        return settings.epochs if self.request.epochs is None else self.request.epochs
 
     def steps(self, settings: Train) -> int:
         """Batches in all epochs."""
@@ -56,16 +56,22 @@ class Trained:
     steps: int
 
 
+def in_common(request: Fit) -> Hashable:
+    """What the requests of one step have in common: factors to train, form, rates, modules with factors beside."""
+    return request.train, form(request.start), frozenset((request.rates or {}).items()), frozenset(request.beside or ())
+
+
 def train_together(
     adapted: Adapted, task: Task, examples: Encoded, jobs: Sequence[Job], settings: Train, tokens: int
 ) -> list[Trained]:
     """Trains each client as its request says, with a fresh optimiser, as if it were alone.
 
-    All requests train the same factors of the same modules at the same rates. One step takes the next batch of every client
+    All requests have the same `in_common`. One step takes the next batch of every client
     that still has one; factors, heads and optimiser states have a client axis. The base computes the batches together, in
     passes of up to `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a
     client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
     """
+    assert len({in_common(job.request) for job in jobs}) == 1, "requests of several kinds cannot be trained together"
     train = jobs[0].request.train
     parameters = adapted.load([job.request.start for job in jobs], train, [job.request.beside for job in jobs])
     keys = [key for key in pack(jobs[0].request.start) if _factor(key) in train]
@@ -106,7 +112,7 @@ def train_together(
                 objective = (each.sum(1) / real.sum(1)).sum()
                 for place, i in zip(places, now, strict=True):
                     if (penalty := jobs[i].request.penalty) is not None:
-                        objective = objective + penalty(adapted.factors(place, jobs[i].request.start))
+                        objective = objective + penalty(adapted.tensors(place, jobs[i].request.start))
                 objective.backward()  # type: ignore[no-untyped-call]
                 counted = torch.tensor([step >= last_epoch[i] for i in now], device=device)
                 losses[torch.tensor(now, device=device)] += each.detach().sum(1) * counted

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import Experts, LowRank, Product
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, Product
 from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
 from fedlora.train.packing import Packing
+from fedlora.train.requests import check_adapter, check_update
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,16 @@ class Adapted:
 
         All adapters have the same `form`. Parameters have a leading client axis; smaller ranks are padded with zeros in b
         and a, which get no gradient and stay zero.
+
+        Raises:
+            ValueError: a part that the model has no place for: see `check_adapter`.
         """
+        for adapter in adapters:
+            check_adapter(self.spec, adapter)
         assert len({form(adapter) for adapter in adapters}) <= 1, "adapters of several forms cannot be loaded together"
+        assert len({frozenset(parts or ()) for parts in beside}) <= 1, (
+            "factors beside go to the same modules of all clients"
+        )
         train, trained = frozenset(train), []
         self.present.index = None
         for name, layer in self.layers.items():
@@ -168,18 +177,24 @@ class Adapted:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
-    def factors(self, client: int, like: Adapter) -> dict[str, LowRank]:
-        """A loaded client's parts of kind LowRank as they are now, for a penalty: gradients flow. `like` has its ranks."""
-        found = {}
-        for name, layer in self.layers.items():
-            if layer.a is not None and layer.b is not None and isinstance(part := like[name], LowRank):
-                rank = part.rank
-                b, a = layer.b[client, :, :rank], layer.a[client, :rank]
-                found[name] = LowRank(b * layer.scale[client], a)
+    def tensors(self, client: int, like: Adapter) -> dict[str, Tensor]:
+        """A loaded client's whole adapter as it is now, packed: gradients flow. `like` has its shapes."""
+        found: dict[str, Tensor] = {}
+        for key, x in pack(like).items():
+            name, _, factor = key.rpartition(".")
+            module, _, parameter = name.rpartition(".")
+            own = getattr(self.layers[name], factor) if name in self.layers else self._own[module].own[parameter]
+            cut = own[client][tuple(slice(size) for size in x.shape)]
+            found[key] = cut * self.layers[name].scale[client] if factor == "b" else cut
         return found
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
-        """Adds the products to the base for good, in fp32; beside the base where its weight is quantised."""
+        """Adds the products to the base for good, in fp32; beside the base where its weight is quantised.
+
+        Raises:
+            ValueError: a part that the base has no place for: see `check_update`.
+        """
+        check_update(self.spec, change, "change of the base")
         for name, part in change.items():
             base = self.layers[name].base
             if _is_dense(base):
@@ -231,8 +246,14 @@ class Adapted:
 
 
 def form(adapter: Adapter) -> frozenset[tuple[str, type, int]]:
-    """What adapters have in common that are loaded together: names, kinds, and how many experts; ranks may differ."""
-    return frozenset((name, type(part), len(part.g) if isinstance(part, Experts) else 0) for name, part in adapter.items())
+    """What adapters have in common that are loaded together: names, kinds, how many experts, the rank of a head; ranks
+    and numbers of heads may differ."""
+    return frozenset((name, type(part), _blocks(part)) for name, part in adapter.items())
+
+
+def _blocks(part: Factors) -> int:
+    """The size of what padding with zeros at the end would put in the wrong place."""
+    return len(part.g) if isinstance(part, Experts) else part.c.shape[-1] if isinstance(part, Heads) else 0
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:

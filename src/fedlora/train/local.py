@@ -10,11 +10,12 @@ from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Asked, ClientInfo, Gradient, Round, Score, Seen
 from fedlora.randomness import derive
-from fedlora.train.batched import Job, train_together
+from fedlora.train.batched import Job, in_common, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
 from fedlora.train.inject import Adapted, form
+from fedlora.train.requests import check_request
 from fedlora.train.tasks import Encoded, Task
 
 
@@ -37,7 +38,13 @@ class LocalTrainer:
     tokens: int = 1 << 11
 
     def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
-        """The trained adapters, and each one's `loss`, in the order of `asked`."""
+        """The trained adapters, and each one's `loss`, in the order of `asked`.
+
+        Raises:
+            ValueError: a request cannot be honoured (see `check_request`); nothing was trained.
+        """
+        for one in asked:
+            check_request(self.adapted.spec, one.request)
         jobs = [self._job(one, rnd) for one in asked]
         found: dict[int, tuple[Adapter, Mapping[str, float]]] = {}
         for group in self._groups(jobs):
@@ -51,7 +58,12 @@ class LocalTrainer:
         return Job(asked.request, self.rows[asked.who.id], 0, 0).steps(self.settings)
 
     def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
-        """The gradient of the client's mean training loss."""
+        """The gradient of the client's mean training loss.
+
+        Raises:
+            ValueError: the request cannot be honoured.
+        """
+        check_request(self.adapted.spec, request)
         rows = self.rows[who.id]
         return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
 
@@ -85,10 +97,7 @@ class LocalTrainer:
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Which jobs go together: those that train the same factors, the longest first."""
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
-        requests = [jobs[i].request for i in order]
-        rates = [tuple(sorted((request.rates or {}).items())) for request in requests]
-        keys = [(r.train, form(r.start), tuple(r.beside or ()), rate) for r, rate in zip(requests, rates, strict=True)]
-        return self._alike(order, keys)
+        return self._alike(order, [in_common(jobs[i].request) for i in order])
 
     def _alike(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
         """Groups of equal keys, of at most `together`, each in the given order."""

@@ -81,7 +81,7 @@ class HeadRule:
                 slope = yield replace(request, start=start)
                 answer = {name: part for name, part in slope.items() if name not in head}
                 continue
-            train = request.train if self.rule == "frozen" else request.train | {"w"}
+            train = request.train if self.rule == "frozen" or not head else request.train | {"w"}
             trained = yield replace(request, start=start, train=train)
             head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
             answer = {name: part for name, part in trained.items() if name not in head}

@@ -1,0 +1,102 @@
+"""The check of a client's request against what the model and the trainer can honour, before anything is trained."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
+from fedlora.messages import Fit, Gradient
+
+
+def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
+    """Refuses a request that names what the adapter or the model does not have, or has a value that cannot be meant.
+
+    Raises:
+        ValueError: names the field, and the module and the factor where there is one.
+    """
+    check_adapter(spec, request.start)
+    known = {factor for part in request.start.values() for factor in vars(part)}
+    if not request.train or not request.train <= known:
+        raise ValueError(f"train = {sorted(request.train)}: expected some of the adapter's factors {sorted(known)}")
+    if isinstance(request, Gradient):
+        return
+    if request.epochs is not None and request.epochs < 1:
+        raise ValueError(f"epochs = {request.epochs}: expected at least 1, or None for the run's own setting")
+    check_update(spec, request.beside or {}, "beside")
+    tensors = pack(request.start)
+    for key, mask in (request.mask or {}).items():
+        if key not in tensors:
+            raise ValueError(f"mask of {key!r}: the adapter has no such factor")
+        if mask.dtype != torch.bool or not _broadcasts(mask, tensors[key]):
+            raise ValueError(
+                f"mask of {key!r}: expected a bool tensor that broadcasts to {tuple(tensors[key].shape)}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+    for factor, rate in (request.rates or {}).items():
+        if factor not in known:
+            raise ValueError(f"rate of {factor!r}: expected one of the adapter's factors {sorted(known)}")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"rate of {factor!r} = {rate}: expected a finite number, at least 0")
+
+
+def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
+    """Refuses an adapter of which the model would ignore a part, or compute another update than the part's.
+
+    Raises:
+        ValueError: a module or parameter that the model does not have, a kind of part that no layer computes, or a factor
+            of a shape that its module cannot have; names them.
+    """
+    for name, part in adapter.items():
+        if name not in (spec.head if isinstance(part, Full) else spec.modules):
+            raise ValueError(f"{name!r}: the model has no such {'head parameter' if isinstance(part, Full) else 'module'}")
+        _check_shapes(name, part, _shapes(spec, name, part))
+
+
+def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -> None:
+    """Refuses a change of the base, or factors that act beside the adapter, that the model would ignore or change.
+
+    Raises:
+        ValueError: as `check_adapter`, and a part of another kind than LowRank.
+    """
+    for name, part in update.items():
+        if name not in spec.modules:
+            raise ValueError(f"{field}: the model has no adapted module {name!r}")
+        if type(part) is not LowRank:
+            raise ValueError(f"{field}: expected two factors for {name!r}, got {type(part).__name__}")
+        _check_shapes(f"{field} {name}", part, _shapes(spec, name, part))
+
+
+def _shapes(spec: AdapterSpec, name: str, part: Factors) -> dict[str, tuple[int, ...]]:
+    """What the shape of each factor must be. The type has to be the very one: a kind derived from it computes otherwise."""
+    if type(part) is Full:
+        return {"w": tuple(spec.head[name].shape)}
+    if type(part) not in (LowRank, Tri, Heads, Experts) or isinstance(part, Full):
+        raise ValueError(f"{name!r}: no layer computes parts of kind {type(part).__name__}")
+    (out, in_), rank = spec.modules[name], max(1, part.rank)
+    pair: dict[str, tuple[int, ...]] = {"b": (out, rank), "a": (rank, in_)}
+    if isinstance(part, Tri):
+        return pair | {"c": (rank, rank)}
+    if isinstance(part, Heads):
+        heads = max(1, len(part.s))
+        return pair | {"c": (heads, rank // heads, rank // heads), "s": (heads,)}
+    if isinstance(part, Experts):
+        others = len(part.others_b)
+        return pair | {"g": (2 * others + 1, in_), "others_b": (others, out, rank), "others_a": (others, rank, in_)}
+    return pair
+
+
+def _check_shapes(name: str, part: Factors, expected: Mapping[str, tuple[int, ...]]) -> None:
+    for factor, shape in expected.items():
+        if (found := tuple(getattr(part, factor).shape)) != shape:
+            raise ValueError(f"{name}.{factor}: expected the shape {shape}, got {found}")
+
+
+def _broadcasts(mask: Tensor, to: Tensor) -> bool:
+    try:
+        mask.expand(to.shape)
+    except RuntimeError:
+        return False
+    return True
