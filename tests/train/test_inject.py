@@ -21,6 +21,8 @@ from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
 from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight, head_modules, norm_modules
 from fedlora.train.layers import LoraLayer
 
+from plain import pass_by_pass
+
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # PEFT's, about our twin
 
 WIDE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
@@ -312,20 +314,6 @@ def routed(adapted: Adapted, seed: int = 0, others: int = 2, rank: int = 3) -> d
         )
         for name, (out, in_) in adapted.spec.modules.items()
     }
-
-
-def pass_by_pass(part: Experts, x: Tensor, dropped: Tensor) -> Tensor:
-    """As published: for each of the `experts` chosen slots a pass through every expert, of which one counts."""
-    pairs = [(part.b, part.a), *zip(part.others_b, part.others_a, strict=True)]
-    expert_of = torch.tensor([0] * len(pairs) + list(range(1, len(pairs))))
-    weights, slots = (x @ part.g.mT).softmax(-1).topk(len(pairs), -1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    passes = [
-        (weights[..., k] * (expert_of[slots[..., k]] == e))[..., None] * (dropped @ a.mT @ b.mT)
-        for k in range(len(pairs))
-        for e, (b, a) in enumerate(pairs)
-    ]
-    return torch.stack(passes).sum(0)
 
 
 @pytest.mark.parametrize("rest", [(), (5,)])
