@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import every_row
+from test_laws import CASES, MIXED, every_row
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
@@ -21,7 +21,7 @@ from fedlora.config import Lora, Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_folds
 from fedlora.export import to_merged, to_peft, unfit
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
 from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
 from fedlora.methods import Row
 from fedlora.rounds.loop import Progress, one_round
@@ -40,6 +40,8 @@ ALPHA = 5.0  # of no client's rank
 TARGETS = r".*\.(0\.attention\.self\.query|0\.output\.dense|1\.intermediate\.dense)"  # [16, 16], [16, 64] and [64, 16]
 SIZES = (6, 9, 4)  # the clients' training examples: one batch each
 ROUNDS = 3
+ASKING = {"train_sent_only": True, "density_down": 0.8, "choose": "gradient"}
+"""Settings under which a method asks for more of its trainer."""
 SETTINGS = Train(lr=0.02, weight_decay=0.1, batch_size=max(SIZES))
 
 
@@ -59,6 +61,7 @@ class Witness:
     inner: LocalTrainer
     plain: PlainModel
     checked: list[Checked] = field(default_factory=list)
+    gradients: list[Gradient] = field(default_factory=list)
     fits: list[tuple[Fit, Adapter]] = field(default_factory=list)
 
     @property
@@ -83,6 +86,7 @@ class Witness:
         found = self.inner.gradient(who, request)
         slopes = self.plain.gradient(self._batch(self.inner.rows[who.id]), request.start, request.train)
         packed = pack(found)
+        self.gradients.append(request)
         self.checked += [Checked(f"{who}: gradient of {key}", packed[key], slope) for key, slope in slopes.items()]
         return found
 
@@ -179,7 +183,7 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     try_packing(adapted, TASK, loaded.tokenizer, 64)
     clients = [ClientInfo(str(i), ranks[i % len(ranks)], size) for i, size in enumerate(SIZES)]
     trainer = Witness(trainer_of(adapted, loaded.examples, clients), PlainModel(loaded.model))
-    method, states = toy_method(row), MemoryStates()
+    method, states = toy_method(row, **{key: x for key, x in ASKING.items() if key in row.settings()}), MemoryStates()
     simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
     plan, progress = toy_plan(method, trainer, rounds=ROUNDS), Progress(method.init_server(trainer.spec, 0))
     for index in range(ROUNDS):
@@ -215,7 +219,7 @@ def test_only_what_a_request_names_moves(row, ranks, games):
         frozen = {key for key in before if key.rpartition(".")[2] not in request.train}
         assert all(torch.equal(after[key], before[key]) for key in frozen)
         for key, moves in (request.mask or {}).items():
-            assert torch.equal(after[key].where(~moves, 0.0), before[key].where(~moves, 0.0)), key
+            assert torch.equal(after[key].where(moves, before[key]), after[key]), key
         assert any(not torch.equal(after[key], before[key]) for key in before.keys() - frozen)
 
 
@@ -264,3 +268,18 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
         with torch.no_grad():
             assert_close(in_peft(**inputs).logits, expected, rtol=1e-6, atol=1e-6)
             assert_close(merged(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_rows_together_ask_for_all_that_can_be_asked(games):
+    """So that the laws above are about all of it."""
+    played = [games(row, ranks) for row, ranks in [*CASES.values(), *MIXED.values()]]
+    fits = [request for game in played for request, _ in game.trainer.fits]
+    for name in ("epochs", "beside", "penalty", "mask", "rates"):
+        assert any(getattr(request, name) is not None for request in fits), name
+    assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
+    kinds = {type(part) for request in fits for part in request.start.values()}
+    assert kinds == {LowRank, Tri, Heads, Experts, Full}
+    assert {factor for request in fits for factor in request.train} == set("abcgsw")
+    assert any(game.trainer.gradients for game in played) and any(game.states.folds for game in played)
+    assert any(one.what.endswith("features") for game in played for one in game.trainer.checked)
