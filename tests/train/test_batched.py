@@ -252,6 +252,28 @@ def test_a_mask_is_the_clients_own_whoever_is_beside_it():
     assert not torch.equal(alone, other)
 
 
+def test_a_mask_of_flattened_tokens_is_that_of_the_same_tokens_in_rows():
+    tokens = torch.ones(3 * 4, 9, 50)
+    for x in (tokens, tokens.flatten(0, 1)):
+        with Chance() as chance:
+            chance.next_pass([torch.Generator().manual_seed(seed) for seed in (1, 5, 2)], [(9, 4), (7, 3), (2, 1)])
+            dropped = functional.dropout(x, 0.3).view_as(tokens)
+        for client, (length, rows) in enumerate([(9, 4), (7, 3), (2, 1)]):
+            own = dropped.unflatten(0, (3, 4))[client, :rows, :length]
+            assert torch.equal(own, masks([(length, rows)], [(1, 5, 2)[client]])[0])
+
+
+def test_what_has_no_rows_is_dropped_out_of_one_client_only():
+    """A table of positions, for instance, which all rows have in common."""
+    table = torch.ones(24, 50)  # which two clients could share out evenly
+    with Chance() as chance:
+        chance.next_pass([torch.Generator().manual_seed(1)], [(7, 3)])
+        assert float((functional.dropout(table, 0.5) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
+        chance.next_pass([torch.Generator().manual_seed(i) for i in range(2)], [(7, 3), (5, 1)])
+        with pytest.raises(ValueError, match=r"\[24, 50\] is dropped out"):
+            functional.dropout(table, 0.5)
+
+
 def test_the_kept_part_is_scaled_and_of_the_right_size():
     (found,) = masks([(100, 20)], [0])
     assert found.unique().tolist() == pytest.approx([0.0, 256 / (256 - 77)])  # 0.3 is nearest to 77 / 256

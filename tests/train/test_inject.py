@@ -131,6 +131,34 @@ def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_
     assert_near(own_gradients(adapted), gradients(twin, adapter))
 
 
+def test_a_model_that_reads_its_layers_weights_is_adapted_as_in_peft():
+    """T5 asks for the dtype of one."""
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, num_labels=3)
+    torch.manual_seed(0)
+    config.decoder_start_token_id = config.pad_token_id
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.cat([torch.randint(2, 40, (3, 5)), torch.ones(3, 1, dtype=torch.long)], 1)
+    head = head_modules(model, ())
+    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), "all-linear", head=head)
+    adapter = moved(adapted)
+    adapted.load([adapter], "ba")
+    assert any(name.endswith(".wo") for name in adapter)
+    layer = next(iter(adapted.layers.values()))
+    assert layer.weight is layer.base.weight and layer.out_features == layer.base.out_features
+    with pytest.raises(AttributeError, match="wight"):
+        layer.wight  # noqa: B018
+    twin = in_peft(model, adapter, peft.LoraConfig(r=4, lora_alpha=8, target_modules=[*adapter], modules_to_save=[*head]))
+    logits = []
+    for each in (adapted.model, twin):
+        logits.append(each.eval()(input_ids=ids).logits)
+        logits[-1].square().sum().backward()
+    assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-6)
+    found, expected = own_gradients(adapted), gradients(twin, adapter)
+    for name in expected:
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
+
+
 class Int8Linear(nn.Module):
     """A quantised layer of which nothing is known but its sizes and what it computes."""
 

@@ -62,7 +62,13 @@ def in_common(request: Fit) -> Hashable:
 
 
 def train_together(
-    adapted: Adapted, task: Task, examples: Encoded, jobs: Sequence[Job], settings: Train, tokens: int
+    adapted: Adapted,
+    task: Task,
+    examples: Encoded,
+    jobs: Sequence[Job],
+    settings: Train,
+    tokens: int,
+    dropout: float | None = None,
 ) -> list[Trained]:
     """Trains each client as its request says, with a fresh optimiser, as if it were alone.
 
@@ -70,6 +76,7 @@ def train_together(
     that still has one; factors, heads and optimiser states have a client axis. The base computes the batches together, in
     passes of up to `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a
     client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
+    `dropout` stands for all probabilities of the model and the LoRA layers that are not 0.
     """
     assert len({in_common(job.request) for job in jobs}) == 1, "requests of several kinds cannot be trained together"
     train = jobs[0].request.train
@@ -87,7 +94,7 @@ def train_together(
     done: dict[int, Adapter] = {}
     live = list(range(len(jobs)))
     adapted.model.train()
-    with Chance() as chance:
+    with Chance(adapted.packing, dropout) as chance:
         for step in range(max(steps)):
             if len(going := [i for i in live if steps[i] > step]) < len(live):
                 for place, i in enumerate(live):
@@ -104,8 +111,8 @@ def train_together(
                 some = [batches[place] for place in places]
                 rows, real = side_by_side(some)
                 inputs, targets = examples.batch(rows, device)
-                with adapted.packing.of(lengths[rows].view(real.shape) * real, device) as layout:
-                    chance.next_pass([chances[i] for i in now], [sizes[place] for place in places], layout)
+                chance.next_pass([chances[i] for i in now], [sizes[place] for place in places])
+                with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
                     each = task.losses(adapted.model, inputs, targets)
                 real = real.to(device)
                 each = each.view(real.shape) * real

@@ -1,6 +1,7 @@
 """The layers that carry the clients' own factors and heads, each client's run of rows through its own."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,13 +29,13 @@ class Present:
     def runs(self, x: Tensor, clients: int) -> Tensor:
         """Each client's rows of [rows, *rest, width], as [clients, rows of one client, *rest, width]."""
         if self.packing is not None and self.packing.inside is not None:
-            return self.packing.inside.spread(x)
+            return self.packing.inside.spread(x if x.ndim > 2 else x[None])  # some blocks flatten rows and positions
         return x.reshape(clients, -1, *x.shape[1:])
 
     def back(self, runs: Tensor, like: Tensor) -> Tensor:
         """The inverse of `runs`, also of flattened ones, in the shape of `like` but for its width."""
         if self.packing is not None and self.packing.inside is not None:
-            return self.packing.inside.gather(runs)
+            return self.packing.inside.gather(runs).view(*like.shape[:-1], -1)
         return runs.reshape(*like.shape[:-1], -1)
 
 
@@ -65,6 +66,10 @@ class LoraLayer(nn.Module):
         self.others_a: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
         """Frozen factors that act beside the trained ones, with a client axis or common to all."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the base has: some models read their layers' weights, of which they want to know the dtype."""
+        return _also(self, name)
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
         """base(x) + the update of dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
@@ -122,6 +127,10 @@ class OwnLayer(nn.Module):
         self.present = present
         self.own: dict[str, nn.Parameter] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the base has."""
+        return _also(self, name)
+
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
         """Each client's run of rows through the module with the client's parameters, in their dtype.
 
@@ -140,3 +149,13 @@ class OwnLayer(nn.Module):
         call = torch.func.functional_call
         each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
         return self.present.back(torch.stack(each), x).to(came)
+
+
+def _also(layer: nn.Module, name: str) -> Any:
+    """An attribute of a layer, or else of its base, as from PEFT's layers."""
+    try:
+        return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        if name == "base":  # not yet set
+            raise
+        return getattr(layer.base, name)

@@ -85,10 +85,6 @@ class Layout:
             at_first=(at == 0).nonzero()[:, 0].to(device),
         )
 
-    def forms(self) -> "tuple[Layout, ...]":
-        """This one, and that of the first tokens if there is one."""
-        return (self,) if self.first is None else (self, self.first)
-
     def pack(self, x: Tensor) -> Tensor:
         """[rows, longest, ...] to [1, tokens, ...]."""
         return _taken(x.flatten(0, 1), self.at_padded)[None]
