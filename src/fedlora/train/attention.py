@@ -25,7 +25,7 @@ class Attention(NamedTuple):
         return functional.scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def weights(self) -> Tensor:
-        """[rows, heads, queries, keys], before dropout; as torch defines them."""
+        """[rows, heads, queries, keys], before dropout, as torch defines them: zeros for a query without any key."""
         query, key = self.query, self._of_each_head(self.key)
         scores = (query * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)) @ key.mT
         if self.is_causal:
@@ -35,6 +35,8 @@ class Attention(NamedTuple):
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
             scores = scores + mask
+            without_key = scores.detach().amax(-1, keepdim=True).isneginf()  # a softmax, and its gradient, would be 0 / 0
+            return scores.masked_fill(without_key, 0).softmax(-1).masked_fill(without_key, 0)
         return scores.softmax(-1)
 
     def weighted(self, weights: Tensor) -> Tensor:
