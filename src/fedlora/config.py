@@ -162,7 +162,8 @@ class Train(_Section):
     """Compute examples one after the other without padding, where the model can be run so; no result changes beyond
     rounding."""
     together: Positive = 16
-    """How many clients are trained in one step; it changes no result beyond rounding."""
+    """How many clients are trained in one step; it changes no result beyond rounding. One, where the model would mix them
+    up, which is tried at load."""
     memory_mb: Positive = 256
     """What a pass through the model may keep for its backward pass: a step of many clients takes several passes."""
     max_length: Positive = 128

@@ -28,6 +28,7 @@ from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
+from fedlora.train.independence import clients_per_step
 from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, locate, quiet
@@ -111,7 +112,7 @@ class Bench:
         """Loads the model and tokenizes the examples. The bench's experiment says which order of batches `auto` stands for.
 
         Raises:
-            UserError: the model or the device cannot be used.
+            UserError: the model or the device cannot be used, or the model cannot be trained.
         """
         task, settings = Classification(), experiment.train
         quiet()
@@ -129,6 +130,7 @@ class Bench:
         )
         if settings.packed:
             try_packing(adapted, task, tokenizer, settings.max_length)
+        together = clients_per_step(adapted, task, tokenizer, settings)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
@@ -143,12 +145,16 @@ class Bench:
             task.encode(tokenizer, problem.corpus.test[:], settings.max_length),
             settings,
             experiment.evaluate.batch_size,
-            settings.together,
+            together,
             settings.memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
-        slow = hardware.slow_precision(settings)
-        return cls(experiment, problem, adapted, trainer, method, [slow] if slow else [])
+        notes = [slow] if (slow := hardware.slow_precision(settings)) else []
+        if together < settings.together:
+            notes.append(
+                "clients are trained one at a time: together, they would not get what each gets alone in this model"
+            )
+        return cls(experiment, problem, adapted, trainer, method, notes)
 
     def on_all_devices(self) -> "Bench":
         """The same, with a process for each device that `train.devices` asks for but the first.

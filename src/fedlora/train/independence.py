@@ -1,0 +1,118 @@
+"""Whether clients that are trained in one step get what each of them gets alone: tried, since it depends on the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.config import Train
+from fedlora.errors import UserError
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import Fit
+from fedlora.randomness import generator
+from fedlora.train.batched import Job, train_together
+from fedlora.train.evaluate import score
+from fedlora.train.inject import Adapted
+from fedlora.train.tasks import Encoded, Task
+
+_WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
+"""In each example of each client."""
+_VOCABULARY = ("the", "first", "of", "many", "words", "that", "some", "people", "said", "here", "was", "right")
+_RATE = 2.0**14
+"""Of a step so long that the gradient can be read off its end."""
+
+
+def clients_per_step(adapted: Adapted, task: Task, tokenizer: Any, settings: Train) -> int:
+    """`train.together`, or 1 if this model gives clients in one step something else than each alone, beyond rounding.
+
+    That happens where the first axis of a tensor is not the rows, of which each client has a run. It is tried with two to
+    four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is not used
+    from now on if it gives something else than the padded one.
+
+    Raises:
+        UserError: not even one client alone can be trained.
+    """
+    trial, packs = _Trial.of(adapted, task, tokenizer, settings), adapted.packing.works
+    each = [[job] for job in trial.jobs]
+    groups = [trial.jobs[:n] for n in range(2, min(settings.together, len(each)) + 1)]
+    adapted.packing.works = False
+    try:
+        alone = [trial.results(one)[0] for one in each]
+    except Exception as error:  # whatever an architecture raises
+        kind = getattr(getattr(adapted.model, "config", None), "model_type", type(adapted.model).__name__)
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"models of type {kind!r} cannot be trained here: {type(error).__name__}: {reason}") from error
+    tolerance = torch.finfo(next(adapted.model.parameters()).dtype).eps ** 0.4
+    for tried, adapted.packing.works in ((groups, packs), (groups, False), (each, packs), (each, False)):
+        if tried and trial.agrees(alone, tried, tolerance):
+            break
+    adapted.load([])
+    return settings.together if tried is groups else 1
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Four clients with one batch each, and strong adapters and heads of their own."""
+
+    adapted: Adapted
+    task: Task
+    examples: Encoded
+    jobs: Sequence[Job]
+    settings: Train
+
+    @staticmethod
+    def of(adapted: Adapted, task: Task, tokenizer: Any, settings: Train) -> "_Trial":
+        words = [n for own in _WORDS for n in own]
+        texts = [" ".join(_VOCABULARY[(5 * i + j) % len(_VOCABULARY)] for j in range(n)) for i, n in enumerate(words)]
+        labels = [i % max(adapted.spec.classes, 1) for i in range(len(texts))]
+        examples = task.encode(tokenizer, {"text": texts, "label": labels}, settings.max_length)
+        rows = torch.split(torch.arange(len(texts)), [len(own) for own in _WORDS])
+        jobs = [Job(Fit(_start(adapted, i), frozenset("baw")), own, seed=i, pace=0) for i, own in enumerate(rows)]
+        step = {"optimizer": "sgd", "lr": _RATE, "weight_decay": 0.0, "clip_norm": None, "epochs": 1, "batch_size": 8}
+        return _Trial(adapted, task, examples, jobs, settings.model_copy(update=step))
+
+    def results(self, group: Sequence[Job]) -> list[Mapping[str, Tensor]]:
+        """For each client its losses in training and in evaluation, and its gradients."""
+        with torch.random.fork_rng(devices=[]):  # no model should draw from it, but for all to see
+            torch.manual_seed(len(group))
+            trained = train_together(self.adapted, self.task, self.examples, group, self.settings, 1 << 20, dropout=0.5)
+        asked = [(job.rows, job.request.start) for job in group]
+        judged = score(self.adapted, self.task, self.examples, asked, len(self.examples))
+        found: list[Mapping[str, Tensor]] = []
+        for (_, start), one, seen in zip(asked, trained, judged, strict=True):
+            before, after = pack(start), pack(one.adapter)
+            losses = {"loss": torch.tensor(one.loss), "judged": torch.tensor(seen.metrics["loss"])}
+            found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
+        return found
+
+    def agrees(self, alone: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[Job]], tolerance: float) -> bool:
+        """Whether the clients of each group get together what they get alone."""
+        try:
+            return all(
+                _apart(one, alone[job.seed]) < tolerance
+                for group in groups
+                for job, one in zip(group, self.results(group), strict=True)
+            )
+        except Exception:  # as above
+            return False
+
+
+def _start(adapted: Adapted, client: int) -> Adapter:
+    """An adapter that changes what the base gives by as much as that is, and a head unlike the others'."""
+    rng, start = generator(client, "independence"), dict[str, Any]()
+    for name, part in lora_init(adapted.spec, 1 + client % 2, client).items():
+        start[name] = LowRank((torch.randn(part.b.shape, generator=rng) / 2).to(part.b), part.a)
+    for name, w in adapted.spec.head.items():
+        start[name] = Full(w + (torch.randn(w.shape, generator=rng) / 10).to(w))
+    return start
+
+
+def _apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of a tensor; of one that is small beside the others, relative to those."""
+    norms = {key: x.double().norm() for key, x in expected.items()}
+    least = torch.stack(list(norms.values())).square().mean().sqrt() / 20
+    relative = {key: (found[key].double() - x).norm() / max(norms[key], least) for key, x in expected.items()}
+    return float(torch.stack(list(relative.values())).max())

@@ -1,0 +1,157 @@
+"""Models in which clients that are trained in one step get what each gets alone, and others."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.config import Train, build
+from fedlora.data.files import columns
+from fedlora.errors import UserError
+from fedlora.experiment import run
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import Fit
+from fedlora.rounds.watch import Silent
+from fedlora.train.batched import Job, train_together
+from fedlora.train.evaluate import score
+from fedlora.train.features import try_packing
+from fedlora.train.independence import clients_per_step
+from fedlora.train.inject import Adapted, Scaling, head_modules
+from fedlora.train.tasks import Classification, Encoded
+
+from architectures import CONFIGS, model_of, tokenizer_of
+from tiny import LABELS, tiny_rows
+from wired import furnish, problem
+
+ROWS = [torch.arange(0, 9), torch.arange(9, 15), torch.arange(15, 16), torch.arange(16, 20)]
+ORDINARY = ("bert", "roberta", "distilbert", "electra", "gpt2", "llama", "mistral", "qwen2", "opt", "modernbert")
+QUICK = ("bert", "distilbert", "gpt2", "llama", "mistral", "opt", "deberta", "deberta-v2", "xlnet", "longformer", "fnet")
+REFUSED = ("reformer",)
+"""Wants examples of one length."""
+COARSE = ("bloom", "flaubert", "gpt_neo", "gptj", "xlm")
+"""Compute some of their attention in fp32, whatever the model is in."""
+
+
+class Exact(Classification):
+    """With losses in the precision of the model."""
+
+    def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(model(**inputs).logits, targets, reduction="none")
+
+
+def adapted_of(kind: str, dtype: torch.dtype, targets: str | None = "all-linear") -> Adapted:
+    model = model_of(kind, torch.float32 if dtype == torch.bfloat16 else dtype)
+    adapted = Adapted(model, Scaling(16.0), targets, 0.1, head=head_modules(model, ()), precision=dtype)
+    try_packing(adapted, Classification(), tokenizer_of(kind), 64)
+    return adapted
+
+
+def examples_of(kind: str, folder: Any) -> Encoded:
+    table = columns(tiny_rows(folder / "rows.jsonl", 20), "data.source")
+    table["label"] = [LABELS.index(label) for label in table["label"]]
+    return Classification().encode(tokenizer_of(kind), table, 64)
+
+
+def jobs(adapted: Adapted) -> list[Job]:
+    """Clients of different ranks, heads and numbers of rows, in fp64."""
+    found = []
+    for i, rows in enumerate(ROWS):
+        rng, start = torch.Generator().manual_seed(i), dict[str, Any]()
+        for name, part in lora_init(adapted.spec, 1 + i, i).items():
+            start[name] = LowRank(torch.randn(part.b.shape, generator=rng).double() / 9, part.a.double())
+        head: Adapter = {name: Full(w + 0.01 * i) for name, w in adapted.spec.head.items()}
+        found.append(Job(Fit({**start, **head}, frozenset("baw")), rows, seed=i, pace=7))
+    return found
+
+
+def slow_unless(quick: Sequence[str], kinds: Iterable[str]) -> list[Any]:
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", slow_unless(QUICK, CONFIGS))
+def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(kind, tmp_path):
+    """Unequal ranks, rows and lengths, dropout in the model and the LoRA layers, three steps, and evaluation."""
+    adapted, task = adapted_of(kind, torch.float64), Exact()
+    try:
+        most = clients_per_step(adapted, task, tokenizer_of(kind), Train(together=4))
+    except UserError as error:
+        assert kind in REFUSED and f"type {kind!r} cannot be trained here: " in str(error) and "\n" not in str(error)
+        return
+    assert most == 4 or (most == 1 and kind not in ORDINARY)
+    examples, some = examples_of(kind, tmp_path), jobs(adapted)
+    settings = Train(batch_size=3, lr=0.05, optimizer="sgd")
+    groups = [some[i : i + most] for i in range(0, len(some), most)]
+    together = [one for group in groups for one in train_together(adapted, task, examples, group, settings, 1000)]
+    judged = [
+        one for group in groups for one in score(adapted, task, examples, [(j.rows, j.request.start) for j in group], 64)
+    ]
+    for job, ours, seen in zip(some, together, judged, strict=True):
+        (alone,) = train_together(adapted, task, examples, [job], settings, 1000)
+        (single,) = score(adapted, task, examples, [(job.rows, job.request.start)], 64)
+        assert seen.metrics["loss"] == pytest.approx(single.metrics["loss"], rel=1e-5)
+        start, found, expected = (pack(adapter) for adapter in (job.request.start, ours.adapter, alone.adapter))
+        moved = sum(float((x - start[key]).square().sum()) for key, x in expected.items()) ** 0.5
+        apart = sum(float((x - found[key]).square().sum()) for key, x in expected.items()) ** 0.5
+        assert moved > 0 and apart <= (1e-5 if kind in COARSE else 1e-10) * moved
+
+
+@pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_unless(["bert", "llama"], ORDINARY))
+def test_ordinary_models_train_clients_together_without_padding(kind, precision):
+    adapted = adapted_of(kind, precision)
+    assert clients_per_step(adapted, Classification(), tokenizer_of(kind), Train(together=9)) == 9
+    assert adapted.packing.works
+    assert all(layer.b is None for layer in adapted.layers.values())  # the model is as it was
+
+
+@pytest.mark.parametrize(("precision", "packed"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+def test_a_weak_influence_of_other_clients_is_found(precision, packed):
+    adapted = adapted_of("bert", precision)
+    adapted.packing.works = adapted.packing.works and packed
+    hook = adapted.model.bert.encoder.layer[0].intermediate.register_forward_hook(
+        lambda _module, _args, y: y + 0.3 * y.roll(1, 1 if y.shape[0] == 1 else 0)
+    )
+    assert clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(together=4)) == 1
+    hook.remove()
+    assert clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(together=4)) == 4
+
+
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
+    adapted = adapted_of("bert", torch.float32)
+
+    def fail(*_: Any) -> None:
+        if adapted.model.training:
+            raise RuntimeError("shapes differ\nand more")
+
+    adapted.model.register_forward_pre_hook(fail)
+    with pytest.raises(UserError, match=r"type 'bert' cannot be trained here: RuntimeError: shapes differ$"):
+        clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train())
+
+
+class Heard(Silent):
+    """Remembers notifications."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def notify(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_run_with_such_a_model_trains_clients_one_by_one_and_says_so(tmp_path):
+    home, found = furnish(tmp_path), []
+    model_of("deberta-v2").base_model.save_pretrained(home / "deberta")
+    tokenizer_of("deberta-v2").save_pretrained(home / "deberta")
+    for together in (1, 4):
+        table, heard = problem(home, rounds=1), Heard()
+        table = {**table, "model": str(home / "deberta"), "train": {**table["train"], "together": together}}
+        result = run(build(table), tmp_path / f"run{together}", heard)
+        environment = json.loads((result.folder / "environment.json").read_text())
+        assert environment["clients_in_a_step"] == 1
+        found.append((result.rows[0]["train_loss"], [line for line in heard.lines if "one at a time" in line]))
+    assert found[0][0] == found[1][0] and [len(lines) for _, lines in found] == [0, 1]
