@@ -44,7 +44,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "biogpt": _SMALL,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     "camembert": _SMALL,
-    "canine": _SMALL,
     "convbert": {**_SMALL, "embedding_size": 32},
     "ctrl": {**_GPT, "dff": 48},
     "data2vec-text": _SMALL,
