@@ -27,7 +27,8 @@ from fedlora.config import Experiment, build
 from fedlora.experiment import run
 from fedlora.problem import Problem
 from fedlora.runs import settled
-from fedlora.train.tasks import Classification, quiet
+from fedlora.train.loading import quiet
+from fedlora.train.tasks import Classification
 
 CLIENTS = 30
 RATES = (1e-2, 3e-2, 1e-1)

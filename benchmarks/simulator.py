@@ -124,7 +124,7 @@ def handed(files: list[str], work: Work, seed: int) -> "Handed":
     from transformers import AutoTokenizer
 
     from fedlora.problem import Problem
-    from fedlora.train.tasks import locate, quiet
+    from fedlora.train.loading import locate, quiet
 
     quiet()
     setup = experiment(files, work, seed, 1)

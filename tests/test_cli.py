@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it refuses what it cannot use."""
 
+import json
 import os
 import re
 import signal
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
+from transformers import BertConfig
 
 from fedlora import Experiment, cli, experiment, run
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
 
-from tiny import tiny_bert, tiny_rows
+from tiny import WORDS, tiny_bert, tiny_model, tiny_rows
 
 Command = Callable[..., tuple[int, str, str]]
 CLIENTS = {"count": 3, "partition": "iid"}
@@ -31,8 +34,17 @@ def place(tmp_path_factory) -> Path:
     tiny_bert(place / "model")
     (place / "pickled").mkdir()
     (place / "pickled" / "config.json").write_text((place / "model" / "config.json").read_text())
+    tiny_model(place / "no-tokenizer", BertConfig.from_pretrained(place / "model"))
+    (place / "cut").mkdir()
+    (place / "cut" / "config.json").write_text((place / "model" / "config.json").read_text())
+    (place / "cut" / "model.safetensors").write_bytes((place / "model" / "model.safetensors").read_bytes()[:-9])
+    tiny_bert(place / "five")
+    tiny_model(place / "five", BertConfig.from_pretrained(place / "model", num_labels=5), head=True)
     tiny_rows(place / "rows.jsonl", 45)
     (place / "foreign.jsonl").write_text('{"text": "bab", "label": 3}\n')
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    for name, text in (("long", " ".join(WORDS)), ("unknown", "qqq")):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps({**row, "text": text}) + "\n" for row in rows))
     (place / "empty.jsonl").write_text("")
     table = {"model": str(place / "model"), "data": str(place / "rows.jsonl"), "rounds": 2, "clients": CLIENTS}
     write(place / "good.toml", table)
@@ -176,6 +188,45 @@ def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypat
     code, printed, errors = command("check", place / "good.toml", "--set", "clients.count=12")
     assert (code, errors) == (0, "")
     assert re.findall(r"^ *(\d{3}) ", printed, re.MULTILINE) == [f"{i:03}" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("model={place}/no-such", ["no-such", "config.json"]),
+        ("model={place}/no-tokenizer", ["no-tokenizer", "tokenizer.save_pretrained"]),
+        ("model={place}/cut", ["model.safetensors", "damaged"]),
+        ('lora.targets=["query", "no_such"]', ["lora.targets", "'no_such'"]),
+        ("lora.targets=quer(y", ["lora.targets", "regular expression"]),
+        ("lora.rank_pattern={{no_such = 2}}", ["lora.rank_pattern", "'no_such'"]),
+        ("method.rank=33", ["method.rank = 33", "at most 32"]),
+        ("train.device=nowhere", ["train.device = 'nowhere'"]),
+        pytest.param(
+            "train.device=cuda",
+            ["train.device = 'cuda'"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
+        ),
+        ("data.source={place}/long.jsonl", ["train.max_length = 128", "at most 64"]),
+        ("data.source={place}/unknown.jsonl", ["the tokenizer knows no word"]),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_a_check_refuses_what_a_run_would_refuse_in_the_same_words(
+    verb, change, parts, place, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if verb == "check":
+        monkeypatch.delattr(Classification, "load")
+    answer = command(verb, place / "good.toml", "--set", change.format(place=place))
+    assert_refused(answer, *parts)
+    assert not answer[1].strip()
+
+
+def test_a_new_head_is_told_of_once_and_written_down(place, command, tmp_path):
+    code, printed, _ = command("run", place / "good.toml", "--out", tmp_path / "run", "--set", f"model={place}/five")
+    assert code == 0 and printed.count("has a head for another number of labels") == 1
+    (note,) = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
+    assert "classifier.weight is [5, 32], 3 labels need [3, 32]" in note
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 WORDS = [first + last for first in ("ba", "ce", "di", "fo", "gu", "ha", "li", "mo", "nu") for last in "bdfklmnprs"]
@@ -41,3 +46,38 @@ def tiny_rows(path: Path, n: int) -> Path:
             words = [WORDS[30 * label + k] if j < 3 else WORDS[3 * k] for j, k in enumerate(draw)]
             file.write(json.dumps({"text": " ".join(words), "label": LABELS[label], "user": f"u{i % 4}"}) + "\n")
     return path
+
+
+def tiny_tokenizer(
+    *special: str, append: str = "", pieces: bool = False, **names: str
+) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of WORDS and these special tokens, the first of them `unk`; `append` is put after each text.
+
+    With `pieces` it is one of T5's kind, whose model has the special tokens among its pieces. `names` are pad_token etc.
+    """
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *"</s>"])}
+    if pieces:
+        scored = [(token, 0.0) for token in special] + [(f"\u2581{word}", -2.0) for word in WORDS]
+        words = Tokenizer(Unigram([*scored, ("\u2581", -3.0), *((c, -4.0) for c in "</s>")], unk_id=0))
+        words.pre_tokenizer = Metaspace()
+    else:
+        words = Tokenizer(WordLevel(vocabulary, unk_token=special[0]))
+        words.pre_tokenizer = Whitespace()
+    if append:
+        ends = [(append, special.index(append))]
+        words.post_processor = TemplateProcessing(f"$A {append}", f"$A {append} $B {append}", ends)
+    names = {"unk_token": special[0], **names}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, model_input_names=["input_ids", "attention_mask"], **names
+    )
+
+
+def tiny_model(folder: Path, config: transformers.PretrainedConfig, tokenizer: object = None, head: bool = False) -> Path:
+    """Writes a model of this configuration with random weights and a tokenizer; the folder."""
+    kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind.from_config(config).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder

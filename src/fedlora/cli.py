@@ -172,12 +172,15 @@ def demo(overrides: Overrides = None, out: Out = None) -> None:
 
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
-    """Check an experiment, its data and its partition without training; print the clients."""
+    """Check an experiment, its data, partition, model and device without training; print the clients."""
+    from fedlora import experiment as experiments
     from fedlora import listings
     from fedlora.config import read
     from fedlora.problem import Problem
 
-    problem = Problem.make(read(file, overrides or ()))
+    experiment = read(file, overrides or ())
+    problem = Problem.make(experiment)
+    experiments.check(experiment, problem)
     console = Console()
     console.width = max(console.width, listings.CLIENTS_WIDTH)
     console.print(listings.clients(problem))

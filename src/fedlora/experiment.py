@@ -29,9 +29,12 @@ from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
+from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.loading import locate, quiet
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification, locate, quiet
+from fedlora.train.targets import check_ranks, find_targets, head_modules, norm_modules
+from fedlora.train.tasks import Classification, Encoded, Task
+from fedlora.train.tokenizers import check_known, check_lengths, positions
 
 
 def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Watcher | None = None) -> Result:
@@ -95,6 +98,34 @@ def export(
             raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def check(experiment: Experiment, problem: Problem) -> None:
+    """Refuses what `Bench.make` would refuse, without reading the model's weights.
+
+    Raises:
+        UserError: the model, its tokenizer, the targets, the ranks or the device cannot be used.
+    """
+    quiet()
+    hardware.devices(experiment.train)
+    task = Classification()
+    model, tokenizer = task.outline(experiment.model, problem.corpus.labels)
+    lora = experiment.lora
+    check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)
+    encoded(task, model, tokenizer, problem, experiment.train.max_length)
+
+
+def encoded(task: Task, model: Any, tokenizer: Any, problem: Problem, max_length: int) -> tuple[Encoded, Encoded]:
+    """The training and the test examples as tokens that the model can read.
+
+    Raises:
+        UserError: they are too long for the model, or the tokenizer knows none of their words.
+    """
+    train, test = (task.encode(tokenizer, rows[:], max_length) for rows in (problem.corpus.train, problem.corpus.test))
+    for examples in (train, test):
+        check_lengths(examples.lengths(), max_length, positions(model))
+    check_known(train.features, tokenizer)
+    return train, test
+
+
 @dataclass(frozen=True)
 class Bench:
     """Everything a run needs in memory, on a server or on a client."""
@@ -116,9 +147,11 @@ class Bench:
         """
         task, settings = Classification(), experiment.train
         quiet()
-        model, tokenizer, missing = task.load(experiment.model, problem.corpus.labels, experiment.seed)
-        model.to(hardware.device(settings.device))
-        head = head_modules(model, missing)
+        device = hardware.device(settings.device)
+        model, tokenizer, checkpoint = task.load(experiment.model, problem.corpus.labels, experiment.seed)
+        model.to(device)
+        head = head_modules(model, checkpoint.new)
+        examples, test = encoded(task, model, tokenizer, problem, settings.max_length)
         adapted = Adapted(
             model,
             Scaling(experiment.lora.alpha, experiment.lora.rslora),
@@ -128,13 +161,13 @@ class Bench:
             head + (norm_modules(model, head) if experiment.method.with_norms else ()),
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         )
+        check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.packed:
-            try_packing(adapted, task, tokenizer, settings.max_length)
+            try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
         together = clients_per_step(adapted, task, tokenizer, settings)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
-        examples = task.encode(tokenizer, problem.corpus.train[:], settings.max_length)
         kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
         trainer = LocalTrainer(
             adapted,
@@ -142,14 +175,14 @@ class Bench:
             examples,
             {share.client: torch.as_tensor(share.train) for share in problem.division.shares},
             {share.client: torch.as_tensor(share.held_out) for share in problem.division.shares},
-            task.encode(tokenizer, problem.corpus.test[:], settings.max_length),
+            test,
             settings,
             experiment.evaluate.batch_size,
             together,
             settings.memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
-        notes = [slow] if (slow := hardware.slow_precision(settings)) else []
+        notes = [*([slow] if (slow := hardware.slow_precision(settings)) else []), *checkpoint.notes]
         if together < settings.together:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
@@ -204,8 +237,8 @@ class Bench:
             if to == "adapter":
                 to_peft(adapter, folders[name], lora, locate(self.experiment.model), self.adapted, labels)
             else:
-                model, tokenizer, _ = Classification().load(self.experiment.model, labels, self.experiment.seed)
-                to_merged(adapter, folders[name], model, tokenizer)
+                model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
+                to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
         return folders
 
 
@@ -234,7 +267,8 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     if not folder.experiment.exists():
         path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
         packing = bench.adapted.packing
-        record(folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows)
+        notes = list(bench.notes)
+        record(folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=notes)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,

@@ -71,8 +71,11 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
     (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 
 
-def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any) -> None:
-    """A folder that plain transformers loads. `model` is the untouched base, and is changed. The adapter is not `unfit`."""
+def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """A folder that plain transformers loads, in `dtype`. `model` is the untouched base in fp32, and is changed.
+
+    The adapter is not `unfit`.
+    """
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in adapter.items():
@@ -80,5 +83,5 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any) -> Non
                 parameters[name].copy_(part.w)
             else:
                 add_to_base(model.get_submodule(name), fixed(part).product().float())
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

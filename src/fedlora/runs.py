@@ -67,7 +67,7 @@ def settled(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"train": train})
 
 
-def record(folder: RunFolder, experiment: Experiment, **found: int) -> None:
+def record(folder: RunFolder, experiment: Experiment, **found: Any) -> None:
     """Writes down what is run, with which versions, and what was found out before: which way the clients train."""
     folder.record("experiment.toml", experiment.to_toml())
     folder.record("environment.json", json.dumps({**_environment(), **found}, indent=1))

@@ -27,8 +27,9 @@ from fedlora.methods import Row
 from fedlora.rounds.loop import Progress, one_round
 from fedlora.rounds.simulate import Simulation
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling, head_modules, norm_modules
+from fedlora.train.inject import Adapted, Scaling
 from fedlora.train.local import LocalTrainer
+from fedlora.train.targets import head_modules, norm_modules
 from fedlora.train.tasks import Classification, Encoded
 
 from plain import PlainModel
@@ -151,8 +152,9 @@ def games(tmp_path_factory) -> Games:
     source = base(folder / "bert")
     table = columns(tiny_rows(folder / "rows.jsonl", sum(SIZES) + 12), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
-    model, tokenizer, missing = TASK.load(source, LABELS, seed=0)
-    loaded = Loaded(source, model.double(), tokenizer, head_modules(model, missing), TASK.encode(tokenizer, table, 64))
+    model, tokenizer, checkpoint = TASK.load(source, LABELS, seed=0)
+    head = head_modules(model, checkpoint.new)
+    loaded = Loaded(source, model.double(), tokenizer, head, TASK.encode(tokenizer, table, 64))
     played: dict[tuple[str, tuple[int, ...]], Game] = {}
 
     def play(row: Row, ranks: Sequence[int]) -> Game:

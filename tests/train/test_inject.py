@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, Factors, Full, lora_init
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
-from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight, head_modules, norm_modules
+from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight
 from fedlora.train.layers import LoraLayer
+from fedlora.train.targets import head_modules, norm_modules
 
 from plain import pass_by_pass
 

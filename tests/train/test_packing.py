@@ -15,9 +15,10 @@ from fedlora.data.files import columns
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling, norm_modules
+from fedlora.train.inject import Adapted, Scaling
 from fedlora.train.layout import Layout
 from fedlora.train.packing import Packing
+from fedlora.train.targets import norm_modules
 from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows

@@ -1,6 +1,8 @@
-"""LoRA factors into a transformer and back. Only this file knows alpha / rank; module classes only this and `layers`."""
+"""LoRA factors into a transformer and back.
 
-import re
+Only this file knows alpha / rank. Only this, `layers` and `targets` know classes of modules.
+"""
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from fedlora.linalg.lowrank import Experts, Heads, LowRank, Product
 from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
 from fedlora.train.packing import Packing
 from fedlora.train.requests import check_adapter, check_update
+from fedlora.train.targets import find_targets, within
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,23 @@ class Adapted:
         The base computes in `precision`. Factors and heads keep their own; what is folded adds up in fp32.
 
         Raises:
-            UserError: no target matches, or there is no default for the architecture; names what there is.
+            UserError: as `find_targets`.
         """
         self.model = model.requires_grad_(False)
         self.scaling = scaling
         self.head = tuple(head)
-        sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not _within(n, self.head)}
-        names = _match(sizes, targets if targets is not None else _default_targets(model, sizes))
-        pattern = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern or {})) is not None}
+        sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
         self.packing = Packing(model)
         self.present = Present(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
-        for name in names:
+        for name in sizes:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.present)
             setattr(model.get_submodule(parent), last, self.layers[name])
         self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
         self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first fold
         self._exact: dict[str, Tensor] = {}  # fp32 weights, folds included, of a base that computes in less
-        head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if _within(n, self.head)}
+        head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if within(n, self.head)}
         if precision != torch.float32:
             self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
             model.to(precision)
@@ -83,9 +84,9 @@ class Adapted:
             setattr(model.get_submodule(parent), last, self._own[name])
         config = getattr(model, "config", None)
         self.spec = AdapterSpec(
-            modules={name: sizes[name] for name in names},
+            modules=sizes,
             head=head_parameters,
-            rank_pattern=pattern,
+            rank_pattern=ranks,
             weight=self._weight,
             features=getattr(config, "hidden_size", 0),
             classes=getattr(config, "num_labels", 0),
@@ -256,16 +257,6 @@ def _blocks(part: Factors) -> int:
     return len(part.g) if isinstance(part, Experts) else part.c.shape[-1] if isinstance(part, Heads) else 0
 
 
-def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear-like module: nn.Linear, GPT-2's Conv1D, quantised linears; None for any other."""
-    if isinstance(module, Conv1D):
-        in_, out = module.weight.shape  # stored transposed
-        return int(out), int(in_)
-    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "weight")):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    return None
-
-
 def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
     """A copy of a module's own weight, fp32 on the CPU, whichever way round the module stores it.
 
@@ -295,61 +286,6 @@ def set_base(base: nn.Module, weight: Float[Tensor, "out in"]) -> None:
 def _is_dense(base: nn.Module) -> bool:
     """Whether the module's own weight can be read and changed."""
     return isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point()
-
-
-def head_modules(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
-    """The modules that make the task head: those wholly new to the checkpoint, and those whose name PEFT takes for one."""
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES  # takes a second to import
-
-    new, keys = set(missing), list(model.state_dict())
-    found: list[str] = []
-    for name, _ in model.named_modules():
-        own = [key for key in keys if key.startswith(f"{name}.")]
-        if own and not _within(name, found) and (new.issuperset(own) or name.endswith(tuple(SEQ_CLS_HEAD_NAMES))):
-            found.append(name)
-    return tuple(found)
-
-
-def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
-    """The normalisations with parameters that lie outside the head: LayerNorm, RMSNorm and their like."""
-    norms = (n for n, m in model.named_modules() if type(m).__name__.endswith("Norm") and any(True for _ in m.parameters()))
-    return tuple(name for name in norms if not _within(name, head))
-
-
-def _match(sizes: Mapping[str, tuple[int, int]], targets: Sequence[str] | str) -> list[str]:
-    """The names that PEFT would match: a full regular expression, or names and ends of names."""
-    if targets == "all-linear":
-        found = list(sizes)
-    elif isinstance(targets, str):
-        found = [name for name in sizes if re.fullmatch(targets, name)]
-    else:
-        found = [name for name in sizes if any(name == t or name.endswith(f".{t}") for t in targets)]
-    if not found:
-        raise UserError(f"lora.targets = {targets!r} matches no linear module; the model has {_ends(sizes)}")
-    return found
-
-
-def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> list[str] | str:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if targets is None:
-        raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, out of {_ends(sizes)}")
-    return targets
-
-
-def _pattern_rank(name: str, pattern: Mapping[str, int]) -> int | None:
-    """PEFT's rule for rank_pattern: the first key that matches the name or its end, as a regular expression."""
-    return next((rank for key, rank in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
-
-
-def _ends(sizes: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
-
-
-def _within(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

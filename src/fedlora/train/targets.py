@@ -1,0 +1,121 @@
+"""Which modules of a model get LoRA factors, and which make up its head."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.errors import UserError
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear-like module: nn.Linear, GPT-2's Conv1D, quantised linears; None for any other."""
+    if isinstance(module, Conv1D):
+        in_, out = module.weight.shape  # stored transposed
+        return int(out), int(in_)
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "weight")):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    return None
+
+
+def find_targets(
+    model: nn.Module, targets: Sequence[str] | str | None, rank_pattern: Mapping[str, int], head: Iterable[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """The linear modules outside the head that PEFT would match, with their sizes (out, in); and the ranks fixed for some.
+
+    Raises:
+        UserError: a target or a key of the pattern matches none, or there is no default for the architecture; names what
+            there is.
+    """
+    head = tuple(head)
+    sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, head)}
+    wanted = _default_targets(model, sizes) if targets is None else targets
+    names = list(sizes) if wanted == "all-linear" else _match(sizes, wanted)
+    listed = targets if isinstance(targets, list) else []
+    if lost := [one for one in listed if not _match(sizes, [one])] or ([] if names else [wanted]):
+        raise UserError(f"lora.targets: {lost[0]!r} matches no linear module; the model has {_ends(sizes)}")
+    for key in rank_pattern:
+        if not any(_pattern_rank(name, {key: 1}) for name in names):
+            raise UserError(f"lora.rank_pattern: {key!r} matches no target module; the targets are {_ends(names)}")
+    ranks = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern)) is not None}
+    return {name: sizes[name] for name in names}, ranks
+
+
+def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], rank: int) -> None:
+    """Refuses ranks that no product of a module's size can have.
+
+    Raises:
+        UserError: a fixed rank, or `rank` where none is fixed, is above min(out, in).
+    """
+    for name, size in sizes.items():
+        if ranks.get(name, rank) > min(size):
+            key = "lora.rank_pattern" if name in ranks else "method.rank"
+            raise UserError(
+                f"{key} = {ranks.get(name, rank)} is above the size of {name}, {size[0]} x {size[1]}; "
+                f"choose at most {min(size)}, or other lora.targets"
+            )
+
+
+def head_modules(model: nn.Module, new: Iterable[str]) -> tuple[str, ...]:
+    """The modules that make up the task head: all that lie outside the base model, and those in it that are new, a pooler.
+
+    `new` names the parameters that the checkpoint lacks.
+    """
+    whole: Any = model
+    base, new = whole.base_model, frozenset(new)
+    found = [] if base is model else [n for n, m in model.named_children() if m is not base and m.state_dict()]
+    for key in sorted(new):
+        parents = key.split(".")[:-1]
+        for name in (".".join(parents[: i + 1]) for i in range(len(parents))):  # from the outermost module inwards
+            own = {f"{name}.{rest}" for rest in model.get_submodule(name).state_dict()}
+            if not within(name, found) and own <= new:
+                found.append(name)
+    return tuple(name for name, _ in model.named_modules() if name in found)
+
+
+def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
+    """The normalisations with parameters that lie outside the head: LayerNorm, RMSNorm and their like."""
+    norms = (n for n, m in model.named_modules() if type(m).__name__.endswith("Norm") and any(True for _ in m.parameters()))
+    return tuple(name for name in norms if not within(name, head))
+
+
+def _match(names: Iterable[str], targets: Sequence[str] | str) -> list[str]:
+    """The names that PEFT would match: a full regular expression, or names and ends of names."""
+    if isinstance(targets, str):
+        try:
+            return [name for name in names if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise UserError(f"lora.targets = {targets!r} is not a regular expression: {error}") from error
+    return [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+
+
+def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> list[str] | str:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    if targets is None:
+        raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, out of {_ends(sizes)}")
+    return targets
+
+
+def _pattern_rank(name: str, pattern: Mapping[str, int]) -> int | None:
+    """PEFT's rule for rank_pattern: the first key that matches the name or its end, as a regular expression."""
+    for key, rank in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return rank
+        except re.error as error:
+            raise UserError(f"lora.rank_pattern: {key!r} is not a regular expression: {error}") from error
+    return None
+
+
+def _ends(sizes: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in sizes}))
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether it is one of the modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

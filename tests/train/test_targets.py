@@ -1,0 +1,183 @@
+"""Which modules are the head and which get factors, over many architectures, against the model's own parts and PEFT."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.testing import assert_close
+
+from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.config import Lora
+from fedlora.errors import UserError
+from fedlora.export import to_peft
+from fedlora.linalg.lowrank import LowRank
+from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.loading import load_classifier
+from fedlora.train.targets import check_ranks, find_targets, head_modules
+
+from tiny import LABELS, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+
+IDS = {"vocab_size": 128, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, **IDS}
+LLAMA = {**WIDE, "num_key_value_heads": 2}
+SIDES = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "decoder_start_token_id": 2,
+    **IDS,
+}
+T5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 24, "d_kv": 8, "decoder_start_token_id": 3, **IDS}
+XLM = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64, **IDS}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "albert": {**WIDE, "embedding_size": 8},
+    "bart": SIDES,
+    "bert": WIDE,
+    "big_bird": {**WIDE, "attention_type": "original_full"},
+    "biogpt": WIDE,
+    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2, **IDS},
+    "camembert": WIDE,
+    "deberta": {**WIDE, "type_vocab_size": 0},
+    "deberta-v2": WIDE,
+    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, **IDS},
+    "electra": {**WIDE, "embedding_size": 8},
+    "ernie": WIDE,
+    "falcon": WIDE,
+    "gemma": {**LLAMA, "head_dim": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, **IDS},
+    "gpt_neo": {**WIDE, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    "gpt_neox": WIDE,
+    "llama": LLAMA,
+    "mbart": SIDES,
+    "mistral": LLAMA,
+    "modernbert": {**WIDE, "cls_token_id": 1, "sep_token_id": 2},
+    "mpnet": WIDE,
+    "mt5": T5,
+    "opt": {**WIDE, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "phi": WIDE,
+    "qwen2": LLAMA,
+    "rembert": {**WIDE, "input_embedding_size": 8, "output_embedding_size": 8},
+    "roberta": WIDE,
+    "roformer": {**WIDE, "embedding_size": 16},
+    "t5": T5,
+    "xlm": XLM,
+    "xlm-roberta": WIDE,
+    "xlnet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24, **IDS},
+}
+QUICK = ("bart", "bert", "distilbert", "gpt2", "modernbert", "roberta", "t5", "xlnet")
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in ARCHITECTURES]
+
+
+def classifier(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **ARCHITECTURES[kind])
+    config.num_labels = 3
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(4, 128, (3, 7), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = 2
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def moved(adapted: Adapted) -> Adapter:
+    """An adapter with every factor and every entry of the head moved."""
+    low = {n: LowRank(0.3 * torch.randn_like(part.b), part.a) for n, part in lora_init(adapted.spec, 4, 0).items()}
+    return {**low, **{n: Full(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()}}
+
+
+def targets(model: Any) -> list[str] | None:
+    """PEFT's default, where it has one."""
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return None if model.config.model_type in known else [n for n, m in model.base_model.named_modules() if linear(m)][:2]
+
+
+def linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_of_a_complete_checkpoint_is_all_that_lies_outside_its_base_model(kind):
+    model = classifier(kind)
+    head = head_modules(model, ())
+    within = [n for n, _ in model.named_parameters() if any(n.startswith(f"{module}.") for module in head)]
+    assert within == [n for n, _ in model.named_parameters() if not n.startswith(f"{model.base_model_prefix}.")] != []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_computes_the_same(kind, tmp_path):
+    model = classifier(kind)
+    plain, before = copy.deepcopy(model), logits(model)
+    adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
+    adapter = moved(adapted)
+    adapted.load([adapter])
+    own = logits(adapted.model)
+    to_peft(adapter, tmp_path, Lora(alpha=8.0), "base", adapted, LABELS)
+    assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), own, rtol=1e-4, atol=1e-5)
+    assert (own - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_the_head_moves_the_loss(kind):
+    model = classifier(kind)
+    adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
+    trained = adapted.load([moved(adapted)], "w")
+    ids = torch.tensor([[9, 8, 7, 2]])
+    nn.functional.cross_entropy(adapted.model(input_ids=ids).logits, torch.tensor([1])).backward()
+    assert len(trained) == len(adapted.spec.head) and all(x.grad is not None and x.grad.any() for x in trained)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "t5", "deberta"])
+def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_missing_pooler(kind, tmp_path):
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = tiny_tokenizer("<unk>", "<s>", "</s>", "<pad>", append="</s>", **names)
+    config = transformers.AutoConfig.for_model(kind, **ARCHITECTURES[kind])
+    model, _, checkpoint = load_classifier(str(tiny_model(tmp_path, config, tokenizer)), LABELS, 0)
+    assert head_modules(model, checkpoint.new) == head_modules(model, ())
+    if kind == "bert":
+        lost = [*checkpoint.new, "bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+        assert head_modules(model, lost) == ("bert.pooler", "classifier")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": "quer(y"}, r"lora.targets = 'quer\(y' is not a regular expression"),
+        (
+            {"targets": "no_such"},
+            "lora.targets: 'no_such' matches no linear module; the model has dense, key, query, value",
+        ),
+        ({"targets": ["query", "valeu"]}, "lora.targets: 'valeu' matches no linear module"),
+        ({"targets": ["classifier"]}, "lora.targets: 'classifier' matches no linear module"),
+        ({"targets": []}, "lora.targets: .* matches no linear module"),
+        ({"rank_pattern": {"query": 2, "k(ey": 3}}, r"lora.rank_pattern: 'k\(ey' is not a regular expression"),
+        ({"rank_pattern": {"query": 2, "key": 3}}, "lora.rank_pattern: 'key' matches no target module; .* query, value"),
+    ],
+)
+def test_targets_and_patterns_that_match_nothing_are_refused_in_one_line(lora, message):
+    model = classifier("bert")
+    settings = Lora(**lora)
+    with pytest.raises(UserError, match=message) as refused:
+        find_targets(model, settings.targets, settings.rank_pattern, head_modules(model, ()))
+    assert "\n" not in str(refused.value)
+
+
+def test_ranks_above_the_size_of_a_module_are_refused_with_the_largest():
+    sizes = {"wide": (16, 24), "narrow": (5, 24)}
+    check_ranks(sizes, {"narrow": 5}, 16)
+    with pytest.raises(UserError, match=r"method.rank = 6 is above the size of narrow, 5 x 24; choose at most 5"):
+        check_ranks(sizes, {}, 6)
+    with pytest.raises(UserError, match=r"lora.rank_pattern = 17 is above the size of wide"):
+        check_ranks(sizes, {"wide": 17}, 4)
