@@ -1,6 +1,7 @@
 """Exported adapters and models compute what the run's own view computes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedlora.methods import TABLE
 from fedlora.problem import Problem
 from fedlora.runs import read_folder
 
-from tiny import LABELS, WORDS, tiny_bert, tiny_rows
+from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_rows
 
 TEXTS = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(0, 60, 10)]
 PERSONAL = [name for name, row in TABLE.items() if row.personal]
@@ -75,6 +76,15 @@ def other_base(config: transformers.PretrainedConfig, **options: Any) -> Callabl
     return write
 
 
+def bert_with_head(folder: Path) -> None:
+    config = transformers.BertConfig.from_pretrained(tiny_bert(folder), num_labels=3, problem_type="regression")
+    tiny_model(folder, config, head=True)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 IDS = {"vocab_size": 97, "bos_token_id": 2, "eos_token_id": 3}
 BASES: dict[str, Callable[[Path], Any]] = {
@@ -86,6 +96,8 @@ BASES: dict[str, Callable[[Path], Any]] = {
     "roberta": other_base(
         transformers.RobertaConfig(pad_token_id=0, max_position_embeddings=64, type_vocab_size=1, **SMALL, **IDS)
     ),
+    "bert-with-head": bert_with_head,
+    "bert-in-bf16": other_base(transformers.BertConfig(vocab_size=97, **SMALL), dtype=torch.bfloat16),
     "bert-without-pooler": other_base(transformers.BertConfig(vocab_size=97, **SMALL), add_pooling_layer=False),
 }
 LORA = {"distilbert": {"targets": ["q_lin", "lin1"]}}
@@ -99,34 +111,45 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
         found = {}
         for client, adapter in bench.adapters(server, run_folder, done).items():
             bench.adapted.load([adapter])
-            found[client] = logits(bench.adapted.model, experiment.model)
+            found[client] = logits(bench.adapted.model, bench.tokenizer)
         return found
 
 
-def logits(model: torch.nn.Module, tokenizer_of: str | Path) -> Tensor:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_of)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+def logits(model: torch.nn.Module, tokenizer: Any, padded: bool = True) -> Tensor:
+    """Of all texts in one batch, or of one at a time."""
+    batches = [TEXTS] if padded else [[text] for text in TEXTS]
     with torch.no_grad():
-        return model.eval()(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+        return torch.cat([model.eval()(**tokenizer(b, padding=padded, return_tensors="pt")).logits for b in batches])
 
 
 def in_peft(folder: Path, adapter: Path) -> Tensor:
     """What a stranger gets who has the base model and the adapter's folder."""
     base = read_folder(folder).model
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
-    return logits(peft.PeftModel.from_pretrained(model, adapter), base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    return logits(peft.PeftModel.from_pretrained(model, adapter), tokenizer, model.config.pad_token_id is not None)
 
 
 def in_transformers(merged: Path) -> Tensor:
-    return logits(transformers.AutoModelForSequenceClassification.from_pretrained(merged), merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    return logits(transformers.AutoModelForSequenceClassification.from_pretrained(merged), tokenizer)
+
+
+def by_its_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What the code in the folder's README gets."""
+    monkeypatch.chdir(adapter.parent)
+    (code,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["model"].config.id2label == dict(enumerate(LABELS))
+    return logits(found["model"], found["tokenizer"])
 
 
 def untrained(folder: Path) -> Tensor:
     """What a base with the head of the run's seed computes."""
     with _opened(folder) as (_, experiment):
         bench = Bench.make(experiment, Problem.make(experiment))
-        return logits(bench.adapted.model, experiment.model)
+        return logits(bench.adapted.model, bench.tokenizer)
 
 
 @pytest.mark.parametrize("name", fast(COMMON, "fedit", "flora", "fed-sb", "ravan"))
@@ -197,7 +220,7 @@ def test_fixed_ranks_of_single_modules_and_rslora_are_exported(rslora, finished,
     assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", [base for base in BASES if base != "bert"])
+@pytest.mark.parametrize("base", ["gpt2", "distilbert", "roberta", "bert-without-pooler"])
 def test_other_architectures_compute_the_same_in_peft(base, finished):
     folder = finished(base, lora=LORA.get(base, {}))
     assert_close(in_peft(folder, folder / "adapter"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
@@ -214,11 +237,52 @@ def test_a_middle_factor_on_transposed_weights_computes_the_same_in_peft_and_mer
     assert all(x.abs().max() > 1e-6 for key, x in tensors.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("base", [base for base in BASES if base != "bert"])
+@pytest.mark.parametrize("base", ["gpt2", "distilbert", "roberta", "bert-without-pooler"])
 def test_other_architectures_compute_the_same_merged(base, finished, tmp_path):
     folder = finished(base, lora=LORA.get(base, {}))
     export(folder, "merged", tmp_path / "merged")
     assert_close(in_transformers(tmp_path / "merged"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bert", "gpt2", "roberta"])
+def test_the_code_in_the_adapters_readme_gets_the_labels_the_tokenizer_and_the_same_logits(base, finished, monkeypatch):
+    folder = finished(base)
+    assert_close(by_its_card(folder / "adapter", monkeypatch), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_with_a_head_for_as_many_labels_needs_no_more_than_the_folder(finished):
+    folder = finished("bert-with-head")
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "adapter")
+    assert_close(logits(model, tokenizer), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_card_says_what_was_run_what_came_out_and_that_nothing_was_made_private(finished):
+    folder = finished()
+    card, last = (folder / "adapter" / "README.md").read_text(), _rows(folder)[-1]
+    for part in (
+        "`fedit`",
+        "Rounds: 2",
+        "`rows.jsonl`, 3 labels",
+        "No differential privacy was used",
+        "library_name: peft",
+    ):
+        assert part in card
+    assert f"accuracy {last['global']['accuracy']:.4f}" in card and str(folder.parent) not in card
+
+
+def test_a_checkpoint_in_bf16_is_merged_in_bf16(finished, tmp_path):
+    folder = finished("bert-in-bf16")
+    export(folder, "merged", tmp_path / "merged")
+    assert {x.dtype for x in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    merged, own = in_transformers(tmp_path / "merged").float(), own_logits(folder)[""]
+    assert_close(merged, own, rtol=0.05, atol=0.05)
+
+
+def test_nothing_of_a_checkpoints_other_task_is_left_in_a_merged_model(finished, tmp_path):
+    export(finished("bert-with-head"), "merged", tmp_path / "merged")
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text()).get("problem_type")
 
 
 def test_a_mixture_of_experts_ends_its_run_without_an_adapter_and_says_why(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.card import model_card
 from fedlora.config import Experiment
 from fedlora.errors import UserError
 from fedlora.export import fixed, to_merged, to_peft, unfit
@@ -93,7 +94,7 @@ def export(
         if to == "merged" and len(adapters) > 1:
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
-            return bench.write(adapters, out, to)
+            return bench.write(adapters, out, to, folder.rows())
         except OSError as error:
             raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
 
@@ -135,6 +136,7 @@ class Bench:
     adapted: Adapted
     trainer: LocalTrainer | ManyDevices
     method: AnyMethod
+    tokenizer: Any
     notes: Sequence[str] = ()
     """What the user should know before the first round."""
 
@@ -187,7 +189,7 @@ class Bench:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
-        return cls(experiment, problem, adapted, trainer, method, notes)
+        return cls(experiment, problem, adapted, trainer, method, tokenizer, notes)
 
     def on_all_devices(self) -> "Bench":
         """The same, with a process for each device that `train.devices` asks for but the first.
@@ -222,8 +224,16 @@ class Bench:
         """The exchange with the clients' states in the run's folder."""
         return Simulation(self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed)
 
-    def write(self, adapters: Mapping[str, Adapter], out: Path, to: Literal["adapter", "merged"]) -> dict[str, Path]:
+    def write(
+        self,
+        adapters: Mapping[str, Adapter],
+        out: Path,
+        to: Literal["adapter", "merged"],
+        rows: Sequence[Mapping[str, Any]] = (),
+    ) -> dict[str, Path]:
         """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
+
+        `rows` are those of the round log, for the adapter's model card.
 
         Raises:
             UserError: one of them has no place there; nothing was written.
@@ -232,10 +242,16 @@ class Bench:
             if reason := unfit(adapter):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
         labels, lora = self.problem.corpus.labels, self.experiment.lora
+        base = locate(self.experiment.model)
+        if Path(base).is_dir():
+            base = str(Path(base).resolve())
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
             if to == "adapter":
-                to_peft(adapter, folders[name], lora, locate(self.experiment.model), self.adapted, labels)
+                to_peft(adapter, folders[name], lora, base, self.adapted, labels, self.tokenizer)
+                pad = self.tokenizer.pad_token_id
+                card = model_card(self.experiment, folders[name], base, pad, labels, rows)
+                (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:
                 model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
                 to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
@@ -249,7 +265,9 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    return Result(folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter"), left_out)
+    return Result(
+        folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter", folder.rows()), left_out
+    )
 
 
 def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:

@@ -29,7 +29,9 @@ def fixed(part: Factors) -> Product:
     return part
 
 
-def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str]) -> None:
+def to_peft(
+    adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str], tokenizer: Any
+) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
     `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
@@ -68,6 +70,7 @@ def to_peft(adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adap
     config.write_text(
         json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
     )
+    tokenizer.save_pretrained(folder)
     (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 
 

@@ -259,11 +259,12 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
             continue
         adapter = with_folds(view, folds)
         expected, inputs = logits_of(game, view)
-        to_peft(adapter, tmp_path / client, Lora(alpha=ALPHA, dropout=0.0), game.loaded.source, local.adapted, LABELS)
+        lora, source, tokenizer = Lora(alpha=ALPHA, dropout=0.0), game.loaded.source, game.loaded.tokenizer
+        to_peft(adapter, tmp_path / client, lora, source, local.adapted, LABELS, tokenizer)
         plain, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)  # the head has to come out of the folder
         in_peft = peft.PeftModel.from_pretrained(plain.double(), tmp_path / client).eval()
         untouched, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)
-        to_merged(adapter, tmp_path / f"merged {client}", untouched.double(), game.loaded.tokenizer)
+        to_merged(adapter, tmp_path / f"merged {client}", untouched.double(), tokenizer, torch.float64)
         merged = transformers.AutoModelForSequenceClassification.from_pretrained(
             tmp_path / f"merged {client}", dtype=torch.float64
         ).eval()

@@ -43,7 +43,8 @@ def serve(path: Path, post: Post) -> None:
             if experiment.method.row.personal:
                 _keep(bench, folder, exchange, progress)
             else:
-                bench.write(bench.adapters(progress, folder, experiment.rounds), path / "adapter", "adapter")
+                adapters = bench.adapters(progress, folder, experiment.rounds)
+                bench.write(adapters, path / "adapter", "adapter", folder.rows())
         finally:
             folder.release()
     except UserError as error:

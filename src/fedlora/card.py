@@ -1,0 +1,81 @@
+"""The README of an exported adapter: what it is, how it was trained, and how to load it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Experiment
+from fedlora.version import __version__
+
+_LOAD = """\
+```python
+import json
+from pathlib import Path
+
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = Path("{folder}")
+labels = dict(enumerate(json.loads((folder / "labels.json").read_text())))
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True
+)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+
+
+def model_card(
+    experiment: Experiment, folder: Path, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """A model card in Markdown. `base` is where PEFT finds the base model; `rows` are those of the round log, if any."""
+    hub = {} if Path(base).is_dir() else {"base_model": base}
+    front = {**hub, "library_name": "peft", "pipeline_tag": "text-classification", "tags": "[lora, federated-learning]"}
+    row, data = experiment.method.row, experiment.data
+    said = {
+        "Base model": f"`{_public(experiment.model)}`",
+        "Method": f"`{row.name}` ({row.paper}), rank {experiment.method.rank}",
+        "Data": f"`{_public(data.source)}`, {len(labels)} labels",
+        **_results(rows),
+        "Made with": f"fedlora {__version__}, seed {experiment.seed}",
+    }
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {value}" for key, value in front.items()),
+            "---",
+            "# LoRA adapter for text classification",
+            "",
+            "Trained by federated fine-tuning: each client's examples remained on that client.",
+            "",
+            *(f"- {name}: {value}" for name, value in said.items()),
+            "",
+            "## Privacy",
+            "",
+            "No differential privacy was used. An adapter may reveal something about the examples it was trained on.",
+            "",
+            "## Load it",
+            "",
+            _LOAD.format(folder=folder.name, classes=len(labels), pad=pad),
+            "",
+        ]
+    )
+
+
+def _public(source: str) -> str:
+    """A source without the folders around it on this machine."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
+def _results(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the last rounds with an evaluation found."""
+    if not rows:
+        return {}
+    found = {"Rounds": str(rows[-1]["round"]), "Clients in the last round": str(len(rows[-1]["accepted"]))}
+    for row in rows:
+        if "global" in row:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in row["global"].items() if isinstance(value, float))
+            found["Test set"] = f"{scores} after round {row['round']}"
+        for name, each in row.get("clients", {}).items():
+            if isinstance(each, Mapping) and "mean" in each:
+                found[f"Held-out examples of the clients, {name}"] = f"{each['mean']:.4f} after round {row['round']}"
+    return found
