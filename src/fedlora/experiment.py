@@ -265,9 +265,8 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    return Result(
-        folder.path, folder.rows(), bench.write(able, folder.path / "adapter", "adapter", folder.rows()), left_out
-    )
+    rows = folder.rows()
+    return Result(folder.path, rows, bench.write(able, folder.path / "adapter", "adapter", rows), left_out)
 
 
 def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:

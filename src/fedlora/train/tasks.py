@@ -104,7 +104,8 @@ class Classification:
             whole(**inputs)
         finally:
             hook.remove()
-        (hidden,), ids, config = found, inputs["input_ids"], whole.config.get_text_config()  # [rows, longest, width]
+        (hidden,), ids = found, inputs["input_ids"]  # [rows, longest, width], [rows, longest]
+        config = getattr(whole, "config", whole.base_model.config).get_text_config()
         at = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         if reads_last_token(model):
             at = _last(ids != config.pad_token_id)
