@@ -1,11 +1,14 @@
 import random
+import tracemalloc
 
 import pytest
 
 from fedlora.messages import ClientInfo
 from fedlora.rounds.flower import wire
+from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.superlink import NodesOnly
-from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Order, Person, Refused, When, seal, unseal
+from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Failure, Order, Person, Refused, When, seal
+from fedlora.rounds.flower.wire import unseal as unseal_for
 
 WHEN = When(index=3, seed=1, attempt=0)
 ORDER = Order(
@@ -14,8 +17,18 @@ ORDER = Order(
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
 
+def unseal(message):
+    return unseal_for(message, 100)
+
+
 @pytest.mark.parametrize(
-    "header", [ORDER, Bundle(), Refused(reason="no"), Done(when=WHEN, folds=[], answers=[Answer(id="a")])]
+    "header",
+    [
+        ORDER,
+        Bundle(),
+        Refused(failure=Failure(reason=Reason.DATA, count=3)),
+        Done(when=WHEN, folds=[], answers=[Answer(id="a")]),
+    ],
 )
 def test_what_is_sealed_is_unsealed(header):
     assert unseal(seal(header, PAYLOADS)) == (header, PAYLOADS)
@@ -69,7 +82,7 @@ def forged(frame, payloads=b""):
         b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
         b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
         b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
-        b'{"header": {"kind": "refused", "reason": 1}, "sizes": []}',
+        b'{"header": {"kind": "refused", "failure": {"reason": 1}}, "sizes": []}',
         b"\xff\xfe",
     ],
 )
@@ -77,6 +90,29 @@ def test_a_header_made_to_harm_gives_one_clear_error(frame):
     with pytest.raises(ValueError, match="a message whose") as error:
         unseal(forged(frame))
     assert "\n" not in str(error.value)
+
+
+def many_answers(count):
+    answers = b",".join([b'{"id":"a"}'] * count)
+    when = b'{"index":0,"seed":0,"attempt":0}'
+    return forged(b'{"header":{"kind":"done","when":' + when + b',"folds":[],"answers":[' + answers + b']},"sizes":[]}')
+
+
+@pytest.mark.parametrize("count", [90_000, 700_000])
+def test_more_answers_than_clients_cost_memory_in_proportion_to_the_message(count):
+    message = many_answers(count)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a message whose header") as error:
+        unseal_for(message, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 2**20 and len(str(error.value)) < 200
+
+
+def test_a_message_may_speak_of_as_many_clients_as_are_expected():
+    assert len(unseal_for(many_answers(3), 3)[0].answers) == 3
+    with pytest.raises(ValueError, match="3 entries, expected at most 2"):
+        unseal_for(many_answers(3), 2)
 
 
 def test_a_header_said_to_be_larger_than_the_message_is_not_believed():

@@ -46,7 +46,8 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
     """
     from fedlora.problem import Problem  # takes a second to import
 
-    members = [who.id for who in Problem.make(read_folder(path)).members]
+    experiment = read_folder(path)
+    members = [who.id for who in Problem.make(experiment).members]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
@@ -54,7 +55,7 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         stack.callback(server.stop)
         for i in range(count):
             node = home / f"node{i}"
-            Settings(clients=members[i::count]).write(node)
+            Settings.trusting(experiment, members[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
         return server.run(path, watch, say)
 
@@ -71,7 +72,7 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
         return None
     keys = Keys(folder)
     keys.superlink()
-    if not keys.nodes():
+    if not keys.credentials():
         raise UserError(f"{folder}: has no node's key, so nobody could connect; see fedlora keys")
     return keys
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.errors import UserError
+from fedlora.rounds.flower.credential import Credential
 
 _YEARS = 2
 
@@ -24,7 +26,8 @@ class Keys:
     ca.crt                       what nodes need to know the server
     ca.key                       signs; needed again only to renew the server's certificate
     server.crt, server.key       the server's
-    nodes/NAME.key, NAME.pub     a node's; the server needs the .pub alone, the node the .key alone
+    nodes/NAME.key               a node's; the node needs it, the server does not
+    nodes/NAME.pub, NAME.clients its public key and the clients that it may speak for, one a line; the server needs both
     """
 
     folder: Path
@@ -37,6 +40,26 @@ class Keys:
     def nodes(self) -> list[Path]:
         """The public keys of the nodes that may connect."""
         return sorted((self.folder / "nodes").glob("*.pub"))
+
+    def credentials(self) -> dict[bytes, Credential]:
+        """The public keys, as Flower names nodes by them, and for whom each may speak: by default for its own name.
+
+        Raises:
+            UserError: a file is not readable.
+        """
+        found = {}
+        for path in self.nodes():
+            try:
+                key = serialization.load_ssh_public_key(path.read_bytes())
+                pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+                found[pem] = Credential(path.stem, self._clients(path.stem))
+            except (OSError, ValueError, UnsupportedAlgorithm) as error:
+                raise UserError(f"{path}: is not a readable public key: {error}") from error
+        return found
+
+    def _clients(self, node: str) -> frozenset[str]:
+        declared = self.folder / "nodes" / f"{node}.clients"
+        return frozenset(declared.read_text(encoding="utf-8").splitlines()) if declared.exists() else frozenset({node})
 
     def superlink(self) -> list[str]:
         """The SuperLink's options.
@@ -76,18 +99,29 @@ class Keys:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
-    def make_node(self, name: str) -> Path:
+    def make_node(self, name: str, clients: Sequence[str] = ()) -> Path:
         """Makes a node's pair of keys; the private one, which goes to the node and nowhere else.
 
+        The node may speak for these clients and no others; without any, for the one of its own name.
+
         Raises:
-            UserError: there is one of that name, or it is none for a file.
+            UserError: there is one of that name, it is none for a file, or another node may speak for one of the clients.
         """
+        clients = list(clients) or [name]
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise UserError(f"{name!r} is no name for a node; use letters, digits, '-', '_' and '.'")
         private = self.folder / "nodes" / f"{name}.key"
         if private.exists() or private.with_suffix(".pub").exists():
             raise UserError(f"{private}: there is a key of that name already; revoke it by removing {name}.pub")
-        private.parent.mkdir(parents=True, exist_ok=True)
+        if invalid := [client for client in clients if not client or len(client.splitlines()) != 1 or len(client) > 200]:
+            raise UserError(f"{invalid[0]!r} is no name for a client; use one line of at most 200 characters")
+        for other in self.nodes():
+            if shared := sorted(self._clients(other.stem) & set(clients)):
+                raise UserError(f"client {shared[0]!r} belongs to node {other.stem!r} already; a client has one node")
+        for folder in (self.folder, private.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        _write(private.with_name(f"{name}.clients"), "".join(f"{client}\n" for client in clients).encode())
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         _write(private, _private(key, serialization.PrivateFormat.OpenSSH))

@@ -24,10 +24,14 @@ _STATUS_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class SuperLink:
-    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own."""
+    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own.
+
+    `keys` are those of the nodes; None: a SuperLink that asks nodes for none, or not our own.
+    """
 
     home: Path
     process: Process | None
+    keys: Keys | None = None
 
     @classmethod
     def start(cls, home: Path, address: Address, keys: Keys | None) -> "SuperLink":
@@ -41,7 +45,7 @@ class SuperLink:
         command += ["--insecure"] if keys is None else keys.superlink()
         home.mkdir(parents=True, exist_ok=True)
         process = Process(command, home / "flower", home / "superlink.log")
-        link = cls(home / "flower", process)
+        link = cls(home / "flower", process, keys)
         try:
             wait_for_port(address.port, process)
             connection(link.home, f"127.0.0.1:{address.port}", None if keys is None else keys.ca)
@@ -72,7 +76,8 @@ class SuperLink:
         """
         reader = Reader(path, watch, say)
         settings = self.home / "settings.toml"
-        settings.write_text(tomli_w.dumps({"folder": str(path.resolve())}))
+        keys = "" if self.keys is None else str(self.keys.folder.resolve())
+        settings.write_text(tomli_w.dumps({"folder": str(path.resolve()), "keys": keys}))
         app = str(files("fedlora.rounds.flower") / "app")
         run = str(flwr(self.home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"])
         try:
