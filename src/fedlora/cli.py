@@ -310,7 +310,11 @@ def _serve(
 
 
 def _need_flower() -> None:
+    """Checks that Flower is there, and has all files that this command writes be its user's alone."""
+    import os
     from importlib.util import find_spec
+
+    os.umask(0o077)
 
     if find_spec("flwr") is None:
         raise UserError("Flower is not installed; pip install 'fedlora[flower]' brings it")

@@ -5,8 +5,8 @@ import pytest
 
 from fedlora.messages import ClientInfo
 from fedlora.rounds.flower import wire
+from fedlora.rounds.flower.guard import HEADER, Guard
 from fedlora.rounds.flower.reasons import Reason
-from fedlora.rounds.flower.superlink import NodesOnly
 from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Failure, Order, Person, Refused, When, seal
 from fedlora.rounds.flower.wire import unseal as unseal_for
 
@@ -130,19 +130,19 @@ def test_a_message_above_the_limit_is_neither_sealed_nor_unsealed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "client", "server", "passes"),
+    ("path", "secrets", "passes"),
     [
-        ("/v1/control/start-run", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/control/register-node", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/runtime/pull-messages", "192.0.2.7", "192.0.2.1", False),
-        ("/docs", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/fleet/../control/start-run", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/fleet/pull-messages", "192.0.2.7", "192.0.2.1", True),
-        ("/v1/control/start-run", "127.0.0.1", "127.0.0.1", True),
-        ("/v1/control/start-run", "192.0.2.1", "192.0.2.1", True),
+        ("/v1/control/start-run", [], False),
+        ("/v1/control/register-node", [b"other"], False),
+        ("/v1/runtime/acquire-task", [b""], False),
+        ("/v1/runtime/pull-messages", [b"right", b"right"], False),
+        ("/docs", [], False),
+        ("/v1/fleet/../control/start-run", [], False),
+        ("/v1/fleet/pull-messages", [], True),
+        ("/v1/control/start-run", [b"right"], True),
     ],
 )
-def test_from_other_machines_only_what_nodes_need_can_be_reached(path, client, server, passes):
+def test_without_the_secret_only_what_nodes_need_can_be_reached_from_wherever(path, secrets, passes):
     passed, sent = [], []
 
     async def inner(scope, receive, send):
@@ -151,8 +151,9 @@ def test_from_other_machines_only_what_nodes_need_can_be_reached(path, client, s
     async def send(event):
         sent.append(event)
 
-    scope = {"type": "http", "path": path, "client": (client, 1), "server": (server, 2)}
-    run = NodesOnly(inner)(scope, None, send)
+    headers = [(b"host", b"x"), *((HEADER.encode(), secret) for secret in secrets)]
+    scope = {"type": "http", "path": path, "client": ("127.0.0.1", 1), "headers": headers}
+    run = Guard(inner, "right")(scope, None, send)
     with pytest.raises(StopIteration):
         run.send(None)
     assert bool(passed) == passes

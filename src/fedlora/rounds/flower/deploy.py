@@ -10,7 +10,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import Say, free_port
+from fedlora.rounds.flower.processes import Say, free_port, private
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.watch import Watcher
@@ -29,6 +29,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
         raise UserError("clients.count must say for how many clients the server waits")
     check_cohort(count, experiment.sampling)
     folder = RunFolder.create(path)
+    private(path)
     try:
         record(folder, settled(experiment))
     finally:
