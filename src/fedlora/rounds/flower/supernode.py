@@ -95,7 +95,7 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say
                     state = f"{server} does not know this node any more; connecting again"
                 elif reason := _rejection(error.response, keys is not None):
                     refused_since = refused_since or time.monotonic()
-                    if time.monotonic() - refused_since > (_GIVE_UP_SECONDS if keys is not None else 0.0):
+                    if time.monotonic() - refused_since >= (_GIVE_UP_SECONDS if keys is not None else 0.0):
                         raise UserError(f"{server} rejected this node: {reason}") from None
                     state = f"rejected because {reason}; trying again for {_GIVE_UP_SECONDS:g} s"
                 else:
