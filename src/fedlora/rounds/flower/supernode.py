@@ -62,6 +62,7 @@ _LONGEST_WAIT_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 15.0
 _GIVE_UP_SECONDS = 3 * _HEARTBEAT_SECONDS
 """After a SuperNode that died, the SuperLink takes two heartbeats to see that its key is not in use."""
+_PUSH_AGAIN_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _SKEW_SECONDS = 5.0
 
 
@@ -73,13 +74,15 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say
     Raises:
         UserError: a key file cannot be used, or the server rejects this node.
     """
+    say = _printable(say)
     private, public = generate_key_pairs() if keys is None else _read_key(keys["key"])
     interceptors: list[ProtobufClientInterceptor] = [
         RuntimeVersionHttpInterceptor("SuperNode"),
         NodeAuthHttpInterceptor(private, public),
     ]
     ca = None if keys is None else _read(keys["ca"])
-    state, refused_since, wait = "", None, _POLL_SECONDS
+    state, refused_since, wait = f"waiting for the server at {server}", None, _POLL_SECONDS
+    say(state)
     with FleetHttpClient.from_server_address(str(server), keys is None, ca, interceptors) as client:
         while True:
             before = state
@@ -87,23 +90,28 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say
                 with _activated(client, public_key_to_bytes(public), registers=keys is None) as node:
                     say(f"connected to {server}")
                     state, refused_since, wait = "connected", None, _POLL_SECONDS
-                    _carry(client, node, folder, say)
+                    _carry(client, node, server, folder, say)
             except httpx.TransportError as error:
-                state = f"waiting for the server at {server}: {_trouble(error)}"
+                state = _waiting(server, error)
             except httpx.HTTPStatusError as error:
                 if state == "connected":
                     state = f"{server} does not know this node any more; connecting again"
                 elif reason := _rejection(error.response, keys is not None):
                     refused_since = refused_since or time.monotonic()
-                    if time.monotonic() - refused_since >= (_GIVE_UP_SECONDS if keys is not None else 0.0):
+                    if time.monotonic() - refused_since > _GIVE_UP_SECONDS:
                         raise UserError(f"{server} rejected this node: {reason}") from None
                     state = f"rejected because {reason}; trying again for {_GIVE_UP_SECONDS:g} s"
                 else:
-                    state = f"waiting for the server at {server}: {_skew(error.response) or _trouble(error)}"
+                    state = _waiting(server, error)
             if state != before:
                 say(state)
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+
+def _printable(say: Say) -> Say:
+    """Says a line without control characters: some are the server's words."""
+    return lambda line: say("".join(c if c.isprintable() else "?" for c in line))
 
 
 @contextmanager
@@ -132,12 +140,26 @@ def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Itera
                 client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
 
 
-def _carry(client: FleetHttpClient, node: Node, folder: Path, say: Say) -> None:
-    """Answers one message after the other."""
+def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Say) -> None:
+    """Answers one message after the other, until the server does not know this node any more."""
+    away = ""
     while True:
-        answer = client.PullMessages(PullMessagesRequest(node=node))
+        try:
+            answer = client.PullMessages(PullMessagesRequest(node=node))
+        except httpx.TransportError as error:
+            before, away = away, _waiting(server, error)
+            if away != before:
+                say(away)
+            time.sleep(_LONGEST_WAIT_SECONDS)
+            continue
+        if away:
+            say(f"connected to {server}")
+            away = ""
         for envelope, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            _answer(client, node, envelope, tree, folder, say)
+            try:
+                _answer(client, node, envelope, tree, folder, say)
+            except Exception as error:  # of one message: its run has ended, or it cannot be read
+                say(f"a message of run {envelope.metadata.run_id} was not answered: {_trouble(error)}")
         if not answer.messages_list:
             time.sleep(_POLL_SECONDS)
 
@@ -158,7 +180,13 @@ def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: Objec
     except Unreachable as error:
         say(str(error))
         reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the node's worker does not answer"), reply_to=message)
-    _push(client, node, reply, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    for wait in _PUSH_AGAIN_SECONDS:  # the work of hours should not be lost with a connection
+        try:
+            return _push(client, node, reply, seconds)
+        except httpx.TransportError:
+            time.sleep(wait)
+    _push(client, node, reply, seconds)
 
 
 def _push(client: FleetHttpClient, node: Node, reply: Message, seconds: float) -> None:
@@ -175,6 +203,11 @@ def _push(client: FleetHttpClient, node: Node, reply: Message, seconds: float) -
         )
         push = make_push_object_fn_protobuf(client.PushObject, node, envelope.metadata.run_id, pushed.session_id)
         push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(pushed.objects_to_push))
+
+
+def _waiting(server: Address, error: httpx.HTTPError) -> str:
+    skew = _skew(error.response) if isinstance(error, httpx.HTTPStatusError) else None
+    return f"waiting for the server at {server}: {skew or _trouble(error)}"
 
 
 def _rejection(answer: httpx.Response, with_key: bool) -> str | None:
