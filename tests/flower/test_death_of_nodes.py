@@ -57,9 +57,11 @@ def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_th
         asleep = [nodes["002"].pid, int((tmp_path / "002" / "worker.pid").read_text())]
         for pid in asleep:
             os.kill(pid, signal.SIGSTOP)
-        late = until(lambda: [row for row in rows_in(path) if "no answer within 20 s" in row["refused"].get("002", "")])
-        for pid in asleep:
-            os.kill(pid, signal.SIGCONT)
+        try:
+            late = until(lambda: [row for row in rows_in(path) if "002" in row["refused"]])
+        finally:
+            for pid in asleep:
+                os.kill(pid, signal.SIGCONT)
         awake = until(
             lambda: [row for row in rows_in(path) if late and row["round"] > late[0]["round"] and not row["refused"]]
         )

@@ -3,11 +3,20 @@
 from collections.abc import Collection, Mapping
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.parcel import packed, unpacked
+
+_ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "its node did not take the message in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its node's answer came too late",
+    ErrorCode.NODE_UNAVAILABLE: "its node is not connected any more",
+    ErrorCode.INVALID_FAB: "its node runs no other app than its own fedlora",
+    ErrorCode.CLIENT_APP_CRASHED: "its node's worker does not answer",
+}
 
 
 class GridPost:
@@ -44,7 +53,12 @@ class GridPost:
         for message in self._grid.pull_messages(list(tickets)):
             ticket = message.metadata.reply_to_message_id
             try:
-                found[ticket] = f"Flower: error {message.error.code}" if message.has_error() else unpacked(message)
+                found[ticket] = _error(message.error.code) if message.has_error() else unpacked(message)
             except ValueError as error:
                 found[ticket] = str(error)
         return found
+
+
+def _error(code: int) -> str:
+    """Flower's error in our words: a node may write anything into its text."""
+    return _ERRORS.get(code, f"Flower's error {code}")
