@@ -94,7 +94,7 @@ def test_only_nodes_whose_keys_the_server_has_get_in_and_the_others_owners_are_t
         assert rows_of(path)[0]["accepted"] == ["000"]
         assert said(borrower, "rejected: its key 'other' was not made for client '000'")
         assert said(early, "round 1 of 1: training") and said(early, "finished")
-        assert "connected" not in elsewhere.log.read_text() + stranger.log.read_text() + late.log.read_text()
+        assert "connected to" not in elsewhere.log.read_text() + stranger.log.read_text() + late.log.read_text()
         server.stop()
         early.stop()
         (tmp_path / "keys" / "nodes" / "good.pub").unlink()

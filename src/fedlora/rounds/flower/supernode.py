@@ -261,4 +261,7 @@ def _read(path: Path) -> bytes:
 if __name__ == "__main__":
     folder, server, *files = sys.argv[1:]
     keys = dict(zip(("key", "ca"), map(Path, files), strict=True)) if files else None
-    run(Path(folder), Address.parse(server), keys, lambda line: print(line, flush=True))
+    try:
+        run(Path(folder), Address.parse(server), keys, lambda line: print(line, flush=True))
+    except UserError as error:
+        sys.exit(str(error))
