@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 
 def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_that_of_all(tmp_path):
     what = table(
-        furnish(tmp_path), 3, rounds=500, deploy={"deadline": 20.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99}
+        furnish(tmp_path), 3, rounds=500, deploy={"deadline": 40.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99}
     )
     path, address = tmp_path / "run", Address("127.0.0.1", free_port())
     experiment = build(what)
