@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
+from typer.testing import CliRunner
 
+from fedlora import cli
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.rounds.flower import deploy, supernode
@@ -95,6 +97,15 @@ def test_a_key_speaks_for_the_clients_that_it_was_made_for_and_by_default_for_it
         with pytest.raises(UserError, match=r"belongs to node|no name"):
             keys.make_node("west", clients)
     assert not (tmp_path / "keys" / "nodes" / "west.key").exists()
+
+
+def test_clients_are_declared_for_one_node_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process, which goes on
+    make = [str(word) for word in ("keys", tmp_path / "keys", "--client", "x", "--client", "y", "--node", "a")]
+    refused = CliRunner().invoke(cli.app, [*make, "--node", "b"])
+    assert isinstance(refused.exception, UserError) and "exactly one --node" in str(refused.exception)
+    assert CliRunner().invoke(cli.app, make).exit_code == 0
+    assert [one.clients for one in Keys(tmp_path / "keys").credentials().values()] == [{"x", "y"}]
 
 
 def test_a_key_made_before_clients_were_declared_speaks_for_its_own_name(tmp_path):
