@@ -51,6 +51,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.errors import UserError
+from fedlora.printable import printable
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.line import Unreachable, ask
 from fedlora.rounds.flower.parcel import packed, unpacked
@@ -74,7 +75,6 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say
     Raises:
         UserError: a key file cannot be used, or the server rejects this node.
     """
-    say = _printable(say)
     private, public = generate_key_pairs() if keys is None else _read_key(keys["key"])
     interceptors: list[ProtobufClientInterceptor] = [
         RuntimeVersionHttpInterceptor("SuperNode"),
@@ -107,11 +107,6 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say
                 say(state)
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-
-
-def _printable(say: Say) -> Say:
-    """Says a line without control characters: some are the server's words."""
-    return lambda line: say("".join(c if c.isprintable() else "?" for c in line))
 
 
 @contextmanager
@@ -262,6 +257,6 @@ if __name__ == "__main__":
     folder, server, *files = sys.argv[1:]
     keys = dict(zip(("key", "ca"), map(Path, files), strict=True)) if files else None
     try:
-        run(Path(folder), Address.parse(server), keys, lambda line: print(line, flush=True))
+        run(Path(folder), Address.parse(server), keys, lambda line: print(printable(line), flush=True))
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(printable(str(error)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedlora.printable import printable
 from fedlora.rounds.flower.lifetime import end_with
 from fedlora.rounds.flower.line import ANSWER, NOTE, receive, send, short_path
 
@@ -39,7 +40,7 @@ def main(folder: Path, until: int) -> int:
     asking: list[socket.socket] = []
 
     def tell(line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
         for connection in asking:
             with suppress(OSError):
                 send(connection, NOTE + line.encode(errors="replace"))
