@@ -145,7 +145,7 @@ def empty_tensors(count):
     return len(header).to_bytes(8, "little") + header
 
 
-@pytest.mark.parametrize("count", [1001, 200_000])
+@pytest.mark.parametrize("count", [1001, 50_000])
 def test_more_tensors_than_allowed_are_refused_before_any_is_made(count, monkeypatch):
     monkeypatch.setattr(codec, "load", None)
     payload = empty_tensors(count)

@@ -65,7 +65,7 @@ HOSTILE = {
     "labels that the file does not have": {"labels": ["a", "b"]},
     "a model in a folder": {"model": "/etc"},
     "a model outside its package": {"model": "package:torch/../../../etc"},
-    "a model that is not there": {"model": "no-such/model"},
+    "a model that is not there": {"model": "package:no_such_package/model"},
     "a device that is not there": {"train": {"device": "cuda:77"}},
     "pairs of texts": {"data": {"source": "none", "labels": list(LABELS), "text_pair": "diagnosis"}},
     "modules that are not there": {"lora": {"targets": "nothing"}},
@@ -73,10 +73,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_the_owner(
-    home, tmp_path, name, monkeypatch
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_the_owner(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node", overrides=[] if "model" in HOSTILE[name] else [f"model={home / 'bert'}"])
     answer = owner.hello(home, **HOSTILE[name])
     assert isinstance(answer, Refused) and answer.failure.reason in Reason
