@@ -83,8 +83,8 @@ def test_a_library_is_known_only_where_it_belongs(library, homes):
     ("module", "heavy"),
     [
         ("cli", ("torch", "pydantic")),
-        ("rounds.flower.client_app", ("torch", "transformers", "datasets", "pydantic")),  # one for each message
-        ("rounds.flower.join", ("torch", "transformers", "datasets")),  # stays as long as the node does
+        ("rounds.flower.join", ("torch", "transformers", "datasets")),
+        ("rounds.flower.supernode", ("torch", "transformers", "datasets")),  # stays as long as the node does
         ("rounds.flower.deploy", ("transformers", "datasets")),
         ("listings", ("transformers",)),
         ("terminal", ("transformers", "datasets")),
