@@ -99,4 +99,4 @@ def test_the_pull_is_on_the_factors_of_peft_whatever_alpha_is():
     m, scales = Ditto(rank=2, pull=3.0), spec.scales(2)
     job = m.work(Scaled(mine, scales), pack(got), CLIENTS[0], Round(0, 0))
     second = job.send(next(job).start)
-    assert_close(second.penalty(mine), 1.5 * distance(unscaled(mine, scales), unscaled(got, scales)))
+    assert_close(second.penalty(pack(mine)), 1.5 * distance(unscaled(mine, scales), unscaled(got, scales)))

@@ -116,7 +116,7 @@ def test_the_tail_is_that_of_the_factors_of_peft_whatever_alpha_is(rslora):
     request = next(m.work(m.init_client(spec, who, 0), pack(wide), who, RND))
     scale = 6.0 / (2.0 if rslora else 4.0)
     peft = {name: LowRank(b=part.b / scale, a=part.a) for name, part in wide.items()}
-    assert_close(request.penalty(wide), 0.01 * tail(peft, dict.fromkeys(peft, 2)))
+    assert_close(request.penalty(pack(wide)), 0.01 * tail(peft, dict.fromkeys(peft, 2)))
 
 
 def test_without_training_a_component_shrinks_by_the_square_of_the_weight_that_reaches_it():
