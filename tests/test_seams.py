@@ -104,11 +104,11 @@ def test_nothing_is_pickled_but_what_the_processes_of_one_run_say_to_each_other(
     assert files == {"train/devices.py"}
 
 
-def test_only_inject_divides_by_a_rank():
+def test_only_the_spec_divides_by_a_rank():
     for file in imports(""):
         divisions = [n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.BinOp)]
         scaled = [n for n in divisions if isinstance(n.op, ast.Div) and "alpha" in ast.unparse(n.left)]
-        assert bool(scaled) == (file == "train/inject.py"), file
+        assert bool(scaled) == (file == "adapter.py"), file
 
 
 def test_what_the_package_offers_is_what_it_has():

@@ -1,15 +1,14 @@
-"""LoRA factors into a transformer and back. Only this file knows alpha / rank; module classes only this and `layers`."""
+"""LoRA factors into a transformer and back. Classes of modules are known here and in `layers` alone."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, Scaling, pack
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
@@ -17,22 +16,6 @@ from fedlora.linalg.lowrank import Experts, Heads, LowRank, Product
 from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
 from fedlora.train.packing import Packing
 from fedlora.train.requests import check_adapter, check_update
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A.
-
-    With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
-    (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
-    """
-
-    alpha: float
-    rslora: bool = False
-
-    def of(self, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
-        return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 class Adapted:
@@ -57,7 +40,6 @@ class Adapted:
             UserError: no target matches, or there is no default for the architecture; names what there is.
         """
         self.model = model.requires_grad_(False)
-        self.scaling = scaling
         self.head = tuple(head)
         sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not _within(n, self.head)}
         names = _match(sizes, targets if targets is not None else _default_targets(model, sizes))
@@ -89,6 +71,7 @@ class Adapted:
             weight=self._weight,
             features=getattr(config, "hidden_size", 0),
             classes=getattr(config, "num_labels", 0),
+            scaling=scaling,
         )
 
     def load(
@@ -133,7 +116,7 @@ class Adapted:
             else:
                 layer = self.layers[name]
                 parts, device = [_factored(adapter[name]) for adapter in adapters], _device(layer.base)
-                scales = [self.scaling.of(part.rank) for part in parts]
+                scales = [self.spec.scale(name, part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
                 for factor in vars(part):
                     each = [vars(own)[factor] for own in parts]
