@@ -91,7 +91,7 @@ def deadly(function: Callable[..., Any], at: int, before: Callable[..., None] = 
 
 
 def with_deadly_steps(train: Callable[..., Any], at: int) -> Callable[..., Any]:
-    """The function, in which the n-th step of all its calls kills the process; steps that only try the model do not count."""
+    """The function, in which the n-th step of all its calls kills the process; trial steps at load do not count."""
     losses = Classification.losses
     step = deadly(losses, at)
 
