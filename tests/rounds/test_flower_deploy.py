@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 from fedlora import cli
 from fedlora.config import build
 from fedlora.errors import UserError
-from fedlora.rounds.flower import deploy, supernode
+from fedlora.rounds.flower import deploy, link, supernode
 from fedlora.rounds.flower import keys as keys_module
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import credentials
+from fedlora.rounds.flower.journal import Journal, Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import environment, free_port
+from fedlora.rounds.watch import Silent
 
 from wired import problem
 
@@ -222,3 +224,16 @@ def test_flower_stays_offline(tmp_path):
     set_ = environment(tmp_path)
     off = ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION")
     assert [set_[name] for name in off] == ["0", "1", "1"]
+
+
+def test_a_run_that_finishes_while_its_status_is_asked_for_is_finished(tmp_path, monkeypatch):
+    (tmp_path / "deploy").mkdir()
+    journal, reader = Journal(tmp_path), Reader(tmp_path, Silent(), print)
+
+    def finished(*_):
+        journal.ended("done")
+        return {"runs": [{"status": "finished:completed"}]}
+
+    monkeypatch.setattr(link, "flwr", finished)
+    monkeypatch.setattr(link, "_STATUS_SECONDS", 0.0)
+    assert SuperLink(tmp_path, None)._follow("1", reader) == ("done", "")

@@ -106,7 +106,9 @@ class SuperLink:
             if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
                 asked = time.monotonic()
                 status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
-                if status.startswith("finished") and (end := reader.show()) is None:
+                if status.startswith("finished"):
+                    if (end := reader.show()) is not None:
+                        return end  # written since it was last read; a reader shows each line once
                     log = "" if self.process is None else f"; the server's log is {self.process.log}"
                     raise RunStopped(f"Flower says that the run has {status}{log}")
             time.sleep(_POLL)
