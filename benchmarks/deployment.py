@@ -4,9 +4,10 @@
 
 `fedlora demo`, cut short, with a SuperLink and SuperNodes on this machine, one client each: with the clients' judging after
 every round, and without. Then an app that does nothing (`benchmarks/echo`) carries as many messages of the same size over
-another SuperLink and as many SuperNodes. A round is the time from one row of the log to the next; work is what the workers
-say that they needed for it, the slowest node's. The first round, before which nodes load the model, and the last, after
-which there is nothing to send, are left out. With --write the page docs/benchmarks/deployment.md is written.
+another SuperLink and as many of Flower's own SuperNodes, which start a process for each. A round is the time from one row
+of the log to the next; work is what the workers say that they needed for it, the slowest node's. The first round, before
+which nodes load the model, and the last, after which there is nothing to send, are left out. With --write the page
+docs/benchmarks/deployment.md is written.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import CONNECTION, free_port
+from fedlora.rounds.flower.processes import CONNECTION, Process, free_port
 from fedlora.rounds.flower.processes import flwr as command
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.watch import Silent
@@ -67,7 +68,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
         stack.callback(link.stop)
         members = [who.id for who in Problem.make(what).members]
         for client in members:
-            Settings(clients=[client]).write(home / client)
+            Settings.trusting(what, [client]).write(home / client)
             stack.callback(start_node(home / client, address, None).stop)
         link.run(home / "run", clock, print)
         work = [worked((home / client / "worker.log").read_text(), judged) for client in members]
@@ -80,7 +81,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
 
 def worked(log: str, judged: bool) -> list[float]:
     """A node's seconds for each round, its training and its judging."""
-    _, *seconds = [float(found[2]) for found in SAID.findall(log)]  # without the hello
+    _, *seconds, _ = [float(found[2]) for found in SAID.findall(log)]  # without the hello and the end
     return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if judged else seconds
 
 
@@ -91,7 +92,8 @@ def floor(home: Path, nodes: int, rounds: int, messages: int, size: int) -> list
         link = SuperLink.start(home / "link", address, None)
         stack.callback(link.stop)
         for i in range(nodes):
-            stack.callback(start_node(home / f"node{i}", address, None).stop)
+            command_line = ["flower-supernode", "--insecure", "--superlink", str(address), "--port", str(free_port())]
+            stack.callback(Process(command_line, home / f"node{i}", home / f"node{i}.log").stop)
         config = {"file": str(file), "nodes": nodes, "rounds": rounds, "messages": messages, "size": size}
         (home / "settings.toml").write_text(tomli_w.dumps(config))
         command(link.home, "run", str(HERE / "echo"), CONNECTION, "--run-config", str(home / "settings.toml"))

@@ -97,7 +97,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "qwen3_moe": {**_DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "reformer": {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "is_decoder": False},
+    "reformer": {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 16, "axial_pos_embds": False},
     "rembert": {**_SMALL, "input_embedding_size": 16, "classifier_dropout_prob": 0.1},
     "roberta": _SMALL,
     "roformer": {**_SMALL, "embedding_size": 32},

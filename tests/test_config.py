@@ -102,6 +102,7 @@ def test_data_may_be_the_source_alone():
         ({"method": {"rank": "big"}}, ["method", "rank = 'big'", "integer"]),
         ({"method": {"rank": 2.5}}, ["method", "rank = 2.5", "integer"]),
         ({"method": {"rank": -1}}, ["method", "rank = -1"]),
+        ({"method": {"name": "flasc", "by_examples": True}}, ["'by_examples'", "set weights = 'examples'"]),
         ({"method": {"weights": "equal"}}, ["method.weights = 'equal'", "'uniform'"]),
         ({"evaluate": {"clients": "some"}}, ["evaluate.clients = 'some'", "'chosen'"]),
     ],
@@ -127,3 +128,10 @@ def test_mixed_ranks_are_refused_for_methods_that_cannot(name, ranks):
 def test_an_override_that_is_none_is_refused(override):
     with pytest.raises(UserError, match=f"--set '{override}': "):
         build({}, [override])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_method_has_its_own_weights_unless_they_are_set(name):
+    assert build({"method": {"name": name}}).method.uniform == (TABLE[name].weights == "uniform")
+    for weights in ("examples", "uniform"):
+        assert build({"method": {"name": name, "weights": weights}}).method.uniform == (weights == "uniform")

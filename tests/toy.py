@@ -1,14 +1,14 @@
 """A problem small enough to reason about: least squares on non-square modules, and a trainer without a transformer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
@@ -35,7 +35,8 @@ class ToyTrainer:
     """Each client has a target for every module's weight and for the head; training is gradient descent towards it.
 
     A client's target is a low-rank matrix shared by all, plus `skew` times one of its own; the common part is the global
-    test. Untrained factors come back as the very same tensors.
+    test. Untrained factors come back as the very same tensors. What is trained are PEFT's factors, b divided by the spec's
+    scale. The modules' targets, and the distance from them, are in this `unit`.
     """
 
     spec: AdapterSpec = SPEC
@@ -44,6 +45,7 @@ class ToyTrainer:
     lr: float = 0.2
     seed: int = 0
     together: int = 2
+    unit: float = 1.0
     base: dict[str, Tensor] = field(default_factory=dict)
     """What was folded into each module; the weight is this plus the adapter's product."""
 
@@ -54,12 +56,19 @@ class ToyTrainer:
 
     def _target(self, name: str, shape: tuple[int, ...], client: str) -> Tensor:
         common = _drawn(shape, self.seed, "common", name)
-        return (common + (self.skew * _drawn(shape, self.seed, "own", name, client) if client else 0)).to(self.spec.dtype)
+        drawn = common + (self.skew * _drawn(shape, self.seed, "own", name, client) if client else 0)
+        return (self._unit(name) * drawn).to(self.spec.dtype)
+
+    def _unit(self, name: str) -> float:
+        return self.unit if name in self.spec.modules else 1.0
+
+    def _distance(self, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+        return sum_of([((w - target[name]) / self._unit(name)).square().mean() / 2 for name, w in weights.items()])
 
     def loss(self, adapter: Adapter, client: str, beside: Mapping[str, Tensor] | None = None) -> Tensor:
         """Half the mean squared distance from the target, summed over modules and head."""
         values = {name: w + (beside or {}).get(name, 0) for name, w in self.weights(adapter).items()}
-        return _distance(values, self.target(client))
+        return self._distance(values, self.target(client))
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
         """What the model computes with: each module's folds and product, and the head."""
@@ -78,23 +87,26 @@ class ToyTrainer:
     def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         check_request(self.spec, request)
-        parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
+        scales = {n: self.spec.scale(n, part.rank) for n, part in request.start.items() if not isinstance(part, Full)}
+        start = {name: _times(part, 1 / scales[name]) if name in scales else part for name, part in request.start.items()}
+        parts = {name: _leaves(part, request.train) for name, part in start.items()}
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         leaves = [parts[name][key] for name, key in trained]
         kinds = {name: type(part) for name, part in request.start.items()}
         beside = {name: part.product() for name, part in (request.beside or {}).items()}
         target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
         for _ in range(self.steps * (request.epochs or 1)):
-            weights = {name: _matrix(kinds[name](**tensors)) + fixed[name] for name, tensors in parts.items()}
-            loss = _distance(weights, target)
+            live = {name: _times(kinds[name](**tensors), scales.get(name, 1.0)) for name, tensors in parts.items()}
+            weights = {name: _matrix(part) + fixed[name] for name, part in live.items()}
+            loss = self._distance(weights, target)
             if request.penalty is not None:
-                live = {f"{name}.{key}": x for name, tensors in parts.items() for key, x in tensors.items()}
-                loss = loss + request.penalty(live)
+                loss = loss + request.penalty(pack(live))
             for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
                 parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
+        after = {name: _times(part, scales.get(name, 1.0)) for name, part in after.items()}
         return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
 
     def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
@@ -104,7 +116,9 @@ class ToyTrainer:
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         kinds = {name: type(part) for name, part in request.start.items()}
         weights = {n: _matrix(kinds[n](**tensors)) + self.base.get(n, 0) for n, tensors in parts.items()}
-        found = torch.autograd.grad(_distance(weights, self.target(who.id)), [parts[name][key] for name, key in trained])
+        found = torch.autograd.grad(
+            self._distance(weights, self.target(who.id)), [parts[name][key] for name, key in trained]
+        )
         for (name, key), slope in zip(trained, found, strict=True):
             parts[name][key] = slope
         return {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
@@ -257,10 +271,6 @@ def _matrix(part: Factors) -> Tensor:
     return part.w if isinstance(part, Full) else part.product()
 
 
-def _distance(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    return sum_of([(w - target[name]).square().mean() / 2 for name, w in weights.items()])
-
-
 @cache
 def _drawn(shape: tuple[int, ...], seed: int, *names: str) -> Tensor:
     return torch.randn(shape, generator=generator(seed, *names))
@@ -269,6 +279,11 @@ def _drawn(shape: tuple[int, ...], seed: int, *names: str) -> Tensor:
 def _leaves(part: Factors, train: frozenset[str]) -> dict[str, Tensor]:
     tensors = vars(part)
     return {key: x.clone().requires_grad_() if key in train else x for key, x in tensors.items()}
+
+
+def _times(part: Factors, scale: float) -> Factors:
+    """The part with b so many times as large."""
+    return part if isinstance(part, Full) else replace(part, b=scale * part.b)
 
 
 def _restore(after: Adapter, request: Fit) -> Adapter:

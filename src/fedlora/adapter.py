@@ -27,12 +27,24 @@ Kind = TypeVar("Kind", LowRank, Tri, Heads, Experts, Full)
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """PEFT's alpha, and whether it is divided by the rank or by its root (rsLoRA). Without an alpha the scale is 1."""
+
+    alpha: float | None = None
+    rslora: bool = False
+
+    def of(self, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+        return 1.0 if self.alpha is None else self.alpha / (rank**0.5 if self.rslora else rank)
+
+
+@dataclass(frozen=True)
 class AdapterSpec:
     """What can be adapted in one model, read from it once.
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
     of single modules, whatever the rank of the client. `weight` reads a module's pretrained weight, fp32 [out, in].
-    `features` is the width of the last layer, `classes` the number of labels.
+    `features` is the width of the last layer, `classes` the number of labels. `scaling` gives the `scale`.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -42,10 +54,23 @@ class AdapterSpec:
     weight: Callable[[str], Tensor] | None = None
     features: int = 0
     classes: int = 0
+    scaling: Scaling = Scaling()
 
     def rank(self, module: str, rank: int) -> int:
         """The rank of `module` for a client of rank `rank`."""
         return self.rank_pattern.get(module, rank)
+
+    def scale(self, module: str, rank: int) -> float:
+        """The factor between PEFT's `lora_B` and b for factors of `rank` at `module`: b = scale * lora_B, and a = lora_A.
+
+        With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
+        (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
+        """
+        return self.scaling.of(rank)
+
+    def scales(self, rank: int) -> dict[str, float]:
+        """Each module's scale for a client of rank `rank`."""
+        return {name: self.scale(name, self.rank(name, rank)) for name in self.modules}
 
 
 def pack(adapter: Adapter) -> dict[str, Tensor]:

@@ -149,6 +149,9 @@ def keys(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False)],
     host: Annotated[list[str] | None, typer.Option(help="A name or address by which nodes reach the server.")] = None,
     node: Annotated[list[str] | None, typer.Option(help="Make a key for this node.")] = None,
+    client: Annotated[
+        list[str] | None, typer.Option(help="A client that the node may bring; by default the one of the node's name.")
+    ] = None,
 ) -> None:
     """Make the server's certificate, and a key for each node that may connect."""
     _need_flower()
@@ -157,11 +160,13 @@ def keys(
     made = Keys(folder)
     if not host and not node:
         raise UserError("nothing to make; give --host for the server's certificate, --node for a node's key")
+    if client and len(node or ()) != 1:
+        raise UserError("--client says what one node may bring; give exactly one --node with it")
     if host:
         made.make_server(host)
         print(printable(str(made.ca)))
     for name in node or ():
-        print(printable(str(made.make_node(name))))
+        print(printable(str(made.make_node(name, client or ()))))
 
 
 @app.command()
@@ -308,7 +313,11 @@ def _serve(
 
 
 def _need_flower() -> None:
+    """Checks that Flower is there, and has all files that this command writes be its user's alone."""
+    import os
     from importlib.util import find_spec
+
+    os.umask(0o077)
 
     if find_spec("flwr") is None:
         raise UserError("Flower is not installed; pip install 'fedlora[flower]' brings it")

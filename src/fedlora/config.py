@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedlora.errors import UserError
 from fedlora.hints import ALIASES, closest
 from fedlora.method import AnyMethod
-from fedlora.methods import TABLE, Head, Row
+from fedlora.methods import TABLE, Head, Row, Weights
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+_REMOVED = {"by_examples": "weights = 'examples' or 'uniform'"}
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
 
 
@@ -85,8 +86,9 @@ class MethodChoice(BaseModel):
     """The task head: frozen, averaged, local, or own (as the method itself does; fl-tac); none: as in the paper."""
     norms: bool | None = None
     """Whether the layer norms belong to the task head, and are trained and travel as it does; none: as in the paper."""
-    weights: Literal["examples", "uniform"] = "examples"
-    """A client's share in the mean: its number of examples, or the same for all."""
+    weights: Weights | None = None
+    """A client's share in every mean, of factors and heads: its number of examples, or the same for all; none: the
+    method's own, which its page names."""
 
     @model_validator(mode="after")
     def _known_method_and_settings(self) -> "MethodChoice":
@@ -95,6 +97,8 @@ class MethodChoice(BaseModel):
         row = TABLE[self.name]
         hints = get_type_hints(row.make)
         for key, value in (self.model_extra or {}).items():
+            if key in _REMOVED:
+                raise ValueError(f"{self.name} has no setting {key!r} any more; set {_REMOVED[key]}")
             if key not in row.settings():
                 raise ValueError(
                     f"{self.name} has no setting {key!r}{_other_key(key, [*row.settings(), 'head', 'norms', 'weights'])}"
@@ -119,6 +123,11 @@ class MethodChoice(BaseModel):
     def with_norms(self) -> bool:
         """Whether layer norms are trained with the head."""
         return self.row.norms if self.norms is None else self.norms
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all clients have the same share in a mean."""
+        return (self.weights or self.row.weights) == "uniform"
 
     @property
     def rank(self) -> int:

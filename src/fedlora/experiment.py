@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.adapter import Adapter, Full, Scaling, lora_init
 from fedlora.card import model_card
 from fedlora.config import Experiment
 from fedlora.errors import UserError
@@ -30,7 +30,7 @@ from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import Adapted
 from fedlora.train.loading import locate, quiet
 from fedlora.train.local import LocalTrainer
 from fedlora.train.targets import check_ranks, find_targets, head_modules, norm_modules
@@ -294,7 +294,7 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
         experiment.sampling,
         experiment.evaluate,
         experiment.rounds,
-        experiment.method.weights == "uniform",
+        experiment.method.uniform,
         None if experiment.method.row.personal or not len(bench.trainer.test) else bench.trainer.judge,
     )
     progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress

@@ -13,7 +13,7 @@ from torch import nn
 from fedlora.adapter import Adapter, Factors, Full
 from fedlora.config import Lora
 from fedlora.linalg.lowrank import Experts, Product
-from fedlora.train.inject import Adapted, Scaling, add_to_base
+from fedlora.train.inject import Adapted, add_to_base
 
 
 def unfit(adapter: Adapter) -> str | None:
@@ -39,13 +39,12 @@ def to_peft(
     """
     from peft import LoraConfig  # takes a second to import
 
-    scaling = Scaling(lora.alpha, lora.rslora)
     factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Full)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Full)}
     for name, part in factors.items():
         tensors[f"{name}.lora_A.weight"] = part.a
-        tensors[f"{name}.lora_B.weight"] = part.b / scaling.of(part.rank)
+        tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()},

@@ -39,7 +39,7 @@ the paper itself may have been copied wrongly. Compare with care:
 
 def page(row: Row) -> str:
     """All there is to say about one method."""
-    settings = {**row.settings(), "head": row.head, "norms": row.norms}
+    settings = {**row.settings(), "head": row.head, "norms": row.norms, "weights": row.weights}
     parts = [
         f"# {row.name}",
         f"{row.summary[0].upper()}{row.summary[1:]}.",

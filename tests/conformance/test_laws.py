@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Tensors
+from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
 from fedlora.messages import Asked, ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
+from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import Progress, one_round
 from fedlora.rounds.simulate import Simulation
@@ -23,13 +24,12 @@ from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients
 
 
 def brief(row: Row) -> Row:
-    """The row, with a period of two rounds, twenty steps of a search, a server of large steps, two clusters: enough."""
-    short = {
-        key: value
-        for key, value in {"every": 2, "steps": 20, "server_lr": 0.05, "tasks": 2}.items()
-        if key in row.settings()
-    }
-    return replace(row, preset={**row.preset, **short})
+    """The row, with a period of two rounds, twenty steps of a search, a server of large steps, two clusters: enough.
+
+    Half of the entries come down, so that some are of b after two rounds.
+    """
+    short = {"every": 2, "steps": 20, "server_lr": 0.05, "density_down": 0.5, "tasks": 2}
+    return replace(row, preset={**row.preset, **{key: x for key, x in short.items() if key in row.settings()}})
 
 
 CASES = {name: (brief(row), (3,)) for name, row in TABLE.items()}
@@ -39,6 +39,7 @@ every_row = pytest.mark.parametrize(
     [pytest.param(*case, id=name) for name, case in CASES.items()]
     + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MIXED.items()],
 )
+mixed_rows = pytest.mark.parametrize(("row", "ranks"), MIXED.values(), ids=MIXED)
 SECURE = {name: case for name, case in CASES.items() if case[0].secure_sums().startswith("yes")}
 PERIOD = 2  # rounds after which every brief row has done all that it ever does
 ROUNDS = 2 * PERIOD
@@ -66,7 +67,7 @@ def test_the_wire_changes_nothing(row, ranks):
 
 @every_row
 def test_a_client_trained_with_others_trains_as_if_alone(row, ranks):
-    alone = play(row, people(ranks), trainer=Witness(ToyTrainer(together=1)))
+    alone = play(row, people(ranks), trainer=Witness(toy(together=1)))
     assert_same(alone.weights, whole_game(row.name, ranks).weights)
 
 
@@ -83,11 +84,11 @@ def test_one_client_alone_trains_locally(row, ranks):
 
 @every_row
 def test_identical_clients_are_as_one(row, ranks):
-    alike = [ClientInfo(name, ranks[0], 10) for name in ("x", "y", "z")]
-    game = play(row, alike, trainer=Recorder(ToyTrainer(skew=0.0)))
-    alone = play(row, alike[:1], trainer=Recorder(ToyTrainer(skew=0.0)))
+    alike = [ClientInfo(name, ranks[0], 10) for name in "vwxy"]
+    game = play(row, alike, trainer=Recorder(toy(skew=0.0)))
+    alone = play(row, alike[:1], trainer=Recorder(toy(skew=0.0)))
     for who in alike:
-        assert_close(game.weights[who.id], alone.weights["x"])
+        assert_close(game.weights[who.id], alone.weights["v"])
 
 
 @every_row
@@ -97,6 +98,43 @@ def test_a_client_of_weight_zero_changes_nothing(row, ranks):
     with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round)
     for who in people(ranks):
         assert_close(*(change(method, merged, who) for merged in (with_zero, without)))
+
+
+@every_row
+def test_factors_and_head_are_averaged_with_the_same_weights(row, ranks):
+    """A client with nearly all the weight is as good as alone: in its factors, and in its head."""
+    row = replace(row, head="own" if row.head == "own" else "averaged")
+    method, server, replies, states = round_of_replies(row, ranks)
+    first, rnd = replies[0], replies[0].round
+    rest = [replace(reply, weight=1e-9) for reply in replies[1:]]
+    both = [method.merge(server, Replies(some), rnd) for some in ([first, *rest], [first])]
+    state = states.client_state(first.client, rnd.index + 1)
+    one, other = (change(method, merged, first.client, state) for merged in both)
+    sizes = {name: float(x.norm()) or 1.0 for name, x in other.items()}
+    assert_close(*({name: x / sizes[name] for name, x in each.items()} for each in (one, other)))
+    assert any(other[name].any() for name in SPEC.modules)
+
+
+@mixed_rows
+def test_rounds_without_the_largest_client_still_teach_every_rank(row, ranks):
+    clients = people(ranks)
+    largest = [who for who in clients if who.rank == max(ranks)]
+    before = play(row, [who for who in clients if who not in largest], rounds=PERIOD)
+    after = play(row, largest, progress=before.progress, states=before.states, start=PERIOD, rounds=PERIOD + ROUNDS)
+    for name, shape in SPEC.modules.items():
+        strengths = torch.linalg.svdvals(after.weights[largest[0].id][name])
+        assert strengths[min(SPEC.rank(name, max(ranks)), *shape) - 1] > 1e-5 * strengths[0]  # rounding is below 1e-6
+
+
+@every_row
+def test_alpha_is_no_more_than_the_unit_of_the_updates(row, ranks):
+    """With alpha and all targets four times as large PEFT's factors see the same problem, and so do penalties on them."""
+    once, fourfold = (
+        play(row, people(ranks), rounds=PERIOD, trainer=Witness(toy(spec=in_unit(unit), unit=unit))) for unit in (1.0, 4.0)
+    )
+    for who, weights in once.weights.items():
+        wanted = {name: (4 if name in SPEC.modules else 1) * x for name, x in weights.items()}
+        assert_close(fourfold.weights[who], wanted)
 
 
 @every_row
@@ -158,12 +196,16 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     game = whole_game(row.name, ranks)
     head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head in ("averaged", "own") else 0
     settings = {key: x for key, x in {**row.settings(), **row.preset}.items() if isinstance(x, int | float)}
-    everybody = {"K": len(clients), "R": sum(who.rank for who in clients), **settings, "rank": toy_method(row).rank}
+    everybody = {"K": len(clients), **settings, "rank": toy_method(row).rank}
     everybody |= {"features": game.trainer.spec.features, "classes": game.trainer.spec.classes}
 
+    def ranks_of(name: str, who: ClientInfo) -> dict[str, int]:
+        each = [SPEC.rank(name, one.rank) for one in clients]
+        return {"r": SPEC.rank(name, who.rank), "rank": SPEC.rank(name, everybody["rank"]), "R": sum(each)}
+
     def floats(formula: str, who: ClientInfo) -> int:
-        shapes = game.trainer.spec.modules.values()
-        return math.floor(sum(evaluate(formula, r=who.rank, out=out, in_=in_, **everybody) for out, in_ in shapes))
+        sizes = [{"out": out, "in_": in_, **ranks_of(name, who)} for name, (out, in_) in SPEC.modules.items()]
+        return math.floor(sum(evaluate(formula, **{**everybody, **each}) for each in sizes))
 
     def once(r: int) -> list[int]:
         return [int(evaluate(formula, **everybody)) if r == 0 else 0 for formula in row.once]
@@ -186,7 +228,7 @@ def test_traffic_is_what_the_row_declares(row, ranks):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_the_dtype_is_kept(row, ranks, dtype):
     spec = replace(SPEC, head={name: x.to(dtype) for name, x in SPEC.head.items()}, dtype=dtype)
-    game = play(row, people(ranks), trainer=Recorder(ToyTrainer(spec=spec)), rounds=PERIOD)
+    game = play(row, people(ranks), trainer=Recorder(toy(spec=spec)), rounds=PERIOD)
     assert {x.dtype for weights in game.weights.values() for x in weights.values()} == {dtype}
     assert all(x.dtype == dtype for upload in game.exchange.uploads for x in upload.values() if x.is_floating_point())
 
@@ -242,7 +284,17 @@ def test_a_local_head_stays_on_its_client(row, ranks):
 
 # ------------------------------------------------------------------------------------------------------------- the players
 
-SPEC = ToyTrainer().spec
+SPEC = AdapterSpec(
+    modules={"layer.2.q": (12, 7), "layer.3.q": (12, 7), "layer.10.v": (5, 9)},
+    head=ToyTrainer().spec.head,
+    rank_pattern={"layer.3.q": 2, "layer.10.v": 4},
+    weight=lambda name: torch.randn(SPEC.modules[name], generator=generator(0, "pretrained", name)),
+    features=6,
+    classes=3,
+)
+"""Two modules of one shape, one of them of a fixed rank: the first client's where ranks are mixed. The third one's fixed
+rank is above all clients'."""
+
 Sent = Mapping[ClientInfo, Tensors]
 
 
@@ -345,7 +397,7 @@ def play(
 ) -> Game:
     """Some rounds of the row's method on the toy; every client's view after them."""
     clients = clients or toy_clients()
-    trainer, states = trainer or Witness(), states or MemoryStates()
+    trainer, states = trainer or Witness(toy()), states or MemoryStates()
     method = toy_method(row)
     simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
     through, plan = exchange(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
@@ -362,6 +414,16 @@ def play(
     return Game(progress, rows, views, weights, states, through, trainer)
 
 
+def toy(**settings: Any) -> ToyTrainer:
+    """The toy on the laws' modules."""
+    return ToyTrainer(**{"spec": SPEC, **settings})
+
+
+def in_unit(unit: float) -> AdapterSpec:
+    """The laws' modules with an alpha, and with pretrained weights, in this unit."""
+    return replace(SPEC, scaling=Scaling(3 * unit), weight=lambda name: unit * SPEC.weight(name))
+
+
 def people(ranks: Sequence[int], count: int = 3) -> list[ClientInfo]:
     """The toy's clients, with these ranks in turn."""
     return toy_clients(count, [ranks[i % len(ranks)] for i in range(count)])
@@ -375,18 +437,23 @@ def whole_game(name: str, ranks: tuple[int, ...]) -> Game:
 
 @cache
 def a_round_of_replies(name: str, ranks: tuple[int, ...]) -> tuple[Any, Any, list[Reply]]:
-    """A row's method, its server's state after two rounds, and the next round's replies."""
-    row = brief(TABLE[name])
+    """Those of the row as it is, which several laws look at and none changes."""
+    return round_of_replies(brief(TABLE[name]), ranks)[:3]
+
+
+def round_of_replies(row: Row, ranks: Sequence[int]) -> tuple[Any, Any, list[Reply], MemoryStates]:
+    """A row's method, its server's state after two rounds, the next round's replies, and the clients' states after them."""
     game = play(row, people(ranks), rounds=PERIOD)
     method, rnd = toy_method(row), Round(PERIOD, 0)
     server = game.progress.server
     sent = {who: method.send(server, who, rnd) for who in people(ranks)}
-    return method, server, list(game.exchange.turn(rnd, sent, {}))
+    return method, server, list(game.exchange.turn(rnd, sent, {})), game.states
 
 
-def change(method: Any, merged: Merged[Any], who: ClientInfo) -> dict[str, torch.Tensor]:
-    """What a client that has never taken part would add to the base as it was before the merge."""
-    view = method.view(method.init_client(SPEC, who, 0), method.send(merged.server, who, Round(PERIOD + 1, 0)), who)
+def change(method: Any, merged: Merged[Any], who: ClientInfo, state: Any = None) -> dict[str, torch.Tensor]:
+    """What a client in this state, or that has never taken part, would add to the base as it was before the merge."""
+    state = method.init_client(SPEC, who, 0) if state is None else state
+    view = method.view(state, method.send(merged.server, who, Round(PERIOD + 1, 0)), who)
     folded = {name: part.product() for name, part in (merged.fold or {}).items()}
     return {name: x + folded.get(name, 0) for name, x in products(view).items()}
 

@@ -23,18 +23,19 @@ from wired import furnish
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 
 
-def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(tmp_path):
+def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_that_of_all(tmp_path):
     what = table(
-        furnish(tmp_path), 3, rounds=99, deploy={"deadline": 40.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99}
+        furnish(tmp_path), 3, rounds=500, deploy={"deadline": 40.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 99}
     )
     path, address = tmp_path / "run", Address("127.0.0.1", free_port())
-    deploy.prepare(build(what), path)
+    experiment = build(what)
+    deploy.prepare(experiment, path)
     with ExitStack() as stack:
         link = SuperLink.start(tmp_path / "link", address, None)
         stack.callback(link.stop)
         nodes = {}
         for client in ("000", "001", "002"):
-            Settings(clients=[client]).write(tmp_path / client)
+            Settings.trusting(experiment, [client]).write(tmp_path / client)
             nodes[client] = start_node(tmp_path / client, address, None)
             stack.callback(nodes[client].stop)
 
@@ -53,9 +54,21 @@ def test_nodes_and_workers_may_die_and_return_and_their_base_is_that_of_all(tmp_
         nodes["001"] = start_node(tmp_path / "001", address, None)
         stack.callback(nodes["001"].stop)
         back = until(lambda: [r["round"] for r in rows_in(path) if r["round"] > missing[0]["round"] and not r["refused"]])
+        asleep = [nodes["002"].pid, int((tmp_path / "002" / "worker.pid").read_text())]
+        for pid in asleep:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            late = until(lambda: [row for row in rows_in(path) if "002" in row["refused"]])
+        finally:
+            for pid in asleep:
+                os.kill(pid, signal.SIGCONT)
+        awake = until(
+            lambda: [row for row in rows_in(path) if late and row["round"] > late[0]["round"] and not row["refused"]]
+        )
         link.stop()
         follow.join()
-    assert back and all({"000", "002"} <= set(row["accepted"]) for row in rows_in(path))
+    assert late and late[0]["accepted"] == ["000", "001"] and awake
+    assert back and all("000" in row["accepted"] for row in rows_in(path))
     assert int((tmp_path / "000" / "worker.pid").read_text()) != worker
     for client in nodes:  # what came with the work of that round
         assert set(range(back[0] - 1)) <= {int(f.stem) for f in (tmp_path / client).glob("runs/*/folds/*")}

@@ -13,7 +13,8 @@ from fedlora.config import build
 from fedlora.experiment import run
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_for_port
+from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
+from fedlora.rounds.flower.settings import Settings
 
 from lives import alive_in, command_of, fedlora, journal, rows_in, table, until
 from wired import assert_same_runs, furnish
@@ -28,7 +29,11 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
     file, path, address = tmp_path / "experiment.toml", tmp_path / "run", Address("127.0.0.1", free_port())
     file.write_text(tomli_w.dumps(table(home, 2)))
     with ExitStack() as stack:
-        joined = [fedlora("join", "--server", address, "--client", c, "--folder", tmp_path / c) for c in ("000", "001")]
+        trusting = Settings.trusting(build(table(home, 2)), ()).overrides
+        agreed = [word for override in trusting for word in ("--set", override)]
+        joined = [
+            fedlora("join", "--server", address, "--client", c, "--folder", tmp_path / c, *agreed) for c in ("000", "001")
+        ]
         for process in joined:
             stack.callback(process.communicate)
             stack.callback(process.terminate)
@@ -48,13 +53,13 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
         command = ["flower-superlink", "--insecure", "--host", address.host, "--port", str(address.port)]
         flowers = Process(command, tmp_path / "link", tmp_path / "superlink.log")
         stack.callback(flowers.stop)
-        wait_for_port(address.port, flowers)
+        wait_until_ready(address, None, flowers)
         third = fedlora("serve", "--superlink", address, "--resume", path)
         by_hand = tmp_path / "by hand"
         by_hand.mkdir()
         (by_hand / "experiment.toml").write_text(file.read_text())
         (tmp_path / "settings.toml").write_text(tomli_w.dumps({"folder": str(by_hand)}))
-        connection(tmp_path / "operator", str(address), None)
+        connection(tmp_path / "operator", address, None)
         flwr(tmp_path / "operator", "run", str(APP), CONNECTION, "--run-config", str(tmp_path / "settings.toml"))
         _, err = third.communicate(timeout=400)
         assert third.returncode == 0, err

@@ -23,11 +23,13 @@ def test_a_local_run_that_is_interrupted_goes_on_as_if_nothing_had_happened_and_
     resume = interrupted(fedlora("deploy", "local", "--clients", "2", file, "--out", path), path)
     assert resume == ["deploy", "local", "--resume", str(path)]
     assert until(lambda: not alive_in(path), 30)
-    second = fedlora(*resume)
+    second = fedlora(*resume)  # both with the umask of most systems, which lets others read
     out, err = second.communicate()
     assert second.returncode == 0, err
     assert "round 2/2" in out and "run directory" in out
     assert until(lambda: not alive_in(path), 30)
+    readable = [entry for entry in [path, *path.rglob("*")] if not entry.is_symlink() and entry.stat().st_mode & 0o077]
+    assert readable == []
     assert_same_runs(run(build(what), tmp_path / "simulated").folder, path)
 
 

@@ -1,5 +1,6 @@
 """The exact laws of CE-LoRA."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from fedlora.linalg.mixture import Mixtures
 from fedlora.linalg.subspace import frame
 from fedlora.linalg.transport import mixtures_apart
 from fedlora.messages import Asked, ClientInfo, Fit, Replies, Reply, Round
-from fedlora.methods.ce_lora import CELoRA, Cores
+from fedlora.methods.ce_lora import CELoRA, Cores, median
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.client import Begun, turns
 from fedlora.rounds.gate import Gate
@@ -317,3 +318,8 @@ def test_mixtures_that_are_none_are_refused(key, bend, reason):
 def test_settings_out_of_range_are_refused_before_anything_starts(setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
         build({"method": {"name": "ce-lora"}}, [f"method.{setting}"])
+
+
+def test_the_median_of_an_even_count_is_the_mean_of_the_two_in_the_middle():
+    for values in ([3.0], [1.0, 2.0], [5.0, 1.0, 2.0], [4.0, 1.0, 3.0, 9.0]):
+        assert float(median(torch.tensor(values))) == statistics.median(values)

@@ -1,16 +1,18 @@
 """The exact laws of Ditto."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.adapter import lora_init, pack, unpack
+from fedlora.adapter import Scaling, lora_init, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.ditto import Ditto, distance
+from fedlora.methods.scaled import Scaled, unscaled
 from fedlora.rounds.simulate import Simulation
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -40,9 +42,12 @@ def test_the_shared_pair_is_fedits_bit_for_bit(pull):
 def test_without_a_pull_a_client_trains_as_if_it_were_alone():
     together, alone = play(Ditto(rank=2, pull=0.0), 4)[1], play(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1]
     one, other = together.client_state(CLIENTS[-1], 4), alone.client_state(CLIENTS[-1], 4)
-    assert all(torch.equal(one[n].b, other[n].b) and torch.equal(one[n].a, other[n].a) for n in SPEC.modules)
+    assert all(
+        torch.equal(one.adapter[n].b, other.adapter[n].b) and torch.equal(one.adapter[n].a, other.adapter[n].a)
+        for n in SPEC.modules
+    )
     pulled = play(Ditto(rank=2, pull=0.1), 4)[1].client_state(CLIENTS[-1], 4)
-    assert not any(torch.equal(one[name].b, pulled[name].b) for name in SPEC.modules)
+    assert not any(torch.equal(one.adapter[name].b, pulled.adapter[name].b) for name in SPEC.modules)
 
 
 def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down():
@@ -51,7 +56,7 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
     for pull in (50.0, 500.0):
         m, trainer, rnd = Ditto(rank=2, pull=pull), ToyTrainer(lr=0.05 / pull, steps=20), Round(0, 0)
         shared = factors(2, "shared", spec=SPEC)
-        job = m.work({}, pack(shared), CLIENTS[0], rnd)
+        job = m.work(m.init_client(SPEC, CLIENTS[0], 0), pack(shared), CLIENTS[0], rnd)
         own, _ = trainer.fit_one(job.send(next(job).start), CLIENTS[0])
         apart.append(distance(own, shared).sqrt())
     assert_close(apart[1], apart[0] / 10, rtol=0.05, atol=0)
@@ -61,7 +66,7 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
 def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_since():
     m, who, rnd = Ditto(rank=2, pull=3.0), CLIENTS[0], Round(0, 0)
     got, mine = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
-    job = m.work(mine, got, who, rnd)
+    job = m.work(Scaled(mine, SPEC.scales(2)), got, who, rnd)
     first = next(job)
     assert first.penalty is None
     second = job.send(factors(2, "trained", spec=SPEC))
@@ -86,4 +91,12 @@ def test_a_client_uses_the_shared_pair_until_it_has_its_own_which_starts_there()
     second = job.send(factors(2, "trained", spec=SPEC))
     assert all(torch.equal(part.a, got[f"{name}.a"]) for name, part in second.start.items())
     own = factors(2, "own", spec=SPEC)
-    assert m.view(own, got, who) is own
+    assert m.view(Scaled(own, SPEC.scales(2)), got, who) is own
+
+
+def test_the_pull_is_on_the_factors_of_peft_whatever_alpha_is():
+    spec, got, mine = replace(SPEC, scaling=Scaling(8.0)), factors(2, "shared", spec=SPEC), factors(2, "own", spec=SPEC)
+    m, scales = Ditto(rank=2, pull=3.0), spec.scales(2)
+    job = m.work(Scaled(mine, scales), pack(got), CLIENTS[0], Round(0, 0))
+    second = job.send(next(job).start)
+    assert_close(second.penalty(pack(mine)), 1.5 * distance(unscaled(mine, scales), unscaled(got, scales)))

@@ -84,3 +84,14 @@ def test_where_nobody_has_the_largest_rank_the_servers_factors_can_stand_in(rank
     for name, found in products(merged.server.adapter).items():
         total = 2 * mean((1, 1), ranks, name) + (old[name].product() if kept else 0)
         assert_close(found, cut(total / (3 if kept else 2), 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 1e-3])
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2), (1, 1, 2, 2), (1, 1)])
+def test_the_weights_of_a_round_without_the_largest_rank_add_up_to_one(ranks, temperature):
+    """At g = 96 and 48 and small temperatures, where exp(-g / temperature) is zero for all."""
+    m = FedHMLoRA(rank=96, temperature=temperature)
+    found = merge(m, ranks).server.adapter
+    weights = torch.softmax(torch.tensor([-96 / r / temperature for r in ranks], dtype=torch.float64), 0).tolist()
+    for name, product in products(found).items():
+        assert_close(product, mean(weights, ranks, name), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """The exact laws of FedLoRU, pFedLoRU and mFedLoRU."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ accumulations = pytest.mark.parametrize("accumulate", ["keep", "reinit"])
 def replies(m: Any, server: Any, index: int, trainer: ToyTrainer, states: MemoryStates, who=CLIENTS) -> list[Reply]:
     rnd = Round(index, 0)
     sent = {one: m.send(server, one, rnd) for one in who}
-    return list(Simulation(m, SPEC, who, states, trainer, 0).turn(rnd, sent, {}))
+    return list(Simulation(m, trainer.spec, who, states, trainer, 0).turn(rnd, sent, {}))
 
 
 def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], ToyTrainer, MemoryStates]:
@@ -131,3 +132,13 @@ def test_mfedloru_adds_the_mean_of_the_clients_products_to_both_factors():
         a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in got)
         assert_close(factors[name].b, server.factors[name].b + b, rtol=1e-5, atol=1e-6)
         assert_close(factors[name].a, server.factors[name].a + a, rtol=1e-5, atol=1e-6)
+
+
+def test_mfedloru_sends_a_module_of_fixed_rank_at_that_rank():
+    spec, who = replace(SPEC, rank_pattern={"layer.2.q": 4}), toy_clients(1, 1)[0]
+    found = []
+    for m in (MFedLoRU(rank=3), FedLoRU(rank=3)):
+        server = m.init_server(spec, 0)
+        sent = replies(m, server, 0, ToyTrainer(spec), MemoryStates(), [who])
+        found.append(m.merge(server, Replies(sent), Round(0, 0)).server.factors["layer.2.q"].product())
+    assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,7 @@
 """The exact laws of FedRPCA."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import AdapterSpec, lora_init, pack
+from fedlora.adapter import AdapterSpec, Scaling, lora_init, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods.fedrpca import FedRPCA
+from fedlora.methods.scaled import Scaled, scaled
 
 OUT, IN, RANK = 48, 20, 3
 SPEC = AdapterSpec({"layer.2.q": (OUT, IN), "layer.10.v": (IN, OUT)}, dtype=torch.float64)
@@ -45,11 +47,13 @@ def merge(m: FedRPCA, moves: Sequence[Move], weights: Sequence[float] | None = N
         )
         for i, move in enumerate(moves)
     ]
-    return m.merge(START, Replies(replies), RND)
+    return m.merge(Scaled(START, SPEC.scales(RANK)), Replies(replies), RND)
 
 
 def moved(merged: Any) -> Move:
-    return {name: {"b": part.b - START[name].b, "a": part.a - START[name].a} for name, part in merged.server.items()}
+    return {
+        name: {"b": part.b - START[name].b, "a": part.a - START[name].a} for name, part in merged.server.adapter.items()
+    }
 
 
 def assert_same(left: Move, right: Move, rounding: float = 1e-9) -> None:
@@ -114,6 +118,27 @@ def test_identical_clients_are_followed_as_they_are(count, close):
     assert apart(moved(merge(FedRPCA(RANK), [draw(0)] * count)), draw(0)) < close
 
 
+@pytest.mark.parametrize(("count", "too_far"), [(4, 0.24), (5, 0.15), (6, 0.10), (8, 0.04), (10, 0.01), (15, 0.0)])
+def test_the_documented_figures_of_identical_clients_are_right(count, too_far):
+    x = torch.randn(1, 3072, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = FedRPCA(RANK)._step([x] * count, torch.full((count,), 1 / count, dtype=torch.float64))
+    assert float((step - x).norm() / x.norm()) == pytest.approx(too_far, abs=0.01)
+
+
+@pytest.mark.parametrize("columns", ["factors", "both", "product"])
+def test_the_split_is_that_of_the_factors_of_peft_whatever_alpha_is(columns):
+    """The same factors of PEFT at scale 1 and at scale 4."""
+    found, m = [], FedRPCA(RANK, columns=columns)
+    for spec in (SPEC, replace(SPEC, scaling=Scaling(4.0 * RANK))):
+        scales, replies = spec.scales(RANK), []
+        for i, move in enumerate(planted(6)[0]):
+            own = {name: LowRank(b=part.b + move[name]["b"], a=part.a + move[name]["a"]) for name, part in START.items()}
+            replies.append(Reply(ClientInfo(f"{i:02}", RANK, 10), RND, pack(scaled(own, scales)), 1.0))
+        found.append(m.merge(Scaled(scaled(START, scales), scales), Replies(replies), RND).server.adapter)
+    for name, part in found[0].items():
+        assert_close(found[1][name].product(), 4 * part.product(), rtol=1e-6, atol=1e-6)
+
+
 def test_dense_noise_is_not_amplified():
     clients = [draw(i) for i in range(6)]
     assert_same(moved(merge(FedRPCA(RANK, beta=3.0), clients)), add(*[(1 / 6, one) for one in clients]))
@@ -128,7 +153,7 @@ def test_a_client_of_weight_zero_has_no_say_in_the_split():
 def test_products_as_columns_with_beta_one_give_the_best_fit_to_the_mean_of_the_products():
     clients = [draw(i) for i in range(3)]
     merged = merge(FedRPCA(RANK, beta=1.0, columns="product"), clients)
-    for name, part in merged.server.items():
+    for name, part in merged.server.adapter.items():
         products = [(START[name].b + one[name]["b"]) @ (START[name].a + one[name]["a"]) for one in clients]
         u, s, vt = torch.linalg.svd(torch.stack(products).mean(0), full_matrices=False)
         assert_close(part.product(), (u[:, :RANK] * s[:RANK]) @ vt[:RANK], rtol=1e-8, atol=1e-8)

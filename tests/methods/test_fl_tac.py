@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Full, pack
+from fedlora.adapter import Full, Scaling, lora_init, pack
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
@@ -81,6 +81,22 @@ def test_the_order_of_replies_does_not_matter(drift):
     one, other = merged(THREE, some).server, merged(THREE, some[4:] + some[:4]).server
     for reply in some:
         assert_equal(THREE.send(one, reply.client, ROUND), THREE.send(other, reply.client, ROUND))
+
+
+@pytest.mark.parametrize("alpha", [1.0 * RANK, 8.0 * RANK])
+def test_adapters_are_compared_as_peft_has_them_whatever_alpha_is(alpha):
+    """Two a and two b; the two a are twice as far apart as PEFT's b are, and so decide."""
+    spec, m = replace(SPEC, scaling=Scaling(alpha)), FLTAC(rank=RANK, tasks=2)
+    start, some = lora_init(spec, RANK, 0), []
+    for i, (move_b, move_a) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        parts = {}
+        for name, part in start.items():
+            b, a = torch.zeros_like(part.b), part.a.clone()
+            b[0, 0], a[0, 0] = alpha / RANK * move_b, a[0, 0] + 2 * move_a
+            parts[name] = LowRank(b=b, a=a)
+        some.append(Reply(ClientInfo(str(i), RANK, 10), ROUND, pack(parts), 10.0))
+    belongs = m.merge(m.init_server(spec, 0), Replies(some), ROUND).server.belongs
+    assert belongs["0"] == belongs["1"] != belongs["2"] == belongs["3"]
 
 
 @pytest.mark.parametrize("rule", ["own", "averaged"])

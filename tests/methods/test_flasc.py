@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, pack
+from fedlora.adapter import Adapter, Scaling, pack
+from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
@@ -39,7 +40,7 @@ def keep_largest(vector: Tensor, count: int) -> Tensor:
 def play(m: Any, server: Any, who: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
     trainer = Recorder()
     done = turns(m, trainer, [Begun(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0]
-    return Reply(who, rnd, done.upload, float(who.examples)), trainer
+    return Reply(who, rnd, done.upload, 1.0), trainer
 
 
 def viewed(m: FLASC, server: Dense, who: ClientInfo) -> Tensor:
@@ -94,10 +95,10 @@ def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_
     assert (viewed(PLAIN, START, clients[0])[nobody] == 0).any()  # some of what stayed had not even been sent
 
 
-def test_weights_are_the_examples_only_if_so_set():
+def test_the_weights_are_those_of_the_replies():
     clients = toy_clients(3, RANK)
-    replies = [play(PLAIN, START, who)[0] for who in clients]
-    after = flat(replace(PLAIN, by_examples=True).merge(START, Replies(replies), RND).server.adapter)
+    replies = [replace(play(PLAIN, START, who)[0], weight=float(who.examples)) for who in clients]
+    after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
     mean = sum(reply.weight * dense(reply).double() for reply in replies) / sum(reply.weight for reply in replies)
     assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
 
@@ -199,3 +200,17 @@ def test_the_gate_takes_any_choice_of_the_right_number_and_refuses_all_else():
     assert "sent positions as torch.int8" in refusal(positions=reply.upload["positions"].view(torch.int8))
     assert "sent changes with shape (32,), expected (33,)" in refusal(changes=reply.upload["changes"][1:])
     assert "NaN" in refusal(changes=reply.upload["changes"] * torch.nan)
+
+
+def test_the_largest_entries_are_those_of_the_factors_of_peft():
+    spec, who = replace(SPEC, scaling=Scaling(4.0 * RANK)), ClientInfo("x", RANK, 10)
+    got = PLAIN.send(START, who, RND)
+    view, plain = (PLAIN.view(PLAIN.init_client(one, who, 0), got, who) for one in (spec, SPEC))
+    assert all(torch.equal(part.b, 4 * plain[n].b) and torch.equal(part.a, plain[n].a) for n, part in view.items())
+    job = PLAIN.work(PLAIN.init_client(spec, who, 0), got, who, RND)
+    moved = {n: LowRank(b=part.b + 4 * START.adapter[n].b, a=part.a) for n, part in next(job).start.items()}
+    with pytest.raises(StopIteration) as done:
+        job.send(moved)
+    change = {n: LowRank(b=x.b, a=torch.zeros_like(x.a)) for n, x in START.adapter.items()}
+    sent = dense(Reply(who, RND, done.value.value[1], 1.0))
+    assert_close(sent, keep_largest(flat(change), TOTAL // 4))

@@ -60,3 +60,11 @@ def test_with_a_shared_draw_identical_clients_are_as_one():
     for name in trainer.spec.modules:
         one, *others = (trainer.weights[who][name] for who in trainer.weights)
         assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("ranks", [(1, 3, 2), (3, 1, 2)])
+def test_the_fold_has_no_columns_of_zeros_whatever_the_rank_of_the_first_client(ranks):
+    spec = replace(SPEC, rank_pattern={"layer.3.q": 1})  # as large as layer.2.q, where the first client has rank 1
+    fold = merged_by(FLoRA(), replies_of_ranks(*ranks, spec=spec), spec=spec).fold
+    assert {name: part.rank for name, part in fold.items()} == {"layer.2.q": 6, "layer.10.v": 6, "layer.3.q": 3}
+    assert all(part.b.any(0).all() and part.a.any(1).all() for part in fold.values())

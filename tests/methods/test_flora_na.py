@@ -117,3 +117,9 @@ def mean_factors(replies, rank=3):
         a = sum(w * torch.nn.functional.pad(p.a, (0, 0, 0, rank - p.rank)) for w, p in parts)
         found[name] = LowRank(b=b, a=a)
     return found
+
+
+def test_a_rank_that_no_client_has_can_learn_beside_a_module_of_that_rank():
+    spec = replace(SPEC, rank_pattern={"layer.3.q": 3})  # as large as layer.2.q
+    after = merged_by(FLoRANA(3), replies_of_ranks(2, 1, spec=spec), spec=spec).server.adapter
+    assert all(part.a.any(1).all() for part in after.values())

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import AdapterSpec, pack, unpack
+from fedlora.adapter import AdapterSpec, Scaling, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.fslora import FSLoRA, sliced, subset
 from fedlora.rounds.client import Begun, turns
-from fedlora.train.inject import Scaling
 
-from toy import SPEC, ToyTrainer, products, toy_clients
+from toy import SPEC, ToyTrainer, toy_clients
 from uploads import factors
 
 RND, ALPHA = Round(0, 0), 16.0
@@ -29,7 +28,7 @@ def replies(m: Any, server: Any, clients: list[ClientInfo], rnd: Round = RND) ->
         (who, turns(m, ToyTrainer(), [Begun(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0])
         for who in clients
     ]
-    return [Reply(who, rnd, one.upload, float(who.examples)) for who, one in done]
+    return [Reply(who, rnd, one.upload, 1.0) for who, one in done]
 
 
 def changes(reply: Reply) -> dict[str, LowRank]:
@@ -81,19 +80,13 @@ def test_what_nobody_drew_does_not_move_by_a_bit():
         assert not torch.equal(after[name].b, part.b) and not torch.equal(after[name].a, part.a)
 
 
-def test_weights_are_the_examples_only_if_so_set():
-    clients, equal = toy_clients(3, [2, 3, 1]), FSLoRA(rank=5)
-    got = replies(equal, WIDE, clients)
-    as_one = [replace(reply, weight=1.0) for reply in got]
-    weighted, mean = FSLoRA(rank=5, by_examples=True).merge(WIDE, Replies(got), RND), equal.merge(WIDE, Replies(got), RND)
-    assert_close(products(mean.server.adapter), products(equal.merge(WIDE, Replies(as_one), RND).server.adapter))
-    moved = {
-        n: sum(r.weight * spread(changes(r)[n].a, subset(n, 5, r.client.rank, r.client, RND), 5, 0) for r in got)
-        for n in SPEC.modules
-    }
-    for name, part in weighted.server.adapter.items():
-        total = sum(reply.weight for reply in got)
-        assert_close(part.a, WIDE.adapter[name].a + moved[name] / total, rtol=1e-5, atol=1e-6)
+def test_the_weights_are_those_of_the_replies():
+    clients, m = toy_clients(3, [2, 3, 5]), FSLoRA(rank=5)
+    got = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
+    total = sum(reply.weight for reply in got)
+    for name, part in m.merge(WIDE, Replies(got), RND).server.adapter.items():
+        moves = [r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in got]
+        assert_close(part.a, WIDE.adapter[name].a + sum(moves) / total, rtol=1e-5, atol=1e-6)
 
 
 def test_the_merge_is_linear_in_the_changes():

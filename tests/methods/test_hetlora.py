@@ -1,13 +1,14 @@
 """The exact laws of HetLoRA."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.adapter import lora_init, pack, unpack
+from fedlora.adapter import Scaling, lora_init, pack, unpack
 from fedlora.linalg.combine import leading, pad
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
@@ -91,7 +92,31 @@ def test_a_slice_that_goes_down_and_up_again_is_padded_to_itself():
     assert all(torch.equal(part.b, wide[n].b[:, :2]) for n, part in unpack(down, LowRank).items())
     found = merged(m, [unpack(down, LowRank)]).server.adapter
     assert all(torch.allclose(part.product(), leading(wide[n], 2).product(), atol=1e-5) for n, part in found.items())
-    assert all(not part.b[:, 2:].any() and not part.a[2:].any() for part in found.values())
+    assert all(not part.b[:, 2:].any() for part in found.values())
+
+
+def test_a_rank_that_no_client_has_starts_again_with_a_fresh_row_and_changes_no_product():
+    m, server = HetLoRA(rank=4), Sliced(factors(4, 0), {})
+    who = ClientInfo("0", 4, 10)
+    pruned = {n: pad(leading(part, 3), 4) for n, part in factors(4, 1).items()}
+    some = [reply(pruned, "0"), reply(factors(2, 2), "1"), reply(factors(1, 3), "2")]
+    after = m.merge(server, Replies(some), RND).server
+    for part in after.adapter.values():
+        assert not part.b[:, 3].any() and part.a[3].all() and part.b[:, :3].any(0).all()
+    assert_close(products(after.adapter), products({n: leading(part, 3) for n, part in after.adapter.items()}))
+    live = {n: part.b.clone().requires_grad_() for n, part in after.adapter.items()}
+    sum((b @ after.adapter[n].a).sum() for n, b in live.items()).backward()
+    assert all(b.grad[:, 3].any() for b in live.values()) and m.send(after, who, RND).keys() == pack(after.adapter).keys()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_tail_is_that_of_the_factors_of_peft_whatever_alpha_is(rslora):
+    spec, who, wide = replace(SPEC, scaling=Scaling(6.0, rslora)), ClientInfo("0", 4, 10), factors(4, 0)
+    m = HetLoRA(rank=4, gamma=0.5)
+    request = next(m.work(m.init_client(spec, who, 0), pack(wide), who, RND))
+    scale = 6.0 / (2.0 if rslora else 4.0)
+    peft = {name: LowRank(b=part.b / scale, a=part.a) for name, part in wide.items()}
+    assert_close(request.penalty(pack(wide)), 0.01 * tail(peft, dict.fromkeys(peft, 2)))
 
 
 def test_without_training_a_component_shrinks_by_the_square_of_the_weight_that_reaches_it():
@@ -111,7 +136,7 @@ def test_a_client_drops_its_tail_for_good_if_and_only_if_the_tail_shrank(shrink,
     start = next(job).start
     scaled = torch.tensor([1.0, 1.0, 1.0, shrink])
     state, upload = finish(job, {n: LowRank(b=x.b * scaled, a=x.a) for n, x in start.items()})
-    assert {int(x) for x in state.values()} == {rank}
+    assert {int(x) for x in state.ranks.values()} == {rank}
     assert {x.shape for x in upload.values()} == {x.shape for x in got.values()}
     assert {bool(part.b[:, 3].any()) for part in unpack(upload, LowRank).values()} == {rank == 4}
     assert {part.rank for part in m.view(state, got, who).values()} == {rank}
@@ -124,7 +149,7 @@ def test_the_rank_never_rises_and_never_falls_below_the_least():
         job = m.work(mine, pack(factors(4, 0)), who, RND)
         start = next(job).start
         mine, _ = finish(job, {n: LowRank(b=0.5 * x.b, a=x.a) for n, x in start.items()})
-        ranks.append({int(x) for x in mine.values()})
+        ranks.append(set(mine.ranks.values()))
     assert ranks == [{2}, {2}, {2}]
 
 
@@ -134,7 +159,7 @@ def test_without_penalty_and_tail_nothing_is_pruned():
     request = next(job)
     assert request.penalty is None
     state, _ = finish(job, {n: LowRank(b=0 * x.b, a=x.a) for n, x in request.start.items()})
-    assert {int(x) for x in state.values()} == {4}
+    assert {int(x) for x in state.ranks.values()} == {4}
 
 
 def test_the_penalty_pulls_on_the_tail_alone():

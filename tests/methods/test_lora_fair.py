@@ -1,15 +1,18 @@
 """LoRA-FAIR: b corrected, within the rows of the mean a."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fedlora.adapter import unpack
+from fedlora.adapter import Scaling, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.solve import cross, ridge
 from fedlora.messages import Replies
 from fedlora.methods.lora_fair import LoRAFAIR
+from fedlora.methods.scaled import scaled
 
-from uploads import dense, drifted, factors, mean_product, merged_by, off, replies_of, truncated, update
+from uploads import SPEC, dense, drifted, factors, mean_product, merged_by, off, replies_of, truncated, update
 
 LOSSES = ("ridge", "cos", "cos_col")
 
@@ -42,7 +45,9 @@ def test_without_a_penalty_ridge_gives_the_mean_projected_on_the_rows_of_the_mea
 def test_identical_clients_are_left_alone(loss):
     one = factors(3, "one")
     merged = merged_by(method(loss), replies_of([one] * 4))
-    assert all(float((part.b - one[name].b).norm()) < 1e-5 * float(part.b.norm()) for name, part in merged.server.items())
+    assert all(
+        float((part.b - one[name].b).norm()) < 1e-5 * float(part.b.norm()) for name, part in merged.server.adapter.items()
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -58,7 +63,7 @@ def test_clients_with_a_common_a_are_merged_exactly_by_the_mean_b(loss):
 def test_the_cosines_never_end_above_their_start(loss, size):
     uploads = [unpack(r.upload, LowRank) for r in drifted(4, 3)]
     replies = replies_of([{n: LowRank(b=size * p.b, a=p.a) for n, p in parts.items()} for parts in uploads])
-    merged, wanted = merged_by(LoRAFAIR(rank=3, loss=loss, steps=50), replies).server, mean_product(replies)
+    merged, wanted = merged_by(LoRAFAIR(rank=3, loss=loss, steps=50), replies).server.adapter, mean_product(replies)
     for name, start in mean_factors(replies).items():
         apart = 0.01 * float((merged[name].b - start.b).square().sum())
         before, after = (float(cosine(dense(p), wanted[name], loss)) for p in (start, merged[name]))
@@ -69,7 +74,7 @@ def test_the_cosines_never_end_above_their_start(loss, size):
 @pytest.mark.parametrize("loss", ["cos", "cos_col"])
 def test_the_cosine_search_turns_the_product_towards_the_mean(loss, norm):
     replies = drifted(4, 3)
-    merged = merged_by(LoRAFAIR(rank=3, loss=loss, norm=norm, strength=1e-4, rate=1.0, steps=50), replies).server
+    merged = merged_by(LoRAFAIR(rank=3, loss=loss, norm=norm, strength=1e-4, rate=1.0, steps=50), replies).server.adapter
     for name, start in mean_factors(replies).items():
         wanted = mean_product(replies)[name]
         assert cosine(dense(merged[name]), wanted, loss) > cosine(dense(start), wanted, loss) + 1e-5
@@ -77,7 +82,7 @@ def test_the_cosine_search_turns_the_product_towards_the_mean(loss, norm):
 
 def test_a_random_start_comes_from_the_seed_alone():
     random = method("cos", init="xavier")
-    one, other, still = (merged_by(m, drifted(4, 3)).server for m in (random, random, method("cos")))
+    one, other, still = (merged_by(m, drifted(4, 3)).server.adapter for m in (random, random, method("cos")))
     for name in one:
         assert torch.equal(one[name].b, other[name].b) and not torch.allclose(one[name].b, still[name].b)
 
@@ -93,10 +98,24 @@ def test_the_error_is_at_least_that_of_the_best_fit(loss):
 def test_two_phases_of_sums_give_the_same_ridge(strength):
     """What secure aggregation could do: the server sees the mean factors first, then the sum of b_k (a_k a_mean^T)."""
     replies, total = drifted(4, 3), sum(r.weight for r in drifted(4, 3))
-    merged = merged_by(LoRAFAIR(rank=3, strength=strength), replies).server
+    merged = merged_by(LoRAFAIR(rank=3, strength=strength), replies).server.adapter
     for name, centre in mean_factors(replies).items():
         answers = sum(r.weight / total * cross(unpack(r.upload, LowRank)[name], centre.a) for r in replies)
         assert off({name: dense(ridge(centre, answers, strength))}, {name: dense(merged[name])}) < 1e-5
+
+
+@pytest.mark.parametrize("norm", ["l2", "l2sq"])
+@pytest.mark.parametrize("init", ["zero", "xavier"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_correction_is_that_of_the_factors_of_peft_whatever_alpha_is(loss, init, norm):
+    """The same factors of PEFT at scale 1 and at scale 4."""
+    peft, found = [unpack(reply.upload, LowRank) for reply in drifted(4, 3)], []
+    for spec in (SPEC, replace(SPEC, scaling=Scaling(4.0 * 3))):
+        replies = replies_of([scaled(factors, spec.scales(3)) for factors in peft])
+        m = method(loss, init=init, norm=norm, rate=0.3, strength=0.1)
+        found.append(merged_by(m, replies, spec=spec).server.adapter)
+    for name, part in found[0].items():
+        torch.testing.assert_close(found[1][name].b, 4 * part.b, rtol=1e-5, atol=1e-5)
 
 
 def cosine(x, y, loss):

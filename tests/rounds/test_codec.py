@@ -1,6 +1,7 @@
 import json
 import random
 import sys
+import tracemalloc
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from safetensors.torch import save
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
+from fedlora.rounds import codec
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
 
 DTYPES = [
@@ -135,6 +137,28 @@ def test_a_payload_of_a_rare_dtype_is_refused_or_gives_tensors(dtype):
         header = json.dumps({"x": {"dtype": dtype, "shape": [16], "data_offsets": [0, size]}}).encode()
         with suppress(ValueError):
             assert decode(len(header).to_bytes(8, "little") + header + bytes(size))["x"].numel() == 16
+
+
+def empty_tensors(count):
+    table = {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
+    header = json.dumps({"__metadata__": {"order": " ".join(map(str, range(count)))}, **table}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize("count", [1001, 50_000])
+def test_more_tensors_than_allowed_are_refused_before_any_is_made(count, monkeypatch):
+    monkeypatch.setattr(codec, "load", None)
+    payload = empty_tensors(count)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="1000"):
+        decode(payload, 1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * len(payload)
+
+
+def test_as_many_tensors_as_allowed_are_read():
+    assert len(decode(encode({f"{i}": torch.ones(1) for i in range(30)}), 30)) == 30
 
 
 def test_a_state_comes_back_with_its_structure_types_and_bits(tmp_path):

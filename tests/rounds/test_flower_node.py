@@ -13,18 +13,37 @@ from fedlora.experiment import Bench, export, rounds, run
 from fedlora.problem import Problem
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.flower import deploy, server
+from fedlora.rounds.flower import deploy, server, wire
+from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Remote
 from fedlora.rounds.flower.node import Node, fingerprint
+from fedlora.rounds.flower.reasons import Reason
+from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.flower.wire import Bundle, Done, Hello, Order, Person, Present, Refused, seal, unseal
+from fedlora.rounds.flower.wire import (
+    PROTOCOL,
+    Bundle,
+    Done,
+    Failure,
+    Hello,
+    Order,
+    Person,
+    Present,
+    Refused,
+    seal,
+)
+from fedlora.rounds.flower.wire import unseal as unseal_for
 from fedlora.rounds.watch import Silent
 from fedlora.train import local
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
+
+
+def unseal(message):
+    return unseal_for(message, 100)
 
 
 def some_slow(*names):
@@ -49,9 +68,13 @@ class Hand:
     away: set[int] = field(default_factory=set)
     answers: dict[str, bytes | str] = field(default_factory=dict)
     carried: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+    credentials: Mapping[int, Credential] | None = None
 
     def nodes(self) -> Collection[int]:
         return self.nodes_by_number.keys() - self.away
+
+    def credential(self, node: int) -> Credential | None:
+        return None if self.credentials is None else self.credentials[node]
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         tickets = {}
@@ -70,10 +93,10 @@ class Hand:
         return {ticket: self.answers.pop(ticket) for ticket in list(tickets) if ticket in self.answers}
 
 
-def make_nodes(folder, groups=(CLIENTS[:2], CLIENTS[2:])):
+def make_nodes(what, folder, groups=(CLIENTS[:2], CLIENTS[2:])):
     nodes = {}
     for i, clients in enumerate(groups):
-        Settings(clients=list(clients)).write(folder / f"node{i}")
+        Settings.trusting(what, clients).write(folder / f"node{i}")
         nodes[i + 1] = Node(folder / f"node{i}")
     return nodes
 
@@ -93,7 +116,7 @@ def serve(what, folder, hand, life="1", count=4, said=None):
 
 def make_remote(what, bench, hand, life="1", done=0, said=None):
     hello = Hello(
-        protocol=1,
+        protocol=PROTOCOL,
         version=__version__,
         run="r",
         experiment=what.to_toml(),
@@ -104,14 +127,15 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
     row = what.method.row
     door = Door(fingerprint(bench.adapted.model), what.method.rank, row.mixed_ranks)
     tell = [] if said is None else said
-    return Remote(hand, hello, door, bench.trainer, what.deploy.deadline, what.deploy.poll, tell.append)
+    check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
+    return Remote(hand, hello, door, bench.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
 @pytest.mark.parametrize("method", [*some_slow("fedit", "fedsa-lora"), "flora", "ce-lora"])
 def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
     what = experiment(home, method)
     run(what, tmp_path / "simulated")
-    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path)))
+    serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path)))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
@@ -119,21 +143,22 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
 def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
     what = experiment(home, method, "train.together=4")
     run(what, tmp_path / "simulated")
-    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
 def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(home, tmp_path):
     run(experiment(home, "flora", "train.together=1"), tmp_path / "simulated")
-    hand = Hand(make_nodes(tmp_path, [[client] for client in CLIENTS]))
-    serve(experiment(home, "flora", "train.together=4"), tmp_path / "served", hand)
+    what = experiment(home, "flora", "train.together=4")
+    hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
+    serve(what, tmp_path / "served", hand)
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
 def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(home, tmp_path):
     what = experiment(home, "flora", "train.together=4")
     run(what, tmp_path / "simulated")
-    serve(what, tmp_path / "served", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
     one, other = known(tmp_path / "simulated"), known(tmp_path / "served")
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -145,7 +170,7 @@ def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkey
     for name, of in (("train_together", 3), ("score", 3)):
         monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
     what = experiment(home, "fedit", "train.together=4", rounds=1)
-    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
     assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
 
 
@@ -169,17 +194,18 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
 
     monkeypatch.setattr(local.LocalTrainer, "fit", fails)
     what = experiment(home, "fedit", "train.together=4", rounds=1)
-    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS,))))
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "RuntimeError: out of memory"}
+    assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "the client's work failed"}
 
 
 @pytest.mark.parametrize("method", ["flora", *some_slow("fedsa-lora")])
 def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(
     home, tmp_path, monkeypatch, method
 ):
-    what, nodes = experiment(home, method), make_nodes(tmp_path)
-    serve(what, tmp_path / "whole", Hand(make_nodes(tmp_path / "other")))
+    what = experiment(home, method)
+    nodes = make_nodes(what, tmp_path)
+    serve(what, tmp_path / "whole", Hand(make_nodes(what, tmp_path / "other")))
     commit = RunFolder.commit
 
     def dies(folder, done, *rest):
@@ -210,7 +236,7 @@ class Late(Hand):
 def test_the_next_rounds_work_is_on_its_way_before_the_scores_are_in(home, tmp_path):
     what = experiment(home, "flora")
     run(what, tmp_path / "simulated")
-    serve(what, tmp_path / "served", Late(make_nodes(tmp_path)))
+    serve(what, tmp_path / "served", Late(make_nodes(what, tmp_path)))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
@@ -229,17 +255,18 @@ class Leaky(Hand):
 
 def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
     what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
-    hand = Leaky(make_nodes(tmp_path), lost=(1, "judge", 2))
+    hand = Leaky(make_nodes(what, tmp_path), lost=(1, "judge", 2))
     serve(what, tmp_path / "run", hand)
     rows = rows_of(tmp_path / "run")
     assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
-    assert "lacks the folds of the rounds [2]" in rows[2]["refused"]["000"]
+    assert "lacks base updates (1)" in rows[2]["refused"]["000"]
     for node in ("node0", "node1"):
         assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
 
 
 def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
-    what, nodes = experiment(home, "flora", rounds=4), make_nodes(tmp_path, (CLIENTS,))
+    what = experiment(home, "flora", rounds=4)
+    nodes = make_nodes(what, tmp_path, (CLIENTS,))
 
     def loses(at, letter, answer):
         header, _ = unseal(letter)
@@ -300,7 +327,7 @@ BAD = {
     "another's name": (of_another_client, "does not mention it"),
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
-    "refused": (lambda header, payloads: seal(Refused(reason="no")), "no"),
+    "refused": (lambda header, payloads: seal(Refused(failure=Failure(reason=Reason.DATA))), "data cannot be used"),
     "a strange kind": (lambda header, payloads: seal(Bundle()), "answers 'bundle'"),
     "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
     "silence": (lambda header, payloads: None, "no answer within"),
@@ -316,10 +343,92 @@ def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_i
         return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else answer
 
     what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
-    serve(what, tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["001", "002", "003"]
     assert list(row["refused"]) == ["000"] and reason in row["refused"]["000"]
+
+
+BAD_SCORES = {
+    "no metric of the task": ({"metrics": {"x": 1.0}}, "metrics are not accuracy, loss"),
+    "one metric too few": ({"metrics": {"loss": 1.0}}, "metrics are not accuracy, loss"),
+    "a sum that overflows": ({"metrics": {"loss": 1e308, "accuracy": 1e308}}, "beyond 1e+10"),
+    "more examples than declared": ({"examples": 10**6}, "over 1000000 examples"),
+    "metrics of no examples": ({"examples": 0}, "metrics are not"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCORES)
+def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
+    change, reason = BAD_SCORES[name]
+
+    def spoil(at, letter, answer):
+        header, payloads = unseal(answer)
+        if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
+            return answer
+        answers = [answer.model_copy(update=change) for answer in header.answers]
+        return seal(header.model_copy(update={"answers": answers}), payloads)
+
+    what, said = experiment(home, rounds=1), []
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
+    assert set(rows_of(tmp_path / "run")[0]["clients"]["loss"]["each"]) == {"001", "002", "003"}
+    assert len(said) == 1 and "client 000: its score is rejected" in said[0] and reason in said[0]
+
+
+def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
+    def spoil(at, letter, answer):
+        header, _ = unseal(answer)
+        if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
+            return answer
+        frame = wire._Frame(header=header, sizes=[]).model_dump_json().encode()
+        number = f'"examples":{header.answers[0].examples}'.encode()
+        rest = frame.replace(number, b'"examples":1' + b"0" * 320)
+        rest = len(rest).to_bytes(8, "big") + rest
+        return wire._MAGIC + wire._digest(rest) + rest
+
+    what, said = experiment(home, rounds=1), []
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
+    assert set(rows_of(tmp_path / "run")[0]["clients"]["loss"]["each"]) == {"001", "002", "003"}
+    assert len(said) == 1 and "client 000" in said[0]
+
+
+def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
+    what, said = experiment(home), []
+    hand = Hand(make_nodes(what, tmp_path, (CLIENTS[:2], CLIENTS[2:])))
+    hand.credentials = {1: Credential("a", frozenset(CLIENTS[:2])), 2: Credential("b", frozenset({"002"}))}
+    with pytest.raises(RunStopped, match="of 4 clients, 000, 001 came"):
+        serve(what, tmp_path / "run", hand, said=said)
+    assert len(said) == 1 and said[0].startswith("node 2 refused")
+    hand.credentials[2] = Credential("b", frozenset(CLIENTS[1:]))
+    serve(what, tmp_path / "again", hand, life="2")
+
+
+def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
+    def spoil(at, letter, answer):
+        header, _ = unseal(answer)
+        many = [Person(id=f"{i}", rank=2, examples=9) for i in range(1000)]
+        return seal(header.model_copy(update={"clients": many})) if isinstance(header, Present) else answer
+
+    what, said = experiment(home), []
+    hand = Hand(make_nodes(what, tmp_path, (CLIENTS,)), spoil, credentials={1: Credential("a", frozenset(CLIENTS))})
+    with pytest.raises(RunStopped, match="none came"):
+        serve(what, tmp_path / "run", hand, said=said)
+    assert "1000 entries, expected at most 4" in said[0]
+
+
+def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it_gives(home, tmp_path):
+    def spoil(at, letter, answer):
+        header, _ = unseal(answer)
+        same = {"node": "same", "clients": [Person(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
+        return seal(header.model_copy(update=same)) if isinstance(header, Present) else answer
+
+    what = experiment(home)
+    hand = Hand(make_nodes(what, tmp_path), spoil)
+    hand.credentials = {1: Credential("a", frozenset({"000"})), 2: Credential("b", frozenset({"002"}))}
+    bench = Bench.make(what, Problem.of_server(what))
+    remote = make_remote(what, bench, hand)
+    remote.gather(2, 0.5)
+    assert [who.id for who in remote.clients()] == ["000", "002"]
 
 
 @pytest.mark.parametrize(
@@ -339,7 +448,8 @@ def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, cha
 
     said = []
     with pytest.raises(RunStopped, match=reason):
-        serve(experiment(home), tmp_path / "run", Hand(make_nodes(tmp_path, (CLIENTS[2:], CLIENTS[:2])), spoil), said=said)
+        what = experiment(home)
+        serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[2:], CLIENTS[:2])), spoil), said=said)
     assert len(said) == 1 and reason in said[0]
 
 
@@ -352,14 +462,16 @@ def test_a_client_whose_disk_is_full_is_refused_with_its_reason(home, tmp_path, 
         save(folder, who, *rest)
 
     monkeypatch.setattr(RunFolder, "save_client", full)
-    serve(experiment(home, "fedsa-lora", rounds=1), tmp_path / "run", Hand(make_nodes(tmp_path)))
+    what = experiment(home, "fedsa-lora", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path)))
     row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and "No space left" in row["refused"]["001"]
+    assert row["accepted"] == ["000", "002", "003"] and "could not write its files" in row["refused"]["001"]
 
 
 def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
-    hand = Hand(make_nodes(tmp_path, [[client] for client in CLIENTS]))
-    serve(experiment(home, "flora", rounds=2), tmp_path / "run", hand)
+    what = experiment(home, "flora", rounds=2)
+    hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
+    serve(what, tmp_path / "run", hand)
     carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
     for _, letter, answer in hand.carried:
         header, payloads = unseal(letter)
@@ -378,7 +490,8 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     nodes = {}
     for i, size in enumerate((21, 30)):
         file = tiny_rows(tmp_path / f"{size}.jsonl", size)
-        Settings(clients=[f"clinic {size}"], data=str(file)).write(tmp_path / f"node{i}")
+        settings = Settings(clients=[f"clinic {size}"], data=str(file), overrides=[f"model={home / 'bert'}"])
+        settings.write(tmp_path / f"node{i}")
         nodes[i] = Node(tmp_path / f"node{i}")
     serve(what, tmp_path / "run", Hand(nodes), count=2)
     row = rows_of(tmp_path / "run")[0]
@@ -391,7 +504,7 @@ def test_after_a_run_with_a_personal_method_every_node_has_its_clients_adapters(
     what = experiment(home, method, rounds=2)
     simulated = run(what, tmp_path / "simulated").adapters
     deploy.prepare(what, tmp_path / "served")
-    server.serve(tmp_path / "served", Hand(make_nodes(tmp_path)))
+    server.serve(tmp_path / "served", Hand(make_nodes(what, tmp_path)))
     for client, folder in simulated.items():
         (found,) = tmp_path.glob(f"node*/runs/*/adapter/{client}/adapter_model.safetensors")
         assert found.read_bytes() == (folder / found.name).read_bytes()

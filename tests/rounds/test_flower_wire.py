@@ -1,11 +1,14 @@
 import random
+import tracemalloc
 
 import pytest
 
 from fedlora.messages import ClientInfo
 from fedlora.rounds.flower import wire
-from fedlora.rounds.flower.superlink import NodesOnly
-from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Order, Person, Refused, When, seal, unseal
+from fedlora.rounds.flower.guard import HEADER, Guard
+from fedlora.rounds.flower.reasons import Reason
+from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Failure, Order, Person, Refused, When, seal
+from fedlora.rounds.flower.wire import unseal as unseal_for
 
 WHEN = When(index=3, seed=1, attempt=0)
 ORDER = Order(
@@ -14,8 +17,18 @@ ORDER = Order(
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
 
+def unseal(message):
+    return unseal_for(message, 100)
+
+
 @pytest.mark.parametrize(
-    "header", [ORDER, Bundle(), Refused(reason="no"), Done(when=WHEN, folds=[], answers=[Answer(id="a")])]
+    "header",
+    [
+        ORDER,
+        Bundle(),
+        Refused(failure=Failure(reason=Reason.DATA, count=3)),
+        Done(when=WHEN, folds=[], answers=[Answer(id="a")]),
+    ],
 )
 def test_what_is_sealed_is_unsealed(header):
     assert unseal(seal(header, PAYLOADS)) == (header, PAYLOADS)
@@ -69,7 +82,7 @@ def forged(frame, payloads=b""):
         b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
         b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
         b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
-        b'{"header": {"kind": "refused", "reason": 1}, "sizes": []}',
+        b'{"header": {"kind": "refused", "failure": {"reason": 1}}, "sizes": []}',
         b"\xff\xfe",
     ],
 )
@@ -77,6 +90,29 @@ def test_a_header_made_to_harm_gives_one_clear_error(frame):
     with pytest.raises(ValueError, match="a message whose") as error:
         unseal(forged(frame))
     assert "\n" not in str(error.value)
+
+
+def many_answers(count):
+    answers = b",".join([b'{"id":"a"}'] * count)
+    when = b'{"index":0,"seed":0,"attempt":0}'
+    return forged(b'{"header":{"kind":"done","when":' + when + b',"folds":[],"answers":[' + answers + b']},"sizes":[]}')
+
+
+@pytest.mark.parametrize("count", [90_000, 700_000])
+def test_more_answers_than_clients_cost_memory_in_proportion_to_the_message(count):
+    message = many_answers(count)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a message whose header") as error:
+        unseal_for(message, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 2**20 and len(str(error.value)) < 200
+
+
+def test_a_message_may_speak_of_as_many_clients_as_are_expected():
+    assert len(unseal_for(many_answers(3), 3)[0].answers) == 3
+    with pytest.raises(ValueError, match="3 entries, expected at most 2"):
+        unseal_for(many_answers(3), 2)
 
 
 def test_a_header_said_to_be_larger_than_the_message_is_not_believed():
@@ -94,19 +130,19 @@ def test_a_message_above_the_limit_is_neither_sealed_nor_unsealed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("path", "client", "server", "passes"),
+    ("path", "secrets", "passes"),
     [
-        ("/v1/control/start-run", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/control/register-node", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/runtime/pull-messages", "192.0.2.7", "192.0.2.1", False),
-        ("/docs", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/fleet/../control/start-run", "192.0.2.7", "192.0.2.1", False),
-        ("/v1/fleet/pull-messages", "192.0.2.7", "192.0.2.1", True),
-        ("/v1/control/start-run", "127.0.0.1", "127.0.0.1", True),
-        ("/v1/control/start-run", "192.0.2.1", "192.0.2.1", True),
+        ("/v1/control/start-run", [], False),
+        ("/v1/control/register-node", [b"other"], False),
+        ("/v1/runtime/acquire-task", [b""], False),
+        ("/v1/runtime/pull-messages", [b"right", b"right"], False),
+        ("/docs", [], False),
+        ("/v1/fleet/../control/start-run", [], False),
+        ("/v1/fleet/pull-messages", [], True),
+        ("/v1/control/start-run", [b"right"], True),
     ],
 )
-def test_from_other_machines_only_what_nodes_need_can_be_reached(path, client, server, passes):
+def test_without_the_secret_only_what_nodes_need_can_be_reached_from_wherever(path, secrets, passes):
     passed, sent = [], []
 
     async def inner(scope, receive, send):
@@ -115,8 +151,9 @@ def test_from_other_machines_only_what_nodes_need_can_be_reached(path, client, s
     async def send(event):
         sent.append(event)
 
-    scope = {"type": "http", "path": path, "client": (client, 1), "server": (server, 2)}
-    run = NodesOnly(inner)(scope, None, send)
+    headers = [(b"host", b"x"), *((HEADER.encode(), secret) for secret in secrets)]
+    scope = {"type": "http", "path": path, "client": ("127.0.0.1", 1), "headers": headers}
+    run = Guard(inner, "right")(scope, None, send)
     with pytest.raises(StopIteration):
         run.send(None)
     assert bool(passed) == passes

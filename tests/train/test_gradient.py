@@ -42,7 +42,7 @@ def test_it_is_what_a_step_on_all_examples_moves(bench, kind, monkeypatch):  # n
     for key, after in pack(trained.adapter).items():
         name, _, factor = key.rpartition(".")
         if factor in train:
-            scale = adapted.scaling.of(start[name].rank) if factor == "b" else 1.0  # b is that times PEFT's lora_B
+            scale = adapted.spec.scale(name, start[name].rank) if factor == "b" else 1.0  # b is that times PEFT's lora_B
             moved = (before[key] - after) / (scale**2 * settings.lr)
             assert (found[key] - moved).norm() < 1e-3 * moved.norm(), key
         else:

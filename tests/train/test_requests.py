@@ -234,7 +234,7 @@ def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(
     assert_close(seen[0], pack(start))
     for key, after in pack(trained.adapter).items():
         name, _, factor = key.rpartition(".")
-        scale = adapted.scaling.of(start[name].rank) if factor == "b" else 1.0
+        scale = adapted.spec.scale(name, start[name].rank) if factor == "b" else 1.0
         assert_close(after, (1 - 1e-3 * scale**2) * pack(start)[key])
 
 

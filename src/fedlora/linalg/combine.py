@@ -67,10 +67,10 @@ def pad(factor: LowRank, rank: int) -> LowRank:
 
 
 def widen(factor: LowRank, rank: int, rng: torch.Generator) -> LowRank:
-    """The same matrix with `rank` ranks that can learn: the new ones have b = 0 and a fresh row in a."""
-    batch, in_ = factor.a.shape[:-2], factor.a.shape[-1]
-    rows = fresh_rows((*batch, _missing(factor, rank), in_), rng).to(factor.a)
-    return LowRank(b=pad(factor, rank).b, a=torch.cat([factor.a, rows], -2))
+    """The same matrix with `rank` ranks that can learn: where b and a are both zero, or new, a gets a fresh row."""
+    wide = pad(factor, rank)
+    dead = (wide.b == 0).all(-2) & (wide.a == 0).all(-1)  # [*batch, rank]
+    return LowRank(b=wide.b, a=torch.where(dead[..., None], fresh_rows(tuple(wide.a.shape), rng).to(wide.a), wide.a))
 
 
 def fresh_rows(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """A sum of products whose terms come one at a time, in memory that does not grow with their number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,19 @@ class RunningSum:
         if rank < (limit if self.matrix is None else min(limit, _PENDING)):
             return replace(self, factors=grown)
         return replace(self, factors=(), matrix=self._filled(grown))
+
+    def times(self, factor: float) -> "RunningSum":
+        """`factor` times the sum so far."""
+        parts = tuple(LowRank(b=factor * part.b, a=part.a) for part in self.factors)
+        matrix = None if self.matrix is None else factor * self.matrix
+        return replace(self, factors=parts, matrix=matrix, lost=abs(factor) * self.lost)
+
+    def select(self, index: Sequence[int]) -> "RunningSum":
+        """The sums at these places of the first batch axis."""
+        places = list(index)
+        parts = tuple(LowRank(b=part.b[places], a=part.a[places]) for part in self.factors)
+        lost = self.lost[places] if isinstance(self.lost, Tensor) else self.lost
+        return replace(self, factors=parts, matrix=None if self.matrix is None else self.matrix[places], lost=lost)
 
     def best_fit(self, rank: int, scale: float = 1.0, split: Split = "left", seed: int = 0) -> LowRank:
         """`fit.best_fit` of `scale` times the sum so far, in the dtype it is kept in.

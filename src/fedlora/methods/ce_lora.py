@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
@@ -153,8 +154,13 @@ class CELoRA:
         """exp(-d / tau) for the row of d [clients] of client `one`; 1 where d is 0, even if the median is."""
         pairs = apart[~torch.eye(len(apart), dtype=torch.bool)]
         pairs = pairs[pairs.isfinite()]
-        tau = self.tau or (float(pairs.median()) if len(pairs) else 1.0)
+        tau = self.tau or (float(median(pairs)) if len(pairs) else 1.0)
         return torch.where(apart[one] > 0, torch.exp(-apart[one] / tau), 1.0)
+
+
+def median(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """The mean of the two middle values where their number is even (`Tensor.median` is the lower one)."""
+    return (x.median() - (-x).median()) / 2
 
 
 def mixed(cores: Sequence[Tensor], shares: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Ditto: each client trains an adapter of its own that is pulled towards the one that all average."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.scaled import Scaled, unscaled
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class Ditto:
 
     In a round a client first trains the shared pair, as in FedIT, bit for bit, and uploads it. Then it trains its own pair
     with the penalty pull / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, towards the shared pair as it came
-    down. Its own pair starts from the first shared pair that it gets; until then it uses the shared one. With `pull` 0 it
-    trains locally and alone; with a pull without bounds it keeps to the shared pair.
+    down; b and a are PEFT's, which are what is trained. Its own pair starts from the first shared pair that it gets; until
+    then it uses the shared one. With `pull` 0 it trains locally and alone; with a pull without bounds it keeps to the
+    shared pair.
 
-    The paper trains whole models; here the distance is that of the factors, in the scale where the update is b a, not that
-    of the products. A round costs two trainings. A head that is not frozen is trained in both, and not pulled.
+    The paper trains whole models; here the distance is that of the trained factors, not that of the products. A round costs
+    two trainings. A head that is not frozen is trained in both, and not pulled.
 
     Source: Li et al. 2021, arXiv:2012.04221, Algorithm 1.
     """
@@ -36,26 +38,25 @@ class Ditto:
         """A shared pair of update zero."""
         return self._shared().init_server(spec, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """Nothing yet."""
-        return {}
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Scaled:
+        """No pair yet."""
+        return Scaled({}, spec.scales(self.rank))
 
     def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
         """The shared pair."""
         return server
 
-    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, mine: Scaled, got: Tensors, who: ClientInfo) -> Adapter:
         """Its own pair, or the shared one as long as there is none."""
-        return mine or unpack(got, LowRank)
+        return mine.adapter or unpack(got, LowRank)
 
-    def work(
-        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+    def work(self, mine: Scaled, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
         """Trains the shared pair, and uploads it; then its own, with the penalty."""
         shared = unpack(got, LowRank)
         trained = _pairs((yield from fit(shared)))
-        own = _pairs((yield from fit(mine or shared, penalty=partial(_pull, self.pull, shared) if self.pull else None)))
-        return own, pack(trained)
+        penalty = partial(_pull, self.pull, mine.scales, shared) if self.pull else None
+        own = _pairs((yield from fit(mine.adapter or shared, penalty=penalty)))
+        return replace(mine, adapter=own), pack(trained)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of the shared pairs."""
@@ -65,8 +66,8 @@ class Ditto:
         return FactorAveraging(self.rank)
 
 
-def _pull(strength: float, shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
-    return strength / 2 * distance(unpack(pick(live, "ba"), LowRank), shared)
+def _pull(strength: float, scales: Mapping[str, float], shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
+    return strength / 2 * distance(unscaled(unpack(pick(live, "ba"), LowRank), scales), unscaled(shared, scales))
 
 
 def distance(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Tensor:

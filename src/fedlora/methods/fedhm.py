@@ -1,6 +1,7 @@
 """FedHM-LoRA: balanced slices of the decomposed mean, for clients of unequal capacity, on LoRA's products."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,8 +20,8 @@ class FedHMLoRA:
 
     FedHM decomposes whole weights, without LoRA; this is its server on updates b a: FlexLoRA with the balanced split and
     FedHM's weights, which know no number of examples. With g_k = rank / r_k, the factor by which client k is smaller than
-    the largest, a client weighs exp(-g_k / `temperature`) ("capacity"; at 1, factors 1, 2, 4, 8 give 0.71, 0.26, 0.04,
-    0.001), or the same for all ("uniform", the default of the released code).
+    the largest, a client weighs exp(-g_k / `temperature`), divided by the sum over those that take part ("capacity"; at 1,
+    factors 1, 2, 4, 8 give 0.71, 0.26, 0.04, 0.001), or the same for all ("uniform", the default of the released code).
 
     Law: without training, singular value j shrinks each round to the weight of the clients whose rank reaches it. With
     `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever none of
@@ -58,13 +59,19 @@ class FedHMLoRA:
         ideal, largest = Ideal(), 0
         for reply in replies:
             if reply.weight > 0:
-                ideal = ideal.plus(self._weight(reply.client.rank), unpack(reply.upload, LowRank))
-                largest = max(largest, reply.client.rank)
+                ideal, largest = self._plus(ideal, largest, reply.client.rank, unpack(reply.upload, LowRank))
         if self.keep_missing and 0 < largest < self.rank:
-            ideal = ideal.plus(self._weight(self.rank), server.adapter)
+            ideal, largest = self._plus(ideal, largest, self.rank, server.adapter)
         adapter = ideal.best_fit(server.adapter, "balanced", derive(rnd.seed, "best_fit", rnd.index))
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
-    def _weight(self, rank: int) -> float:
-        """The largest client's is 1, so that no temperature makes all weights vanish."""
-        return math.exp((1 - self.rank / rank) / self.temperature) if self.weighting == "capacity" else 1.0
+    def _plus(self, ideal: Ideal, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[Ideal, int]:
+        """One more client, and the largest rank so far: its clients weigh 1, so that a round's weights never all vanish."""
+        if rank > largest:
+            ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank
+        return ideal.plus(self._share(rank, largest), update), largest
+
+    def _share(self, rank: int, largest: int) -> float:
+        """The weight of a client over that of one of rank `largest`."""
+        apart = self.rank / largest - self.rank / rank
+        return math.exp(apart / self.temperature) if self.weighting == "capacity" else 1.0

@@ -130,15 +130,20 @@ class MFedLoRU(FedLoRU):
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
 
-    def work(self, mine: Any, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+        """The rank of each module's changes; it never changes."""
+        return {name: spec.rank(name, who.rank) for name in spec.modules}
+
+    def work(
+        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+    ) -> Local[tuple[Mapping[str, int], Tensors]]:
         """Trains the factors, and uploads both changes, factorised."""
         start = _factors(got)
         trained = _low_rank((yield from fit(start)))
         changes: dict[str, LowRank] = {}
         for name, part in trained.items():
-            inner = min(who.rank, part.rank)
-            changes[f"{name}.b"] = truncate(part.b - start[name].b, inner, "balanced")
-            changes[f"{name}.a"] = truncate(part.a - start[name].a, inner, "balanced")
+            changes[f"{name}.b"] = truncate(part.b - start[name].b, mine[name], "balanced")
+            changes[f"{name}.a"] = truncate(part.a - start[name].a, mine[name], "balanced")
         return mine, pack(changes)
 
     def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:

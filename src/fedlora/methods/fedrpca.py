@@ -1,19 +1,20 @@
 """FedRPCA: what clients have in common is averaged; what is sparse and their own is averaged and amplified."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.robust import robust_parts
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal, alike, batch, unbatch
+from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.randomness import derive
 
 
@@ -25,12 +26,15 @@ class FedRPCA:
     FedIT. `beta` None is 1 / e, with e the share |mean(s_k)| / |mean(x_k)|, but at most `beta_max`.
 
     `columns` says what a column is: b and a, each on its own ("factors"), both in one ("both"), or the product b a
-    ("product"), whose new value is then cut to the rank. `sparsity` is the weight of the 1-norm (lambda); None:
-    1/sqrt(max(n, K)) for K columns of n.
+    ("product"), whose new value is then cut to the rank; b is that of PEFT, without the scale alpha / rank. `sparsity` is
+    the weight of the 1-norm (lambda); None: 1/sqrt(max(n, K)) for K columns of n.
 
     With few clients, or dense noise, robust PCA calls nearly everything sparse and would amplify it all: below
-    `min_clients`, or where more than `max_density` of the sparse entries are not zero, beta is 1. All uploads are in memory
-    together: the split needs every column.
+    `min_clients`, or where more than `max_density` of the sparse entries are not zero, beta is 1. Clients that are
+    identical are not followed exactly from `min_clients` on: the largest entries of what they have in common count as
+    sparse. With normal entries and `beta_max` 3 the server goes too far by 24 % of the change for 4 clients, 15 % for 5, 10
+    % for 6, 4 % for 8, 1 % for 10, and not at all from 15 on. All uploads are in memory together: the split needs every
+    column.
 
     Source: Jhunjhunwala et al. 2025, arXiv:2506.01194; no code is released, and the abstract fixes neither columns nor beta
     nor sparsity.
@@ -46,16 +50,16 @@ class FedRPCA:
     tolerance: float = 1e-7
     steps: int = 1000
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""
-        return lora_init(spec, self.rank, seed)
+        return Scaled.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Scaled, who: ClientInfo, rnd: Round) -> Tensors:
         """The factors."""
-        return pack(server)
+        return pack(server.adapter)
 
     def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
         """What came down."""
@@ -65,21 +69,21 @@ class FedRPCA:
         """Trains both factors, and uploads them."""
         return mine, pack((yield from fit(self.view(mine, got, who))))
 
-    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+    def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The amplified means, modules of equal shape together."""
         counted = [reply for reply in replies if reply.weight > 0]
-        trained = [unpack(reply.upload, LowRank) for reply in counted]
-        ideal = Ideal()
-        for reply, adapter in zip(counted, trained, strict=True):
-            ideal = ideal.plus(reply.weight, adapter)
-        shares = _shares(counted)
-        merged: dict[str, LowRank] = {}
-        for names in alike(server):
-            before, after = batch(server, names), [batch(adapter, names) for adapter in trained]
+        ideal, trained = Ideal(), list[Updates]()
+        for reply in counted:
+            update = unpack(reply.upload, LowRank)
+            ideal = ideal.plus(reply.weight, update)
+            trained.append(unscaled(update, server.scales))
+        start, shares, merged = unscaled(server.adapter, server.scales), _shares(counted), dict[str, LowRank]()
+        for names in alike(start):
+            before, after = batch(start, names), [batch(update, names) for update in trained]
             found = self._moved(before, after, shares, derive(rnd.seed, "truncate", rnd.index))
-            merged |= unbatch(found, names, server[names[0]].b.dtype)
-        merged = {name: merged[name] for name in server}
-        return Merged(merged, notes={"aggregation_error": ideal.error(merged)})
+            merged |= unbatch(found, names, before.b.dtype)
+        adapter = scaled({name: merged[name] for name in start}, server.scales)
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
     def _moved(self, before: LowRank, after: Sequence[LowRank], shares: Tensor, seed: int) -> LowRank:
         """The new factors [module, ...] of modules of equal shape."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Clusters:
     start: Tensors
     means: tuple[Tensors, ...] = ()
     belongs: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """What `"module.b"` is divided by before adapters are compared: then it is PEFT's."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class FLTAC:
     are hardly ever mended: who starts from different means stays apart, and the silhouette grows while `misclustered`
     stays. With no more adapters than `tasks`, each is a cluster of its own.
 
-    The vectors are b and a, b with the scale alpha / rank in it, and the head (head "own"), which is averaged within the
-    cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, of all together.
-    The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
+    The vectors are b and a as PEFT has them, without the scale alpha / rank, and the head (head "own"), which is averaged
+    within the cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, of all
+    together. The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
 
     A client that was absent goes where most of its last cluster went, or keeps what it had if none of that took part. One
     that has never taken part starts from the beginning. The round log has `clusters`, their `silhouette`, and `missing`
@@ -60,7 +62,8 @@ class FLTAC:
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
         """Factors of update zero and the head; no clusters."""
-        return Clusters(pack({**lora_init(spec, self.rank, seed), **{name: Full(w) for name, w in spec.head.items()}}))
+        start = pack({**lora_init(spec, self.rank, seed), **{name: Full(w) for name, w in spec.head.items()}})
+        return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
         """Nothing: an adapter lives for a round."""
@@ -83,7 +86,10 @@ class FLTAC:
         came = sorted((reply for reply in replies if reply.weight > 0), key=lambda reply: reply.client.id)
         if not came:
             raise ValueError("cannot merge: no reply has a positive weight")
-        points = embedded(torch.stack([reply.upload[key].flatten() for reply in came]) for key in came[0].upload)
+        points = embedded(
+            torch.stack([reply.upload[key].flatten() for reply in came]) / server.scales.get(key, 1.0)
+            for key in came[0].upload
+        )
         groups = self._clustered(points, rnd.rng("k-means").initial_seed())
         means = [RunningMean() for _ in range(int(groups.max()) + 1)]
         for reply, group in zip(came, groups.tolist(), strict=True):
@@ -118,7 +124,7 @@ def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str
         if absent and not went:
             kept.append(mean)
         belongs |= dict.fromkeys(absent, went[0][0] if went else len(kept) - 1)
-    return Clusters(server.start, tuple(kept), belongs)
+    return replace(server, means=tuple(kept), belongs=belongs)
 
 
 def _diagnosis(came: Sequence[Reply], groups: Tensor) -> dict[str, float]:

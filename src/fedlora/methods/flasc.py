@@ -14,16 +14,29 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
+from fedlora.methods.scaled import scaled, unscaled
 
 Sizes = Mapping[str, tuple[int, int, int]]
 """Module -> out, rank, in."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a client knows of the vector: the sizes of its pieces, and each module's scale (see `AdapterSpec.scale`)."""
+
+    sizes: Sizes
+    scales: Mapping[str, float]
+
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
 class Dense:
-    """What the server keeps: all P entries, also those it does not send, and what its optimiser remembers of them."""
+    """What the server keeps: all P entries, also those it does not send, and what its optimiser remembers of them.
+
+    The adapter's b is PEFT's `lora_B`, on the wire too: the scale would have a say in what is large, and in AdamW's steps.
+    """
 
     adapter: Mapping[str, LowRank]
     static: Tensor | None = None
@@ -35,7 +48,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class FLASC:
-    """b and a of all modules are one vector of P entries; floor(density P) of them travel, chosen over the whole of it.
+    """PEFT's b and a of all modules are one vector of P entries, of which floor(density P) travel, chosen over all of it.
 
     Down goes the vector with all but its entries of largest magnitude set to zero. Clients train it densely (or, with
     `train_sent_only`, what they were sent), and upload the largest entries of their change since then. The server's vector,
@@ -45,9 +58,10 @@ class FLASC:
     All clients train the whole rank. A client of rank r_k below `rank` has less traffic: both densities times r_k / rank.
     Ranks rank / 4^e are the paper's tiers. What is judged is what is sent: the server's vector with the small entries zero.
 
-    Clients count equally, or `by_examples`. `static_from` keeps the download mask of the round of that index (from 0) ever
-    after: at 0, as in the released code, b is zero and hence never sent. The released AdamW also has a weight decay of
-    0.01, which shrinks all entries in each round; here `server_decay` is 0. Not here: densities that decay, frozen a.
+    Clients count equally, as in the released code, unless `method.weights` is "examples". `static_from` keeps the download
+    mask of the round of that index (from 0) ever after: at 0, as in the released code, b is zero and hence never sent. The
+    released AdamW also has a weight decay of 0.01, which shrinks all entries in each round; here `server_decay` is 0. Not
+    here: densities that decay, frozen a.
 
     Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; densities are this file's choice.
     """
@@ -58,7 +72,6 @@ class FLASC:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     server_lr: float = 1e-3
     server_decay: float = 0.0
-    by_examples: bool = False
     static_from: int | None = None
     train_sent_only: bool = False
 
@@ -67,9 +80,9 @@ class FLASC:
         start = Dense(lora_init(spec, self.rank, seed))
         return replace(start, static=self._largest(_flat(start.adapter))) if self.static_from == 0 else start
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Sizes:
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Shapes:
         """The shapes of the factors, which what comes down does not tell; they never change."""
-        return _sizes(spec, self.rank)
+        return Shapes(_sizes(spec, self.rank), spec.scales(self.rank))
 
     def send(self, server: Dense, who: ClientInfo, rnd: Round) -> Tensors:
         """The entries of largest magnitude, and their positions; as many of a static mask's as the client's density has."""
@@ -78,17 +91,17 @@ class FLASC:
         chosen = largest(sizes, self._count(self.density_down, who.rank, len(vector)))
         return {"values": vector[chosen], "positions": pack_positions(chosen)}
 
-    def view(self, mine: Sizes, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, mine: Shapes, got: Tensors, who: ClientInfo) -> Adapter:
         """The entries that came down, zero elsewhere."""
-        before, _ = self._received(mine, got, who)
-        return unpack(_shaped(before, mine), LowRank)
+        before, _ = self._received(mine.sizes, got, who)
+        return scaled(unpack(_shaped(before, mine.sizes), LowRank), mine.scales)
 
-    def work(self, mine: Sizes, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Sizes, Tensors]]:
+    def work(self, mine: Shapes, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Shapes, Tensors]]:
         """Trains all entries, and uploads the changes of largest magnitude."""
-        before, sent = self._received(mine, got, who)
-        mask = _shaped(sent, mine) if self.train_sent_only else None
-        trained = yield from fit(unpack(_shaped(before, mine), LowRank), mask=mask)
-        change = _flat({name: trained[name] for name in mine}) - before
+        before, sent = self._received(mine.sizes, got, who)
+        mask = _shaped(sent, mine.sizes) if self.train_sent_only else None
+        trained = unpack(pack((yield from fit(self.view(mine, got, who), mask=mask))), LowRank)
+        change = _flat(unscaled({name: trained[name] for name in mine.sizes}, mine.scales)) - before
         chosen = largest(change.abs(), self._count(self.density_up, who.rank, len(change)))
         return mine, {"changes": change[chosen], "positions": pack_positions(chosen)}
 
@@ -111,11 +124,10 @@ class FLASC:
         vector = _flat(server.adapter)
         weights, total = 0.0, torch.zeros_like(vector, dtype=torch.float64)
         for reply in replies:
-            weight = reply.weight if self.by_examples else float(reply.weight > 0)
             count = self._count(self.density_up, reply.client.rank, len(vector))
             chosen = unpack_positions(reply.upload["positions"], count, len(vector))
-            total[chosen] += weight * reply.upload["changes"].double()
-            weights += weight
+            total[chosen] += reply.weight * reply.upload["changes"].double()
+            weights += reply.weight
         if not weights > 0:
             raise ValueError("cannot merge: no reply has a positive weight")
         after = self._step(server, vector, (total / weights).to(vector.dtype))

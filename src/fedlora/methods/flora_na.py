@@ -72,8 +72,7 @@ class FLoRANA:
         adapter: dict[str, LowRank] = {}
         for group, fitted in zip(groups, self._fitted(groups), strict=True):
             rank, rng = server.adapter[group.names[0]].rank, rnd.rng(f"flora-na {group.names[0]}")
-            whole = widen(fitted, rank, rng) if rank > fitted.rank else fitted
-            adapter |= unbatch(whole, group.names, group.origin.b.dtype)
+            adapter |= unbatch(widen(fitted, rank, rng), group.names, group.origin.b.dtype)
         adapter = {name: adapter[name] for name in server.adapter}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 

@@ -30,8 +30,9 @@ class FSLoRA:
     "rslora-adamw" the root of it, and they are equal again (AdamW without decay and up to its epsilon). A module whose rank
     is fixed for all clients is trained as a whole; that rate is not meant for it.
 
-    The server adds the mean change, zeros where a client trained nothing; no division by how many did, as rank / r_k
-    makes up for it. Clients count equally, as in the released code, or `by_examples`. The mean is that of the factors.
+    The server adds the mean change, zeros where a client trained nothing; no division by how many did, as rank / r_k makes
+    up for it. Clients count equally, as in the released code, unless `method.weights` is "examples". The mean is that of
+    the factors.
 
     `download` "all" sends the whole adapter, as the paper charges for, and the client is judged with it. "slice" sends the
     slice of the round alone, which is all that training needs; a client is then judged with a random sketch of the model.
@@ -43,7 +44,6 @@ class FSLoRA:
 
     rank: int = 8
     download: Literal["all", "slice"] = "all"
-    by_examples: bool = False
     scaling: Literal["plain", "rslora-sgd", "rslora-adamw"] = "plain"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
@@ -81,11 +81,12 @@ class FSLoRA:
         """The adapter plus the mean of the changes in their places; the error is against the mean of the trained slices."""
         means, ideal = RunningMean(), Ideal()
         for reply in replies:
-            weight = reply.weight if self.by_examples else float(reply.weight > 0)
             change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
             start = sliced(server.adapter, {name: part.rank for name, part in change.items()}, reply.client, rnd)
-            means.add(weight, pack(_scattered(change, server.adapter, reply.client, rnd)), reply.client.id)
-            ideal = ideal.plus(weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()})
+            means.add(reply.weight, pack(_scattered(change, server.adapter, reply.client, rnd)), reply.client.id)
+            ideal = ideal.plus(
+                reply.weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()}
+            )
         moves = unpack(means.mean(), LowRank)
         adapter = {n: LowRank(b=x.b + moves[n].b, a=x.a + moves[n].a) for n, x in server.adapter.items()}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})

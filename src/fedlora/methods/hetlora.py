@@ -9,17 +9,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
-from fedlora.linalg.combine import leading, norm, pad
+from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors, pack, pick, unpack
+from fedlora.linalg.combine import leading, norm, pad, widen
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.stream import RunningSum
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal
+from fedlora.methods.scaled import unscaled
 
 _SMOOTH = 1e-12  # under the root of the tail's norms, which have no gradient at 0
 _LEAST = 1e-30  # a weight for updates of norm zero: it counts only where all are zero, and then all count equally
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The ranks that a client has not pruned, and how PEFT scales factors of a rank."""
+
+    ranks: Mapping[str, int]
+    scaling: Scaling
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,13 @@ class HetLoRA:
     `norm_scope` "layer", or one norm over all modules with "model". Inexact twice: factors are averaged, and a component
     that only clients of total weight c have shrinks to c^2 of its product in every round.
 
+    A component that no client of the round has loses its product, and gets b = 0 and a fresh row in a, to learn again.
+
     A client's tail are its components from floor(gamma r_k) on. The loss gets `tail_penalty` (lambda) times the product of
-    the norms of the tail's columns of b and rows of a, summed over modules. If that sum is smaller after training than
-    before, the client drops its tail for good: its rank only falls, and not below `min_rank`. That rank is its own state;
-    on the wire every client keeps the shapes of the rank it has registered with, zeros in place of what was pruned.
+    the norms of the tail's columns of PEFT's `lora_B` and rows of `lora_A`, summed over modules. If that sum is smaller
+    after training than before, the client drops its tail for good: its rank only falls, and not below `min_rank`. That rank
+    is its own state; on the wire every client keeps the shapes of the rank it has registered with, zeros in place of what
+    was pruned.
 
     Source: Cho et al. 2024, arXiv:2401.06432; where it is silent (norm scope, gamma, lambda), re-implementations.
     """
@@ -48,28 +59,28 @@ class HetLoRA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Kept:
         """The rank of each module, nothing pruned."""
-        return {name: torch.tensor(spec.rank(name, who.rank)) for name in spec.modules}
+        return Kept({name: spec.rank(name, who.rank) for name in spec.modules}, spec.scaling)
 
     def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
         """The leading components, as many as the client has registered with."""
         return pack(server.leading(who.rank))
 
-    def view(self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, mine: Kept, got: Tensors, who: ClientInfo) -> Adapter:
         """The components that the client has not pruned."""
         return self._own(mine, got)
 
-    def work(
-        self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, Tensor], Tensors]]:
+    def work(self, mine: Kept, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Kept, Tensors]]:
         """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the registered rank."""
         start = self._own(mine, got)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
-        adapter = yield from fit(start, penalty=partial(_penalty, self.tail_penalty, kept) if self.tail_penalty else None)
+        scales = {name: mine.scaling.of(part.rank) for name, part in start.items()}
+        penalty = partial(_penalty, self.tail_penalty, kept, scales) if self.tail_penalty else None
+        adapter = yield from fit(start, penalty=penalty)
         trained = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
-        if tail(trained, kept) < tail(start, kept):
-            mine = {name: torch.tensor(rank) for name, rank in kept.items()}
+        if tail(unscaled(trained, scales), kept) < tail(unscaled(start, scales), kept):
+            mine = replace(mine, ranks=kept)
             trained = {name: leading(part, kept[name]) for name, part in trained.items()}
         wide = unpack(got, LowRank)
         return mine, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
@@ -83,7 +94,8 @@ class HetLoRA:
                 wide = pad(part, server.adapter[name].rank)
                 means[name].add(weight, pack({name: wide}), reply.client.id)
                 ideals[name] = ideals[name].plus(weight, {name: part})
-        adapter = {name: unpack(mean.mean(), LowRank)[name] for name, mean in means.items()}
+        merged = {name: unpack(mean.mean(), LowRank)[name] for name, mean in means.items()}
+        adapter = {name: widen(part, part.rank, rnd.rng(f"hetlora {name}")) for name, part in merged.items()}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
 
     def _weighted(self, reply: Reply) -> dict[str, tuple[float, LowRank]]:
@@ -94,16 +106,16 @@ class HetLoRA:
             sizes = dict.fromkeys(sizes, math.hypot(*sizes.values()))
         return {name: (max(sizes[name], _LEAST) if reply.weight else 0.0, part) for name, part in parts.items()}
 
-    def _own(self, mine: Mapping[str, Tensor], got: Tensors) -> dict[str, LowRank]:
-        return {name: leading(part, int(mine[name])) for name, part in unpack(got, LowRank).items()}
+    def _own(self, mine: Kept, got: Tensors) -> dict[str, LowRank]:
+        return {name: leading(part, mine.ranks[name]) for name, part in unpack(got, LowRank).items()}
 
     def _kept(self, rank: int) -> int:
         """The rank without the tail; the rank itself where it may not fall."""
         return min(rank, max(self.min_rank, math.floor(self.gamma * rank + 1e-9)))
 
 
-def _penalty(strength: float, kept: Mapping[str, int], live: Tensors) -> Tensor:
-    return strength * tail(unpack(pick(live, "ba"), LowRank), kept)
+def _penalty(strength: float, kept: Mapping[str, int], scales: Mapping[str, float], live: Tensors) -> Tensor:
+    return strength * tail(unscaled(unpack(pick(live, "ba"), LowRank), scales), kept)
 
 
 def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
@@ -117,10 +129,4 @@ def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
 
 def _joined(ideals: Mapping[str, Ideal]) -> Ideal:
     """One of total weight 1 from those of single modules, which have weights of their own."""
-    sums = tuple(_scaled(ideal.sums[0], 1 / ideal.weight) for ideal in ideals.values())
-    return Ideal(tuple((name,) for name in ideals), sums, 1.0)
-
-
-def _scaled(total: RunningSum, by: float) -> RunningSum:
-    factors = tuple(LowRank(b=by * part.b, a=part.a) for part in total.factors)
-    return replace(total, factors=factors, matrix=None if total.matrix is None else by * total.matrix)
+    return Ideal(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)

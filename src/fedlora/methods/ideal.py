@@ -42,7 +42,8 @@ class Ideal:
     """M = sum_k w_k b_k a_k / sum_k w_k for each module, from clients that come one at a time; ranks may differ.
 
     Kept as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
-    at least fp32. `sums` has one batch for each of `groups`.
+    at least fp32. `sums` has one batch for each of `groups`: modules of equal shape, and of equal rank in each update so
+    far, so that nothing is padded.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -61,10 +62,18 @@ class Ideal:
 
     def plus(self, weight: float, update: Updates) -> "Ideal":
         """The same with one more client."""
-        groups = self.groups or alike(update)
-        sums = self.sums or (RunningSum(),) * len(groups)
-        grown = tuple(total.add(weight, batch(update, names)) for total, names in zip(sums, groups, strict=True))
-        return Ideal(groups, grown, self.weight + weight)
+        known = list(zip(self.groups, self.sums, strict=True)) or [(tuple(update), RunningSum())]
+        groups, grown = list[tuple[str, ...]](), list[RunningSum]()
+        for names, total in known:
+            for some in alike({name: update[name] for name in names}):
+                own = total if len(some) == len(names) else total.select([names.index(name) for name in some])
+                groups.append(some)
+                grown.append(own.add(weight, batch(update, some)))
+        return Ideal(tuple(groups), tuple(grown), self.weight + weight)
+
+    def times(self, factor: float) -> "Ideal":
+        """The same M, in which all clients so far weigh `factor` times as much."""
+        return Ideal(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
 
     def less(self, part: Updates) -> "Ideal":
         """M minus what a merge has already realised of it."""

@@ -1,28 +1,29 @@
 """LoRA-FAIR: averaged factors, with b corrected on the server so that the product imitates the mean of the products."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.solve import CosineLoss, corrected, descend
 from fedlora.linalg.terms import Terms
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal, alike, batch, unbatch
+from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.methods.scaled import Scaled, scaled, unscaled
 
 
 @dataclass(frozen=True)
 class LoRAFAIR:
     """The adapter becomes (b_mean + d, a_mean) with the d that minimises S(M, (b_mean + d) a_mean) + strength |d|^2.
 
-    M = sum_k w_k b_k a_k. Law: what of M lies outside the rows of a_mean is out of reach, whatever d; so the merge is exact
-    only if the clients share their a, and d = 0 then, as it is for identical clients and for an infinite strength.
+    M = sum_k w_k b_k a_k. All are of PEFT's factors, without the scale alpha / rank. Law: what of M lies outside the rows
+    of a_mean is out of reach, whatever d; so the merge is exact only if the clients share their a, and d = 0 then, as it is
+    for identical clients and for an infinite strength.
 
     `loss` is S. "ridge" is the squared distance, solved in closed form. "cos", the paper's (equation 8), is one minus the
     cosine of the two matrices, and "cos_col" the mean over their columns, as in code derived from the authors'; both are
@@ -46,16 +47,16 @@ class LoRAFAIR:
     steps: int = 1000
     rate: float = 0.01
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""
-        return lora_init(spec, self.rank, seed)
+        return Scaled.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Scaled, who: ClientInfo, rnd: Round) -> Tensors:
         """The adapter."""
-        return pack(server)
+        return pack(server.adapter)
 
     def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
         """What came down."""
@@ -65,17 +66,19 @@ class LoRAFAIR:
         """Trains both factors, and uploads them."""
         return mine, pack((yield from fit(self.view(mine, got, who))))
 
-    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+    def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The averaged factors, b corrected."""
-        uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies]
-        ideal, adapter = Ideal(), dict(server)
-        for weight, update in uploads:
-            ideal = ideal.plus(weight, update)
-        for names in alike(server):
+        ideal, uploads, found = Ideal(), list[tuple[float, Updates]](), dict[str, LowRank]()
+        for reply in replies:
+            update = unpack(reply.upload, LowRank)
+            ideal = ideal.plus(reply.weight, update)
+            uploads.append((reply.weight, unscaled(update, server.scales)))
+        for names in alike(server.adapter):
             terms = [(weight, batch(update, names)) for weight, update in uploads]
             better = self._corrected(terms, rnd.rng(f"lora-fair {names[0]}"))
-            adapter |= unbatch(better, names, terms[0][1].b.dtype)
-        return Merged(adapter, notes={"aggregation_error": ideal.error(adapter)})
+            found |= unbatch(better, names, terms[0][1].b.dtype)
+        adapter = scaled({name: found[name] for name in server.adapter}, server.scales)
+        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
     def _corrected(self, terms: Terms, rng: torch.Generator) -> LowRank:
         if self.loss == "ridge":

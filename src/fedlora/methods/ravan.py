@@ -1,7 +1,7 @@
 """RAVAN: several frozen random heads in each module, each with a small trained core; weak clients train fewer of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,13 +19,34 @@ _SUM = torch.float64
 
 
 @dataclass(frozen=True)
+class Cores:
+    """The c of all heads, `"module.c"` [heads, head_rank, head_rank]; `fixed` are the ranks that are no client's own."""
+
+    c: Tensors
+    fixed: Mapping[str, int]
+
+    def trains(self, who: ClientInfo) -> dict[str, int]:
+        """How many heads of each module the client trains."""
+        return {name: self.fixed.get(name, who.rank) for name in map(_module, self.c)}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """b and a of all heads, the same on every client, and how many heads of each module this one trains."""
+
+    factors: Tensors
+    trains: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Ravan:
     """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
 
     `rank` is the number of heads, and a client's own rank the number of heads it trains in each module: at least one, at
-    most all. It trains their c_i and s_i while the other heads act frozen beside them, and uploads the products s_i c_i.
-    Each head becomes the mean over those that trained it, which is exact, with s_i back at 1; a head that nobody trained
-    stays. The attainable rank is rank * head_rank with rank * head_rank^2 trained numbers (and the s_i).
+    most all. A module whose rank is fixed is trained as a whole. It trains their c_i and s_i while the other heads act
+    frozen beside them, and uploads the products s_i c_i. Each head becomes the mean over those that trained it, which is
+    exact, with s_i back at 1; a head that nobody trained stays. The attainable rank is rank * head_rank with rank *
+    head_rank^2 trained numbers (and the s_i).
 
     Which heads: with `choose` "random" the server draws them for each client, round and module; with "weight" it takes
     those of the largest norm of c_i, equal ones (as in the first round, when all are zero) in random order. With "gradient"
@@ -45,37 +66,38 @@ class Ravan:
     choose: Literal["random", "weight", "gradient"] = "random"
     init: Literal["normal", "orthogonal"] = "normal"
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-        """The cores, zero: c [heads, head_rank, head_rank] of each module."""
+    def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
+        """The cores, zero."""
         shapes = {name: (spec.rank(name, self.rank), self.head_rank, self.head_rank) for name in spec.modules}
-        return {f"{name}.c": torch.zeros(shape, dtype=spec.dtype) for name, shape in shapes.items()}
+        cores = {f"{name}.c": torch.zeros(shape, dtype=spec.dtype) for name, shape in shapes.items()}
+        return Cores(cores, spec.rank_pattern)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Frozen:
         """b and a of all heads, the same on every client."""
         drawn: dict[str, Tensor] = {}
         for name, (out, in_) in spec.modules.items():
             ranks, rng = spec.rank(name, self.rank) * self.head_rank, generator(seed, "ravan", name)
             drawn[f"{name}.b"] = self._columns(out, ranks, rng).to(spec.dtype)
             drawn[f"{name}.a"] = self._columns(in_, ranks, rng).mT.contiguous().to(spec.dtype)
-        return drawn
+        return Frozen(drawn, {name: spec.rank(name, who.rank) for name in spec.modules})
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Cores, who: ClientInfo, rnd: Round) -> Tensors:
         """All cores, and which heads this client is to train unless it chooses itself."""
         if self.choose == "gradient":
-            return dict(server)
-        return {**server, "heads": _packed(server, self._told(server, who, rnd))}
+            return server.c
+        return {**server.c, "heads": _packed(server.c, self._told(server, who, rnd))}
 
-    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, mine: Frozen, got: Tensors, who: ClientInfo) -> Adapter:
         """All heads."""
         return _heads(mine, got)
 
-    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, mine: Frozen, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Tensors]]:
         """Trains c and s of its heads beside the others, and uploads s c."""
         heads, cores = _heads(mine, got), pick(got, "c")
         if chooses := self.choose == "gradient":
-            own = yield from _steepest(heads, who)
+            own = yield from _steepest(heads, mine.trains)
         else:
-            own = own_heads(cores, got["heads"], who)
+            own = own_heads(cores, got["heads"], mine.trains)
         rest = {name: others(part, own[name]).pair() for name, part in heads.items() if len(own[name]) < len(part.s)}
         trained = yield from fit({name: chosen(part, own[name]) for name, part in heads.items()}, "cs", beside=rest or None)
         products = {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
@@ -88,39 +110,40 @@ class Ravan:
             ValueError: the client has chosen otherwise.
         """
         if self.choose == "gradient":
-            own_heads(self.init_server(spec, rnd.seed), upload["heads"], who)
+            cores = self.init_server(spec, rnd.seed)
+            own_heads(cores.c, upload["heads"], cores.trains(who))
         return like
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+    def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
         """Each head's mean over the clients that trained it."""
-        sums = {key: torch.zeros_like(c, dtype=_SUM) for key, c in server.items()}
-        masses = {key: torch.zeros(len(c), dtype=_SUM) for key, c in server.items()}
+        sums = {key: torch.zeros_like(c, dtype=_SUM) for key, c in server.c.items()}
+        masses = {key: torch.zeros(len(c), dtype=_SUM) for key, c in server.c.items()}
         complete = True
         for reply in replies:
             if self.choose == "gradient":
-                own = own_heads(server, reply.upload["heads"], reply.client)
+                own = own_heads(server.c, reply.upload["heads"], server.trains(reply.client))
             else:
                 own = self._told(server, reply.client, rnd)
             for key, c in pick(reply.upload, "c").items():
-                heads = own[key.removesuffix(".c")]
+                heads = own[_module(key)]
                 sums[key].index_add_(0, heads, c.to(_SUM), alpha=reply.weight)
                 masses[key].index_add_(0, heads, torch.full((len(c),), reply.weight, dtype=_SUM))
                 complete = complete and len(c) == len(masses[key])
         merged: dict[str, Tensor] = {}
-        for key, before in server.items():
+        for key, before in server.c.items():
             mass = masses[key][:, None, None]
             merged[key] = torch.where(mass > 0, (sums[key] / mass.clamp_min(1e-300)).to(before.dtype), before)
-        return Merged(merged, notes={"aggregation_error": 0.0} if complete else {})
+        return Merged(replace(server, c=merged), notes={"aggregation_error": 0.0} if complete else {})
 
-    def _told(self, server: Tensors, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
+    def _told(self, server: Cores, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
         """Module -> the numbers of the heads that the server has the client train, ascending."""
-        found: dict[str, Tensor] = {}
-        for key, c in server.items():
+        found, trains = dict[str, Tensor](), server.trains(who)
+        for key, c in server.c.items():
             order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", who.id))
             if self.choose == "weight":
                 norms = c.to(_SUM).flatten(1).norm(dim=1)
                 order = order[norms[order].argsort(descending=True, stable=True)]
-            found[key.removesuffix(".c")] = order[: who.rank].sort().values
+            found[_module(key)] = order[: trains[_module(key)]].sort().values
         return found
 
     def _columns(self, n: int, k: int, rng: torch.Generator) -> Tensor:
@@ -128,17 +151,17 @@ class Ravan:
         return frame(n, k, rng) if self.init == "orthogonal" else torch.randn(n, k, generator=rng) / n**0.5
 
 
-def own_heads(cores: Tensors, packed: Tensor, who: ClientInfo) -> dict[str, Tensor]:
+def own_heads(cores: Tensors, packed: Tensor, trains: Mapping[str, int]) -> dict[str, Tensor]:
     """Module -> the numbers of the heads that the client trains, ascending; `cores` has the c of all heads.
 
     Raises:
         ValueError: they are not as many in each module as the client trains.
     """
-    totals = {key.removesuffix(".c"): len(c) for key, c in sorted(cores.items())}
-    counts = [min(who.rank, total) for total in totals.values()]
+    totals = {_module(key): len(c) for key, c in sorted(cores.items())}
+    counts = [trains[name] for name in totals]
     marks = torch.split(unpack_positions(packed, sum(counts), sum(totals.values())), list(totals.values()))
     if any(int(own.sum()) != count for own, count in zip(marks, counts, strict=True)):
-        raise ValueError(f"heads are chosen, but not {who.rank} in each module")
+        raise ValueError(f"expected {counts} heads of the modules {list(totals)}, got {[int(own.sum()) for own in marks]}")
     return {name: own.nonzero().flatten() for name, own in zip(totals, marks, strict=True)}
 
 
@@ -146,17 +169,17 @@ def _packed(cores: Tensors, own: Mapping[str, Tensor]) -> Tensor:
     """The positions of these heads among all heads of all modules, these in order of name: tensors may travel in any."""
     marks = []
     for key, c in sorted(cores.items()):
-        marks.append(torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[key.removesuffix(".c")], True))
+        marks.append(torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[_module(key)], True))
     return pack_positions(torch.cat(marks))
 
 
-def _steepest(heads: Mapping[str, Heads], who: ClientInfo) -> Local[dict[str, Tensor]]:
+def _steepest(heads: Mapping[str, Heads], trains: Mapping[str, int]) -> Local[dict[str, Tensor]]:
     """Module -> the numbers of the heads by whose core the client's loss has the largest gradient, ascending."""
-    if all(who.rank >= len(part.s) for part in heads.values()):
+    if all(trains[name] >= len(part.s) for name, part in heads.items()):
         return {name: torch.arange(len(part.s)) for name, part in heads.items()}
     slopes = yield from gradient(heads, "c")
     norms = {name: part.c.flatten(1).norm(dim=1) for name, part in slopes.items() if isinstance(part, Heads)}
-    return {name: x.argsort(descending=True, stable=True)[: who.rank].sort().values for name, x in norms.items()}
+    return {name: x.argsort(descending=True, stable=True)[: trains[name]].sort().values for name, x in norms.items()}
 
 
 def chosen(part: Heads, heads: Tensor) -> Heads:
@@ -174,11 +197,14 @@ def others(part: Heads, heads: Tensor) -> Heads:
     return chosen(part, left_out.nonzero().flatten())
 
 
-def _heads(mine: Tensors, got: Tensors) -> dict[str, Heads]:
+def _heads(mine: Frozen, got: Tensors) -> dict[str, Heads]:
     """All heads of each module, every scalar 1."""
-    cores = pick(got, "c")
-    names = [key.removesuffix(".c") for key in cores]
+    drawn = mine.factors
     return {
-        name: Heads(b=mine[f"{name}.b"], c=(c := cores[f"{name}.c"]), s=c.new_ones(len(c)), a=mine[f"{name}.a"])
-        for name in names
+        (name := _module(key)): Heads(b=drawn[f"{name}.b"], c=c, s=c.new_ones(len(c)), a=drawn[f"{name}.a"])
+        for key, c in pick(got, "c").items()
     }
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".c")

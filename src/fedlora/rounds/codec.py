@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fedlora.adapter import Tensors
 
+_HEADER_BYTES = 4096
+_HEADER_BYTES_PER_TENSOR = 1024  # its name, shape, dtype and place
+
 
 def encode(tensors: Tensors) -> bytes:
     """A payload: the tensors with their names, shapes, dtypes and order, in one byte string."""
@@ -33,15 +36,20 @@ def _encoded_size(layout: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> in
     return len(encode({name: torch.empty(shape, dtype=dtype) for name, dtype, shape in layout}))
 
 
-def decode(payload: bytes) -> dict[str, Tensor]:
-    """The inverse of `encode`.
+def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
+    """The inverse of `encode`, for a payload of at most `max_tensors`: more are rejected before any is made.
 
     Raises:
-        ValueError: the bytes are no such payload.
+        ValueError: the bytes are no such payload, or have more tensors.
     """
+    size = int.from_bytes(payload[:8], "little")
+    if size > _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors:
+        raise ValueError(f"not a payload of tensors: a header of {size} bytes is too large for {max_tensors} tensors")
     try:
+        header = json.loads(payload[8 : 8 + size])
+        if (count := len(header.keys() - {"__metadata__"})) > max_tensors:
+            raise ValueError(f"{count} tensors, allowed are {max_tensors}")
         tensors = load(payload)
-        header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         names = sorted(tensors)
         ordered = [names[int(rank)] for rank in header["__metadata__"]["order"].split()]
     except (SafetensorError, KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -1,17 +1,13 @@
-"""LoRA factors into a transformer and back.
-
-Only this file knows alpha / rank. Only this, `layers` and `targets` know classes of modules.
-"""
+"""LoRA factors into a transformer and back. Classes of modules are known here, in `layers` and in `targets` alone."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
+from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, Scaling, pack
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
@@ -20,22 +16,6 @@ from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
 from fedlora.train.packing import Packing
 from fedlora.train.requests import check_adapter, check_update
 from fedlora.train.targets import find_targets, within
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The factor between PEFT's `lora_B` and our `b`: b = of(rank) * lora_B, and a = lora_A.
-
-    With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
-    (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
-    """
-
-    alpha: float
-    rslora: bool = False
-
-    def of(self, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
-        return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 class Adapted:
@@ -60,7 +40,6 @@ class Adapted:
             UserError: as `find_targets`.
         """
         self.model = model.requires_grad_(False)
-        self.scaling = scaling
         self.head = tuple(head)
         sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
         self.packing = Packing(model)
@@ -90,6 +69,7 @@ class Adapted:
             weight=self._weight,
             features=getattr(config, "hidden_size", 0),
             classes=getattr(config, "num_labels", 0),
+            scaling=scaling,
         )
 
     def load(
@@ -134,7 +114,7 @@ class Adapted:
             else:
                 layer = self.layers[name]
                 parts, device = [_factored(adapter[name]) for adapter in adapters], _device(layer.base)
-                scales = [self.scaling.of(part.rank) for part in parts]
+                scales = [self.spec.scale(name, part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
                 for factor in vars(part):
                     each = [vars(own)[factor] for own in parts]

@@ -63,7 +63,9 @@ class Task(Protocol):
 
 
 class Classification:
-    """A label for a text or a pair of texts."""
+    """A label for a text or a pair of texts. `metrics` are the names of what `judge` gives."""
+
+    metrics = ("accuracy", "loss")
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
         """The model with a head for these labels, drawn from `seed` if the checkpoint has none; see `load_classifier`."""

@@ -10,7 +10,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import Say, free_port
+from fedlora.rounds.flower.processes import Say, free_port, private
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.watch import Watcher
@@ -29,6 +29,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
         raise UserError("clients.count must say for how many clients the server waits")
     check_cohort(count, experiment.sampling)
     folder = RunFolder.create(path)
+    private(path)
     try:
         record(folder, settled(experiment))
     finally:
@@ -46,7 +47,8 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
     """
     from fedlora.problem import Problem  # takes a second to import
 
-    members = [who.id for who in Problem.make(read_folder(path)).members]
+    experiment = read_folder(path)
+    members = [who.id for who in Problem.make(experiment).members]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
@@ -54,7 +56,7 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         stack.callback(server.stop)
         for i in range(count):
             node = home / f"node{i}"
-            Settings(clients=members[i::count]).write(node)
+            Settings.trusting(experiment, members[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
         return server.run(path, watch, say)
 
@@ -71,7 +73,7 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
         return None
     keys = Keys(folder)
     keys.superlink()
-    if not keys.nodes():
+    if not keys.credentials():
         raise UserError(f"{folder}: has no node's key, so nobody could connect; see fedlora keys")
     return keys
 

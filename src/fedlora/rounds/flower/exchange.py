@@ -11,12 +11,15 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import Door
+from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import (
     Answer,
     Done,
     Errand,
     Hello,
+    Notice,
     Order,
     Person,
     Present,
@@ -30,6 +33,9 @@ from fedlora.rounds.gate import Failed
 
 _HELLO_SECONDS = 600.0
 """A node loads its model to answer a hello."""
+_NOTICE_SECONDS = 10.0
+_UNDECLARED = 10_000
+"""The most clients of one node on a server without keys, which only its own machine can reach."""
 
 
 @runtime_checkable
@@ -38,6 +44,9 @@ class Post(Protocol):
 
     def nodes(self) -> Collection[int]:
         """The nodes that are connected now."""
+
+    def credential(self, node: int) -> Credential | None:
+        """The key with which a connected node was authenticated; None where the server has no keys."""
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         """Sends each node its message, to be given up after so many seconds; tickets, and the node of each.
@@ -58,12 +67,14 @@ _Found = tuple[Round, Answer, "bytes | None"]
 class _Guest:
     """A node that has been let in. `at` is what Flower calls it, until it connects anew.
 
-    `folds` are those that it has said it holds, `coming` those in messages that it has not answered.
+    `folds` are those that it has said it holds, `coming` those in messages that it has not answered. Its messages may speak
+    of `most` clients.
     """
 
     at: int
     clients: list[ClientInfo]
     folds: list[int]
+    most: int
     coming: set[int] = field(default_factory=set)
 
     def expected(self) -> list[int]:
@@ -80,14 +91,19 @@ class Remote:
         hello: Hello,
         door: Door,
         trainer: Trainer,
+        scores: ScoreCheck,
         deadline: float,
         poll: float = 0.5,
         tell: Callable[[str], None] = print,
+        tensors: int = 2**16,
     ) -> None:
-        """`hello` says what is run; `tell` gets one line about a node that is refused or a client that fails."""
-        self._post, self._hello, self._door, self._trainer = post, hello, door, trainer
-        self._deadline, self._poll, self._tell = deadline, poll, tell
-        self._guests: dict[str, _Guest] = {}  # by the node's own name
+        """`hello` says what is run; `tell` gets one line about a node that is refused or a client that fails.
+
+        An upload may have so many `tensors`.
+        """
+        self._post, self._hello, self._door, self._trainer, self._score_check = post, hello, door, trainer, scores
+        self._deadline, self._poll, self._tell, self._tensors = deadline, poll, tell, tensors
+        self._guests: dict[str, _Guest] = {}  # by the name of the node's key, or else by the node's own name
         self._greeted: set[int] = set()
         self._pending: dict[str, int] = {}  # hellos
         self._refused: list[str] = []
@@ -134,6 +150,18 @@ class Remote:
             f"{len(sent) - len(failed)} of {len(sent)} clients have their adapter in their node's folder, in runs/*/adapter"
         )
 
+    def finish(self) -> None:
+        """Tells the connected nodes that the run is finished; does not wait long for one that does not answer."""
+        connected = set(self._post.nodes())
+        notice = seal(Notice(run=self._hello.run, state="finished", text="all rounds are complete"))
+        letters = {guest.at: notice for guest in self._guests.values() if guest.at in connected}
+        tickets = self._post.send(letters, _NOTICE_SECONDS) if letters else {}
+        until = time.monotonic() + _NOTICE_SECONDS
+        while tickets and time.monotonic() < until:
+            received = self._post.collect(list(tickets))
+            if tickets := {ticket: at for ticket, at in tickets.items() if ticket not in received}:
+                time.sleep(self._poll)
+
     def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
         for who, found in results:
             if isinstance(found, str):
@@ -143,33 +171,29 @@ class Remote:
             try:
                 if upload is None:
                     raise ValueError("sent no upload")
-                yield Reply(who, when, decode(upload), answer.weight, answer.notes)
+                yield Reply(who, when, decode(upload, self._tensors), answer.weight, answer.notes)
             except ValueError as error:
                 yield Failed(who, str(error))
 
     def judge(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """The scores that came by the deadline, of one and the same set of metrics. Sends at once."""
+        """The valid scores that came by the deadline. Sends at once."""
         return self._scores(rnd, self._sent("judge", rnd, sent, missed))
 
     def _scores(
         self, rnd: Round, results: Iterator[tuple[ClientInfo, _Found | str]]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        names: set[str] | None = None
         for who, found in results:
             if isinstance(found, str):
                 self._tell(f"client {who.id} did not judge: {found}")
                 continue
             when, answer, _ = found
-            if when != rnd:
-                self._tell(f"client {who.id} judged another round")
-            elif not answer.examples:
-                yield who, None
+            reason = "is for another round" if when != rnd else self._score_check.rejection(answer, who)
+            if reason is not None:
+                self._tell(f"client {who.id}: its score is rejected: {reason}")
             else:
-                names = set(answer.metrics) if names is None else names
-                if names == set(answer.metrics):
-                    yield who, Score(answer.examples, answer.metrics)
+                yield who, Score(answer.examples, answer.metrics) if answer.examples else None
 
     def _sent(
         self,
@@ -220,7 +244,7 @@ class Remote:
         for ticket, letter in letters.items():
             guest = self._guests[names[tickets.pop(ticket)]]
             mine = {who.id for who in guest.clients}
-            results = _opened(letter)
+            results = _opened(letter, guest.most)
             if isinstance(results, str):
                 found |= dict.fromkeys(mine, results)
                 continue
@@ -267,6 +291,9 @@ class Remote:
             reason = self._welcome(at, letter, connected)
             if isinstance(letter, str):
                 self._greeted.discard(at)  # it may have been too busy loading its model: once more
+            elif reason is not None and at in connected:  # not waited for
+                notice = Notice(run=self._hello.run, state="rejected", text=reason[:1000])
+                self._post.send({at: seal(notice)}, _NOTICE_SECONDS)
             if reason is not None and f"node {at} refused: {reason}" not in self._refused:
                 self._refused.append(f"node {at} refused: {reason}")
                 self._tell(self._refused[-1])
@@ -275,41 +302,45 @@ class Remote:
         """Lets a node in, in place of what it was before; or says why not."""
         if isinstance(letter, str):
             return letter
+        credential = self._post.credential(at)
+        most = _UNDECLARED if credential is None else len(credential.clients)
         try:
-            header, _ = unseal(letter)
+            header, _ = unseal(letter, most)
         except ValueError as error:
             return str(error)
         if isinstance(header, Refused):
-            return header.reason
+            return str(header.failure)
         if not isinstance(header, Present):
             return f"answers {header.kind!r} to a hello"
-        others = {name: guest for name, guest in self._guests.items() if name != header.node and guest.at in connected}
+        node = header.node if credential is None else credential.name
+        others = {name: guest for name, guest in self._guests.items() if name != node and guest.at in connected}
         taken = {who.id: name for name, guest in others.items() for who in guest.clients}
-        reason = self._door.refusal(header, taken)
+        reason = self._door.refusal(header, credential, taken)
         if reason is None:
             claimed = {person.id for person in header.clients}
             for guest in self._guests.values():  # of nodes that are gone
                 guest.clients = [who for who in guest.clients if who.id not in claimed]
-            self._guests[header.node] = _Guest(at, [person.info() for person in header.clients], list(header.folds))
+            clients = [person.info() for person in header.clients]
+            self._guests[node] = _Guest(at, clients, list(header.folds), len(clients))
         return reason
 
 
-def _opened(letter: bytes | str) -> tuple[Done, list[bytes]] | str:
-    """A node's answer to an order, or why it cannot be used."""
+def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str:
+    """The answer to an order of a node of so many clients, or why it cannot be used."""
     if isinstance(letter, str):
         return letter
     try:
-        header, payloads = unseal(letter)
+        header, payloads = unseal(letter, clients)
     except ValueError as error:
         return f"its node sent {error}"
     if isinstance(header, Refused):
-        return header.reason
+        return str(header.failure)
     return (header, payloads) if isinstance(header, Done) else f"its node answers {header.kind!r}"
 
 
 def _found(done: Done, answer: Answer, payloads: Sequence[bytes]) -> _Found | str:
-    if answer.error is not None:
-        return answer.error
+    if answer.failure is not None:
+        return str(answer.failure)
     if answer.upload is None:
         return done.when.round(), answer, None
     if answer.upload >= len(payloads):

@@ -1,18 +1,12 @@
-"""A node's side of a deployment: a SuperNode, kept alive. Imports nothing heavy; the worker has the model."""
+"""A node's side of a deployment: a SuperNode. Imports nothing heavy; the worker has the model."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedlora.errors import UserError
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.line import SETTING
-from fedlora.rounds.flower.processes import Process, Say, free_port
+from fedlora.rounds.flower.processes import Process, Say
 from fedlora.rounds.flower.settings import Settings
-
-_POLL = 0.2
-_AGAIN_SECONDS = 5.0
-_NOT_LET_IN = "Exit Code: 305"
 
 
 def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
@@ -31,37 +25,24 @@ def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[s
 
 
 def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
-    """Runs a SuperNode until it is interrupted; starts it again if the server sent it away or Flower gave up.
+    """Runs a SuperNode until it is interrupted; it connects again when the server was away.
 
     Raises:
-        UserError: the settings cannot be used, or the server does not let this node in.
+        UserError: the settings cannot be used, or the server rejects this node.
     """
+    from fedlora.rounds.flower import supernode  # takes a second to import
+
     if settings.data is not None and len(settings.clients) != 1:
         raise UserError("--data is one client's; give one --client, or start one node for each")
     if settings.data is not None and not Path(settings.data).is_file():
         raise UserError(f"{settings.data}: no such file")
     settings.write(folder)
     say(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
-    while True:
-        node = start_node(folder, server, keys)
-        try:
-            while node.ended() is None:
-                time.sleep(_POLL)
-        finally:
-            node.stop()
-        if refusal := node.said(_NOT_LET_IN):
-            raise UserError(f"{server} does not let this node in: {refusal}; the whole log is {node.log}")
-        say(f"the SuperNode ended ({node.last_words()}); again in {_AGAIN_SECONDS:g} s")
-        time.sleep(_AGAIN_SECONDS)
+    supernode.run(folder, server, keys, say)
 
 
 def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:
     """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
-    port = str(free_port())
-    command = ["flower-supernode", "--superlink", str(server), "--port", port]
-    command += ["--node-config", f'{SETTING}="{folder.resolve()}"']
-    if keys is None:
-        command += ["--insecure"]
-    else:
-        command += ["--root-certificates", str(keys["ca"]), "--auth-supernode-private-key", str(keys["key"])]
+    files = [] if keys is None else [str(keys["key"]), str(keys["ca"])]
+    command = ["python", "-m", "fedlora.rounds.flower.supernode", str(folder.resolve()), str(server), *files]
     return Process(command, folder / "flower", folder / "supernode.log")

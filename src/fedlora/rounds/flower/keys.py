@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.errors import UserError
+from fedlora.rounds.flower.credential import Credential
+from fedlora.rounds.flower.processes import private
 
 _YEARS = 2
 
@@ -24,7 +27,8 @@ class Keys:
     ca.crt                       what nodes need to know the server
     ca.key                       signs; needed again only to renew the server's certificate
     server.crt, server.key       the server's
-    nodes/NAME.key, NAME.pub     a node's; the server needs the .pub alone, the node the .key alone
+    nodes/NAME.key               a node's; the node needs it, the server does not
+    nodes/NAME.pub, NAME.clients its public key and the clients that it may speak for, one a line; the server needs both
     """
 
     folder: Path
@@ -38,18 +42,56 @@ class Keys:
         """The public keys of the nodes that may connect."""
         return sorted((self.folder / "nodes").glob("*.pub"))
 
-    def superlink(self) -> list[str]:
-        """The SuperLink's options.
+    def credentials(self) -> dict[bytes, Credential]:
+        """The public keys, as Flower names nodes by them, and for whom each may speak: by default for its own name.
 
         Raises:
-            UserError: a file is missing.
+            UserError: a file is not readable.
+        """
+        found = {}
+        for path in self.nodes():
+            try:
+                key = serialization.load_ssh_public_key(path.read_bytes())
+                pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+                found[pem] = Credential(path.stem, self._clients(path.stem))
+            except (OSError, ValueError, UnsupportedAlgorithm) as error:
+                raise UserError(f"{path}: is not a readable public key: {error}") from error
+        return found
+
+    def _clients(self, node: str) -> frozenset[str]:
+        declared = self.folder / "nodes" / f"{node}.clients"
+        return frozenset(declared.read_text(encoding="utf-8").splitlines()) if declared.exists() else frozenset({node})
+
+    def superlink(self, host: str | None = None) -> list[str]:
+        """The SuperLink's options; `host` is where the server's own processes reach it.
+
+        Raises:
+            UserError: a file is missing, or the certificate has expired or is not for that host.
         """
         needed = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
         for name in needed.values():
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder}: has no {name}; make it with: fedlora keys {self.folder} --host NAME")
+        self._check_certificate(host)
         options = [word for option, name in needed.items() for word in (option, str((self.folder / name).resolve()))]
         return [*options, "--enable-supernode-auth"]
+
+    def _check_certificate(self, host: str | None) -> None:
+        path, again = self.folder / "server.crt", f"make a new one with: fedlora keys {self.folder} --host NAME"
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (OSError, ValueError, x509.ExtensionNotFound) as error:
+            raise UserError(f"{path}: is not a readable certificate: {error}; {again}") from error
+        now, first, last = (
+            datetime.datetime.now(datetime.UTC),
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+        )
+        if not first <= now <= last:
+            raise UserError(f"{path}: is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, today is {now:%Y-%m-%d}; {again}")
+        if host is not None and _name(host) not in list(names):
+            raise UserError(f"{path}: is not for {host}, on which the server listens; {again}, one --host for each name")
 
     def make_server(self, hosts: Sequence[str]) -> None:
         """Makes authority and certificate for these names or addresses, and this machine's loopback; keeps an authority.
@@ -58,8 +100,7 @@ class Keys:
             UserError: the folder cannot be written.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.folder.chmod(0o700)
+            private(self.folder)
             authority, certificate = self._authority()
             key = ec.generate_private_key(ec.SECP384R1())
             names = [_name(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])]
@@ -76,23 +117,33 @@ class Keys:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
-    def make_node(self, name: str) -> Path:
+    def make_node(self, name: str, clients: Sequence[str] = ()) -> Path:
         """Makes a node's pair of keys; the private one, which goes to the node and nowhere else.
 
+        The node may speak for these clients and no others; without any, for the one of its own name.
+
         Raises:
-            UserError: there is one of that name, or it is none for a file.
+            UserError: there is one of that name, it is none for a file, or another node may speak for one of the clients.
         """
+        clients = list(clients) or [name]
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
             raise UserError(f"{name!r} is no name for a node; use letters, digits, '-', '_' and '.'")
-        private = self.folder / "nodes" / f"{name}.key"
-        if private.exists() or private.with_suffix(".pub").exists():
-            raise UserError(f"{private}: there is a key of that name already; revoke it by removing {name}.pub")
-        private.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "nodes" / f"{name}.key"
+        if path.exists() or path.with_suffix(".pub").exists():
+            raise UserError(f"{path}: there is a key of that name already; revoke it by removing {name}.pub")
+        if invalid := [client for client in clients if not client or len(client.splitlines()) != 1 or len(client) > 200]:
+            raise UserError(f"{invalid[0]!r} is no name for a client; use one line of at most 200 characters")
+        for other in self.nodes():
+            if shared := sorted(self._clients(other.stem) & set(clients)):
+                raise UserError(f"client {shared[0]!r} belongs to node {other.stem!r} already; a client has one node")
+        for folder in (self.folder, path.parent):
+            private(folder)
+        _write(path.with_name(f"{name}.clients"), "".join(f"{client}\n" for client in clients).encode())
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        _write(private, _private(key, serialization.PrivateFormat.OpenSSH))
-        _write(private.with_name(f"{name}.pub"), public + b"\n", secret=False)
-        return private
+        _write(path, _private(key, serialization.PrivateFormat.OpenSSH))
+        _write(path.with_name(f"{name}.pub"), public + b"\n", secret=False)
+        return path
 
     def _authority(self) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
         secret = self.folder / "ca.key"

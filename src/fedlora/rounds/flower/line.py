@@ -1,7 +1,7 @@
 """Between a node's short-lived processes and its resident worker: a Unix socket. Imports nothing heavy.
 
-A message is its length in eight bytes, and itself. The socket is in the node's folder, its owner's alone: nobody else can
-connect.
+A message is its length in eight bytes, and itself. Before its answer the worker may send notes for the node's owner; the
+first byte tells them apart. The socket is in the node's folder, its owner's alone: nobody else can connect.
 """
 
 import os
@@ -9,25 +9,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-SETTING = "fedlora"
-"""The key of the SuperNode's --node-config that names the node's folder."""
 
 NAME = "worker.sock"
 LOG = "worker.log"
 _START_SECONDS = 120.0
-_MOST_BYTES = 2**31 - 1
+_MOST_BYTES = 2**31
+NOTE, ANSWER = b"n", b"a"
 
 
 class Unreachable(Exception):
     """There is no worker, and none could be started."""
 
 
-def ask(folder: Path, message: bytes, until: int) -> bytes:
-    """The worker's answer. Starts a worker if there is none, one that ends with the process `until`.
+def ask(folder: Path, message: bytes, until: int, say: Callable[[str], None]) -> bytes:
+    """The worker's answer. Starts a worker if there is none, one that ends with the process `until`. `say` gets its notes.
 
     A worker that dies over the message is started again, once: a round's work leaves nothing behind that the same work
     would find.
@@ -39,7 +37,9 @@ def ask(folder: Path, message: bytes, until: int) -> bytes:
         with _connected(folder, until) as connection:
             try:
                 send(connection, message)
-                return receive(connection)
+                while (frame := receive(connection))[:1] == NOTE:
+                    say(frame[1:].decode(errors="replace"))
+                return frame[1:]
             except (OSError, EOFError):
                 continue
     raise Unreachable(f"the worker died twice over one message; its last words: {_last_words(folder)}")

@@ -1,5 +1,6 @@
 """A SuperLink, one of our own or one that runs already, and a run on it from its start to its end."""
 
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.processes import CONNECTION, Process, Say, connection, flwr, wait_for_port
+from fedlora.rounds.flower.processes import CONNECTION, Process, Say, connection, flwr, private, wait_until_ready
 from fedlora.rounds.watch import Watcher
 from fedlora.runs import Result
 
@@ -24,10 +25,14 @@ _STATUS_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class SuperLink:
-    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own."""
+    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own.
+
+    `keys` are those of the nodes; None: a SuperLink that asks nodes for none, or not our own.
+    """
 
     home: Path
     process: Process | None
+    keys: Keys | None = None
 
     @classmethod
     def start(cls, home: Path, address: Address, keys: Keys | None) -> "SuperLink":
@@ -36,17 +41,18 @@ class SuperLink:
         Raises:
             UserError: it does not start.
         """
-        command = ["python", "-m", "fedlora.rounds.flower.superlink", "--host", address.host, "--port", str(address.port)]
-        command += ["--disable-runtime-dependency-installation"]
-        command += ["--insecure"] if keys is None else keys.superlink()
-        home.mkdir(parents=True, exist_ok=True)
-        process = Process(command, home / "flower", home / "superlink.log")
-        link = cls(home / "flower", process)
+        here, ca = address.here, None if keys is None else keys.ca
+        options = ["--insecure"] if keys is None else keys.superlink(here.host)
+        nodes = "" if keys is None else str(keys.folder.resolve() / "nodes")
+        private(home)
+        connection(home / "flower", here, ca, secrets.token_hex(32))
+        with address.listen() as listening:
+            command = ["python", "-m", "fedlora.rounds.flower.superlink", str(listening.fileno()), nodes]
+            command += ["--host", here.host, "--port", str(here.port), "--disable-runtime-dependency-installation"]
+            process = Process([*command, *options], home / "flower", home / "superlink.log", [listening.fileno()])
+        link = cls(home / "flower", process, keys)
         try:
-            wait_for_port(address.port, process)
-            connection(link.home, f"127.0.0.1:{address.port}", None if keys is None else keys.ca)
-            for public in () if keys is None else keys.nodes():
-                flwr(link.home, "supernode", "register", str(public), CONNECTION)
+            wait_until_ready(here, ca, process)
         except BaseException:
             link.stop()
             raise
@@ -55,7 +61,7 @@ class SuperLink:
     @classmethod
     def running(cls, home: Path, address: Address, ca: Path | None) -> "SuperLink":
         """One that was started by others. It has to be on this machine: the run's folder is."""
-        connection(home / "flower", str(address), ca)
+        connection(home / "flower", address, ca)
         return cls(home / "flower", None)
 
     def stop(self) -> None:
@@ -72,7 +78,8 @@ class SuperLink:
         """
         reader = Reader(path, watch, say)
         settings = self.home / "settings.toml"
-        settings.write_text(tomli_w.dumps({"folder": str(path.resolve())}))
+        keys = "" if self.keys is None else str(self.keys.folder.resolve())
+        settings.write_text(tomli_w.dumps({"folder": str(path.resolve()), "keys": keys}))
         app = str(files("fedlora.rounds.flower") / "app")
         run = str(flwr(self.home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"])
         try:
@@ -99,7 +106,9 @@ class SuperLink:
             if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
                 asked = time.monotonic()
                 status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
-                if status.startswith("finished") and (end := reader.show()) is None:
+                if status.startswith("finished"):
+                    if (end := reader.show()) is not None:
+                        return end  # written since it was last read; a reader shows each line once
                     log = "" if self.process is None else f"; the server's log is {self.process.log}"
                     raise RunStopped(f"Flower says that the run has {status}{log}")
             time.sleep(_POLL)

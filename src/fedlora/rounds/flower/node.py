@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +12,28 @@ import torch
 from torch import nn
 
 from fedlora.adapter import Tensors
-from fedlora.config import build
-from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Bench, with_folds
 from fedlora.messages import ClientInfo
 from fedlora.problem import Problem
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.flower.local_experiment import local_experiment
+from fedlora.rounds.flower.reasons import Declined, Reason, reason_for
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
     Answer,
     Bundle,
     Done,
+    Failure,
     Header,
     Hello,
+    Notice,
     Order,
     Person,
     Present,
+    Received,
     Refused,
     seal,
     unseal,
@@ -39,9 +41,6 @@ from fedlora.rounds.flower.wire import (
 from fedlora.rounds.folds import caught_up
 from fedlora.rounds.simulate import Simulation
 from fedlora.version import __version__
-
-_FAILURES = (UserError, RunStopped, ValueError, RuntimeError, OSError, IndexError)
-"""Of one client, which stop neither the others nor the node."""
 
 _Result = tuple[Answer, "bytes | None"]
 """One client's answer and its upload."""
@@ -66,15 +65,17 @@ class Node:
     runs/RUN/hello                the server's hello
     runs/RUN/clients, folds       as in a run's folder
     runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
+
+    `tell` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:
         """Reads the settings.
 
         Raises:
             UserError: there are none.
         """
-        self._folder = folder
+        self._folder, self._tell = folder, tell
         self._works: dict[str, _Work] = {}
         self._settings = Settings.read(folder)
         name = folder / "name"
@@ -82,15 +83,17 @@ class Node:
             durable.replace(name, uuid4().hex.encode())
         self._name = name.read_text()
 
-    def answer(self, message: bytes) -> bytes:
+    def answer(self, message: bytes, bundled: bool = False) -> bytes:
         """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
         try:
-            header, payloads = unseal(message)
-            if isinstance(header, Bundle):
-                return seal(header, [self.answer(payload) for payload in payloads])
-            return seal(*self._answer(header, payloads))
-        except (ValueError, UserError, RunStopped) as error:
-            return seal(Refused(reason=str(error)))
+            with self._coded(Reason.MESSAGE):
+                header, payloads = unseal(message, len(self._settings.clients))
+            if isinstance(header, Bundle) and not bundled:
+                return seal(header, [self.answer(payload, bundled=True) for payload in payloads])
+            with self._coded(Reason.INTERNAL):
+                return seal(*self._answer(header, payloads))
+        except Declined as declined:
+            return seal(Refused(failure=Failure.of(declined)))
 
     def _answer(self, header: Header, payloads: Sequence[bytes]) -> tuple[Header, list[bytes]]:
         match header:
@@ -98,10 +101,28 @@ class Node:
                 return self._present(header), []
             case Order():
                 work = self._work(header.run)
-                if lost := sorted(set(header.held) - set(work.folded)):
-                    raise ValueError(f"node {self._name} lacks the folds of the rounds {[i + 1 for i in lost]}")
+                if lost := set(header.held) - set(work.folded):
+                    self._tell(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in lost)}")
+                    raise Declined(Reason.BASE_UPDATES, len(lost))
+                self._tell(f"{_moment(header, work)} for {len(header.errands)} client(s)")
                 return self._done(work, header, payloads)
-        raise ValueError(f"a node is not asked {header.kind!r}")
+            case Notice(state=state, text=text):
+                self._tell(f"{state}: {text}")
+                return Received(), []
+        self._tell(f"a node is not asked {header.kind!r}")
+        raise Declined(Reason.MESSAGE)
+
+    @contextmanager
+    def _coded(self, otherwise: Reason) -> Iterator[None]:
+        """Any error in here becomes a code; its text is told to the node's owner."""
+        try:
+            yield
+        except Declined:
+            raise
+        except Exception as error:
+            reason = reason_for(error, otherwise)
+            self._tell(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise Declined(reason) from None
 
     def _present(self, hello: Hello) -> Present:
         if (hello.protocol, hello.version) != (PROTOCOL, __version__):
@@ -128,23 +149,28 @@ class Node:
                 self._works.pop(next(iter(self._works))).folder.release()
             path = self._run_folder(run)
             if not (path / "hello").exists():
-                raise ValueError("this node has had no hello for this run")
+                raise Declined(Reason.HANDSHAKE)
             self._works[run] = self._load(_hello(path), path)
         return self._works[run]
 
     def _load(self, hello: Hello, path: Path) -> _Work:
-        experiment = build(tomllib.loads(hello.experiment), self._settings.overrides, "the server's experiment")
-        if self._settings.data is None:
-            problem = Problem.make(experiment)
-            if unknown := sorted(set(self._settings.clients) - {who.id for who in problem.members}):
-                raise UserError(f"the experiment's division has no client {unknown[0]!r}")
-        else:
-            rank = self._settings.rank or experiment.method.rank
-            problem = Problem.of_client(experiment, self._settings.clients[0], self._settings.data, rank, hello.labels)
-        if list(problem.corpus.labels) != hello.labels:
-            raise UserError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
-        bench = Bench.make(experiment, problem).on_all_devices()
-        members = [who for who in problem.members if who.id in self._settings.clients]
+        settings = self._settings
+        with self._coded(Reason.EXPERIMENT):
+            experiment = local_experiment(hello.experiment, settings.overrides, settings.data is not None)
+        with self._coded(Reason.DATA):
+            if settings.data is None:
+                problem = Problem.make(experiment)
+            else:
+                rank = settings.rank or experiment.method.rank
+                problem = Problem.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
+            if list(problem.corpus.labels) != hello.labels:
+                raise ValueError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
+        members = [who for who in problem.members if who.id in settings.clients]
+        if unknown := sorted(set(settings.clients) - {who.id for who in members}):
+            self._tell(f"the experiment's division has no client {unknown[0]!r}")
+            raise Declined(Reason.CLIENTS, len(unknown))
+        with self._coded(Reason.MODEL):
+            bench = Bench.make(experiment, problem).on_all_devices()
         base = fingerprint(bench.adapted.model)
         folder = RunFolder(path)
         simulation = Simulation(bench.method, bench.adapted.spec, members, folder, bench.trainer, experiment.seed)
@@ -159,18 +185,18 @@ class Node:
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for errand in order.errands:
-            with _caught(errand.who.id, found):
+            with self._caught(errand.who.id, found, Reason.DOWNLOAD):
                 who = errand.who.info()
                 if who not in work.simulation.members:
-                    raise ValueError(f"this node has no client {who.id!r} of rank {who.rank} with {who.examples} examples")
+                    raise Declined(Reason.CLIENT)
                 if errand.folds is not None:
                     self._fold(work, payloads[errand.folds])
                 sent[who] = decode(payloads[errand.got])
-        with suppress(*_FAILURES):
+        with suppress(Exception):
             found.update(self._together(work, order, sent))
         for who in sent:
             if who.id not in found:
-                with _caught(who.id, found):
+                with self._caught(who.id, found, Reason.WORK):
                     found.update(self._together(work, order, {who: sent[who]}))
         answers: list[Answer] = []
         uploads: list[bytes] = []
@@ -212,6 +238,15 @@ class Node:
             work.simulation.fold(change)
             work.folded.append(index)
 
+    @contextmanager
+    def _caught(self, client: str, found: dict[str, _Result], otherwise: Reason) -> Iterator[None]:
+        """A failure in here is the client's answer."""
+        try:
+            with self._coded(otherwise):
+                yield
+        except Declined as declined:
+            found[client] = Answer(id=client, failure=Failure.of(declined)), None
+
     def _run_folder(self, run: str) -> Path:
         return self._folder / "runs" / client_folder(run)
 
@@ -230,16 +265,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _caught(client: str, found: dict[str, _Result]) -> Iterator[None]:
-    """A failure in here is the client's answer."""
-    try:
-        yield
-    except _FAILURES as error:
-        found[client] = Answer(id=client, error=_line(error)), None
-
-
-def _line(error: BaseException) -> str:
-    """The error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, UserError | RunStopped | ValueError) else f"{type(error).__name__}: {text}"
+def _moment(order: Order, work: _Work) -> str:
+    """What the order asks for, and when in the run."""
+    rounds, index = work.bench.experiment.rounds, order.when.index
+    match order.kind:
+        case "turn":
+            return f"round {index + 1} of {rounds}: training"
+        case "judge":
+            return f"round {index} of {rounds}: evaluating"
+    return "after the last round: writing the adapter"

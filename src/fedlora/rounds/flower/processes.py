@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -16,6 +17,9 @@ from typing import Any
 import tomli_w
 
 from fedlora.errors import RunStopped, UserError
+from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.flower_command import flower_command
+from fedlora.rounds.flower.guard import NODES_MAY, SECRET
 
 Say = Callable[[str], None]
 """Who shows a line to a person."""
@@ -27,10 +31,12 @@ CONNECTION = "fedlora"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What Flower's processes get: a home of their own, and no telemetry, look for updates or installing at run time."""
-    here = str(Path(sys.executable).parent)
+    """What Flower's processes get: a home of their own, the secret of the SuperLink that it belongs to if that is our own,
+    and no telemetry, look for updates or installing at run time."""
+    here, file = str(Path(sys.executable).parent), home / "secret"
     return {
         **os.environ,
+        **({SECRET: file.read_text()} if file.exists() else {}),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -43,17 +49,19 @@ def environment(home: Path) -> dict[str, str]:
 class Process:
     """One long-lived process with its log; it ends when this process ends, however that happens."""
 
-    def __init__(self, command: Sequence[str], home: Path, log: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
+    def __init__(self, command: Sequence[str], home: Path, log: Path, descriptors: Sequence[int] = ()) -> None:
+        """`descriptors` are handed on to it. What it writes, this user alone can read."""
+        private(home)
         self.log = log
-        self._from = log.stat().st_size if log.exists() else 0
-        with log.open("ab") as file:
+        with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             self._process = subprocess.Popen(
                 [f"{Path(sys.executable).parent}/{command[0]}", *command[1:]],
                 env=environment(home),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
+                pass_fds=descriptors,
+                umask=0o077,
                 start_new_session=True,  # a Ctrl-C is for us: we end them in order
                 preexec_fn=_die_with(os.getpid()),
             )
@@ -71,12 +79,6 @@ class Process:
         """The last line of its log that is not empty."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-
-    def said(self, word: str) -> str | None:
-        """The line of its log that has this word, and the next ones; None if there is none."""
-        lines = self.log.read_bytes()[self._from :].decode(errors="replace").splitlines()
-        found = next((i for i, line in enumerate(lines) if word in line), None)
-        return None if found is None else " ".join(" ".join(lines[found : found + 4]).split())
 
     def stop(self) -> None:
         """Asks it to end, and then makes it; what it started ends with it."""
@@ -110,7 +112,7 @@ def flwr(home: Path, *arguments: str) -> Any:
     Raises:
         RunStopped: it failed, and why.
     """
-    command = [f"{Path(sys.executable).parent}/flwr", *arguments, "--format", "json"]
+    command = flower_command("flwr", *arguments, "--format", "json")
     done = subprocess.run(command, env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     try:
         said = json.loads(done.stdout)
@@ -121,27 +123,40 @@ def flwr(home: Path, *arguments: str) -> Any:
     return said
 
 
-def connection(home: Path, address: str, ca: Path | None) -> None:
-    """Tells the command `flwr` of this home where the SuperLink is."""
+def private(folder: Path) -> None:
+    """Makes the folder, for this user alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def connection(home: Path, address: Address, ca: Path | None, secret: str | None = None) -> None:
+    """Tells the command `flwr` of this home where the SuperLink is, and its secret if it is our own."""
     security: Mapping[str, Any] = {"insecure": True} if ca is None else {"root-certificates": str(ca.resolve())}
-    table = {"superlink": {"default": CONNECTION, CONNECTION: {"address": address, **security}}}
-    home.mkdir(parents=True, exist_ok=True)
+    table = {"superlink": {"default": CONNECTION, CONNECTION: {"address": str(address), **security}}}
+    private(home)
     (home / "config.toml").write_text(tomli_w.dumps(table))
+    (home / "secret").unlink(missing_ok=True)
+    if secret is not None:
+        with open(home / "secret", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(secret)
 
 
-def wait_for_port(port: int, process: Process, seconds: float = 60.0) -> None:
-    """Waits until the process listens there on this machine.
+def wait_until_ready(address: Address, ca: Path | None, process: Process, seconds: float = 60.0) -> None:
+    """Waits until the process answers there.
 
     Raises:
-        UserError: it has ended instead, or does not listen.
+        UserError: it has ended instead, or does not answer.
     """
-    until = time.monotonic() + seconds
+    import httpx
+
+    until, scheme = time.monotonic() + seconds, "http" if ca is None else "https"
+    verify = True if ca is None else ssl.create_default_context(cafile=ca)
     while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0 and process.ended() is None:
-                return
+        with suppress(httpx.TransportError):
+            httpx.get(f"{scheme}://{address}{NODES_MAY}", verify=verify, timeout=5.0, trust_env=False)
+            return
         if process.ended() is not None or time.monotonic() > until:
-            raise UserError(f"Flower does not start on port {port}: {process.last_words()}; its log is {process.log}")
+            raise UserError(f"Flower does not start on {address}: {process.last_words()}; its log is {process.log}")
         time.sleep(0.1)
 
 

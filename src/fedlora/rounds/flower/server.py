@@ -13,17 +13,21 @@ from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Post, Remote
 from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
+from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import PROTOCOL, Hello
 from fedlora.rounds.loop import Progress, missed
 from fedlora.runs import read_folder
+from fedlora.train.tasks import Classification
 from fedlora.version import __version__
 
+_TENSORS, _TENSORS_PER_MODULE = 1024, 64
+"""Above what any method uploads."""
 _LET_GO_SECONDS = 60.0
 """An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
 
 
 def serve(path: Path, post: Post) -> None:
-    """Runs the rounds that the folder lacks, and writes the adapter; tells its journal how it ended.
+    """Runs the rounds that the folder lacks, and writes the adapter; tells its journal and the nodes how it ended.
 
     A personal method's adapters are the clients' own: they are written to the folders of their nodes.
 
@@ -45,6 +49,7 @@ def serve(path: Path, post: Post) -> None:
             else:
                 adapters = bench.adapters(progress, folder, experiment.rounds)
                 bench.write(adapters, path / "adapter", "adapter", folder.rows())
+            exchange.finish()
         finally:
             folder.release()
     except UserError as error:
@@ -72,7 +77,10 @@ def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Rem
         done=folder.restore()[0],
     )
     door = Door(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
-    return Remote(post, hello, door, bench.trainer, experiment.deploy.deadline, experiment.deploy.poll, journal.notify)
+    scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
+    spec, settings = bench.adapted.spec, experiment.deploy
+    tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
+    return Remote(post, hello, door, bench.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors)
 
 
 def _keep(bench: Bench, folder: RunFolder, exchange: Remote, after: Progress) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.lifetime import end_with
 from fedlora.rounds.flower.post import GridPost
 from fedlora.rounds.flower.server import serve
@@ -15,6 +16,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs what the run's setting `folder`, a path on the server, holds; an error is also in the folder's journal."""
+    """Runs what the run's setting `folder`, a path on the server, holds; an error is also in the folder's journal.
+
+    The setting `keys` is the folder of the nodes' keys; empty: the SuperLink has none.
+    """
     end_with(os.getppid())  # a server without its SuperLink would keep the run's folder
-    serve(Path(str(context.run_config["folder"])), GridPost(grid))
+    keys = str(context.run_config["keys"])
+    serve(Path(str(context.run_config["folder"])), GridPost(grid, Keys(Path(keys)).credentials() if keys else None))

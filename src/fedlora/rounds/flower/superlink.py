@@ -1,62 +1,48 @@
-"""Flower's SuperLink, with what only its own machine should reach closed to all others.
+"""Flower's SuperLink behind our guard, on a socket that is open already, with the nodes' keys known before it answers."""
 
-The SuperLink has one port for nodes, for operators and for its own processes, and nobody has to log in to start a run or to
-register a node's key. Whoever reaches the port could have the server and all nodes execute a program of theirs.
-"""
-
-from collections.abc import Awaitable, Callable, MutableMapping
+import os
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink import main as superlink
-from flwr.superlink.cli import flower_superlink
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-NODES_MAY = "/v1/fleet/"
-_HERE = ("127.0.0.1", "::1")
+from fedlora.rounds.flower.flower_command import flower_command
+from fedlora.rounds.flower.guard import SECRET, Guard
 
 
-class NodesOnly:
-    """Answers 403 to a request from another machine for anything but what nodes need."""
+def main(descriptor: int, keys: list[Path]) -> None:
+    """The `flower-superlink` command, serving the socket of this descriptor to nodes with these public keys."""
+    command: Any = import_module("flwr.superlink.cli.flower_superlink")  # a function of the package has the same name
+    create, superexec = superlink.create_app, command._get_superexec_command
 
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] not in ("http", "websocket") or _for_nodes(scope["path"]) or _from_here(scope):
-            await self._app(scope, receive, send)
-            return
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"only from the server's own machine\n"})
-
-
-def _for_nodes(path: str) -> bool:
-    return path.startswith(NODES_MAY) and ".." not in path
-
-
-def _from_here(scope: Scope) -> bool:
-    """Whether the other end of the connection is this machine: a loopback address, or the very address it came to."""
-    client, server = scope.get("client") or ("",), scope.get("server") or ("",)
-    return client[0] != "" and client[0] in (*_HERE, server[0])
-
-
-def main() -> None:
-    """The `flower-superlink` command, its app behind `NodesOnly`."""
-    create = superlink.create_app
-
-    def closed(*arguments: Any, **named: Any) -> Any:
+    def guarded(*arguments: Any, **named: Any) -> Any:
         app = create(*arguments, **named)
-        app.add_middleware(NodesOnly)
+        state = app.state.linkstate_factory.state()
+        for path in keys:
+            key = load_ssh_public_key(path.read_bytes())
+            assert isinstance(key, EllipticCurvePublicKey)
+            state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key_to_bytes(key), HEARTBEAT_DEFAULT_INTERVAL)
+        app.add_middleware(Guard, secret=os.environ[SECRET])
         return app
 
-    superlink.create_app = closed
-    flower_superlink()
+    def ours(**named: Any) -> list[str]:
+        return flower_command(*superexec(**named))
+
+    superlink.create_app = guarded
+    command._get_superexec_command = ours
+    command.uvicorn = SimpleNamespace(run=partial(uvicorn.run, fd=descriptor))
+    command.flower_superlink()
 
 
 if __name__ == "__main__":
-    main()
+    descriptor, folder, *sys.argv[1:] = sys.argv[1:]
+    main(int(descriptor), sorted(Path(folder).glob("*.pub")) if folder else [])

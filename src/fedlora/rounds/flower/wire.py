@@ -2,32 +2,44 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fedlora.messages import ClientInfo, Round
+from fedlora.rounds.flower.reasons import Declined, Reason
 
-PROTOCOL = 1
+PROTOCOL = 2
 MOST_BYTES = 2**31 - 1
 _MAGIC = b"fedlora\x01"
 _DIGEST = 16
 _FIXED = len(_MAGIC) + _DIGEST + 8
-_MOST_HEADER = 64 * 2**20
+_HEADER_BYTES = 2**20  # an experiment, a list of labels, the indices of some 100,000 base updates
+_HEADER_BYTES_PER_CLIENT = 2**12
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
+def _few(parts: Any, known: Any) -> Any:
+    """Rejects a list that speaks of more clients than the reader expects, before its parts are made."""
+    if known.context is not None and isinstance(parts, list) and len(parts) > known.context["clients"]:
+        raise ValueError(f"{len(parts)} entries, expected at most {known.context['clients']}")
+    return parts
+
+
+Few = BeforeValidator(_few)
+
+
 class Person(_Part):
     """A client, as `ClientInfo`."""
 
     id: Annotated[str, Field(min_length=1, max_length=200)]
-    rank: Annotated[int, Field(ge=1)]
-    examples: Annotated[int, Field(ge=1)]
+    rank: Annotated[int, Field(ge=1, lt=2**31)]
+    examples: Annotated[int, Field(ge=1, lt=2**63)]
 
     @classmethod
     def of(cls, who: ClientInfo) -> "Person":
@@ -43,7 +55,7 @@ class When(_Part):
     """A round, as `Round`."""
 
     index: Count
-    seed: Count
+    seed: Annotated[int, Field(ge=0)]
     attempt: Count
 
     @classmethod
@@ -81,7 +93,7 @@ class Present(_Part):
     version: str
     node: str
     base: str
-    clients: list[Person]
+    clients: Annotated[list[Person], Few]
     folds: list[Count]
 
 
@@ -103,7 +115,22 @@ class Order(_Part):
     run: str
     when: When
     held: list[Count]
-    errands: list[Errand]
+    errands: Annotated[list[Errand], Few]
+
+
+class Failure(_Part):
+    """Why there is no result: a code, and how many things are affected if they were counted."""
+
+    reason: Reason
+    count: Count = 0
+
+    @classmethod
+    def of(cls, declined: Declined) -> "Failure":
+        """The failure for the wire."""
+        return cls(reason=declined.reason, count=declined.count)
+
+    def __str__(self) -> str:
+        return self.reason.value + (f" ({self.count})" if self.count else "")
 
 
 class Answer(_Part):
@@ -115,7 +142,7 @@ class Answer(_Part):
     notes: dict[str, float] = {}
     examples: Count = 0
     metrics: dict[str, FiniteFloat] = {}
-    error: str | None = None
+    failure: Failure | None = None
 
 
 class Done(_Part):
@@ -124,14 +151,29 @@ class Done(_Part):
     kind: Literal["done"] = "done"
     when: When
     folds: list[Count]
-    answers: list[Answer]
+    answers: Annotated[list[Answer], Few]
 
 
 class Refused(_Part):
     """Node to server: nothing was done, and why."""
 
     kind: Literal["refused"] = "refused"
-    reason: str
+    failure: Failure
+
+
+class Notice(_Part):
+    """Server to node, for its owner's terminal: the node is rejected, and why; or the run is finished."""
+
+    kind: Literal["notice"] = "notice"
+    run: str
+    state: Literal["rejected", "finished"]
+    text: Annotated[str, Field(max_length=1000)] = ""
+
+
+class Received(_Part):
+    """Node to server: the notice was shown."""
+
+    kind: Literal["received"] = "received"
 
 
 class Bundle(_Part):
@@ -140,7 +182,7 @@ class Bundle(_Part):
     kind: Literal["bundle"] = "bundle"
 
 
-Header = Hello | Present | Order | Done | Refused | Bundle
+Header = Hello | Present | Order | Done | Refused | Notice | Received | Bundle
 
 
 class _Frame(_Part):
@@ -166,11 +208,13 @@ def seal(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
     return _MAGIC + _digest(rest) + rest
 
 
-def unseal(message: bytes) -> tuple[Header, list[bytes]]:
-    """The header and the payloads of a message.
+def unseal(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
+    """The header and the payloads of a message that may speak of so many clients.
+
+    Time and memory are proportional to the bytes that so many clients need, whatever else the message holds.
 
     Raises:
-        ValueError: the bytes are no message of this version, are damaged or too large; allocates only their size.
+        ValueError: the bytes are no message of this version, are damaged, too large, or speak of more clients.
     """
     if len(message) > MOST_BYTES:
         raise ValueError(f"a message of {len(message)} bytes is too large, allowed are {MOST_BYTES}")
@@ -179,11 +223,11 @@ def unseal(message: bytes) -> tuple[Header, list[bytes]]:
     rest = memoryview(message)[_FIXED - 8 :]
     if message[len(_MAGIC) : _FIXED - 8] != _digest(rest):
         raise ValueError("a damaged message: its digest does not fit")
-    length = int.from_bytes(rest[:8], "big")
-    if length > min(_MOST_HEADER, len(rest) - 8):
-        raise ValueError(f"a message whose header would have {length} bytes")
+    length, allowed = int.from_bytes(rest[:8], "big"), _HEADER_BYTES + _HEADER_BYTES_PER_CLIENT * clients
+    if length > min(allowed, len(rest) - 8):
+        raise ValueError(f"a message whose header would have {length} bytes, allowed are {allowed} for {clients} clients")
     try:
-        frame = _Frame.model_validate_json(bytes(rest[8 : 8 + length]))
+        frame = _Frame.model_validate_json(bytes(rest[8 : 8 + length]), context={"clients": clients})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

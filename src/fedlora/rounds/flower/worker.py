@@ -4,12 +4,14 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedlora.printable import printable
 from fedlora.rounds.flower.lifetime import end_with
-from fedlora.rounds.flower.line import receive, send, short_path
+from fedlora.rounds.flower.line import ANSWER, NOTE, receive, send, short_path
 
 LOCK = "worker.lock"
 PID = "worker.pid"
@@ -35,18 +37,29 @@ def main(folder: Path, until: int) -> int:
     from fedlora.train.loading import quiet
 
     quiet()
-    node = Node(folder)
+    asking: list[socket.socket] = []
+
+    def tell(line: str) -> None:
+        print(printable(line), flush=True)
+        for connection in asking:
+            with suppress(OSError):
+                send(connection, NOTE + line.encode(errors="replace"))
+
+    node = Node(folder, tell)
     while True:
         connection, _ = listening.accept()
         with connection:
             try:
                 message, started = receive(connection), time.perf_counter()
+                asking.append(connection)
                 answer = node.answer(message)
                 seconds = time.perf_counter() - started
                 print(f"{len(message)} bytes answered with {len(answer)} in {seconds:.3f} s", flush=True)
-                send(connection, answer)
+                send(connection, ANSWER + answer)
             except (OSError, EOFError) as error:
                 print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
+            finally:
+                asking.clear()
 
 
 if __name__ == "__main__":

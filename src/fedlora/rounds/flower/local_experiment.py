@@ -1,0 +1,49 @@
+"""The server's experiment as a node runs it: what is read on the node's machine is the node's own choice."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedlora.config import Experiment, build
+from fedlora.data.files import looks_local
+from fedlora.errors import UserError
+
+
+def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Experiment:
+    """The experiment in `text`, with the node's own `data` section: the defaults and the node's overrides.
+
+    No file, column or local model that only the server names is used. A node without a file of its own must name the same
+    data as the server, or its clients would have other examples than the server believes.
+
+    Raises:
+        UserError: the experiment is invalid here, or needs data or a model that this node has not named itself.
+    """
+    served = tomllib.loads(text)
+    table: dict[str, Any] = {key: value for key, value in served.items() if key != "data"}
+    origin = "the server's experiment"
+    mine, theirs = build(table, overrides, origin), build(served, (), origin)
+    named = any(override.partition("=")[0].strip() == "model" for override in overrides)
+    if not named and not _from_elsewhere(mine.model):
+        raise UserError(f"the server's model is the path {mine.model!r}; allow a path with --set model=PATH")
+    if own_file and (mine.data.text_pair is None) != (theirs.data.text_pair is None):
+        raise UserError(
+            "the server's experiment reads pairs of texts; name the second column with --set data.text_pair=COLUMN"
+            if mine.data.text_pair is None
+            else "the server's experiment reads single texts; leave data.text_pair out"
+        )
+    if not own_file:
+        ours, other = mine.data.model_dump(), theirs.data.model_dump()
+        if differing := [key for key in ours if ours[key] != other[key]]:
+            wanted = " ".join(f"--set data.{key}={other[key]!r}" for key in differing)
+            raise UserError(f"the server's data are not those of this node; if you agree to them, join with {wanted}")
+    return mine
+
+
+def _from_elsewhere(model: str) -> bool:
+    """Whether the model is on the hub or inside an installed package, and not a path on this machine."""
+    if model.startswith("package:"):
+        name, _, folder = model.removeprefix("package:").partition("/")
+        inside = PurePosixPath(folder)
+        return name.isidentifier() and not inside.is_absolute() and ".." not in inside.parts
+    return not looks_local(model) and not Path(model).exists()
