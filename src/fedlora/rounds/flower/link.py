@@ -86,6 +86,7 @@ class SuperLink:
             raise (UserError if how == "unusable" else RunStopped)(why)
         folder = RunFolder(path)
         try:
+            folder.restore()
             return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
         finally:
             folder.release()
