@@ -201,6 +201,18 @@ def test_an_edited_setting_is_refused_with_what_differs(changeable, tmp_path, li
             again()
 
 
+def test_an_experiment_file_with_a_bit_flipped_or_cut_or_deleted_is_named(changeable):
+    file = changeable / "run" / "experiment.toml"
+    whole = file.read_bytes()
+    bent = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in range(7, len(whole), 97)]
+    for content in [*bent, whole[: len(whole) // 2], whole[: whole.rindex(b"[train]")], b"", None]:
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=r"experiment\.toml"):
+            read_folder(changeable / "run")
+
+
 @pytest.mark.parametrize("override", ["train.lr=0.5", "rounds=0", "method.name=fedit", "data.rows=3"])
 def test_a_resumed_run_may_have_more_rounds_and_no_other_change(changeable, override):
     before = (changeable / "run" / "experiment.toml").read_bytes()

@@ -213,7 +213,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_
     real = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (rows.exists() and rows.read_bytes()) and real.poll() is None:
         time.sleep(0.005)
-    real.send_signal(signal.SIGINT)
+    for _ in range(5):
+        real.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     _, said = real.communicate()
     assert real.returncode == 130 and 1 <= len(rows.read_bytes().splitlines()) < 20
     assert said.strip() == f"interrupted; go on with: fedlora run --resume {path}"
