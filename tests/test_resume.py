@@ -1,9 +1,12 @@
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +21,12 @@ from fedlora.config import build
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.train.tasks import Classification
 
-from forks import ended
+from forks import ended, started
 from tiny import tiny_bert, tiny_rows
 
 METHODS = ["fedit", "fedsa-lora"]
+KINDS = ["fedit", "flora", "fedsa-lora", "ravan", "fl-tac"]
+"""A mean, changes of the base, client states, three factors, clusters."""
 BEGIN = 8
 """Syncs until a run has begun: experiment.toml, environment.json, the first checkpoint and the manifest (2 each)."""
 STATES = {"fedit": 0, "fedsa-lora": 6}
@@ -195,6 +200,32 @@ def test_a_run_killed_before_its_experiment_is_on_disk_can_be_begun_again_in_the
     assert not (tmp_path / "run" / "experiment.toml").exists()
     assert ended(live, tmp_path / "run", table) == 0
     assert differing(tmp_path / "run", whole("fedit")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_killed_at_random_instants_of_all_its_lives_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
+    """FEDLORA_KILLS says how many kills: loading, training, evaluating and exporting, of new runs and of resumed ones."""
+    table, path, rng = {**problem, "method": method(name)}, tmp_path / "run", random.Random(name)
+    whole(name)
+    began = time.perf_counter()
+    assert ended(live, tmp_path / "timed", table) == 0
+    seconds, kills, killed_after = time.perf_counter() - began, int(os.environ.get("FEDLORA_KILLS", "4")), []
+    while len(killed_after) < kills:
+        process = started(live, path, table)
+        process.join(seconds * rng.random())
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            assert differing(path, whole(name)) == []
+            shutil.rmtree(path)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            killed_after.append(rounds_done(path) if (path / "checkpoint.safetensors").exists() else -1)
+    print(f"{name}: rounds complete when killed {dict(sorted(Counter(killed_after).items()))}")
+    assert ended(live, path, table) == 0
+    assert differing(path, whole(name)) == []
 
 
 def fedlora(output, *arguments):
