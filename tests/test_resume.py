@@ -123,7 +123,9 @@ def content(path):
 
 
 def rounds_done(path):
-    """How many rounds the run's checkpoint counts."""
+    """How many rounds the run's checkpoint counts; -1 if there is none."""
+    if not (path / "checkpoint.safetensors").exists():
+        return -1
     return decode_state(str(path / "checkpoint.safetensors"))[1]["rounds_done"]
 
 
@@ -213,16 +215,18 @@ def test_a_run_killed_at_random_instants_of_all_its_lives_ends_as_if_nothing_had
     assert ended(live, tmp_path / "timed", table) == 0
     seconds, kills, killed_after = time.perf_counter() - began, int(os.environ.get("FEDLORA_KILLS", "4")), []
     while len(killed_after) < kills:
-        process = started(live, path, table)
+        process, before = started(live, path, table), rounds_done(path)
         process.join(seconds * rng.random())
         process.kill()
         process.join()
         if process.exitcode == 0:
             assert differing(path, whole(name)) == []
             shutil.rmtree(path)
+            seconds *= 0.8  # so that about every other life gets further
         else:
             assert process.exitcode == -signal.SIGKILL
-            killed_after.append(rounds_done(path) if (path / "checkpoint.safetensors").exists() else -1)
+            killed_after.append(rounds_done(path))
+            seconds *= 1.3 if killed_after[-1] == before else 0.9
     print(f"{name}: rounds complete when killed {dict(sorted(Counter(killed_after).items()))}")
     assert ended(live, path, table) == 0
     assert differing(path, whole(name)) == []

@@ -124,7 +124,7 @@ class RunFolder:
         """
         self._run = manifest["id"]
         self.commit(0, server)
-        self.record(MANIFEST, _sealed(manifest))
+        self.change(manifest)
 
     def change(self, manifest: Mapping[str, Any]) -> None:
         """Replaces the manifest.
