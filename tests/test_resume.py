@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -67,8 +68,9 @@ def method(name):
     return {"name": name, "rank": 2}
 
 
-def live(path, table, at_sync=0, at_loss=0, at_export=0):
-    """Begins a run or takes it up, and dies in the n-th write to the disk, training step or export, where one is given."""
+def live(path, table, at_sync=0, at_loss=0, at_export=0, after_loading=None):
+    """Begins a run or resumes it, and dies in the n-th write to the disk, training step or export, or so many seconds after
+    the model is loaded, where one is given."""
     torch.set_num_threads(1)
     torch.seed()  # two lives never have the same global generators
     np.random.seed(os.getpid())
@@ -76,6 +78,10 @@ def live(path, table, at_sync=0, at_loss=0, at_export=0):
     step = deadly(losses := Classification.losses, at_loss)  # not those of a model that is only tried out
     Classification.losses = lambda task, model, *given: (step if model.training else losses)(task, model, *given)
     export.save_file = deadly(export.save_file, at_export)
+    if after_loading is not None:
+        timer, rounds = threading.Timer(after_loading, os.kill, (os.getpid(), signal.SIGKILL)), runs.rounds
+        timer.daemon = True
+        runs.rounds = lambda *given: (timer.start(), rounds(*given))[1]
     if (path / "experiment.toml").exists():
         runs.resume(path)
     else:
@@ -213,20 +219,24 @@ def test_a_run_killed_at_random_instants_of_all_its_lives_ends_as_if_nothing_had
     whole(name)
     began = time.perf_counter()
     assert ended(live, tmp_path / "timed", table) == 0
-    seconds, kills, killed_after = time.perf_counter() - began, int(os.environ.get("FEDLORA_KILLS", "4")), []
+    seconds = dict.fromkeys(("from its start", "from the first round"), time.perf_counter() - began)
+    kills, killed_after = int(os.environ.get("FEDLORA_KILLS", "4")), []
     while len(killed_after) < kills:
-        process, before = started(live, path, table), rounds_done(path)
-        process.join(seconds * rng.random())
-        process.kill()
+        kind, before = rng.choice(list(seconds)), rounds_done(path)
+        instant = seconds[kind] * rng.random()
+        process = started(live, path, table, after_loading=instant if kind == "from the first round" else None)
+        if kind == "from its start":
+            process.join(instant)
+            process.kill()
         process.join()
         if process.exitcode == 0:
             assert differing(path, whole(name)) == []
             shutil.rmtree(path)
-            seconds *= 0.8  # so that about every other life gets further
+            seconds[kind] *= 0.7  # so that some lives get further than the one before, and some do not
         else:
             assert process.exitcode == -signal.SIGKILL
             killed_after.append(rounds_done(path))
-            seconds *= 1.3 if killed_after[-1] == before else 0.9
+            seconds[kind] *= 1.3 if killed_after[-1] == before else 0.9
     print(f"{name}: rounds complete when killed {dict(sorted(Counter(killed_after).items()))}")
     assert ended(live, path, table) == 0
     assert differing(path, whole(name)) == []
