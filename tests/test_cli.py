@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys) -> Command:
+def command(monkeypatch, capsys) -> Iterator[Command]:
     """Runs `fedlora` in this process; its exit code, what it printed, and its errors."""
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -68,7 +69,10 @@ def command(monkeypatch, capsys) -> Command:
             sys.exit(0)
         return (stopped.value.code or 0, *capsys.readouterr())
 
-    return call
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield call
+    for number, handler in signals.items():
+        signal.signal(number, handler)  # after an interrupt they stay ignored
 
 
 def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
@@ -154,7 +158,7 @@ def test_what_is_no_run_cannot_be_resumed(name, place, command):
 
 def test_a_resume_takes_nothing_else_and_a_run_takes_a_file(place, command):
     assert_refused(command("run", place / "good.toml", "--resume", place), "--resume takes no file")
-    assert_refused(command("run", "--resume", place, "--set", "rounds=9"), "--resume takes no file")
+    assert_refused(command("run", "--resume", place, "--out", place / "new"), "--resume takes no file and no --out")
     assert_refused(command("run"), "needs an experiment file")
 
 
@@ -266,11 +270,50 @@ def test_an_interrupt_that_compiled_code_took_for_a_bad_file_is_still_an_interru
         except KeyboardInterrupt:
             raise UserError("the run is damaged") from None
 
-    before = signal.getsignal(number)
     monkeypatch.setattr(experiment, "resume", resume)
     code, _, errors = command("run", "--resume", by_python)
     assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
-    assert signal.getsignal(number) == before
+
+
+def test_of_five_interrupts_the_first_counts_and_the_others_disturb_nothing(by_python, command, monkeypatch):
+    order = []
+
+    def resume(path, watch):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            order.append("went on")
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            order.append("put in order")
+
+    monkeypatch.setattr(experiment, "resume", resume)
+    code, _, errors = command("run", "--resume", by_python)
+    assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
+    assert order == ["put in order"]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "until the process has ended"
+
+
+def test_an_interrupt_of_any_command_is_one_line(by_python, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "export", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    code, _, errors = command("export", by_python, tmp_path / "out")
+    assert (code, errors.strip().splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in errors
+
+
+def test_what_is_not_interrupted_leaves_the_signals_as_they_were(command):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert command("version")[0] == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_resumed_run_is_given_more_rounds_by_the_command(by_python, command, tmp_path):
+    shutil.copytree(by_python, tmp_path / "run")
+    code, printed, errors = command("run", "--resume", tmp_path / "run", "--set", "rounds=3")
+    assert (code, errors) == (0, "") and re.findall(r"^ +(\d+) +3 ", printed, re.MULTILINE) == ["1", "2", "3"]
+    assert_refused(
+        command("run", "--resume", tmp_path / "run", "--set", "rounds=2"), "--set: rounds = 2, in the run it is 3"
+    )
 
 
 def test_an_export_prints_where_it_wrote(by_python, command, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora import Experiment, run
+from fedlora import export as export_module
 from fedlora.errors import UserError
 from fedlora.experiment import Bench, _opened, export
 from fedlora.methods import TABLE
@@ -137,7 +140,7 @@ def in_transformers(merged: Path) -> Tensor:
 
 def by_its_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the code in the folder's README gets."""
-    monkeypatch.chdir(adapter.parent)
+    monkeypatch.chdir(adapter)
     (code,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
     found: dict[str, Any] = {}
     exec(code, found)
@@ -305,6 +308,37 @@ def test_a_folder_in_use_is_refused_and_stays_as_it_was(finished, tmp_path):
     with pytest.raises(UserError, match="is not empty; choose another"):
         export(finished(), "adapter", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_a_killed_export_left_does_not_block_the_next_one(finished, tmp_path):
+    out, killed = tmp_path / "a" / "out", export_module.save_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process removes nothing
+        patch.setattr(export_module, "save_file", failing(killed, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            export(finished(), "adapter", out)
+    assert not out.exists() and len([*(tmp_path / "a").iterdir()]) == 1
+    export(finished(), "adapter", out)
+    assert (out / "adapter_config.json").exists() and [*(tmp_path / "a").iterdir()] == [out]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_an_export_that_fails_leaves_nothing_and_is_one_line(finished, tmp_path, monkeypatch, error):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(export_module, "save_file", failing(export_module.save_file, error))
+    with pytest.raises(UserError, match=r"out: cannot be written: No space left on device$"):
+        export(finished(), "adapter", tmp_path / "out")
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"] and not any((tmp_path / "out").iterdir())
+
+
+def failing(save: Callable[..., None], error: BaseException) -> Callable[..., None]:
+    """The function, which writes its file and then fails."""
+
+    def fails(*given: Any, **named: Any) -> None:
+        save(*given, **named)
+        raise error
+
+    return fails
 
 
 def test_a_run_without_a_complete_round_has_nothing_to_export(tmp_path):

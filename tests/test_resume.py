@@ -1,9 +1,13 @@
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +19,20 @@ import torch
 from fedlora import cli, export
 from fedlora import experiment as runs
 from fedlora.config import build
+from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.train import local
 from fedlora.train.tasks import Classification
 
-from forks import ended
+from forks import ended, started
 from tiny import tiny_bert, tiny_rows
 
 METHODS = ["fedit", "fedsa-lora"]
-WRITES = {"fedit": 5, "fedsa-lora": 11}
-"""Syncs of a resumed life until its first round is complete: the rows (2), three clients' states (2 each), the row, the
-checkpoint (2)."""
+KINDS = ["fedit", "flora", "fedsa-lora", "ravan", "fl-tac"]
+"""A mean, changes of the base, client states, three factors, clusters."""
+BEGIN = 8
+"""Syncs until a run has begun: experiment.toml, environment.json, the first checkpoint and the manifest (2 each)."""
+STATES = {"fedit": 0, "fedsa-lora": 6}
+"""Syncs of a round's client states: three of them (2 each). Then come the row (1) and the checkpoint (2)."""
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +69,19 @@ def method(name):
     return {"name": name, "rank": 2}
 
 
-def live(path, table, at_sync=0, at_loss=0, at_export=0):
-    """Begins a run or takes it up, and dies in the n-th write to the disk, training step or export, where one is given."""
+def live(path, table, at_sync=0, at_loss=0, at_export=0, after_loading=None):
+    """Begins a run or resumes it, and dies in the n-th write to the disk, training step or export, or so many seconds after
+    the model is loaded, where one is given."""
     torch.set_num_threads(1)
     torch.seed()  # two lives never have the same global generators
     np.random.seed(os.getpid())
     os.fsync = deadly(os.fsync, at_sync, cut_short)
     local.train_together = with_deadly_steps(local.train_together, at_loss)
     export.save_file = deadly(export.save_file, at_export)
+    if after_loading is not None:
+        timer, rounds = threading.Timer(after_loading, os.kill, (os.getpid(), signal.SIGKILL)), runs.rounds
+        timer.daemon = True
+        runs.rounds = lambda *given: (timer.start(), rounds(*given))[1]
     if (path / "experiment.toml").exists():
         runs.resume(path)
     else:
@@ -112,18 +125,29 @@ def cut_short(descriptor):
 
 
 def content(path):
-    """All that a run left, but for the machine's versions and the seconds it took."""
+    """All that a run left, but for the machine's versions, the seconds it took and what depends on those."""
     files = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.parent.name != ".cache"}
     rows = [json.loads(line) for line in files.pop("rounds.jsonl").splitlines()]
     configs = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith("adapter_config.json")}
     for config in configs.values():
         config["target_modules"].sort()
-    dropped = {"lock", "environment.json"}
+    server, notes = decode_state(str(path / "checkpoint.safetensors"))
+    manifest = json.loads(files.pop("manifest.json"))
+    dropped = {"lock", "environment.json", "checkpoint.safetensors"}
     return {
+        "checkpoint": encode_state(server, **{**notes, "run": "", "rows": notes["rows"][0] > 0}),
+        "manifest": {key: value for key, value in manifest.items() if key not in ("id", "sha256", "environment")},
         "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
         **configs,
         **{name: found for name, found in files.items() if name not in dropped},
     }
+
+
+def rounds_done(path):
+    """How many rounds the run's checkpoint counts; -1 if there is none."""
+    if not (path / "checkpoint.safetensors").exists():
+        return -1
+    return decode_state(str(path / "checkpoint.safetensors"))[1]["rounds_done"]
 
 
 def differing(path, other):
@@ -132,14 +156,27 @@ def differing(path, other):
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
 
 
+@pytest.mark.slow
+def test_a_run_killed_in_each_write_of_its_beginning_ends_as_if_nothing_had_happened(tmp_path, problem, whole):
+    table, path = {**problem, "method": method("fedit")}, tmp_path / "run"
+    for write in range(1, BEGIN + 1):
+        assert not (path / "manifest.json").exists()
+        assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
+    assert (path / "manifest.json").exists()
+    assert ended(live, path, table) == 0
+    assert differing(path, whole("fedit")) == []
+
+
 @pytest.mark.parametrize("name", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     table, path = {**problem, "method": method(name)}, tmp_path / "run"
     assert ended(live, path, table, at_loss=1) == -signal.SIGKILL
-    for write in range(1, WRITES[name] + 1):
-        assert not (path / "checkpoint.safetensors").exists()
+    states = STATES[name]
+    row, cut = states + 1, 2  # a row that was half written is cut off by the next life (2 writes)
+    for write in [*range(1, row), row, 1, cut, row, cut + row + 1, cut + row + 2]:
+        assert rounds_done(path) == 0
         assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
-    assert (path / "checkpoint.safetensors").exists()
+    assert rounds_done(path) == 1
     assert ended(live, path, table) == 0
     assert differing(path, whole(name)) == []
 
@@ -169,9 +206,7 @@ def test_only_the_personal_method_has_states_and_adapters_for_each_client(whole)
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lora": {}}], ids=["another seed", "no dropout"])
 def test_seed_and_dropout_each_change_the_result(tmp_path, problem, whole, change):
     assert ended(live, tmp_path / "run", {**problem, "method": method("fedit"), **change}) == 0
-    assert {"checkpoint.safetensors", "adapter/adapter_model.safetensors"} < set(
-        differing(tmp_path / "run", whole("fedit"))
-    )
+    assert {"checkpoint", "adapter/adapter_model.safetensors"} < set(differing(tmp_path / "run", whole("fedit")))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -190,6 +225,38 @@ def test_a_run_killed_before_its_experiment_is_on_disk_can_be_begun_again_in_the
     assert differing(tmp_path / "run", whole("fedit")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_killed_at_random_instants_of_all_its_lives_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
+    """FEDLORA_KILLS says how many kills: loading, training, evaluating and exporting, of new runs and of resumed ones."""
+    table, path, rng = {**problem, "method": method(name)}, tmp_path / "run", random.Random(name)
+    whole(name)
+    began = time.perf_counter()
+    assert ended(live, tmp_path / "timed", table) == 0
+    seconds = dict.fromkeys(("from its start", "from the first round"), time.perf_counter() - began)
+    kills, killed_after = int(os.environ.get("FEDLORA_KILLS", "4")), []
+    while len(killed_after) < kills:
+        kind, before = rng.choice(list(seconds)), rounds_done(path)
+        instant = seconds[kind] * rng.random()
+        process = started(live, path, table, after_loading=instant if kind == "from the first round" else None)
+        if kind == "from its start":
+            process.join(instant)
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            assert differing(path, whole(name)) == []
+            shutil.rmtree(path)
+            seconds[kind] *= 0.7  # so that some lives get further than the one before, and some do not
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            killed_after.append(rounds_done(path))
+            seconds[kind] *= 1.3 if killed_after[-1] == before else 0.9
+    print(f"{name}: rounds complete when killed {dict(sorted(Counter(killed_after).items()))}")
+    assert ended(live, path, table) == 0
+    assert differing(path, whole(name)) == []
+
+
 def fedlora(output, *arguments):
     """The command in a fork; its exit code is the process's, what it says goes to a file."""
     sys.argv = ["fedlora", *map(str, arguments)]
@@ -206,7 +273,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_
     real = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (rows.exists() and rows.read_bytes()) and real.poll() is None:
         time.sleep(0.005)
-    real.send_signal(signal.SIGINT)
+    for _ in range(5):
+        real.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     _, said = real.communicate()
     assert real.returncode == 130 and 1 <= len(rows.read_bytes().splitlines()) < 20
     assert said.strip() == f"interrupted; go on with: fedlora run --resume {path}"

@@ -48,6 +48,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of the round log without the seconds."""
     folder = RunFolder(path)
     try:
+        folder.restore()
         return [{key: value for key, value in row.items() if key != "seconds"} for row in folder.rows()]
     finally:
         folder.release()

@@ -15,7 +15,7 @@ from pathlib import Path
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-folder = Path("{folder}")
+folder = Path()  # where this file is
 labels = dict(enumerate(json.loads((folder / "labels.json").read_text())))
 model = AutoPeftModelForSequenceClassification.from_pretrained(
     folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True
@@ -25,7 +25,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 
 def model_card(
-    experiment: Experiment, folder: Path, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> str:
     """A model card in Markdown. `base` is where PEFT finds the base model; `rows` are those of the round log, if any."""
     hub = {} if Path(base).is_dir() else {"base_model": base}
@@ -55,7 +55,7 @@ def model_card(
             "",
             "## Load it",
             "",
-            _LOAD.format(folder=folder.name, classes=len(labels), pad=pad),
+            _LOAD.format(classes=len(labels), pad=pad),
             "",
         ]
     )

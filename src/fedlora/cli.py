@@ -32,7 +32,9 @@ app.add_typer(deploy, name="deploy")
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: method.rank=4")]
 Out = Annotated[Path | None, typer.Option("--out", help="A new folder for the run; by default one in runs/.")]
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.TOML", show_default=False)]
-Resume = Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with a run that stopped.")]
+Resume = Annotated[
+    Path | None, typer.Option(metavar="RUN_DIR", help="Resume a run; with --set rounds=N, up to N rounds in all.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
 
 
@@ -45,9 +47,8 @@ def run(
 ) -> None:
     """Run an experiment, or go on with one that stopped."""
     if resume is not None:
-        if file is not None or overrides or out is not None:
-            raise UserError("--resume takes no file, --set or --out: a run goes on as it began")
-        _resume(resume)
+        _check_resumed(file, out)
+        _resume(resume, overrides)
     elif file is None:
         raise UserError("run needs an experiment file, or --resume RUN_DIR")
     else:
@@ -234,10 +235,19 @@ def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> No
     _follow(path, experiment.rounds, lambda watch: run(experiment, path, watch))
 
 
-def _resume(path: Path) -> None:
-    from fedlora.experiment import resume
-    from fedlora.runs import read_folder
+def _check_resumed(file: Path | None, out: Path | None) -> None:
+    if file is not None or out is not None:
+        raise UserError(
+            "--resume takes no file and no --out; of the settings, --set rounds=N may raise the number of rounds"
+        )
 
+
+def _resume(path: Path, overrides: list[str] | None) -> None:
+    from fedlora.experiment import resume
+    from fedlora.runs import extend, read_folder
+
+    if overrides:
+        extend(path, overrides)
     _follow(path, read_folder(path).rounds, lambda watch: resume(path, watch))
 
 
@@ -251,7 +261,7 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
         with _interruptible(), terminal.Live(console, rounds) as live:
             result = go(live)
     except RunStopped as error:
-        raise RunStopped(f"{error}; {again}") from error
+        raise RunStopped(f"{error}; {again}" if path.exists() else str(error)) from error
     except KeyboardInterrupt:
         started = (path / "experiment.toml").exists()
         _say(f"interrupted; {again}" if started else "interrupted before the first round", "yellow")
@@ -267,24 +277,32 @@ def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], comman
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where compiled code that was interrupted says another error for it."""
+    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where compiled code that was interrupted says another error for it.
+
+    Only the first one counts: from then on both are ignored, so that what has to be put in order is not interrupted too.
+    """
     stopped = False
 
     def stop(*_: object) -> None:
         nonlocal stopped
         stopped = True
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if stopped:
             raise KeyboardInterrupt from error
         raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def _serve(
@@ -301,8 +319,9 @@ def _serve(
     from fedlora.config import read
 
     if resume is not None:
-        if file is not None or overrides or out is not None:
-            raise UserError("--resume takes no file, --set or --out: a run goes on as it began")
+        _check_resumed(file, out)
+        if overrides:
+            runs.extend(resume, overrides)
         path = resume
     elif file is None:
         raise UserError("an experiment file is needed, or --resume RUN_DIR")
@@ -335,7 +354,11 @@ def _say(message: str, style: str) -> None:
 def main() -> None:
     """The `fedlora` command. Exit codes: 0 done, 1 the run had to stop, 2 what was given cannot be used, 130 Ctrl-C."""
     try:
-        app()
+        with _interruptible():
+            app()
+    except KeyboardInterrupt:
+        _say("interrupted", "yellow")
+        sys.exit(130)
     except UserError as error:
         _say(f"error: {error}", "red")
         sys.exit(2)

@@ -90,6 +90,19 @@ class MethodChoice(BaseModel):
     """A client's share in every mean, of factors and heads: its number of examples, or the same for all; none: the
     method's own, which its page names."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, given: Any) -> Any:
+        """The method's defaults written out: what is saved must not depend on those of another release."""
+        name = given.get("name", cls.model_fields["name"].default) if isinstance(given, Mapping) else None
+        if not isinstance(name, str) or name not in TABLE:
+            return given
+        row = TABLE[name]
+        defaults = {"head": row.head, "norms": row.norms, "weights": row.weights, **row.settings()}
+        return defaults | {
+            key: value for key, value in given.items() if value is not None or key not in ("head", "norms", "weights")
+        }
+
     @model_validator(mode="after")
     def _known_method_and_settings(self) -> "MethodChoice":
         if self.name not in TABLE:
@@ -122,17 +135,17 @@ class MethodChoice(BaseModel):
     @property
     def with_norms(self) -> bool:
         """Whether layer norms are trained with the head."""
-        return self.row.norms if self.norms is None else self.norms
+        return bool(self.norms)
 
     @property
     def uniform(self) -> bool:
         """Whether all clients have the same share in a mean."""
-        return (self.weights or self.row.weights) == "uniform"
+        return self.weights == "uniform"
 
     @property
     def rank(self) -> int:
         """The largest rank a client may have."""
-        return int({**self.row.settings(), **(self.model_extra or {})}["rank"])
+        return int((self.model_extra or {})["rank"])
 
     def make(self) -> AnyMethod:
         """The method with these settings, without its head wrapper."""
@@ -269,7 +282,7 @@ class Experiment(_Section):
         return self
 
     def to_toml(self) -> str:
-        """The experiment as a file, every default written out."""
+        """The experiment as a file, every default written out but None, which TOML does not have."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
@@ -286,13 +299,21 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     Raises:
         UserError: no such file, no TOML, an unknown key, or a value that is not allowed; names file, key and value.
     """
+    return build(read_table(path), overrides, origin=str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables in a TOML file, nothing checked.
+
+    Raises:
+        UserError: no such file, or no TOML.
+    """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
-    return build(table, overrides, origin=str(path))
 
 
 def build(table: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:

@@ -1,34 +1,40 @@
 """From an experiment to a run: the data divided, the model loaded, the rounds, the exported adapters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 
 from fedlora.adapter import Adapter, Full, Scaling, lora_init
 from fedlora.card import model_card
 from fedlora.config import Experiment
-from fedlora.errors import UserError
+from fedlora.errors import RunStopped, UserError
 from fedlora.export import fixed, to_merged, to_peft, unfit
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
+from fedlora.manifest import Manifest
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.problem import Problem
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
+from fedlora.rounds.durable import replacing
 from fedlora.rounds.loop import Exchange, Plan, Progress, play
 from fedlora.rounds.simulate import Simulation
 from fedlora.rounds.watch import Silent, Watcher
-from fedlora.runs import Result, new_folder, read_folder, record, settled
+from fedlora.runs import Result, extend, keep_rounds, new_folder, read_folder, record, settled
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
+from fedlora.train.fingerprint import fingerprint
 from fedlora.train.independence import clients_per_step
 from fedlora.train.inject import Adapted
 from fedlora.train.loading import locate, quiet
@@ -53,13 +59,18 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
         folder.release()
 
 
-def resume(path: str | Path, watch: Watcher | None = None) -> Result:
+def resume(path: str | Path, watch: Watcher | None = None, overrides: Iterable[str] = ()) -> Result:
     """Takes a run up after its last complete round; the result is the same as if it had never stopped.
 
+    `overrides` may raise the number of rounds, as `["rounds=20"]`, and change nothing else.
+
     Raises:
-        UserError: the folder holds no run, another process has it, or it cannot be read.
+        UserError: the folder holds no run, another process has it, a file in it is damaged, or settings, data or model are
+            not those that the run began with.
         RunStopped: the run cannot go on.
     """
+    if overrides:
+        extend(Path(path), overrides)
     with _opened(Path(path)) as (folder, experiment):
         return _run(experiment, folder, watch or Silent())
 
@@ -69,23 +80,26 @@ def export(
 ) -> Mapping[str, Path]:
     """Writes the adapter of a run as it stands, as a PEFT folder or merged into the model; returns the folders.
 
-    Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`.
+    Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`. The data are
+    not read: labels and clients are those that were kept with the run.
 
     Raises:
-        UserError: no such run or client, no complete round yet, `out` is in use, `to` is merged without a client for a
-            personal method, or the adapter is no fixed matrix.
+        UserError: no such run or client, no complete round yet, a file of the run is damaged, the model is another one,
+            `out` is in use, `to` is merged without a client for a personal method, or the adapter is no fixed matrix.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; choose another directory")
     with _opened(Path(path)) as (folder, experiment):
         done, progress = folder.restore()
-        if not done:
+        manifest = Manifest.find(folder.path)
+        if not done or manifest is None:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
         if experiment.method.row.personal and (folder.path / DEPLOY).exists():
             raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
-        elsewhere = experiment.data.source == "none"
-        bench = Bench.make(experiment, Problem.of_server(experiment) if elsewhere else Problem.make(experiment))
+        manifest.require_model(experiment.model, fingerprint(experiment.model))
+        bench = Bench.make(experiment, Problem.without_examples(manifest.data.labels, manifest.data.members()))
+        manifest.require_modules(bench.places)
         adapters = bench.adapters(progress, folder, done)
         if client is not None:
             if client not in adapters:
@@ -94,9 +108,11 @@ def export(
         if to == "merged" and len(adapters) > 1:
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
-            return bench.write(adapters, out, to, folder.rows())
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+            with replacing(out) as partial:
+                written = bench.write(adapters, partial, to, folder.rows())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
 def check(experiment: Experiment, problem: Problem) -> None:
@@ -191,6 +207,11 @@ class Bench:
             )
         return cls(experiment, problem, adapted, trainer, method, tokenizer, notes)
 
+    @property
+    def places(self) -> list[str]:
+        """The names of the modules that carry adapters, and of the parameters that are trained as a whole."""
+        return sorted([*self.adapted.spec.modules, *self.adapted.spec.head])
+
     def on_all_devices(self) -> "Bench":
         """The same, with a process for each device that `train.devices` asks for but the first.
 
@@ -250,7 +271,7 @@ class Bench:
             if to == "adapter":
                 to_peft(adapter, folders[name], lora, base, self.adapted, labels, self.tokenizer)
                 pad = self.tokenizer.pad_token_id
-                card = model_card(self.experiment, folders[name], base, pad, labels, rows)
+                card = model_card(self.experiment, base, pad, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:
                 model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
@@ -259,14 +280,76 @@ class Bench:
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
-    bench = Bench.make(experiment, Problem.make(experiment)).on_all_devices()
+    problem = Problem.make(experiment)
+    require_same(folder, experiment, problem)
+    bench = Bench.make(experiment, problem).on_all_devices()
     progress = rounds(bench, folder, watch, bench.simulation(folder))
     adapters = bench.adapters(progress, folder, experiment.rounds)
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    rows = folder.rows()
-    return Result(folder.path, rows, bench.write(able, folder.path / "adapter", "adapter", rows), left_out)
+    return Result(folder.path, folder.rows(), finish(bench, able, folder), left_out)
+
+
+def finish(bench: Bench, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
+    """Writes the adapters at the end of a run, in place of those of an earlier end; returns their folders.
+
+    Raises:
+        RunStopped: they cannot be written.
+    """
+    folder.require()
+    out = folder.path / "adapter"
+    if not adapters:
+        return {}
+    try:
+        with replacing(out) as partial:
+            written = bench.write(adapters, partial, "adapter", folder.rows())
+            shutil.rmtree(out, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunStopped(f"cannot write {out}: {reason}; all rounds are complete") from error
+    return {name: out / found.relative_to(partial) for name, found in written.items()}
+
+
+def require_same(folder: RunFolder, experiment: Experiment, problem: Problem) -> None:
+    """Nothing, if the run is new, or data and model are those that it began with.
+
+    Raises:
+        UserError: they are not; says what differs.
+    """
+    if (manifest := Manifest.find(folder.path)) is not None:
+        manifest.require_data(problem.fingerprint)
+        manifest.require_model(experiment.model, fingerprint(experiment.model))
+
+
+def begin(bench: Bench, folder: RunFolder) -> Manifest:
+    """What the run depends on: written down where it is new, together with the state before the first round.
+
+    Raises:
+        UserError: the run is not new, and its model is adapted in other places.
+    """
+    experiment = bench.experiment
+    if (manifest := Manifest.find(folder.path)) is not None:
+        manifest.require_modules(bench.places)
+        if manifest.experiment["rounds"] != experiment.rounds:
+            keep_rounds(folder, experiment)
+        return manifest
+    folder.restore()  # refuses a folder that has lost its manifest
+    path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
+    packing = bench.adapted.packing
+    environment = record(
+        folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(bench.notes)
+    )
+    manifest = Manifest(
+        id=uuid4().hex,
+        experiment=experiment.model_dump(mode="json"),
+        data=bench.problem.fingerprint,
+        model=fingerprint(experiment.model),
+        modules=bench.places,
+        environment=environment,
+    )
+    folder.begin(manifest.model_dump(), Progress(bench.method.init_server(bench.adapted.spec, experiment.seed)))
+    return manifest
 
 
 def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
@@ -279,13 +362,9 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     experiment = bench.experiment
     for note in bench.notes:
         watch.notify(note)
+    begin(bench, folder)
     progress: Progress
     done, progress = folder.restore()
-    if not folder.experiment.exists():
-        path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
-        packing = bench.adapted.packing
-        notes = list(bench.notes)
-        record(folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=notes)
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
         method,
@@ -297,7 +376,6 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
         experiment.method.uniform,
         None if experiment.method.row.personal or not len(bench.trainer.test) else bench.trainer.judge,
     )
-    progress = Progress(method.init_server(spec, experiment.seed)) if done == 0 else progress
     for index in progress.folds.rounds:
         bench.trainer.fold(folder.fold(index))
     for after, row in play(plan, exchange, folder, progress, done, watch):

@@ -1,13 +1,18 @@
 """Who has which examples."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from fedlora.config import Experiment
+from fedlora.config import Data, Experiment
+from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Division, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import Corpus, load, load_own
 from fedlora.errors import UserError
+from fedlora.manifest import Client, DataFingerprint, Examples
 from fedlora.messages import ClientInfo
 from fedlora.rounds.checkpoint import client_folder
 from fedlora.rounds.sample import check_cohort
@@ -20,6 +25,19 @@ class Problem:
     corpus: Corpus
     division: Division
     members: Sequence[ClientInfo]
+
+    @cached_property
+    def fingerprint(self) -> DataFingerprint:
+        """What tells whether the examples and their division are the same."""
+        shares = [[share.client, share.task, share.train, share.held_out] for share in self.division.shares]
+        train, test = self.corpus.train, self.corpus.test
+        return DataFingerprint(
+            labels=list(self.corpus.labels),
+            train=Examples(count=len(train), digest=fingerprint(train)),
+            test=Examples(count=len(test), digest=fingerprint(test)),
+            partition=hashlib.sha256(json.dumps(shares).encode()).hexdigest(),
+            clients=[Client(id=who.id, rank=who.rank, examples=who.examples, task=who.task) for who in self.members],
+        )
 
     @classmethod
     def make(cls, experiment: Experiment) -> "Problem":
@@ -50,6 +68,11 @@ class Problem:
         """
         corpus = load(experiment.data, experiment.seed)
         return cls(replace(corpus, train=corpus.train.select([])), Division((), 0, 0), [])
+
+    @classmethod
+    def without_examples(cls, labels: Sequence[str], members: Sequence[ClientInfo]) -> "Problem":
+        """Only the names of the labels and the clients: enough for an export."""
+        return cls(load(Data(source="none", labels=list(labels)), 0), Division((), 0, 0), members)
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "Problem":

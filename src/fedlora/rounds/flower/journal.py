@@ -54,9 +54,10 @@ class Reader:
         self._file, self._watch, self._say = run / DEPLOY / NAME, watch, say
         self._at = self._file.stat().st_size if self._file.exists() else 0
         self.changed = time.monotonic()
+        self._end: tuple[str, str] | None = None
 
     def show(self) -> tuple[str, str] | None:
-        """Shows the new lines; how and why the run ended, if it has."""
+        """Shows the new lines; how and why the run ended, if it has, also when it is asked again."""
         for line in self._lines():
             self.changed = time.monotonic()
             match line:
@@ -69,8 +70,8 @@ class Reader:
                 case {"row": row}:
                     self._watch.round_ended(row)
                 case {"ended": how, "why": why}:
-                    return how, why
-        return None
+                    self._end = how, why
+        return self._end
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self._file.exists():

@@ -83,7 +83,7 @@ class SuperLink:
         app = str(files("fedlora.rounds.flower") / "app")
         run = str(flwr(self.home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"])
         try:
-            how, why = self._follow(run, reader)
+            how, why = self._follow(run, path, reader)
         except BaseException:
             if self.process is None:
                 with suppress(RunStopped):
@@ -93,14 +93,17 @@ class SuperLink:
             raise (UserError if how == "unusable" else RunStopped)(why)
         folder = RunFolder(path)
         try:
+            folder.restore()
             return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
         finally:
             folder.release()
 
-    def _follow(self, run: str, reader: Reader) -> tuple[str, str]:
+    def _follow(self, run: str, path: Path, reader: Reader) -> tuple[str, str]:
         """How the run ended and why, as its journal says."""
         asked = time.monotonic()
         while (end := reader.show()) is None:
+            if not path.is_dir():
+                raise RunStopped(f"{path}: the run directory was moved or removed; move it back, or resume it where it is")
             if self.process is not None and self.process.ended() is not None:
                 raise RunStopped(f"the SuperLink ended: {self.process.last_words()}; its log is {self.process.log}")
             if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:

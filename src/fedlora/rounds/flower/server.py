@@ -4,11 +4,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, rounds
+from fedlora.experiment import Bench, begin, finish, require_same, rounds
 from fedlora.messages import Round
 from fedlora.problem import Problem
-from fedlora.rounds import durable
-from fedlora.rounds.checkpoint import DEPLOY, RunFolder
+from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.door import Door
 from fedlora.rounds.flower.exchange import Post, Remote
 from fedlora.rounds.flower.journal import Journal
@@ -16,7 +15,7 @@ from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import PROTOCOL, Hello
 from fedlora.rounds.loop import Progress, missed
-from fedlora.runs import read_folder
+from fedlora.runs import read_folder, settled
 from fedlora.train.tasks import Classification
 from fedlora.version import __version__
 
@@ -37,18 +36,19 @@ def serve(path: Path, post: Post) -> None:
     """
     journal = Journal(path)
     try:
-        experiment = read_folder(path)
+        experiment = settled(read_folder(path))
         folder = RunFolder(path, _LET_GO_SECONDS)
         try:
-            bench = Bench.make(experiment, Problem.of_server(experiment))
+            problem = Problem.of_server(experiment)
+            require_same(folder, experiment, problem)
+            bench = Bench.make(experiment, problem)
             exchange = remote(bench, folder, post, journal)
             exchange.gather(experiment.clients.size or 1, experiment.deploy.wait)
             progress = rounds(bench, folder, journal, exchange)
             if experiment.method.row.personal:
                 _keep(bench, folder, exchange, progress)
             else:
-                adapters = bench.adapters(progress, folder, experiment.rounds)
-                bench.write(adapters, path / "adapter", "adapter", folder.rows())
+                finish(bench, bench.adapters(progress, folder, experiment.rounds), folder)
             exchange.finish()
         finally:
             folder.release()
@@ -70,7 +70,7 @@ def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Rem
     hello = Hello(
         protocol=PROTOCOL,
         version=__version__,
-        run=_name(folder.path),
+        run=begin(bench, folder).id,
         experiment=experiment.to_toml(),
         labels=list(bench.problem.corpus.labels),
         life=uuid4().hex,
@@ -87,12 +87,3 @@ def _keep(bench: Bench, folder: RunFolder, exchange: Remote, after: Progress) ->
     clients, rnd = exchange.clients(), Round(bench.experiment.rounds, bench.experiment.seed)
     sent = {who: bench.method.send(after.server, who, rnd) for who in clients}
     exchange.keep(rnd, sent, missed(bench.adapted.spec, folder, after.folds.known(exchange.held()), clients))
-
-
-def _name(path: Path) -> str:
-    """The run's name, the same whenever it is taken up: nodes keep their clients' states under it."""
-    file = path / DEPLOY / "run"
-    if not file.exists():
-        durable.folder(file.parent)
-        durable.replace(file, uuid4().hex.encode())
-    return file.read_text()
