@@ -16,6 +16,7 @@ from fedlora.linalg.transport import mixtures_apart
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, features, fit
 from fedlora.randomness import generator
+from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 
 _DATA = "data/"
 _ASKED = f"{_DATA}asked"
@@ -35,6 +36,7 @@ class Cores:
 
 
 @dataclass(frozen=True)
+@checked
 class CELoRA:
     """The update is b c a. A client trains all three, keeps b and a, and sends c: rank^2 floats for each module, and back.
 
@@ -63,19 +65,13 @@ class CELoRA:
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
 
-    rank: int = 8
-    std: float = 1e-3
+    rank: PositiveInt = 8
+    std: PositiveFloat = 1e-3
     shared_a: bool = True
-    data_weight: float = 0.5
-    tau: float | None = None
+    data_weight: UnitInterval = 0.5
+    tau: PositiveFloat | None = None
     include_self: bool = True
     normaliser: Literal["l1", "softmax"] = "l1"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.data_weight <= 1:
-            raise ValueError(f"data_weight = {self.data_weight}: expected a number from 0 to 1")
-        if self.tau is not None and self.tau <= 0:
-            raise ValueError(f"tau = {self.tau}: expected a number above 0")
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
         """The identity, and nobody's core."""
