@@ -200,6 +200,8 @@ class Sampling(_Section):
     """How often a round is tried before the run stops."""
     max_norm: PositiveFloat | None = None
     """Refuse an upload that differs by more than this (Frobenius norm over all tensors) from what the client was sent."""
+    max_examples: PositiveInt = 1_000_000
+    """Refuse uploads of a client that claims to have more examples than this: they are its weight in the mean."""
 
 
 class Evaluate(_Section):

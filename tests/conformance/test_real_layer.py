@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import CASES, MIXED, every_row
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
@@ -32,6 +31,7 @@ from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
 from plain import PlainModel
+from test_laws import CASES, MIXED, every_row
 from tiny import LABELS, tiny_bert, tiny_rows
 from toy import MemoryStates, Quiet, toy_method, toy_plan
 

@@ -20,6 +20,7 @@ from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 
 _DATA = "data/"
 _ASKED = f"{_DATA}asked"
+_FAR = torch.finfo(torch.float64).max  # the distance from a client without any mixture: states are finite
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class CELoRA:
     def _data_alike(self, apart: Tensor, one: int) -> Tensor:
         """exp(-d / tau) for the row of d [clients] of client `one`; 1 where d is 0, even if the median is."""
         pairs = apart[~torch.eye(len(apart), dtype=torch.bool)]
-        pairs = pairs[pairs.isfinite()]
+        pairs = pairs[pairs < _FAR]
         tau = self.tau or (float(median(pairs)) if len(pairs) else 1.0)
         return torch.where(apart[one] > 0, torch.exp(-apart[one] / tau), 1.0)
 
@@ -178,7 +179,7 @@ def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
     for j in range(len(known), len(ids)):
         for i in range(j):
             one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on who came first
-            apart[i, j] = apart[j, i] = mixtures_apart(data[one], data[other])
+            apart[i, j] = apart[j, i] = min(mixtures_apart(data[one], data[other]), _FAR)
     return apart
 
 
