@@ -96,6 +96,11 @@ def test_a_round_that_chooses_too_few_is_refused_before_anything_is_read(home):
         Problem.make(build(table))
 
 
+def test_a_client_with_more_examples_than_uploads_may_stand_for_is_refused_before_a_model_is_loaded(home):
+    with pytest.raises(UserError, match=r"sampling.max_examples = 3: client '000' has \d+ examples"):
+        Problem.make(build(problem(home, sampling={"max_examples": 3})))
+
+
 def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_path):
     table = problem(home, "fl-tac", rounds=1)
     chosen = build({**table, "data": {**table["data"], "task": "user"}, "clients": {"count": 3, "partition": "iid"}})

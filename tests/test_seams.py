@@ -43,7 +43,7 @@ def test_linalg_knows_tensors_only():
 
 
 def test_methods_know_neither_models_nor_rounds():
-    allowed = ("linalg", "adapter", "messages", "method", "methods", "randomness")
+    allowed = ("linalg", "adapter", "messages", "method", "methods", "randomness", "ranges")  # ranges: of their settings
     for file, names in imports("methods").items():
         own = {n for n in names if within(n, "fedlora")}
         assert all(within(n, *(f"fedlora.{part}" for part in allowed)) for n in own), file

@@ -4,25 +4,33 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from fedlora.errors import UserError
 from fedlora.hints import ALIASES, closest
 from fedlora.method import AnyMethod
 from fedlora.methods import TABLE, Head, Row, Weights
+from fedlora.ranges import (
+    AtMost,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    check_bounds,
+    validated,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 _REMOVED = {"by_examples": "weights = 'examples' or 'uniform'"}
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Data(_Section):
@@ -34,7 +42,7 @@ class Data(_Section):
     server without examples, which needs `labels`."""
     test: str | None = None
     """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
     """The part of the examples that is set apart for the global test, where there is no test set."""
     text: str = "text"
     text_pair: str | None = None
@@ -43,9 +51,9 @@ class Data(_Section):
     """The column that names the owner of an example, for the natural partition."""
     task: str | None = None
     """The column that names the task of an example: a client takes part once for each of its tasks, as CLIENT/TASK."""
-    rows: Positive | None = None
+    rows: PositiveInt | None = None
     """Use only so many examples for training, drawn at random."""
-    test_rows: Positive | None = None
+    test_rows: PositiveInt | None = None
     """Use only so many examples for the global test, drawn at random."""
     labels: list[str] | None = None
     """The labels' names, in the order of their numbers; none: those that occur in the training and test set."""
@@ -54,20 +62,20 @@ class Data(_Section):
 class Clients(_Section):
     """How the examples are divided among the clients."""
 
-    count: Positive | None = None
+    count: PositiveInt | None = None
     """How many clients; none: 10, or one for each user in the natural partition, which else takes the largest users."""
     partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.5
+    alpha: PositiveFloat = 0.5
     """dirichlet: the smaller, the more skewed the labels."""
-    min_size: Positive = 2
+    min_size: PositiveInt = 2
     """Every client must have so many examples, its held-out ones included."""
-    classes: Positive = 2
+    classes: PositiveInt = 2
     """pathological: labels per client."""
-    shards: Positive = 2
+    shards: PositiveInt = 2
     """shards: pieces of label-sorted data per client."""
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
     """The part of each client's examples on which it is judged and not trained."""
-    ranks: list[Positive] | RankNames | None = None
+    ranks: list[PositiveInt] | RankNames | None = None
     """Each client's rank: a list, one for each client, or a named distribution up to `method.rank`; none: `method.rank`."""
 
     @property
@@ -79,7 +87,7 @@ class Clients(_Section):
 class MethodChoice(BaseModel):
     """The method by name; every other key is one of its own settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str = "fedit"
     head: Head | None = None
@@ -108,23 +116,19 @@ class MethodChoice(BaseModel):
         if self.name not in TABLE:
             raise ValueError(f"unknown method {self.name!r}{_nearest(self.name, TABLE)}")
         row = TABLE[self.name]
-        hints = get_type_hints(row.make)
-        for key, value in (self.model_extra or {}).items():
+        for key in self.model_extra or {}:
             if key in _REMOVED:
                 raise ValueError(f"{self.name} has no setting {key!r} any more; set {_REMOVED[key]}")
             if key not in row.settings():
                 raise ValueError(
                     f"{self.name} has no setting {key!r}{_other_key(key, [*row.settings(), 'head', 'norms', 'weights'])}"
                 )
-            try:
-                TypeAdapter(hints[key]).validate_python(value)
-            except ValidationError as error:
-                raise ValueError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from error
         if self.head == "own" and row.head != "own":
             raise ValueError(f"head = 'own': {self.name} does not treat the head itself; allowed: frozen, averaged, local")
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank}: a rank is at least 1")
-        self.make()  # which may refuse values too
+        try:
+            self.make()
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from error
         return self
 
     @property
@@ -149,21 +153,19 @@ class MethodChoice(BaseModel):
 
     def make(self) -> AnyMethod:
         """The method with these settings, without its head wrapper."""
-        hints = get_type_hints(self.row.make)
-        own = {key: TypeAdapter(hints[key]).validate_python(value) for key, value in (self.model_extra or {}).items()}
-        return self.row.make(**self.row.preset, **own)
+        return self.row.make(**self.row.preset, **validated(self.row.make, self.model_extra or {}))
 
 
 class Lora(_Section):
     """Where the factors sit in the model, and how PEFT's alpha scales them."""
 
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: PositiveFloat = 16.0
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     targets: list[str] | str | None = None
     """Module names (or their ends), or one regular expression; none: PEFT's choice for the architecture."""
-    rank_pattern: dict[str, Positive] = {}
+    rank_pattern: dict[str, PositiveInt] = {}
     """Fixed ranks for single modules: name, end of a name, or regular expression -> rank."""
 
 
@@ -171,31 +173,31 @@ class Train(_Section):
     """The training on each client."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = None
     """Scale the gradient down to this norm; none: as it is."""
-    epochs: Positive = 1
-    batch_size: Positive = 8
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 8
     batches: Literal["auto", "random", "by-length"] = "auto"
     """Batches of examples drawn at random, or of similar length, which saves padding and costs accuracy. auto: random where
     the model computes no padding (see `packed`), else by length."""
     packed: bool = True
     """Compute examples one after the other without padding, where the model can be run so; no result changes beyond
     rounding."""
-    together: Positive = 16
+    together: PositiveInt = 16
     """How many clients are trained in one step; it changes no result beyond rounding. One, where the model would mix them
     up, which is tried at load."""
-    memory_mb: Positive = 256
+    memory_mb: PositiveInt = 256
     """What a pass through the model may keep for its backward pass: a step of many clients takes several passes."""
-    max_length: Positive = 128
+    max_length: PositiveInt = 128
     """Tokens per example; the rest is cut off."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """What the frozen base computes in; factors, heads, optimiser and folds are fp32. auto: bf16 where the processor has
     matrix instructions for it. Without them bf16 is up to a hundred times slower than fp32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:1`."""
-    devices: Positive | Literal["auto"] = 1
+    devices: PositiveInt | Literal["auto"] = 1
     """How many devices train clients at once, each in a process of its own with its own model; auto: all GPUs, or one CPU.
     It changes no result beyond rounding. Processes on the CPU share its cores."""
 
@@ -205,32 +207,34 @@ class Sampling(_Section):
 
     fraction: Fraction = 1.0
     """The part of the clients chosen for each round, at least one."""
-    min_replies: Positive = 1
+    min_replies: Annotated[PositiveInt, AtMost("clients.count")] = 1
     """With fewer accepted uploads the round is repeated with other clients."""
-    attempts: Positive = 3
+    attempts: PositiveInt = 3
     """How often a round is tried before the run stops."""
-    max_norm: Annotated[float, Field(gt=0)] | None = None
+    max_norm: PositiveFloat | None = None
     """Refuse an upload that differs by more than this (Frobenius norm over all tensors) from what the client was sent."""
+    max_examples: PositiveInt = 1_000_000
+    """Refuse uploads of a client that claims to have more examples than this: they are its weight in the mean."""
 
 
 class Evaluate(_Section):
     """When and where the model is judged."""
 
-    every: Positive = 1
+    every: PositiveInt = 1
     """After every so many rounds, and after the last."""
     clients: Literal["all", "chosen", "none"] = "all"
     """Whose held-out examples are used."""
-    batch_size: Positive = 64
+    batch_size: PositiveInt = 64
 
 
 class Deploy(_Section):
     """How long a server waits for clients on other machines."""
 
-    deadline: Seconds = 3600.0
+    deadline: PositiveFloat = 3600.0
     """A round goes on after so long without the clients that have not answered (see `sampling.min_replies`)."""
-    wait: Seconds = 600.0
+    wait: PositiveFloat = 600.0
     """The run stops if `clients.count` clients have not come within so long."""
-    poll: Seconds = 0.5
+    poll: PositiveFloat = 0.5
     """Between two looks for answers."""
 
 
@@ -241,8 +245,8 @@ class Experiment(_Section):
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
     data: Data = Data()
     """A table, or only the source."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    rounds: Positive = 5
+    seed: NonNegativeInt = 0
+    rounds: PositiveInt = 5
     clients: Clients = Clients()
     method: MethodChoice = MethodChoice()
     lora: Lora = Lora()
@@ -279,6 +283,12 @@ class Experiment(_Section):
             and len(ranks) != self.clients.size
         ):
             raise ValueError(f"clients.ranks has {len(ranks)} entries for {self.clients.size} clients")
+        sizes = {"rounds": self.rounds, "clients.count": self.clients.size if self.data.task is None else None}
+        for section, settings in {"method": self.method.make(), "sampling": self.sampling}.items():
+            try:
+                check_bounds(settings, sizes)
+            except ValueError as error:
+                raise ValueError(f"{section}.{error}") from error
         return self
 
     def to_toml(self) -> str:
@@ -363,12 +373,12 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {where!r}{_other_key(key, section.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return f"{where}: {message}" if where and not message.startswith(f"{where}.") else message
     near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
     return f"{where} = {_shortened(repr(first['input']))}: {message}{near}"
 
 
-_UNION_TAG = re.compile(r"str|(list|dict|literal|constrained)[-\[].*")
+_UNION_TAG = re.compile(r"str|(list|dict|literal|function-before)[-\[].*")
 """What pydantic puts into a path to say which of several allowed types it tried."""
 
 

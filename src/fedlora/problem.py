@@ -57,6 +57,9 @@ class Problem:
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
         shares = zip(division.shares, ranks, strict=True)
         members = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
+        most = experiment.sampling.max_examples
+        if large := next((who for who in members if who.examples > most), None):
+            raise UserError(f"sampling.max_examples = {most}: client {large.id!r} has {large.examples} examples; raise it")
         return cls(corpus, division, members)
 
     @classmethod

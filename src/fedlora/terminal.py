@@ -51,6 +51,8 @@ class Live:
         seconds = sum(row["seconds"].values())
         parts = [f"round {row['round']}/{self._rounds}", f"loss {row['train_loss']:.3f}", *_scores(row), f"{seconds:.1f} s"]
         self._console.print(Text("  ".join(parts)))
+        if "diverged" in row:
+            self._console.print(Text(printable(row["diverged"]), "yellow"))
 
 
 def closing(result: Result) -> Table:

@@ -17,6 +17,7 @@ from fedlora.messages import Asked, ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
+from fedlora.rounds.gate import Failed
 from fedlora.rounds.loop import Progress, one_round
 from fedlora.rounds.simulate import Simulation
 
@@ -320,12 +321,15 @@ class Counting:
     def fold(self, change: Any) -> None:
         self.inner.fold(change)
 
-    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply | Failed]:
         down = {who: [*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()}
         judged = self.folds_judged
         self.floats_down[rnd.index] = {floats_in(x) + judged.get((rnd.index, who), 0) for who, x in down.items()}
         self.bytes_down[rnd.index] = {other_bytes_in(x) for x in down.values()}
         for reply in self.inner.turn(rnd, sent, missed):
+            if isinstance(reply, Failed):
+                yield reply
+                continue
             self.floats_up.setdefault(rnd.index, set()).add(floats_in(reply.upload.values()))
             self.bytes_up.setdefault(rnd.index, set()).add(other_bytes_in(reply.upload.values()))
             self.uploads.append(reply.upload)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import CASES, MIXED, every_row
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
@@ -33,6 +32,7 @@ from fedlora.train.targets import head_modules, norm_modules
 from fedlora.train.tasks import Classification, Encoded
 
 from plain import PlainModel
+from test_laws import CASES, MIXED, every_row
 from tiny import LABELS, tiny_bert, tiny_rows
 from toy import MemoryStates, Quiet, toy_method, toy_plan
 

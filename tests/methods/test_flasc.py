@@ -154,11 +154,6 @@ def test_nothing_at_all_can_be_sent_and_merged():
     assert torch.equal(flat(m.merge(START, Replies([reply]), RND).server.adapter), flat(START.adapter))
 
 
-def test_a_density_above_one_is_refused():
-    with pytest.raises(ValueError, match=r"expected a density from 0 to 1, got 1\.5"):
-        FLASC(RANK, density_down=1.5).send(START, ClientInfo("x", RANK, 10), RND)
-
-
 @pytest.mark.parametrize(("index", "b_sent"), [(0, False), (2, True)])
 def test_a_static_mask_stays_as_it_was_in_its_round(index, b_sent):
     m, clients = replace(PLAIN, static_from=index), toy_clients(3, RANK)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fedlora.experiment import Bench, export, rounds, run
 from fedlora.problem import Problem
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.flower import deploy, server, wire
 from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import Door
@@ -197,6 +198,24 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "the client's work failed"}
+
+
+def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_path, monkeypatch):
+    fit = local.LocalTrainer.fit
+
+    def nan_for_one(trainer, asked, rnd):
+        factor = [torch.nan if one.who.id == "001" else 1.0 for one in asked]
+        return [
+            ({name: replace(part, **{f: x * by for f, x in vars(part).items()}) for name, part in adapter.items()}, notes)
+            for by, (adapter, notes) in zip(factor, fit(trainer, asked, rnd), strict=True)
+        ]
+
+    monkeypatch.setattr(local.LocalTrainer, "fit", nan_for_one)
+    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == ["000", "002", "003"]
+    assert row["refused"] == {"001": f"the client's work ended in {NOT_FINITE}"}
 
 
 @pytest.mark.parametrize("method", ["flora", *some_slow("fedsa-lora")])

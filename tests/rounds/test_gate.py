@@ -128,6 +128,14 @@ BAD = {
     "NaN": (upload(**{"v.a": spoilt(NAN)}), "sent v.a with NaN or infinite"),
     "infinite": (upload(**{"q.b": spoilt(INF)}), "sent q.b with NaN or infinite"),
     "minus infinite head": (upload(**{"head/out.w": spoilt(-INF)}), "sent head/out.w with NaN or infinite"),
+    "just too large": (
+        upload(**{"v.a": spoilt(-1.001e10)}),
+        "sent v.a with an entry of magnitude 1.001e+10, allowed is 1e+10",
+    ),
+    "of the largest floats": (
+        upload(**{"q.b": spoilt(3e38)}),
+        "sent q.b with an entry of magnitude 3e+38, allowed is 1e+10",
+    ),
     "transposed": (upload(**{"q.b": lambda x: x.T}), r"sent q.b with shape (4, 6), expected (6, 4)"),
     "of rank 1": (upload(**{"q.b": lambda x: x[:, :1], "q.a": lambda x: x[:1]}), "with shape (6, 1), expected (6, 4)"),
     "a number": (upload(**{"v.b": lambda x: x.sum()}), "sent v.b with shape (), expected (5, 4)"),
@@ -219,6 +227,15 @@ def test_no_accepted_weight_makes_the_merged_state_infinite():
     except RunStopped:
         return
     assert all(bool(x.isfinite().all()) for x in {**after.inner, **after.head}.values())
+
+
+def test_a_client_that_claims_more_examples_than_the_server_allows_is_refused():
+    many = [replace(MEMBERS[0], examples=1001), *MEMBERS[1:4]]
+    after, row = play(Answers(many), max_examples=1000)
+    assert equal(after, play(Answers(MEMBERS[1:4]))[0])
+    assert row["refused"] == {"a": "claims 1001 examples, allowed are at most 1000 (sampling.max_examples)"}
+    assert play(Answers(many), max_examples=1001)[1]["refused"] == {}
+    assert play(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["refused"].keys() == {"a"}
 
 
 def test_only_what_this_round_trains_is_expected():

@@ -10,11 +10,13 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveInt, checked
 
 _ALL = frozenset("ba")
 
 
 @dataclass(frozen=True)
+@checked
 class FactorAveraging:
     """Weighted means of b [out, rank] and a [rank, in], each on its own.
 
@@ -31,7 +33,7 @@ class FactorAveraging:
     shared "", schedule "ba": nothing travels, and every client trains alone.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     shared: str = "ba"
     schedule: tuple[str, ...] = ("ba",)
 

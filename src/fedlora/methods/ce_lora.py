@@ -16,9 +16,11 @@ from fedlora.linalg.transport import mixtures_apart
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, features, fit
 from fedlora.randomness import generator
+from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 
 _DATA = "data/"
 _ASKED = f"{_DATA}asked"
+_FAR = torch.finfo(torch.float64).max  # the distance from a client without any mixture: states are finite
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Cores:
 
 
 @dataclass(frozen=True)
+@checked
 class CELoRA:
     """The update is b c a. A client trains all three, keeps b and a, and sends c: rank^2 floats for each module, and back.
 
@@ -63,19 +66,13 @@ class CELoRA:
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
 
-    rank: int = 8
-    std: float = 1e-3
+    rank: PositiveInt = 8
+    std: PositiveFloat = 1e-3
     shared_a: bool = True
-    data_weight: float = 0.5
-    tau: float | None = None
+    data_weight: UnitInterval = 0.5
+    tau: PositiveFloat | None = None
     include_self: bool = True
     normaliser: Literal["l1", "softmax"] = "l1"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.data_weight <= 1:
-            raise ValueError(f"data_weight = {self.data_weight}: expected a number from 0 to 1")
-        if self.tau is not None and self.tau <= 0:
-            raise ValueError(f"tau = {self.tau}: expected a number above 0")
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
         """The identity, and nobody's core."""
@@ -153,7 +150,7 @@ class CELoRA:
     def _data_alike(self, apart: Tensor, one: int) -> Tensor:
         """exp(-d / tau) for the row of d [clients] of client `one`; 1 where d is 0, even if the median is."""
         pairs = apart[~torch.eye(len(apart), dtype=torch.bool)]
-        pairs = pairs[pairs.isfinite()]
+        pairs = pairs[pairs < _FAR]
         tau = self.tau or (float(median(pairs)) if len(pairs) else 1.0)
         return torch.where(apart[one] > 0, torch.exp(-apart[one] / tau), 1.0)
 
@@ -182,7 +179,7 @@ def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
     for j in range(len(known), len(ids)):
         for i in range(j):
             one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on who came first
-            apart[i, j] = apart[j, i] = mixtures_apart(data[one], data[other])
+            apart[i, j] = apart[j, i] = min(mixtures_apart(data[one], data[other]), _FAR)
     return apart
 
 

@@ -13,9 +13,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.scaled import Scaled, unscaled
+from fedlora.ranges import NonNegativeFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class Ditto:
     """The shared pair as in FedIT, and on each client a whole adapter of its own, which it uses instead.
 
@@ -31,8 +33,8 @@ class Ditto:
     Source: Li et al. 2021, arXiv:2012.04221, Algorithm 1.
     """
 
-    rank: int = 8
-    pull: float = 0.1
+    rank: PositiveInt = 8
+    pull: NonNegativeFloat = 0.1
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """A shared pair of update zero."""

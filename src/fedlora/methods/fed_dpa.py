@@ -12,9 +12,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.randomness import derive
+from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedDPA:
     """The shared pair as in FedIT, and on each client a pair of `personal_rank` that never travels.
 
@@ -31,8 +33,8 @@ class FedDPA:
     Source: Yang et al. 2024, arXiv:2403.19211.
     """
 
-    rank: int = 8
-    personal_rank: int = 8
+    rank: PositiveInt = 8
+    personal_rank: PositiveInt = 8
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """A shared pair of update zero."""

@@ -13,9 +13,11 @@ from fedlora.linalg.subspace import frame, orthonormal
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.randomness import generator
+from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedSB:
     """The mean c [rank, rank] between b with orthonormal columns and a with orthonormal rows, which never change.
 
@@ -47,7 +49,7 @@ class FedSB:
     Source: Singhal et al. 2025, arXiv:2502.15436, and its released code.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     init: Literal["weight", "gradient", "random"] = "weight"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:

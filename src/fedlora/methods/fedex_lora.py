@@ -10,9 +10,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
 from fedlora.randomness import derive
+from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedExLoRA:
     """The adapter becomes (b_mean, a_mean), and the base moves by E = sum_k w_k b_k a_k - b_mean a_mean: together exact.
 
@@ -29,9 +31,9 @@ class FedExLoRA:
     Source: Singhal et al. 2025, arXiv:2410.09432, section 4.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     adapter: Literal["mean", "best"] = "mean"
-    residual_rank: int = 0
+    residual_rank: NonNegativeInt = 0
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Factors of update zero."""

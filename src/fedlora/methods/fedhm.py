@@ -12,9 +12,11 @@ from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal
 from fedlora.randomness import derive
+from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedHMLoRA:
     """The mean of the products is decomposed as u s vt; a client gets the leading ranks of u s^1/2 and s^1/2 vt.
 
@@ -30,9 +32,9 @@ class FedHMLoRA:
     Source: Yao et al. 2021, arXiv:2111.14655.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     weighting: Literal["capacity", "uniform"] = "capacity"
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     keep_missing: bool = False
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fedlora.linalg.combine import fresh_rows
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import Local, fit
+from fedlora.ranges import AtMost, NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+@checked
 class FedLEASE:
     """Each cluster of clients trains one expert b a, and a router that mixes in the frozen experts of the others.
 
@@ -61,10 +64,10 @@ class FedLEASE:
     Source: Wang et al. 2025, NeurIPS, arXiv:2509.15087, and its released code.
     """
 
-    rank: int = 8
-    warmup_rounds: int = 1
-    max_experts: int = 4
-    experts: int = 0
+    rank: PositiveInt = 8
+    warmup_rounds: Annotated[PositiveInt, AtMost("rounds")] = 1
+    max_experts: PositiveInt = 4
+    experts: Annotated[NonNegativeInt, AtMost("clients.count")] = 0
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Allocation:
         """Nobody's pair."""

@@ -14,6 +14,7 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
 from fedlora.randomness import derive
+from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 _IN_BASE = "in_base"  # an empty tensor of this name says that the base has the factors' product already
 
@@ -27,6 +28,7 @@ class Shared:
 
 
 @dataclass(frozen=True)
+@checked
 class FedLoRU:
     """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) the base moves by their product.
 
@@ -41,8 +43,8 @@ class FedLoRU:
     Source: Park and Klabjan 2024, arXiv:2409.12371, Algorithm 1 (which calls our b A, and our a B).
     """
 
-    rank: int = 8
-    every: int = 10
+    rank: PositiveInt = 8
+    every: NonNegativeInt = 10
     accumulate: Literal["keep", "reinit"] = "keep"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Shared:
@@ -97,7 +99,7 @@ class PFedLoRU(FedLoRU):
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
 
-    personal_rank: int = 4
+    personal_rank: NonNegativeInt = 4
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
         """A personal pair of update zero."""

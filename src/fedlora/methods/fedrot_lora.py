@@ -9,9 +9,11 @@ from fedlora.linalg.subspace import Side, align
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveInt, UnitInterval, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedRotLoRA:
     """Client k uploads (b_k q, q^T a_k), q orthogonal: the same product, nearest to the factors it got. Else FedIT.
 
@@ -23,8 +25,8 @@ class FedRotLoRA:
     Source: Zhang et al. 2026, arXiv:2602.23638.
     """
 
-    rank: int = 8
-    strength: float = 0.6
+    rank: PositiveInt = 8
+    strength: UnitInterval = 0.6
     align: Literal["alternate", "a", "b"] = "alternate"
     proper: bool = True
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
 from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.randomness import derive
+from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, UnitInterval, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedRPCA:
     """The clients' changes since the download, as columns x_k, are split by robust PCA into low l_k + sparse s_k.
 
@@ -40,15 +42,15 @@ class FedRPCA:
     nor sparsity.
     """
 
-    rank: int = 8
-    beta: float | None = None
-    beta_max: float = 3.0
+    rank: PositiveInt = 8
+    beta: NonNegativeFloat | None = None
+    beta_max: Annotated[float, Range(ge=1)] = 3.0
     columns: Literal["factors", "both", "product"] = "factors"
-    sparsity: float | None = None
-    min_clients: int = 4
-    max_density: float = 0.5
-    tolerance: float = 1e-7
-    steps: int = 1000
+    sparsity: PositiveFloat | None = None
+    min_clients: PositiveInt = 4
+    max_density: UnitInterval = 0.5
+    tolerance: PositiveFloat = 1e-7
+    steps: PositiveInt = 1000
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""

@@ -10,9 +10,11 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FedSVD:
     """The mean b; then, after every `every` rounds, b <- u s and a <- vt of the singular value decomposition b a = u s vt.
 
@@ -26,9 +28,9 @@ class FedSVD:
     Source: Lee et al. 2025, arXiv:2505.12805.
     """
 
-    rank: int = 8
-    every: int = 1
-    warmup: int = 0
+    rank: PositiveInt = 8
+    every: NonNegativeInt = 1
+    warmup: NonNegativeInt = 0
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Factors of update zero."""

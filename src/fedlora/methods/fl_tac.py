@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fedlora.linalg.kmeans import agreement, embedded, kmeans
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import Local, fit
+from fedlora.ranges import AtMost, PositiveInt, Range, checked
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Clusters:
 
 
 @dataclass(frozen=True)
+@checked
 class FLTAC:
     """FedIT within clusters, which k-means finds anew in each round among all adapters that came.
 
@@ -51,14 +54,10 @@ class FLTAC:
     Source: Ping et al. 2024, arXiv:2404.15384, and its released code.
     """
 
-    rank: int = 8
-    tasks: int | None = None
-    most_tasks: int = 8
-    apart: float = 0.25
-
-    def __post_init__(self) -> None:
-        if min(self.most_tasks, self.tasks or 1) < 1 or self.tasks == 0:
-            raise ValueError(f"tasks = {self.tasks}, most_tasks = {self.most_tasks}: there is at least one task")
+    rank: PositiveInt = 8
+    tasks: Annotated[PositiveInt, AtMost("clients.count")] | None = None
+    most_tasks: PositiveInt = 8
+    apart: Annotated[float, Range(ge=-1, le=1)] = 0.25
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
         """Factors of update zero and the head; no clusters."""

@@ -1,10 +1,10 @@
 """FLASC: only the largest weights go down and only the largest changes come up; the server takes a step with their mean."""
 
+import fractions
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from math import floor
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.scaled import scaled, unscaled
+from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 Sizes = Mapping[str, tuple[int, int, int]]
 """Module -> out, rank, in."""
@@ -47,6 +48,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
+@checked
 class FLASC:
     """PEFT's b and a of all modules are one vector of P entries, of which floor(density P) travel, chosen over all of it.
 
@@ -66,13 +68,13 @@ class FLASC:
     Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; densities are this file's choice.
     """
 
-    rank: int = 8
-    density_down: float = 0.25
-    density_up: float = 0.25
+    rank: PositiveInt = 8
+    density_down: Fraction = 0.25
+    density_up: Fraction = 0.25
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    server_lr: float = 1e-3
-    server_decay: float = 0.0
-    static_from: int | None = None
+    server_lr: PositiveFloat = 1e-3
+    server_decay: NonNegativeFloat = 0.0
+    static_from: Annotated[NonNegativeInt, AtMost("rounds", less=1)] | None = None
     train_sent_only: bool = False
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Dense:
@@ -159,9 +161,7 @@ class FLASC:
 
     def _count(self, density: float, rank: int, total: int) -> int:
         """floor(density total rank / self.rank), of the density as it is written: 0.29 of 100 are 29."""
-        if not 0 <= density <= 1:
-            raise ValueError(f"expected a density from 0 to 1, got {density}")
-        return floor(Fraction(str(density)) * Fraction(rank, self.rank) * total)
+        return floor(fractions.Fraction(str(density)) * fractions.Fraction(rank, self.rank) * total)
 
 
 def _sizes(spec: AdapterSpec, rank: int) -> dict[str, tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
 from fedlora.randomness import derive
+from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Sliced:
 
 
 @dataclass(frozen=True)
+@checked
 class FlexLoRA:
     """The best approximation of rank r_i to M = sum_k w_k b_k a_k goes to client i; the clients' ranks may differ.
 
@@ -45,7 +47,7 @@ class FlexLoRA:
     Source: Bai et al. 2024, arXiv:2402.11505, section 3. The released code never applies unequal ranks; this one does.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     split: Split = "left"
     upload: Literal["factors", "dense"] = "factors"
 

@@ -12,9 +12,11 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FLoRA:
     """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, whatever the clients' ranks.
 
@@ -27,7 +29,7 @@ class FLoRA:
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     draw: Literal["client", "shared"] = "client"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:

@@ -13,9 +13,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FLoRANA:
     """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimising |product - sum_k w_k b_k a_k| (Frobenius).
 
@@ -36,12 +38,12 @@ class FLoRANA:
     Source: Nguyen et al. 2025, arXiv:2509.26399.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     form: Literal["linear", "affine"] = "linear"
     scope: Literal["layer", "model"] = "layer"
     solver: Literal["als", "adamw"] = "als"
-    steps: int = 200
-    rate: float = 1e-2
+    steps: PositiveInt = 200
+    rate: PositiveFloat = 1e-2
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

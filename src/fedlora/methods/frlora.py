@@ -12,9 +12,11 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class FRLoRA:
     """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base less b_0 a_0.
 
@@ -33,9 +35,9 @@ class FRLoRA:
     Source: Yan et al. 2025, ICLR, openreview e0rQRMUhs7, Algorithm 1.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     train_a: bool = True
-    scale_in_init: float = 1.0
+    scale_in_init: PositiveFloat = 1.0
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """The principal parts: b_0 [out, rank], a_0 [rank, in] of each module.

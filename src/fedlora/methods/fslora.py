@@ -14,11 +14,13 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveInt, checked
 
 _CHANGE = "change/"  # a change is no new value of the factor of that name
 
 
 @dataclass(frozen=True)
+@checked
 class FSLoRA:
     """Client k trains b s_k a, with s_k = rank / r_k on a random r_k-subset of the diagonal, else 0: E[s_k] = 1.
 
@@ -42,7 +44,7 @@ class FSLoRA:
     is done here.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     download: Literal["all", "slice"] = "all"
     scaling: Literal["plain", "rslora-sgd", "rslora-adamw"] = "plain"
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal
 from fedlora.methods.scaled import unscaled
+from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveInt, checked
 
 _SMOOTH = 1e-12  # under the root of the tail's norms, which have no gradient at 0
 _LEAST = 1e-30  # a weight for updates of norm zero: it counts only where all are zero, and then all count equally
@@ -31,6 +32,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
+@checked
 class HetLoRA:
     """b and a, each on its own, averaged over clients of ranks r_k <= r after padding with zeros.
 
@@ -49,10 +51,10 @@ class HetLoRA:
     Source: Cho et al. 2024, arXiv:2401.06432; where it is silent (norm scope, gamma, lambda), re-implementations.
     """
 
-    rank: int = 8
-    gamma: float = 0.99
-    tail_penalty: float = 0.01
-    min_rank: int = 1
+    rank: PositiveInt = 8
+    gamma: Fraction = 0.99
+    tail_penalty: NonNegativeFloat = 0.01
+    min_rank: Annotated[PositiveInt, AtMost("rank")] = 1
     norm_scope: Literal["layer", "model"] = "layer"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:

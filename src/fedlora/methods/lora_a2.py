@@ -16,11 +16,13 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import Ideal
+from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 Side = Literal["b", "a"]
 
 
 @dataclass(frozen=True)
+@checked
 class LoRAA2:
     """Client k trains and uploads r_k ranks per module on average, wherever in the model they move most.
 
@@ -41,9 +43,9 @@ class LoRAA2:
     Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2; where the text reverses the rounds, the algorithm.
     """
 
-    rank: int = 16
-    probe_epochs: int = 1
-    b_rate: float = 5.0
+    rank: PositiveInt = 16
+    probe_epochs: PositiveInt = 1
+    b_rate: PositiveFloat = 5.0
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero."""

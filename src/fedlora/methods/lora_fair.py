@@ -15,9 +15,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
 from fedlora.methods.scaled import Scaled, scaled, unscaled
+from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+@checked
 class LoRAFAIR:
     """The adapter becomes (b_mean + d, a_mean) with the d that minimises S(M, (b_mean + d) a_mean) + strength |d|^2.
 
@@ -39,13 +41,13 @@ class LoRAFAIR:
     Source: Bian et al. 2025, arXiv:2411.14961, section 4.
     """
 
-    rank: int = 8
+    rank: PositiveInt = 8
     loss: Literal["ridge", "cos", "cos_col"] = "ridge"
-    strength: float = 0.01
+    strength: NonNegativeFloat = 0.01
     norm: Literal["l2sq", "l2"] = "l2sq"
     init: Literal["zero", "xavier"] = "zero"
-    steps: int = 1000
-    rate: float = 0.01
+    steps: PositiveInt = 1000
+    rate: PositiveFloat = 0.01
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""

@@ -14,6 +14,7 @@ from fedlora.linalg.subspace import frame
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit, gradient
 from fedlora.randomness import generator
+from fedlora.ranges import PositiveInt, checked
 
 _SUM = torch.float64
 
@@ -39,6 +40,7 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+@checked
 class Ravan:
     """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
 
@@ -61,8 +63,8 @@ class Ravan:
     Source: Raje et al. 2025, NeurIPS, arXiv:2506.05568.
     """
 
-    rank: int = 8
-    head_rank: int = 4
+    rank: PositiveInt = 8
+    head_rank: PositiveInt = 4
     choose: Literal["random", "weight", "gradient"] = "random"
     init: Literal["normal", "orthogonal"] = "normal"
 

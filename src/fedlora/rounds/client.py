@@ -8,6 +8,8 @@ from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Asked, ClientInfo, Features, Fit, Gradient, Round, Score, Seen
 from fedlora.method import AnyMethod, Local
+from fedlora.rounds.finite import NOT_FINITE, NumericalError, is_finite
+from fedlora.rounds.gate import Failed
 
 
 @runtime_checkable
@@ -52,11 +54,14 @@ class Turn:
     notes: Mapping[str, float]
 
 
-def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn]:
+def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn | Failed]:
     """Runs the method's work of all these clients to its end, in step: trainings that they ask for at a time are answered
-    at once, and questions for gradients and features each by itself."""
+    at once, and questions for gradients and features each by itself.
+
+    A client whose work ends in values that are not finite has failed, and its state is the one before.
+    """
     jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
-    done: dict[int, Turn] = {}
+    done: dict[int, Turn | Failed] = {}
     answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
     while answers:
@@ -66,7 +71,11 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Roun
                 asked[i] = Asked(_next_fit(jobs[i], adapter, begun[i].who, trainer), begun[i].who, step)
             except StopIteration as end:
                 mine, upload = end.value
-                done[i] = Turn(mine, upload, notes)
+                finite = is_finite((mine, upload))
+                done[i] = Turn(mine, upload, notes) if finite else Failed(begun[i].who, f"its work ended in {NOT_FINITE}")
+            except NumericalError as error:
+                kind = type(error).__name__.lstrip("_")
+                done[i] = Failed(begun[i].who, f"its work ended in {kind}, as from {NOT_FINITE}")
         answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         step += 1
     return [done[i] for i in range(len(begun))]

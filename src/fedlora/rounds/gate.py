@@ -9,6 +9,7 @@ import torch
 from fedlora.adapter import AdapterSpec, Tensors
 from fedlora.messages import ClientInfo, Features, Reply, Round, Seen
 from fedlora.method import AnyMethod, Chooses
+from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Gate:
     rnd: Round
     sent: Mapping[ClientInfo, Tensors]
     max_norm: float | None = None
+    max_examples: int | None = None
     _seen: set[str] = field(default_factory=set)
 
     def refusal(self, reply: Reply) -> str | None:
@@ -44,6 +46,10 @@ class Gate:
             return f"replies to {_name(reply.round)}, this is {_name(self.rnd)}"
         if reply.client not in self.sent:
             return "was not chosen for this round, or has changed its rank or its number of examples"
+        if self.max_examples is not None and reply.client.examples > self.max_examples:
+            return (
+                f"claims {reply.client.examples} examples, allowed are at most {self.max_examples} (sampling.max_examples)"
+            )
         if not 0 < reply.weight <= reply.client.examples:
             return f"has weight {reply.weight}, expected one above 0 and up to its {reply.client.examples} examples"
         return None
@@ -65,8 +71,11 @@ class Gate:
         for name, tensor in reply.upload.items():
             if tensor.shape != expected[name].shape:
                 return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            if not bool(torch.isfinite(tensor).all()):
-                return f"sent {name} with NaN or infinite values"
+            most = magnitude(tensor) if tensor.is_floating_point() else 0.0
+            if not math.isfinite(most):
+                return f"sent {name} with {NOT_FINITE}"
+            if most > LARGEST_ENTRY:
+                return f"sent {name} with an entry of magnitude {most:.4g}, allowed is {LARGEST_ENTRY:.4g}"
         if self.max_norm is not None:
             norm = change_norm(reply.upload, self.sent[reply.client])
             if norm > self.max_norm:
@@ -84,8 +93,8 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
         if not tensor.is_floating_point():
             continue
         before = sent.get(name)
-        change = tensor.double() if before is None or before.shape != tensor.shape else tensor.double() - before.double()
-        total += float(change.square().sum())
+        change = tensor if before is None or before.shape != tensor.shape else tensor - before
+        total += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
     return math.sqrt(total)
 
 

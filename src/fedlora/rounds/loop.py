@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,8 +14,9 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.codec import encoded_size
+from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
 from fedlora.rounds.folds import Folds, FoldStore, catch_up
-from fedlora.rounds.gate import Failed, Gate
+from fedlora.rounds.gate import Failed, Gate, change_norm
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
 from fedlora.rounds.watch import Watcher
@@ -73,23 +74,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the server knows between rounds: the method's state, and the changes of the base."""
+    """What the server knows between rounds: the method's state, the changes of the base, the round's largest upload."""
 
     server: Any
     folds: Folds = field(default_factory=Folds)
+    largest: Largest | None = None
 
 
 @dataclass
 class _Tally:
-    """What is counted while a round goes on, over all its attempts."""
+    """What is counted while a round goes on, over all its attempts; chosen, accepted, losses and largest are the last's."""
 
     chosen: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+    largest: Largest | None = None
     losses: list[tuple[float, float]] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
+
+    def divergence(self, last: Largest | None) -> str:
+        """See `finite.divergence`."""
+        return divergence((None if who in self.accepted else self.refused.get(who) for who in self.chosen), last)
 
 
 def play(
@@ -159,13 +167,16 @@ class _Judging:
         return self.after, row
 
 
-def _begin(plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round) -> _Attempt:
-    """Chooses the cohort and sends it its work."""
-    chosen = choose(exchange.clients(), plan.sampling.fraction, rnd)
+def _begin(
+    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round, left_out: Collection[str] = ()
+) -> _Attempt:
+    """Chooses the cohort, of others than `left_out` if there are any, and sends it its work."""
+    everybody = exchange.clients()
+    chosen = choose([who for who in everybody if who.id not in left_out] or everybody, plan.sampling.fraction, rnd)
     sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
     folds = before.folds.known(exchange.held())
     lacking = missed(plan.spec, store, folds, chosen)
-    gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm)
+    gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
     bytes_down = sum(map(encoded_size, [*sent.values(), *lacking.values()]))
     return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
 
@@ -179,14 +190,16 @@ def _round(
         merged, folds = _merged(plan, before, attempt, tally, watch)
         if merged is not None:
             break
-        before = Progress(before.server, folds)
+        before = replace(before, folds=folds)
         if attempt.rnd.attempt + 1 == plan.sampling.attempts:
             reasons = "; ".join(f"{who}: {reason}" for who, reason in tally.refused.items())
+            cause = f"; {text}" if (text := tally.divergence(before.largest)) else ""
             raise RunStopped(
                 f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
-                f"(sampling.min_replies) accepted ({reasons}); the rounds before are complete"
+                f"(sampling.min_replies) accepted and merged ({reasons}){cause}; the rounds before are complete"
             )
-        attempt = _begin(plan, exchange, store, before, Round(index, plan.seed, attempt.rnd.attempt + 1))
+        again = Round(index, plan.seed, attempt.rnd.attempt + 1)
+        attempt = _begin(plan, exchange, store, before, again, tally.left_out)
     row: dict[str, Any] = {
         "round": index + 1,
         "attempts": attempt.rnd.attempt + 1,
@@ -196,13 +209,15 @@ def _round(
         "bytes_up": tally.bytes_up,
         "bytes_down": tally.bytes_down,
         "train_loss": _weighted_mean(tally.losses),
+        **({"largest_upload": {"client": found.client, "norm": found.norm}} if (found := tally.largest) else {}),
+        **({"diverged": text} if (text := tally.divergence(before.largest)) else {}),
         **merged.notes,
     }
-    after = Progress(merged.server, folds)
+    after = Progress(merged.server, folds, tally.largest)
     if merged.fold is not None:
         store.save_fold(index, merged.fold)
         exchange.fold(merged.fold)
-        after = Progress(merged.server, folds.added(index))
+        after = replace(after, folds=folds.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
         return _Judging(after, row, tally, None)
     return _judging(plan, exchange, store, after, row, tally)
@@ -211,10 +226,11 @@ def _round(
 def _merged(
     plan: Plan, before: Progress, attempt: _Attempt, tally: _Tally, watch: Watcher
 ) -> tuple[Merged[Any] | None, Folds]:
-    """The merge of one cohort, None if too few of its replies were accepted; and who now has which folds."""
+    """The merge of one cohort, None if too few of its replies were accepted or its result is not finite; and who now has
+    which folds."""
     watch.round_started(attempt.rnd, attempt.chosen)
     tally.bytes_down += attempt.bytes_down
-    tally.chosen, tally.accepted, tally.losses = [who.id for who in attempt.chosen], [], []
+    tally.chosen, tally.accepted, tally.losses, tally.largest = [who.id for who in attempt.chosen], [], [], None
     answered: list[str] = []
 
     def accepted() -> Iterator[Reply]:
@@ -232,6 +248,9 @@ def _merged(
             if refused is not None or isinstance(answer, Failed):
                 tally.refused[answer.client.id] = str(refused)
                 continue
+            norm = change_norm(answer.upload, attempt.gate.sent[answer.client])
+            if tally.largest is None or norm > tally.largest.norm:
+                tally.largest = Largest(answer.client.id, norm, attempt.rnd.index + 1)
             weight = 1.0 if plan.uniform_weights else answer.weight
             tally.accepted.append(answer.client.id)
             tally.losses.append((weight, answer.notes.get("loss", float("nan"))))
@@ -242,9 +261,23 @@ def _merged(
     if first is None:
         return None, attempt.folds.delivered(answered)
     trained, started = tally.seconds["train"], time.perf_counter()
-    merged: Merged[Any] = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
+    merged: Merged[Any] | None = None
+    try:
+        merged = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
+        failure = "" if is_finite((merged.server, merged.fold)) else NOT_FINITE
+    except NumericalError as error:
+        failure = type(error).__name__.lstrip("_")
+        for _ in replies:  # the rest of the cohort
+            pass
     tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
-    enough = len(tally.accepted) >= plan.sampling.min_replies
+    if failure and tally.largest is not None:
+        who = next(who for who in attempt.chosen if who.id == tally.largest.client)
+        tally.refused[who.id] = (
+            f"merging ended in {failure}, and its upload changed most: by the norm {tally.largest.norm:.4g}"
+        )
+        tally.left_out.add(who.id)
+        watch.answered(who, tally.refused[who.id])
+    enough = not failure and len(tally.accepted) >= plan.sampling.min_replies
     return (merged if enough else None), attempt.folds.delivered(answered)
 
 
@@ -281,7 +314,7 @@ def _judging(
         row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
         folds = folds.delivered(who.id for who in judges)
     tally.seconds["evaluate"] += time.perf_counter() - started
-    return _Judging(Progress(after.server, folds), row, tally, scores)
+    return _Judging(replace(after, folds=folds), row, tally, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -11,6 +11,7 @@ from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import Begun, Trainer, turns
 from fedlora.rounds.codec import outline
+from fedlora.rounds.gate import Failed
 
 _GROUPS = 4  # that are in memory at once
 
@@ -49,11 +50,16 @@ class Simulation:
         """Changes the one base that all share."""
         self.trainer.fold(change)
 
-    def turn(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> Iterator[Reply]:
+    def turn(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[Reply | Failed]:
         """The replies, in the order of `sent`, as each group of clients finishes. The base has all folds already."""
         for some in self._windows(sent):
             begun = [Begun(who, self._state(who, rnd.index), sent[who]) for who in some]
             for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
+                if isinstance(done, Failed):
+                    yield done
+                    continue
                 if not _same(before.mine, done.mine):
                     self.states.save_client(before.who, rnd.index, done.mine)
                 yield Reply(before.who, rnd, done.upload, float(before.who.examples), done.notes)

@@ -39,6 +39,7 @@ from fedlora.rounds.flower.wire import (
     unseal,
 )
 from fedlora.rounds.folds import caught_up
+from fedlora.rounds.gate import Failed
 from fedlora.rounds.simulate import Simulation
 from fedlora.version import __version__
 
@@ -224,6 +225,10 @@ class Node:
                 yield who.id, (answer, None)
         else:
             for reply in work.simulation.turn(rnd, sent, {}):
+                if isinstance(reply, Failed):
+                    self._tell(f"client {reply.client.id}: {reply.reason}")
+                    yield reply.client.id, (Answer(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
+                    continue
                 answer = Answer(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
                 yield reply.client.id, (answer, encode(reply.upload))
 

@@ -18,6 +18,7 @@ class Reason(StrEnum):
     CLIENT = "the node has no such client"
     DOWNLOAD = "the client could not read what it was sent"
     WORK = "the client's work failed"
+    DIVERGED = "the client's work ended in NaN or infinite values"
     MEMORY = "the client ran out of memory"
     STORAGE = "the node could not write its files"
     INTERNAL = "the node failed"
