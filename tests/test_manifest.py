@@ -118,8 +118,8 @@ def test_a_run_whose_data_have_changed_is_not_resumed(changeable, file, change, 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "vocab.txt"])
 def test_a_run_whose_model_has_changed_is_neither_resumed_nor_exported(changeable, tmp_path, file):
-    with (changeable / "bert" / file).open("ab") as content:
-        content.write(b" ")
+    content = (changeable / "bert" / file).read_bytes()
+    (changeable / "bert" / file).write_bytes(content[:-1] + b" " if file == "model.safetensors" else content + b" ")
     for again in (lambda: resume(changeable / "run"), lambda: export(changeable / "run", "adapter", tmp_path / "out")):
         with pytest.raises(UserError, match=f"model = .*/bert' is not that of the run: its {file} has changed"):
             again()
@@ -165,7 +165,7 @@ def test_a_fingerprint_tells_every_value_their_columns_and_their_order():
 @pytest.mark.parametrize("name", TABLE)
 def test_every_setting_of_a_method_is_written_out(name):
     written = tomllib.loads(build({"method": {"name": name}}).to_toml())["method"]
-    defaults = {"name": name, "head": TABLE[name].head, "norms": TABLE[name].norms, "weights": "examples"}
+    defaults = {"name": name, "head": TABLE[name].head, "norms": TABLE[name].norms, "weights": TABLE[name].weights}
     wanted = {**defaults, **TABLE[name].settings()}
     assert written == {key: value for key, value in wanted.items() if value is not None}
 
@@ -205,7 +205,7 @@ def test_an_experiment_file_with_a_bit_flipped_or_cut_or_deleted_is_named(change
     file = changeable / "run" / "experiment.toml"
     whole = file.read_bytes()
     digit = whole.index(b"rounds = ") + 9  # whoever raises it edits the file
-    places = [at for at in range(0, len(whole), 89) if at != digit]
+    places = [at for at in range(0, len(whole), 7) if at != digit]
     bent = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in places]
     for content in [*bent, whole[: len(whole) // 2], whole[: whole.rindex(b"[train]")], b"", None]:
         file.unlink(missing_ok=True)

@@ -137,7 +137,7 @@ def _flat(table: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """The settings by their dotted names, without those that are None."""
     found: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{at}{key}.")
         elif value is not None:
             found[f"{at}{key}"] = value

@@ -236,4 +236,4 @@ def test_a_run_that_finishes_while_its_status_is_asked_for_is_finished(tmp_path,
 
     monkeypatch.setattr(link, "flwr", finished)
     monkeypatch.setattr(link, "_STATUS_SECONDS", 0.0)
-    assert SuperLink(tmp_path, None)._follow("1", reader) == ("done", "")
+    assert SuperLink(tmp_path, None)._follow("1", tmp_path, reader) == ("done", "")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.adapter import Adapter, Full, Scaling, lora_init, pack
 from fedlora.config import Train, build
 from fedlora.data.files import columns
 from fedlora.errors import UserError
@@ -21,7 +21,8 @@ from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import Adapted, Scaling, head_modules
+from fedlora.train.inject import Adapted
+from fedlora.train.targets import head_modules
 from fedlora.train.tasks import Classification, Encoded
 
 from architectures import CONFIGS, model_of, tokenizer_of
