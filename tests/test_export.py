@@ -23,17 +23,13 @@ from fedlora.experiment import Bench, _opened, export
 from fedlora.methods import TABLE
 from fedlora.problem import Problem
 from fedlora.runs import read_folder
+from tiers import fast
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_rows
 
 TEXTS = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(0, 60, 10)]
 PERSONAL = [name for name, row in TABLE.items() if row.personal]
 COMMON = [name for name in TABLE if name not in PERSONAL]
-
-
-def fast(names, *some):
-    """These names, all but some of them marked slow."""
-    return [name if name in some else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 Run = Callable[..., Path]
@@ -223,7 +219,7 @@ def test_fixed_ranks_of_single_modules_and_rslora_are_exported(rslora, finished,
     assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["gpt2", "distilbert", "roberta", "bert-without-pooler"])
+@pytest.mark.parametrize("base", fast(["gpt2", "distilbert", "roberta", "bert-without-pooler"], "gpt2"))
 def test_other_architectures_compute_the_same_in_peft(base, finished):
     folder = finished(base, lora=LORA.get(base, {}))
     assert_close(in_peft(folder, folder / "adapter"), own_logits(folder)[""], rtol=1e-5, atol=1e-5)
@@ -240,7 +236,7 @@ def test_a_middle_factor_on_transposed_weights_computes_the_same_in_peft_and_mer
     assert all(x.abs().max() > 1e-6 for key, x in tensors.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("base", ["gpt2", "distilbert", "roberta", "bert-without-pooler"])
+@pytest.mark.parametrize("base", fast(["gpt2", "distilbert", "roberta", "bert-without-pooler"], "gpt2"))
 def test_other_architectures_compute_the_same_merged(base, finished, tmp_path):
     folder = finished(base, lora=LORA.get(base, {}))
     export(folder, "merged", tmp_path / "merged")

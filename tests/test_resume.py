@@ -22,6 +22,7 @@ from fedlora.config import build
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.train import local
 from fedlora.train.tasks import Classification
+from tiers import fast, slow
 
 from forks import ended, started
 from tiny import tiny_bert, tiny_rows
@@ -167,7 +168,8 @@ def test_a_run_killed_in_each_write_of_its_beginning_ends_as_if_nothing_had_happ
     assert differing(path, whole("fedit")) == []
 
 
-@pytest.mark.parametrize("name", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     table, path = {**problem, "method": method(name)}, tmp_path / "run"
     assert ended(live, path, table, at_loss=1) == -signal.SIGKILL
@@ -181,7 +183,7 @@ def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_
     assert differing(path, whole(name)) == []
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", fast(METHODS, "fedsa-lora"))
 def test_a_run_killed_while_it_trains_and_exports_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     table, path = {**problem, "method": method(name)}, tmp_path / "run"
     deaths = [
@@ -203,6 +205,7 @@ def test_only_the_personal_method_has_states_and_adapters_for_each_client(whole)
     assert adapters == {"fedit": {"adapter"}, "fedsa-lora": {"000", "001", "002", "003"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lora": {}}], ids=["another seed", "no dropout"])
 def test_seed_and_dropout_each_change_the_result(tmp_path, problem, whole, change):
     assert ended(live, tmp_path / "run", {**problem, "method": method("fedit"), **change}) == 0
@@ -217,6 +220,7 @@ def test_taking_up_a_finished_run_changes_nothing(problem, whole, name):
     assert {f: f.read_bytes() for f in path.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_experiment_is_on_disk_can_be_begun_again_in_the_same_folder(tmp_path, problem, whole):
     table = {**problem, "method": method("fedit")}
     assert ended(live, tmp_path / "run", table, at_sync=1) == -signal.SIGKILL
@@ -225,9 +229,8 @@ def test_a_run_killed_before_its_experiment_is_on_disk_can_be_begun_again_in_the
     assert differing(tmp_path / "run", whole("fedit")) == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow(KINDS, "fedsa-lora"))
 def test_a_run_killed_at_random_instants_of_all_its_lives_ends_as_if_nothing_had_happened(tmp_path, problem, whole, name):
     """FEDLORA_KILLS says how many kills: loading, training, evaluating and exporting, of new runs and of resumed ones."""
     table, path, rng = {**problem, "method": method(name)}, tmp_path / "run", random.Random(name)

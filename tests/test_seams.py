@@ -91,6 +91,7 @@ def test_a_library_is_known_only_where_it_belongs(library, homes):
         ("experiment", ("peft", "transformers.modeling_utils")),  # before the data are known to be good
     ],
 )
+@pytest.mark.slow
 def test_what_needs_no_model_does_not_import_what_loads_one(module, heavy):
     found = f"[m for m in {heavy} if m in sys.modules]"
     code = f"import sys, fedlora.{module}; sys.exit(str({found}) if {found} else 0)"

@@ -38,11 +38,12 @@ def alternating(value: float) -> Callable[[Tensor], Tensor]:
 
 
 def cases(values: tuple[float, ...]) -> list[Any]:
-    """Where and how large, for all rows in every round of a period; the quick ones are of the first round after it."""
+    """Where and how large, for all rows in every round of a period; but for the full tier in the first round after it."""
     found = []
     for row, index, bend, value in product(CASES, (0, PERIOD, PERIOD + 1), (whole, single, alternating), values):
-        quick = index == PERIOD and bend is not alternating and value in (1e10, 1e-45, 0.0, 1e19, -3e38)
-        marks = [] if quick else [pytest.mark.slow]
+        some = index == PERIOD and bend is not alternating and value in (1e10, 1e-45, 0.0, 1e19, -3e38)
+        quick = some and bend is whole and value in (1e10, 1e19)
+        marks = [] if quick else [pytest.mark.slow] if some else [pytest.mark.full]
         found.append(pytest.param(row, index, bend(value), id=f"{row}-{index}-{bend.__name__}-{value:g}", marks=marks))
     return found
 

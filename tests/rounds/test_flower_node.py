@@ -38,6 +38,7 @@ from fedlora.rounds.flower.wire import unseal as unseal_for
 from fedlora.rounds.watch import Silent
 from fedlora.train import local
 from fedlora.version import __version__
+from tiers import fast
 
 from tiny import LABELS, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
@@ -45,10 +46,6 @@ from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 def unseal(message):
     return unseal_for(message, 100)
-
-
-def some_slow(*names):
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +129,7 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
     return Remote(hand, hello, door, bench.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
-@pytest.mark.parametrize("method", [*some_slow("fedit", "fedsa-lora"), "flora", "ce-lora"])
+@pytest.mark.parametrize("method", fast(["fedit", "fedsa-lora", "flora", "ce-lora"], "flora"))
 def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
     what = experiment(home, method)
     run(what, tmp_path / "simulated")
@@ -140,7 +137,7 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
-@pytest.mark.parametrize("method", [*some_slow("fedit", "lora-a2"), "flora"])
+@pytest.mark.parametrize("method", fast(["fedit", "lora-a2", "flora"], "flora"))
 def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
     what = experiment(home, method, "train.together=4")
     run(what, tmp_path / "simulated")
@@ -148,6 +145,7 @@ def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulat
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
+@pytest.mark.slow
 def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(home, tmp_path):
     run(experiment(home, "flora", "train.together=1"), tmp_path / "simulated")
     what = experiment(home, "flora", "train.together=4")
@@ -156,6 +154,7 @@ def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(ho
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
+@pytest.mark.slow
 def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(home, tmp_path):
     what = experiment(home, "flora", "train.together=4")
     run(what, tmp_path / "simulated")
@@ -218,7 +217,8 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
     assert row["refused"] == {"001": f"the client's work ended in {NOT_FINITE}"}
 
 
-@pytest.mark.parametrize("method", ["flora", *some_slow("fedsa-lora")])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flora", "fedsa-lora"])
 def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_bit_the_same(
     home, tmp_path, monkeypatch, method
 ):
@@ -252,6 +252,7 @@ class Late(Hand):
         return super().collect(tickets if last else [t for t in tickets if t not in early])
 
 
+@pytest.mark.slow
 def test_the_next_rounds_work_is_on_its_way_before_the_scores_are_in(home, tmp_path):
     what = experiment(home, "flora")
     run(what, tmp_path / "simulated")
@@ -272,6 +273,7 @@ class Leaky(Hand):
         return tickets | {f"lost {at}": at for at in gone}
 
 
+@pytest.mark.slow
 def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
     what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
     hand = Leaky(make_nodes(what, tmp_path), lost=(1, "judge", 2))
@@ -283,6 +285,7 @@ def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_afte
         assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
     what = experiment(home, "flora", rounds=4)
     nodes = make_nodes(what, tmp_path, (CLIENTS,))
@@ -353,7 +356,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", fast(BAD, "NaN", "cut", "silence"))
 def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     bad, reason = BAD[name]
 
@@ -377,7 +380,7 @@ BAD_SCORES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_SCORES)
+@pytest.mark.parametrize("name", fast(BAD_SCORES, "a sum that overflows"))
 def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     change, reason = BAD_SCORES[name]
 
@@ -411,6 +414,7 @@ def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
     assert len(said) == 1 and "client 000" in said[0]
 
 
+@pytest.mark.slow
 def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS[:2], CLIENTS[2:])))
@@ -518,7 +522,7 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     assert set(row["clients"]["accuracy"]["each"]) == {"clinic 21", "clinic 30"}
 
 
-@pytest.mark.parametrize("method", ["fedsa-lora", "pfedloru"])
+@pytest.mark.parametrize("method", fast(["fedsa-lora", "pfedloru"], "fedsa-lora"))
 def test_after_a_run_with_a_personal_method_every_node_has_its_clients_adapters(home, tmp_path, method):
     what = experiment(home, method, rounds=2)
     simulated = run(what, tmp_path / "simulated").adapters

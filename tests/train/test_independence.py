@@ -1,7 +1,6 @@
 """Models in which clients that are trained in one step get what each gets alone, and others."""
 
 import json
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from fedlora.train.independence import clients_per_step
 from fedlora.train.inject import Adapted
 from fedlora.train.targets import head_modules
 from fedlora.train.tasks import Classification, Encoded
+from tiers import fast
 
 from architectures import CONFIGS, model_of, tokenizer_of
 from tiny import LABELS, tiny_rows
@@ -31,7 +31,7 @@ from wired import furnish, problem
 
 ROWS = [torch.arange(0, 9), torch.arange(9, 15), torch.arange(15, 16), torch.arange(16, 20)]
 ORDINARY = ("bert", "roberta", "distilbert", "electra", "gpt2", "llama", "mistral", "qwen2", "opt", "modernbert")
-QUICK = ("bert", "distilbert", "gpt2", "llama", "mistral", "opt", "deberta", "deberta-v2", "xlnet", "longformer", "fnet")
+QUICK = ("bert", "llama", "mistral", "opt", "deberta-v2", "xlnet")
 REFUSED = ("reformer",)
 """Wants examples of one length."""
 COARSE = ("bloom", "flaubert", "gpt_neo", "gptj", "xlm")
@@ -70,11 +70,7 @@ def jobs(adapted: Adapted) -> list[Job]:
     return found
 
 
-def slow_unless(quick: Sequence[str], kinds: Iterable[str]) -> list[Any]:
-    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
-
-
-@pytest.mark.parametrize("kind", slow_unless(QUICK, CONFIGS))
+@pytest.mark.parametrize("kind", fast(CONFIGS, *QUICK))
 def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(kind, tmp_path):
     """Unequal ranks, rows and lengths, dropout in the model and the LoRA layers, three steps, and evaluation."""
     adapted, task = adapted_of(kind, torch.float64), Exact()
@@ -102,7 +98,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
 
 
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", slow_unless(["bert", "llama"], ORDINARY))
+@pytest.mark.parametrize("kind", fast(ORDINARY, "bert", "llama"))
 def test_ordinary_models_train_clients_together_without_padding(kind, precision):
     adapted = adapted_of(kind, precision)
     assert clients_per_step(adapted, Classification(), tokenizer_of(kind), Train(together=9)) == 9

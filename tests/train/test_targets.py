@@ -6,9 +6,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, Full, lora_init
 from fedlora.config import Lora
@@ -18,76 +18,20 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.train.inject import Adapted, Scaling
 from fedlora.train.loading import load_classifier
 from fedlora.train.targets import check_ranks, find_targets, head_modules
+from tiers import fast
 
+from architectures import CONFIGS, model_of
 from tiny import LABELS, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 
-IDS = {"vocab_size": 128, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2}
-WIDE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, **IDS}
-LLAMA = {**WIDE, "num_key_value_heads": 2}
-SIDES = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "decoder_start_token_id": 2,
-    **IDS,
-}
-T5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 24, "d_kv": 8, "decoder_start_token_id": 3, **IDS}
-XLM = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 64, **IDS}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "albert": {**WIDE, "embedding_size": 8},
-    "bart": SIDES,
-    "bert": WIDE,
-    "big_bird": {**WIDE, "attention_type": "original_full"},
-    "biogpt": WIDE,
-    "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2, **IDS},
-    "camembert": WIDE,
-    "deberta": {**WIDE, "type_vocab_size": 0},
-    "deberta-v2": WIDE,
-    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, **IDS},
-    "electra": {**WIDE, "embedding_size": 8},
-    "ernie": WIDE,
-    "falcon": WIDE,
-    "gemma": {**LLAMA, "head_dim": 8},
-    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, **IDS},
-    "gpt_neo": {**WIDE, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
-    "gpt_neox": WIDE,
-    "llama": LLAMA,
-    "mbart": SIDES,
-    "mistral": LLAMA,
-    "modernbert": {**WIDE, "cls_token_id": 1, "sep_token_id": 2},
-    "mpnet": WIDE,
-    "mt5": T5,
-    "opt": {**WIDE, "ffn_dim": 24, "word_embed_proj_dim": 16},
-    "phi": WIDE,
-    "qwen2": LLAMA,
-    "rembert": {**WIDE, "input_embedding_size": 8, "output_embedding_size": 8},
-    "roberta": WIDE,
-    "roformer": {**WIDE, "embedding_size": 16},
-    "t5": T5,
-    "xlm": XLM,
-    "xlm-roberta": WIDE,
-    "xlnet": {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24, **IDS},
-}
 QUICK = ("bart", "bert", "distilbert", "gpt2", "modernbert", "roberta", "t5", "xlnet")
-KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in ARCHITECTURES]
-
-
-def classifier(kind: str) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **ARCHITECTURES[kind])
-    config.num_labels = 3
-    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+KINDS = fast(CONFIGS, *QUICK)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     ids = torch.randint(4, 128, (3, 7), generator=torch.Generator().manual_seed(0))
-    ids[:, -1] = 2
+    ids[:, -1] = 3  # eos
     with torch.no_grad():
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
@@ -105,12 +49,12 @@ def targets(model: Any) -> list[str] | None:
 
 
 def linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_of_a_complete_checkpoint_is_all_that_lies_outside_its_base_model(kind):
-    model = classifier(kind)
+    model = model_of(kind).eval()
     head = head_modules(model, ())
     within = [n for n, _ in model.named_parameters() if any(n.startswith(f"{module}.") for module in head)]
     assert within == [n for n, _ in model.named_parameters() if not n.startswith(f"{model.base_model_prefix}.")] != []
@@ -118,7 +62,7 @@ def test_the_head_of_a_complete_checkpoint_is_all_that_lies_outside_its_base_mod
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_computes_the_same(kind, tmp_path):
-    model = classifier(kind)
+    model = model_of(kind).eval()
     plain, before = copy.deepcopy(model), logits(model)
     adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
     adapter = moved(adapted)
@@ -131,10 +75,10 @@ def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_compute
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_head_moves_the_loss(kind):
-    model = classifier(kind)
+    model = model_of(kind).eval()
     adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
     trained = adapted.load([moved(adapted)], "w")
-    ids = torch.tensor([[9, 8, 7, 2]])
+    ids = torch.tensor([[9, 8, 7, 3]])
     nn.functional.cross_entropy(adapted.model(input_ids=ids).logits, torch.tensor([1])).backward()
     assert len(trained) == len(adapted.spec.head) and all(x.grad is not None and x.grad.any() for x in trained)
 
@@ -143,7 +87,7 @@ def test_every_parameter_of_the_head_moves_the_loss(kind):
 def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_missing_pooler(kind, tmp_path):
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = tiny_tokenizer("<unk>", "<s>", "</s>", "<pad>", append="</s>", **names)
-    config = transformers.AutoConfig.for_model(kind, **ARCHITECTURES[kind])
+    config = model_of(kind).config
     model, _, checkpoint = load_classifier(str(tiny_model(tmp_path, config, tokenizer)), LABELS, 0)
     assert head_modules(model, checkpoint.new) == head_modules(model, ())
     if kind == "bert":
@@ -167,7 +111,7 @@ def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_mi
     ],
 )
 def test_targets_and_patterns_that_match_nothing_are_refused_in_one_line(lora, message):
-    model = classifier("bert")
+    model = model_of("bert")
     settings = Lora(**lora)
     with pytest.raises(UserError, match=message) as refused:
         find_targets(model, settings.targets, settings.rank_pattern, head_modules(model, ()))

@@ -237,3 +237,11 @@ def test_the_kept_tokens_are_not_those_of_a_tokenizer_that_reads_special_tokens_
     first = encoded(tokenizer, ["[SEP]", WORDS[0]])
     assert json.dumps(first.starts.tolist()) == json.dumps(encoded(tokenizer, ["[SEP]", WORDS[0]]).starts.tolist())
     assert first.lengths()[0] > 3 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_tokenizer_is_saved_the_same_whatever_it_was_used_for(tmp_path):
+    _, tokenizer = outline_classifier(str(tiny_bert(tmp_path / "bert")), LABELS)
+    tokenizer.save_pretrained(tmp_path / "before")
+    Classification().encode(tokenizer, {"text": ["baba bab ba"], "label": [0]}, 3)
+    tokenizer.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after" / "tokenizer.json").read_text() == (tmp_path / "before" / "tokenizer.json").read_text()

@@ -1,6 +1,5 @@
 """A model's tokenizer: checked against the model, given a token to pad with, and its tokens kept from run to run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -40,6 +39,7 @@ def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     if not _valid(getattr(config, "pad_token_id", None), size):
         config.pad_token_id = pad
+    _forget_lengths(tokenizer)
 
 
 def reads_last_token(model: Any) -> bool:
@@ -92,8 +92,7 @@ def kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> 
     """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return _tokens(tokenizer, texts, max_length)
-    lasting = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # those are left over from the last call
-    key = [transformers.__version__, repr(tokenizer), json.dumps(lasting), str(max_length), "split special tokens"]
+    key = [transformers.__version__, repr(tokenizer), backend.to_str(), str(max_length), "split special tokens"]
     for column in texts:
         key += [str(len(column)), *column]
     return load(cached("tokens", key, lambda: save(_tokens(tokenizer, texts, max_length))))
@@ -101,9 +100,17 @@ def kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> 
 
 def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
     found = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=True, verbose=False)
+    _forget_lengths(tokenizer)
     lengths = [len(ids) for ids in found["input_ids"]]
     flat = {name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found}
     return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
+
+
+def _forget_lengths(tokenizer: Any) -> None:
+    """Undoes what a call leaves behind, so that the tokenizer is saved the same whatever it was used for."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _pad_token(source: str, tokenizer: Any, config: Any, size: int, special: set[int], last: bool) -> int:
