@@ -113,6 +113,7 @@ def test_over_flower_a_run_on_real_data_with_a_real_model_is_bit_for_bit_the_sim
     assert_same_runs(run(build(table), tmp_path / "simulated").folder, tmp_path / "served")
 
 
+@pytest.mark.full
 def test_four_clients_upload_64_mb_each_and_the_log_says_what_was_carried(federation, tmp_path):
     tiny_bert(tmp_path / "bert", hidden=2048)
     tiny_rows(tmp_path / "rows.jsonl", 40)

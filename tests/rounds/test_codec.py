@@ -1,5 +1,6 @@
 import json
 import random
+import subprocess
 import sys
 import tracemalloc
 from collections import namedtuple
@@ -14,6 +15,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
 from fedlora.rounds import checksum, codec
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
+from fedlora.rounds.loop import Progress
 
 DTYPES = [
     torch.float64,
@@ -224,7 +226,7 @@ def test_what_cannot_come_back_is_refused_when_it_is_written(tmp_path, odd):
         3,
     ],
 )
-def test_reading_a_state_imports_nothing_and_makes_only_dataclasses(tmp_path, name):
+def test_reading_a_state_imports_no_foreign_module_and_makes_only_dataclasses(tmp_path, name):
     assert "this" not in sys.modules
     with pytest.raises(ValueError, match="not a state"):
         decode_state(planned(tmp_path / "s", {"state": {"class": name, "fields": {}}, "notes": {}}))
@@ -251,6 +253,13 @@ def test_a_file_with_a_senseless_plan_is_refused(tmp_path, plan):
     path = planned(tmp_path / "s", plan)
     with pytest.raises(ValueError):
         decode_state(path)
+
+
+def test_a_state_is_read_by_a_process_that_has_not_imported_its_class(tmp_path):
+    path = tmp_path / "s"
+    path.write_bytes(encode_state(Progress({"a": torch.ones(2)})))
+    code = f"from fedlora.rounds.codec import decode_state; print(type(decode_state({str(path)!r})[0]).__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "Progress"
 
 
 def test_a_payload_without_a_plan_is_no_state(tmp_path):

@@ -3,8 +3,10 @@
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +142,11 @@ def _build(plan: Any, tensor: Any) -> Any:
 
 
 def _dataclass(name: str) -> Any:
-    """The dataclass of that name in a module that is already imported: reading a file imports nothing."""
+    """The dataclass of that name, in a module of this package or one that is already imported."""
     module, _, qualname = name.partition(":")
+    if module.startswith("fedlora."):
+        with suppress(ModuleNotFoundError):
+            import_module(module)
     found: Any = sys.modules[module]
     for part in qualname.split("."):
         found = getattr(found, part)
