@@ -25,7 +25,7 @@ from typing import Any
 
 from fedlora.config import Experiment, build
 from fedlora.experiment import run
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.runs import settled
 from fedlora.train.loading import quiet
 from fedlora.train.tasks import Classification
@@ -109,7 +109,7 @@ CLAIMS = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class Session:
     """Runs experiments, each once: what the file has already is not run again."""
 
     files: tuple[str, str]
@@ -192,7 +192,7 @@ class Found:
         return [rows[at - 1]["aggregation_error"] for rows in self.runs if "aggregation_error" in rows[at - 1]]
 
 
-def tried(bench: Bench, claim: Claim, seeds: Sequence[int]) -> Iterator[tuple[float, list[Found]]]:
+def tried(bench: Session, claim: Claim, seeds: Sequence[int]) -> Iterator[tuple[float, list[Found]]]:
     """For each alpha and group of cases what came out."""
     each = len(RATES) + len(seeds) - (not claim.personal)
     todo = sum(len(group) for group in claim.groups) * len(bench.alphas) * each
@@ -268,7 +268,7 @@ def by_round(found: Sequence[Found], rounds: int) -> list[str]:
     return [*lines, ""]
 
 
-def report(name: str, bench: Bench, seeds: Sequence[int]) -> str:
+def report(name: str, bench: Session, seeds: Sequence[int]) -> str:
     claim = CLAIMS[name]
     any_one = bench.experiment(claim.groups[0][0], bench.alphas[0], RATES[0], seeds[0])
     full = bytes_of_the_model(any_one)
@@ -289,7 +289,7 @@ def report(name: str, bench: Bench, seeds: Sequence[int]) -> str:
 
 def bytes_of_the_model(experiment: Experiment) -> int:
     """What a client would upload in full fine-tuning."""
-    labels = Problem.make(experiment).corpus.labels
+    labels = FederatedData.make(experiment).corpus.labels
     quiet()
     model, _, _ = Classification().load(experiment.model, labels, experiment.seed)
     return sum(x.numel() * 4 for x in model.parameters())
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/claims.jsonl"), help="the file that keeps the runs")
     parser.add_argument("--write", type=Path, help="put the section into this file")
     given = parser.parse_args()
-    bench = Bench((given.train, given.test), given.rounds, given.rows, given.test_rows, given.runs, given.alphas)
+    bench = Session((given.train, given.test), given.rounds, given.rows, given.test_rows, given.runs, given.alphas)
     text = report(given.claim, bench, given.seeds)
     print(text)
     if given.write:

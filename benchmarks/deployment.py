@@ -28,7 +28,7 @@ import flwr
 import tomli_w
 
 from fedlora.config import DEMO, build
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
@@ -36,7 +36,7 @@ from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, Process, free_port
 from fedlora.rounds.flower.processes import flwr as command
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks" / "deployment.md"
@@ -44,7 +44,7 @@ SMALL = ["data.rows=400", "data.test_rows=50", "train.max_length=32", "train.dev
 SAID = re.compile(r"^(\d+) bytes answered with (\d+) in ([\d.]+) s$", re.MULTILINE)
 
 
-class Clock(Silent):
+class Clock(NullProgress):
     """Notes when rows come."""
 
     def __init__(self) -> None:
@@ -60,18 +60,18 @@ class Clock(Silent):
 def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> tuple[list[float], list[float], int]:
     """Seconds of each round but the first and the last, the work in each, and the bytes that one node was sent."""
     what = build(DEMO, [*SMALL, f"clients.count={nodes}", f"rounds={rounds}", "deploy.wait=300", *overrides])
-    judged = what.evaluate.clients != "none"
+    evaluated = what.evaluate.clients != "none"
     address, clock = Address("127.0.0.1", free_port()), Clock()
     deploy.prepare(what, home / "run")
     with ExitStack() as stack:
         link = SuperLink.start(home / "link", address, None)
         stack.callback(link.stop)
-        members = [who.id for who in Problem.make(what).members]
+        members = [who.id for who in FederatedData.make(what).members]
         for client in members:
             Settings.trusting(what, [client]).write(home / client)
             stack.callback(start_node(home / client, address, None).stop)
         link.run(home / "run", clock, print)
-        work = [worked((home / client / "worker.log").read_text(), judged) for client in members]
+        work = [worked((home / client / "worker.log").read_text(), evaluated) for client in members]
     return (
         [b - a for a, b in pairwise(clock.ends)][:-1],
         [max(node[i] for node in work) for i in range(1, rounds - 1)],
@@ -79,10 +79,10 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
     )
 
 
-def worked(log: str, judged: bool) -> list[float]:
+def worked(log: str, evaluated: bool) -> list[float]:
     """A node's seconds for each round, its training and its judging."""
     _, *seconds, _ = [float(found[2]) for found in SAID.findall(log)]  # without the hello and the end
-    return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if judged else seconds
+    return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if evaluated else seconds
 
 
 def floor(home: Path, nodes: int, rounds: int, messages: int, size: int) -> list[float]:

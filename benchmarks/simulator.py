@@ -91,12 +91,12 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
 def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
     from fedlora.experiment import run
-    from fedlora.problem import Problem
+    from fedlora.problem import FederatedData
     from fedlora.runs import settled
     from fedlora.train import local
 
     setup = settled(experiment(files, work, seed, together, precision))
-    Problem.make(setup)
+    FederatedData.make(setup)
     ready, steps, train_together = time.perf_counter() - STARTED, 0.0, local.train_together
 
     def timed(*arguments: Any) -> Any:
@@ -123,12 +123,12 @@ def handed(files: list[str], work: Work, seed: int) -> "Handed":
     from peers.work import Work as Handed
     from transformers import AutoTokenizer
 
-    from fedlora.problem import Problem
+    from fedlora.problem import FederatedData
     from fedlora.train.loading import locate, quiet
 
     quiet()
     setup = experiment(files, work, seed, 1)
-    problem, path = Problem.make(setup), locate(setup.model)
+    problem, path = FederatedData.make(setup), locate(setup.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     train, test = (
         tokenizer(part["text"][:], truncation=True, max_length=LONGEST)["input_ids"]

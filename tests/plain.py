@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Factors, Full, pack
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
+from fedlora.adapter import Adapter, Dense, Factors, pack
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 
 
 def dense(part: Factors) -> Tensor:
@@ -19,7 +19,7 @@ def dense(part: Factors) -> Tensor:
         rank = part.c.shape[-1]
         columns, rows = part.b.split(rank, 1), part.a.split(rank)
         return torch.stack([part.s[i] * columns[i] @ part.c[i] @ rows[i] for i in range(len(part.s))]).sum(0)
-    if isinstance(part, Tri):
+    if isinstance(part, ThreeFactor):
         return part.b @ part.c @ part.a
     assert isinstance(part, LowRank)
     return part.b @ part.a
@@ -55,9 +55,9 @@ class PlainModel:
     def logits(self, inputs: Mapping[str, Tensor], adapter: Adapter, beside: Mapping[str, LowRank] | None = None) -> Tensor:
         """Of the weights plus all that was added, plus the products of the adapter and of what acts beside it; of the
         adapter's head. A mixture of experts is added to what its module gives. Differentiable."""
-        products = [(n, dense(part)) for n, part in adapter.items() if not isinstance(part, Full | Experts)]
+        products = [(n, dense(part)) for n, part in adapter.items() if not isinstance(part, Dense | Experts)]
         products += [(name, dense(part)) for name, part in (beside or {}).items()]
-        weights: dict[str, Tensor] = {name: part.w for name, part in adapter.items() if isinstance(part, Full)}
+        weights: dict[str, Tensor] = {name: part.w for name, part in adapter.items() if isinstance(part, Dense)}
         for name, update in [*self.added.items(), *products]:
             module, key = self.model.get_submodule(name), f"{name}.weight"
             weights[key] = weights.get(key, module.weight) + (update.mT if isinstance(module, Conv1D) else update)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from fedlora.config import build
 from fedlora.errors import UserError
-from fedlora.experiment import Bench, run
-from fedlora.problem import Problem
-from fedlora.rounds.watch import Silent
+from fedlora.experiment import Session, run
+from fedlora.problem import FederatedData
+from fedlora.rounds.watch import NullProgress
 from fedlora.runs import settled
 from fedlora.train import hardware
 
@@ -32,7 +32,7 @@ def experiment(home, **train):
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
     chosen = experiment(home, precision=precision)
-    bench = Bench.make(chosen, Problem.make(chosen))
+    bench = Session.make(chosen, FederatedData.make(chosen))
     assert {p.dtype for p in bench.adapted.model.parameters()} == {dtype}
     assert {x.dtype for x in bench.adapted.spec.head.values()} == {torch.float32}
 
@@ -77,7 +77,7 @@ def test_bf16_on_a_processor_without_its_instructions_is_warned_of_before_the_fi
     assert [("bf16" in line and "'auto' would choose fp32" in line) for line in watch.heard[:-1]] == [True] * (not fast)
 
 
-class Listening(Silent):
+class Listening(NullProgress):
     """Remembers notifications and rounds, in their order."""
 
     def __init__(self):
@@ -93,12 +93,12 @@ class Listening(Silent):
 def test_a_round_that_chooses_too_few_is_refused_before_anything_is_read(home):
     table = problem(home, sampling={"fraction": 0.25, "min_replies": 2})
     with pytest.raises(UserError, match="only 1 of 4 clients are chosen"):
-        Problem.make(build(table))
+        FederatedData.make(build(table))
 
 
 def test_a_client_with_more_examples_than_uploads_may_stand_for_is_refused_before_a_model_is_loaded(home):
     with pytest.raises(UserError, match=r"sampling.max_examples = 3: client '000' has \d+ examples"):
-        Problem.make(build(problem(home, sampling={"max_examples": 3})))
+        FederatedData.make(build(problem(home, sampling={"max_examples": 3})))
 
 
 def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_path):

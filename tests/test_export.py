@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from fedlora import Experiment, run
 from fedlora import export as export_module
 from fedlora.errors import UserError
-from fedlora.experiment import Bench, _opened, export
+from fedlora.experiment import Session, _opened, export
 from fedlora.methods import TABLE
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.runs import read_folder
 from tiers import fast
 
@@ -106,7 +106,7 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
     """What the run's own views compute: the global one under the empty name, or each client's."""
     with _opened(folder) as (run_folder, experiment):
         done, server = run_folder.restore()
-        bench = Bench.make(experiment, Problem.make(experiment))
+        bench = Session.make(experiment, FederatedData.make(experiment))
         found = {}
         for client, adapter in bench.adapters(server, run_folder, done).items():
             bench.adapted.load([adapter])
@@ -147,7 +147,7 @@ def by_its_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 def untrained(folder: Path) -> Tensor:
     """What a base with the head of the run's seed computes."""
     with _opened(folder) as (_, experiment):
-        bench = Bench.make(experiment, Problem.make(experiment))
+        bench = Session.make(experiment, FederatedData.make(experiment))
         return logits(bench.adapted.model, bench.tokenizer)
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
 from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import with_head
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 from fedlora.train.requests import check_request, check_update
 
 SPEC = AdapterSpec(
@@ -80,14 +80,14 @@ class ToyTrainer:
         for name, part in change.items():
             self.base[name] = self.base.get(name, 0) + part.product()
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """One after the other."""
         return [self.fit_one(one.request, one.who) for one in asked]
 
     def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         check_request(self.spec, request)
-        scales = {n: self.spec.scale(n, part.rank) for n, part in request.start.items() if not isinstance(part, Full)}
+        scales = {n: self.spec.scale(n, part.rank) for n, part in request.start.items() if not isinstance(part, Dense)}
         start = {name: _times(part, 1 / scales[name]) if name in scales else part for name, part in request.start.items()}
         parts = {name: _leaves(part, request.train) for name, part in start.items()}
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
@@ -123,13 +123,13 @@ class ToyTrainer:
             parts[name][key] = slope
         return {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         """Points around one of three centres, the label; `skew` times the client's own shift away from it."""
         labels = torch.arange(who.examples) % self.spec.classes
         centres = _drawn((self.spec.classes, self.spec.features), self.seed, "centres")
         noise = _drawn((who.examples, self.spec.features), self.seed, "noise")
         shift = _drawn((self.spec.classes, self.spec.features), self.seed, "shift", who.id)
-        return Seen((centres + self.skew * shift)[labels] + 0.1 * noise, labels, self.spec.classes)
+        return LabelledFeatures((centres + self.skew * shift)[labels] + 0.1 * noise, labels, self.spec.classes)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Minus the distance as `accuracy`, so that higher is better."""
@@ -158,7 +158,7 @@ class Recorder:
         """The toy's."""
         return self.inner.together
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """The toy's answers, remembered."""
         answers = self.inner.fit(asked, rnd)
         for one, (trained, _) in zip(asked, answers, strict=True):
@@ -170,7 +170,7 @@ class Recorder:
         """The toy's."""
         return self.inner.gradient(who, request)
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         """The toy's."""
         return self.inner.features(who)
 
@@ -247,9 +247,9 @@ def toy_plan(
     return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, judge=trainer.judge)
 
 
-def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> Simulation:
+def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> SimulationBackend:
     """All clients in one process, their states in memory."""
-    return Simulation(method, trainer.spec, clients, MemoryStates(), trainer, seed=0)
+    return SimulationBackend(method, trainer.spec, clients, MemoryStates(), trainer, seed=0)
 
 
 def sum_of(terms: Sequence[Tensor]) -> Tensor:
@@ -268,7 +268,7 @@ def _matrix(part: Factors) -> Tensor:
         shares = part.shares(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
         pair = part.side_by_side()
         return pair.b @ (shares.to(part.a.dtype).mT * pair.a)
-    return part.w if isinstance(part, Full) else part.product()
+    return part.w if isinstance(part, Dense) else part.product()
 
 
 @cache
@@ -283,7 +283,7 @@ def _leaves(part: Factors, train: frozenset[str]) -> dict[str, Tensor]:
 
 def _times(part: Factors, scale: float) -> Factors:
     """The part with b so many times as large."""
-    return part if isinstance(part, Full) else replace(part, b=scale * part.b)
+    return part if isinstance(part, Dense) else replace(part, b=scale * part.b)
 
 
 def _restore(after: Adapter, request: Fit) -> Adapter:

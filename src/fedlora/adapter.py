@@ -8,22 +8,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.randomness import generator
 
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Full:
+class Dense:
     """A parameter that is trained as it is, any shape: a weight or a bias of the task head."""
 
     w: Tensor
 
 
-Factors = LowRank | Tri | Heads | Experts | Full
+Factors = LowRank | ThreeFactor | Heads | Experts | Dense
 Adapter = Mapping[str, Factors]
-Kind = TypeVar("Kind", LowRank, Tri, Heads, Experts, Full)
+Kind = TypeVar("Kind", LowRank, ThreeFactor, Heads, Experts, Dense)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedlora.printable import printable
 from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
-    from fedlora.rounds.watch import Watcher
+    from fedlora.rounds.watch import Progress
     from fedlora.runs import Result
 
 app = typer.Typer(
@@ -182,10 +182,10 @@ def check(file: File, overrides: Overrides = None) -> None:
     from fedlora import experiment as experiments
     from fedlora import listings
     from fedlora.config import read
-    from fedlora.problem import Problem
+    from fedlora.problem import FederatedData
 
     experiment = read(file, overrides or ())
-    problem = Problem.make(experiment)
+    problem = FederatedData.make(experiment)
     experiments.check(experiment, problem)
     console = Console()
     console.width = max(console.width, listings.CLIENTS_WIDTH)
@@ -251,7 +251,7 @@ def _resume(path: Path, overrides: list[str] | None) -> None:
     _follow(path, read_folder(path).rounds, lambda watch: resume(path, watch))
 
 
-def _follow(path: Path, rounds: int, go: Callable[["Watcher"], "Result"], command: str = "run") -> None:
+def _follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: str = "run") -> None:
     """Shows a run while it goes on and its table at the end; when it stops, says how to take it up again."""
     from fedlora import terminal
 
@@ -311,7 +311,7 @@ def _serve(
     out: Path | None,
     resume: Path | None,
     ready: Callable[[Path], None],
-    go: Callable[[Path, "Watcher"], "Result"],
+    go: Callable[[Path, "Progress"], "Result"],
     again: str,
 ) -> None:
     """A new run or one that goes on, shown while it does; `again` is the command that takes it up."""

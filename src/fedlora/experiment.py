@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 
-from fedlora.adapter import Adapter, Full, Scaling, lora_init
+from fedlora.adapter import Adapter, Dense, Scaling, lora_init
 from fedlora.card import model_card
 from fedlora.config import Experiment
 from fedlora.errors import RunStopped, UserError
@@ -23,20 +23,20 @@ from fedlora.manifest import Manifest
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
 from fedlora.rounds.durable import replacing
-from fedlora.rounds.loop import Exchange, Plan, Progress, play
-from fedlora.rounds.simulate import Simulation
-from fedlora.rounds.watch import Silent, Watcher
+from fedlora.rounds.loop import Backend, Plan, RunState, play
+from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.watch import NullProgress, Progress
 from fedlora.runs import Result, extend, keep_rounds, new_folder, read_folder, record, settled
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
-from fedlora.train.devices import Helper, ManyDevices
+from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
 from fedlora.train.fingerprint import fingerprint
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.loading import locate, quiet
 from fedlora.train.local import LocalTrainer
 from fedlora.train.targets import check_ranks, find_targets, head_modules, norm_modules
@@ -44,7 +44,7 @@ from fedlora.train.tasks import Classification, Encoded, Task
 from fedlora.train.tokenizers import check_known, check_lengths, positions
 
 
-def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Watcher | None = None) -> Result:
+def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Progress | None = None) -> Result:
     """Runs an experiment from its first round to its exported adapters; `out` is a new folder, by default in `runs/`.
 
     Raises:
@@ -54,12 +54,12 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
     experiment = settled(experiment or Experiment())
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
     try:
-        return _run(experiment, folder, watch or Silent())
+        return _run(experiment, folder, watch or NullProgress())
     finally:
         folder.release()
 
 
-def resume(path: str | Path, watch: Watcher | None = None, overrides: Iterable[str] = ()) -> Result:
+def resume(path: str | Path, watch: Progress | None = None, overrides: Iterable[str] = ()) -> Result:
     """Takes a run up after its last complete round; the result is the same as if it had never stopped.
 
     `overrides` may raise the number of rounds, as `["rounds=20"]`, and change nothing else.
@@ -72,7 +72,7 @@ def resume(path: str | Path, watch: Watcher | None = None, overrides: Iterable[s
     if overrides:
         extend(Path(path), overrides)
     with _opened(Path(path)) as (folder, experiment):
-        return _run(experiment, folder, watch or Silent())
+        return _run(experiment, folder, watch or NullProgress())
 
 
 def export(
@@ -98,7 +98,7 @@ def export(
         if experiment.method.row.personal and (folder.path / DEPLOY).exists():
             raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         manifest.require_model(experiment.model, fingerprint(experiment.model))
-        bench = Bench.make(experiment, Problem.without_examples(manifest.data.labels, manifest.data.members()))
+        bench = Session.make(experiment, FederatedData.without_examples(manifest.data.labels, manifest.data.members()))
         manifest.require_modules(bench.places)
         adapters = bench.adapters(progress, folder, done)
         if client is not None:
@@ -115,8 +115,8 @@ def export(
         return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
-def check(experiment: Experiment, problem: Problem) -> None:
-    """Refuses what `Bench.make` would refuse, without reading the model's weights.
+def check(experiment: Experiment, problem: FederatedData) -> None:
+    """Refuses what `Session.make` would refuse, without reading the model's weights.
 
     Raises:
         UserError: the model, its tokenizer, the targets, the ranks or the device cannot be used.
@@ -130,7 +130,7 @@ def check(experiment: Experiment, problem: Problem) -> None:
     encoded(task, model, tokenizer, problem, experiment.train.max_length)
 
 
-def encoded(task: Task, model: Any, tokenizer: Any, problem: Problem, max_length: int) -> tuple[Encoded, Encoded]:
+def encoded(task: Task, model: Any, tokenizer: Any, problem: FederatedData, max_length: int) -> tuple[Encoded, Encoded]:
     """The training and the test examples as tokens that the model can read.
 
     Raises:
@@ -144,20 +144,20 @@ def encoded(task: Task, model: Any, tokenizer: Any, problem: Problem, max_length
 
 
 @dataclass(frozen=True)
-class Bench:
+class Session:
     """Everything a run needs in memory, on a server or on a client."""
 
     experiment: Experiment
-    problem: Problem
-    adapted: Adapted
-    trainer: LocalTrainer | ManyDevices
+    problem: FederatedData
+    adapted: AdaptedModel
+    trainer: LocalTrainer | MultiDeviceTrainer
     method: AnyMethod
     tokenizer: Any
     notes: Sequence[str] = ()
     """What the user should know before the first round."""
 
     @classmethod
-    def make(cls, experiment: Experiment, problem: Problem) -> "Bench":
+    def make(cls, experiment: Experiment, problem: FederatedData) -> "Session":
         """Loads the model and tokenizes the examples. The bench's experiment says which order of batches `auto` stands for.
 
         Raises:
@@ -170,7 +170,7 @@ class Bench:
         model.to(device)
         head = head_modules(model, checkpoint.new)
         examples, test = encoded(task, model, tokenizer, problem, settings.max_length)
-        adapted = Adapted(
+        adapted = AdaptedModel(
             model,
             Scaling(experiment.lora.alpha, experiment.lora.rslora),
             experiment.lora.targets,
@@ -212,7 +212,7 @@ class Bench:
         """The names of the modules that carry adapters, and of the parameters that are trained as a whole."""
         return sorted([*self.adapted.spec.modules, *self.adapted.spec.head])
 
-    def on_all_devices(self) -> "Bench":
+    def on_all_devices(self) -> "Session":
         """The same, with a process for each device that `train.devices` asks for but the first.
 
         Raises:
@@ -227,10 +227,10 @@ class Bench:
         else:
             names, threads = ["cpu"] * (count - 1), max(1, torch.get_num_threads() // count)
         torch.set_num_threads(threads)
-        helpers = [Helper(name, _trainer, self.experiment, self.problem, name, threads) for name in names]
-        return replace(self, trainer=ManyDevices(self.trainer, helpers))
+        helpers = [TrainerProcess(name, _trainer, self.experiment, self.problem, name, threads) for name in names]
+        return replace(self, trainer=MultiDeviceTrainer(self.trainer, helpers))
 
-    def adapters(self, progress: Progress, folder: RunFolder, done: int) -> dict[str, Adapter]:
+    def adapters(self, progress: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
         """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
 
         They stand for all that changed since the model was loaded: folds are a part of them.
@@ -241,9 +241,11 @@ class Bench:
         folds = [folder.fold(index) for index in progress.folds.rounds]
         return {name: with_folds(view, folds) for name, view in views.items()} if folds else views
 
-    def simulation(self, folder: RunFolder) -> Simulation:
+    def simulation(self, folder: RunFolder) -> SimulationBackend:
         """The exchange with the clients' states in the run's folder."""
-        return Simulation(self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed)
+        return SimulationBackend(
+            self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed
+        )
 
     def write(
         self,
@@ -279,10 +281,10 @@ class Bench:
         return folders
 
 
-def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
-    problem = Problem.make(experiment)
+def _run(experiment: Experiment, folder: RunFolder, watch: Progress) -> Result:
+    problem = FederatedData.make(experiment)
     require_same(folder, experiment, problem)
-    bench = Bench.make(experiment, problem).on_all_devices()
+    bench = Session.make(experiment, problem).on_all_devices()
     progress = rounds(bench, folder, watch, bench.simulation(folder))
     adapters = bench.adapters(progress, folder, experiment.rounds)
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
@@ -291,7 +293,7 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     return Result(folder.path, folder.rows(), finish(bench, able, folder), left_out)
 
 
-def finish(bench: Bench, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
+def finish(bench: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
     """Writes the adapters at the end of a run, in place of those of an earlier end; returns their folders.
 
     Raises:
@@ -311,7 +313,7 @@ def finish(bench: Bench, adapters: Mapping[str, Adapter], folder: RunFolder) -> 
     return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
-def require_same(folder: RunFolder, experiment: Experiment, problem: Problem) -> None:
+def require_same(folder: RunFolder, experiment: Experiment, problem: FederatedData) -> None:
     """Nothing, if the run is new, or data and model are those that it began with.
 
     Raises:
@@ -322,7 +324,7 @@ def require_same(folder: RunFolder, experiment: Experiment, problem: Problem) ->
         manifest.require_model(experiment.model, fingerprint(experiment.model))
 
 
-def begin(bench: Bench, folder: RunFolder) -> Manifest:
+def begin(bench: Session, folder: RunFolder) -> Manifest:
     """What the run depends on: written down where it is new, together with the state before the first round.
 
     Raises:
@@ -348,11 +350,11 @@ def begin(bench: Bench, folder: RunFolder) -> Manifest:
         modules=bench.places,
         environment=environment,
     )
-    folder.begin(manifest.model_dump(), Progress(bench.method.init_server(bench.adapted.spec, experiment.seed)))
+    folder.begin(manifest.model_dump(), RunState(bench.method.init_server(bench.adapted.spec, experiment.seed)))
     return manifest
 
 
-def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) -> Progress:
+def rounds(bench: Session, folder: RunFolder, watch: Progress, exchange: Backend) -> RunState:
     """Runs the rounds that the folder lacks with the clients of the exchange; what the server knows after the last.
 
     Raises:
@@ -363,7 +365,7 @@ def rounds(bench: Bench, folder: RunFolder, watch: Watcher, exchange: Exchange) 
     for note in bench.notes:
         watch.notify(note)
     begin(bench, folder)
-    progress: Progress
+    progress: RunState
     done, progress = folder.restore()
     method, spec = bench.method, bench.adapted.spec
     plan = Plan(
@@ -399,16 +401,16 @@ def with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter
     """The adapter and the folds as one adapter, of the numerical rank of their sum."""
     return {
         name: part
-        if isinstance(part, Full) or not any(name in fold for fold in folds)
+        if isinstance(part, Dense) or not any(name in fold for fold in folds)
         else recompress(stack([(1.0, one) for one in (fixed(part).pair(), *(f[name] for f in folds if name in f))]))
         for name, part in view.items()
     }
 
 
-def _trainer(experiment: Experiment, problem: Problem, device: str, threads: int) -> LocalTrainer:
+def _trainer(experiment: Experiment, problem: FederatedData, device: str, threads: int) -> LocalTrainer:
     torch.set_num_threads(threads)
     train = experiment.train.model_copy(update={"device": device})
-    trainer = Bench.make(experiment.model_copy(update={"train": train}), problem).trainer
+    trainer = Session.make(experiment.model_copy(update={"train": train}), problem).trainer
     assert isinstance(trainer, LocalTrainer)
     return trainer
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedlora.adapter import Adapter, Factors, Full
+from fedlora.adapter import Adapter, Dense, Factors
 from fedlora.config import Lora
 from fedlora.linalg.lowrank import Experts, Product
-from fedlora.train.inject import Adapted, add_to_base
+from fedlora.train.inject import AdaptedModel, add_to_base
 
 
 def unfit(adapter: Adapter) -> str | None:
@@ -25,12 +25,12 @@ def unfit(adapter: Adapter) -> str | None:
 
 def fixed(part: Factors) -> Product:
     """The same part, known to add one matrix whatever the input; see `unfit`."""
-    assert not isinstance(part, Full | Experts)
+    assert not isinstance(part, Dense | Experts)
     return part
 
 
 def to_peft(
-    adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: Adapted, labels: Sequence[str], tokenizer: Any
+    adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
 ) -> None:
     """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
 
@@ -39,9 +39,9 @@ def to_peft(
     """
     from peft import LoraConfig  # takes a second to import
 
-    factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Full)}
+    factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Dense)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
-    tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Full)}
+    tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Dense)}
     for name, part in factors.items():
         tensors[f"{name}.lora_A.weight"] = part.a
         tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
@@ -81,7 +81,7 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype:
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in adapter.items():
-            if isinstance(part, Full):
+            if isinstance(part, Dense):
                 parameters[name].copy_(part.w)
             else:
                 add_to_base(model.get_submodule(name), fixed(part).product().float())

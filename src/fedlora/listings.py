@@ -12,7 +12,7 @@ from fedlora import pages
 from fedlora.data.partition import label_table
 from fedlora.methods import Row
 from fedlora.printable import printable
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
@@ -44,7 +44,7 @@ def method(row: Row) -> Markdown:
     return Markdown(pages.page(row))
 
 
-def clients(problem: Problem) -> Group:
+def clients(problem: FederatedData) -> Group:
     """Each client's rank, sizes and labels: the count of every label if they are few, else of the most frequent."""
     labels, division = problem.corpus.labels, problem.division
     counts = label_table(problem.corpus.train, division, len(labels))

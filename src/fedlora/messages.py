@@ -178,11 +178,11 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Features:
-    """A request for the client's own training examples as the base model sees them without any adapter: `Seen`."""
+    """A request for the client's own training examples as the base model sees them without any adapter: `LabelledFeatures`."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class LabelledFeatures:
     """A client's training examples: what the last layer makes of each, its label's number, and how many labels exist."""
 
     features: Float[Tensor, "examples width"]
@@ -191,7 +191,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Asked:
+class FitRequest:
     """One client's request for training; `step` counts its requests in this round."""
 
     request: Fit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Features, Fit, Gradient, Merged, Replies, Round, Seen
+from fedlora.messages import ClientInfo, Features, Fit, Gradient, LabelledFeatures, Merged, Replies, Round
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -49,7 +49,7 @@ class Method(Protocol[S, C]):
 
 
 @runtime_checkable
-class Chooses(Protocol):
+class SelectiveUpload(Protocol):
     """What a method has besides if its clients choose which values they upload: nobody else can know how many those are."""
 
     def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
@@ -88,7 +88,7 @@ def gradient(start: Adapter, train: Iterable[str]) -> Local[Adapter]:
     return slope
 
 
-def features() -> Local[Seen]:
+def features() -> Local[LabelledFeatures]:
     """Asks for the client's own training examples as features of the base model: `seen = yield from features()`."""
-    seen: Seen = yield Features()
+    seen: LabelledFeatures = yield Features()
     return seen

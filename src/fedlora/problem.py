@@ -8,9 +8,9 @@ from functools import cached_property
 
 from fedlora.config import Data, Experiment
 from fedlora.data.fingerprint import fingerprint
-from fedlora.data.partition import Division, divide, share
+from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import Corpus, load, load_own
+from fedlora.data.sources import LabelledData, load, load_own
 from fedlora.errors import UserError
 from fedlora.manifest import Client, DataFingerprint, Examples
 from fedlora.messages import ClientInfo
@@ -19,11 +19,11 @@ from fedlora.rounds.sample import check_cohort
 
 
 @dataclass(frozen=True)
-class Problem:
+class FederatedData:
     """The examples divided among the clients."""
 
-    corpus: Corpus
-    division: Division
+    corpus: LabelledData
+    division: Partition
     members: Sequence[ClientInfo]
 
     @cached_property
@@ -40,7 +40,7 @@ class Problem:
         )
 
     @classmethod
-    def make(cls, experiment: Experiment) -> "Problem":
+    def make(cls, experiment: Experiment) -> "FederatedData":
         """Reads and divides the data; takes no model.
 
         Raises:
@@ -63,22 +63,22 @@ class Problem:
         return cls(corpus, division, members)
 
     @classmethod
-    def of_server(cls, experiment: Experiment) -> "Problem":
+    def of_server(cls, experiment: Experiment) -> "FederatedData":
         """Only the global test set and the names of the labels: the clients have their examples elsewhere.
 
         Raises:
             UserError: the data cannot be read.
         """
         corpus = load(experiment.data, experiment.seed)
-        return cls(replace(corpus, train=corpus.train.select([])), Division((), 0, 0), [])
+        return cls(replace(corpus, train=corpus.train.select([])), Partition((), 0, 0), [])
 
     @classmethod
-    def without_examples(cls, labels: Sequence[str], members: Sequence[ClientInfo]) -> "Problem":
+    def without_examples(cls, labels: Sequence[str], members: Sequence[ClientInfo]) -> "FederatedData":
         """Only the names of the labels and the clients: enough for an export."""
-        return cls(load(Data(source="none", labels=list(labels)), 0), Division((), 0, 0), members)
+        return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), members)
 
     @classmethod
-    def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "Problem":
+    def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
         """One client's own file; no global test set.
 
         Raises:
@@ -86,5 +86,5 @@ class Problem:
         """
         examples = load_own(experiment.data, file, labels, experiment.seed)
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
-        corpus = Corpus(examples, examples.select([]), tuple(labels))
-        return cls(corpus, Division((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
+        corpus = LabelledData(examples, examples.select([]), tuple(labels))
+        return cls(corpus, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])

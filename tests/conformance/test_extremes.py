@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.config import Evaluate, Sampling
 from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.rounds.codec import encode_state, outline
-from fedlora.rounds.loop import Plan, Progress, one_round
+from fedlora.rounds.loop import Plan, RunState, one_round
 
 from test_laws import CASES, PERIOD, SPEC, Sent, people, play
 from toy import MemoryStates, Quiet, toy_method
@@ -91,7 +91,7 @@ def after(name: str, index: int, bend: Callable[[Tensor], Tensor], without: str 
     if not any(x.is_floating_point() for reply in replies for x in reply.upload.values()):
         pytest.skip("nothing is uploaded")
     plan, folds = Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2), MemoryStates()
-    progress, row = one_round(plan, Answers(replies, bend), folds, Progress(server), index, Quiet())
+    progress, row = one_round(plan, Answers(replies, bend), folds, RunState(server), index, Quiet())
     sent = [method.send(progress.server, reply.client, Round(index + 1, 0)) for reply in replies]
     return progress.server, row, [*map(dict, sent), *folds.folds.values()]
 

@@ -13,13 +13,13 @@ import torch
 
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
-from fedlora.messages import Asked, ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, FitRequest, Merged, Replies, Reply, Round
 from fedlora.methods import TABLE, Row
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.gate import Failed
-from fedlora.rounds.loop import Progress, one_round
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
 
@@ -303,7 +303,7 @@ Sent = Mapping[ClientInfo, Tensors]
 class Counting:
     """An exchange that counts what travels: floats, and the bytes of all else."""
 
-    inner: Simulation
+    inner: SimulationBackend
     floats_up: dict[int, set[int]] = field(default_factory=dict)
     floats_down: dict[int, set[int]] = field(default_factory=dict)
     bytes_up: dict[int, set[int]] = field(default_factory=dict)
@@ -323,8 +323,8 @@ class Counting:
 
     def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply | Failed]:
         down = {who: [*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()}
-        judged = self.folds_judged
-        self.floats_down[rnd.index] = {floats_in(x) + judged.get((rnd.index, who), 0) for who, x in down.items()}
+        evaluated = self.folds_judged
+        self.floats_down[rnd.index] = {floats_in(x) + evaluated.get((rnd.index, who), 0) for who, x in down.items()}
         self.bytes_down[rnd.index] = {other_bytes_in(x) for x in down.values()}
         for reply in self.inner.turn(rnd, sent, missed):
             if isinstance(reply, Failed):
@@ -365,7 +365,7 @@ class Poisoned(Counting):
 class Witness(Recorder):
     """Counts what acted beside the trained factors to the weights."""
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         answers = super().fit(asked, rnd)
         for one in asked:
             beside = {name: part.product() for name, part in (one.request.beside or {}).items()}
@@ -378,7 +378,7 @@ class Witness(Recorder):
 class Game:
     """What is left after some rounds."""
 
-    progress: Progress
+    progress: RunState
     rows: Sequence[Mapping[str, Any]]
     views: Mapping[str, Adapter]
     weights: Mapping[str, Mapping[str, torch.Tensor]]
@@ -393,7 +393,7 @@ def play(
     *,
     rounds: int = ROUNDS,
     start: int = 0,
-    progress: Progress | None = None,
+    progress: RunState | None = None,
     states: MemoryStates | None = None,
     trainer: Recorder | None = None,
     exchange: type[Counting] = Counting,
@@ -403,9 +403,9 @@ def play(
     clients = clients or toy_clients()
     trainer, states = trainer or Witness(toy()), states or MemoryStates()
     method = toy_method(row)
-    simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
+    simulation = SimulationBackend(method, trainer.spec, clients, states, trainer, seed=0)
     through, plan = exchange(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
-    progress = progress or Progress(method.init_server(trainer.spec, 0))
+    progress = progress or RunState(method.init_server(trainer.spec, 0))
     for index in progress.folds.rounds:
         simulation.fold(states.fold(index))
     rows = []

@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from fedlora.adapter import Adapter, AdapterSpec, Full, pack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
 from fedlora.config import Lora, Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_folds
 from fedlora.export import to_merged, to_peft, unfit
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
-from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.methods import Row
-from fedlora.rounds.loop import Progress, one_round
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.simulate import SimulationBackend
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
 from fedlora.train.targets import head_modules, norm_modules
 from fedlora.train.tasks import Classification, Encoded
@@ -73,7 +73,7 @@ class Witness:
     def together(self) -> int:
         return self.inner.together
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """Each client has one batch, and so the loss of an only epoch is that of the start."""
         expected = [self._loss(self.inner.rows[one.who.id], one.request.start, one.request.beside) for one in asked]
         answers = self.inner.fit(asked, rnd)
@@ -91,7 +91,7 @@ class Witness:
         self.checked += [Checked(f"{who}: gradient of {key}", packed[key], slope) for key, slope in slopes.items()]
         return found
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         seen, (inputs, targets) = self.inner.features(who), self._batch(self.inner.rows[who.id])
         self.checked.append(Checked(f"{who}: features", seen.features, self.plain.features(inputs).float()))
         self.checked.append(Checked(f"{who}: labels", seen.labels, targets))
@@ -180,14 +180,14 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     """Some rounds with clients of these ranks in turn, in fp64; one module has a rank of its own."""
     model, head = copy.deepcopy(loaded.model), loaded.head
     head += norm_modules(model, head) if row.norms else ()
-    adapted = Adapted(model, Scaling(ALPHA), TARGETS, rank_pattern={"output.dense": 2}, head=head)
+    adapted = AdaptedModel(model, Scaling(ALPHA), TARGETS, rank_pattern={"output.dense": 2}, head=head)
     adapted.spec = replace(adapted.spec, dtype=torch.float64)
     try_packing(adapted, TASK, loaded.tokenizer, 64)
     clients = [ClientInfo(str(i), ranks[i % len(ranks)], size) for i, size in enumerate(SIZES)]
     trainer = Witness(trainer_of(adapted, loaded.examples, clients), PlainModel(loaded.model))
     method, states = toy_method(row, **{key: x for key, x in ASKING.items() if key in row.settings()}), MemoryStates()
-    simulation = Simulation(method, trainer.spec, clients, states, trainer, seed=0)
-    plan, progress = toy_plan(method, trainer, rounds=ROUNDS), Progress(method.init_server(trainer.spec, 0))
+    simulation = SimulationBackend(method, trainer.spec, clients, states, trainer, seed=0)
+    plan, progress = toy_plan(method, trainer, rounds=ROUNDS), RunState(method.init_server(trainer.spec, 0))
     for index in range(ROUNDS):
         progress, _ = one_round(plan, simulation, states, progress, index, Quiet())
     rnd = Round(ROUNDS, 0)
@@ -195,12 +195,12 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     return Game(trainer, views, states, loaded)
 
 
-def trainer_of(adapted: Adapted, examples: Encoded, clients: Sequence[ClientInfo]) -> LocalTrainer:
+def trainer_of(adapted: AdaptedModel, examples: Encoded, clients: Sequence[ClientInfo]) -> LocalTrainer:
     """Two clients in a step; each has three examples held out, and the rest are the test set."""
     rows = dict(zip([who.id for who in clients], torch.arange(sum(SIZES)).split(SIZES), strict=True))
     rest = torch.arange(sum(SIZES), len(examples)).split(3)
     held_out = {who.id: rest[i] for i, who in enumerate(clients)}
-    return LocalTrainer(adapted, TASK, examples, rows, held_out, examples, SETTINGS, judge_batch=16, together=2)
+    return LocalTrainer(adapted, TASK, examples, rows, held_out, examples, SETTINGS, eval_batch_size=16, together=2)
 
 
 @every_row
@@ -232,7 +232,7 @@ def test_a_view_gives_the_logits_of_its_products_added_to_the_weights(row, ranks
     for client, view in game.views.items():
         found, inputs = logits_of(game, view)
         assert_close(found, game.trainer.plain.logits(inputs, view).detach(), rtol=1e-6, atol=1e-6)
-        head = {name: part for name, part in view.items() if isinstance(part, Full)}
+        head = {name: part for name, part in view.items() if isinstance(part, Dense)}
         assert (found - bare.logits(inputs, head)).abs().max() > 1e-3, f"the adapter of client {client} does nothing"
 
 
@@ -282,7 +282,7 @@ def test_the_rows_together_ask_for_all_that_can_be_asked(games):
         assert any(getattr(request, name) is not None for request in fits), name
     assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
     kinds = {type(part) for request in fits for part in request.start.values()}
-    assert kinds == {LowRank, Tri, Heads, Experts, Full}
+    assert kinds == {LowRank, ThreeFactor, Heads, Experts, Dense}
     assert {factor for request in fits for factor in request.train} == set("abcgsw")
     assert any(game.trainer.gradients for game in played) and any(game.states.folds for game in played)
     assert any(one.what.endswith("features") for game in played for one in game.trainer.checked)

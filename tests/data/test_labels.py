@@ -129,16 +129,16 @@ def test_codes_with_leading_zeros_are_never_indices(tmp_path):
     [(["no", "yes"], ["maybe", "no"], ("maybe", "no", "yes")), ([2, 0], [1.0, 0.0], ("0", "1", "2"))],
 )
 def test_a_label_that_only_the_test_set_has_is_a_label_of_the_run(tmp_path, train, test, labels):
-    source, judged = write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)
-    corpus = load(Data(source=source, test=judged), 0)
+    source, evaluated = write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)
+    corpus = load(Data(source=source, test=evaluated), 0)
     assert corpus.labels == labels
     assert [corpus.labels[index] for index in corpus.test["label"]] == [str(label).removesuffix(".0") for label in test]
 
 
 def test_a_label_that_only_labels_json_names_is_a_label_of_the_run(tmp_path):
     (tmp_path / "labels.json").write_text('["a", "b", "c"]')
-    source, judged = write(tmp_path / "train.csv", [2, 0]), write(tmp_path / "test.csv", [1, 0])
-    corpus = load(Data(source=source, test=judged), 0)
+    source, evaluated = write(tmp_path / "train.csv", [2, 0]), write(tmp_path / "test.csv", [1, 0])
+    corpus = load(Data(source=source, test=evaluated), 0)
     assert corpus.labels == ("a", "b", "c") and corpus.test["label"][:] == [1, 0]
 
 

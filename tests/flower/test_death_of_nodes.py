@@ -15,7 +15,7 @@ from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 from lives import rows_in, table, until
 from wired import furnish
@@ -41,7 +41,7 @@ def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_th
 
         def follow_it():
             with pytest.raises(RunStopped, match="the SuperLink ended"):
-                link.run(path, Silent(), print)
+                link.run(path, NullProgress(), print)
 
         follow = Thread(target=follow_it)
         follow.start()

@@ -23,7 +23,7 @@ from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 from tiny import tiny_bert, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
@@ -109,7 +109,7 @@ def test_over_flower_a_run_on_real_data_with_a_real_model_is_bit_for_bit_the_sim
     link, nodes = federation
     trust(nodes, build(table))
     deploy.prepare(build(table), tmp_path / "served")
-    link.run(tmp_path / "served", Silent(), print)
+    link.run(tmp_path / "served", NullProgress(), print)
     assert_same_runs(run(build(table), tmp_path / "simulated").folder, tmp_path / "served")
 
 
@@ -124,7 +124,7 @@ def test_four_clients_upload_64_mb_each_and_the_log_says_what_was_carried(federa
     path, logs = tmp_path / "run", [nodes / client / "worker.log" for client in CLIENTS]
     before = [log.read_text() if log.exists() else "" for log in logs]
     deploy.prepare(what, path)
-    link.run(path, Silent(), print)
+    link.run(path, NullProgress(), print)
     row = rows_of(path)[0]
     assert row["accepted"] == list(CLIENTS) and row["bytes_up"] >= 4 * 64 * MB
     said = [SAID.findall(log.read_text().removeprefix(old)) for log, old in zip(logs, before, strict=True)]

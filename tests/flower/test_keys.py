@@ -20,7 +20,7 @@ from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import Process, free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 from tiny import tiny_bert, tiny_rows
 from wired import problem, rows_of
@@ -92,7 +92,7 @@ def test_only_nodes_whose_keys_the_server_has_get_in_and_the_others_owners_are_t
         assert said(elsewhere, "its certificate is not accepted: unable to get local issuer certificate")
         assert said(late, "this machine's clock is 360")  # the server tells whole seconds, and is asked a little later
         assert re.search(r"clock is 360[0-9] s ahead of the server's", late.log.read_text())
-        server.run(path, Silent(), print)
+        server.run(path, NullProgress(), print)
         assert rows_of(path)[0]["accepted"] == ["000"]
         assert said(borrower, "rejected: its key 'other' was not made for client '000'")
         assert said(early, "round 1 of 1: training") and said(early, "finished")

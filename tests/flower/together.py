@@ -13,7 +13,7 @@ from fedlora import experiment
 from fedlora.rounds.flower.lifetime import end_with
 from fedlora.rounds.flower.post import GridPost
 from fedlora.rounds.flower.server import serve
-from fedlora.rounds.flower.wire import Bundle, seal, unseal
+from fedlora.rounds.flower.wire import Batch, seal, unseal
 
 app = ServerApp()
 
@@ -65,7 +65,7 @@ class Together:
             mine = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
             if not mine:
                 continue
-            bundle = seal(Bundle(), [letter for _, letter in mine])
+            bundle = seal(Batch(), [letter for _, letter in mine])
             seconds = max(seconds for _, _, seconds in self._waiting)
             for ticket in self._post.send({node: bundle}, seconds):
                 self._sent[ticket] = (node, [i for i, _ in mine])
@@ -90,13 +90,13 @@ def main(grid: Grid, context: Context) -> None:
     post = GridPost(grid)
     while len(post.nodes()) < 4:
         threading.Event().wait(0.5)
-    one_at_a_time, make = threading.Lock(), experiment.Bench.make
+    one_at_a_time, make = threading.Lock(), experiment.Session.make
 
     def made(*arguments):  # loading a model draws from the one global generator
         with one_at_a_time:
             return make(*arguments)
 
-    experiment.Bench.make = made
+    experiment.Session.make = made
     together = Together(post, len(folders))
 
     def played(path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri, block_diagonal
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor, block_diagonal
 
 BATCHES = [(), (4,), (2, 3)]
 
@@ -15,7 +15,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_middle_factor_stands_between_the_outer_ones(batch):
-    part = Tri(b=drawn(*batch, 12, 3), c=drawn(*batch, 3, 3), a=drawn(*batch, 3, 7))
+    part = ThreeFactor(b=drawn(*batch, 12, 3), c=drawn(*batch, 3, 3), a=drawn(*batch, 3, 7))
     assert part.rank == 3
     assert_close(part.product(), torch.einsum("...or,...rs,...si->...oi", part.b, part.c, part.a))
     assert_close(part.pair().product(), part.product())

@@ -12,8 +12,8 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.averaging import FactorAveraging
-from fedlora.rounds.client import Begun, turns
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
@@ -34,7 +34,7 @@ def gather(
 ) -> list[Reply]:
     trainer = ToyTrainer()
     rnd = Round(index, 0)
-    simulation = Simulation(m, trainer.spec, who, states, trainer, 0)
+    simulation = SimulationBackend(m, trainer.spec, who, states, trainer, 0)
     return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
 
 
@@ -47,7 +47,7 @@ def after(m: FactorAveraging, rounds: int) -> tuple[dict[str, Tensor], MemorySta
 
 def adapter(m: FactorAveraging, server: Any, states: MemoryStates, who: ClientInfo, index: int) -> dict[str, LowRank]:
     spec = ToyTrainer().spec
-    return Simulation(m, spec, CLIENTS, states, ToyTrainer(), 0).view(
+    return SimulationBackend(m, spec, CLIENTS, states, ToyTrainer(), 0).view(
         who, m.send(server, who, Round(index, 0)), Round(index, 0)
     )  # type: ignore[return-value]
 
@@ -57,7 +57,7 @@ def trained_products(m: FactorAveraging, server: Any, states: MemoryStates, inde
     trainer, rnd = Recorder(), Round(index, 0)
     for who in CLIENTS:
         mine = states.client_state(who, index) or m.init_client(trainer.spec, who, 0)
-        turns(m, trainer, [Begun(who, mine, m.send(server, who, rnd))], rnd)
+        turns(m, trainer, [ClientStart(who, mine, m.send(server, who, rnd))], rnd)
     views = [products(trainer.last[who.id]) for who in CLIENTS]
     return {name: [view[name] for view in views] for name in views[0]}
 

@@ -15,12 +15,12 @@ from fedlora.errors import UserError
 from fedlora.linalg.mixture import Mixtures
 from fedlora.linalg.subspace import frame
 from fedlora.linalg.transport import mixtures_apart
-from fedlora.messages import Asked, ClientInfo, Fit, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
 from fedlora.methods.ce_lora import CELoRA, Cores, median
 from fedlora.methods.wrap.head import HeadRule
-from fedlora.rounds.client import Begun, turns
-from fedlora.rounds.gate import Gate
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.gate import UploadValidator
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
@@ -48,12 +48,14 @@ def play(m: CELoRA, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[Cores
 
 def replies(m: CELoRA, server: Cores, index: int, states: MemoryStates, who: list[ClientInfo] = CLIENTS) -> list[Reply]:
     rnd = Round(index, 0)
-    simulation = Simulation(m, SPEC, who, states, ToyTrainer(), 0)
+    simulation = SimulationBackend(m, SPEC, who, states, ToyTrainer(), 0)
     return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
 
 
 def view(m: CELoRA, server: Cores, states: MemoryStates, who: ClientInfo, rounds: int) -> dict[str, Tensor]:
-    return products(Simulation(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(who, m.send(server, who, ROUND), ROUND))
+    return products(
+        SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(who, m.send(server, who, ROUND), ROUND)
+    )
 
 
 def known(*cores: Tensor, m: CELoRA = METHOD) -> Cores:
@@ -93,7 +95,7 @@ def told(trainer: Any = None, m: CELoRA = BOTH) -> tuple[Reply, Any]:
     """What a client uploads the first time, and what it was sent."""
     who, rnd = CLIENTS[0], Round(0, 0)
     got = m.send(m.init_server(SPEC, 0), who, rnd)
-    done = turns(m, trainer or Recorder(), [Begun(who, m.init_client(SPEC, who, 0), got)], rnd)[0]
+    done = turns(m, trainer or Recorder(), [ClientStart(who, m.init_client(SPEC, who, 0), got)], rnd)[0]
     return Reply(who, rnd, done.upload, float(who.examples)), got
 
 
@@ -227,7 +229,7 @@ def test_a_client_that_was_not_accepted_is_asked_again():
 
 def test_asking_for_features_is_no_training():
     class Listening(Recorder):
-        def fit(self, some: Sequence[Asked], rnd: Round) -> Any:
+        def fit(self, some: Sequence[FitRequest], rnd: Round) -> Any:
             steps.extend(one.step for one in some)
             return super().fit(some, rnd)
 
@@ -308,7 +310,7 @@ def test_distances_are_those_of_the_mixtures_in_whatever_order_clients_come():
 )
 def test_mixtures_that_are_none_are_refused(key, bend, reason):
     reply, got = told(m=HeadRule(BOTH, "local"))
-    gate = Gate(HeadRule(BOTH, "local"), SPEC, reply.round, {reply.client: got})
+    gate = UploadValidator(HeadRule(BOTH, "local"), SPEC, reply.round, {reply.client: got})
     bent = {**reply.upload, f"data/{key}": bend(reply.upload[f"data/{key}"])}
     assert reason in (gate.refusal(replace(reply, upload=bent)) or "")
     assert gate.refusal(reply) is None

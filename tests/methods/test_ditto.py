@@ -13,7 +13,7 @@ from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.ditto import Ditto, distance
 from fedlora.methods.scaled import Scaled, unscaled
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 from uploads import factors
@@ -25,7 +25,7 @@ def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Mer
     server, states, merged = m.init_server(SPEC, 0), MemoryStates(), []
     for index in range(rounds):
         rnd, some = Round(index, 0), who[-1:] if index % 2 else who  # the last one is always there
-        simulation = Simulation(m, SPEC, who, states, ToyTrainer(), 0)
+        simulation = SimulationBackend(m, SPEC, who, states, ToyTrainer(), 0)
         sent = {one: m.send(server, one, rnd) for one in some}
         merged.append(m.merge(server, Replies(simulation.turn(rnd, sent, {})), rnd))
         server = merged[-1].server

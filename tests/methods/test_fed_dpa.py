@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from fedlora.messages import Merged, Replies, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fed_dpa import FedDPA
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
@@ -21,7 +21,7 @@ def play(m: Any, rounds: int) -> tuple[Merged[Any], MemoryStates]:
     server, states = m.init_server(SPEC, 0), MemoryStates()
     for index in range(rounds):
         rnd, who = Round(index, 0), CLIENTS[index % 2 :]  # client 0 misses every other round
-        simulation = Simulation(m, SPEC, CLIENTS, states, ToyTrainer(), 0)
+        simulation = SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0)
         merged = m.merge(server, Replies(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {})), rnd)
         server = merged.server
     return merged, states

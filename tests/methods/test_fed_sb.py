@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, AdapterSpec, pack, unpack
-from fedlora.linalg.lowrank import LowRank, Tri
+from fedlora.linalg.lowrank import LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.fed_sb import FedSB, decomposed
-from fedlora.rounds.loop import Progress, one_round
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 from uploads import factors, off, truncated
@@ -47,7 +47,7 @@ class OneStep(ToyTrainer):
 def replies(m: FedSB, server: Any, index: int, trainer: Any, spec: AdapterSpec = SPEC) -> list[Reply]:
     rnd = Round(index, 0)
     sent = {who: m.send(server, who, rnd) for who in CLIENTS}
-    return list(Simulation(m, spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
+    return list(SimulationBackend(m, spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
 
 
 def after(m: FedSB, rounds: int, trainer: Any = None, spec: AdapterSpec = SPEC) -> Any:
@@ -69,7 +69,7 @@ def test_the_mean_c_gives_the_mean_of_the_products(init):
     got = replies(m, server, 2, ToyTrainer())
     mine = m.init_client(SPEC, CLIENTS[0], 0)
     merged = view(m, m.merge(server, Replies(got), Round(2, 0)).server)
-    sent = [(r.weight / TOTAL, products(unpack({**mine, **server, **r.upload}, Tri))) for r in got]
+    sent = [(r.weight / TOTAL, products(unpack({**mine, **server, **r.upload}, ThreeFactor))) for r in got]
     for name, product in products(merged).items():
         assert product.norm() > 1e-3
         assert_close(product, sum(weight * one[name] for weight, one in sent), rtol=1e-5, atol=1e-7)
@@ -177,7 +177,7 @@ def test_a_decomposition_is_the_same_matrix():
 def test_a_run_accepts_the_uploads_of_every_round_and_learns(init):
     m, trainer, rows = toy_method(TABLE["fed-sb"], rank=3, init=init), ToyTrainer(), []
     plan, simulation = toy_plan(m, trainer, rounds=6), toy_simulation(m, trainer, CLIENTS)
-    progress = Progress(m.init_server(SPEC, 0))
+    progress = RunState(m.init_server(SPEC, 0))
     for index in range(6):
         progress, row = one_round(plan, simulation, MemoryStates(), progress, index, Quiet())
         rows.append(row)

@@ -13,8 +13,8 @@ from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.fedlease import Allocation, FedLEASE
-from fedlora.rounds.gate import Gate
-from fedlora.rounds.loop import Progress, one_round
+from fedlora.rounds.gate import UploadValidator
+from fedlora.rounds.loop import RunState, one_round
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 
@@ -173,7 +173,7 @@ def test_the_gate_expects_of_each_client_what_its_phase_makes():
     server, late = warm(), ClientInfo("late", RANK, 50)
     rnd = Round(1, 0)
     sent = {who: METHOD.send(server, who, rnd) for who in (WHO[0], WHO[1], late)}
-    gate = Gate(METHOD, SPEC, rnd, sent)
+    gate = UploadValidator(METHOD, SPEC, rnd, sent)
     routed, own = moved(server.downloads[0], 0), pair(0, 0)
     assert "lacks" in str(gate.refusal(Reply(WHO[1], rnd, own, 1.0)))
     assert "unexpected" in str(gate.refusal(Reply(late, rnd, routed, 1.0)))
@@ -186,7 +186,7 @@ def test_with_one_expert_there_is_no_router_and_it_is_fedit(settings):
     found = []
     for name, own in (("fedlease", settings), ("fedit", {})):
         method, trainer, states = toy_method(replace(TABLE[name], head="averaged"), **own), ToyTrainer(), MemoryStates()
-        clients, progress = toy_clients(4), Progress(method.init_server(SPEC, 0))
+        clients, progress = toy_clients(4), RunState(method.init_server(SPEC, 0))
         simulation, plan = toy_simulation(method, trainer, clients), toy_plan(method, trainer)
         for index in range(3):
             progress, _ = one_round(plan, simulation, states, progress, index, Quiet())

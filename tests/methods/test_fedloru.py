@@ -11,8 +11,8 @@ from fedlora.linalg.combine import stack
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
-from fedlora.rounds.folds import Folds, catch_up, caught_up
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.folds import BaseUpdateLog, catch_up, caught_up
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
@@ -23,7 +23,7 @@ accumulations = pytest.mark.parametrize("accumulate", ["keep", "reinit"])
 def replies(m: Any, server: Any, index: int, trainer: ToyTrainer, states: MemoryStates, who=CLIENTS) -> list[Reply]:
     rnd = Round(index, 0)
     sent = {one: m.send(server, one, rnd) for one in who}
-    return list(Simulation(m, trainer.spec, who, states, trainer, 0).turn(rnd, sent, {}))
+    return list(SimulationBackend(m, trainer.spec, who, states, trainer, 0).turn(rnd, sent, {}))
 
 
 def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], ToyTrainer, MemoryStates]:
@@ -78,7 +78,7 @@ def test_the_base_changes_by_the_sum_of_what_was_accumulated_of_rank_r_each(accu
 
 def test_a_client_that_was_away_is_sent_every_accumulation_it_missed():
     merged, trainer, _ = play(FedLoRU(rank=2, every=1), 3)
-    folds = Folds((0, 1, 2), {"late": 1})
+    folds = BaseUpdateLog((0, 1, 2), {"late": 1})
     sent = caught_up(catch_up({i: merged[i].fold for i in folds.missed("late")}, SPEC), SPEC)
     name = "layer.2.q"
     got = sum(fold[name].product() for fold in sent.values())

@@ -11,7 +11,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedrot_lora import FedRotLoRA
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
@@ -74,7 +74,7 @@ def test_at_strength_zero_it_is_fedit():
     def play(m: Any) -> dict[str, torch.Tensor]:
         server = m.init_server(SPEC, 0)
         for index in range(3):
-            rnd, simulation = Round(index, 0), Simulation(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
+            rnd, simulation = Round(index, 0), SimulationBackend(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
             replies = simulation.turn(rnd, {who: m.send(server, who, rnd) for who in CLIENTS}, {})
             server = m.merge(server, Replies(replies), rnd).server
         return products(m.view(m.init_client(SPEC, CLIENTS[0], 0), m.send(server, CLIENTS[0], Round(3, 0)), CLIENTS[0]))

@@ -11,7 +11,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Merged, Replies, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedsvd import FedSVD, orthonormalised
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients
 
@@ -21,7 +21,7 @@ CLIENTS = toy_clients(3, 3)
 def play(m: Any, rounds: int) -> list[Merged[Any]]:
     server, merged = m.init_server(SPEC, 0), []
     for index in range(rounds):
-        rnd, simulation = Round(index, 0), Simulation(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
+        rnd, simulation = Round(index, 0), SimulationBackend(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
         replies = simulation.turn(rnd, {who: m.send(server, who, rnd) for who in CLIENTS}, {})
         merged.append(m.merge(server, Replies(replies), rnd))
         server = merged[-1].server

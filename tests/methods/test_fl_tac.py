@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Full, Scaling, lora_init, pack
+from fedlora.adapter import Dense, Scaling, lora_init, pack
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
@@ -16,7 +16,7 @@ from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fl_tac import FLTAC, Clusters
 from fedlora.methods.wrap.head import with_head
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients
 from uploads import factors as drawn
@@ -28,12 +28,12 @@ THREE = FLTAC(rank=RANK, tasks=3)
 FREE = FLTAC(rank=RANK)
 
 
-def adapter(task: str, who: int, drift: float) -> dict[str, LowRank | Full]:
+def adapter(task: str, who: int, drift: float) -> dict[str, LowRank | Dense]:
     """The task's own adapter and head, and what the client moved them by."""
     own = drawn(RANK, task, spec=SPEC), drawn(RANK, task, who, spec=SPEC, size=drift)
     rng = torch.Generator().manual_seed(100 * TASKS.index(task) + who)
     heads = {
-        name: Full(x * (1 + TASKS.index(task)) + drift * torch.randn(x.shape, generator=rng))
+        name: Dense(x * (1 + TASKS.index(task)) + drift * torch.randn(x.shape, generator=rng))
         for name, x in SPEC.head.items()
     }
     return {**plus(*own), **heads}
@@ -106,7 +106,7 @@ def test_one_task_is_fedit(rule):
         server, states = m.init_server(SPEC, 0), MemoryStates()
         for index in range(3):
             rnd = Round(index, 0)
-            turn = Simulation(m, SPEC, toy_clients(3, RANK), states, ToyTrainer(), 0)
+            turn = SimulationBackend(m, SPEC, toy_clients(3, RANK), states, ToyTrainer(), 0)
             sent = {who: m.send(server, who, rnd) for who in turn.clients()}
             server = m.merge(server, Replies(turn.turn(rnd, sent, {})), rnd).server
         who = toy_clients(3, RANK)[1]

@@ -13,17 +13,17 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
-from fedlora.methods.flasc import FLASC, Dense
-from fedlora.rounds.client import Begun, turns
+from fedlora.methods.flasc import FLASC, FlascState
+from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.gate import Gate
+from fedlora.rounds.gate import UploadValidator
 
 from toy import SPEC, Recorder, toy_clients
 from uploads import factors
 
 RANK, RND = 4, Round(0, 0)
 TOTAL = sum(RANK * (out + in_) for out, in_ in SPEC.modules.values())  # 132
-START = Dense(factors(RANK, "start", spec=SPEC, size=0.4))
+START = FlascState(factors(RANK, "start", spec=SPEC, size=0.4))
 PLAIN = FLASC(RANK, optimizer="sgd", server_lr=1.0)
 
 
@@ -39,11 +39,11 @@ def keep_largest(vector: Tensor, count: int) -> Tensor:
 
 def play(m: Any, server: Any, who: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
     trainer = Recorder()
-    done = turns(m, trainer, [Begun(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0]
+    done = turns(m, trainer, [ClientStart(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0]
     return Reply(who, rnd, done.upload, 1.0), trainer
 
 
-def viewed(m: FLASC, server: Dense, who: ClientInfo) -> Tensor:
+def viewed(m: FLASC, server: FlascState, who: ClientInfo) -> Tensor:
     return flat(m.view(m.init_client(SPEC, who, 0), m.send(server, who, RND), who))
 
 
@@ -184,7 +184,7 @@ def test_the_gate_takes_any_choice_of_the_right_number_and_refuses_all_else():
 
     def refusal(**tensors: Tensor) -> str:
         upload = decode(encode({**reply.upload, **tensors}))
-        return Gate(m, SPEC, RND, {who: m.send(START, who, RND)}).refusal(replace(reply, upload=upload)) or ""
+        return UploadValidator(m, SPEC, RND, {who: m.send(START, who, RND)}).refusal(replace(reply, upload=upload)) or ""
 
     def places(count: int) -> Tensor:
         return pack_positions(torch.randperm(TOTAL, generator=torch.Generator().manual_seed(1)) < count)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora.adapter import Full, pack, unpack
+from fedlora.adapter import Dense, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 
@@ -71,7 +71,7 @@ def test_with_equal_ranks_fra_lora_is_flexlora():
 def test_uploads_of_products_give_what_uploads_of_factors_give(rank):
     replies = replies_of_ranks(*RANKS)
     products = [
-        replace(r, upload=pack({name: Full(part.product()) for name, part in unpack(r.upload, LowRank).items()}))
+        replace(r, upload=pack({name: Dense(part.product()) for name, part in unpack(r.upload, LowRank).items()}))
         for r in replies
     ]
     few, many = FRALoRA(rank=rank), FRALoRA(rank=rank, upload="dense")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fedlora.adapter import AdapterSpec
 from fedlora.messages import Merged, Replies, Reply, Round
 from fedlora.methods.frlora import FRLoRA
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
@@ -22,7 +22,7 @@ TOTAL = sum(who.examples for who in CLIENTS)
 def replies(m: FRLoRA, server: Any, index: int, trainer: Any) -> list[Reply]:
     rnd = Round(index, 0)
     sent = {who: m.send(server, who, rnd) for who in CLIENTS}
-    return list(Simulation(m, trainer.spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
+    return list(SimulationBackend(m, trainer.spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
 
 
 def after(m: FRLoRA, rounds: int, trainer: Any) -> list[Merged[Any]]:

@@ -14,7 +14,7 @@ from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.fslora import FSLoRA, sliced, subset
-from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.client import ClientStart, turns
 
 from toy import SPEC, ToyTrainer, toy_clients
 from uploads import factors
@@ -25,7 +25,7 @@ WIDE = Sliced(factors(5, "wide", spec=SPEC, size=0.3), {})
 
 def replies(m: Any, server: Any, clients: list[ClientInfo], rnd: Round = RND) -> list[Reply]:
     done = [
-        (who, turns(m, ToyTrainer(), [Begun(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0])
+        (who, turns(m, ToyTrainer(), [ClientStart(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0])
         for who in clients
     ]
     return [Reply(who, rnd, one.upload, 1.0) for who, one in done]

@@ -4,13 +4,13 @@ import pytest
 
 from fedlora.adapter import unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.methods.ideal import Ideal, alike, batch, unbatch
+from fedlora.methods.ideal import MeanUpdate, alike, batch, unbatch
 
 from uploads import dense, factors, mean_product, off, replies_of_ranks, truncated
 
 
 def ideal_of(replies):
-    ideal = Ideal()
+    ideal = MeanUpdate()
     for reply in replies:
         ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
     return ideal
@@ -43,7 +43,7 @@ def test_the_error_is_the_distance_over_all_modules_relative_to_the_mean(ranks):
 
 def test_the_error_of_a_mean_that_is_zero_is_zero():
     still = {name: LowRank(b=0 * f.b, a=f.a) for name, f in factors(3, "still").items()}
-    assert Ideal().plus(2.0, still).error(still) == 0.0
+    assert MeanUpdate().plus(2.0, still).error(still) == 0.0
 
 
 def test_modules_of_one_shape_are_one_batch_and_come_back_as_they_were():
@@ -56,4 +56,4 @@ def test_modules_of_one_shape_are_one_batch_and_come_back_as_they_were():
 
 def test_without_a_positive_weight_there_is_no_mean():
     with pytest.raises(ValueError, match="no reply has a positive weight"):
-        Ideal().plus(0.0, factors(2, "x")).factors()
+        MeanUpdate().plus(0.0, factors(2, "x")).factors()

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from fedlora.adapter import AdapterSpec, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
-from fedlora.messages import Asked, ClientInfo, Fit, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.lora_a2 import LoRAA2, score
-from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.gate import Gate
+from fedlora.rounds.gate import UploadValidator
 
 from toy import SPEC, Recorder, ToyTrainer, products, toy_clients
 from uploads import factors
@@ -33,13 +33,13 @@ def requests(who: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[list[
     """What the client asks the toy's trainer for, and its reply."""
 
     class Listening(Recorder):
-        def fit(self, some: Sequence[Asked], rnd: Round) -> Any:
+        def fit(self, some: Sequence[FitRequest], rnd: Round) -> Any:
             asked.extend(one.request for one in some)
             return super().fit(some, rnd)
 
     asked: list[Fit] = []
     trainer = Listening()
-    done = turns(M, trainer, [Begun(who, M.init_client(SPEC, who, 0), M.send(server, who, rnd))], rnd)[0]
+    done = turns(M, trainer, [ClientStart(who, M.init_client(SPEC, who, 0), M.send(server, who, rnd))], rnd)[0]
     return asked, Reply(who, rnd, done.upload, float(who.examples)), trainer
 
 
@@ -185,7 +185,7 @@ def test_a_fixed_rank_counts_in_the_budget_as_it_is():
     m, who = LoRAA2(rank=RANK), ClientInfo("0", 2, 10)
     server = m.init_server(spec, 0)
     done = turns(
-        m, ToyTrainer(spec), [Begun(who, m.init_client(spec, who, 0), m.send(server, who, ROUNDS["b"]))], ROUNDS["b"]
+        m, ToyTrainer(spec), [ClientStart(who, m.init_client(spec, who, 0), m.send(server, who, ROUNDS["b"]))], ROUNDS["b"]
     )[0]
     keep = unpack_positions(done.upload["positions"], 3 + 2, 3 + RANK)
     assert int(keep.sum()) == 5
@@ -205,7 +205,7 @@ def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
 
     def refusal(reply: Reply) -> str:
         sent = {who: M.send(START, who, rnd)}
-        return Gate(M, SPEC, rnd, sent).refusal(replace(reply, upload=decode(encode(reply.upload)))) or ""
+        return UploadValidator(M, SPEC, rnd, sent).refusal(replace(reply, upload=decode(encode(reply.upload)))) or ""
 
     assert refusal(reply) == ""
     assert "expected 4 positions out of 8, got 8" in refusal(spoilt(reply, positions=~torch.zeros_like(positions)))

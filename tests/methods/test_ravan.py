@@ -12,8 +12,8 @@ from fedlora.linalg.lowrank import Heads
 from fedlora.linalg.sparse import pack_positions
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.ravan import Cores, Ravan, chosen, others, own_heads
-from fedlora.rounds.gate import Gate
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.gate import UploadValidator
+from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
@@ -31,7 +31,7 @@ def cores(seed: int = 0) -> Cores:
 
 def replies(server: Cores, who: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, rnd: Round = ROUND) -> list[Reply]:
     sent = {one: m.send(server, one, rnd) for one in who}
-    return list(Simulation(m, SPEC, who, MemoryStates(), ToyTrainer(), 0).turn(rnd, sent, {}))
+    return list(SimulationBackend(m, SPEC, who, MemoryStates(), ToyTrainer(), 0).turn(rnd, sent, {}))
 
 
 def told(m: Ravan, server: Cores, who: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
@@ -185,11 +185,11 @@ def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
 def test_a_client_that_chooses_more_heads_in_one_module_than_it_may_is_refused():
     m, server, who = replace(METHOD, choose="gradient"), cores(), ClientInfo("x", 1, 9)
     (reply,) = replies(server, [who], m)
-    assert Gate(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(reply) is None
+    assert UploadValidator(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(reply) is None
     marks = torch.zeros(4 * len(SPEC.modules), dtype=torch.bool)
     marks[: len(SPEC.modules)] = True
     bad = replace(reply, upload={**reply.upload, "heads": pack_positions(marks)})
-    assert "expected [1, 1] heads" in str(Gate(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(bad))
+    assert "expected [1, 1] heads" in str(UploadValidator(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(bad))
 
 
 def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():

@@ -15,7 +15,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
 from fedlora.rounds import checksum, codec
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
-from fedlora.rounds.loop import Progress
+from fedlora.rounds.loop import RunState
 
 DTYPES = [
     torch.float64,
@@ -257,7 +257,7 @@ def test_a_file_with_a_senseless_plan_is_refused(tmp_path, plan):
 
 def test_a_state_is_read_by_a_process_that_has_not_imported_its_class(tmp_path):
     path = tmp_path / "s"
-    path.write_bytes(encode_state(Progress({"a": torch.ones(2)})))
+    path.write_bytes(encode_state(RunState({"a": torch.ones(2)})))
     code = f"from fedlora.rounds.codec import decode_state; print(type(decode_state({str(path)!r})[0]).__name__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "Progress"
 

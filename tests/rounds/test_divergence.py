@@ -17,11 +17,11 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
 from fedlora.rounds.gate import Failed
-from fedlora.rounds.loop import Plan, Progress, one_round
+from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.loop import play as rounds
 from fedlora.terminal import Live
 
-from test_gate import MEMBERS, METHOD, SPEC, Answers, NoFolds, Seen, equal, only, play, upload
+from test_gate import MEMBERS, METHOD, SPEC, Answers, LabelledFeatures, NoFolds, equal, only, play, upload
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 
@@ -60,7 +60,7 @@ def huge(reply: Reply) -> Reply:
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError, OverflowError, ZeroDivisionError, None])
 def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_changed_most(error):
-    watch = Seen()
+    watch = LabelledFeatures()
     after, row = play(Answers(MEMBERS[:4], only("b", huge)), watch, method=Fragile(error))
     without, _ = play(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
     assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
@@ -71,7 +71,7 @@ def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_ch
 
 
 def test_a_merge_that_fails_at_the_first_reply_still_lets_the_whole_cohort_answer():
-    watch = Seen()
+    watch = LabelledFeatures()
     play(Answers(MEMBERS[:4], only("a", huge)), watch, method=Fragile())
     assert [who for who, refused in watch.answers if refused is None] == ["a", "b", "c", "d", "b", "c", "d"]
 
@@ -90,7 +90,7 @@ def test_after_the_last_attempt_the_run_stops_with_the_state_as_it_was():
 
 
 def test_a_client_that_is_the_only_one_is_asked_again():
-    watch = Seen()
+    watch = LabelledFeatures()
     with pytest.raises(RunStopped, match="a: merging ended in"):
         play(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=Fragile())
     assert [len(cohort) for cohort in watch.cohorts] == [1, 1, 1]
@@ -108,9 +108,9 @@ def test_what_is_known_of_the_largest_upload_survives_a_resume(tmp_path):
         Plan(METHOD, SPEC, 0, Sampling(), Evaluate(clients="none"), 9),
         Answers(MEMBERS[:4], only("c", huge)),
         NoFolds(),
-        Progress(METHOD.init_server(SPEC, 0)),
+        RunState(METHOD.init_server(SPEC, 0)),
         4,
-        Seen(),
+        LabelledFeatures(),
     )
     assert progress.largest is not None and (progress.largest.client, progress.largest.round) == ("c", 5)
     (tmp_path / "state").write_bytes(encode_state(progress))
@@ -130,9 +130,9 @@ def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_i
         with pytest.raises(
             RunStopped, match=r"4 of 4 clients had NaN.*upload of round 4, of client c, changed by the norm 3464"
         ):
-            one_round(plan, answers, NoFolds(), Progress(METHOD.init_server(SPEC, 0), largest=LAST), 4, Seen())
+            one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, LabelledFeatures())
         return
-    _, row = one_round(plan, answers, NoFolds(), Progress(METHOD.init_server(SPEC, 0), largest=LAST), 4, Seen())
+    _, row = one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, LabelledFeatures())
     assert ("diverged" in row) == named and ("of client c" in row.get("diverged", "")) == named
 
 
@@ -167,7 +167,12 @@ def test_a_client_whose_training_is_not_finite_has_failed_and_keeps_the_state_it
     simulation = toy_simulation(method, trainer, clients)
     plan = toy_plan(method, trainer, rounds=3)
     plan = replace(plan, judge=None)
-    rows = [row for _, row in rounds(plan, simulation, MemoryStates(), Progress(method.init_server(SPEC_OF, 0)), 0, Seen())]
+    rows = [
+        row
+        for _, row in rounds(
+            plan, simulation, MemoryStates(), RunState(method.init_server(SPEC_OF, 0)), 0, LabelledFeatures()
+        )
+    ]
     assert [row["refused"] for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
     assert all(is_finite(state) for state in simulation.states.saved.values())
     assert {index for who, index in simulation.states.saved if who == "1"} == ({0, 2} if shared == "a" else set())

@@ -21,7 +21,7 @@ from fedlora.rounds.flower.journal import Journal, Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import environment, free_port
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 from wired import problem
 
@@ -228,7 +228,7 @@ def test_flower_stays_offline(tmp_path):
 
 def test_a_run_that_finishes_while_its_status_is_asked_for_is_finished(tmp_path, monkeypatch):
     (tmp_path / "deploy").mkdir()
-    journal, reader = Journal(tmp_path), Reader(tmp_path, Silent(), print)
+    journal, reader = Journal(tmp_path), Reader(tmp_path, NullProgress(), print)
 
     def finished(*_):
         journal.ended("done")

@@ -10,7 +10,18 @@ from fedlora.rounds.codec import encode
 from fedlora.rounds.flower.node import Node
 from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.flower.wire import PROTOCOL, Errand, Hello, Order, Person, Present, Refused, When, seal, unseal
+from fedlora.rounds.flower.wire import (
+    PROTOCOL,
+    ClientLayout,
+    ClientRecord,
+    ClientTask,
+    Handshake,
+    Refused,
+    RoundRecord,
+    TaskRequest,
+    seal,
+    unseal,
+)
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_bert
@@ -51,7 +62,7 @@ class Owner:
 def handshake(home, labels=LABELS, **more):
     table = problem(home, **{"data": {"source": "none", "labels": list(labels)}, **more})
     experiment = build(table).to_toml()
-    return Hello(
+    return Handshake(
         protocol=PROTOCOL, version=__version__, run="r", experiment=experiment, labels=list(labels), life="1", done=0
     )
 
@@ -84,7 +95,7 @@ def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_
 def test_columns_that_the_server_names_are_not_read(home, tmp_path):
     owner = Owner(home, tmp_path / "node")
     table = {"data": {"source": "none", "labels": list(LABELS), "text": "diagnosis", "label": "no such column"}}
-    assert isinstance(owner.hello(home, **table), Present)
+    assert isinstance(owner.hello(home, **table), ClientLayout)
 
 
 def test_columns_are_those_that_the_node_names(home, tmp_path):
@@ -107,7 +118,7 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node")
     present = owner.hello(home)
     who = present.clients[0]
-    stranger = Person(id="other", rank=2, examples=7)
+    stranger = ClientRecord(id="other", rank=2, examples=7)
     order = {
         "of another run": ({"run": "../../etc"}, who, [encode({})]),
         "garbage": ({}, who, [os.urandom(200)]),
@@ -116,8 +127,8 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
         "base updates": ({"held": [3, 4]}, who, [encode({})]),
     }
     change, client, payloads = order[name]
-    table = {"kind": "turn", "run": "r", "when": When(index=0, seed=0, attempt=0), "held": [], **change}
-    answer = owner.ask(Order(**table, errands=[Errand(who=client, got=0)]), payloads)
+    table = {"kind": "turn", "run": "r", "when": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
+    answer = owner.ask(TaskRequest(**table, errands=[ClientTask(who=client, got=0)]), payloads)
     failure = answer.failure if isinstance(answer, Refused) else answer.answers[0].failure
     assert failure is not None and silent(owner.raw)
     assert name != "base updates" or (failure.reason is Reason.BASE_UPDATES and failure.count == 2)

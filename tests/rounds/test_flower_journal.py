@@ -7,7 +7,7 @@ import pytest
 from fedlora.errors import RunStopped
 from fedlora.rounds.flower import link
 from fedlora.rounds.flower.journal import Journal, Reader
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     journal = Journal(path)
-    return path, journal, Reader(path, Silent(), print)
+    return path, journal, Reader(path, NullProgress(), print)
 
 
 def test_the_end_is_told_as_often_as_it_is_asked_for(run):

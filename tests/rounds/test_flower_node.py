@@ -9,33 +9,33 @@ import torch
 
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, export, rounds, run
-from fedlora.problem import Problem
+from fedlora.experiment import Session, export, rounds, run
+from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.flower import deploy, server, wire
 from fedlora.rounds.flower.credential import Credential
-from fedlora.rounds.flower.door import Door
-from fedlora.rounds.flower.exchange import Remote
+from fedlora.rounds.flower.door import NodeAdmission
+from fedlora.rounds.flower.exchange import FlowerBackend
 from fedlora.rounds.flower.node import Node, fingerprint
 from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
-    Bundle,
+    Batch,
+    ClientLayout,
+    ClientRecord,
     Done,
     Failure,
-    Hello,
-    Order,
-    Person,
-    Present,
+    Handshake,
     Refused,
+    TaskRequest,
     seal,
 )
 from fedlora.rounds.flower.wire import unseal as unseal_for
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 from fedlora.train import local
 from fedlora.version import __version__
 from tiers import fast
@@ -104,16 +104,16 @@ def serve(what, folder, hand, life="1", count=4, said=None):
     folder.mkdir(exist_ok=True)
     lock = RunFolder(folder)
     try:
-        bench = Bench.make(what, Problem.of_server(what))
+        bench = Session.make(what, FederatedData.of_server(what))
         remote = make_remote(what, bench, hand, life, lock.restore()[0], said)
         remote.gather(count, 0.5)
-        return rounds(bench, lock, Silent(), remote)
+        return rounds(bench, lock, NullProgress(), remote)
     finally:
         lock.release()
 
 
 def make_remote(what, bench, hand, life="1", done=0, said=None):
-    hello = Hello(
+    hello = Handshake(
         protocol=PROTOCOL,
         version=__version__,
         run="r",
@@ -123,10 +123,10 @@ def make_remote(what, bench, hand, life="1", done=0, said=None):
         done=done,
     )
     row = what.method.row
-    door = Door(fingerprint(bench.adapted.model), what.method.rank, row.mixed_ranks)
+    door = NodeAdmission(fingerprint(bench.adapted.model), what.method.rank, row.mixed_ranks)
     tell = [] if said is None else said
     check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
-    return Remote(hand, hello, door, bench.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
+    return FlowerBackend(hand, hello, door, bench.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
 @pytest.mark.parametrize("method", fast(["fedit", "fedsa-lora", "flora", "ce-lora"], "flora"))
@@ -244,9 +244,11 @@ class Late(Hand):
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
         orders = {str(i): unseal(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
-        worked = {order.when.index for order in orders.values() if isinstance(order, Order) and order.kind == "turn"}
+        worked = {order.when.index for order in orders.values() if isinstance(order, TaskRequest) and order.kind == "turn"}
         early = {
-            t for t in tickets if isinstance(o := orders[t], Order) and o.kind == "judge" and o.when.index not in worked
+            t
+            for t in tickets
+            if isinstance(o := orders[t], TaskRequest) and o.kind == "judge" and o.when.index not in worked
         }
         last = max(worked, default=0) == 2
         return super().collect(tickets if last else [t for t in tickets if t not in early])
@@ -268,7 +270,7 @@ class Leaky(Hand):
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         headers = {at: unseal(letter)[0] for at, letter in letters.items()}
-        gone = {at for at, o in headers.items() if isinstance(o, Order) and (at, o.kind, o.when.index) == self.lost}
+        gone = {at for at, o in headers.items() if isinstance(o, TaskRequest) and (at, o.kind, o.when.index) == self.lost}
         tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
         return tickets | {f"lost {at}": at for at in gone}
 
@@ -292,7 +294,7 @@ def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
 
     def loses(at, letter, answer):
         header, _ = unseal(letter)
-        if isinstance(header, Order) and header.kind == "turn" and (header.when.index, header.when.attempt) == (2, 0):
+        if isinstance(header, TaskRequest) and header.kind == "turn" and (header.when.index, header.when.attempt) == (2, 0):
             shutil.rmtree(tmp_path / "node0" / "runs")
             nodes[1] = Node(tmp_path / "node0")
             hand.nodes_by_number = {2: nodes[1]}
@@ -350,7 +352,7 @@ BAD = {
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
     "refused": (lambda header, payloads: seal(Refused(failure=Failure(reason=Reason.DATA))), "data cannot be used"),
-    "a strange kind": (lambda header, payloads: seal(Bundle()), "answers 'bundle'"),
+    "a strange kind": (lambda header, payloads: seal(Batch()), "answers 'bundle'"),
     "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
     "silence": (lambda header, payloads: None, "no answer within"),
 }
@@ -429,8 +431,8 @@ def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
 def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
     def spoil(at, letter, answer):
         header, _ = unseal(answer)
-        many = [Person(id=f"{i}", rank=2, examples=9) for i in range(1000)]
-        return seal(header.model_copy(update={"clients": many})) if isinstance(header, Present) else answer
+        many = [ClientRecord(id=f"{i}", rank=2, examples=9) for i in range(1000)]
+        return seal(header.model_copy(update={"clients": many})) if isinstance(header, ClientLayout) else answer
 
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS,)), spoil, credentials={1: Credential("a", frozenset(CLIENTS))})
@@ -442,13 +444,13 @@ def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
 def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it_gives(home, tmp_path):
     def spoil(at, letter, answer):
         header, _ = unseal(answer)
-        same = {"node": "same", "clients": [Person(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
-        return seal(header.model_copy(update=same)) if isinstance(header, Present) else answer
+        same = {"node": "same", "clients": [ClientRecord(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
+        return seal(header.model_copy(update=same)) if isinstance(header, ClientLayout) else answer
 
     what = experiment(home)
     hand = Hand(make_nodes(what, tmp_path), spoil)
     hand.credentials = {1: Credential("a", frozenset({"000"})), 2: Credential("b", frozenset({"002"}))}
-    bench = Bench.make(what, Problem.of_server(what))
+    bench = Session.make(what, FederatedData.of_server(what))
     remote = make_remote(what, bench, hand)
     remote.gather(2, 0.5)
     assert [who.id for who in remote.clients()] == ["000", "002"]
@@ -459,15 +461,15 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
     [
         ({"version": "0"}, "has fedlora 0"),
         ({"base": "f" * 64}, "another base model"),
-        ({"clients": [Person(id="000", rank=5, examples=3)]}, "has rank 5"),
-        ({"clients": [Person(id="002", rank=2, examples=3)]}, "already there"),
-        ({"clients": [Person(id="000", rank=2, examples=3)] * 2}, "two clients of one name"),
+        ({"clients": [ClientRecord(id="000", rank=5, examples=3)]}, "has rank 5"),
+        ({"clients": [ClientRecord(id="002", rank=2, examples=3)]}, "already there"),
+        ({"clients": [ClientRecord(id="000", rank=2, examples=3)] * 2}, "two clients of one name"),
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, change, reason):
     def spoil(at, letter, answer):
         header, _ = unseal(answer)
-        return seal(header.model_copy(update=change)) if at == 2 and isinstance(header, Present) else answer
+        return seal(header.model_copy(update=change)) if at == 2 and isinstance(header, ClientLayout) else answer
 
     said = []
     with pytest.raises(RunStopped, match=reason):
@@ -498,10 +500,10 @@ def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
     for _, letter, answer in hand.carried:
         header, payloads = unseal(letter)
-        if isinstance(header, Order) and header.kind == "turn":
+        if isinstance(header, TaskRequest) and header.kind == "turn":
             carried["bytes_down"][header.when.index] += sum(map(len, payloads))
             carried["bytes_up"][header.when.index] += sum(map(len, unseal(answer)[1]))
-        elif isinstance(header, Order):
+        elif isinstance(header, TaskRequest):
             (errand,) = header.errands
             carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.got])
             carried["bytes_down"][header.when.index - 1] += len(payloads[errand.folds])

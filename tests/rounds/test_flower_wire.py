@@ -7,12 +7,27 @@ from fedlora.messages import ClientInfo
 from fedlora.rounds.flower import wire
 from fedlora.rounds.flower.guard import HEADER, Guard
 from fedlora.rounds.flower.reasons import Reason
-from fedlora.rounds.flower.wire import Answer, Bundle, Done, Errand, Failure, Order, Person, Refused, When, seal
+from fedlora.rounds.flower.wire import (
+    Batch,
+    ClientRecord,
+    ClientResult,
+    ClientTask,
+    Done,
+    Failure,
+    Refused,
+    RoundRecord,
+    TaskRequest,
+    seal,
+)
 from fedlora.rounds.flower.wire import unseal as unseal_for
 
-WHEN = When(index=3, seed=1, attempt=0)
-ORDER = Order(
-    kind="turn", run="r", when=WHEN, held=[0, 2], errands=[Errand(who=Person(id="a/é", rank=2, examples=7), got=0, folds=1)]
+WHEN = RoundRecord(index=3, seed=1, attempt=0)
+ORDER = TaskRequest(
+    kind="turn",
+    run="r",
+    when=WHEN,
+    held=[0, 2],
+    errands=[ClientTask(who=ClientRecord(id="a/é", rank=2, examples=7), got=0, folds=1)],
 )
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
@@ -25,9 +40,9 @@ def unseal(message):
     "header",
     [
         ORDER,
-        Bundle(),
+        Batch(),
         Refused(failure=Failure(reason=Reason.DATA, count=3)),
-        Done(when=WHEN, folds=[], answers=[Answer(id="a")]),
+        Done(when=WHEN, folds=[], answers=[ClientResult(id="a")]),
     ],
 )
 def test_what_is_sealed_is_unsealed(header):
@@ -36,11 +51,11 @@ def test_what_is_sealed_is_unsealed(header):
 
 def test_the_name_of_a_clients_task_stays_at_home_and_the_client_is_the_same():
     who = ClientInfo("a", 2, 7, task="secret")
-    assert Person.of(who).info() == who and "secret" not in Person.of(who).model_dump_json()
+    assert ClientRecord.of(who).info() == who and "secret" not in ClientRecord.of(who).model_dump_json()
 
 
 def test_a_loss_that_is_no_number_arrives_as_it_is():
-    done = Done(when=WHEN, folds=[], answers=[Answer(id="a", notes={"loss": float("nan"), "other": float("inf")})])
+    done = Done(when=WHEN, folds=[], answers=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})])
     notes = unseal(seal(done))[0].answers[0].notes
     assert notes["loss"] != notes["loss"] and notes["other"] == float("inf")
 

@@ -14,7 +14,7 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
 from fedlora.rounds.gate import Failed, change_norm
-from fedlora.rounds.loop import Plan, Progress, one_round
+from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.sample import choose
 
 NAN, INF = math.nan, math.inf
@@ -71,7 +71,7 @@ class NoFolds:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LabelledFeatures:
     """A watcher that remembers."""
 
     cohorts: list[list[ClientInfo]] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Seen:
 def play(exchange, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
     """The server's state after a round, and the row."""
     plan = Plan(method, SPEC, 0, Sampling(**sampling), Evaluate(clients="none"), rounds=9, uniform_weights=uniform)
-    after, row = one_round(plan, exchange, NoFolds(), Progress(before), INDEX, watch or Seen())
+    after, row = one_round(plan, exchange, NoFolds(), RunState(before), INDEX, watch or LabelledFeatures())
     return after.server, row
 
 
@@ -166,7 +166,7 @@ BAD = {
 @pytest.mark.parametrize(("change", "reason"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("client", ["a", "c", "d"])
 def test_a_bad_reply_is_refused_by_name_and_the_round_is_as_without_that_client(client, change, reason):
-    watch = Seen()
+    watch = LabelledFeatures()
     after, row = play(Answers(MEMBERS[:4], only(client, change)), watch)
     alone, _ = play(Answers([who for who in MEMBERS[:4] if who.id != client]))
     assert equal(after, alone)
@@ -248,7 +248,7 @@ def test_only_what_this_round_trains_is_expected():
 
 
 def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_one_counts():
-    watch = Seen()
+    watch = LabelledFeatures()
     some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 2 or r.client.id < "c" else [Failed(r.client, "silent")])
     after, row = play(some, watch, fraction=0.5, min_replies=3, attempts=4)
     last = Round(INDEX, 0, attempt=2)
@@ -269,7 +269,7 @@ def test_the_bytes_of_all_attempts_are_counted():
 
 @pytest.mark.parametrize("min_replies", [1, 3])
 def test_after_the_last_attempt_the_run_stops_and_the_state_is_as_before(min_replies):
-    watch, written = Seen(), encode({**BEFORE.inner, **BEFORE.head})
+    watch, written = LabelledFeatures(), encode({**BEFORE.inner, **BEFORE.head})
     some = Answers(MEMBERS, lambda r: [r] if min_replies == 3 and r.client.id < "c" else [Failed(r.client, "silent")])
     with pytest.raises(RunStopped, match=f"round {INDEX + 1}: in 2 attempts.*{min_replies} uploads.*h: silent"):
         play(some, watch, fraction=0.75, min_replies=min_replies, attempts=2)

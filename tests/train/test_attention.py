@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fedlora.train.attention import Attention
-from fedlora.train.chance import Chance
+from fedlora.train.chance import ClientDropout
 from fedlora.train.packing import Packing
 
 SHOWN = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -91,7 +91,7 @@ def test_padding_beyond_the_window_leaves_losses_and_gradients_finite_and_unchan
     for lengths in ([30, 40], [30]):
         tokens = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         model.zero_grad()
-        with Chance(packing) as chance, packing.of(torch.tensor(lengths)[:, None], torch.device("cpu")):
+        with ClientDropout(packing) as chance, packing.of(torch.tensor(lengths)[:, None], torch.device("cpu")):
             sizes = [(length, 1) for length in lengths]
             chance.next_pass([torch.Generator().manual_seed(i) for i in range(len(lengths))], sizes)
             padded = ids[: len(lengths), : max(lengths)] * tokens

@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, Full, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import Adapter, Dense, Tensors, lora_init, pack, pick, unpack
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Round
 from fedlora.train.batched import Job, Trained, bytes_per_token, passes, train_together
-from fedlora.train.chance import Chance
+from fedlora.train.chance import ClientDropout
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
@@ -29,18 +29,18 @@ RANKS = (2, 4, 1, 4)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> tuple[Adapted, Encoded]:
+def bench(tmp_path_factory) -> tuple[AdaptedModel, Encoded]:
     """A model that packs its examples; test_packing.py compares with padded ones."""
     folder = tmp_path_factory.mktemp("batched")
     model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
     table = columns(tiny_rows(folder / "rows.jsonl", 44), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
-    adapted = Adapted(model, Scaling(16.0), dropout=0.1, head=["classifier"])
+    adapted = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"])
     try_packing(adapted, TASK, tokenizer, 64)
     return adapted, TASK.encode(tokenizer, table, 64)
 
 
-def drawn(adapted: Adapted, rank: int, seed: int) -> dict[str, LowRank]:
+def drawn(adapted: AdaptedModel, rank: int, seed: int) -> dict[str, LowRank]:
     """Factors whose b is not zero."""
     rng = torch.Generator().manual_seed(seed)
     return {
@@ -48,17 +48,19 @@ def drawn(adapted: Adapted, rank: int, seed: int) -> dict[str, LowRank]:
     }
 
 
-def jobs(adapted: Adapted, ranks: tuple[int, ...] = RANKS, train: str = "baw", **request: Any) -> list[Job]:
+def jobs(adapted: AdaptedModel, ranks: tuple[int, ...] = RANKS, train: str = "baw", **request: Any) -> list[Job]:
     """Clients of different ranks, heads and numbers of rows."""
     found = []
     for i, rank in enumerate(ranks):
-        head: Adapter = {name: Full(w + 0.01 * i) for name, w in adapted.spec.head.items()}
+        head: Adapter = {name: Dense(w + 0.01 * i) for name, w in adapted.spec.head.items()}
         fit = Fit({**drawn(adapted, rank, i), **head}, frozenset(train), **{k: v(adapted, i) for k, v in request.items()})
         found.append(Job(fit, ROWS[i], seed=i, pace=7))
     return found
 
 
-def both(bench: tuple[Adapted, Encoded], wanted: list[Job], settings: Train, tokens: int) -> list[tuple[Trained, Trained]]:
+def both(
+    bench: tuple[AdaptedModel, Encoded], wanted: list[Job], settings: Train, tokens: int
+) -> list[tuple[Trained, Trained]]:
     """Each job's result, trained with all others and alone."""
     adapted, examples = bench
     together = train_together(adapted, TASK, examples, wanted, settings, tokens)
@@ -68,11 +70,11 @@ def both(bench: tuple[Adapted, Encoded], wanted: list[Job], settings: Train, tok
     ]
 
 
-def beside(adapted: Adapted, client: int) -> dict[str, LowRank]:
+def beside(adapted: AdaptedModel, client: int) -> dict[str, LowRank]:
     return drawn(adapted, 1 + client, 50 + client)
 
 
-def penalty(adapted: Adapted, client: int) -> Any:
+def penalty(adapted: AdaptedModel, client: int) -> Any:
     def of_products_and_heads(live: Tensors) -> Tensor:
         parts = [f.product() for f in unpack(pick(live, "ba"), LowRank).values()]
         return (client + 1) * torch.stack([x.square().sum() for x in (*parts, *pick(live, "w").values())]).sum()
@@ -138,16 +140,16 @@ def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(bench)
     some = [some[0], routed(some[1], 2, 1), routed(some[2], 1, 2), routed(some[3], 2, 3)]
     who = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
     rows = {one.id: job.rows for one, job in zip(who, some, strict=True)}
-    asked = [Asked(job.request, one, 0) for one, job in zip(who, some, strict=True)]
+    asked = [FitRequest(job.request, one, 0) for one, job in zip(who, some, strict=True)]
     trainers = [
         LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together) for together in (1, 3)
     ]
     for (alone, _), (grouped, _) in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
-    judged = [
+    evaluated = [
         trainer.scores([(one, job.request.start) for one, job in zip(who, some, strict=True)]) for trainer in trainers
     ]
-    for alone, grouped in zip(*judged, strict=True):
+    for alone, grouped in zip(*evaluated, strict=True):
         assert grouped.metrics == pytest.approx(alone.metrics, rel=1e-4)
 
 
@@ -171,7 +173,7 @@ def test_ranks_that_only_other_clients_have_stay_zero(bench):
 def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(bench):
     exact, examples = bench
     model, _, _ = TASK.load(exact.model.config.name_or_path, LABELS, seed=0)
-    coarse = Adapted(model, Scaling(16.0), dropout=0.1, head=["classifier"], precision=torch.bfloat16)
+    coarse = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"], precision=torch.bfloat16)
     settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
     found = [train_together(each, TASK, examples, jobs(exact), settings, 200) for each in (exact, coarse)]
     for job, one, other in zip(jobs(exact), *found, strict=True):
@@ -187,7 +189,9 @@ def test_the_trainer_groups_requests_and_answers_in_their_order(bench):
     names = "wxyz"
     rows = dict(zip(names, ROWS, strict=True))
     asked = [
-        Asked(Fit(job.request.start, frozenset("b" if i == 1 else "ba")), ClientInfo(names[i], RANKS[i], len(job.rows)), 0)
+        FitRequest(
+            Fit(job.request.start, frozenset("b" if i == 1 else "ba")), ClientInfo(names[i], RANKS[i], len(job.rows)), 0
+        )
         for i, job in enumerate(jobs(adapted))
     ]
     results = [
@@ -239,7 +243,7 @@ def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(ben
 def masks(shapes: list[tuple[int, int]], seeds: list[int], width: int = 50, p: float = 0.3) -> list[Tensor]:
     """Each client's own part [rows, length, width] of ones after dropout."""
     run, longest = max(rows for _, rows in shapes), max(length for length, _ in shapes)
-    with Chance() as chance:
+    with ClientDropout() as chance:
         chance.next_pass([torch.Generator().manual_seed(seed) for seed in seeds], shapes)
         dropped = functional.dropout(torch.ones(len(shapes) * run, longest, width), p)
     parts = dropped.unflatten(0, (len(shapes), run))
@@ -255,7 +259,7 @@ def test_a_mask_is_the_clients_own_whoever_is_beside_it():
 def test_a_mask_of_flattened_tokens_is_that_of_the_same_tokens_in_rows():
     tokens = torch.ones(3 * 4, 9, 50)
     for x in (tokens, tokens.flatten(0, 1)):
-        with Chance() as chance:
+        with ClientDropout() as chance:
             chance.next_pass([torch.Generator().manual_seed(seed) for seed in (1, 5, 2)], [(9, 4), (7, 3), (2, 1)])
             dropped = functional.dropout(x, 0.3).view_as(tokens)
         for client, (length, rows) in enumerate([(9, 4), (7, 3), (2, 1)]):
@@ -266,7 +270,7 @@ def test_a_mask_of_flattened_tokens_is_that_of_the_same_tokens_in_rows():
 def test_what_has_no_rows_is_dropped_out_of_one_client_only():
     """A table of positions, for instance, which all rows have in common."""
     table = torch.ones(24, 50)  # which two clients could share out evenly
-    with Chance() as chance:
+    with ClientDropout() as chance:
         chance.next_pass([torch.Generator().manual_seed(1)], [(7, 3)])
         assert float((functional.dropout(table, 0.5) == 0).float().mean()) == pytest.approx(0.5, abs=0.1)
         chance.next_pass([torch.Generator().manual_seed(i) for i in range(2)], [(7, 3), (5, 1)])
@@ -286,7 +290,7 @@ def test_attention_with_dropout_of_nothing_is_torchs_and_with_dropout_right_on_a
     hidden = torch.rand(2, 1, 6, 6) < 0.3
     for named in ({}, {"is_causal": True}, {"attn_mask": ~hidden | torch.eye(6, dtype=torch.bool)}, {"scale": 0.5}):
         plain = functional.scaled_dot_product_attention(query, key, value, **named)
-        with Chance() as chance:
+        with ClientDropout() as chance:
             chance.next_pass([torch.Generator().manual_seed(1)], [(6, 2)])
             same = functional.scaled_dot_product_attention(query, key, value, **named)
             many = [functional.scaled_dot_product_attention(query, key, value, dropout_p=0.2, **named) for _ in range(600)]
@@ -297,7 +301,7 @@ def test_attention_with_dropout_of_nothing_is_torchs_and_with_dropout_right_on_a
 
 def test_the_gradient_passes_where_the_input_passed():
     x = torch.ones(4, 5, 6, requires_grad=True)
-    with Chance() as chance:
+    with ClientDropout() as chance:
         chance.next_pass([torch.Generator().manual_seed(1)], [(5, 4)])
         y = functional.dropout(x, 0.5)
     y.sum().backward()

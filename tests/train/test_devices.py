@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import run
-from fedlora.train.devices import Helper, ManyDevices, shares
+from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, shares
 from fedlora.train.hardware import devices
 from fedlora.train.local import LocalTrainer
 
@@ -78,7 +78,7 @@ class Stub:
 
 @pytest.fixture(scope="module")
 def helper():
-    return Helper("the other one", Stub, 100)
+    return TrainerProcess("the other one", Stub, 100)
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_a_helper_answers_with_what_its_trainer_gives_or_raises(helper):
 
 @pytest.mark.slow
 def test_a_helper_that_dies_stops_the_run_and_is_named():
-    helper = Helper("the other one", Stub, 100)
+    helper = TrainerProcess("the other one", Stub, 100)
     helper.ask("scores", ["die"])
     with pytest.raises(RunStopped, match="the process for the other one has ended with exit code -9"):
         helper.answer()
@@ -116,7 +116,7 @@ def test_a_helper_that_dies_stops_the_run_and_is_named():
 def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(helper):
     here = create_autospec(LocalTrainer, instance=True)
     here.scores.side_effect = Stub(0).scores
-    both = ManyDevices(here, [helper])
+    both = MultiDeviceTrainer(here, [helper])
     share = both._shared
     with pytest.raises(ValueError, match="fails at 0"):
         share("scores", ["fail", 1], [2, 1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_batched import bench, jobs  # noqa: F401  (a fixture)
 
-from fedlora.adapter import Full, pack
+from fedlora.adapter import Dense, pack
 from fedlora.config import Train
 from fedlora.linalg.lowrank import Heads, LowRank
 from fedlora.messages import ClientInfo, Gradient
@@ -25,10 +25,10 @@ def test_it_is_what_a_step_on_all_examples_moves(bench, kind, monkeypatch):  # n
     job = jobs(adapted)[0]
     start, train = job.request.start, frozenset("baw")
     if kind == "heads":
-        start = {n: p if isinstance(p, Full) else two_heads(p) for n, p in start.items()}
+        start = {n: p if isinstance(p, Dense) else two_heads(p) for n, p in start.items()}
         train = frozenset("cs")
     settings = Train(batch_size=2, optimizer="sgd", lr=1e4)
-    trainer = LocalTrainer(adapted, TASK, examples, {"x": job.rows}, {}, examples, settings, judge_batch=4)
+    trainer = LocalTrainer(adapted, TASK, examples, {"x": job.rows}, {}, examples, settings, eval_batch_size=4)
     found, before = pack(trainer.gradient(WHO, Gradient(start, train))), pack(start)
     whole = replace(job, request=replace(job.request, start=start, train=train))
     for module in adapted.model.modules():

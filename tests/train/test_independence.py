@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.adapter import Adapter, Full, Scaling, lora_init, pack
+from fedlora.adapter import Adapter, Dense, Scaling, lora_init, pack
 from fedlora.config import Train, build
 from fedlora.data.files import columns
 from fedlora.errors import UserError
 from fedlora.experiment import run
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
-from fedlora.rounds.watch import Silent
+from fedlora.rounds.watch import NullProgress
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.targets import head_modules
 from fedlora.train.tasks import Classification, Encoded
 from tiers import fast
@@ -45,9 +45,9 @@ class Exact(Classification):
         return functional.cross_entropy(model(**inputs).logits, targets, reduction="none")
 
 
-def adapted_of(kind: str, dtype: torch.dtype, targets: str | None = "all-linear") -> Adapted:
+def adapted_of(kind: str, dtype: torch.dtype, targets: str | None = "all-linear") -> AdaptedModel:
     model = model_of(kind, torch.float32 if dtype == torch.bfloat16 else dtype)
-    adapted = Adapted(model, Scaling(16.0), targets, 0.1, head=head_modules(model, ()), precision=dtype)
+    adapted = AdaptedModel(model, Scaling(16.0), targets, 0.1, head=head_modules(model, ()), precision=dtype)
     try_packing(adapted, Classification(), tokenizer_of(kind), 64)
     return adapted
 
@@ -58,14 +58,14 @@ def examples_of(kind: str, folder: Any) -> Encoded:
     return Classification().encode(tokenizer_of(kind), table, 64)
 
 
-def jobs(adapted: Adapted) -> list[Job]:
+def jobs(adapted: AdaptedModel) -> list[Job]:
     """Clients of different ranks, heads and numbers of rows, in fp64."""
     found = []
     for i, rows in enumerate(ROWS):
         rng, start = torch.Generator().manual_seed(i), dict[str, Any]()
         for name, part in lora_init(adapted.spec, 1 + i, i).items():
             start[name] = LowRank(torch.randn(part.b.shape, generator=rng).double() / 9, part.a.double())
-        head: Adapter = {name: Full(w + 0.01 * i) for name, w in adapted.spec.head.items()}
+        head: Adapter = {name: Dense(w + 0.01 * i) for name, w in adapted.spec.head.items()}
         found.append(Job(Fit({**start, **head}, frozenset("baw")), rows, seed=i, pace=7))
     return found
 
@@ -84,10 +84,10 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
     settings = Train(batch_size=3, lr=0.05, optimizer="sgd")
     groups = [some[i : i + most] for i in range(0, len(some), most)]
     together = [one for group in groups for one in train_together(adapted, task, examples, group, settings, 1000)]
-    judged = [
+    evaluated = [
         one for group in groups for one in score(adapted, task, examples, [(j.rows, j.request.start) for j in group], 64)
     ]
-    for job, ours, seen in zip(some, together, judged, strict=True):
+    for job, ours, seen in zip(some, together, evaluated, strict=True):
         (alone,) = train_together(adapted, task, examples, [job], settings, 1000)
         (single,) = score(adapted, task, examples, [(job.rows, job.request.start)], 64)
         assert seen.metrics["loss"] == pytest.approx(single.metrics["loss"], rel=1e-5)
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
         clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train())
 
 
-class Heard(Silent):
+class Heard(NullProgress):
     """Remembers notifications."""
 
     def __init__(self) -> None:

@@ -15,10 +15,10 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Factors, Full, lora_init
+from fedlora.adapter import Adapter, Dense, Factors, lora_init
 from fedlora.errors import UserError
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
-from fedlora.train.inject import Adapted, Scaling, add_to_base, dense_weight
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.train.inject import AdaptedModel, Scaling, add_to_base, dense_weight
 from fedlora.train.layers import LoraLayer
 from fedlora.train.targets import head_modules, norm_modules
 
@@ -57,7 +57,7 @@ class Net(nn.Module):
         return self.last(self.second(self.first(x).tanh()).tanh())
 
 
-def moved(adapted: Adapted, rank: int = 4, seed: int = 0) -> Adapter:
+def moved(adapted: AdaptedModel, rank: int = 4, seed: int = 0) -> Adapter:
     """An adapter whose b is not zero."""
     start = lora_init(adapted.spec, rank, seed)
     torch.manual_seed(seed)
@@ -80,7 +80,7 @@ def gradients(model: nn.Module, names: Adapter) -> dict[str, tuple[Tensor, Tenso
     return {n: (layer.lora_B["default"].weight.grad, layer.lora_A["default"].weight.grad) for n, layer in layers.items()}
 
 
-def own_gradients(adapted: Adapted, client: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def own_gradients(adapted: AdaptedModel, client: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (layer.b.grad[client], layer.a.grad[client]) for name, layer in adapted.layers.items()}
 
 
@@ -97,7 +97,7 @@ def assert_near(found: Mapping[str, tuple[Tensor, Tensor]], expected: Mapping[st
 @pytest.mark.parametrize("rslora", [False, True])
 def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout):
     net, targets, x = Net(), ["first", "second", "last"], torch.randn(6, 7)
-    adapted = Adapted(copy.deepcopy(net), Scaling(16.0, rslora), targets, dropout, pattern)
+    adapted = AdaptedModel(copy.deepcopy(net), Scaling(16.0, rslora), targets, dropout, pattern)
     adapter = moved(adapted)
     adapted.load([adapter], "ba")
     config = peft.LoraConfig(
@@ -119,7 +119,7 @@ def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_in_peft(kind):
     model, ids = classifier(kind), torch.randint(1, 40, (3, 5))
-    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), dropout=0.2, head=head_modules(model, ()))
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), dropout=0.2, head=head_modules(model, ()))
     adapter = moved(adapted)
     adapted.load([adapter], "ba")
     twin = in_peft(model, adapter, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, lora_dropout=0.2))
@@ -140,7 +140,7 @@ def test_a_model_that_reads_its_layers_weights_is_adapted_as_in_peft():
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     ids = torch.cat([torch.randint(2, 40, (3, 5)), torch.ones(3, 1, dtype=torch.long)], 1)
     head = head_modules(model, ())
-    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), "all-linear", head=head)
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), "all-linear", head=head)
     adapter = moved(adapted)
     adapted.load([adapter], "ba")
     assert any(name.endswith(".wo") for name in adapter)
@@ -180,7 +180,7 @@ class Int8Linear(nn.Module):
 
 def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
     quantised = Int8Linear(nn.Linear(7, 12))
-    pair = [Adapted(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantised, quantised.dense())]
+    pair = [AdaptedModel(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantised, quantised.dense())]
     x, adapter = torch.randn(3, 7), moved(pair[0])
     for adapted in pair:
         adapted.load([adapter], "ba")
@@ -192,7 +192,7 @@ def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
 
 @pytest.mark.parametrize("rest", [(), (5,)])
 def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
-    adapted = Adapted(Net(), Scaling(16.0), "all-linear")
+    adapted = AdaptedModel(Net(), Scaling(16.0), "all-linear")
     singles = [moved(adapted, seed=seed) for seed in range(3)]
     x = torch.randn(3, 2, *rest, 7)
     adapted.load(singles, "ba")
@@ -207,11 +207,11 @@ def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
         assert_close(found[i], own_gradients(adapted), rtol=1e-5, atol=1e-5)
 
 
-def middled(adapted: Adapted, kind: type[Tri | Heads], seed: int = 0, heads: int = 3) -> dict[str, Factors]:
+def middled(adapted: AdaptedModel, kind: type[ThreeFactor | Heads], seed: int = 0, heads: int = 3) -> dict[str, Factors]:
     """An adapter with a random middle, of rank 6 or twice the number of heads, fp64."""
     torch.manual_seed(seed)
     drawn, rank = partial(torch.randn, dtype=torch.float64), 2 * heads
-    middles = {Tri: {"c": (rank, rank)}, Heads: {"c": (heads, 2, 2), "s": (heads,)}}[kind]
+    middles = {ThreeFactor: {"c": (rank, rank)}, Heads: {"c": (heads, 2, 2), "s": (heads,)}}[kind]
     return {
         name: kind(b=drawn(out, rank), a=drawn(rank, in_), **{key: drawn(x) for key, x in middles.items()})
         for name, (out, in_) in adapted.spec.modules.items()
@@ -226,7 +226,7 @@ def dense(net: Net, x: Tensor, parts: Adapter) -> Tensor:
     return functional.linear(x, net.last.weight + update["last"], net.last.bias)
 
 
-def gradients_of_the_factors(adapted: Adapted, client: int = 0) -> dict[str, Tensor]:
+def gradients_of_the_factors(adapted: AdaptedModel, client: int = 0) -> dict[str, Tensor]:
     """Of each trained parameter of a client, of b in our own scale."""
     return {
         f"{name}.{factor}": parameter.grad[client] / (layer.scale[client] if factor == "b" else 1)
@@ -237,10 +237,12 @@ def gradients_of_the_factors(adapted: Adapted, client: int = 0) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("rest", [(), (5,)])
-@pytest.mark.parametrize(("kind", "train"), [(Tri, "bca"), (Tri, "c"), (Tri, "ba"), (Heads, "cs"), (Heads, "bcsa")])
+@pytest.mark.parametrize(
+    ("kind", "train"), [(ThreeFactor, "bca"), (ThreeFactor, "c"), (ThreeFactor, "ba"), (Heads, "cs"), (Heads, "bcsa")]
+)
 def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, train, rest):
     net, x = Net().double(), torch.randn(6, *rest, 7).double()
-    adapted = Adapted(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
+    adapted = AdaptedModel(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
     start = middled(adapted, kind)
     leaves = {n: {k: v.clone().requires_grad_(k in train) for k, v in vars(part).items()} for n, part in start.items()}
     trained = adapted.load([start], train)
@@ -253,7 +255,7 @@ def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, trai
     assert_close(gradients_of_the_factors(adapted), wanted)
 
 
-def assert_each_as_alone(adapted: Adapted, singles: list[Adapter], x: Tensor, train: str) -> None:
+def assert_each_as_alone(adapted: AdaptedModel, singles: list[Adapter], x: Tensor, train: str) -> None:
     """Outputs and gradients of clients loaded together, for x [clients, rows, ...], are those of each by itself."""
     adapted.load(singles, train)
     outputs = adapted.model(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -271,9 +273,12 @@ def assert_each_as_alone(adapted: Adapted, singles: list[Adapter], x: Tensor, tr
 
 
 @pytest.mark.parametrize("rest", [(), (5,)])
-@pytest.mark.parametrize("kind", [Tri, Heads])
+@pytest.mark.parametrize("kind", [ThreeFactor, Heads])
 def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(kind, rest):
-    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
+    adapted, x = (
+        AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]),
+        torch.randn(3, 2, *rest, 7).double(),
+    )
     singles = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
     assert_each_as_alone(adapted, singles, x, "bcsa")
 
@@ -281,13 +286,13 @@ def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(k
 @pytest.mark.parametrize("alpha", [6.0, 24.0])
 def test_alpha_scales_how_a_middle_factor_learns_only_between_trained_factors(alpha):
     """One step of gradient descent: c on frozen outer factors moves alike for all alpha, b moves by (alpha / rank)^2."""
-    adapted, x = Adapted(Net().double(), Scaling(alpha), ["first", "second", "last"]), torch.randn(6, 7).double()
-    start = middled(adapted, Tri)
+    adapted, x = AdaptedModel(Net().double(), Scaling(alpha), ["first", "second", "last"]), torch.randn(6, 7).double()
+    start = middled(adapted, ThreeFactor)
     adapted.load([start], "bc")
     adapted.model(x).square().sum().backward()
     plain = {f"{n}.{k}": v for n, part in start.items() for k, v in vars(part).items()}
     leaves = {key: value.clone().requires_grad_() for key, value in plain.items()}
-    parts = {name: Tri(**{k: leaves[f"{name}.{k}"] for k in "bca"}) for name in start}
+    parts = {name: ThreeFactor(**{k: leaves[f"{name}.{k}"] for k in "bca"}) for name in start}
     dense(adapted_net(adapted), x, parts).square().sum().backward()
     for name, layer in adapted.layers.items():
         assert_close(layer.c.grad[0], leaves[f"{name}.c"].grad)
@@ -295,7 +300,7 @@ def test_alpha_scales_how_a_middle_factor_learns_only_between_trained_factors(al
         assert_close(step, (alpha / 6) ** 2 * leaves[f"{name}.b"].grad)
 
 
-def adapted_net(adapted: Adapted) -> Net:
+def adapted_net(adapted: AdaptedModel) -> Net:
     """The same net without places for factors."""
     net = Net().double()
     for name, layer in adapted.layers.items():
@@ -304,21 +309,21 @@ def adapted_net(adapted: Adapted) -> Net:
 
 
 def test_an_adapter_without_a_middle_leaves_none_of_an_earlier_one():
-    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
-    two = {name: part.pair() for name, part in middled(adapted, Tri, seed=1).items()}
+    adapted, x = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
+    two = {name: part.pair() for name, part in middled(adapted, ThreeFactor, seed=1).items()}
     adapted.load([two])
     expected = adapted.model(x)
-    for kind in (Heads, Tri):
+    for kind in (Heads, ThreeFactor):
         adapted.load([middled(adapted, kind)])
         assert not torch.equal(adapted.model(x), expected)
     adapted.load([two])
     assert torch.equal(adapted.model(x), expected)
 
 
-@pytest.mark.parametrize("kind", [Tri, Heads])
+@pytest.mark.parametrize("kind", [ThreeFactor, Heads])
 @pytest.mark.parametrize("train", ["bca", "c", "cs", ""])
 def test_reading_after_loading_keeps_untrained_factors_beside_a_middle(kind, train):
-    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
     start = middled(adapted, kind)
     adapted.load([start], train)
     after = adapted.read(0, start, train)
@@ -329,7 +334,7 @@ def test_reading_after_loading_keeps_untrained_factors_beside_a_middle(kind, tra
             assert_close(getattr(after[name], factor), tensor)
 
 
-def routed(adapted: Adapted, seed: int = 0, others: int = 2, rank: int = 3) -> dict[str, Experts]:
+def routed(adapted: AdaptedModel, seed: int = 0, others: int = 2, rank: int = 3) -> dict[str, Experts]:
     """An adapter of random experts, fp64."""
     torch.manual_seed(seed)
     drawn = partial(torch.randn, dtype=torch.float64)
@@ -349,7 +354,7 @@ def routed(adapted: Adapted, seed: int = 0, others: int = 2, rank: int = 3) -> d
 @pytest.mark.parametrize("others", [1, 3])
 def test_a_pass_for_each_expert_computes_and_learns_as_one_for_each_slot_and_expert(others, rest):
     net, x = Net().double(), torch.randn(6, *rest, 7).double()
-    adapted = Adapted(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
+    adapted = AdaptedModel(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
     start = routed(adapted, others=others)
     leaves = {n: {k: v.clone().requires_grad_(k in "bag") for k, v in vars(part).items()} for n, part in start.items()}
     adapted.load([start], "bag")
@@ -367,7 +372,7 @@ def test_a_pass_for_each_expert_computes_and_learns_as_one_for_each_slot_and_exp
 
 def test_the_router_sees_the_input_before_dropout_and_the_experts_after():
     base, x = nn.Linear(7, 12).double(), torch.randn(6, 5, 7).double()
-    adapted = Adapted(nn.Sequential(copy.deepcopy(base)), Scaling(24.0), "all-linear", dropout=0.4)
+    adapted = AdaptedModel(nn.Sequential(copy.deepcopy(base)), Scaling(24.0), "all-linear", dropout=0.4)
     start = routed(adapted)
     adapted.load([start])
     torch.manual_seed(3)
@@ -380,14 +385,17 @@ def test_the_router_sees_the_input_before_dropout_and_the_experts_after():
 
 @pytest.mark.parametrize("rest", [(), (5,)])
 def test_experts_of_several_clients_give_each_client_what_its_own_would(rest):
-    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(3, 2, *rest, 7).double()
+    adapted, x = (
+        AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]),
+        torch.randn(3, 2, *rest, 7).double(),
+    )
     singles = [routed(adapted, seed, rank=rank) for seed, rank in enumerate([2, 3, 1])]
     assert_each_as_alone(adapted, singles, x, "bag")
 
 
 @pytest.mark.parametrize("train", ["bag", "g", ""])
 def test_reading_experts_after_loading_keeps_what_was_not_trained(train):
-    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
     start = routed(adapted)
     adapted.load([start], train)
     after = adapted.read(0, start, train)
@@ -399,7 +407,7 @@ def test_reading_experts_after_loading_keeps_what_was_not_trained(train):
 
 
 def test_experts_leave_nothing_to_an_adapter_without_any():
-    adapted, x = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
+    adapted, x = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
     two = {name: LowRank(part.b, part.a) for name, part in routed(adapted).items()}
     adapted.load([two])
     expected = adapted.model(x)
@@ -410,7 +418,7 @@ def test_experts_leave_nothing_to_an_adapter_without_any():
 
 
 def test_different_numbers_of_experts_are_not_loaded_together():
-    adapted = Adapted(Net().double(), Scaling(24.0), ["first", "second", "last"])
+    adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
     with pytest.raises(AssertionError, match="several forms"):
         adapted.load([routed(adapted, others=1), routed(adapted, others=2)])
 
@@ -441,7 +449,7 @@ def test_without_factors_the_layer_is_its_base():
 )
 def test_the_targets_are_the_modules_that_peft_wraps(kind, targets):
     model = classifier(kind)
-    adapted = Adapted(copy.deepcopy(model), Scaling(16.0), targets, head=head_modules(model, ()))
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(16.0), targets, head=head_modules(model, ()))
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=targets)).base_model.model
     expected = {name for name, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)}
     assert expected and set(adapted.layers) == expected
@@ -450,23 +458,23 @@ def test_the_targets_are_the_modules_that_peft_wraps(kind, targets):
 @pytest.mark.parametrize("targets", [["no_such"], "no_such.*"])
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets):
     with pytest.raises(UserError, match=r"lora\.targets.*no_such.*first, last, second"):
-        Adapted(Net(), Scaling(16.0), targets)
+        AdaptedModel(Net(), Scaling(16.0), targets)
 
 
 def test_an_architecture_without_a_default_is_refused_with_the_names_there_are():
     with pytest.raises(UserError, match=r"'distilbert'; set lora\.targets.*k_lin.*q_lin"):
-        Adapted(classifier("distilbert"), Scaling(16.0))
+        AdaptedModel(classifier("distilbert"), Scaling(16.0))
 
 
 @pytest.mark.parametrize("train", ["b", "a", "ba", "w", ""])
 def test_reading_after_loading_gives_the_adapter_and_untouched_factors_as_the_same_objects(train):
-    adapted = Adapted(Net(), Scaling(16.0, rslora=True), ["first", "second"], rank_pattern={"first": 3}, head=["last"])
-    start = {**moved(adapted, rank=5), **{name: Full(torch.randn_like(w)) for name, w in adapted.spec.head.items()}}
+    adapted = AdaptedModel(Net(), Scaling(16.0, rslora=True), ["first", "second"], rank_pattern={"first": 3}, head=["last"])
+    start = {**moved(adapted, rank=5), **{name: Dense(torch.randn_like(w)) for name, w in adapted.spec.head.items()}}
     adapted.load([start], train)
     after = adapted.read(0, start, train)
     assert list(after) == list(start)
     for name, part in start.items():
-        for factor in ("w",) if isinstance(part, Full) else ("b", "a"):
+        for factor in ("w",) if isinstance(part, Dense) else ("b", "a"):
             assert (getattr(after[name], factor) is getattr(part, factor)) == (factor not in train)
             assert_close(getattr(after[name], factor), getattr(part, factor), rtol=1e-6, atol=1e-7)
 
@@ -475,8 +483,8 @@ def test_training_changes_factors_and_head_and_no_bit_of_the_rest():
     net = Net()
     kept = [*net.first.parameters(), *net.second.parameters()]
     before = [parameter.clone() for parameter in kept]
-    adapted = Adapted(net, Scaling(16.0), ["first", "second"], head=["last"])
-    start = {**moved(adapted), **{name: Full(w) for name, w in adapted.spec.head.items()}}
+    adapted = AdaptedModel(net, Scaling(16.0), ["first", "second"], head=["last"])
+    start = {**moved(adapted), **{name: Dense(w) for name, w in adapted.spec.head.items()}}
     trained = adapted.load([start], "baw")
     net(torch.randn(4, 7)).square().sum().backward()
     torch.optim.SGD(trained, lr=0.1).step()
@@ -497,7 +505,7 @@ def test_a_change_of_the_base_adds_its_product_with_the_input(layer):
 @pytest.mark.parametrize("quantised", [False, True])
 def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
     layers = [Int8Linear(nn.Linear(7, 12)) if quantised else nn.Linear(7, 12), Conv1D(5, 12)]
-    adapted, x = Adapted(nn.Sequential(*layers), Scaling(16.0), "all-linear"), torch.randn(4, 7)
+    adapted, x = AdaptedModel(nn.Sequential(*layers), Scaling(16.0), "all-linear"), torch.randn(4, 7)
     one, two, three = (moved(adapted, seed=seed) for seed in range(3))
     dense = {name: sum(each[name].product() for each in (one, two, three)) for name in one}
     middle = layers[0](x) + x @ dense["0"].mT
@@ -512,7 +520,7 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
 def test_folds_into_a_base_in_bf16_add_up_as_in_fp32(name):
     net = Net()
     exact = dense_weight(net.get_submodule(name)).clone()
-    adapted = Adapted(net, Scaling(16.0), ["first", "second"], head=["last"], precision=torch.bfloat16)
+    adapted = AdaptedModel(net, Scaling(16.0), ["first", "second"], head=["last"], precision=torch.bfloat16)
     assert_close(adapted.spec.weight(name), exact, rtol=0, atol=0)
     out, in_ = adapted.spec.modules[name]
     small = LowRank(torch.full((out, 1), 1e-4), torch.ones(1, in_))  # less than bf16 can tell from 1/4
@@ -527,14 +535,14 @@ def test_folds_into_a_base_in_bf16_add_up_as_in_fp32(name):
 def test_the_pretrained_weight_is_read_out_by_in_whatever_was_folded_since(name):
     net = Net()
     stored = net.get_submodule(name).weight.detach().clone()
-    adapted = Adapted(net, Scaling(16.0), "all-linear")
+    adapted = AdaptedModel(net, Scaling(16.0), "all-linear")
     adapted.fold(moved(adapted))
     assert_close(adapted.spec.weight(name), stored.mT if name == "second" else stored, rtol=0, atol=0)
 
 
 def test_the_weight_of_a_quantised_layer_is_not_read_as_if_it_were_dense():
     with pytest.raises(UserError, match="quantised"):
-        Adapted(nn.Sequential(Int8Linear(nn.Linear(7, 12))), Scaling(16.0), "all-linear").spec.weight("0")
+        AdaptedModel(nn.Sequential(Int8Linear(nn.Linear(7, 12))), Scaling(16.0), "all-linear").spec.weight("0")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
@@ -564,8 +572,8 @@ def test_each_clients_layer_norms_are_those_of_a_model_of_its_own(kind, count, p
     head = head_modules(model, ())
     norms = norm_modules(model, head)
     assert len(norms) == count
-    adapted = Adapted(copy.deepcopy(model), Scaling(8.0), head=[*head, *norms], precision=precision)
-    clients = [{n: Full(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()} for _ in range(2)]
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), head=[*head, *norms], precision=precision)
+    clients = [{n: Dense(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()} for _ in range(2)]
     trained = adapted.load(clients, "w")
     assert len(trained) == len(adapted.spec.head) and any(name.startswith(norms[0]) for name in adapted.spec.head)
     ids = torch.randint(1, 40, (4, 6))

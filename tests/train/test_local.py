@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.adapter import Adapter, Dense, lora_init, pack
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Fit, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Round
 from fedlora.randomness import generator
 from fedlora.train.batched import Job, Trained, train_together
 from fedlora.train.batches import epoch
-from fedlora.train.chance import Chance
+from fedlora.train.chance import ClientDropout
 from fedlora.train.evaluate import score
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
@@ -38,7 +38,7 @@ class Setup:
     tokenizer: Any
     texts: list[str]
     examples: Encoded
-    adapted: Adapted
+    adapted: AdaptedModel
     start: Adapter
 
 
@@ -48,10 +48,10 @@ def setup(tmp_path_factory) -> Setup:
     model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
     table = columns(tiny_rows(folder / "rows.jsonl", 40), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
-    adapted = Adapted(copy.deepcopy(model), Scaling(16.0), dropout=0.1, head=["classifier"])
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(16.0), dropout=0.1, head=["classifier"])
     rng = torch.Generator().manual_seed(1)
     factors = {n: LowRank(torch.randn(p.b.shape, generator=rng) / 9, p.a) for n, p in lora_init(adapted.spec, 4, 2).items()}
-    start = {**factors, **{name: Full(w) for name, w in adapted.spec.head.items()}}
+    start = {**factors, **{name: Dense(w) for name, w in adapted.spec.head.items()}}
     return Setup(model, tokenizer, table["text"], TASK.encode(tokenizer, table, 64), adapted, start)
 
 
@@ -84,7 +84,7 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
         for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, pace):
             inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
             optimizer.zero_grad()
-            with Chance() as chance:
+            with ClientDropout() as chance:
                 chance.next_pass(masks, [(inputs["input_ids"].shape[1], len(batch))])
                 loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
             loss.backward()
@@ -102,7 +102,7 @@ def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
             found[f"base_model.model.{name}.lora_B.weight"] * (16 / 4), found[f"base_model.model.{name}.lora_A.weight"]
         )
         if isinstance(part, LowRank)
-        else Full(found[f"base_model.model.{name}" if f"base_model.model.{name}" in found else name])
+        else Dense(found[f"base_model.model.{name}" if f"base_model.model.{name}" in found else name])
         for name, part in names.items()
     }
 
@@ -156,14 +156,14 @@ def test_training_leaves_the_global_generator_as_it_was(setup):
 
 def trainer(setup: Setup) -> LocalTrainer:
     rows, held_out = {"x": ROWS[:20], "y": ROWS[20:]}, {"x": torch.arange(30, 40), "y": ROWS[:0]}
-    return LocalTrainer(setup.adapted, TASK, setup.examples, rows, held_out, setup.examples, Train(), judge_batch=8)
+    return LocalTrainer(setup.adapted, TASK, setup.examples, rows, held_out, setup.examples, Train(), eval_batch_size=8)
 
 
 def test_a_client_trains_the_same_whoever_trained_before_it(setup):
     x, y = ClientInfo("x", 4, 20), ClientInfo("y", 4, 10)
-    asked = Asked(Fit(setup.start, frozenset("ba")), y, 0)
+    asked = FitRequest(Fit(setup.start, frozenset("ba")), y, 0)
     ((alone, _),) = trainer(setup).fit([asked], Round(0, 0))
-    trainer(setup).fit([Asked(Fit(setup.start, frozenset("baw")), x, 0)], Round(0, 0))
+    trainer(setup).fit([FitRequest(Fit(setup.start, frozenset("baw")), x, 0)], Round(0, 0))
     ((after, _),) = trainer(setup).fit([asked], Round(0, 0))
     assert all(torch.equal(tensor, pack(after)[key]) for key, tensor in pack(alone).items())
 

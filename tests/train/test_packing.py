@@ -15,7 +15,7 @@ from fedlora.data.files import columns
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.layout import Layout
 from fedlora.train.packing import Packing
 from fedlora.train.targets import norm_modules
@@ -161,7 +161,7 @@ def test_training_and_judging_give_the_same_packed(bench, experts, dropout, toke
     for packed, padded in zip(*found, strict=True):
         assert packed.loss == pytest.approx(padded.loss, rel=1e-5)
         assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
-    assert_close(judged(adapted, examples, some, True), judged(adapted, examples, some, False), rtol=1e-4, atol=1e-6)
+    assert_close(evaluated(adapted, examples, some, True), evaluated(adapted, examples, some, False), rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first_tokens(tmp_path):
@@ -169,7 +169,7 @@ def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first
     table = columns(tiny_rows(tmp_path / "rows.jsonl", 44), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
     norms = norm_modules(model, ["classifier"])
-    adapted = Adapted(model, Scaling(16.0), "all-linear", dropout=0.1, head=["classifier", *norms])
+    adapted = AdaptedModel(model, Scaling(16.0), "all-linear", dropout=0.1, head=["classifier", *norms])
     try_packing(adapted, TASK, tokenizer, 64)
     assert adapted.packing.narrows and any("output.dense" in name for name in adapted.layers)
     examples, some = TASK.encode(tokenizer, table, 64), jobs(adapted)
@@ -182,7 +182,7 @@ def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first
         assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
 
 
-def judged(adapted: Adapted, examples: Encoded, some: Any, works: bool) -> list[float]:
+def evaluated(adapted: AdaptedModel, examples: Encoded, some: Any, works: bool) -> list[float]:
     adapted.packing.works = works
     try:
         asked = [(job.rows, job.request.start) for job in some]

@@ -11,7 +11,7 @@ from fedlora.data.files import columns
 from fedlora.messages import Fit
 from fedlora.train import batched
 from fedlora.train.features import try_packing
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 
 from tiny import LABELS, tiny_bert, tiny_rows
 
@@ -21,7 +21,7 @@ def test_steps_wait_for_nothing_from_the_device_but_transformers_own_question(tm
     model, tokenizer, _ = TASK.load(str(tiny_bert(tmp_path / "model")), LABELS, seed=0)
     table = columns(tiny_rows(tmp_path / "rows.jsonl", 44), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
-    adapted = Adapted(model, Scaling(16.0), dropout=0.1, head=["classifier"])
+    adapted = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"])
     if packed:
         try_packing(adapted, TASK, tokenizer, 64)
     examples, some = TASK.encode(tokenizer, table, 64), jobs(adapted)
@@ -35,7 +35,7 @@ def test_steps_wait_for_nothing_from_the_device_but_transformers_own_question(tm
         asked.append(x.shape)
         return torch.tensor(False)
 
-    def read(adapted: Adapted, place: int, request: Fit) -> Any:
+    def read(adapted: AdaptedModel, place: int, request: Fit) -> Any:
         assert all(x.device.type == "meta" for layer in adapted.layers.values() for x in (layer.a, layer.b))
         return request.start
 

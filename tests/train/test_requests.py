@@ -10,21 +10,21 @@ from test_batched import bench, drawn, jobs  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, pack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, pack
 from fedlora.config import Train
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
-from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging
-from fedlora.rounds.client import Begun, turns
+from fedlora.rounds.client import ClientStart, turns
 from fedlora.train.batched import Job, train_together
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Classification, Encoded
 
 from toy import SPEC, ToyTrainer
 
 TASK, WHO = Classification(), ClientInfo("x", 2, 9)
-Answer = Callable[[Fit | Gradient], Any]
+ClientResult = Callable[[Fit | Gradient], Any]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Scaled(LowRank):
 
 def start_of(spec: AdapterSpec) -> Adapter:
     pairs = {n: LowRank(torch.ones(out, 2), torch.ones(2, in_)) for n, (out, in_) in spec.modules.items()}
-    return {**pairs, **{name: Full(w) for name, w in spec.head.items()}}
+    return {**pairs, **{name: Dense(w) for name, w in spec.head.items()}}
 
 
 @pytest.fixture(params=["model", "toy"])
-def trainer(request, bench) -> tuple[AdapterSpec, Answer]:  # noqa: F811
+def trainer(request, bench) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
     """What can be adapted, and what answers a request: the trainer around a model, and the one of the laws."""
     if request.param == "toy":
         toy = ToyTrainer()
@@ -50,13 +50,13 @@ def trainer(request, bench) -> tuple[AdapterSpec, Answer]:  # noqa: F811
     return adapted.spec, lambda one: answered(local, one) if isinstance(one, Fit) else local.gradient(WHO, one)
 
 
-def local_trainer(adapted: Adapted, examples: Encoded) -> LocalTrainer:
+def local_trainer(adapted: AdaptedModel, examples: Encoded) -> LocalTrainer:
     rows = {WHO.id: torch.arange(9)}
-    return LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), judge_batch=8, together=2)
+    return LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), eval_batch_size=8, together=2)
 
 
 def answered(local: LocalTrainer, request: Fit) -> Adapter:
-    return local.fit([Asked(request, WHO, 0)], Round(0, 0))[0][0]
+    return local.fit([FitRequest(request, WHO, 0)], Round(0, 0))[0][0]
 
 
 def other(spec: AdapterSpec, part: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ ANY: dict[str, tuple[Callable[[AdapterSpec], dict[str, Any]], str]] = {
         "'no.such': the model has no",
     ),
     "a head that is not there": (
-        lambda s: {"start": {**start_of(s), "no.w": Full(torch.ones(2))}},
+        lambda s: {"start": {**start_of(s), "no.w": Dense(torch.ones(2))}},
         "'no.w': the model has",
     ),
     "factors of another module's shape": (lambda s: {"start": other(s, wide(s))}, r"\.b: expected the shape \("),
@@ -155,7 +155,7 @@ def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(bench,
     bad = replace(good, rates={"c": 2.0})
     monkeypatch.setattr(TASK, "losses", lambda *_: pytest.fail("a model was called"))
     with pytest.raises(ValueError, match="rate of 'c'"):
-        local_trainer(adapted, examples).fit([Asked(good, WHO, 0), Asked(bad, WHO, 0)], Round(0, 0))
+        local_trainer(adapted, examples).fit([FitRequest(good, WHO, 0), FitRequest(bad, WHO, 0)], Round(0, 0))
 
 
 def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(bench):  # noqa: F811
@@ -185,7 +185,7 @@ class Asking(FactorAveraging):
 
 def test_a_client_that_asks_for_something_else_is_told_so():
     with pytest.raises(TypeError, match="Fit, Gradient or Features, got dict"):
-        turns(Asking(), ToyTrainer(), [Begun(WHO, None, {})], Round(0, 0))
+        turns(Asking(), ToyTrainer(), [ClientStart(WHO, None, {})], Round(0, 0))
 
 
 # ---------------------------------------------------------------------------------------------------- what a penalty sees
@@ -208,12 +208,16 @@ def parts_of(kind: type, spec: AdapterSpec) -> Adapter:
             return Heads(some(out, 4), some(2, 2, 2), some(2), some(4, in_))
         if kind is Experts:
             return Experts(some(out, 2), some(2, in_), some(5, in_), some(2, out, 2), some(2, 2, in_))
-        return Tri(some(out, 2), some(2, 2), some(2, in_)) if kind is Tri else LowRank(some(out, 2), some(2, in_))
+        return (
+            ThreeFactor(some(out, 2), some(2, 2), some(2, in_))
+            if kind is ThreeFactor
+            else LowRank(some(out, 2), some(2, in_))
+        )
 
-    return {**{n: part(*size) for n, size in spec.modules.items()}, **{n: Full(w) for n, w in spec.head.items()}}
+    return {**{n: part(*size) for n, size in spec.modules.items()}, **{n: Dense(w) for n, w in spec.head.items()}}
 
 
-@pytest.mark.parametrize("kind", [LowRank, Tri, Heads, Experts])
+@pytest.mark.parametrize("kind", [LowRank, ThreeFactor, Heads, Experts])
 def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(bench, kind, monkeypatch):  # noqa: F811
     """With a loss of nothing and the gradient of the penalty, a step of plain descent shrinks each tensor: b, which is
     scale * lora_B, by scale^2 as much, as decision 8 has it."""
@@ -239,7 +243,7 @@ def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(
 
 
 def test_the_toy_shows_a_penalty_every_factor_too():
-    start, seen = parts_of(Tri, SPEC), set()
+    start, seen = parts_of(ThreeFactor, SPEC), set()
 
     def penalty(live: Tensors) -> Tensor:
         seen.update(live)
@@ -278,7 +282,7 @@ def test_heads_of_unequal_rank_are_not_trained_in_one_step_but_one_after_the_oth
         }
 
     starts = [heads(2, 1), heads(2, 2), heads(1, 2)]
-    asked = [Asked(Fit(start, frozenset("cs")), WHO, 0) for start in starts]
+    asked = [FitRequest(Fit(start, frozenset("cs")), WHO, 0) for start in starts]
     local = local_trainer(adapted, examples)
     together = local.fit(asked, Round(0, 0))
     alone = [local.fit([one], Round(0, 0))[0] for one in asked]

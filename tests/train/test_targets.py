@@ -10,12 +10,12 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Full, lora_init
+from fedlora.adapter import Adapter, Dense, lora_init
 from fedlora.config import Lora
 from fedlora.errors import UserError
 from fedlora.export import to_peft
 from fedlora.linalg.lowrank import LowRank
-from fedlora.train.inject import Adapted, Scaling
+from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.loading import load_classifier
 from fedlora.train.targets import check_ranks, find_targets, head_modules
 from tiers import fast
@@ -36,10 +36,10 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-def moved(adapted: Adapted) -> Adapter:
+def moved(adapted: AdaptedModel) -> Adapter:
     """An adapter with every factor and every entry of the head moved."""
     low = {n: LowRank(0.3 * torch.randn_like(part.b), part.a) for n, part in lora_init(adapted.spec, 4, 0).items()}
-    return {**low, **{n: Full(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()}}
+    return {**low, **{n: Dense(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()}}
 
 
 def targets(model: Any) -> list[str] | None:
@@ -64,7 +64,7 @@ def test_the_head_of_a_complete_checkpoint_is_all_that_lies_outside_its_base_mod
 def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_computes_the_same(kind, tmp_path):
     model = model_of(kind).eval()
     plain, before = copy.deepcopy(model), logits(model)
-    adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
+    adapted = AdaptedModel(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
     adapter = moved(adapted)
     adapted.load([adapter])
     own, tokenizer = logits(adapted.model), tiny_tokenizer("<unk>")
@@ -76,7 +76,7 @@ def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_compute
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_of_the_head_moves_the_loss(kind):
     model = model_of(kind).eval()
-    adapted = Adapted(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
+    adapted = AdaptedModel(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
     trained = adapted.load([moved(adapted)], "w")
     ids = torch.tensor([[9, 8, 7, 3]])
     nn.functional.cross_entropy(adapted.model(input_ids=ids).logits, torch.tensor([1])).backward()

@@ -15,7 +15,7 @@ from fedlora.randomness import derive, generator
 
 
 @dataclass(frozen=True)
-class Share:
+class ClientSplit:
     """One client's rows of the training set, in ascending order: those it trains on, and those it is judged on."""
 
     client: str
@@ -25,7 +25,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Division:
+class Partition:
     """The clients' shares, ordered by client id, and what belongs to no client.
 
     Rows are left out by `shards` (the remainder), `pathological` (labels that nobody has) and `natural` (users with fewer
@@ -33,12 +33,12 @@ class Division:
     `min_size`; clients only by `natural`.
     """
 
-    shares: tuple[Share, ...]
+    shares: tuple[ClientSplit, ...]
     left_out_rows: int
     left_out_clients: int
 
 
-def divide(train: Dataset, clients: Clients, seed: int) -> Division:
+def divide(train: Dataset, clients: Clients, seed: int) -> Partition:
     """Which client has which rows of `train`; no row has two clients, and every client has at least `min_size` rows.
 
     A client's held-out rows are drawn at random for its id, at least one where it has two or more, never all. Numbered
@@ -56,21 +56,21 @@ def divide(train: Dataset, clients: Clients, seed: int) -> Division:
         owned = _by_task(train["task"][:], rows_of, clients.min_size)
     shares = tuple(share(name, owned[name, task], clients.held_out, seed, task) for name, task in sorted(owned))
     given = sum(len(rows) for rows in owned.values())
-    return Division(shares, left_out_rows=len(train) - given, left_out_clients=users - len(rows_of))
+    return Partition(shares, left_out_rows=len(train) - given, left_out_clients=users - len(rows_of))
 
 
-def label_table(train: Dataset, division: Division, labels: int) -> Int[np.ndarray, "clients labels"]:
+def label_table(train: Dataset, division: Partition, labels: int) -> Int[np.ndarray, "clients labels"]:
     """How many examples each client has of each label, the held-out ones included."""
     label_of = np.asarray(train["label"][:])
     return np.stack([np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in division.shares])
 
 
-def share(client: str, rows: list[int], held_out: float, seed: int, task: str = "") -> Share:
+def share(client: str, rows: list[int], held_out: float, seed: int, task: str = "") -> ClientSplit:
     """These rows as one client's, its held-out ones drawn at random for its id."""
     count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
     order = torch.randperm(len(rows), generator=generator(seed, "held out", client)).tolist()
     rows = sorted(rows)
-    return Share(
+    return ClientSplit(
         client,
         train=tuple(sorted(rows[i] for i in order[count:])),
         held_out=tuple(sorted(rows[i] for i in order[:count])),

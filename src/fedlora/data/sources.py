@@ -15,7 +15,7 @@ from fedlora.randomness import generator
 
 
 @dataclass(frozen=True)
-class Corpus:
+class LabelledData:
     """Training and test examples with the columns text, text_pair, label and user; text_pair and user where asked for.
 
     Labels are indices into `labels`. `user` is text; the test set has it only where its source does.
@@ -26,7 +26,7 @@ class Corpus:
     labels: tuple[str, ...]
 
 
-def load(data: config.Data, seed: int) -> Corpus:
+def load(data: config.Data, seed: int) -> LabelledData:
     """The examples that `data` describes; the same ones for the same seed.
 
     The labels are those in `data.labels`, else those that the hub or a `labels.json` names, else those that occur. Training
@@ -40,7 +40,7 @@ def load(data: config.Data, seed: int) -> Corpus:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
         empty = datasets.Dataset.from_dict({"text": [], "label": []})
-        return Corpus(empty, empty, _given(data) or ())
+        return LabelledData(empty, empty, _given(data) or ())
     table, test_table = find(data.source, data.test, data.label)
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
@@ -50,7 +50,7 @@ def load(data: config.Data, seed: int) -> Corpus:
         train, test = _split(train, data.test_fraction, seed)
     else:
         test["label"] = _label_ids(test["label"], names, test_place)
-    return Corpus(
+    return LabelledData(
         train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
         test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
         labels=names,

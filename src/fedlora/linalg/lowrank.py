@@ -29,7 +29,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Tri:
+class ThreeFactor:
     """The matrix b @ c @ a, exactly, with a small c in the middle. Leading batch axes are allowed and must agree."""
 
     b: Float[Tensor, "*batch out rank"]
@@ -115,7 +115,7 @@ class Experts:
         return LowRank(b=b.transpose(-3, -2).flatten(-2), a=a.flatten(-3, -2))
 
 
-Product = LowRank | Tri | Heads
+Product = LowRank | ThreeFactor | Heads
 """Every way to keep one matrix as factors."""
 
 

@@ -9,7 +9,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
 _ALL = frozenset("ba")
@@ -68,7 +68,7 @@ class FactorAveraging:
             # a common factor that stays home makes the mean exact; a personal one leaves no global model to be judged
             common = _ALL - set(self.shared) - set("".join(self.schedule))
             return Merged({**server, **replies.mean()}, notes={"aggregation_error": 0.0} if common else {})
-        means, ideal = RunningMean(), Ideal()
+        means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.plus(reply.weight, unpack({**server, **reply.upload}, LowRank))

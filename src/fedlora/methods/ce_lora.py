@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
-from fedlora.linalg.lowrank import Tri
+from fedlora.linalg.lowrank import ThreeFactor
 from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, flaw
 from fedlora.linalg.subspace import likeness
 from fedlora.linalg.transport import mixtures_apart
@@ -98,7 +98,7 @@ class CELoRA:
 
     def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
         """Its own b and a around the mixture."""
-        return unpack({**mine, **_split(got)[0]}, Tri)
+        return unpack({**mine, **_split(got)[0]}, ThreeFactor)
 
     def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains all three factors; keeps b and a, uploads c, and mixtures if it is asked for them."""

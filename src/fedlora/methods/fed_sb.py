@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.fit import svd, truncate
-from fedlora.linalg.lowrank import LowRank, Tri
+from fedlora.linalg.lowrank import LowRank, ThreeFactor
 from fedlora.linalg.subspace import frame, orthonormal
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
@@ -98,17 +98,17 @@ class FedSB:
         return min(spec.rank(name, self.rank), *spec.modules[name])
 
 
-def decomposed(factor: LowRank) -> Tri:
+def decomposed(factor: LowRank) -> ThreeFactor:
     """The same matrix with orthonormal columns in b, its singular values on the diagonal of c, orthonormal rows in a."""
     u, s, vt = svd([(1.0, factor)])
-    return Tri(b=u.to(factor.b), c=torch.diag_embed(s).to(factor.b), a=vt.to(factor.a))
+    return ThreeFactor(b=u.to(factor.b), c=torch.diag_embed(s).to(factor.b), a=vt.to(factor.a))
 
 
 def _adapter(tensors: Tensors) -> Adapter:
-    return unpack(tensors, Tri) if any(key.endswith(".c") for key in tensors) else unpack(tensors, LowRank)
+    return unpack(tensors, ThreeFactor) if any(key.endswith(".c") for key in tensors) else unpack(tensors, LowRank)
 
 
-def _principal(spec: AdapterSpec, name: str, rank: int) -> Tri:
+def _principal(spec: AdapterSpec, name: str, rank: int) -> ThreeFactor:
     if spec.weight is None:
         raise ValueError(
             "Fed-SB with init = 'weight' starts from the pretrained weights, and this spec has no `weight` to read them "
@@ -118,8 +118,8 @@ def _principal(spec: AdapterSpec, name: str, rank: int) -> Tri:
     return _untrained(LowRank(b=orthonormal(part.b).to(spec.dtype), a=orthonormal(part.a.mT).mT.to(spec.dtype)))
 
 
-def _untrained(part: LowRank) -> Tri:
-    return Tri(b=part.b, c=part.b.new_zeros(part.rank, part.rank), a=part.a)
+def _untrained(part: LowRank) -> ThreeFactor:
+    return ThreeFactor(b=part.b, c=part.b.new_zeros(part.rank, part.rank), a=part.a)
 
 
 def _frames(spec: AdapterSpec, ranks: Mapping[str, int], seed: int) -> dict[str, LowRank]:

@@ -8,7 +8,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpa
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
@@ -56,7 +56,7 @@ class FedExLoRA:
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The adapter, and as a fold what it lacks of the mean of the products."""
-        means, ideal, count = RunningMean(), Ideal(), 0
+        means, ideal, count = RunningMean(), MeanUpdate(), 0
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
@@ -68,7 +68,7 @@ class FedExLoRA:
         fold = self._residual(ideal.less(adapter), server, count)
         return Merged(adapter, fold, {"aggregation_error": ideal.error(adapter, fold or {})})
 
-    def _residual(self, rest: Ideal, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:
+    def _residual(self, rest: MeanUpdate, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:
         """E, or its best approximation; None for one client, whose update the adapter holds."""
         most = {name: (count - 1) * part.rank for name, part in server.items()}
         if self.residual_rank:

@@ -10,7 +10,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
@@ -58,7 +58,7 @@ class FedHMLoRA:
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The best fit to the mean of the products; the error is that against this mean, server's share included."""
-        ideal, largest = Ideal(), 0
+        ideal, largest = MeanUpdate(), 0
         for reply in replies:
             if reply.weight > 0:
                 ideal, largest = self._plus(ideal, largest, reply.client.rank, unpack(reply.upload, LowRank))
@@ -67,7 +67,7 @@ class FedHMLoRA:
         adapter = ideal.best_fit(server.adapter, "balanced", derive(rnd.seed, "best_fit", rnd.index))
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
-    def _plus(self, ideal: Ideal, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[Ideal, int]:
+    def _plus(self, ideal: MeanUpdate, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[MeanUpdate, int]:
         """One more client, and the largest rank so far: its clients weigh 1, so that a round's weights never all vanish."""
         if rank > largest:
             ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank

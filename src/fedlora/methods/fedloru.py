@@ -12,7 +12,7 @@ from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
@@ -70,7 +70,7 @@ class FedLoRU:
 
     def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
         """The mean factors; as a fold too when it is time."""
-        means, ideal = RunningMean(), Ideal()
+        means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             trained = self._trained(server, reply.upload)
             means.add(reply.weight, pack(trained), reply.client.id)

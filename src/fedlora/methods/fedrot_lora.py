@@ -8,7 +8,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.subspace import Side, align
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, UnitInterval, checked
 
 
@@ -59,7 +59,7 @@ class FedRotLoRA:
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
         """The mean factors."""
-        means, ideal = RunningMean(), Ideal()
+        means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))

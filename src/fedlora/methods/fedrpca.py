@@ -13,7 +13,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.robust import robust_parts
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
 from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, UnitInterval, checked
@@ -74,7 +74,7 @@ class FedRPCA:
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The amplified means, modules of equal shape together."""
         counted = [reply for reply in replies if reply.weight > 0]
-        ideal, trained = Ideal(), list[Updates]()
+        ideal, trained = MeanUpdate(), list[Updates]()
         for reply in counted:
             update = unpack(reply.upload, LowRank)
             ideal = ideal.plus(reply.weight, update)

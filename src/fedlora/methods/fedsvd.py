@@ -9,7 +9,7 @@ from fedlora.linalg.fit import svd
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
@@ -54,7 +54,7 @@ class FedSVD:
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The mean b on the common a, in new factors when it is time."""
-        kept, means, ideal = pick(pack(server), "a"), RunningMean(), Ideal()
+        kept, means, ideal = pick(pack(server), "a"), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.plus(reply.weight, unpack({**reply.upload, **kept}, LowRank))

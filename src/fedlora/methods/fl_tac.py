@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.cluster import silhouette
 from fedlora.linalg.kmeans import agreement, embedded, kmeans
 from fedlora.linalg.lowrank import LowRank
@@ -61,7 +61,7 @@ class FLTAC:
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
         """Factors of update zero and the head; no clusters."""
-        start = pack({**lora_init(spec, self.rank, seed), **{name: Full(w) for name, w in spec.head.items()}})
+        start = pack({**lora_init(spec, self.rank, seed), **{name: Dense(w) for name, w in spec.head.items()}})
         return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
@@ -73,7 +73,7 @@ class FLTAC:
 
     def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
         """What came."""
-        return {**unpack(pick(got, "ba"), LowRank), **unpack(pick(got, "w"), Full)}
+        return {**unpack(pick(got, "ba"), LowRank), **unpack(pick(got, "w"), Dense)}
 
     def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains and uploads all of it."""

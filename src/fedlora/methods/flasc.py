@@ -33,7 +33,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
-class Dense:
+class FlascState:
     """What the server keeps: all P entries, also those it does not send, and what its optimiser remembers of them.
 
     The adapter's b is PEFT's `lora_B`, on the wire too: the scale would have a say in what is large, and in AdamW's steps.
@@ -77,16 +77,16 @@ class FLASC:
     static_from: Annotated[NonNegativeInt, AtMost("rounds", less=1)] | None = None
     train_sent_only: bool = False
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> Dense:
+    def init_server(self, spec: AdapterSpec, seed: int) -> FlascState:
         """Factors of update zero."""
-        start = Dense(lora_init(spec, self.rank, seed))
+        start = FlascState(lora_init(spec, self.rank, seed))
         return replace(start, static=self._largest(_flat(start.adapter))) if self.static_from == 0 else start
 
     def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Shapes:
         """The shapes of the factors, which what comes down does not tell; they never change."""
         return Shapes(_sizes(spec, self.rank), spec.scales(self.rank))
 
-    def send(self, server: Dense, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: FlascState, who: ClientInfo, rnd: Round) -> Tensors:
         """The entries of largest magnitude, and their positions; as many of a static mask's as the client's density has."""
         vector = _flat(server.adapter)
         sizes = vector.abs() if server.static is None else vector.abs().where(server.static, -1.0)
@@ -117,7 +117,7 @@ class FLASC:
         unpack_positions(upload["positions"], self._count(self.density_up, who.rank, total), total)
         return like
 
-    def merge(self, server: Dense, replies: Replies, rnd: Round) -> Merged[Dense]:
+    def merge(self, server: FlascState, replies: Replies, rnd: Round) -> Merged[FlascState]:
         """The vector after the server's step along the mean change.
 
         Raises:
@@ -137,7 +137,7 @@ class FLASC:
             after = replace(after, static=self._largest(_flat(after.adapter)))
         return Merged(after)
 
-    def _step(self, server: Dense, vector: Tensor, change: Tensor) -> Dense:
+    def _step(self, server: FlascState, vector: Tensor, change: Tensor) -> FlascState:
         """One step of the server's optimiser, whose gradient is minus the mean change; AdamW in the order of torch's."""
         vector = vector * (1 - self.server_lr * self.server_decay)
         if self.optimizer == "sgd":
@@ -148,7 +148,7 @@ class FLASC:
         second = second.addcmul(change, change, value=1 - _BETAS[1])
         scale = (second.sqrt() / (1 - _BETAS[1] ** steps) ** 0.5) + _EPSILON
         vector = vector.addcdiv(first, scale, value=-self.server_lr / (1 - _BETAS[0] ** steps))
-        return Dense(_adapter(vector, server.adapter), server.static, steps, first, second)
+        return FlascState(_adapter(vector, server.adapter), server.static, steps, first, second)
 
     def _received(self, mine: Sizes, got: Tensors, who: ClientInfo) -> tuple[Tensor, Tensor]:
         """The vector that came down, and where it did [P]."""

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors, lora_init, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, lora_init, pack, unpack
 from fedlora.linalg.combine import leading
 from fedlora.linalg.fit import Split
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveInt, checked
 
@@ -71,7 +71,7 @@ class FlexLoRA:
         trained = yield from fit(self.view(mine, got, who))
         if self.upload == "factors":
             return mine, pack(trained)
-        return mine, pack({name: Full(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
+        return mine, pack({name: Dense(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The best fit of the server's rank to the mean of the products."""
@@ -79,10 +79,10 @@ class FlexLoRA:
         adapter = ideal.best_fit(server.adapter, self.split, derive(rnd.seed, "best_fit", rnd.index))
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
-    def _ideal(self, replies: Replies) -> Ideal:
+    def _ideal(self, replies: Replies) -> MeanUpdate:
         if self.upload == "dense":
-            return Ideal.of({name: part.w for name, part in unpack(replies.mean(), Full).items()})
-        ideal = Ideal()
+            return MeanUpdate.of({name: part.w for name, part in unpack(replies.mean(), Dense).items()})
+        ideal = MeanUpdate()
         for reply in replies:
             ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
         return ideal

@@ -11,7 +11,7 @@ from fedlora.linalg.combine import fresh_rows
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
 
@@ -57,7 +57,7 @@ class FLoRA:
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The stack, as a fold."""
-        ideal = Ideal()
+        ideal = MeanUpdate()
         for reply in replies:
             ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
         fold = ideal.factors()

@@ -12,7 +12,7 @@ from fedlora.linalg.terms import Terms
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
@@ -67,7 +67,7 @@ class FLoRANA:
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The clients' factors, combined with the coefficients that fit best."""
         uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies if reply.weight > 0]
-        ideal = Ideal()
+        ideal = MeanUpdate()
         for weight, update in uploads:
             ideal = ideal.plus(weight, update)
         groups = [group for names in alike(server.adapter) for group in _groups(names, uploads, server.adapter)]

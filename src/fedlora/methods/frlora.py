@@ -11,7 +11,7 @@ from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
@@ -74,7 +74,7 @@ class FRLoRA:
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The change of the product of the mean factors, as a fold."""
-        kept, means, ideal = pack(server), RunningMean(), Ideal()
+        kept, means, ideal = pack(server), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.plus(reply.weight, unpack({**kept, **reply.upload}, LowRank))

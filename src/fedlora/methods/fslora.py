@@ -13,7 +13,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
 _CHANGE = "change/"  # a change is no new value of the factor of that name
@@ -81,7 +81,7 @@ class FSLoRA:
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The adapter plus the mean of the changes in their places; the error is against the mean of the trained slices."""
-        means, ideal = RunningMean(), Ideal()
+        means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
             start = sliced(server.adapter, {name: part.rank for name, part in change.items()}, reply.client, rnd)

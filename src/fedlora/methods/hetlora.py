@@ -15,7 +15,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.methods.scaled import unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveInt, checked
 
@@ -90,7 +90,7 @@ class HetLoRA:
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The norm-weighted means of the padded factors; the error is that against the products' mean of these weights."""
         means = {name: RunningMean() for name in server.adapter}
-        ideals = {name: Ideal() for name in server.adapter}
+        ideals = {name: MeanUpdate() for name in server.adapter}
         for reply in replies:
             for name, (weight, part) in self._weighted(reply).items():
                 wide = pad(part, server.adapter[name].rank)
@@ -129,6 +129,6 @@ def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
     return torch.stack(norms).sum()
 
 
-def _joined(ideals: Mapping[str, Ideal]) -> Ideal:
+def _joined(ideals: Mapping[str, MeanUpdate]) -> MeanUpdate:
     """One of total weight 1 from those of single modules, which have weights of their own."""
-    return Ideal(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)
+    return MeanUpdate(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)

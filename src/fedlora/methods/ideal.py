@@ -38,7 +38,7 @@ def unbatch(factor: LowRank, names: Sequence[str], dtype: torch.dtype) -> dict[s
 
 
 @dataclass(frozen=True)
-class Ideal:
+class MeanUpdate:
     """M = sum_k w_k b_k a_k / sum_k w_k for each module, from clients that come one at a time; ranks may differ.
 
     Kept as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
@@ -51,16 +51,16 @@ class Ideal:
     weight: float = 0.0
 
     @staticmethod
-    def of(mean: Mapping[str, Tensor]) -> "Ideal":
+    def of(mean: Mapping[str, Tensor]) -> "MeanUpdate":
         """The one whose matrices [out, in] are known."""
         groups: dict[torch.Size, list[str]] = {}
         for name, matrix in mean.items():
             groups.setdefault(matrix.shape, []).append(name)
         wide = [torch.stack([mean[name] for name in names]) for names in groups.values()]
         sums = tuple(RunningSum(matrix=x.to(torch.promote_types(x.dtype, torch.float32))) for x in wide)
-        return Ideal(tuple(map(tuple, groups.values())), sums, 1.0)
+        return MeanUpdate(tuple(map(tuple, groups.values())), sums, 1.0)
 
-    def plus(self, weight: float, update: Updates) -> "Ideal":
+    def plus(self, weight: float, update: Updates) -> "MeanUpdate":
         """The same with one more client."""
         known = list(zip(self.groups, self.sums, strict=True)) or [(tuple(update), RunningSum())]
         groups, grown = list[tuple[str, ...]](), list[RunningSum]()
@@ -69,13 +69,13 @@ class Ideal:
                 own = total if len(some) == len(names) else total.select([names.index(name) for name in some])
                 groups.append(some)
                 grown.append(own.add(weight, batch(update, some)))
-        return Ideal(tuple(groups), tuple(grown), self.weight + weight)
+        return MeanUpdate(tuple(groups), tuple(grown), self.weight + weight)
 
-    def times(self, factor: float) -> "Ideal":
+    def times(self, factor: float) -> "MeanUpdate":
         """The same M, in which all clients so far weigh `factor` times as much."""
-        return Ideal(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
+        return MeanUpdate(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
 
-    def less(self, part: Updates) -> "Ideal":
+    def less(self, part: Updates) -> "MeanUpdate":
         """M minus what a merge has already realised of it."""
         return replace(self.plus(-self.weight, part), weight=self.weight) if part else self
 

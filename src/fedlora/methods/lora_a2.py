@@ -15,7 +15,7 @@ from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
 from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import Ideal
+from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 Side = Literal["b", "a"]
@@ -94,7 +94,7 @@ class LoRAA2:
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """This round's factor plus the weighted mean of the changes, zero where a client trained nothing."""
-        means, ideal = RunningMean(), Ideal()
+        means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             changes = _dense(reply.upload, server, _side(rnd), reply.client)
             means.add(reply.weight, changes, reply.client.id)

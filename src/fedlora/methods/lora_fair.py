@@ -13,7 +13,7 @@ from fedlora.linalg.solve import CosineLoss, corrected, descend
 from fedlora.linalg.terms import Terms
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
-from fedlora.methods.ideal import Ideal, Updates, alike, batch, unbatch
+from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
 from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
@@ -70,7 +70,7 @@ class LoRAFAIR:
 
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The averaged factors, b corrected."""
-        ideal, uploads, found = Ideal(), list[tuple[float, Updates]](), dict[str, LowRank]()
+        ideal, uploads, found = MeanUpdate(), list[tuple[float, Updates]](), dict[str, LowRank]()
         for reply in replies:
             update = unpack(reply.upload, LowRank)
             ideal = ideal.plus(reply.weight, update)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Features, Fit, Gradient, Round, Score, Seen
+from fedlora.messages import ClientInfo, Features, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.method import AnyMethod, Local
 from fedlora.rounds.finite import NOT_FINITE, NumericalError, is_finite
 from fedlora.rounds.gate import Failed
@@ -20,13 +20,13 @@ class Trainer(Protocol):
     def together(self) -> int:
         """How many clients are best trained at once."""
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
 
     def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
         """The gradient of the client's mean training loss."""
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         """The client's training examples as the base sees them without any adapter."""
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
@@ -37,7 +37,7 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Begun:
+class ClientStart:
     """What a client begins its round with: its state, and what it was sent."""
 
     who: ClientInfo
@@ -46,7 +46,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Turn:
+class LocalResult:
     """What a client has after its work: its next state, its upload, and the notes of its last training."""
 
     mine: Any
@@ -54,25 +54,27 @@ class Turn:
     notes: Mapping[str, float]
 
 
-def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[Begun], rnd: Round) -> list[Turn | Failed]:
+def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd: Round) -> list[LocalResult | Failed]:
     """Runs the method's work of all these clients to its end, in step: trainings that they ask for at a time are answered
     at once, and questions for gradients and features each by itself.
 
     A client whose work ends in values that are not finite has failed, and its state is the one before.
     """
     jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
-    done: dict[int, Turn | Failed] = {}
+    done: dict[int, LocalResult | Failed] = {}
     answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
     while answers:
-        asked: dict[int, Asked] = {}
+        asked: dict[int, FitRequest] = {}
         for i, (adapter, notes) in answers.items():
             try:
-                asked[i] = Asked(_next_fit(jobs[i], adapter, begun[i].who, trainer), begun[i].who, step)
+                asked[i] = FitRequest(_next_fit(jobs[i], adapter, begun[i].who, trainer), begun[i].who, step)
             except StopIteration as end:
                 mine, upload = end.value
                 finite = is_finite((mine, upload))
-                done[i] = Turn(mine, upload, notes) if finite else Failed(begun[i].who, f"its work ended in {NOT_FINITE}")
+                done[i] = (
+                    LocalResult(mine, upload, notes) if finite else Failed(begun[i].who, f"its work ended in {NOT_FINITE}")
+                )
             except NumericalError as error:
                 kind = type(error).__name__.lstrip("_")
                 done[i] = Failed(begun[i].who, f"its work ended in {kind}, as from {NOT_FINITE}")

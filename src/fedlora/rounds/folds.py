@@ -12,7 +12,7 @@ from fedlora.linalg.lowrank import LowRank
 
 
 @runtime_checkable
-class FoldStore(Protocol):
+class BaseUpdateStore(Protocol):
     """Where the folds are kept."""
 
     def save_fold(self, index: int, fold: Adapter) -> None:
@@ -23,7 +23,7 @@ class FoldStore(Protocol):
 
 
 @dataclass(frozen=True)
-class Folds:
+class BaseUpdateLog:
     """The indices of the rounds that changed the base, in order, and how many of them each client has applied."""
 
     rounds: tuple[int, ...] = ()
@@ -33,13 +33,13 @@ class Folds:
         """The rounds whose folds the client must still apply, each once and in this order."""
         return self.rounds[self.applied.get(client, 0) :]
 
-    def delivered(self, clients: Iterable[str]) -> "Folds":
+    def delivered(self, clients: Iterable[str]) -> "BaseUpdateLog":
         """The same after these clients have applied all folds there are."""
         if not self.rounds:
             return self
         return replace(self, applied={**self.applied, **dict.fromkeys(clients, len(self.rounds))})
 
-    def known(self, held: Mapping[str, Sequence[int]]) -> "Folds":
+    def known(self, held: Mapping[str, Sequence[int]]) -> "BaseUpdateLog":
         """The same where these clients have told which folds they hold: all up to the first that they lack."""
         if not held or not self.rounds:
             return self
@@ -48,7 +48,7 @@ class Folds:
         }
         return replace(self, applied={**self.applied, **counts})
 
-    def added(self, index: int) -> "Folds":
+    def added(self, index: int) -> "BaseUpdateLog":
         """The same with one fold more."""
         return replace(self, rounds=(*self.rounds, index))
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fedlora.adapter import AdapterSpec, Tensors
-from fedlora.messages import ClientInfo, Features, Reply, Round, Seen
-from fedlora.method import AnyMethod, Chooses
+from fedlora.messages import ClientInfo, Features, LabelledFeatures, Reply, Round
+from fedlora.method import AnyMethod, SelectiveUpload
 from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 
@@ -21,7 +21,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Gate:
+class UploadValidator:
     """Knows what each chosen client was sent, and so what it must send back."""
 
     method: AnyMethod
@@ -64,7 +64,7 @@ class Gate:
             if tensor.dtype != expected[name].dtype:
                 return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
         try:
-            if isinstance(self.method, Chooses):
+            if isinstance(self.method, SelectiveUpload):
                 expected = self.method.layout(self.spec, reply.upload, expected, reply.client, self.rnd)
         except ValueError as error:
             return f"sent what it cannot have chosen: {error}"
@@ -104,7 +104,7 @@ def _layout(method: AnyMethod, spec: AdapterSpec, who: ClientInfo, sent: Tensors
     A client's features are not known here: it is played as one without examples.
     """
     job = method.work(method.init_client(spec, who, rnd.seed), sent, who, rnd)
-    nobody = Seen(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
+    nobody = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
     try:
         request = next(job)
         while True:

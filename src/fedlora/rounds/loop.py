@@ -15,15 +15,15 @@ from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
-from fedlora.rounds.folds import Folds, FoldStore, catch_up
-from fedlora.rounds.gate import Failed, Gate, change_norm
+from fedlora.rounds.folds import BaseUpdateLog, BaseUpdateStore, catch_up
+from fedlora.rounds.gate import Failed, UploadValidator, change_norm
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
-from fedlora.rounds.watch import Watcher
+from fedlora.rounds.watch import Progress
 
 
 @runtime_checkable
-class Exchange(Protocol):
+class Backend(Protocol):
     """Where the clients are: in this process, or on other machines."""
 
     def clients(self) -> Sequence[ClientInfo]:
@@ -51,7 +51,7 @@ class Exchange(Protocol):
 
 
 @runtime_checkable
-class GlobalJudge(Protocol):
+class GlobalEvaluator(Protocol):
     """Who has the global test set."""
 
     def __call__(self, adapter: Adapter) -> Score:
@@ -69,20 +69,20 @@ class Plan:
     evaluate: Evaluate
     rounds: int
     uniform_weights: bool = False
-    judge: GlobalJudge | None = None
+    judge: GlobalEvaluator | None = None
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """What the server knows between rounds: the method's state, the changes of the base, the round's largest upload."""
 
     server: Any
-    folds: Folds = field(default_factory=Folds)
+    folds: BaseUpdateLog = field(default_factory=BaseUpdateLog)
     largest: Largest | None = None
 
 
 @dataclass
-class _Tally:
+class _RoundStats:
     """What is counted while a round goes on, over all its attempts; chosen, accepted, losses and largest are the last's."""
 
     chosen: list[str] = field(default_factory=list)
@@ -101,8 +101,8 @@ class _Tally:
 
 
 def play(
-    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, first: int, watch: Watcher
-) -> Iterator[tuple[Progress, dict[str, Any]]]:
+    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, first: int, watch: Progress
+) -> Iterator[tuple[RunState, dict[str, Any]]]:
     """The rounds from index `first` on, each as it is complete: what the server knows after it, and its row of the log.
 
     A round's clients are sent their work before the scores of the round before are asked for: over a network, where
@@ -111,7 +111,7 @@ def play(
     Raises:
         RunStopped: in none of a round's attempts came enough replies that could be accepted.
     """
-    judging: _Judging | None = None
+    judging: _PendingEvaluation | None = None
     for index in range(first, plan.rounds):
         attempt = _begin(plan, exchange, store, before, Round(index, plan.seed))
         if judging is not None:
@@ -123,8 +123,8 @@ def play(
 
 
 def one_round(
-    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, index: int, watch: Watcher
-) -> tuple[Progress, dict[str, Any]]:
+    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, index: int, watch: Progress
+) -> tuple[RunState, dict[str, Any]]:
     """What the server knows after the round, and the row of the round log.
 
     Raises:
@@ -140,22 +140,22 @@ class _Attempt:
 
     rnd: Round
     chosen: Sequence[ClientInfo]
-    gate: Gate
-    folds: Folds
+    gate: UploadValidator
+    folds: BaseUpdateLog
     bytes_down: int
     answers: Iterator[Reply | Failed]
 
 
 @dataclass(frozen=True)
-class _Judging:
+class _PendingEvaluation:
     """A round that lacks only its clients' scores, if it has any."""
 
-    after: Progress
+    after: RunState
     row: dict[str, Any]
-    tally: _Tally
+    tally: _RoundStats
     scores: Iterator[tuple[ClientInfo, Score | None]] | None
 
-    def ended(self, watch: Watcher) -> tuple[Progress, dict[str, Any]]:
+    def ended(self, watch: Progress) -> tuple[RunState, dict[str, Any]]:
         """What the server knows after the round, and the row."""
         row, tally = self.row, self.tally
         started = time.perf_counter()
@@ -168,7 +168,7 @@ class _Judging:
 
 
 def _begin(
-    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, rnd: Round, left_out: Collection[str] = ()
+    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
 ) -> _Attempt:
     """Chooses the cohort, of others than `left_out` if there are any, and sends it its work."""
     everybody = exchange.clients()
@@ -176,16 +176,16 @@ def _begin(
     sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
     folds = before.folds.known(exchange.held())
     lacking = missed(plan.spec, store, folds, chosen)
-    gate = Gate(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
+    gate = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
     bytes_down = sum(map(encoded_size, [*sent.values(), *lacking.values()]))
     return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
 
 
 def _round(
-    plan: Plan, exchange: Exchange, store: FoldStore, before: Progress, attempt: _Attempt, watch: Watcher
-) -> _Judging:
+    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, watch: Progress
+) -> _PendingEvaluation:
     """Merges the first attempt that has enough replies, and has the result judged."""
-    tally, index = _Tally(), attempt.rnd.index
+    tally, index = _RoundStats(), attempt.rnd.index
     while True:
         merged, folds = _merged(plan, before, attempt, tally, watch)
         if merged is not None:
@@ -213,19 +213,19 @@ def _round(
         **({"diverged": text} if (text := tally.divergence(before.largest)) else {}),
         **merged.notes,
     }
-    after = Progress(merged.server, folds, tally.largest)
+    after = RunState(merged.server, folds, tally.largest)
     if merged.fold is not None:
         store.save_fold(index, merged.fold)
         exchange.fold(merged.fold)
         after = replace(after, folds=folds.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _Judging(after, row, tally, None)
+        return _PendingEvaluation(after, row, tally, None)
     return _judging(plan, exchange, store, after, row, tally)
 
 
 def _merged(
-    plan: Plan, before: Progress, attempt: _Attempt, tally: _Tally, watch: Watcher
-) -> tuple[Merged[Any] | None, Folds]:
+    plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, watch: Progress
+) -> tuple[Merged[Any] | None, BaseUpdateLog]:
     """The merge of one cohort, None if too few of its replies were accepted or its result is not finite; and who now has
     which folds."""
     watch.round_started(attempt.rnd, attempt.chosen)
@@ -281,7 +281,9 @@ def _merged(
     return (merged if enough else None), attempt.folds.delivered(answered)
 
 
-def missed(spec: AdapterSpec, store: FoldStore, folds: Folds, clients: Sequence[ClientInfo]) -> dict[ClientInfo, Tensors]:
+def missed(
+    spec: AdapterSpec, store: BaseUpdateStore, folds: BaseUpdateLog, clients: Sequence[ClientInfo]
+) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for lacking in {folds.missed(who.id) for who in clients} - {()}:
@@ -290,8 +292,8 @@ def missed(spec: AdapterSpec, store: FoldStore, folds: Folds, clients: Sequence[
 
 
 def _judging(
-    plan: Plan, exchange: Exchange, store: FoldStore, after: Progress, row: dict[str, Any], tally: _Tally
-) -> _Judging:
+    plan: Plan, exchange: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
+) -> _PendingEvaluation:
     """Judges what would be used in the next round: the server at once, the clients when their scores are asked for.
 
     Folds that had to be sent for it count as this round's, and are not sent again for the next.
@@ -314,7 +316,7 @@ def _judging(
         row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
         folds = folds.delivered(who.id for who in judges)
     tally.seconds["evaluate"] += time.perf_counter() - started
-    return _Judging(replace(after, folds=folds), row, tally, scores)
+    return _PendingEvaluation(replace(after, folds=folds), row, tally, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

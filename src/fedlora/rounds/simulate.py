@@ -9,7 +9,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.method import AnyMethod
-from fedlora.rounds.client import Begun, Trainer, turns
+from fedlora.rounds.client import ClientStart, Trainer, turns
 from fedlora.rounds.codec import outline
 from fedlora.rounds.gate import Failed
 
@@ -28,7 +28,7 @@ class ClientStates(Protocol):
 
 
 @dataclass(frozen=True)
-class Simulation:
+class SimulationBackend:
     """The exchange within one process. A client's state is read when it is needed, and written only if it changed."""
 
     method: AnyMethod
@@ -55,7 +55,7 @@ class Simulation:
     ) -> Iterator[Reply | Failed]:
         """The replies, in the order of `sent`, as each group of clients finishes. The base has all folds already."""
         for some in self._windows(sent):
-            begun = [Begun(who, self._state(who, rnd.index), sent[who]) for who in some]
+            begun = [ClientStart(who, self._state(who, rnd.index), sent[who]) for who in some]
             for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
                 if isinstance(done, Failed):
                     yield done

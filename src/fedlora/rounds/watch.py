@@ -7,7 +7,7 @@ from fedlora.messages import ClientInfo, Round
 
 
 @runtime_checkable
-class Watcher(Protocol):
+class Progress(Protocol):
     """Progress callbacks."""
 
     def notify(self, message: str) -> None:
@@ -23,7 +23,7 @@ class Watcher(Protocol):
         """The round's row, before it is written."""
 
 
-class Silent:
+class NullProgress:
     """Shows no progress."""
 
     def notify(self, message: str) -> None:

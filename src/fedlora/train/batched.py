@@ -11,8 +11,8 @@ from fedlora.config import Train
 from fedlora.messages import Fit
 from fedlora.randomness import derive, generator
 from fedlora.train.batches import epoch, side_by_side
-from fedlora.train.chance import Chance
-from fedlora.train.inject import Adapted, form
+from fedlora.train.chance import ClientDropout
+from fedlora.train.inject import AdaptedModel, form
 from fedlora.train.tasks import Encoded, Task
 
 
@@ -62,7 +62,7 @@ def in_common(request: Fit) -> Hashable:
 
 
 def train_together(
-    adapted: Adapted,
+    adapted: AdaptedModel,
     task: Task,
     examples: Encoded,
     jobs: Sequence[Job],
@@ -94,7 +94,7 @@ def train_together(
     done: dict[int, Adapter] = {}
     live = list(range(len(jobs)))
     adapted.model.train()
-    with Chance(adapted.packing, dropout) as chance:
+    with ClientDropout(adapted.packing, dropout) as chance:
         for step in range(max(steps)):
             if len(going := [i for i in live if steps[i] > step]) < len(live):
                 for place, i in enumerate(live):
@@ -148,7 +148,7 @@ def passes(sizes: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]]
     yield sorted(some)
 
 
-def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adapter) -> int:
+def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Encoded, start: Adapter) -> int:
     """What a training pass keeps for its backward pass, for each token of the longest example; 1 where there is none."""
     if len(examples) == 0:
         return 1
@@ -162,7 +162,7 @@ def bytes_per_token(adapted: Adapted, task: Task, examples: Encoded, start: Adap
     longest = examples.lengths().argmax()[None]
     inputs, targets = examples.batch(longest, parameter.device)
     adapted.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), Chance() as chance:
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), ClientDropout() as chance:
         chance.next_pass([torch.Generator(parameter.device).manual_seed(0)], [(int(examples.lengths().max()), 1)])
         task.losses(adapted.model, inputs, targets)
     own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
@@ -209,7 +209,7 @@ class _Masked:
 
 
 def _go_on(
-    optimizer: torch.optim.Optimizer, masked: Sequence[_Masked], adapted: Adapted, clients: list[int]
+    optimizer: torch.optim.Optimizer, masked: Sequence[_Masked], adapted: AdaptedModel, clients: list[int]
 ) -> list[_Masked]:
     """With these of the loaded clients only, in the optimiser's state and the masks too."""
     index = torch.tensor(clients)
@@ -225,7 +225,7 @@ def _go_on(
     return [_Masked(new[m.parameter], *(x[index.to(x.device)] for x in (m.fixed, m.before))) for m in masked]
 
 
-def _read(adapted: Adapted, place: int, request: Fit) -> Adapter:
+def _read(adapted: AdaptedModel, place: int, request: Fit) -> Adapter:
     return request.restore(adapted.read(place, request.start, request.train))
 
 

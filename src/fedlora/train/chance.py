@@ -15,7 +15,7 @@ from fedlora.train.packing import Packing
 _LEVELS = 1 << 8  # a mask entry takes one random byte
 
 
-class Chance(TorchFunctionMode):
+class ClientDropout(TorchFunctionMode):
     """Within it, every dropout of a model in training draws each client's mask from the client's own generator.
 
     The first axis of what is dropped out holds the clients' runs of rows, all as long as the longest, or, flattened, the

@@ -14,12 +14,12 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Gradient, Round, Score, Seen
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.train.local import LocalTrainer
 from fedlora.train.tasks import Encoded
 
 
-class Helper:
+class TrainerProcess:
     """A trainer in a process of its own, which ends when this object or this process does."""
 
     def __init__(self, name: str, make: Callable[..., LocalTrainer], *arguments: Any) -> None:
@@ -61,10 +61,10 @@ class Helper:
         return RunStopped(f"the process for {self._name} has ended with exit code {self._process.exitcode}")
 
 
-class ManyDevices:
+class MultiDeviceTrainer:
     """A trainer for each device: one here, the others in helpers. Which client is trained where changes only rounding."""
 
-    def __init__(self, here: LocalTrainer, helpers: Sequence[Helper]) -> None:
+    def __init__(self, here: LocalTrainer, helpers: Sequence[TrainerProcess]) -> None:
         self._here, self._helpers = here, helpers
 
     @property
@@ -82,7 +82,7 @@ class ManyDevices:
         """The global test set."""
         return self._here.test
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """As `LocalTrainer.fit`."""
         return self._shared("fit", asked, [self._here.steps(one) for one in asked], rnd)
 
@@ -94,7 +94,7 @@ class ManyDevices:
         """As `LocalTrainer.gradient`."""
         return self._here.gradient(who, request)
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         """As `LocalTrainer.features`."""
         return self._here.features(who)
 

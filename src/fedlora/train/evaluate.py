@@ -7,12 +7,12 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.messages import Score
 from fedlora.train.batches import side_by_side
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.tasks import Encoded, Task
 
 
 def score(
-    adapted: Adapted, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
+    adapted: AdaptedModel, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
 ) -> list[Score]:
     """Each adapter's metrics on its own examples, given as rows [rows]; the model computes them together.
 
@@ -31,8 +31,8 @@ def score(
             rows, real = side_by_side(batches)
             inputs, targets = examples.batch(rows, device)
             with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
-                judged = task.judge(adapted.model, inputs, targets)
-            for name, each in judged.items():
+                evaluated = task.judge(adapted.model, inputs, targets)
+            for name, each in evaluated.items():
                 value = (each.view(real.shape) * real.to(device)).sum(1)
                 sums[name] = sums[name] + value if name in sums else value
     found = {name: value.tolist() for name, value in sums.items()}

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.tasks import Encoded, Task
 
 
 def features(
-    adapted: Adapted, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], batch_size: int
+    adapted: AdaptedModel, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], batch_size: int
 ) -> Float[Tensor, "rows width"]:
     """The task's features of the examples, in the order of `rows`, without any adapter or dropout, fp32 on the CPU.
 
@@ -30,7 +30,7 @@ def features(
     return found
 
 
-def try_packing(adapted: Adapted, task: Task, tokenizer: Any, max_length: int) -> None:
+def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> None:
     """Packs examples from now on if the model's features and losses are then the same, but for rounding: see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
     examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter
 from fedlora.messages import Gradient
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.tasks import Encoded, Task
 
 
 def gradient(
-    adapted: Adapted, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], request: Gradient, batch_size: int
+    adapted: AdaptedModel, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], request: Gradient, batch_size: int
 ) -> Adapter:
     """What the request asks for, over the examples `rows`, `batch_size` in one pass, in order of length."""
     adapted.load([request.start], request.train)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Full, lora_init, pack
+from fedlora.adapter import Adapter, Dense, lora_init, pack
 from fedlora.config import Train
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
@@ -15,7 +15,7 @@ from fedlora.messages import Fit
 from fedlora.randomness import generator
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
-from fedlora.train.inject import Adapted
+from fedlora.train.inject import AdaptedModel
 from fedlora.train.tasks import Encoded, Task
 
 _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
@@ -25,7 +25,7 @@ _RATE = 2.0**14
 """Of a step so long that the gradient can be read off its end."""
 
 
-def clients_per_step(adapted: Adapted, task: Task, tokenizer: Any, settings: Train) -> int:
+def clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> int:
     """`train.together`, or 1 if this model gives clients in one step something else than each alone, beyond rounding.
 
     That happens where the first axis of a tensor is not the rows, of which each client has a run. It is tried with two to
@@ -57,14 +57,14 @@ def clients_per_step(adapted: Adapted, task: Task, tokenizer: Any, settings: Tra
 class _Trial:
     """Four clients with one batch each, and strong adapters and heads of their own."""
 
-    adapted: Adapted
+    adapted: AdaptedModel
     task: Task
     examples: Encoded
     jobs: Sequence[Job]
     settings: Train
 
     @staticmethod
-    def of(adapted: Adapted, task: Task, tokenizer: Any, settings: Train) -> "_Trial":
+    def of(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> "_Trial":
         words = [n for own in _WORDS for n in own]
         texts = [" ".join(_VOCABULARY[(5 * i + j) % len(_VOCABULARY)] for j in range(n)) for i, n in enumerate(words)]
         labels = [i % max(adapted.spec.classes, 1) for i in range(len(texts))]
@@ -80,9 +80,9 @@ class _Trial:
             torch.manual_seed(len(group))
             trained = train_together(self.adapted, self.task, self.examples, group, self.settings, 1 << 20, dropout=0.5)
         asked = [(job.rows, job.request.start) for job in group]
-        judged = score(self.adapted, self.task, self.examples, asked, len(self.examples))
+        evaluated = score(self.adapted, self.task, self.examples, asked, len(self.examples))
         found: list[Mapping[str, Tensor]] = []
-        for (_, start), one, seen in zip(asked, trained, judged, strict=True):
+        for (_, start), one, seen in zip(asked, trained, evaluated, strict=True):
             before, after = pack(start), pack(one.adapter)
             losses = {"loss": torch.tensor(one.loss), "judged": torch.tensor(seen.metrics["loss"])}
             found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
@@ -100,13 +100,13 @@ class _Trial:
             return False
 
 
-def _start(adapted: Adapted, client: int) -> Adapter:
+def _start(adapted: AdaptedModel, client: int) -> Adapter:
     """An adapter that changes what the base gives by as much as that is, and a head unlike the others'."""
     rng, start = generator(client, "independence"), dict[str, Any]()
     for name, part in lora_init(adapted.spec, 1 + client % 2, client).items():
         start[name] = LowRank((torch.randn(part.b.shape, generator=rng) / 2).to(part.b), part.a)
     for name, w in adapted.spec.head.items():
-        start[name] = Full(w + (torch.randn(w.shape, generator=rng) / 10).to(w))
+        start[name] = Dense(w + (torch.randn(w.shape, generator=rng) / 10).to(w))
     return start
 
 

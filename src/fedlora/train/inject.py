@@ -7,18 +7,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, Scaling, pack
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, Scaling, pack
 from fedlora.errors import UserError
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, Product
-from fedlora.train.layers import FACTORS, LoraLayer, OwnLayer, Present
+from fedlora.train.layers import FACTORS, ClientLayout, LoraLayer, PerClientLayer
 from fedlora.train.packing import Packing
 from fedlora.train.requests import check_adapter, check_update
 from fedlora.train.targets import find_targets, within
 
 
-class Adapted:
+class AdaptedModel:
     """A frozen model with a place for LoRA factors at each target module. The model is changed in place, once."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Adapted:
         self.head = tuple(head)
         sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
         self.packing = Packing(model)
-        self.present = Present(packing=self.packing)
+        self.present = ClientLayout(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
         for name in sizes:
             parent, _, last = name.rpartition(".")
@@ -56,10 +56,10 @@ class Adapted:
         if precision != torch.float32:
             self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
             model.to(precision)
-        self._own: dict[str, OwnLayer] = {}
+        self._own: dict[str, PerClientLayer] = {}
         for name in {n.rpartition(".")[0]: None for n in head_parameters}:
             parent, _, last = name.rpartition(".")
-            self._own[name] = OwnLayer(model.get_submodule(name), self.present)
+            self._own[name] = PerClientLayer(model.get_submodule(name), self.present)
             setattr(model.get_submodule(parent), last, self._own[name])
         config = getattr(model, "config", None)
         self.spec = AdapterSpec(
@@ -105,7 +105,7 @@ class Adapted:
         for own_layer in self._own.values():
             own_layer.own = {}
         for name, part in adapters[0].items() if adapters else ():
-            if isinstance(part, Full):
+            if isinstance(part, Dense):
                 module, _, key = name.rpartition(".")
                 device = _device(self._own[module].base)
                 stacked = torch.stack([_full(adapter[name]).w for adapter in adapters]).to(device)
@@ -214,9 +214,9 @@ class Adapted:
         train = frozenset(train)
         adapter: dict[str, Factors] = {}
         for name, part in start.items():
-            if isinstance(part, Full):
+            if isinstance(part, Dense):
                 module, _, key = name.rpartition(".")
-                adapter[name] = Full(_copy(own(self._own[module].own[key]), part.w)) if "w" in train else part
+                adapter[name] = Dense(_copy(own(self._own[module].own[key]), part.w)) if "w" in train else part
             else:
                 layer, new = self.layers[name], dict(vars(part))
                 for factor in train & new.keys():
@@ -278,12 +278,12 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _factored(part: Factors) -> Product | Experts:
-    assert not isinstance(part, Full)
+    assert not isinstance(part, Dense)
     return part
 
 
-def _full(part: Factors) -> Full:
-    assert isinstance(part, Full)
+def _full(part: Factors) -> Dense:
+    assert isinstance(part, Dense)
     return part
 
 

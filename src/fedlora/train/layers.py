@@ -16,7 +16,7 @@ FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
 
 
 @dataclass
-class Present:
+class ClientLayout:
     """Which of the loaded clients have rows in the input; None: all of them. And how their rows lie in it."""
 
     index: Tensor | None = None
@@ -51,11 +51,11 @@ class LoraLayer(nn.Module):
     not scaled.
     """
 
-    def __init__(self, base: nn.Module, dropout: float = 0.0, present: Present | None = None) -> None:
+    def __init__(self, base: nn.Module, dropout: float = 0.0, present: ClientLayout | None = None) -> None:
         super().__init__()
         self.base = base
         self.dropout = dropout
-        self.present = present or Present()
+        self.present = present or ClientLayout()
         self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
         self.b: nn.Parameter | None = None
         self.a: nn.Parameter | None = None
@@ -115,13 +115,13 @@ class LoraLayer(nn.Module):
         return y + self.present.back(inner.to(y.dtype) @ b.mT.to(y.dtype), y)
 
 
-class OwnLayer(nn.Module):
+class PerClientLayer(nn.Module):
     """A linear module of the task head, or any other, with the clients' own parameters, [clients, *shape] in `own`.
 
     Without them, it is that module.
     """
 
-    def __init__(self, base: nn.Module, present: Present) -> None:
+    def __init__(self, base: nn.Module, present: ClientLayout) -> None:
         super().__init__()
         self.base = base
         self.present = present

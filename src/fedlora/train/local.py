@@ -8,13 +8,13 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Asked, ClientInfo, Gradient, Round, Score, Seen
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.randomness import derive
 from fedlora.train.batched import Job, in_common, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
-from fedlora.train.inject import Adapted, form
+from fedlora.train.inject import AdaptedModel, form
 from fedlora.train.requests import check_request
 from fedlora.train.tasks import Encoded, Task
 
@@ -26,18 +26,18 @@ class LocalTrainer:
     `rows` and `held_out` are each client's rows of `examples`.
     """
 
-    adapted: Adapted
+    adapted: AdaptedModel
     task: Task
     examples: Encoded
     rows: Mapping[str, torch.Tensor]
     held_out: Mapping[str, torch.Tensor]
     test: Encoded
     settings: Train
-    judge_batch: int
+    eval_batch_size: int
     together: int = 1
     tokens: int = 1 << 11
 
-    def fit(self, asked: Sequence[Asked], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters, and each one's `loss`, in the order of `asked`.
 
         Raises:
@@ -53,7 +53,7 @@ class LocalTrainer:
             found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
         return [found[i] for i in range(len(asked))]
 
-    def steps(self, asked: Asked) -> int:
+    def steps(self, asked: FitRequest) -> int:
         """How many batches the request takes."""
         return Job(asked.request, self.rows[asked.who.id], 0, 0).steps(self.settings)
 
@@ -67,11 +67,11 @@ class LocalTrainer:
         rows = self.rows[who.id]
         return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
 
-    def features(self, who: ClientInfo) -> Seen:
+    def features(self, who: ClientInfo) -> LabelledFeatures:
         """The client's training examples as the base sees them without any adapter."""
         rows = self.rows[who.id]
-        seen = features(self.adapted, self.task, self.examples, rows, self.judge_batch)
-        return Seen(seen, self.examples.targets[rows], self.adapted.spec.classes)
+        seen = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
+        return LabelledFeatures(seen, self.examples.targets[rows], self.adapted.spec.classes)
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the resident base for good."""
@@ -83,14 +83,14 @@ class LocalTrainer:
         found: dict[int, Score] = {}
         for some in self._alike(able, [form(asked[i][1]) for i in able]):
             pairs = [(self.held_out[who.id], adapter) for who, adapter in (asked[i] for i in some)]
-            found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.judge_batch), strict=True)
+            found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
         return [found.get(i) for i in range(len(asked))]
 
     def judge(self, adapter: Adapter) -> Score:
         """The adapter on the global test set."""
-        return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.judge_batch)[0]
+        return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.eval_batch_size)[0]
 
-    def _job(self, asked: Asked, rnd: Round) -> Job:
+    def _job(self, asked: FitRequest, rnd: Round) -> Job:
         seed = derive(rnd.seed, "fit", rnd.index, asked.who.id, asked.step)
         return Job(asked.request, self.rows[asked.who.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
 

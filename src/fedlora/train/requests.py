@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Factors, Full, pack
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
+from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import Fit, Gradient
 
 
@@ -50,8 +50,8 @@ def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
             of a shape that its module cannot have; names them.
     """
     for name, part in adapter.items():
-        if name not in (spec.head if isinstance(part, Full) else spec.modules):
-            raise ValueError(f"{name!r}: the model has no such {'head parameter' if isinstance(part, Full) else 'module'}")
+        if name not in (spec.head if isinstance(part, Dense) else spec.modules):
+            raise ValueError(f"{name!r}: the model has no such {'head parameter' if isinstance(part, Dense) else 'module'}")
         _check_shapes(name, part, _shapes(spec, name, part))
 
 
@@ -71,13 +71,13 @@ def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -
 
 def _shapes(spec: AdapterSpec, name: str, part: Factors) -> dict[str, tuple[int, ...]]:
     """What the shape of each factor must be. The type has to be the very one: a kind derived from it computes otherwise."""
-    if type(part) is Full:
+    if type(part) is Dense:
         return {"w": tuple(spec.head[name].shape)}
-    if type(part) not in (LowRank, Tri, Heads, Experts) or isinstance(part, Full):
+    if type(part) not in (LowRank, ThreeFactor, Heads, Experts) or isinstance(part, Dense):
         raise ValueError(f"{name!r}: no layer computes parts of kind {type(part).__name__}")
     (out, in_), rank = spec.modules[name], max(1, part.rank)
     pair: dict[str, tuple[int, ...]] = {"b": (out, rank), "a": (rank, in_)}
-    if isinstance(part, Tri):
+    if isinstance(part, ThreeFactor):
         return pair | {"c": (rank, rank)}
     if isinstance(part, Heads):
         heads = max(1, len(part.s))

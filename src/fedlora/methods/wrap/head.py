@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Full, Tensors
+from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors
 from fedlora.messages import ClientInfo, Features, Gradient, Merged, Replies, Reply, Round, RunningMean
-from fedlora.method import AnyMethod, Chooses, Local
+from fedlora.method import AnyMethod, Local, SelectiveUpload
 from fedlora.methods import Head
 
 _MARK = "head/"
@@ -83,12 +83,12 @@ class HeadRule:
                 continue
             train = request.train if self.rule == "frozen" or not head else request.train | {"w"}
             trained = yield replace(request, start=start, train=train)
-            head = {name: part.w for name, part in trained.items() if isinstance(part, Full)}
+            head = {name: part.w for name, part in trained.items() if isinstance(part, Dense)}
             answer = {name: part for name, part in trained.items() if name not in head}
 
     def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
         """What the wrapped method expects, if it lets clients choose, beside the head."""
-        if not isinstance(self.inner, Chooses):
+        if not isinstance(self.inner, SelectiveUpload):
             return like
         (_, rest), (head, alike) = _split(upload), _split(like)
         return {**self.inner.layout(_headless(spec), rest, alike, who, rnd), **_marked(head)}
@@ -121,5 +121,5 @@ def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return head, {name: tensor for name, tensor in tensors.items() if not name.startswith(_MARK)}
 
 
-def _parts(head: Tensors) -> dict[str, Full]:
-    return {name: Full(tensor) for name, tensor in head.items()}
+def _parts(head: Tensors) -> dict[str, Dense]:
+    return {name: Dense(tensor) for name, tensor in head.items()}

@@ -10,10 +10,10 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import Say, free_port, private
+from fedlora.rounds.flower.processes import Printer, free_port, private
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
-from fedlora.rounds.watch import Watcher
+from fedlora.rounds.watch import Progress
 from fedlora.runs import Result, read_folder, record, settled
 
 
@@ -36,7 +36,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
         folder.release()
 
 
-def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
+def local(path: Path, count: int, watch: Progress, say: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
 
     A run that is taken up again has its nodes already, which hold the clients' states.
@@ -45,10 +45,10 @@ def local(path: Path, count: int, watch: Watcher, say: Say) -> Result:
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
-    from fedlora.problem import Problem  # takes a second to import
+    from fedlora.problem import FederatedData  # takes a second to import
 
     experiment = read_folder(path)
-    members = [who.id for who in Problem.make(experiment).members]
+    members = [who.id for who in FederatedData.make(experiment).members]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
@@ -78,7 +78,7 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
     return keys
 
 
-def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: Say) -> Result:
+def serve(path: Path, address: Address, keys: Keys | None, watch: Progress, say: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink there.
 
     Raises:
@@ -93,7 +93,7 @@ def serve(path: Path, address: Address, keys: Keys | None, watch: Watcher, say: 
         server.stop()
 
 
-def serve_on(path: Path, address: Address, ca: Path | None, watch: Watcher, say: Say) -> Result:
+def serve_on(path: Path, address: Address, ca: Path | None, watch: Progress, say: Printer) -> Result:
     """Runs the folder's experiment on a SuperLink of this machine that runs already.
 
     Raises:

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedlora.rounds.flower.credential import Credential
-from fedlora.rounds.flower.wire import PROTOCOL, Person, Present
+from fedlora.rounds.flower.wire import PROTOCOL, ClientLayout, ClientRecord
 from fedlora.version import __version__
 
 
 @dataclass(frozen=True)
-class Door:
+class NodeAdmission:
     """Lets in the nodes of this version and this base model whose clients fit the run."""
 
     base: str
     rank: int
     mixed_ranks: bool
 
-    def refusal(self, present: Present, credential: Credential | None, taken: Mapping[str, str]) -> str | None:
+    def refusal(self, present: ClientLayout, credential: Credential | None, taken: Mapping[str, str]) -> str | None:
         """Why this node is not let in, None if it is; `taken` are the clients of the other nodes, and their nodes.
 
         `credential` is None where the server has no keys: then a node may bring any client that no other node has.
@@ -30,7 +30,7 @@ class Door:
             return "has two clients of one name"
         return next((reason for person in present.clients if (reason := self._unfit(person, credential, taken))), None)
 
-    def _unfit(self, person: Person, credential: Credential | None, taken: Mapping[str, str]) -> str | None:
+    def _unfit(self, person: ClientRecord, credential: Credential | None, taken: Mapping[str, str]) -> str | None:
         if credential is not None and person.id not in credential.clients:
             return f"its key {credential.name!r} was not made for client {person.id!r} (fedlora keys --node --client)"
         if person.id in taken:

@@ -12,19 +12,19 @@ from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower.credential import Credential
-from fedlora.rounds.flower.door import Door
+from fedlora.rounds.flower.door import NodeAdmission
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import (
-    Answer,
+    ClientLayout,
+    ClientRecord,
+    ClientResult,
+    ClientTask,
     Done,
-    Errand,
-    Hello,
+    Handshake,
     Notice,
-    Order,
-    Person,
-    Present,
     Refused,
-    When,
+    RoundRecord,
+    TaskRequest,
     seal,
     unseal,
 )
@@ -39,7 +39,7 @@ _UNDECLARED = 10_000
 
 
 @runtime_checkable
-class Post(Protocol):
+class Transport(Protocol):
     """Who carries messages to nodes and back."""
 
     def nodes(self) -> Collection[int]:
@@ -59,12 +59,12 @@ class Post(Protocol):
 
 
 Kind = Literal["turn", "judge", "keep"]
-_Found = tuple[Round, Answer, "bytes | None"]
+_Found = tuple[Round, ClientResult, "bytes | None"]
 """The round that a node says it answers, its answer for one client, and that one's upload."""
 
 
 @dataclass
-class _Guest:
+class _Node:
     """A node that has been let in. `at` is what Flower calls it, until it connects anew.
 
     `folds` are those that it has said it holds, `coming` those in messages that it has not answered. Its messages may speak
@@ -82,14 +82,14 @@ class _Guest:
         return sorted({*self.folds, *self.coming})
 
 
-class Remote:
+class FlowerBackend:
     """The exchange over a post. Nodes that come later or return are let in between two rounds."""
 
     def __init__(
         self,
-        post: Post,
-        hello: Hello,
-        door: Door,
+        post: Transport,
+        hello: Handshake,
+        door: NodeAdmission,
         trainer: Trainer,
         scores: ScoreCheck,
         deadline: float,
@@ -103,7 +103,7 @@ class Remote:
         """
         self._post, self._hello, self._door, self._trainer, self._score_check = post, hello, door, trainer, scores
         self._deadline, self._poll, self._tell, self._tensors = deadline, poll, tell, tensors
-        self._guests: dict[str, _Guest] = {}  # by the name of the node's key, or else by the node's own name
+        self._guests: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
         self._greeted: set[int] = set()
         self._pending: dict[str, int] = {}  # hellos
         self._refused: list[str] = []
@@ -260,21 +260,23 @@ class Remote:
         self,
         kind: Kind,
         rnd: Round,
-        guest: _Guest,
+        guest: _Node,
         sent: Mapping[ClientInfo, Tensors],
         missed: Mapping[ClientInfo, Tensors],
     ) -> bytes:
         """The message to one node; what several of its clients are sent alike is in it once."""
         payloads: dict[bytes, int] = {}
         errands = [
-            Errand(
-                who=Person.of(who),
+            ClientTask(
+                who=ClientRecord.of(who),
                 got=payloads.setdefault(encode(got), len(payloads)),
                 folds=payloads.setdefault(encode(missed[who]), len(payloads)) if who in missed else None,
             )
             for who, got in sent.items()
         ]
-        order = Order(kind=kind, run=self._hello.run, when=When.of(rnd), held=guest.expected(), errands=errands)
+        order = TaskRequest(
+            kind=kind, run=self._hello.run, when=RoundRecord.of(rnd), held=guest.expected(), errands=errands
+        )
         guest.coming |= {index for who in sent if who in missed for index in fold_indices(missed[who])}
         return seal(order, list(payloads))
 
@@ -310,7 +312,7 @@ class Remote:
             return str(error)
         if isinstance(header, Refused):
             return str(header.failure)
-        if not isinstance(header, Present):
+        if not isinstance(header, ClientLayout):
             return f"answers {header.kind!r} to a hello"
         node = header.node if credential is None else credential.name
         others = {name: guest for name, guest in self._guests.items() if name != node and guest.at in connected}
@@ -321,7 +323,7 @@ class Remote:
             for guest in self._guests.values():  # of nodes that are gone
                 guest.clients = [who for who in guest.clients if who.id not in claimed]
             clients = [person.info() for person in header.clients]
-            self._guests[node] = _Guest(at, clients, list(header.folds), len(clients))
+            self._guests[node] = _Node(at, clients, list(header.folds), len(clients))
         return reason
 
 
@@ -338,7 +340,7 @@ def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str
     return (header, payloads) if isinstance(header, Done) else f"its node answers {header.kind!r}"
 
 
-def _found(done: Done, answer: Answer, payloads: Sequence[bytes]) -> _Found | str:
+def _found(done: Done, answer: ClientResult, payloads: Sequence[bytes]) -> _Found | str:
     if answer.failure is not None:
         return str(answer.failure)
     if answer.upload is None:

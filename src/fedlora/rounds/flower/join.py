@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedlora.errors import UserError
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.processes import Process, Say
+from fedlora.rounds.flower.processes import Printer, Process
 from fedlora.rounds.flower.settings import Settings
 
 
@@ -24,7 +24,7 @@ def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[s
     return given or None
 
 
-def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
+def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
     """Runs a SuperNode until it is interrupted; it connects again when the server was away.
 
     Raises:

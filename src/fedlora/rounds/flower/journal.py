@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.watch import Watcher
+from fedlora.rounds.watch import Progress
 
 NAME = "journal.jsonl"
 
@@ -50,7 +50,7 @@ class Journal:
 class Reader:
     """Reads what a journal has had since it was opened, and shows it."""
 
-    def __init__(self, run: Path, watch: Watcher, say: Any) -> None:
+    def __init__(self, run: Path, watch: Progress, say: Any) -> None:
         self._file, self._watch, self._say = run / DEPLOY / NAME, watch, say
         self._at = self._file.stat().st_size if self._file.exists() else 0
         self.changed = time.monotonic()

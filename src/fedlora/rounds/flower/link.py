@@ -15,8 +15,8 @@ from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.processes import CONNECTION, Process, Say, connection, flwr, private, wait_until_ready
-from fedlora.rounds.watch import Watcher
+from fedlora.rounds.flower.processes import CONNECTION, Printer, Process, connection, flwr, private, wait_until_ready
+from fedlora.rounds.watch import Progress
 from fedlora.runs import Result
 
 _POLL = 0.2
@@ -69,7 +69,7 @@ class SuperLink:
         if self.process is not None:
             self.process.stop()
 
-    def run(self, path: Path, watch: Watcher, say: Say) -> Result:
+    def run(self, path: Path, watch: Progress, say: Printer) -> Result:
         """Runs the folder's experiment to its end, and shows its progress.
 
         Raises:

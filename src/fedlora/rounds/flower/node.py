@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fedlora.adapter import Tensors
-from fedlora.experiment import Bench, with_folds
+from fedlora.experiment import Session, with_folds
 from fedlora.messages import ClientInfo
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
@@ -23,27 +23,27 @@ from fedlora.rounds.flower.reasons import Declined, Reason, reason_for
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
-    Answer,
-    Bundle,
+    Batch,
+    ClientLayout,
+    ClientRecord,
+    ClientResult,
     Done,
     Failure,
+    Handshake,
     Header,
-    Hello,
     Notice,
-    Order,
-    Person,
-    Present,
     Received,
     Refused,
+    TaskRequest,
     seal,
     unseal,
 )
 from fedlora.rounds.folds import caught_up
 from fedlora.rounds.gate import Failed
-from fedlora.rounds.simulate import Simulation
+from fedlora.rounds.simulate import SimulationBackend
 from fedlora.version import __version__
 
-_Result = tuple[Answer, "bytes | None"]
+_Result = tuple[ClientResult, "bytes | None"]
 """One client's answer and its upload."""
 
 
@@ -51,9 +51,9 @@ _Result = tuple[Answer, "bytes | None"]
 class _Work:
     """One run on this node."""
 
-    bench: Bench
+    bench: Session
     folder: RunFolder
-    simulation: Simulation
+    simulation: SimulationBackend
     base: str
     folded: list[int] = field(default_factory=list)
     """The rounds whose folds the model in memory has, in order."""
@@ -89,7 +89,7 @@ class Node:
         try:
             with self._coded(Reason.MESSAGE):
                 header, payloads = unseal(message, len(self._settings.clients))
-            if isinstance(header, Bundle) and not bundled:
+            if isinstance(header, Batch) and not bundled:
                 return seal(header, [self.answer(payload, bundled=True) for payload in payloads])
             with self._coded(Reason.INTERNAL):
                 return seal(*self._answer(header, payloads))
@@ -98,9 +98,9 @@ class Node:
 
     def _answer(self, header: Header, payloads: Sequence[bytes]) -> tuple[Header, list[bytes]]:
         match header:
-            case Hello():
+            case Handshake():
                 return self._present(header), []
-            case Order():
+            case TaskRequest():
                 work = self._work(header.run)
                 if lost := set(header.held) - set(work.folded):
                     self._tell(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in lost)}")
@@ -125,9 +125,9 @@ class Node:
             self._tell(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
             raise Declined(reason) from None
 
-    def _present(self, hello: Hello) -> Present:
+    def _present(self, hello: Handshake) -> ClientLayout:
         if (hello.protocol, hello.version) != (PROTOCOL, __version__):
-            return Present(protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], folds=[])
+            return ClientLayout(protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], folds=[])
         folder = self._run_folder(hello.run)
         durable.folder(folder)
         if hello.run in self._works:
@@ -138,8 +138,8 @@ class Node:
             left.release()
         durable.replace(folder / "hello", hello.model_dump_json().encode())
         work = self._work(hello.run)
-        people = [Person.of(who) for who in work.simulation.members]
-        return Present(
+        people = [ClientRecord.of(who) for who in work.simulation.members]
+        return ClientLayout(
             protocol=PROTOCOL, version=__version__, node=self._name, base=work.base, clients=people, folds=work.folded
         )
 
@@ -154,16 +154,16 @@ class Node:
             self._works[run] = self._load(_hello(path), path)
         return self._works[run]
 
-    def _load(self, hello: Hello, path: Path) -> _Work:
+    def _load(self, hello: Handshake, path: Path) -> _Work:
         settings = self._settings
         with self._coded(Reason.EXPERIMENT):
             experiment = local_experiment(hello.experiment, settings.overrides, settings.data is not None)
         with self._coded(Reason.DATA):
             if settings.data is None:
-                problem = Problem.make(experiment)
+                problem = FederatedData.make(experiment)
             else:
                 rank = settings.rank or experiment.method.rank
-                problem = Problem.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
+                problem = FederatedData.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
             if list(problem.corpus.labels) != hello.labels:
                 raise ValueError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
         members = [who for who in problem.members if who.id in settings.clients]
@@ -171,17 +171,17 @@ class Node:
             self._tell(f"the experiment's division has no client {unknown[0]!r}")
             raise Declined(Reason.CLIENTS, len(unknown))
         with self._coded(Reason.MODEL):
-            bench = Bench.make(experiment, problem).on_all_devices()
+            bench = Session.make(experiment, problem).on_all_devices()
         base = fingerprint(bench.adapted.model)
         folder = RunFolder(path)
-        simulation = Simulation(bench.method, bench.adapted.spec, members, folder, bench.trainer, experiment.seed)
+        simulation = SimulationBackend(bench.method, bench.adapted.spec, members, folder, bench.trainer, experiment.seed)
         work = _Work(bench, folder, simulation, base)
         for index in folder.folds():
             bench.trainer.fold(folder.fold(index))
             work.folded.append(index)
         return work
 
-    def _done(self, work: _Work, order: Order, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+    def _done(self, work: _Work, order: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
         """All that the order asks, its clients together; where that fails one by one, so that one's failure is its own."""
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
@@ -199,7 +199,7 @@ class Node:
             if who.id not in found:
                 with self._caught(who.id, found, Reason.WORK):
                     found.update(self._together(work, order, {who: sent[who]}))
-        answers: list[Answer] = []
+        answers: list[ClientResult] = []
         uploads: list[bytes] = []
         for errand in order.errands:
             answer, upload = found[errand.who.id]
@@ -209,27 +209,29 @@ class Node:
             answers.append(answer)
         return Done(when=order.when, folds=work.folded, answers=answers), uploads
 
-    def _together(self, work: _Work, order: Order, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+    def _together(
+        self, work: _Work, order: TaskRequest, sent: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[str, _Result]]:
         """The clients' names and results, as each group of them finishes."""
         rnd = order.when.round()
         if order.kind == "keep":
             for who, got in sent.items():
                 view = with_folds(work.simulation.view(who, got, rnd), [work.folder.fold(i) for i in work.folded])
                 work.bench.write({who.id: view}, work.folder.path / "adapter", "adapter")
-                yield who.id, (Answer(id=who.id), None)
+                yield who.id, (ClientResult(id=who.id), None)
         elif order.kind == "judge":
             for who, score in work.simulation.judge(rnd, sent, {}):
-                answer = Answer(id=who.id)
+                answer = ClientResult(id=who.id)
                 if score is not None:
-                    answer = Answer(id=who.id, examples=score.examples, metrics=dict(score.metrics))
+                    answer = ClientResult(id=who.id, examples=score.examples, metrics=dict(score.metrics))
                 yield who.id, (answer, None)
         else:
             for reply in work.simulation.turn(rnd, sent, {}):
                 if isinstance(reply, Failed):
                     self._tell(f"client {reply.client.id}: {reply.reason}")
-                    yield reply.client.id, (Answer(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
+                    yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
                     continue
-                answer = Answer(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+                answer = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
                 yield reply.client.id, (answer, encode(reply.upload))
 
     def _fold(self, work: _Work, payload: bytes) -> None:
@@ -250,14 +252,14 @@ class Node:
             with self._coded(otherwise):
                 yield
         except Declined as declined:
-            found[client] = Answer(id=client, failure=Failure.of(declined)), None
+            found[client] = ClientResult(id=client, failure=Failure.of(declined)), None
 
     def _run_folder(self, run: str) -> Path:
         return self._folder / "runs" / client_folder(run)
 
 
-def _hello(folder: Path) -> Hello:
-    return Hello.model_validate_json((folder / "hello").read_bytes())
+def _hello(folder: Path) -> Handshake:
+    return Handshake.model_validate_json((folder / "hello").read_bytes())
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -270,7 +272,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _moment(order: Order, work: _Work) -> str:
+def _moment(order: TaskRequest, work: _Work) -> str:
     """What the order asks for, and when in the run."""
     rounds, index = work.bench.experiment.rounds, order.when.index
     match order.kind:

@@ -21,7 +21,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.flower_command import flower_command
 from fedlora.rounds.flower.guard import NODES_MAY, SECRET
 
-Say = Callable[[str], None]
+Printer = Callable[[str], None]
 """Who shows a line to a person."""
 
 _LIBC = ctypes.CDLL(None)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedlora.messages import ClientInfo
-from fedlora.rounds.flower.wire import Answer
+from fedlora.rounds.flower.wire import ClientResult
 
 _LARGEST = 1e10  # of a metric: sums over all clients stay finite
 
@@ -15,7 +15,7 @@ class ScoreCheck:
     metrics: frozenset[str]
     held_out: float
 
-    def rejection(self, answer: Answer, who: ClientInfo) -> str | None:
+    def rejection(self, answer: ClientResult, who: ClientInfo) -> str | None:
         """Why the client's score cannot be used, None if it can: no examples and no metrics, or all metrics of the task."""
         allowed = self.held_out * (who.examples + 1) / (1 - self.held_out) + 1  # a client's share is rounded
         if answer.examples > (allowed if self.held_out else 0):

@@ -4,17 +4,17 @@ from pathlib import Path
 from uuid import uuid4
 
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Bench, begin, finish, require_same, rounds
+from fedlora.experiment import Session, begin, finish, require_same, rounds
 from fedlora.messages import Round
-from fedlora.problem import Problem
+from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import RunFolder
-from fedlora.rounds.flower.door import Door
-from fedlora.rounds.flower.exchange import Post, Remote
+from fedlora.rounds.flower.door import NodeAdmission
+from fedlora.rounds.flower.exchange import FlowerBackend, Transport
 from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.scores import ScoreCheck
-from fedlora.rounds.flower.wire import PROTOCOL, Hello
-from fedlora.rounds.loop import Progress, missed
+from fedlora.rounds.flower.wire import PROTOCOL, Handshake
+from fedlora.rounds.loop import RunState, missed
 from fedlora.runs import read_folder, settled
 from fedlora.train.tasks import Classification
 from fedlora.version import __version__
@@ -25,7 +25,7 @@ _LET_GO_SECONDS = 60.0
 """An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
 
 
-def serve(path: Path, post: Post) -> None:
+def serve(path: Path, post: Transport) -> None:
     """Runs the rounds that the folder lacks, and writes the adapter; tells its journal and the nodes how it ended.
 
     A personal method's adapters are the clients' own: they are written to the folders of their nodes.
@@ -39,9 +39,9 @@ def serve(path: Path, post: Post) -> None:
         experiment = settled(read_folder(path))
         folder = RunFolder(path, _LET_GO_SECONDS)
         try:
-            problem = Problem.of_server(experiment)
+            problem = FederatedData.of_server(experiment)
             require_same(folder, experiment, problem)
-            bench = Bench.make(experiment, problem)
+            bench = Session.make(experiment, problem)
             exchange = remote(bench, folder, post, journal)
             exchange.gather(experiment.clients.size or 1, experiment.deploy.wait)
             progress = rounds(bench, folder, journal, exchange)
@@ -64,10 +64,10 @@ def serve(path: Path, post: Post) -> None:
     journal.ended("done")
 
 
-def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Remote:
+def remote(bench: Session, folder: RunFolder, post: Transport, journal: Journal) -> FlowerBackend:
     """The exchange for the rounds that the folder lacks."""
     experiment = bench.experiment
-    hello = Hello(
+    hello = Handshake(
         protocol=PROTOCOL,
         version=__version__,
         run=begin(bench, folder).id,
@@ -76,14 +76,16 @@ def remote(bench: Bench, folder: RunFolder, post: Post, journal: Journal) -> Rem
         life=uuid4().hex,
         done=folder.restore()[0],
     )
-    door = Door(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
+    door = NodeAdmission(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
     scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
     spec, settings = bench.adapted.spec, experiment.deploy
     tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
-    return Remote(post, hello, door, bench.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors)
+    return FlowerBackend(
+        post, hello, door, bench.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors
+    )
 
 
-def _keep(bench: Bench, folder: RunFolder, exchange: Remote, after: Progress) -> None:
+def _keep(bench: Session, folder: RunFolder, exchange: FlowerBackend, after: RunState) -> None:
     clients, rnd = exchange.clients(), Round(bench.experiment.rounds, bench.experiment.seed)
     sent = {who: bench.method.send(after.server, who, rnd) for who in clients}
     exchange.keep(rnd, sent, missed(bench.adapted.spec, folder, after.folds.known(exchange.held()), clients))

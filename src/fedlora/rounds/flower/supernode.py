@@ -56,7 +56,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.line import Unreachable, ask
 from fedlora.rounds.flower.parcel import packed, unpacked
 
-Say = Callable[[str], None]
+Printer = Callable[[str], None]
 
 _POLL_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 5.0
@@ -67,7 +67,7 @@ _PUSH_AGAIN_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _SKEW_SECONDS = 5.0
 
 
-def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Say) -> None:
+def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
     """Carries messages until it is interrupted; connects again whenever the server was away. Says each change of its state.
 
     `keys` are the files `ca` and `key`; None: without TLS, with a key that is made for this process.
@@ -135,7 +135,7 @@ def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Itera
                 client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
 
 
-def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Say) -> None:
+def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Printer) -> None:
     """Answers one message after the other, until the server does not know this node any more."""
     away = ""
     while True:
@@ -159,7 +159,7 @@ def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, s
             time.sleep(_POLL_SECONDS)
 
 
-def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, say: Say) -> None:
+def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, say: Printer) -> None:
     run_id, started = envelope.metadata.run_id, time.perf_counter()
     pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
     contents = pull_objects([part.object_id for part in iterate_object_tree(tree)], pull)

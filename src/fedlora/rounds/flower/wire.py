@@ -34,7 +34,7 @@ def _few(parts: Any, known: Any) -> Any:
 Few = BeforeValidator(_few)
 
 
-class Person(_Part):
+class ClientRecord(_Part):
     """A client, as `ClientInfo`."""
 
     id: Annotated[str, Field(min_length=1, max_length=200)]
@@ -42,7 +42,7 @@ class Person(_Part):
     examples: Annotated[int, Field(ge=1, lt=2**63)]
 
     @classmethod
-    def of(cls, who: ClientInfo) -> "Person":
+    def of(cls, who: ClientInfo) -> "ClientRecord":
         """The client for the wire."""
         return cls(id=who.id, rank=who.rank, examples=who.examples)
 
@@ -51,7 +51,7 @@ class Person(_Part):
         return ClientInfo(self.id, self.rank, self.examples)
 
 
-class When(_Part):
+class RoundRecord(_Part):
     """A round, as `Round`."""
 
     index: Count
@@ -59,7 +59,7 @@ class When(_Part):
     attempt: Count
 
     @classmethod
-    def of(cls, rnd: Round) -> "When":
+    def of(cls, rnd: Round) -> "RoundRecord":
         """The round for the wire."""
         return cls(index=rnd.index, seed=rnd.seed, attempt=rnd.attempt)
 
@@ -68,7 +68,7 @@ class When(_Part):
         return Round(self.index, self.seed, self.attempt)
 
 
-class Hello(_Part):
+class Handshake(_Part):
     """Server to node: what is run, and how far it has come.
 
     `labels` are the names that the server's data give to the classes. `life` is new whenever the server starts or takes up
@@ -85,7 +85,7 @@ class Hello(_Part):
     done: Count
 
 
-class Present(_Part):
+class ClientLayout(_Part):
     """Node to server: who is there, on which base model, and which folds it holds already."""
 
     kind: Literal["present"] = "present"
@@ -93,19 +93,19 @@ class Present(_Part):
     version: str
     node: str
     base: str
-    clients: Annotated[list[Person], Few]
+    clients: Annotated[list[ClientRecord], Few]
     folds: list[Count]
 
 
-class Errand(_Part):
+class ClientTask(_Part):
     """One client's part of an order. `got` and `folds` are numbers of payloads."""
 
-    who: Person
+    who: ClientRecord
     got: Count
     folds: Count | None = None
 
 
-class Order(_Part):
+class TaskRequest(_Part):
     """Server to node: have these clients work, judge, or keep their adapter as it is after the run.
 
     `held` are the folds that the node is believed to hold.
@@ -113,9 +113,9 @@ class Order(_Part):
 
     kind: Literal["turn", "judge", "keep"]
     run: str
-    when: When
+    when: RoundRecord
     held: list[Count]
-    errands: Annotated[list[Errand], Few]
+    errands: Annotated[list[ClientTask], Few]
 
 
 class Failure(_Part):
@@ -133,7 +133,7 @@ class Failure(_Part):
         return self.reason.value + (f" ({self.count})" if self.count else "")
 
 
-class Answer(_Part):
+class ClientResult(_Part):
     """One client's result: an upload (the number of a payload) and its weight, or a score, or why there is none."""
 
     id: str
@@ -149,9 +149,9 @@ class Done(_Part):
     """Node to server: the results of an order, and the folds that the node holds now."""
 
     kind: Literal["done"] = "done"
-    when: When
+    when: RoundRecord
     folds: list[Count]
-    answers: Annotated[list[Answer], Few]
+    answers: Annotated[list[ClientResult], Few]
 
 
 class Refused(_Part):
@@ -176,13 +176,13 @@ class Received(_Part):
     kind: Literal["received"] = "received"
 
 
-class Bundle(_Part):
+class Batch(_Part):
     """Several messages in one, each a payload; answered by a bundle of the answers."""
 
     kind: Literal["bundle"] = "bundle"
 
 
-Header = Hello | Present | Order | Done | Refused | Notice | Received | Bundle
+Header = Handshake | ClientLayout | TaskRequest | Done | Refused | Notice | Received | Batch
 
 
 class _Frame(_Part):
