@@ -186,17 +186,17 @@ def in_a_child(case: Case) -> dict[str, float]:
 
 
 def row(ours: Case, dense: Case) -> str:
-    mine, other = in_a_child(ours), in_a_child(dense)
-    errors = [f"{x:.6f}" if x == x else "-" for x in (mine["error"], other["error"])]
+    state, other = in_a_child(ours), in_a_child(dense)
+    errors = [f"{x:.6f}" if x == x else "-" for x in (state["error"], other["error"])]
     cells = [
         f"{ours.modules} x {ours.width}",
         str(ours.rank),
         str(ours.terms),
         f"{ours.step} ({ours.factors})",
-        f"{mine['seconds']:.3f}",
+        f"{state['seconds']:.3f}",
         f"{other['seconds']:.2f}",
-        f"{other['seconds'] / mine['seconds']:.1f}",
-        f"{mine['megabytes']:.0f}",
+        f"{other['seconds'] / state['seconds']:.1f}",
+        f"{state['megabytes']:.0f}",
         f"{other['megabytes']:.0f}",
         *errors,
     ]

@@ -23,9 +23,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fedlora.federated_data import FederatedData
+
 from fedlora.config import Experiment, build
 from fedlora.experiment import run
-from fedlora.problem import FederatedData
 from fedlora.runs import settled
 from fedlora.train.loading import quiet
 from fedlora.train.tasks import Classification
@@ -192,15 +193,15 @@ class Found:
         return [rows[at - 1]["aggregation_error"] for rows in self.runs if "aggregation_error" in rows[at - 1]]
 
 
-def tried(bench: Session, claim: Claim, seeds: Sequence[int]) -> Iterator[tuple[float, list[Found]]]:
+def tried(session: Session, claim: Claim, seeds: Sequence[int]) -> Iterator[tuple[float, list[Found]]]:
     """For each alpha and group of cases what came out."""
     each = len(RATES) + len(seeds) - (not claim.personal)
-    todo = sum(len(group) for group in claim.groups) * len(bench.alphas) * each
+    todo = sum(len(group) for group in claim.groups) * len(session.alphas) * each
     started, done = time.perf_counter(), 0
 
     def rows(one: Case, alpha: float, rate: float, seed: int) -> list[Row]:
         nonlocal done
-        made = bench.rows_of(bench.experiment(one, alpha, rate, seed))
+        made = session.rows_of(session.experiment(one, alpha, rate, seed))
         done += 1
         minutes = (time.perf_counter() - started) / 60
         about = f"{one.label}, Dirichlet {alpha}, lr {rate}, seed {seed}"
@@ -208,7 +209,7 @@ def tried(bench: Session, claim: Claim, seeds: Sequence[int]) -> Iterator[tuple[
         print(f"{done} of {todo}, {minutes:.1f} min: {about}: {scores}", flush=True)
         return made
 
-    for alpha in bench.alphas:
+    for alpha in session.alphas:
         for group in claim.groups:
             found = []
             for one in group:
@@ -240,7 +241,7 @@ def table(alpha: float, found: Sequence[Found], full: int) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
-        apart = [mine - other for mine, other in zip(one.scores(), first.scores(), strict=True)]
+        apart = [state - other for state, other in zip(one.scores(), first.scores(), strict=True)]
         above = f"{sum(x > 0 for x in apart)} of {len(apart)}"
         errors = [statistics.mean(each) for each in zip(*map(one.errors, range(1, len(one.runs[0]) + 1)), strict=True)]
         uploads = sum(len(row["accepted"]) for row in one.runs[0])
@@ -268,18 +269,18 @@ def by_round(found: Sequence[Found], rounds: int) -> list[str]:
     return [*lines, ""]
 
 
-def report(name: str, bench: Session, seeds: Sequence[int]) -> str:
+def report(name: str, session: Session, seeds: Sequence[int]) -> str:
     claim = CLAIMS[name]
-    any_one = bench.experiment(claim.groups[0][0], bench.alphas[0], RATES[0], seeds[0])
+    any_one = session.experiment(claim.groups[0][0], session.alphas[0], RATES[0], seeds[0])
     full = bytes_of_the_model(any_one)
     lines = []
-    for alpha, found in tried(bench, claim, seeds):
+    for alpha, found in tried(session, claim, seeds):
         lines += table(alpha, found, full)
-        lines += by_round(found, bench.rounds) if claim.by_round else []
+        lines += by_round(found, session.rounds) if claim.by_round else []
     train, searched = any_one.train, "a further seed" if claim.personal else f"seed {seeds[0]}"
     size = (
-        f"{bench.rows} training rows, a fifth of them held out; {bench.test_rows} test rows; {CLIENTS} clients, all in "
-        f"each of {bench.rounds} rounds of {train.epochs} epoch; batches of {train.batch_size}, {train.optimizer}, alpha "
+        f"{session.rows} training rows, a fifth of them held out; {session.test_rows} test rows; {CLIENTS} clients, all in "
+        f"each of {session.rounds} rounds of {train.epochs} epoch; batches of {train.batch_size}, {train.optimizer}, alpha "
         f"{ALPHA:g}, {train.precision}; lr of {', '.join(map(str, RATES))}, searched with {searched}; means ± standard "
         f"deviations over seeds {', '.join(map(str, seeds))}. Traffic is that of all rounds with the first seed, the head "
         f"included, which is {'local' if claim.personal else 'averaged'} for all."
@@ -289,7 +290,7 @@ def report(name: str, bench: Session, seeds: Sequence[int]) -> str:
 
 def bytes_of_the_model(experiment: Experiment) -> int:
     """What a client would upload in full fine-tuning."""
-    labels = FederatedData.make(experiment).corpus.labels
+    labels = FederatedData.make(experiment).labelled_data.labels
     quiet()
     model, _, _ = Classification().load(experiment.model, labels, experiment.seed)
     return sum(x.numel() * 4 for x in model.parameters())
@@ -318,8 +319,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/claims.jsonl"), help="the file that keeps the runs")
     parser.add_argument("--write", type=Path, help="put the section into this file")
     given = parser.parse_args()
-    bench = Session((given.train, given.test), given.rounds, given.rows, given.test_rows, given.runs, given.alphas)
-    text = report(given.claim, bench, given.seeds)
+    session = Session((given.train, given.test), given.rounds, given.rows, given.test_rows, given.runs, given.alphas)
+    text = report(given.claim, session, given.seeds)
     print(text)
     if given.write:
         put(given.write, given.claim, text)

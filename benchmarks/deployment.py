@@ -26,9 +26,9 @@ from typing import Any
 
 import flwr
 import tomli_w
+from fedlora.federated_data import FederatedData
 
 from fedlora.config import DEMO, build
-from fedlora.problem import FederatedData
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
@@ -36,7 +36,7 @@ from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, Process, free_port
 from fedlora.rounds.flower.processes import flwr as command
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks" / "deployment.md"
@@ -66,7 +66,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
     with ExitStack() as stack:
         link = SuperLink.start(home / "link", address, None)
         stack.callback(link.stop)
-        members = [who.id for who in FederatedData.make(what).members]
+        members = [client.id for client in FederatedData.make(what).clients]
         for client in members:
             Settings.trusting(what, [client]).write(home / client)
             stack.callback(start_node(home / client, address, None).stop)

@@ -90,8 +90,9 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
 
 def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
+    from fedlora.federated_data import FederatedData
+
     from fedlora.experiment import run
-    from fedlora.problem import FederatedData
     from fedlora.runs import settled
     from fedlora.train import local
 
@@ -120,10 +121,10 @@ def product(files: list[str], work: Work, seed: int, together: int, precision: s
 
 def handed(files: list[str], work: Work, seed: int) -> "Handed":
     """The work as token ids and rows, for whoever knows nothing of the package."""
+    from fedlora.federated_data import FederatedData
     from peers.work import Work as Handed
     from transformers import AutoTokenizer
 
-    from fedlora.problem import FederatedData
     from fedlora.train.loading import locate, quiet
 
     quiet()
@@ -132,16 +133,16 @@ def handed(files: list[str], work: Work, seed: int) -> "Handed":
     tokenizer = AutoTokenizer.from_pretrained(path)
     train, test = (
         tokenizer(part["text"][:], truncation=True, max_length=LONGEST)["input_ids"]
-        for part in (problem.corpus.train, problem.corpus.test)
+        for part in (problem.labelled_data.train, problem.labelled_data.test)
     )
     return Handed(
         model=str(path),
-        classes=len(problem.corpus.labels),
+        classes=len(problem.labelled_data.labels),
         ids=train,
-        labels=problem.corpus.train["label"][:],
+        labels=problem.labelled_data.train["label"][:],
         test_ids=test,
-        test_labels=problem.corpus.test["label"][:],
-        clients=[[int(row) for row in share.train] for share in problem.division.shares],
+        test_labels=problem.labelled_data.test["label"][:],
+        clients=[[int(row) for row in share.train] for share in problem.partition.shares],
         chosen=work.chosen,
         rounds=work.rounds,
         lr=work.lr,

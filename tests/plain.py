@@ -52,11 +52,13 @@ class PlainModel:
         for name, part in change.items():
             self.added[name] = self.added.get(name, 0) + dense(part).to(self.model.dtype)
 
-    def logits(self, inputs: Mapping[str, Tensor], adapter: Adapter, beside: Mapping[str, LowRank] | None = None) -> Tensor:
+    def logits(
+        self, inputs: Mapping[str, Tensor], adapter: Adapter, frozen_extra: Mapping[str, LowRank] | None = None
+    ) -> Tensor:
         """Of the weights plus all that was added, plus the products of the adapter and of what acts beside it; of the
         adapter's head. A mixture of experts is added to what its module gives. Differentiable."""
         products = [(n, dense(part)) for n, part in adapter.items() if not isinstance(part, Dense | Experts)]
-        products += [(name, dense(part)) for name, part in (beside or {}).items()]
+        products += [(name, dense(part)) for name, part in (frozen_extra or {}).items()]
         weights: dict[str, Tensor] = {name: part.w for name, part in adapter.items() if isinstance(part, Dense)}
         for name, update in [*self.added.items(), *products]:
             module, key = self.model.get_submodule(name), f"{name}.weight"
@@ -74,11 +76,14 @@ class PlainModel:
         return found
 
     def loss(
-        self, batch: tuple[Mapping[str, Tensor], Tensor], adapter: Adapter, beside: Mapping[str, LowRank] | None = None
+        self,
+        batch: tuple[Mapping[str, Tensor], Tensor],
+        adapter: Adapter,
+        frozen_extra: Mapping[str, LowRank] | None = None,
     ) -> Tensor:
         """The mean cross-entropy."""
         inputs, targets = batch
-        return functional.cross_entropy(self.logits(inputs, adapter, beside), targets)
+        return functional.cross_entropy(self.logits(inputs, adapter, frozen_extra), targets)
 
     def gradient(
         self, batch: tuple[Mapping[str, Tensor], Tensor], start: Adapter, train: frozenset[str]

@@ -43,7 +43,7 @@ def test_every_method_with_all_its_settings_written_out_reads_back_as_the_same(n
     experiment = build({"method": {"name": name, **TABLE[name].settings(), "rank": 3}})
     path = tmp_path / "experiment.toml"
     path.write_text(experiment.to_toml(), encoding="utf-8")
-    assert read(path).method.make() == experiment.method.make() == TABLE[name].make(**TABLE[name].preset, rank=3)
+    assert read(path).method.make() == experiment.method.make() == TABLE[name].make(**TABLE[name].fixed_settings, rank=3)
 
 
 def test_an_empty_file_is_the_default_experiment(tmp_path):
@@ -109,9 +109,9 @@ def test_data_may_be_the_source_alone():
 )
 def test_a_refusal_names_the_file_the_key_the_value_and_what_is_allowed(table, parts, tmp_path):
     path = saved(tmp_path, table)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         read(path)
-    message = str(refused.value)
+    message = str(rejected.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     assert [part for part in parts if part not in message] == []
 

@@ -5,13 +5,13 @@ import tomllib
 
 import pytest
 import torch
+from fedlora.federated_data import FederatedData
 from safetensors.torch import load_file
 
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.experiment import Session, run
-from fedlora.problem import FederatedData
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 from fedlora.runs import settled
 from fedlora.train import hardware
 
@@ -32,9 +32,9 @@ def experiment(home, **train):
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
     chosen = experiment(home, precision=precision)
-    bench = Session.make(chosen, FederatedData.make(chosen))
-    assert {p.dtype for p in bench.adapted.model.parameters()} == {dtype}
-    assert {x.dtype for x in bench.adapted.spec.head.values()} == {torch.float32}
+    session = Session.make(chosen, FederatedData.make(chosen))
+    assert {p.dtype for p in session.adapted.model.parameters()} == {dtype}
+    assert {x.dtype for x in session.adapted.spec.head.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("packed", [True, False])

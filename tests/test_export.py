@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from fedlora.federated_data import FederatedData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +22,6 @@ from fedlora import export as export_module
 from fedlora.errors import UserError
 from fedlora.experiment import Session, _opened, export
 from fedlora.methods import TABLE
-from fedlora.problem import FederatedData
 from fedlora.runs import read_folder
 from tiers import fast
 
@@ -106,11 +106,11 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
     """What the run's own views compute: the global one under the empty name, or each client's."""
     with _opened(folder) as (run_folder, experiment):
         done, server = run_folder.restore()
-        bench = Session.make(experiment, FederatedData.make(experiment))
+        session = Session.make(experiment, FederatedData.make(experiment))
         found = {}
-        for client, adapter in bench.adapters(server, run_folder, done).items():
-            bench.adapted.load([adapter])
-            found[client] = logits(bench.adapted.model, bench.tokenizer)
+        for client, adapter in session.adapters(server, run_folder, done).items():
+            session.adapted.load([adapter])
+            found[client] = logits(session.adapted.model, session.tokenizer)
         return found
 
 
@@ -147,8 +147,8 @@ def by_its_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 def untrained(folder: Path) -> Tensor:
     """What a base with the head of the run's seed computes."""
     with _opened(folder) as (_, experiment):
-        bench = Session.make(experiment, FederatedData.make(experiment))
-        return logits(bench.adapted.model, bench.tokenizer)
+        session = Session.make(experiment, FederatedData.make(experiment))
+        return logits(session.adapted.model, session.tokenizer)
 
 
 @pytest.mark.parametrize("name", fast(COMMON, "fedit", "flora", "fed-sb", "ravan"))

@@ -10,9 +10,9 @@ from fedlora.hints import ALIASES
 
 
 def hint(table: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         build(table)
-    return str(refused.value).partition("; ")[2]
+    return str(rejected.value).partition("; ")[2]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,6 @@ def test_every_word_of_another_project_leads_to_a_key_that_exists():
 
 
 def test_a_long_value_is_cut():
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         build({"data": ["private " * 1000]})
-    assert len(str(refused.value)) < 300
+    assert len(str(rejected.value)) < 300

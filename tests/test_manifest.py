@@ -110,9 +110,9 @@ def test_a_run_whose_data_have_changed_is_not_resumed(changeable, file, change, 
         rewrite(changeable / file, change)
     if change is renamed:
         rewrite(changeable / "test.jsonl", renamed)
-    with pytest.raises(UserError, match=reason) as refused:
+    with pytest.raises(UserError, match=reason) as rejected:
         resume(changeable / "run")
-    assert private not in str(refused.value) and "\n" not in str(refused.value)
+    assert private not in str(rejected.value) and "\n" not in str(rejected.value)
     assert {path: path.read_bytes() for path in (changeable / "run").rglob("*") if path.is_file()} == before
 
 

@@ -80,7 +80,7 @@ def test_every_number_among_the_settings_has_a_range(owner, key, hint, kind, bou
 
 def test_the_default_of_every_setting_is_within_its_range():
     for row in TABLE.values():
-        assert row.make(**row.preset) == row.make(**row.preset, **row.settings())
+        assert row.make(**row.fixed_settings) == row.make(**row.fixed_settings, **row.settings())
     assert build(Experiment().model_dump()) == Experiment()
 
 
@@ -88,9 +88,9 @@ def test_the_default_of_every_setting_is_within_its_range():
 def test_a_setting_out_of_range_is_refused_in_the_file_with_key_value_and_range(owner, key, hint, kind, bounds):
     section = "method." if owner in TABLE else f"{owner}." if owner else ""
     for value in outside(kind, bounds):
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as rejected:
             build(table(owner, key, placed(hint, value)))
-        message = str(refused.value)
+        message = str(rejected.value)
         assert f"{section}{key}" in message and f" = {value!r}: " in message and "\n" not in message
         allowed = "'auto'" if (key, value) == ("devices", "8") else f"expected {bounds.text(kind)}"
         assert allowed in message
@@ -100,9 +100,9 @@ def test_a_setting_out_of_range_is_refused_in_the_file_with_key_value_and_range(
 def test_a_setting_out_of_range_is_refused_in_python_with_key_value_and_range(owner, key, hint, kind, bounds):
     for value in outside(kind, bounds):
         if owner in TABLE and type(value) is kind:  # other types are refused by the type checks under which tests run
-            with pytest.raises(ValueError) as refused:
-                TABLE[owner].make(**TABLE[owner].preset, **{key: value})
-            assert str(refused.value) == f"{key} = {value!r}: expected {bounds.text(kind)}"
+            with pytest.raises(ValueError) as rejected:
+                TABLE[owner].make(**TABLE[owner].fixed_settings, **{key: value})
+            assert str(rejected.value) == f"{key} = {value!r}: expected {bounds.text(kind)}"
         elif owner:
             with pytest.raises(ValueError, match=f"expected {bounds.text(kind)}|Input should be"):
                 SECTIONS[owner](**{key: placed(hint, value)}) if owner in SECTIONS else validated(
@@ -138,9 +138,9 @@ def test_a_choice_is_one_of_its_words(owner, key, value):
     ],
 )
 def test_a_setting_above_what_another_allows_is_refused_before_anything_loads(overrides, message):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         build({}, overrides)
-    assert message in str(refused.value)
+    assert message in str(rejected.value)
 
 
 def test_a_bound_by_another_setting_includes_the_bound_itself():

@@ -65,9 +65,9 @@ class ToyTrainer:
     def _distance(self, weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
         return sum_of([((w - target[name]) / self._unit(name)).square().mean() / 2 for name, w in weights.items()])
 
-    def loss(self, adapter: Adapter, client: str, beside: Mapping[str, Tensor] | None = None) -> Tensor:
+    def loss(self, adapter: Adapter, client: str, frozen_extra: Mapping[str, Tensor] | None = None) -> Tensor:
         """Half the mean squared distance from the target, summed over modules and head."""
-        values = {name: w + (beside or {}).get(name, 0) for name, w in self.weights(adapter).items()}
+        values = {name: w + (frozen_extra or {}).get(name, 0) for name, w in self.weights(adapter).items()}
         return self._distance(values, self.target(client))
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -82,9 +82,9 @@ class ToyTrainer:
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """One after the other."""
-        return [self.fit_one(one.request, one.who) for one in asked]
+        return [self.fit_one(one.request, one.client) for one in asked]
 
-    def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
+    def fit_one(self, request: Fit, client: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         check_request(self.spec, request)
         scales = {n: self.spec.scale(n, part.rank) for n, part in request.start.items() if not isinstance(part, Dense)}
@@ -93,8 +93,8 @@ class ToyTrainer:
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         leaves = [parts[name][key] for name, key in trained]
         kinds = {name: type(part) for name, part in request.start.items()}
-        beside = {name: part.product() for name, part in (request.beside or {}).items()}
-        target, fixed = self.target(who.id), {name: self.base.get(name, 0) + beside.get(name, 0) for name in parts}
+        frozen_extra = {name: part.product() for name, part in (request.frozen_extra or {}).items()}
+        target, fixed = self.target(client.id), {name: self.base.get(name, 0) + frozen_extra.get(name, 0) for name in parts}
         for _ in range(self.steps * (request.epochs or 1)):
             live = {name: _times(kinds[name](**tensors), scales.get(name, 1.0)) for name, tensors in parts.items()}
             weights = {name: _matrix(part) + fixed[name] for name, part in live.items()}
@@ -107,9 +107,9 @@ class ToyTrainer:
                 parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         after = {name: _times(part, scales.get(name, 1.0)) for name, part in after.items()}
-        return _restore(after, request), {"loss": float(self.loss(after, who.id, beside))}
+        return _restore(after, request), {"loss": float(self.loss(after, client.id, frozen_extra))}
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """By the factors that `request` names."""
         check_request(self.spec, request)
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
@@ -117,25 +117,25 @@ class ToyTrainer:
         kinds = {name: type(part) for name, part in request.start.items()}
         weights = {n: _matrix(kinds[n](**tensors)) + self.base.get(n, 0) for n, tensors in parts.items()}
         found = torch.autograd.grad(
-            self._distance(weights, self.target(who.id)), [parts[name][key] for name, key in trained]
+            self._distance(weights, self.target(client.id)), [parts[name][key] for name, key in trained]
         )
         for (name, key), slope in zip(trained, found, strict=True):
             parts[name][key] = slope
         return {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
+    def features(self, client: ClientInfo) -> LabelledFeatures:
         """Points around one of three centres, the label; `skew` times the client's own shift away from it."""
-        labels = torch.arange(who.examples) % self.spec.classes
+        labels = torch.arange(client.examples) % self.spec.classes
         centres = _drawn((self.spec.classes, self.spec.features), self.seed, "centres")
-        noise = _drawn((who.examples, self.spec.features), self.seed, "noise")
-        shift = _drawn((self.spec.classes, self.spec.features), self.seed, "shift", who.id)
+        noise = _drawn((client.examples, self.spec.features), self.seed, "noise")
+        shift = _drawn((self.spec.classes, self.spec.features), self.seed, "shift", client.id)
         return LabelledFeatures((centres + self.skew * shift)[labels] + 0.1 * noise, labels, self.spec.classes)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Minus the distance as `accuracy`, so that higher is better."""
-        return [Score(who.examples, {"accuracy": -float(self.loss(adapter, who.id))}) for who, adapter in asked]
+        return [Score(client.examples, {"accuracy": -float(self.loss(adapter, client.id))}) for client, adapter in asked]
 
-    def judge(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Score:
         """The distance from the common target."""
         return Score(1, {"accuracy": -float(self.loss(adapter, ""))})
 
@@ -162,17 +162,17 @@ class Recorder:
         """The toy's answers, remembered."""
         answers = self.inner.fit(asked, rnd)
         for one, (trained, _) in zip(asked, answers, strict=True):
-            self.last[one.who.id] = trained
-            self.weights[one.who.id] = self.inner.weights(trained)
+            self.last[one.client.id] = trained
+            self.weights[one.client.id] = self.inner.weights(trained)
         return answers
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """The toy's."""
-        return self.inner.gradient(who, request)
+        return self.inner.gradient(client, request)
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
+    def features(self, client: ClientInfo) -> LabelledFeatures:
         """The toy's."""
-        return self.inner.features(who)
+        return self.inner.features(client)
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """The toy's."""
@@ -182,9 +182,9 @@ class Recorder:
         """The toy's."""
         return self.inner.scores(asked)
 
-    def judge(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Score:
         """The toy's."""
-        return self.inner.judge(adapter)
+        return self.inner.evaluate(adapter)
 
 
 @dataclass
@@ -194,7 +194,7 @@ class MemoryStates:
     saved: dict[tuple[str, int], Any] = field(default_factory=dict)
     folds: dict[int, Any] = field(default_factory=dict)
 
-    def save_fold(self, index: int, fold: Any) -> None:
+    def save_base_update(self, index: int, fold: Any) -> None:
         """Keeps it."""
         self.folds[index] = fold
 
@@ -202,14 +202,14 @@ class MemoryStates:
         """The one of that round."""
         return self.folds[index]
 
-    def client_state(self, who: ClientInfo, before: int) -> Any | None:
+    def client_state(self, client: ClientInfo, before: int) -> Any | None:
         """The latest before that round."""
-        rounds = [index for client, index in self.saved if client == who.id and index < before]
-        return self.saved[who.id, max(rounds)] if rounds else None
+        rounds = [index for client, index in self.saved if client == client.id and index < before]
+        return self.saved[client.id, max(rounds)] if rounds else None
 
-    def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
+    def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
         """Keeps it."""
-        self.saved[who.id, index] = state
+        self.saved[client.id, index] = state
 
 
 class Quiet:
@@ -221,7 +221,7 @@ class Quiet:
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Nothing."""
 
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
+    def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Nothing."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
@@ -236,7 +236,7 @@ def toy_clients(count: int = 4, rank: int | Sequence[int] = 3) -> list[ClientInf
 
 def toy_method(row: Row, rank: int = 3, **settings: Any) -> AnyMethod:
     """A row's method of that rank, with its own head rule."""
-    return with_head(row.make(**row.preset, rank=rank, **settings), row.head)
+    return with_head(row.make(**row.fixed_settings, rank=rank, **settings), row.head)
 
 
 def toy_plan(
@@ -244,7 +244,7 @@ def toy_plan(
 ) -> Plan:
     """A plan that judges on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
-    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, judge=trainer.judge)
+    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluate=trainer.evaluate)
 
 
 def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> SimulationBackend:
@@ -266,7 +266,7 @@ def _matrix(part: Factors) -> Tensor:
     """What the part makes of each unit vector: that is its matrix, if it has one."""
     if isinstance(part, Experts):
         shares = part.shares(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
-        pair = part.side_by_side()
+        pair = part.concat_factors()
         return pair.b @ (shares.to(part.a.dtype).mT * pair.a)
     return part.w if isinstance(part, Dense) else part.product()
 

@@ -16,7 +16,7 @@ from fedlora.printable import printable
 from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
-    from fedlora.rounds.watch import Progress
+    from fedlora.rounds.progress import Progress
     from fedlora.runs import Result
 
 app = typer.Typer(
@@ -77,7 +77,13 @@ def deploy_local(
             flower.prepare(experiment, path)
 
     _serve(
-        file, overrides, out, resume, ready, lambda path, watch: flower.local(path, clients, watch, _note), "deploy local"
+        file,
+        overrides,
+        out,
+        resume,
+        ready,
+        lambda path, progress: flower.local(path, clients, progress, _note),
+        "deploy local",
     )
 
 
@@ -109,13 +115,27 @@ def serve(
         running = Address.parse(superlink)
         again = f"serve --superlink {superlink}" + ("" if ca is None else f" --ca {ca}")
         _serve(
-            file, overrides, out, resume, ready, lambda path, watch: flower.serve_on(path, running, ca, watch, _note), again
+            file,
+            overrides,
+            out,
+            resume,
+            ready,
+            lambda path, progress: flower.serve_on(path, running, ca, progress, _note),
+            again,
         )
         return
     address = Address.parse(listen)
     found = flower.needed(address, keys)
     again = f"serve --listen {listen}" + ("" if keys is None else f" --keys {keys}")
-    _serve(file, overrides, out, resume, ready, lambda path, watch: flower.serve(path, address, found, watch, _note), again)
+    _serve(
+        file,
+        overrides,
+        out,
+        resume,
+        ready,
+        lambda path, progress: flower.serve(path, address, found, progress, _note),
+        again,
+    )
 
 
 @app.command()
@@ -182,14 +202,14 @@ def check(file: File, overrides: Overrides = None) -> None:
     from fedlora import experiment as experiments
     from fedlora import listings
     from fedlora.config import read
-    from fedlora.problem import FederatedData
+    from fedlora.federated_data import FederatedData
 
     experiment = read(file, overrides or ())
-    problem = FederatedData.make(experiment)
-    experiments.check(experiment, problem)
+    federated_data = FederatedData.make(experiment)
+    experiments.check(experiment, federated_data)
     console = Console()
     console.width = max(console.width, listings.CLIENTS_WIDTH)
-    console.print(listings.clients(problem))
+    console.print(listings.clients(federated_data))
 
 
 @app.command()
@@ -232,7 +252,7 @@ def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> No
     from fedlora.runs import new_folder
 
     path = out or new_folder(experiment)
-    _follow(path, experiment.rounds, lambda watch: run(experiment, path, watch))
+    _follow(path, experiment.rounds, lambda progress: run(experiment, path, progress))
 
 
 def _check_resumed(file: Path | None, out: Path | None) -> None:
@@ -248,7 +268,7 @@ def _resume(path: Path, overrides: list[str] | None) -> None:
 
     if overrides:
         extend(path, overrides)
-    _follow(path, read_folder(path).rounds, lambda watch: resume(path, watch))
+    _follow(path, read_folder(path).rounds, lambda progress: resume(path, progress))
 
 
 def _follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: str = "run") -> None:
@@ -328,7 +348,7 @@ def _serve(
     else:
         path = out or runs.new_folder(read(file, overrides or ()))
         ready(path)
-    _follow(path, runs.read_folder(path).rounds, lambda watch: go(path, watch), again)
+    _follow(path, runs.read_folder(path).rounds, lambda progress: go(path, progress), again)
 
 
 def _need_flower() -> None:

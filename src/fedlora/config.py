@@ -153,7 +153,7 @@ class MethodChoice(BaseModel):
 
     def make(self) -> AnyMethod:
         """The method with these settings, without its head wrapper."""
-        return self.row.make(**self.row.preset, **validated(self.row.make, self.model_extra or {}))
+        return self.row.make(**self.row.fixed_settings, **validated(self.row.make, self.model_extra or {}))
 
 
 class Lora(_Section):

@@ -16,6 +16,7 @@ from fedlora.card import model_card
 from fedlora.config import Experiment
 from fedlora.errors import RunStopped, UserError
 from fedlora.export import fixed, to_merged, to_peft, unfit
+from fedlora.federated_data import FederatedData
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -23,12 +24,11 @@ from fedlora.manifest import Manifest
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
-from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
 from fedlora.rounds.durable import replacing
-from fedlora.rounds.loop import Backend, Plan, RunState, play
+from fedlora.rounds.loop import Backend, Plan, RunState, run_rounds
+from fedlora.rounds.progress import NullProgress, Progress
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.rounds.watch import NullProgress, Progress
 from fedlora.runs import Result, extend, keep_rounds, new_folder, read_folder, record, settled
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
@@ -44,7 +44,7 @@ from fedlora.train.tasks import Classification, Encoded, Task
 from fedlora.train.tokenizers import check_known, check_lengths, positions
 
 
-def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Progress | None = None) -> Result:
+def run(experiment: Experiment | None = None, out: str | Path | None = None, progress: Progress | None = None) -> Result:
     """Runs an experiment from its first round to its exported adapters; `out` is a new folder, by default in `runs/`.
 
     Raises:
@@ -54,12 +54,12 @@ def run(experiment: Experiment | None = None, out: str | Path | None = None, wat
     experiment = settled(experiment or Experiment())
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
     try:
-        return _run(experiment, folder, watch or NullProgress())
+        return _run(experiment, folder, progress or NullProgress())
     finally:
         folder.release()
 
 
-def resume(path: str | Path, watch: Progress | None = None, overrides: Iterable[str] = ()) -> Result:
+def resume(path: str | Path, progress: Progress | None = None, overrides: Iterable[str] = ()) -> Result:
     """Takes a run up after its last complete round; the result is the same as if it had never stopped.
 
     `overrides` may raise the number of rounds, as `["rounds=20"]`, and change nothing else.
@@ -72,7 +72,7 @@ def resume(path: str | Path, watch: Progress | None = None, overrides: Iterable[
     if overrides:
         extend(Path(path), overrides)
     with _opened(Path(path)) as (folder, experiment):
-        return _run(experiment, folder, watch or NullProgress())
+        return _run(experiment, folder, progress or NullProgress())
 
 
 def export(
@@ -91,16 +91,18 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; choose another directory")
     with _opened(Path(path)) as (folder, experiment):
-        done, progress = folder.restore()
+        done, run_state = folder.restore()
         manifest = Manifest.find(folder.path)
         if not done or manifest is None:
             raise UserError(f"{path}: has no complete round yet; there is nothing to export")
         if experiment.method.row.personal and (folder.path / DEPLOY).exists():
             raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         manifest.require_model(experiment.model, fingerprint(experiment.model))
-        bench = Session.make(experiment, FederatedData.without_examples(manifest.data.labels, manifest.data.members()))
-        manifest.require_modules(bench.places)
-        adapters = bench.adapters(progress, folder, done)
+        session = Session.make(
+            experiment, FederatedData.without_examples(manifest.data.labels, manifest.data.client_infos())
+        )
+        manifest.require_modules(session.places)
+        adapters = session.adapters(run_state, folder, done)
         if client is not None:
             if client not in adapters:
                 raise UserError(f"{client!r}: no such client with an adapter of its own; there are {_some(adapters)}")
@@ -109,13 +111,13 @@ def export(
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
             with replacing(out) as partial:
-                written = bench.write(adapters, partial, to, folder.rows())
+                written = session.write(adapters, partial, to, folder.rows())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
-def check(experiment: Experiment, problem: FederatedData) -> None:
+def check(experiment: Experiment, federated_data: FederatedData) -> None:
     """Refuses what `Session.make` would refuse, without reading the model's weights.
 
     Raises:
@@ -124,19 +126,24 @@ def check(experiment: Experiment, problem: FederatedData) -> None:
     quiet()
     hardware.devices(experiment.train)
     task = Classification()
-    model, tokenizer = task.outline(experiment.model, problem.corpus.labels)
+    model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora = experiment.lora
     check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)
-    encoded(task, model, tokenizer, problem, experiment.train.max_length)
+    encoded(task, model, tokenizer, federated_data, experiment.train.max_length)
 
 
-def encoded(task: Task, model: Any, tokenizer: Any, problem: FederatedData, max_length: int) -> tuple[Encoded, Encoded]:
+def encoded(
+    task: Task, model: Any, tokenizer: Any, federated_data: FederatedData, max_length: int
+) -> tuple[Encoded, Encoded]:
     """The training and the test examples as tokens that the model can read.
 
     Raises:
         UserError: they are too long for the model, or the tokenizer knows none of their words.
     """
-    train, test = (task.encode(tokenizer, rows[:], max_length) for rows in (problem.corpus.train, problem.corpus.test))
+    train, test = (
+        task.encode(tokenizer, rows[:], max_length)
+        for rows in (federated_data.labelled_data.train, federated_data.labelled_data.test)
+    )
     for examples in (train, test):
         check_lengths(examples.lengths(), max_length, positions(model))
     check_known(train.features, tokenizer)
@@ -148,7 +155,7 @@ class Session:
     """Everything a run needs in memory, on a server or on a client."""
 
     experiment: Experiment
-    problem: FederatedData
+    federated_data: FederatedData
     adapted: AdaptedModel
     trainer: LocalTrainer | MultiDeviceTrainer
     method: AnyMethod
@@ -157,7 +164,7 @@ class Session:
     """What the user should know before the first round."""
 
     @classmethod
-    def make(cls, experiment: Experiment, problem: FederatedData) -> "Session":
+    def make(cls, experiment: Experiment, federated_data: FederatedData) -> "Session":
         """Loads the model and tokenizes the examples. The bench's experiment says which order of batches `auto` stands for.
 
         Raises:
@@ -166,10 +173,10 @@ class Session:
         task, settings = Classification(), experiment.train
         quiet()
         device = hardware.device(settings.device)
-        model, tokenizer, checkpoint = task.load(experiment.model, problem.corpus.labels, experiment.seed)
+        model, tokenizer, checkpoint = task.load(experiment.model, federated_data.labelled_data.labels, experiment.seed)
         model.to(device)
         head = head_modules(model, checkpoint.new)
-        examples, test = encoded(task, model, tokenizer, problem, settings.max_length)
+        examples, test = encoded(task, model, tokenizer, federated_data, settings.max_length)
         adapted = AdaptedModel(
             model,
             Scaling(experiment.lora.alpha, experiment.lora.rslora),
@@ -191,8 +198,8 @@ class Session:
             adapted,
             task,
             examples,
-            {share.client: torch.as_tensor(share.train) for share in problem.division.shares},
-            {share.client: torch.as_tensor(share.held_out) for share in problem.division.shares},
+            {share.client: torch.as_tensor(share.train) for share in federated_data.partition.shares},
+            {share.client: torch.as_tensor(share.held_out) for share in federated_data.partition.shares},
             test,
             settings,
             experiment.evaluate.batch_size,
@@ -205,7 +212,7 @@ class Session:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
-        return cls(experiment, problem, adapted, trainer, method, tokenizer, notes)
+        return cls(experiment, federated_data, adapted, trainer, method, tokenizer, notes)
 
     @property
     def places(self) -> list[str]:
@@ -227,24 +234,26 @@ class Session:
         else:
             names, threads = ["cpu"] * (count - 1), max(1, torch.get_num_threads() // count)
         torch.set_num_threads(threads)
-        helpers = [TrainerProcess(name, _trainer, self.experiment, self.problem, name, threads) for name in names]
+        helpers = [TrainerProcess(name, _trainer, self.experiment, self.federated_data, name, threads) for name in names]
         return replace(self, trainer=MultiDeviceTrainer(self.trainer, helpers))
 
-    def adapters(self, progress: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
+    def adapters(self, run_state: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
         """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
 
         They stand for all that changed since the model was loaded: folds are a part of them.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
-        who = self.problem.members if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
-        views = {one.id: simulation.view(one, self.method.send(progress.server, one, rnd), rnd) for one in who}
-        folds = [folder.fold(index) for index in progress.folds.rounds]
-        return {name: with_folds(view, folds) for name, view in views.items()} if folds else views
+        client = (
+            self.federated_data.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
+        )
+        views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in client}
+        folds = [folder.fold(index) for index in run_state.folds.rounds]
+        return {name: with_base_updates(view, folds) for name, view in views.items()} if folds else views
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
         """The exchange with the clients' states in the run's folder."""
         return SimulationBackend(
-            self.method, self.adapted.spec, self.problem.members, folder, self.trainer, self.experiment.seed
+            self.method, self.adapted.spec, self.federated_data.clients, folder, self.trainer, self.experiment.seed
         )
 
     def write(
@@ -264,7 +273,7 @@ class Session:
         for name, adapter in adapters.items():
             if reason := unfit(adapter):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
-        labels, lora = self.problem.corpus.labels, self.experiment.lora
+        labels, lora = self.federated_data.labelled_data.labels, self.experiment.lora
         base = locate(self.experiment.model)
         if Path(base).is_dir():
             base = str(Path(base).resolve())
@@ -281,19 +290,19 @@ class Session:
         return folders
 
 
-def _run(experiment: Experiment, folder: RunFolder, watch: Progress) -> Result:
-    problem = FederatedData.make(experiment)
-    require_same(folder, experiment, problem)
-    bench = Session.make(experiment, problem).on_all_devices()
-    progress = rounds(bench, folder, watch, bench.simulation(folder))
-    adapters = bench.adapters(progress, folder, experiment.rounds)
+def _run(experiment: Experiment, folder: RunFolder, progress: Progress) -> Result:
+    federated_data = FederatedData.make(experiment)
+    require_same(folder, experiment, federated_data)
+    session = Session.make(experiment, federated_data).on_all_devices()
+    run_state = rounds(session, folder, progress, session.simulation(folder))
+    adapters = session.adapters(run_state, folder, experiment.rounds)
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    return Result(folder.path, folder.rows(), finish(bench, able, folder), left_out)
+    return Result(folder.path, folder.rows(), finish(session, able, folder), left_out)
 
 
-def finish(bench: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
+def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
     """Writes the adapters at the end of a run, in place of those of an earlier end; returns their folders.
 
     Raises:
@@ -305,7 +314,7 @@ def finish(bench: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -
         return {}
     try:
         with replacing(out) as partial:
-            written = bench.write(adapters, partial, "adapter", folder.rows())
+            written = session.write(adapters, partial, "adapter", folder.rows())
             shutil.rmtree(out, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -313,61 +322,61 @@ def finish(bench: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -
     return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
-def require_same(folder: RunFolder, experiment: Experiment, problem: FederatedData) -> None:
+def require_same(folder: RunFolder, experiment: Experiment, federated_data: FederatedData) -> None:
     """Nothing, if the run is new, or data and model are those that it began with.
 
     Raises:
         UserError: they are not; says what differs.
     """
     if (manifest := Manifest.find(folder.path)) is not None:
-        manifest.require_data(problem.fingerprint)
+        manifest.require_data(federated_data.fingerprint)
         manifest.require_model(experiment.model, fingerprint(experiment.model))
 
 
-def begin(bench: Session, folder: RunFolder) -> Manifest:
+def begin(session: Session, folder: RunFolder) -> Manifest:
     """What the run depends on: written down where it is new, together with the state before the first round.
 
     Raises:
         UserError: the run is not new, and its model is adapted in other places.
     """
-    experiment = bench.experiment
+    experiment = session.experiment
     if (manifest := Manifest.find(folder.path)) is not None:
-        manifest.require_modules(bench.places)
+        manifest.require_modules(session.places)
         if manifest.experiment["rounds"] != experiment.rounds:
             keep_rounds(folder, experiment)
         return manifest
     folder.restore()  # refuses a folder that has lost its manifest
-    path = {"clients_in_a_step": bench.trainer.together, "tokens_in_a_pass": bench.trainer.tokens}
-    packing = bench.adapted.packing
+    path = {"clients_in_a_step": session.trainer.together, "tokens_in_a_pass": session.trainer.tokens}
+    packing = session.adapted.packing
     environment = record(
-        folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(bench.notes)
+        folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(session.notes)
     )
     manifest = Manifest(
         id=uuid4().hex,
         experiment=experiment.model_dump(mode="json"),
-        data=bench.problem.fingerprint,
+        data=session.federated_data.fingerprint,
         model=fingerprint(experiment.model),
-        modules=bench.places,
+        modules=session.places,
         environment=environment,
     )
-    folder.begin(manifest.model_dump(), RunState(bench.method.init_server(bench.adapted.spec, experiment.seed)))
+    folder.begin(manifest.model_dump(), RunState(session.method.init_server(session.adapted.spec, experiment.seed)))
     return manifest
 
 
-def rounds(bench: Session, folder: RunFolder, watch: Progress, exchange: Backend) -> RunState:
+def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend) -> RunState:
     """Runs the rounds that the folder lacks with the clients of the exchange; what the server knows after the last.
 
     Raises:
         UserError: the folder cannot be read.
         RunStopped: the run cannot go on; all complete rounds are in the folder.
     """
-    experiment = bench.experiment
-    for note in bench.notes:
-        watch.notify(note)
-    begin(bench, folder)
-    progress: RunState
-    done, progress = folder.restore()
-    method, spec = bench.method, bench.adapted.spec
+    experiment = session.experiment
+    for note in session.notes:
+        progress.notify(note)
+    begin(session, folder)
+    run_state: RunState
+    done, run_state = folder.restore()
+    method, spec = session.method, session.adapted.spec
     plan = Plan(
         method,
         spec,
@@ -376,14 +385,14 @@ def rounds(bench: Session, folder: RunFolder, watch: Progress, exchange: Backend
         experiment.evaluate,
         experiment.rounds,
         experiment.method.uniform,
-        None if experiment.method.row.personal or not len(bench.trainer.test) else bench.trainer.judge,
+        None if experiment.method.row.personal or not len(session.trainer.test) else session.trainer.evaluate,
     )
-    for index in progress.folds.rounds:
-        bench.trainer.fold(folder.fold(index))
-    for after, row in play(plan, exchange, folder, progress, done, watch):
+    for index in run_state.folds.rounds:
+        session.trainer.fold(folder.fold(index))
+    for after, row in run_rounds(plan, backend, folder, run_state, done, progress):
         folder.commit(row["round"], after, row)
-        progress = after
-    return progress
+        run_state = after
+    return run_state
 
 
 @contextmanager
@@ -397,20 +406,22 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
         folder.release()
 
 
-def with_folds(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
+def with_base_updates(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
     """The adapter and the folds as one adapter, of the numerical rank of their sum."""
     return {
         name: part
         if isinstance(part, Dense) or not any(name in fold for fold in folds)
-        else recompress(stack([(1.0, one) for one in (fixed(part).pair(), *(f[name] for f in folds if name in f))]))
+        else recompress(
+            stack([(1.0, one) for one in (fixed(part).as_two_factors(), *(f[name] for f in folds if name in f))])
+        )
         for name, part in view.items()
     }
 
 
-def _trainer(experiment: Experiment, problem: FederatedData, device: str, threads: int) -> LocalTrainer:
+def _trainer(experiment: Experiment, federated_data: FederatedData, device: str, threads: int) -> LocalTrainer:
     torch.set_num_threads(threads)
     train = experiment.train.model_copy(update={"device": device})
-    trainer = Session.make(experiment.model_copy(update={"train": train}), problem).trainer
+    trainer = Session.make(experiment.model_copy(update={"train": train}), federated_data).trainer
     assert isinstance(trainer, LocalTrainer)
     return trainer
 

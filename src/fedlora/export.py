@@ -39,7 +39,7 @@ def to_peft(
     """
     from peft import LoraConfig  # takes a second to import
 
-    factors = {name: fixed(part).pair() for name, part in adapter.items() if not isinstance(part, Dense)}
+    factors = {name: fixed(part).as_two_factors() for name, part in adapter.items() if not isinstance(part, Dense)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Dense)}
     for name, part in factors.items():

@@ -10,9 +10,9 @@ from rich.text import Text
 
 from fedlora import pages
 from fedlora.data.partition import label_table
+from fedlora.federated_data import FederatedData
 from fedlora.methods import Row
 from fedlora.printable import printable
-from fedlora.problem import FederatedData
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
@@ -33,7 +33,7 @@ def methods(rows: Iterable[Row]) -> Group:
             Text.assemble((row.name, "bold"), f"\n{authors}\n{number}"),
             pages.short(row.exact),
             f"{up}\n{down}",
-            *map(pages.yes, (row.mixed_ranks, row.personal, row.singles)),
+            *map(pages.yes, (row.mixed_ranks, row.personal, row.needs_individual_uploads)),
             *map(pages.short, (row.secure_sums(), row.private)),
         )
     return Group(table, Text("All about one of them: fedlora methods NAME"))
@@ -44,24 +44,24 @@ def method(row: Row) -> Markdown:
     return Markdown(pages.page(row))
 
 
-def clients(problem: FederatedData) -> Group:
+def clients(federated_data: FederatedData) -> Group:
     """Each client's rank, sizes and labels: the count of every label if they are few, else of the most frequent."""
-    labels, division = problem.corpus.labels, problem.division
-    counts = label_table(problem.corpus.train, division, len(labels))
+    labels, partition = federated_data.labelled_data.labels, federated_data.partition
+    counts = label_table(federated_data.labelled_data.train, partition, len(labels))
     few = len(labels) <= _FEW_LABELS
-    title = f"{len(problem.members)} clients, {len(problem.corpus.test)} test examples"
+    title = f"{len(federated_data.clients)} clients, {len(federated_data.labelled_data.test)} test examples"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("client", "rank", "train", "held out", *(map(str, range(len(labels))) if few else ("labels",))):
         table.add_column(name, justify="right")
     if not few:
         table.add_column("most frequent", overflow="fold")
-    for who, share, own in zip(problem.members, division.shares, counts.tolist(), strict=True):
+    for client, share, own in zip(federated_data.clients, partition.shares, counts.tolist(), strict=True):
         ranked = sorted(range(len(labels)), key=lambda label: -own[label])
         top = ", ".join(f"{labels[label]} {own[label]}" for label in ranked[:3] if own[label])
         cells = map(str, own) if few else (str(sum(count > 0 for count in own)), top)
-        row = (who.id, str(who.rank), str(len(share.train)), str(len(share.held_out)), *cells)
+        row = (client.id, str(client.rank), str(len(share.train)), str(len(share.held_out)), *cells)
         table.add_row(*(Text(printable(cell)) for cell in row))
     below = [Text(printable("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels))))] if few else []
-    if division.left_out_rows:
-        below.append(Text(f"left out: {division.left_out_rows} examples, {division.left_out_clients} clients"))
+    if partition.left_out_rows:
+        below.append(Text(f"left out: {partition.left_out_rows} examples, {partition.left_out_clients} clients"))
     return Group(table, *below)

@@ -44,7 +44,7 @@ class DataFingerprint(_Part):
     partition: str
     clients: list[Client]
 
-    def members(self) -> list[ClientInfo]:
+    def client_infos(self) -> list[ClientInfo]:
         """The clients."""
         return [ClientInfo(one.id, one.rank, one.examples, one.task) for one in self.clients]
 

@@ -68,23 +68,25 @@ class RunningMean:
         self._total = 0.0
         self._first: tuple[str, dict[str, torch.Size], dict[str, torch.dtype]] | None = None
 
-    def add(self, weight: float, tensors: Tensors, who: str) -> None:
+    def add(self, weight: float, tensors: Tensors, client: str) -> None:
         """Adds one term; a term of weight 0 changes nothing but is still checked.
 
         Raises:
             ValueError: names or shapes differ from those of the first term; both clients are named.
         """
         if self._first is None:
-            self._first = who, {k: x.shape for k, x in tensors.items()}, {k: x.dtype for k, x in tensors.items()}
+            self._first = client, {k: x.shape for k, x in tensors.items()}, {k: x.dtype for k, x in tensors.items()}
             self._sums = {key: torch.zeros(x.shape, dtype=torch.float64, device=x.device) for key, x in tensors.items()}
         first, shapes, _ = self._first
         if tensors.keys() != shapes.keys():
             differing = sorted(tensors.keys() ^ shapes.keys())
-            raise ValueError(f"cannot average: clients {who} and {first} sent different tensors; only one sent {differing}")
+            raise ValueError(
+                f"cannot average: clients {client} and {first} sent different tensors; only one sent {differing}"
+            )
         for key, x in tensors.items():
             if x.shape != shapes[key]:
                 raise ValueError(
-                    f"cannot average {key!r}: client {who} sent {tuple(x.shape)}, client {first} sent "
+                    f"cannot average {key!r}: client {client} sent {tuple(x.shape)}, client {first} sent "
                     f"{tuple(shapes[key])}; methods for mixed ranks must not average raw factors"
                 )
             self._sums[key].add_(x, alpha=weight)
@@ -137,7 +139,7 @@ class Fit:
     """A request for local training: start here, train these factors, answer with the trained adapter.
 
     `train` names factors (`b`, `a`, in Tri and Heads also `c` and `s`, in Experts `g`, `w` of Full); the others stay as
-    they are. `epochs` None means the run's own setting. `beside` are frozen factors that act beside those in `start`.
+    they are. `epochs` None means the run's own setting. `frozen_extra` are frozen factors that act beside those in `start`.
     `penalty` is added to the loss of each step; it gets all tensors of the adapter as they are then, as `pack` names them,
     heads included. It has to be picklable, as it may be computed in another process: a function of a module, or a
     `functools.partial` of one.
@@ -152,7 +154,7 @@ class Fit:
     start: Adapter
     train: frozenset[str]
     epochs: int | None = None
-    beside: Mapping[str, LowRank] | None = None
+    frozen_extra: Mapping[str, LowRank] | None = None
     penalty: Callable[[Tensors], Tensor] | None = None
     mask: Mapping[str, Tensor] | None = None
     rates: Mapping[str, float] | None = None
@@ -195,5 +197,5 @@ class FitRequest:
     """One client's request for training; `step` counts its requests in this round."""
 
     request: Fit
-    who: ClientInfo
+    client: ClientInfo
     step: int

@@ -32,16 +32,16 @@ class Method(Protocol[S, C]):
     def init_server(self, spec: AdapterSpec, seed: int) -> S:
         """The server's state before the first round."""
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> C:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> C:
         """The state of a client that has never taken part. It depends on nothing but the arguments."""
 
-    def send(self, server: S, who: ClientInfo, rnd: Round) -> Tensors:
-        """On the server: what `who` downloads."""
+    def send(self, server: S, client: ClientInfo, rnd: Round) -> Tensors:
+        """On the server: what `client` downloads."""
 
-    def view(self, mine: C, got: Tensors, who: ClientInfo) -> Adapter:
-        """On the client: the adapter that `who` would use now. The only way to evaluate."""
+    def view(self, state: C, download: Tensors, client: ClientInfo) -> Adapter:
+        """On the client: the adapter that `client` would use now. The only way to evaluate."""
 
-    def work(self, mine: C, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
+    def work(self, state: C, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
         """On the client: one round's work; asks with `fit` and the like, and returns the next state and the upload."""
 
     def merge(self, server: S, replies: Replies, rnd: Round) -> Merged[S]:
@@ -52,10 +52,12 @@ class Method(Protocol[S, C]):
 class SelectiveUpload(Protocol):
     """What a method has besides if its clients choose which values they upload: nobody else can know how many those are."""
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """On the server: tensors of the shapes that `upload` must have, given the positions that it names.
 
-        `like` is what `who` would upload if training changed nothing; names and dtypes are equal, shapes may not be.
+        `like` is what `client` would upload if training changed nothing; names and dtypes are equal, shapes may not be.
 
         Raises:
             ValueError: the positions are none that an honest client could choose.
@@ -69,7 +71,7 @@ def fit(
     start: Adapter,
     train: Iterable[str] = "ba",
     epochs: int | None = None,
-    beside: Mapping[str, LowRank] | None = None,
+    frozen_extra: Mapping[str, LowRank] | None = None,
     penalty: Callable[[Tensors], Tensor] | None = None,
     mask: Mapping[str, Tensor] | None = None,
     rates: Mapping[str, float] | None = None,
@@ -78,7 +80,7 @@ def fit(
 
     See `Fit` for the arguments.
     """
-    trained: Adapter = yield Fit(start, frozenset(train), epochs, beside, penalty, mask, rates)
+    trained: Adapter = yield Fit(start, frozenset(train), epochs, frozen_extra, penalty, mask, rates)
     return trained
 
 

@@ -94,18 +94,18 @@ def _facts(row: Row) -> dict[str, str]:
         "exact mean of the updates": row.exact,
         "clients of unequal ranks": yes(row.mixed_ranks),
         "personal models": yes(row.personal),
-        "floats up": _floats(row.up, row.picked_up is not None),
-        "floats down": _floats(row.down, row.picked_down is not None),
+        "floats up": _floats(row.up, row.index_counts is not None),
+        "floats down": _floats(row.down, row.index_counts_down is not None),
         **({} if row.once[0] == "0" else {"floats up once, for all layers together": f"`{row.once[0]}`"}),
         "floats of a fold": "none" if row.fold == "0" else f"`{row.fold}`",
-        "server needs single uploads": yes(row.singles),
+        "server needs single uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),
         "differential privacy": row.private,
     }
 
 
 def _line(row: Row) -> list[str]:
-    up, down = _floats(row.up, row.picked_up is not None), _floats(row.down, row.picked_down is not None)
+    up, down = _floats(row.up, row.index_counts is not None), _floats(row.down, row.index_counts_down is not None)
     return [
         f"[{row.name}]({row.name}.md)",
         short(row.exact),
@@ -113,7 +113,7 @@ def _line(row: Row) -> list[str]:
         yes(row.personal),
         up,
         down if row.fold == "0" else f"{down} and folds",
-        yes(row.singles),
+        yes(row.needs_individual_uploads),
         short(row.secure_sums()),
         short(row.private),
     ]
@@ -125,7 +125,7 @@ def _floats(formulas: Iterable[str], picked: bool) -> str:
 
 def _exceptions(row: Row) -> list[str]:
     """The laws of the conformance suite that the method does not obey."""
-    laws = [f"- {law.removeprefix('test_').replace('_', ' ')}: {reason}" for law, reason in row.exceptions.items()]
+    laws = [f"- {law.removeprefix('test_').replace('_', ' ')}: {reason}" for law, reason in row.known_failures.items()]
     return ["## Laws that do not hold", "\n".join(laws)] if laws else []
 
 

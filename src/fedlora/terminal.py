@@ -40,11 +40,11 @@ class Live:
         name = f"round {rnd.index + 1}/{self._rounds}{again}"
         self._bar.reset(self._task, total=len(chosen), description=name)
 
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
+    def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Moves the bar by one client; names a client that is refused."""
         self._bar.advance(self._task)
-        if refused is not None:
-            self._console.print(Text(printable(f"client {who.id} refused: {refused}"), "yellow"))
+        if rejected is not None:
+            self._console.print(Text(printable(f"client {client.id} refused: {rejected}"), "yellow"))
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """One line of the round's main numbers."""

@@ -15,7 +15,7 @@ from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.rounds.codec import encode_state, outline
 from fedlora.rounds.loop import Plan, RunState, one_round
 
-from test_laws import CASES, PERIOD, SPEC, Sent, people, play
+from test_laws import CASES, PERIOD, SPEC, Sent, people, run_rounds
 from toy import MemoryStates, Quiet, toy_method
 
 HOSTILE = "1"
@@ -64,14 +64,14 @@ class Answers:
     def fold(self, change: Any) -> None:
         pass
 
-    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+    def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
         for reply in self.replies:
             if reply.client in sent:
                 hostile = reply.client.id == HOSTILE
                 upload = {k: self.bend(x) if hostile and x.is_floating_point() else x for k, x in reply.upload.items()}
                 yield replace(reply, round=rnd, upload=upload)
 
-    def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+    def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
         yield from ()
 
 
@@ -79,9 +79,9 @@ class Answers:
 def honest(name: str, index: int) -> tuple[Any, Any, list[Reply]]:
     """A row's method, its server's state after so many rounds, and the honest replies of the next."""
     row, ranks = CASES[name]
-    game, method = play(row, people(ranks), rounds=index), toy_method(row)
-    sent = {who: method.send(game.progress.server, who, Round(index, 0)) for who in people(ranks)}
-    return method, game.progress.server, list(game.exchange.turn(Round(index, 0), sent, {}))
+    game, method = run_rounds(row, people(ranks), rounds=index), toy_method(row)
+    sent = {client: method.send(game.progress.server, client, Round(index, 0)) for client in people(ranks)}
+    return method, game.progress.server, list(game.backend.train_clients(Round(index, 0), sent, {}))
 
 
 def after(name: str, index: int, bend: Callable[[Tensor], Tensor], without: str = "") -> tuple[Any, dict[str, Any], Any]:

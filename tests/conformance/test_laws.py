@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import Failed
 
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
@@ -17,7 +18,6 @@ from fedlora.messages import ClientInfo, FitRequest, Merged, Replies, Reply, Rou
 from fedlora.methods import TABLE, Row
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.gate import Failed
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 
@@ -30,7 +30,9 @@ def brief(row: Row) -> Row:
     Half of the entries come down, so that some are of b after two rounds.
     """
     short = {"every": 2, "steps": 20, "server_lr": 0.05, "density_down": 0.5, "tasks": 2}
-    return replace(row, preset={**row.preset, **{key: x for key, x in short.items() if key in row.settings()}})
+    return replace(
+        row, fixed_settings={**row.fixed_settings, **{key: x for key, x in short.items() if key in row.settings()}}
+    )
 
 
 CASES = {name: (brief(row), (3,)) for name, row in TABLE.items()}
@@ -51,45 +53,45 @@ def _declared(request):
     """A law that a row says it cannot obey must indeed fail."""
     values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "row" in values:
-        law, exceptions = request.function.__name__, values["row"].exceptions
-        mixed = exceptions.get(f"{law}, mixed ranks") if len(values["ranks"]) > 1 else None
-        if reason := exceptions.get(law, mixed):
+        law, known_failures = request.function.__name__, values["row"].known_failures
+        mixed = known_failures.get(f"{law}, mixed ranks") if len(values["ranks"]) > 1 else None
+        if reason := known_failures.get(law, mixed):
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 def test_a_row_excepts_itself_from_laws_that_exist():
-    assert {law.removesuffix(", mixed ranks") for row in TABLE.values() for law in row.exceptions} <= globals().keys()
+    assert {law.removesuffix(", mixed ranks") for row in TABLE.values() for law in row.known_failures} <= globals().keys()
 
 
 @every_row
 def test_the_wire_changes_nothing(row, ranks):
-    assert_same(play(row, people(ranks), exchange=ThroughBytes).weights, whole_game(row.name, ranks).weights)
+    assert_same(run_rounds(row, people(ranks), backend=ThroughBytes).weights, whole_game(row.name, ranks).weights)
 
 
 @every_row
 def test_a_client_trained_with_others_trains_as_if_alone(row, ranks):
-    alone = play(row, people(ranks), trainer=Witness(toy(together=1)))
+    alone = run_rounds(row, people(ranks), trainer=Witness(toy(together=1)))
     assert_same(alone.weights, whole_game(row.name, ranks).weights)
 
 
 @every_row
 def test_the_order_of_clients_does_not_matter(row, ranks):
-    assert_same(play(row, people(ranks)[::-1]).weights, whole_game(row.name, ranks).weights)
+    assert_same(run_rounds(row, people(ranks)[::-1]).weights, whole_game(row.name, ranks).weights)
 
 
 @every_row
 def test_one_client_alone_trains_locally(row, ranks):
-    game = play(row, people(ranks, 1))
+    game = run_rounds(row, people(ranks, 1))
     assert_close(game.weights["0"], game.trainer.weights["0"])
 
 
 @every_row
 def test_identical_clients_are_as_one(row, ranks):
     alike = [ClientInfo(name, ranks[0], 10) for name in "vwxy"]
-    game = play(row, alike, trainer=Recorder(toy(skew=0.0)))
-    alone = play(row, alike[:1], trainer=Recorder(toy(skew=0.0)))
-    for who in alike:
-        assert_close(game.weights[who.id], alone.weights["v"])
+    game = run_rounds(row, alike, trainer=Recorder(toy(skew=0.0)))
+    alone = run_rounds(row, alike[:1], trainer=Recorder(toy(skew=0.0)))
+    for client in alike:
+        assert_close(game.weights[client.id], alone.weights["v"])
 
 
 @every_row
@@ -97,8 +99,8 @@ def test_a_client_of_weight_zero_changes_nothing(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
     without = method.merge(server, Replies(replies[:-1]), replies[0].round)
     with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round)
-    for who in people(ranks):
-        assert_close(*(change(method, merged, who) for merged in (with_zero, without)))
+    for client in people(ranks):
+        assert_close(*(change(method, merged, client) for merged in (with_zero, without)))
 
 
 @every_row
@@ -119,9 +121,9 @@ def test_factors_and_head_are_averaged_with_the_same_weights(row, ranks):
 @mixed_rows
 def test_rounds_without_the_largest_client_still_teach_every_rank(row, ranks):
     clients = people(ranks)
-    largest = [who for who in clients if who.rank == max(ranks)]
-    before = play(row, [who for who in clients if who not in largest], rounds=PERIOD)
-    after = play(row, largest, progress=before.progress, states=before.states, start=PERIOD, rounds=PERIOD + ROUNDS)
+    largest = [client for client in clients if client.rank == max(ranks)]
+    before = run_rounds(row, [client for client in clients if client not in largest], rounds=PERIOD)
+    after = run_rounds(row, largest, progress=before.progress, states=before.states, start=PERIOD, rounds=PERIOD + ROUNDS)
     for name, shape in SPEC.modules.items():
         strengths = torch.linalg.svdvals(after.weights[largest[0].id][name])
         assert strengths[min(SPEC.rank(name, max(ranks)), *shape) - 1] > 1e-5 * strengths[0]  # rounding is below 1e-6
@@ -131,11 +133,12 @@ def test_rounds_without_the_largest_client_still_teach_every_rank(row, ranks):
 def test_alpha_is_no_more_than_the_unit_of_the_updates(row, ranks):
     """With alpha and all targets four times as large PEFT's factors see the same problem, and so do penalties on them."""
     once, fourfold = (
-        play(row, people(ranks), rounds=PERIOD, trainer=Witness(toy(spec=in_unit(unit), unit=unit))) for unit in (1.0, 4.0)
+        run_rounds(row, people(ranks), rounds=PERIOD, trainer=Witness(toy(spec=in_unit(unit), unit=unit)))
+        for unit in (1.0, 4.0)
     )
-    for who, weights in once.weights.items():
+    for client, weights in once.weights.items():
         wanted = {name: (4 if name in SPEC.modules else 1) * x for name, x in weights.items()}
-        assert_close(fourfold.weights[who], wanted)
+        assert_close(fourfold.weights[client], wanted)
 
 
 @every_row
@@ -143,8 +146,8 @@ def test_only_the_ratio_of_weights_matters(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
     scaled = [replace(reply, weight=reply.weight * 1000) for reply in replies]
     both = [method.merge(server, Replies(some), replies[0].round) for some in (replies, scaled)]
-    for who in people(ranks):
-        assert_close(*(change(method, merged, who) for merged in both))
+    for client in people(ranks):
+        assert_close(*(change(method, merged, client) for merged in both))
 
 
 @pytest.mark.parametrize(("row", "ranks"), SECURE.values(), ids=SECURE)
@@ -154,19 +157,19 @@ def test_with_secure_aggregation_the_sum_of_the_uploads_is_enough(row, ranks):
     apart = [replace(reply, weight=1.0) for reply in replies]
     summed = replace(apart[0], upload=Replies(apart).mean(), weight=float(len(apart)))
     both = [method.merge(server, Replies(some), apart[0].round) for some in (apart, [summed])]
-    for who in people(ranks):
-        assert_close(*(change(method, merged, who) for merged in both))
+    for client in people(ranks):
+        assert_close(*(change(method, merged, client) for merged in both))
 
 
 def test_a_row_that_needs_single_uploads_does_not_promise_secure_aggregation():
-    assert not {name for name in SECURE if TABLE[name].singles}
+    assert not {name for name in SECURE if TABLE[name].needs_individual_uploads}
 
 
 @every_row
 @pytest.mark.slow
 def test_a_client_that_comes_late_can_join_and_helps(row, ranks):
-    game = play(row, people(ranks, 6), fraction=0.5, rounds=8)
-    late = {who for r in game.rows[1:] for who in r["chosen"]} - set(game.rows[0]["chosen"])
+    game = run_rounds(row, people(ranks, 6), fraction=0.5, rounds=8)
+    late = {client for r in game.rows[1:] for client in r["chosen"]} - set(game.rows[0]["chosen"])
     assert late and all(len(r["accepted"]) == 3 for r in game.rows)
     scores = [r["clients"]["accuracy"]["mean"] for r in game.rows]
     assert scores[-1] > scores[0]
@@ -183,10 +186,10 @@ def test_states_survive_saving_and_loading(row, ranks, tmp_path):
 
 @every_row
 def test_a_resumed_run_is_bit_for_bit_the_same(row, ranks, tmp_path):
-    first = play(row, people(ranks), rounds=PERIOD)
+    first = run_rounds(row, people(ranks), rounds=PERIOD)
     file = tmp_path / "server"
     file.write_bytes(encode_state(first.progress))
-    second = play(row, people(ranks), progress=decode_state(str(file))[0], states=first.states, start=PERIOD)
+    second = run_rounds(row, people(ranks), progress=decode_state(str(file))[0], states=first.states, start=PERIOD)
     assert_same(second.weights, whole_game(row.name, ranks).weights)
 
 
@@ -196,32 +199,32 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     clients = people(ranks)
     game = whole_game(row.name, ranks)
     head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head in ("averaged", "own") else 0
-    settings = {key: x for key, x in {**row.settings(), **row.preset}.items() if isinstance(x, int | float)}
+    settings = {key: x for key, x in {**row.settings(), **row.fixed_settings}.items() if isinstance(x, int | float)}
     everybody = {"K": len(clients), **settings, "rank": toy_method(row).rank}
     everybody |= {"features": game.trainer.spec.features, "classes": game.trainer.spec.classes}
 
-    def ranks_of(name: str, who: ClientInfo) -> dict[str, int]:
+    def ranks_of(name: str, client: ClientInfo) -> dict[str, int]:
         each = [SPEC.rank(name, one.rank) for one in clients]
-        return {"r": SPEC.rank(name, who.rank), "rank": SPEC.rank(name, everybody["rank"]), "R": sum(each)}
+        return {"r": SPEC.rank(name, client.rank), "rank": SPEC.rank(name, everybody["rank"]), "R": sum(each)}
 
-    def floats(formula: str, who: ClientInfo) -> int:
-        sizes = [{"out": out, "in_": in_, **ranks_of(name, who)} for name, (out, in_) in SPEC.modules.items()]
+    def floats(formula: str, client: ClientInfo) -> int:
+        sizes = [{"out": out, "in_": in_, **ranks_of(name, client)} for name, (out, in_) in SPEC.modules.items()]
         return math.floor(sum(evaluate(formula, **{**everybody, **each}) for each in sizes))
 
     def once(r: int) -> list[int]:
         return [int(evaluate(formula, **everybody)) if r == 0 else 0 for formula in row.once]
 
     def positions(picked: tuple[str, str] | None) -> set[int]:
-        return {position_bytes(floats(picked[0], who), floats(picked[1], who)) if picked else 0 for who in clients}
+        return {position_bytes(floats(picked[0], client), floats(picked[1], client)) if picked else 0 for client in clients}
 
     for r in range(ROUNDS):
         fold = row.fold if r - 1 in game.progress.folds.rounds else "0"
         up, down = row.up[r % len(row.up)], row.down[r % len(row.down)]
         first_floats, first_bytes = once(r)
-        assert game.exchange.floats_up[r] == {floats(up, who) + first_floats + head for who in clients}
-        assert game.exchange.floats_down[r] == {floats(down, who) + floats(fold, who) + head for who in clients}
-        assert game.exchange.bytes_up[r] == {size + first_bytes for size in positions(row.picked_up)}
-        assert game.exchange.bytes_down[r] == positions(row.picked_down)
+        assert game.backend.floats_up[r] == {floats(up, client) + first_floats + head for client in clients}
+        assert game.backend.floats_down[r] == {floats(down, client) + floats(fold, client) + head for client in clients}
+        assert game.backend.bytes_up[r] == {size + first_bytes for size in positions(row.index_counts)}
+        assert game.backend.bytes_down[r] == positions(row.index_counts_down)
     assert (row.fold != "0") == bool(game.progress.folds.rounds)
 
 
@@ -229,14 +232,14 @@ def test_traffic_is_what_the_row_declares(row, ranks):
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 def test_the_dtype_is_kept(row, ranks, dtype):
     spec = replace(SPEC, head={name: x.to(dtype) for name, x in SPEC.head.items()}, dtype=dtype)
-    game = play(row, people(ranks), trainer=Recorder(toy(spec=spec)), rounds=PERIOD)
+    game = run_rounds(row, people(ranks), trainer=Recorder(toy(spec=spec)), rounds=PERIOD)
     assert {x.dtype for weights in game.weights.values() for x in weights.values()} == {dtype}
-    assert all(x.dtype == dtype for upload in game.exchange.uploads for x in upload.values() if x.is_floating_point())
+    assert all(x.dtype == dtype for upload in game.backend.uploads for x in upload.values() if x.is_floating_point())
 
 
 @every_row
 def test_a_bad_upload_is_refused_and_the_round_goes_on(row, ranks):
-    game = play(row, people(ranks), exchange=Poisoned, rounds=PERIOD)
+    game = run_rounds(row, people(ranks), backend=Poisoned, rounds=PERIOD)
     assert all(r["accepted"] == ["0", "2"] and "NaN" in r["refused"]["1"] for r in game.rows)
     assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
@@ -253,34 +256,34 @@ def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row, ranks):
 @pytest.mark.slow
 def test_it_learns(row, ranks):
     row = replace(row, head="averaged" if row.head == "frozen" else row.head)
-    game, untrained = play(row, people(ranks), rounds=20), play(row, people(ranks), rounds=0)
-    for who, view in game.views.items():
-        assert game.trainer.inner.loss(view, who) < 0.8 * untrained.trainer.inner.loss(untrained.views[who], who)
+    game, untrained = run_rounds(row, people(ranks), rounds=20), run_rounds(row, people(ranks), rounds=0)
+    for client, view in game.views.items():
+        assert game.trainer.inner.loss(view, client) < 0.8 * untrained.trainer.inner.loss(untrained.views[client], client)
 
 
 @every_row
 def test_a_frozen_head_never_travels_and_never_changes(row, ranks):
-    game = play(replace(row, head="frozen"), people(ranks), rounds=PERIOD)
+    game = run_rounds(replace(row, head="frozen"), people(ranks), rounds=PERIOD)
     for view in game.views.values():
         assert all(torch.equal(products(view)[name], x) for name, x in SPEC.head.items())
-    assert not any(name.startswith("head/") for upload in game.exchange.uploads for name in upload)
+    assert not any(name.startswith("head/") for upload in game.backend.uploads for name in upload)
 
 
 @every_row
 def test_an_averaged_head_is_the_weighted_mean_of_the_trained_heads(row, ranks):
     clients = people(ranks)
-    game = play(replace(row, head="averaged"), clients, rounds=1)
-    total = sum(who.examples for who in clients)
-    heads = [(who.examples / total, products(game.trainer.last[who.id])) for who in clients]
+    game = run_rounds(replace(row, head="averaged"), clients, rounds=1)
+    total = sum(client.examples for client in clients)
+    heads = [(client.examples / total, products(game.trainer.last[client.id])) for client in clients]
     mean = {name: sum(weight * head[name] for weight, head in heads) for name in SPEC.head}
     assert_close({name: products(game.views["0"])[name] for name in SPEC.head}, mean)
 
 
 @every_row
 def test_a_local_head_stays_on_its_client(row, ranks):
-    game = play(replace(row, head="local"), people(ranks), rounds=PERIOD)
-    for who, view in game.views.items():
-        assert all(torch.equal(products(view)[name], products(game.trainer.last[who])[name]) for name in SPEC.head)
+    game = run_rounds(replace(row, head="local"), people(ranks), rounds=PERIOD)
+    for client, view in game.views.items():
+        assert all(torch.equal(products(view)[name], products(game.trainer.last[client])[name]) for name in SPEC.head)
 
 
 # ------------------------------------------------------------------------------------------------------------- the players
@@ -321,12 +324,12 @@ class Counting:
     def fold(self, change: Any) -> None:
         self.inner.fold(change)
 
-    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply | Failed]:
-        down = {who: [*got.values(), *missed.get(who, {}).values()] for who, got in sent.items()}
+    def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply | Failed]:
+        down = {client: [*download.values(), *missed.get(client, {}).values()] for client, download in sent.items()}
         evaluated = self.folds_judged
-        self.floats_down[rnd.index] = {floats_in(x) + evaluated.get((rnd.index, who), 0) for who, x in down.items()}
+        self.floats_down[rnd.index] = {floats_in(x) + evaluated.get((rnd.index, client), 0) for client, x in down.items()}
         self.bytes_down[rnd.index] = {other_bytes_in(x) for x in down.values()}
-        for reply in self.inner.turn(rnd, sent, missed):
+        for reply in self.inner.train_clients(rnd, sent, missed):
             if isinstance(reply, Failed):
                 yield reply
                 continue
@@ -335,28 +338,30 @@ class Counting:
             self.uploads.append(reply.upload)
             yield reply
 
-    def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
-        for who, tensors in missed.items():
-            self.folds_judged[rnd.index, who] = sum(x.numel() for x in tensors.values())
-        return self.inner.judge(rnd, sent, missed)
+    def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        for client, tensors in missed.items():
+            self.folds_judged[rnd.index, client] = sum(x.numel() for x in tensors.values())
+        return self.inner.evaluate(rnd, sent, missed)
 
 
 class ThroughBytes(Counting):
     """Everything is encoded and decoded on its way."""
 
-    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
-        for reply in super().turn(rnd, {who: decode(encode(got)) for who, got in sent.items()}, missed):
+    def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+        for reply in super().train_clients(
+            rnd, {client: decode(encode(download)) for client, download in sent.items()}, missed
+        ):
             yield replace(reply, upload=decode(encode(reply.upload)))
 
-    def judge(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
-        return super().judge(rnd, {who: decode(encode(got)) for who, got in sent.items()}, missed)
+    def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
+        return super().evaluate(rnd, {client: decode(encode(download)) for client, download in sent.items()}, missed)
 
 
 class Poisoned(Counting):
     """Client 1 sends NaN in its first tensor."""
 
-    def turn(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
-        for reply in super().turn(rnd, sent, missed):
+    def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
+        for reply in super().train_clients(rnd, sent, missed):
             name = next(iter(reply.upload))
             bad = {**reply.upload, name: torch.full_like(reply.upload[name], float("nan"))}
             yield replace(reply, upload=bad) if reply.client.id == "1" else reply
@@ -368,9 +373,9 @@ class Witness(Recorder):
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         answers = super().fit(asked, rnd)
         for one in asked:
-            beside = {name: part.product() for name, part in (one.request.beside or {}).items()}
-            weights = self.weights[one.who.id]
-            self.weights[one.who.id] = {name: w + beside.get(name, 0) for name, w in weights.items()}
+            frozen_extra = {name: part.product() for name, part in (one.request.frozen_extra or {}).items()}
+            weights = self.weights[one.client.id]
+            self.weights[one.client.id] = {name: w + frozen_extra.get(name, 0) for name, w in weights.items()}
         return answers
 
 
@@ -383,11 +388,11 @@ class Game:
     views: Mapping[str, Adapter]
     weights: Mapping[str, Mapping[str, torch.Tensor]]
     states: MemoryStates
-    exchange: Any
+    backend: Any
     trainer: Recorder
 
 
-def play(
+def run_rounds(
     row: Row,
     clients: Sequence[ClientInfo] | None = None,
     *,
@@ -396,7 +401,7 @@ def play(
     progress: RunState | None = None,
     states: MemoryStates | None = None,
     trainer: Recorder | None = None,
-    exchange: type[Counting] = Counting,
+    backend: type[Counting] = Counting,
     fraction: float = 1.0,
 ) -> Game:
     """Some rounds of the row's method on the toy; every client's view after them."""
@@ -404,7 +409,7 @@ def play(
     trainer, states = trainer or Witness(toy()), states or MemoryStates()
     method = toy_method(row)
     simulation = SimulationBackend(method, trainer.spec, clients, states, trainer, seed=0)
-    through, plan = exchange(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
+    through, plan = backend(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
     progress = progress or RunState(method.init_server(trainer.spec, 0))
     for index in progress.folds.rounds:
         simulation.fold(states.fold(index))
@@ -413,8 +418,8 @@ def play(
         progress, logged = one_round(plan, through, states, progress, index, Quiet())
         rows.append(logged)
     rnd = Round(rounds, 0)
-    views = {who.id: simulation.view(who, method.send(progress.server, who, rnd), rnd) for who in clients}
-    weights = {who: trainer.inner.weights(view) for who, view in views.items()}
+    views = {client.id: simulation.view(client, method.send(progress.server, client, rnd), rnd) for client in clients}
+    weights = {client: trainer.inner.weights(view) for client, view in views.items()}
     return Game(progress, rows, views, weights, states, through, trainer)
 
 
@@ -436,7 +441,7 @@ def people(ranks: Sequence[int], count: int = 3) -> list[ClientInfo]:
 @cache
 def whole_game(name: str, ranks: tuple[int, ...]) -> Game:
     """The rounds of a row that several laws look at and none changes."""
-    return play(brief(TABLE[name]), people(ranks))
+    return run_rounds(brief(TABLE[name]), people(ranks))
 
 
 @cache
@@ -447,17 +452,17 @@ def a_round_of_replies(name: str, ranks: tuple[int, ...]) -> tuple[Any, Any, lis
 
 def round_of_replies(row: Row, ranks: Sequence[int]) -> tuple[Any, Any, list[Reply], MemoryStates]:
     """A row's method, its server's state after two rounds, the next round's replies, and the clients' states after them."""
-    game = play(row, people(ranks), rounds=PERIOD)
+    game = run_rounds(row, people(ranks), rounds=PERIOD)
     method, rnd = toy_method(row), Round(PERIOD, 0)
     server = game.progress.server
-    sent = {who: method.send(server, who, rnd) for who in people(ranks)}
-    return method, server, list(game.exchange.turn(rnd, sent, {})), game.states
+    sent = {client: method.send(server, client, rnd) for client in people(ranks)}
+    return method, server, list(game.backend.train_clients(rnd, sent, {})), game.states
 
 
-def change(method: Any, merged: Merged[Any], who: ClientInfo, state: Any = None) -> dict[str, torch.Tensor]:
+def change(method: Any, merged: Merged[Any], client: ClientInfo, state: Any = None) -> dict[str, torch.Tensor]:
     """What a client in this state, or that has never taken part, would add to the base as it was before the merge."""
-    state = method.init_client(SPEC, who, 0) if state is None else state
-    view = method.view(state, method.send(merged.server, who, Round(PERIOD + 1, 0)), who)
+    state = method.init_client(SPEC, client, 0) if state is None else state
+    view = method.view(state, method.send(merged.server, client, Round(PERIOD + 1, 0)), client)
     folded = {name: part.product() for name, part in (merged.fold or {}).items()}
     return {name: x + folded.get(name, 0) for name, x in products(view).items()}
 
@@ -479,8 +484,8 @@ def evaluate(formula: str, **values: float) -> float:
 def assert_same(left: Mapping[str, Mapping[str, Any]], right: Mapping[str, Mapping[str, Any]]) -> None:
     """Every client's weights, bit for bit."""
     assert left.keys() == right.keys()
-    for who in left:
-        one, other = left[who], right[who]
+    for client in left:
+        one, other = left[client], right[client]
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
 from fedlora.config import Lora, Train
 from fedlora.data.files import columns
-from fedlora.experiment import with_folds
+from fedlora.experiment import with_base_updates
 from fedlora.export import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
@@ -75,26 +75,28 @@ class Witness:
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """Each client has one batch, and so the loss of an only epoch is that of the start."""
-        expected = [self._loss(self.inner.rows[one.who.id], one.request.start, one.request.beside) for one in asked]
+        expected = [
+            self._loss(self.inner.rows[one.client.id], one.request.start, one.request.frozen_extra) for one in asked
+        ]
         answers = self.inner.fit(asked, rnd)
         for one, (trained, notes), loss in zip(asked, answers, expected, strict=True):
             assert one.request.epochs in (None, 1)
-            self.checked.append(Checked(f"{rnd}: what {one.who} trains from", notes["loss"], loss))
+            self.checked.append(Checked(f"{rnd}: what {one.client} trains from", notes["loss"], loss))
             self.fits.append((one.request, trained))
         return answers
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
-        found = self.inner.gradient(who, request)
-        slopes = self.plain.gradient(self._batch(self.inner.rows[who.id]), request.start, request.train)
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
+        found = self.inner.gradient(client, request)
+        slopes = self.plain.gradient(self._batch(self.inner.rows[client.id]), request.start, request.train)
         packed = pack(found)
         self.gradients.append(request)
-        self.checked += [Checked(f"{who}: gradient of {key}", packed[key], slope) for key, slope in slopes.items()]
+        self.checked += [Checked(f"{client}: gradient of {key}", packed[key], slope) for key, slope in slopes.items()]
         return found
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
-        seen, (inputs, targets) = self.inner.features(who), self._batch(self.inner.rows[who.id])
-        self.checked.append(Checked(f"{who}: features", seen.features, self.plain.features(inputs).float()))
-        self.checked.append(Checked(f"{who}: labels", seen.labels, targets))
+    def features(self, client: ClientInfo) -> LabelledFeatures:
+        seen, (inputs, targets) = self.inner.features(client), self._batch(self.inner.rows[client.id])
+        self.checked.append(Checked(f"{client}: features", seen.features, self.plain.features(inputs).float()))
+        self.checked.append(Checked(f"{client}: labels", seen.labels, targets))
         return seen
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
@@ -103,19 +105,19 @@ class Witness:
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         scores = self.inner.scores(asked)
-        for (who, view), score in zip(asked, scores, strict=True):
+        for (client, view), score in zip(asked, scores, strict=True):
             found = None if score is None else score.metrics["loss"]
-            self.checked.append(Checked(f"what {who} uses", found, self._loss(self.inner.held_out[who.id], view)))
+            self.checked.append(Checked(f"what {client} uses", found, self._loss(self.inner.held_out[client.id], view)))
         return scores
 
-    def judge(self, adapter: Adapter) -> Score:
-        score, test = self.inner.judge(adapter), torch.arange(len(self.inner.test))
+    def evaluate(self, adapter: Adapter) -> Score:
+        score, test = self.inner.evaluate(adapter), torch.arange(len(self.inner.test))
         self.checked.append(Checked("the global model", score.metrics["loss"], self._loss(test, adapter)))
         return score
 
-    def _loss(self, rows: Tensor, adapter: Adapter, beside: Mapping[str, LowRank] | None = None) -> float:
+    def _loss(self, rows: Tensor, adapter: Adapter, frozen_extra: Mapping[str, LowRank] | None = None) -> float:
         with torch.no_grad():
-            return float(self.plain.loss(self._batch(rows), adapter, beside))
+            return float(self.plain.loss(self._batch(rows), adapter, frozen_extra))
 
     def _batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         return self.inner.examples.batch(rows, torch.device("cpu"))
@@ -157,12 +159,12 @@ def games(tmp_path_factory) -> Games:
     loaded = Loaded(source, model.double(), tokenizer, head, TASK.encode(tokenizer, table, 64))
     played: dict[tuple[str, tuple[int, ...]], Game] = {}
 
-    def play(row: Row, ranks: Sequence[int]) -> Game:
+    def run_rounds(row: Row, ranks: Sequence[int]) -> Game:
         if (key := (row.name, tuple(ranks))) not in played:
             played[key] = game_of(row, ranks, loaded)
         return played[key]
 
-    return play
+    return run_rounds
 
 
 def base(folder: Path) -> str:
@@ -191,15 +193,15 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     for index in range(ROUNDS):
         progress, _ = one_round(plan, simulation, states, progress, index, Quiet())
     rnd = Round(ROUNDS, 0)
-    views = {who.id: simulation.view(who, method.send(progress.server, who, rnd), rnd) for who in clients}
+    views = {client.id: simulation.view(client, method.send(progress.server, client, rnd), rnd) for client in clients}
     return Game(trainer, views, states, loaded)
 
 
 def trainer_of(adapted: AdaptedModel, examples: Encoded, clients: Sequence[ClientInfo]) -> LocalTrainer:
     """Two clients in a step; each has three examples held out, and the rest are the test set."""
-    rows = dict(zip([who.id for who in clients], torch.arange(sum(SIZES)).split(SIZES), strict=True))
+    rows = dict(zip([client.id for client in clients], torch.arange(sum(SIZES)).split(SIZES), strict=True))
     rest = torch.arange(sum(SIZES), len(examples)).split(3)
-    held_out = {who.id: rest[i] for i, who in enumerate(clients)}
+    held_out = {client.id: rest[i] for i, client in enumerate(clients)}
     return LocalTrainer(adapted, TASK, examples, rows, held_out, examples, SETTINGS, eval_batch_size=16, together=2)
 
 
@@ -257,7 +259,7 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
     for client, view in game.views.items():
         if unfit(view):
             continue
-        adapter = with_folds(view, folds)
+        adapter = with_base_updates(view, folds)
         expected, inputs = logits_of(game, view)
         lora, source, tokenizer = Lora(alpha=ALPHA, dropout=0.0), game.loaded.source, game.loaded.tokenizer
         to_peft(adapter, tmp_path / client, lora, source, local.adapted, LABELS, tokenizer)

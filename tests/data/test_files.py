@@ -19,7 +19,7 @@ ROWS = [{"text": text, "label": label} for text, label in zip(*TABLE.values(), s
 LINES = "\n".join(map(json.dumps, ROWS))
 
 
-def refusal(path: Path) -> str:
+def rejection_reason(path: Path) -> str:
     with pytest.raises(UserError) as error:
         columns(path, "data.source")
     message = str(error.value)
@@ -113,7 +113,7 @@ def test_columns_without_a_name_and_commas_at_the_end_do_not_matter(tmp_path, co
     ],
 )
 def test_a_csv_row_that_is_not_clear_is_refused_with_its_line(tmp_path, content, reason):
-    message = refusal(written(tmp_path / "d.csv", content))
+    message = rejection_reason(written(tmp_path / "d.csv", content))
     assert reason in message and "secret" not in message
 
 
@@ -145,7 +145,7 @@ def test_a_long_text_in_csv_is_read_and_the_modules_limit_stays(tmp_path):
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_with_the_line_and_without_its_content(tmp_path, name, content, reason):
-    message = refusal(written(tmp_path / name, content))
+    message = rejection_reason(written(tmp_path / name, content))
     assert reason in message and "secret" not in message.replace(str(tmp_path), "")
 
 

@@ -42,7 +42,7 @@ def named(corpus: Any) -> list[str]:
     return [corpus.labels[index] for index in corpus.train["label"]]
 
 
-def refusal(**data: Any) -> str:
+def rejection_reason(**data: Any) -> str:
     with pytest.raises(UserError) as error:
         load(Data(**data), 0)
     assert "\n" not in str(error.value)
@@ -89,7 +89,7 @@ def test_labels_are_the_same_names_in_every_format(tmp_path, ending, labels, nam
 def test_a_label_that_is_missing_or_not_clear_is_refused_with_its_row_in_every_format(tmp_path, ending, labels, reason):
     if ending == "csv":
         labels = ["" if label is None or label != label else label for label in labels]
-    message = refusal(source=write(tmp_path / f"d.{ending}", labels))
+    message = rejection_reason(source=write(tmp_path / f"d.{ending}", labels))
     assert reason in message and "column 'label' (data.label)" in message
 
 
@@ -109,7 +109,7 @@ def test_numbers_are_names_where_the_names_are_numbers(tmp_path, ending, labels)
     assert named(corpus) == ["3", "1", "2"]
     assert load_own(Data(), path, ["1", "2", "3"], 0)["label"][:] == [2, 0, 1]
     zero = write(tmp_path / f"z.{ending}", [0, 1, 2])
-    assert "row 1 has a label that is not among the 3 names" in refusal(source=zero, labels=["1", "2", "3"])
+    assert "row 1 has a label that is not among the 3 names" in rejection_reason(source=zero, labels=["1", "2", "3"])
 
 
 def test_names_that_are_given_make_minus_one_and_fractions_clear(tmp_path):
@@ -121,7 +121,7 @@ def test_names_that_are_given_make_minus_one_and_fractions_clear(tmp_path):
 
 def test_codes_with_leading_zeros_are_never_indices(tmp_path):
     path = write(tmp_path / "d.csv", ["01", "00"])
-    assert "row 1 has a label that is not among the 2 names" in refusal(source=path, labels=["red", "green"])
+    assert "row 1 has a label that is not among the 2 names" in rejection_reason(source=path, labels=["red", "green"])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_label_that_only_labels_json_names_is_a_label_of_the_run(tmp_path):
 
 @pytest.mark.parametrize(("train", "test"), [([0, 1], ["0", "x"]), (["x", "y"], [0, 1]), ([1, 2], [-1, -1])])
 def test_a_test_set_that_writes_labels_in_another_way_than_the_training_set_is_refused(tmp_path, train, test):
-    message = refusal(source=write(tmp_path / "train.jsonl", train), test=write(tmp_path / "test.jsonl", test))
+    message = rejection_reason(source=write(tmp_path / "train.jsonl", train), test=write(tmp_path / "test.jsonl", test))
     assert "data.test" in message and "row" in message
 
 
@@ -163,15 +163,15 @@ def test_a_class_label_of_the_hub_is_an_index_also_where_its_names_are_numbers(m
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: shelf)
     corpus = load(Data(source="stars", test="validation"), 0)
     assert corpus.labels == ("1", "2", "3") and corpus.train["label"][:] == [0, 1, 2]
-    assert "split 'test', column 'label' (data.label): row 1 has no label" in refusal(source="stars")
+    assert "split 'test', column 'label' (data.label): row 1 has no label" in rejection_reason(source="stars")
 
 
 @pytest.mark.parametrize("names", [["a", "a "], ["1", "1.0"], ["a", " "], ["a", "\ud83d"]])
 def test_given_names_that_are_empty_or_the_same_are_refused(tmp_path, names):
     path = write(tmp_path / "d.csv", ["a", "b"])
-    assert refusal(source=path, labels=names).startswith("data.labels: ")
+    assert rejection_reason(source=path, labels=names).startswith("data.labels: ")
     (tmp_path / "labels.json").write_text(json.dumps(names))
-    assert "labels.json: " in refusal(source=path)
+    assert "labels.json: " in rejection_reason(source=path)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -189,26 +189,26 @@ def test_owners_are_the_same_names_in_every_format(tmp_path, ending, owners, mea
 @pytest.mark.parametrize("column", ["user", "task"])
 def test_a_missing_owner_or_task_is_refused_with_its_row(tmp_path, ending, owner, column):
     path = write(tmp_path / f"d.{ending}", ["x", "y"], **{column: [7.0, owner]})
-    assert f"column '{column}' (data.{column}): row 2 has no {column}" in refusal(source=path, **{column: column})
+    assert f"column '{column}' (data.{column}): row 2 has no {column}" in rejection_reason(source=path, **{column: column})
 
 
 def test_a_blank_owner_is_refused_with_its_row(tmp_path):
     path = write(tmp_path / "d.csv", ["x", "y"], user=["a", " "])
-    assert "column 'user' (data.user): row 2 has no user" in refusal(source=path, user="user")
+    assert "column 'user' (data.user): row 2 has no user" in rejection_reason(source=path, user="user")
 
 
 @pytest.mark.parametrize("column", ["text", "label", "user"])
 def test_half_of_a_surrogate_pair_is_refused_with_its_row_and_column(tmp_path, column):
     rows = [{"text": "a", "label": "x", "user": "u"}, {"text": "b", "label": "y", "user": "v", column: "cut \ud83d"}]
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    message = refusal(source=str(tmp_path / "d.json"), user="user")
+    message = rejection_reason(source=str(tmp_path / "d.json"), user="user")
     assert f"column '{column}' (data.{column}): row 2 has half of a surrogate pair" in message
     message.encode()
 
 
 def test_a_column_of_texts_is_not_taken_for_the_labels(tmp_path):
     path = write(tmp_path / "d.jsonl", [f"a private text {i}" for i in range(300)])
-    message = refusal(source=path)
+    message = rejection_reason(source=path)
     assert "300 labels for 300 examples" in message and "private" not in message
 
 

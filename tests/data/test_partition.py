@@ -11,7 +11,7 @@ LABELS = 10
 NUMBERED = ["iid", "dirichlet", "pathological", "shards"]
 
 
-def corpus(rows=600, users=20):
+def labelled_data(rows=600, users=20):
     rng = np.random.default_rng(0)
     label, user = rng.integers(0, LABELS, rows), rng.integers(0, users, rows)
     return Dataset.from_dict({"text": ["x"] * rows, "label": label.tolist(), "user": [f"u{i}" for i in user]})
@@ -144,10 +144,10 @@ def test_the_label_table_counts_every_given_row():
     ],
 )
 def test_an_impossible_division_is_refused_in_one_line_that_names_the_key(clients, words):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as rejection_reason:
         divide(corpus(), Clients(**clients), seed=0)
-    assert all(word in str(refusal.value) for word in words)
-    assert "\n" not in str(refusal.value)
+    assert all(word in str(rejection_reason.value) for word in words)
+    assert "\n" not in str(rejection_reason.value)
 
 
 def test_natural_without_owners_is_refused():

@@ -30,7 +30,7 @@ def write(path, rows):
     return path
 
 
-def refusal(seed=0, **data):
+def rejection_reason(seed=0, **data):
     with pytest.raises(UserError) as error:
         load(Data(**data), seed)
     assert "\n" not in str(error.value)
@@ -129,7 +129,7 @@ def test_a_hub_data_set_is_judged_on_its_test_split_or_else_its_validation_split
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused_with_those_there_are(hub):
     hub["films", None] = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})})
-    assert "no split 'tests'; there are: 'train'" in refusal(source="films", test="tests")
+    assert "no split 'tests'; there are: 'train'" in rejection_reason(source="films", test="tests")
 
 
 def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch):
@@ -137,7 +137,7 @@ def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch):
         raise ConnectionError("cannot reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = refusal(source="films")
+    message = rejection_reason(source="films")
     assert all(word in message for word in ("'films'", "cannot reach the hub", "path", "HF_HUB_OFFLINE"))
 
 
@@ -155,61 +155,61 @@ def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch):
 )
 def test_examples_that_cannot_be_used_are_refused_with_file_row_and_column(tmp_path, rows, words):
     path = write(tmp_path / "train.jsonl", rows)
-    message = refusal(source=str(path))
+    message = rejection_reason(source=str(path))
     assert all(word in message for word in ["data.source", "train.jsonl", *words])
 
 
 def test_a_missing_owner_column_is_refused(tmp_path):
     path = write(tmp_path / "train.jsonl", ROWS)
-    assert "no column 'usr' (data.user); did you mean 'user'?" in refusal(source=str(path), user="usr")
+    assert "no column 'usr' (data.user); did you mean 'user'?" in rejection_reason(source=str(path), user="usr")
 
 
 def test_an_example_without_owner_is_refused(tmp_path):
     path = write(tmp_path / "train.jsonl", [*ROWS, {"text": "a", "label": 0}])
-    assert "row 13 has no user" in refusal(source=str(path), user="user")
+    assert "row 13 has no user" in rejection_reason(source=str(path), user="user")
 
 
 def test_tasks_are_read_where_they_are_asked_for_and_a_test_set_needs_none(tmp_path):
     train = write(tmp_path / "train.jsonl", [{**row, "kind": f"t{i % 2}"} for i, row in enumerate(ROWS)])
     corpus = load(Data(source=str(train), test=str(write(tmp_path / "test.jsonl", ROWS)), task="kind"), seed=0)
     assert corpus.train["task"][:] == ["t0", "t1"] * 6 and "task" not in corpus.test.column_names
-    assert "no column 'kinds' (data.task); did you mean 'kind'?" in refusal(source=str(train), task="kinds")
+    assert "no column 'kinds' (data.task); did you mean 'kind'?" in rejection_reason(source=str(train), task="kinds")
     write(tmp_path / "holes.jsonl", [{**row, "kind": "t0" if i else None} for i, row in enumerate(ROWS)])
-    assert "row 1 has no task" in refusal(source=str(tmp_path / "holes.jsonl"), task="kind")
+    assert "row 1 has no task" in rejection_reason(source=str(tmp_path / "holes.jsonl"), task="kind")
 
 
 @pytest.mark.parametrize("source", ["./train.jsonl", "missing.csv.gz", "/nowhere/x.parquet"])
 def test_a_file_that_is_not_there_is_refused_and_not_sought_on_the_hub(source):
-    assert "no such file" in refusal(source=source)
+    assert "no such file" in rejection_reason(source=source)
 
 
 def test_a_folder_and_an_unknown_ending_are_refused(tmp_path):
     (tmp_path / "train.xlsx").write_text("x")
-    assert "is a folder" in refusal(source=str(tmp_path))
-    assert "expected .jsonl" in refusal(source=str(tmp_path / "train.xlsx"))
+    assert "is a folder" in rejection_reason(source=str(tmp_path))
+    assert "expected .jsonl" in rejection_reason(source=str(tmp_path / "train.xlsx"))
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv.gz", "train.parquet", "train.json"])
 def test_a_broken_file_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b'[{"text": \xff\x00')
-    assert "not readable" in refusal(source=str(tmp_path / name))
+    assert "not readable" in rejection_reason(source=str(tmp_path / name))
 
 
 def test_a_broken_line_is_refused_with_its_number(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": \n')
-    assert "line 2 is not JSON" in refusal(source=str(tmp_path / "train.jsonl"))
+    assert "line 2 is not JSON" in rejection_reason(source=str(tmp_path / "train.jsonl"))
 
 
 def test_a_split_name_for_a_local_file_is_refused(tmp_path):
-    assert "has no splits" in refusal(source=str(write(tmp_path / "train.jsonl", ROWS)), test="validation")
+    assert "has no splits" in rejection_reason(source=str(write(tmp_path / "train.jsonl", ROWS)), test="validation")
 
 
 def test_label_names_that_do_not_fit_are_refused(tmp_path):
     path = write(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "labels.json").write_text('["red", "green"]')
-    assert "row 3 has a label that is not among the 2 names" in refusal(source=str(path))
+    assert "row 3 has a label that is not among the 2 names" in rejection_reason(source=str(path))
     (tmp_path / "labels.json").write_text('{"red": 0}')
-    assert "labels.json: expected a list" in refusal(source=str(path))
+    assert "labels.json: expected a list" in rejection_reason(source=str(path))
 
 
 def test_banking77_loads_with_its_published_sizes():

@@ -15,7 +15,7 @@ from fedlora.rounds.flower.join import start_node
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 from lives import rows_in, table, until
 from wired import furnish

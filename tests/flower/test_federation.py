@@ -23,7 +23,7 @@ from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 from tiny import tiny_bert, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of

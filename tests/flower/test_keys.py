@@ -20,7 +20,7 @@ from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import Process, free_port
 from fedlora.rounds.flower.settings import Settings
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 from tiny import tiny_bert, tiny_rows
 from wired import problem, rows_of

@@ -11,9 +11,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora import experiment
 from fedlora.rounds.flower.lifetime import end_with
-from fedlora.rounds.flower.post import GridPost
+from fedlora.rounds.flower.post import GridTransport
 from fedlora.rounds.flower.server import serve
-from fedlora.rounds.flower.wire import Batch, seal, unseal
+from fedlora.rounds.flower.wire import Batch, decode_message, encode_message
 
 app = ServerApp()
 
@@ -21,7 +21,7 @@ app = ServerApp()
 class Together:
     """A post for so many runs, each in a thread: what they send at the same time goes to a node as one message."""
 
-    def __init__(self, post: GridPost, runs: int) -> None:
+    def __init__(self, post: GridTransport, runs: int) -> None:
         self._post, self._nodes = post, list(post.nodes())
         self._lock = threading.Condition()
         self._playing, self._arrived, self._flushed = runs, 0, 0
@@ -62,13 +62,13 @@ class Together:
 
     def _flush(self) -> None:
         for node in self._nodes:
-            mine = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
-            if not mine:
+            state = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
+            if not state:
                 continue
-            bundle = seal(Batch(), [letter for _, letter in mine])
+            bundle = encode_message(Batch(), [letter for _, letter in state])
             seconds = max(seconds for _, _, seconds in self._waiting)
             for ticket in self._post.send({node: bundle}, seconds):
-                self._sent[ticket] = (node, [i for i, _ in mine])
+                self._sent[ticket] = (node, [i for i, _ in state])
         self._count += len(self._waiting)
         self._waiting.clear()
 
@@ -77,7 +77,7 @@ class Together:
             due = self._sent and time.monotonic() - self._looked > 0.5
             for ticket, bundle in (self._post.collect(list(self._sent)) if due else {}).items():
                 _, numbers = self._sent.pop(ticket)
-                parts = [bundle] * len(numbers) if isinstance(bundle, str) else unseal(bundle, 1)[1]
+                parts = [bundle] * len(numbers) if isinstance(bundle, str) else decode_message(bundle, 1)[1]
                 self._answers |= dict(zip(numbers, parts, strict=True))
             self._looked = time.monotonic() if due else self._looked
             return {ticket: self._answers.pop(int(ticket)) for ticket in tickets if int(ticket) in self._answers}
@@ -87,7 +87,7 @@ class Together:
 def main(grid: Grid, context: Context) -> None:
     end_with(os.getppid())
     folders = sorted(path for path in Path(str(context.run_config["folder"])).iterdir() if path.is_dir())
-    post = GridPost(grid)
+    post = GridTransport(grid)
     while len(post.nodes()) < 4:
         threading.Event().wait(0.5)
     one_at_a_time, make = threading.Lock(), experiment.Session.make

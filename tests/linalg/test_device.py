@@ -14,9 +14,9 @@ from fedlora.linalg.combine import inner, mean, norm, relative_error, residual, 
 from fedlora.linalg.fit import best_fit, recompress, svd, truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.queries import answer_first, answer_second, finish, probe, span
-from fedlora.linalg.robust import robust_parts
+from fedlora.linalg.robust import robust_pca
 from fedlora.linalg.stream import RunningSum
-from fedlora.linalg.subspace import align, angles, likeness, rank_change
+from fedlora.linalg.subspace import align, angles, rank_change, similarity
 from fedlora.linalg.terms import Terms
 
 
@@ -69,10 +69,10 @@ MADE = {
     "coefficients by AdamW": lambda: descend([linear(terms(3))], steps=2),
     "queries": queried,
     "angles": lambda: angles(factor().b, factor().b),
-    "likeness": lambda: likeness(factor().b, factor().b),
+    "likeness": lambda: similarity(factor().b, factor().b),
     "rank change": lambda: rank_change(factor(), factor(), "b"),
     "align": lambda: align(factor(), factor(), "a"),
-    "robust parts": lambda: robust_parts(torch.empty(50, 3, device="meta"), None),
+    "robust parts": lambda: robust_pca(torch.empty(50, 3, device="meta"), None),
 }
 
 

@@ -18,7 +18,7 @@ def test_a_middle_factor_stands_between_the_outer_ones(batch):
     part = ThreeFactor(b=drawn(*batch, 12, 3), c=drawn(*batch, 3, 3), a=drawn(*batch, 3, 7))
     assert part.rank == 3
     assert_close(part.product(), torch.einsum("...or,...rs,...si->...oi", part.b, part.c, part.a))
-    assert_close(part.pair().product(), part.product())
+    assert_close(part.as_two_factors().product(), part.product())
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -33,7 +33,7 @@ def test_heads_are_the_sum_of_their_scaled_products(batch):
     ]
     assert part.rank == 6
     assert_close(part.product(), sum(alone))
-    assert_close(part.pair().product(), part.product())
+    assert_close(part.as_two_factors().product(), part.product())
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -77,7 +77,7 @@ def test_shares_add_up_to_one_and_the_own_expert_always_counts(lean):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_experts_side_by_side_are_the_sum_of_their_products(batch):
     part = experts(batch, 2)
-    pair = part.side_by_side()
+    pair = part.concat_factors()
     assert pair.rank == 3 * part.rank
     assert_close(pair.product(), part.b @ part.a + (part.others_b @ part.others_a).sum(-3))
     assert_close(pair.b[..., : part.rank] @ pair.a[..., : part.rank, :], part.b @ part.a)
@@ -85,4 +85,4 @@ def test_experts_side_by_side_are_the_sum_of_their_products(batch):
 
 def test_two_factors_are_their_own_pair():
     part = LowRank(b=drawn(12, 3), a=drawn(3, 7))
-    assert part.pair() is part
+    assert part.as_two_factors() is part

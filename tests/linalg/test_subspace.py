@@ -5,7 +5,7 @@ import torch
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.subspace import align, angles, frame, likeness, orthonormal, rank_change
+from fedlora.linalg.subspace import align, angles, frame, orthonormal, rank_change, similarity
 
 from twins import apart, drifted_terms, random_factor
 
@@ -29,25 +29,25 @@ def test_likeness_is_the_alignment_of_centred_gram_matrices():
     h = torch.eye(6, dtype=torch.float64) - 1 / 6
     k, m = h @ x @ x.mT @ h, h @ y @ y.mT @ h
     cosine = (k * m).sum((-2, -1)) / (k.square().sum((-2, -1)) * m.square().sum((-2, -1))).sqrt()
-    torch.testing.assert_close(likeness(x, y), cosine)
-    torch.testing.assert_close(likeness(y, x), cosine)
+    torch.testing.assert_close(similarity(x, y), cosine)
+    torch.testing.assert_close(similarity(y, x), cosine)
 
 
 def test_likeness_is_one_for_equal_matrices_and_blind_to_size_and_to_rotations_from_the_right():
     x = square(6, 6)
     for y in (x, -3 * x, x @ rotation(6), x @ rotation(6, seed=1, det=-1)):
-        assert likeness(x, y).item() == pytest.approx(1)
-    assert likeness(x, square(6, 6, seed=1)) < 0.9
+        assert similarity(x, y).item() == pytest.approx(1)
+    assert similarity(x, square(6, 6, seed=1)) < 0.9
 
 
 def test_likeness_is_not_blind_to_rotations_from_the_left():
     x = square(6, 6)
-    assert likeness(x, rotation(6) @ x) < 0.9
+    assert similarity(x, rotation(6) @ x) < 0.9
 
 
 def test_matrices_of_equal_rows_are_alike_and_give_no_nan():
-    assert likeness(torch.ones(3, 3), square(3, 3).float()) == 1
-    assert likeness(torch.ones(1, 1), 5 * torch.ones(1, 1)) == 1
+    assert similarity(torch.ones(3, 3), square(3, 3).float()) == 1
+    assert similarity(torch.ones(1, 1), 5 * torch.ones(1, 1)) == 1
 
 
 @pytest.mark.parametrize(("n", "k"), [(12, 3), (5, 5), (5, 12)])

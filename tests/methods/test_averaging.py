@@ -19,23 +19,23 @@ from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 RANK = 3
 CLIENTS = toy_clients(4, RANK)
-TOTAL = sum(who.examples for who in CLIENTS)
+TOTAL = sum(client.examples for client in CLIENTS)
 
 
 def method(name: str) -> FactorAveraging:
     row = TABLE[name]
-    made = row.make(**row.preset, rank=RANK)
+    made = row.make(**row.fixed_settings, rank=RANK)
     assert isinstance(made, FactorAveraging)
     return made
 
 
 def gather(
-    m: FactorAveraging, server: Any, index: int, states: MemoryStates, who: list[ClientInfo] = CLIENTS
+    m: FactorAveraging, server: Any, index: int, states: MemoryStates, client: list[ClientInfo] = CLIENTS
 ) -> list[Reply]:
     trainer = ToyTrainer()
     rnd = Round(index, 0)
-    simulation = SimulationBackend(m, trainer.spec, who, states, trainer, 0)
-    return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
+    simulation = SimulationBackend(m, trainer.spec, client, states, trainer, 0)
+    return list(simulation.train_clients(rnd, {one: m.send(server, one, rnd) for one in client}, {}))
 
 
 def after(m: FactorAveraging, rounds: int) -> tuple[dict[str, Tensor], MemoryStates]:
@@ -45,20 +45,20 @@ def after(m: FactorAveraging, rounds: int) -> tuple[dict[str, Tensor], MemorySta
     return server, states
 
 
-def adapter(m: FactorAveraging, server: Any, states: MemoryStates, who: ClientInfo, index: int) -> dict[str, LowRank]:
+def adapter(m: FactorAveraging, server: Any, states: MemoryStates, client: ClientInfo, index: int) -> dict[str, LowRank]:
     spec = ToyTrainer().spec
     return SimulationBackend(m, spec, CLIENTS, states, ToyTrainer(), 0).view(
-        who, m.send(server, who, Round(index, 0)), Round(index, 0)
+        client, m.send(server, client, Round(index, 0)), Round(index, 0)
     )  # type: ignore[return-value]
 
 
 def trained_products(m: FactorAveraging, server: Any, states: MemoryStates, index: int) -> dict[str, list[Tensor]]:
     """What each client's update is at the end of its local work in this round."""
     trainer, rnd = Recorder(), Round(index, 0)
-    for who in CLIENTS:
-        mine = states.client_state(who, index) or m.init_client(trainer.spec, who, 0)
-        turns(m, trainer, [ClientStart(who, mine, m.send(server, who, rnd))], rnd)
-    views = [products(trainer.last[who.id]) for who in CLIENTS]
+    for client in CLIENTS:
+        state = states.client_state(client, index) or m.init_client(trainer.spec, client, 0)
+        turns(m, trainer, [ClientStart(client, state, m.send(server, client, rnd))], rnd)
+    views = [products(trainer.last[client.id]) for client in CLIENTS]
     return {name: [view[name] for view in views] for name in views[0]}
 
 
@@ -89,7 +89,7 @@ def test_with_a_common_factor_the_product_of_means_is_the_mean_of_products(name)
     for index in range(4):
         server, states = after(m, index)
         expected = {
-            module: sum(who.examples / TOTAL * p for who, p in zip(CLIENTS, all_products, strict=True))
+            module: sum(client.examples / TOTAL * p for client, p in zip(CLIENTS, all_products, strict=True))
             for module, all_products in trained_products(m, server, states, index).items()
         }
         merged, states = after(m, index + 1)
@@ -102,8 +102,8 @@ def test_ffa_lora_never_changes_a_on_any_node():
     m = method("ffa-lora")
     server, states = after(m, 3)
     start = m.init_client(ToyTrainer().spec, CLIENTS[0], 0)
-    for who in CLIENTS:
-        view = adapter(m, server, states, who, 3)
+    for client in CLIENTS:
+        view = adapter(m, server, states, client, 3)
         assert all(torch.equal(view[name].a, start[f"{name}.a"]) for name in view)
 
 
@@ -148,8 +148,8 @@ def test_rolora_freezes_one_factor_in_turn_beginning_with_a():
 def test_rolora_that_only_ever_trains_b_is_ffa_lora_bit_for_bit():
     only_b, ffa = FactorAveraging(RANK, shared="ba", schedule=("b",)), method("ffa-lora")
     (one, states_one), (other, states_other) = after(only_b, 3), after(ffa, 3)
-    for who in CLIENTS:
-        left, right = adapter(only_b, one, states_one, who, 3), adapter(ffa, other, states_other, who, 3)
+    for client in CLIENTS:
+        left, right = adapter(only_b, one, states_one, client, 3), adapter(ffa, other, states_other, client, 3)
         assert all(torch.equal(left[name].b, right[name].b) and torch.equal(left[name].a, right[name].a) for name in left)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -19,7 +20,6 @@ from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
 from fedlora.methods.ce_lora import CELoRA, Cores, median
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.client import ClientStart, turns
-from fedlora.rounds.gate import UploadValidator
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
@@ -39,22 +39,22 @@ class Alone(CELoRA):
         return torch.eye(len(ids), dtype=torch.float64)[ids.index(one)]
 
 
-def play(m: CELoRA, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[Cores, MemoryStates]:
+def run_rounds(m: CELoRA, rounds: int, client: list[ClientInfo] = CLIENTS) -> tuple[Cores, MemoryStates]:
     server, states = m.init_server(SPEC, 0), MemoryStates()
     for index in range(rounds):
-        server = m.merge(server, Replies(replies(m, server, index, states, who)), Round(index, 0)).server
+        server = m.merge(server, Replies(replies(m, server, index, states, client)), Round(index, 0)).server
     return server, states
 
 
-def replies(m: CELoRA, server: Cores, index: int, states: MemoryStates, who: list[ClientInfo] = CLIENTS) -> list[Reply]:
+def replies(m: CELoRA, server: Cores, index: int, states: MemoryStates, client: list[ClientInfo] = CLIENTS) -> list[Reply]:
     rnd = Round(index, 0)
-    simulation = SimulationBackend(m, SPEC, who, states, ToyTrainer(), 0)
-    return list(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {}))
+    simulation = SimulationBackend(m, SPEC, client, states, ToyTrainer(), 0)
+    return list(simulation.train_clients(rnd, {one: m.send(server, one, rnd) for one in client}, {}))
 
 
-def view(m: CELoRA, server: Cores, states: MemoryStates, who: ClientInfo, rounds: int) -> dict[str, Tensor]:
+def view(m: CELoRA, server: Cores, states: MemoryStates, client: ClientInfo, rounds: int) -> dict[str, Tensor]:
     return products(
-        SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(who, m.send(server, who, ROUND), ROUND)
+        SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(client, m.send(server, client, ROUND), ROUND)
     )
 
 
@@ -71,8 +71,8 @@ def points(*places: float, cores: Sequence[Tensor] = ()) -> Cores:
         for i, place in enumerate(places)
     }
     replies = [
-        Reply(client(who), ROUND, {**dict.fromkeys(KEYS, core), **{f"data/{key}": x for key, x in data.items()}}, 1.0)
-        for core, (who, data) in zip(cores or [drawn(i) for i in range(len(places))], told.items(), strict=True)
+        Reply(client(client), ROUND, {**dict.fromkeys(KEYS, core), **{f"data/{key}": x for key, x in data.items()}}, 1.0)
+        for core, (client, data) in zip(cores or [drawn(i) for i in range(len(places))], told.items(), strict=True)
     ]
     return BOTH.merge(BOTH.init_server(SPEC, 0), Replies(replies), ROUND).server
 
@@ -93,18 +93,18 @@ def shares(m: CELoRA, server: Cores) -> Tensor:
 
 def told(trainer: Any = None, m: CELoRA = BOTH) -> tuple[Reply, Any]:
     """What a client uploads the first time, and what it was sent."""
-    who, rnd = CLIENTS[0], Round(0, 0)
-    got = m.send(m.init_server(SPEC, 0), who, rnd)
-    done = turns(m, trainer or Recorder(), [ClientStart(who, m.init_client(SPEC, who, 0), got)], rnd)[0]
-    return Reply(who, rnd, done.upload, float(who.examples)), got
+    client, rnd = CLIENTS[0], Round(0, 0)
+    download = m.send(m.init_server(SPEC, 0), client, rnd)
+    done = turns(m, trainer or Recorder(), [ClientStart(client, m.init_client(SPEC, client, 0), download)], rnd)[0]
+    return Reply(client, rnd, done.upload, float(client.examples)), download
 
 
 def test_only_the_core_travels_both_ways():
-    server, states = play(METHOD, 2)
+    server, states = run_rounds(METHOD, 2)
     for reply in replies(METHOD, server, 2, states):
         assert {key: tuple(x.shape) for key, x in reply.upload.items()} == dict.fromkeys(KEYS, (4, 4))
-        got = METHOD.send(server, reply.client, ROUND)
-        assert {key: tuple(x.shape) for key, x in got.items()} == dict.fromkeys(KEYS, (4, 4))
+        download = METHOD.send(server, reply.client, ROUND)
+        assert {key: tuple(x.shape) for key, x in download.items()} == dict.fromkeys(KEYS, (4, 4))
 
 
 def test_the_update_starts_at_zero_and_the_first_step_moves_b_alone():
@@ -116,7 +116,7 @@ def test_the_update_starts_at_zero_and_the_first_step_moves_b_alone():
 
 
 def test_all_three_factors_are_trained_and_a_download_leaves_b_and_a_alone():
-    server, states = play(METHOD, 2)
+    server, states = run_rounds(METHOD, 2)
     before, after = states.saved["1", 0], states.saved["1", 1]
     assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before)
     start = METHOD.init_server(SPEC, 0).start
@@ -127,10 +127,10 @@ def test_all_three_factors_are_trained_and_a_download_leaves_b_and_a_alone():
 
 def test_where_nobody_is_like_another_training_is_purely_local():
     m = Alone(rank=4, std=0.5)
-    server, states = play(m, 3)
-    for who in CLIENTS:
-        alone_server, alone_states = play(METHOD, 3, [who])
-        one, other = view(m, server, states, who, 3), view(METHOD, alone_server, alone_states, who, 3)
+    server, states = run_rounds(m, 3)
+    for client in CLIENTS:
+        alone_server, alone_states = run_rounds(METHOD, 3, [client])
+        one, other = view(m, server, states, client, 3), view(METHOD, alone_server, alone_states, client, 3)
         assert all(torch.equal(one[name], other[name]) and one[name].norm() > 0.1 for name in one)
 
 
@@ -146,8 +146,8 @@ def test_cores_with_nothing_in_common_come_back_to_their_owners():
 def test_cores_that_are_all_alike_come_back_as_their_plain_mean():
     cores = [drawn(0) @ frame(4, 4, torch.Generator().manual_seed(i)) for i in range(3)]
     for i in range(3):
-        got = METHOD.send(known(*cores), client(str(i)), ROUND)
-        assert_close(got, dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
+        download = METHOD.send(known(*cores), client(str(i)), ROUND)
+        assert_close(download, dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normaliser", ["l1", "softmax"])
@@ -182,8 +182,10 @@ def test_who_is_absent_stays_in_the_mixture_with_its_last_core_and_who_is_new_ge
     fresh = Reply(client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 10.0)
     merged = METHOD.merge(server, Replies([fresh]), ROUND).server
     assert merged.last["0"] == server.last["0"] and merged.last["1"] == fresh.upload
-    for who in "01":
-        assert_close(METHOD.send(merged, client(who), ROUND), METHOD.send(known(drawn(0), drawn(2)), client(who), ROUND))
+    for client in "01":
+        assert_close(
+            METHOD.send(merged, client(client), ROUND), METHOD.send(known(drawn(0), drawn(2)), client(client), ROUND)
+        )
     assert_close(METHOD.send(merged, client("new"), ROUND), dict.fromkeys(KEYS, (drawn(0) + drawn(2)) / 2))
 
 
@@ -196,20 +198,20 @@ def test_a_core_of_weight_zero_is_not_kept():
 @pytest.mark.parametrize("shared", [True, False])
 def test_clients_draw_the_same_a_if_it_is_shared(shared):
     m = CELoRA(rank=4, shared_a=shared)
-    one, other = (m.init_client(SPEC, who, 0) for who in CLIENTS[:2])
+    one, other = (m.init_client(SPEC, client, 0) for client in CLIENTS[:2])
     for name in SPEC.modules:
         assert torch.equal(one[f"{name}.a"], other[f"{name}.a"]) == shared
         assert one[f"{name}.a"].std().item() == pytest.approx(1e-3, rel=0.4)
 
 
 def test_the_server_holds_one_core_for_each_client():
-    server, _ = play(METHOD, 2)
+    server, _ = run_rounds(METHOD, 2)
     assert sorted(server.last) == ["0", "1", "2"] and all(cores.keys() == KEYS for cores in server.last.values())
 
 
 def test_mixtures_travel_once_and_after_that_exactly_the_cores():
-    server, states = play(BOTH, 1)
-    assert {who: one.means.shape for who, one in server.data.items()} == dict.fromkeys("012", (9, SPEC.features))
+    server, states = run_rounds(BOTH, 1)
+    assert {client: one.means.shape for client, one in server.data.items()} == dict.fromkeys("012", (9, SPEC.features))
     for reply in replies(BOTH, server, 1, states):
         assert {key: tuple(x.shape) for key, x in reply.upload.items()} == dict.fromkeys(KEYS, (4, 4))
         assert BOTH.send(server, reply.client, ROUND).keys() == KEYS
@@ -217,8 +219,8 @@ def test_mixtures_travel_once_and_after_that_exactly_the_cores():
 
 
 def test_without_a_part_for_the_data_nobody_is_asked():
-    reply, got = told(m=METHOD)
-    assert reply.upload.keys() == KEYS == got.keys()
+    reply, download = told(m=METHOD)
+    assert reply.upload.keys() == KEYS == download.keys()
 
 
 def test_a_client_that_was_not_accepted_is_asked_again():
@@ -279,16 +281,16 @@ def test_a_client_without_mixtures_is_like_nobody():
 
 def test_distances_are_those_of_the_mixtures_in_whatever_order_clients_come():
     uploads = {
-        who.id: reply
-        for who in CLIENTS
-        for reply in [replies(BOTH, BOTH.init_server(SPEC, 0), 0, MemoryStates(), [who])[0]]
+        client.id: reply
+        for client in CLIENTS
+        for reply in [replies(BOTH, BOTH.init_server(SPEC, 0), 0, MemoryStates(), [client])[0]]
     }
     found = []
     for order in ("012", "201"):
         server = BOTH.init_server(SPEC, 0)
-        for who in order:
-            server = BOTH.merge(server, Replies([uploads[who]]), ROUND).server
-        places = torch.tensor([list(server.data).index(who) for who in "012"])
+        for client in order:
+            server = BOTH.merge(server, Replies([uploads[client]]), ROUND).server
+        places = torch.tensor([list(server.data).index(client) for client in "012"])
         found.append(server.apart[places][:, places])
     assert torch.equal(*found) and torch.equal(found[0], found[0].T) and not found[0].diagonal().any()
     assert found[0][0, 2] == mixtures_apart(server.data["0"], server.data["2"]) > 0.01
@@ -309,11 +311,11 @@ def test_distances_are_those_of_the_mixtures_in_whatever_order_clients_come():
     ],
 )
 def test_mixtures_that_are_none_are_refused(key, bend, reason):
-    reply, got = told(m=HeadRule(BOTH, "local"))
-    gate = UploadValidator(HeadRule(BOTH, "local"), SPEC, reply.round, {reply.client: got})
+    reply, download = told(m=HeadRule(BOTH, "local"))
+    validator = UploadValidator(HeadRule(BOTH, "local"), SPEC, reply.round, {reply.client: download})
     bent = {**reply.upload, f"data/{key}": bend(reply.upload[f"data/{key}"])}
-    assert reason in (gate.refusal(replace(reply, upload=bent)) or "")
-    assert gate.refusal(reply) is None
+    assert reason in (validator.rejection_reason(replace(reply, upload=bent)) or "")
+    assert validator.rejection_reason(reply) is None
 
 
 @pytest.mark.parametrize("setting", ["data_weight=1.5", "tau=0.0"])

@@ -21,32 +21,32 @@ from uploads import factors
 CLIENTS = toy_clients(3, 2)
 
 
-def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], MemoryStates]:
+def run_rounds(m: Any, rounds: int, client: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], MemoryStates]:
     server, states, merged = m.init_server(SPEC, 0), MemoryStates(), []
     for index in range(rounds):
-        rnd, some = Round(index, 0), who[-1:] if index % 2 else who  # the last one is always there
-        simulation = SimulationBackend(m, SPEC, who, states, ToyTrainer(), 0)
+        rnd, some = Round(index, 0), client[-1:] if index % 2 else client  # the last one is always there
+        simulation = SimulationBackend(m, SPEC, client, states, ToyTrainer(), 0)
         sent = {one: m.send(server, one, rnd) for one in some}
-        merged.append(m.merge(server, Replies(simulation.turn(rnd, sent, {})), rnd))
+        merged.append(m.merge(server, Replies(simulation.train_clients(rnd, sent, {})), rnd))
         server = merged[-1].server
     return merged, states
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.1])
 def test_the_shared_pair_is_fedits_bit_for_bit(pull):
-    one, other = play(Ditto(rank=2, pull=pull), 4)[0][-1], play(FactorAveraging(rank=2), 4)[0][-1]
+    one, other = run_rounds(Ditto(rank=2, pull=pull), 4)[0][-1], run_rounds(FactorAveraging(rank=2), 4)[0][-1]
     assert one.server.keys() == other.server.keys() and one.notes == other.notes
     assert all(torch.equal(one.server[key], other.server[key]) for key in one.server)
 
 
 def test_without_a_pull_a_client_trains_as_if_it_were_alone():
-    together, alone = play(Ditto(rank=2, pull=0.0), 4)[1], play(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1]
+    together, alone = run_rounds(Ditto(rank=2, pull=0.0), 4)[1], run_rounds(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1]
     one, other = together.client_state(CLIENTS[-1], 4), alone.client_state(CLIENTS[-1], 4)
     assert all(
         torch.equal(one.adapter[n].b, other.adapter[n].b) and torch.equal(one.adapter[n].a, other.adapter[n].a)
         for n in SPEC.modules
     )
-    pulled = play(Ditto(rank=2, pull=0.1), 4)[1].client_state(CLIENTS[-1], 4)
+    pulled = run_rounds(Ditto(rank=2, pull=0.1), 4)[1].client_state(CLIENTS[-1], 4)
     assert not any(torch.equal(one.adapter[name].b, pulled.adapter[name].b) for name in SPEC.modules)
 
 
@@ -64,15 +64,15 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
 
 
 def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_since():
-    m, who, rnd = Ditto(rank=2, pull=3.0), CLIENTS[0], Round(0, 0)
-    got, mine = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
-    job = m.work(Scaled(mine, SPEC.scales(2)), got, who, rnd)
+    m, client, rnd = Ditto(rank=2, pull=3.0), CLIENTS[0], Round(0, 0)
+    download, state = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
+    job = m.work(Scaled(state, SPEC.scales(2)), download, client, rnd)
     first = next(job)
     assert first.penalty is None
     second = job.send(factors(2, "trained", spec=SPEC))
-    assert second.start is mine and second.penalty is not None
-    assert_close(second.penalty(pack(mine)), 1.5 * distance(mine, unpack(got, LowRank)))
-    assert second.penalty(got) == 0
+    assert second.start is state and second.penalty is not None
+    assert_close(second.penalty(pack(state)), 1.5 * distance(state, unpack(download, LowRank)))
+    assert second.penalty(download) == 0
 
 
 def test_the_distance_is_that_of_all_factors():
@@ -82,21 +82,25 @@ def test_the_distance_is_that_of_all_factors():
 
 
 def test_a_client_uses_the_shared_pair_until_it_has_its_own_which_starts_there():
-    m, who, got = Ditto(rank=2), CLIENTS[0], Ditto(rank=2).init_server(SPEC, 1)
-    mine = m.init_client(SPEC, who, 0)
-    shared = products(m.view(mine, got, who))
+    m, client, download = Ditto(rank=2), CLIENTS[0], Ditto(rank=2).init_server(SPEC, 1)
+    state = m.init_client(SPEC, client, 0)
+    shared = products(m.view(state, download, client))
     assert_close(shared, products(lora_init(SPEC, 2, 1)))
-    job = m.work(mine, got, who, Round(0, 0))
+    job = m.work(state, download, client, Round(0, 0))
     next(job)
     second = job.send(factors(2, "trained", spec=SPEC))
-    assert all(torch.equal(part.a, got[f"{name}.a"]) for name, part in second.start.items())
+    assert all(torch.equal(part.a, download[f"{name}.a"]) for name, part in second.start.items())
     own = factors(2, "own", spec=SPEC)
-    assert m.view(Scaled(own, SPEC.scales(2)), got, who) is own
+    assert m.view(Scaled(own, SPEC.scales(2)), download, client) is own
 
 
 def test_the_pull_is_on_the_factors_of_peft_whatever_alpha_is():
-    spec, got, mine = replace(SPEC, scaling=Scaling(8.0)), factors(2, "shared", spec=SPEC), factors(2, "own", spec=SPEC)
+    spec, download, state = (
+        replace(SPEC, scaling=Scaling(8.0)),
+        factors(2, "shared", spec=SPEC),
+        factors(2, "own", spec=SPEC),
+    )
     m, scales = Ditto(rank=2, pull=3.0), spec.scales(2)
-    job = m.work(Scaled(mine, scales), pack(got), CLIENTS[0], Round(0, 0))
+    job = m.work(Scaled(state, scales), pack(download), CLIENTS[0], Round(0, 0))
     second = job.send(next(job).start)
-    assert_close(second.penalty(pack(mine)), 1.5 * distance(unscaled(mine, scales), unscaled(got, scales)))
+    assert_close(second.penalty(pack(state)), 1.5 * distance(unscaled(state, scales), unscaled(download, scales)))

@@ -17,54 +17,56 @@ CLIENTS = toy_clients(3, 2)
 METHOD = FedDPA(rank=2, personal_rank=3)
 
 
-def play(m: Any, rounds: int) -> tuple[Merged[Any], MemoryStates]:
+def run_rounds(m: Any, rounds: int) -> tuple[Merged[Any], MemoryStates]:
     server, states = m.init_server(SPEC, 0), MemoryStates()
     for index in range(rounds):
-        rnd, who = Round(index, 0), CLIENTS[index % 2 :]  # client 0 misses every other round
+        rnd, client = Round(index, 0), CLIENTS[index % 2 :]  # client 0 misses every other round
         simulation = SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0)
-        merged = m.merge(server, Replies(simulation.turn(rnd, {one: m.send(server, one, rnd) for one in who}, {})), rnd)
+        merged = m.merge(
+            server, Replies(simulation.train_clients(rnd, {one: m.send(server, one, rnd) for one in client}, {})), rnd
+        )
         server = merged.server
     return merged, states
 
 
 def test_the_shared_pair_is_fedits_bit_for_bit():
-    one, other = play(METHOD, 4)[0], play(FactorAveraging(rank=2), 4)[0]
+    one, other = run_rounds(METHOD, 4)[0], run_rounds(FactorAveraging(rank=2), 4)[0]
     assert one.server.keys() == other.server.keys() and one.notes == other.notes
     assert all(torch.equal(one.server[key], other.server[key]) for key in one.server)
 
 
 def test_the_personal_pair_is_trained_beside_the_shared_one_as_trained_and_stays_at_home():
-    who, rnd = CLIENTS[0], Round(0, 0)
-    mine, got = METHOD.init_client(SPEC, who, 0), METHOD.init_server(SPEC, 0)
-    job = METHOD.work(mine, got, who, rnd)
+    client, rnd = CLIENTS[0], Round(0, 0)
+    state, download = METHOD.init_client(SPEC, client, 0), METHOD.init_server(SPEC, 0)
+    job = METHOD.work(state, download, client, rnd)
     first = next(job)
-    assert first.beside is None and {part.rank for part in first.start.values()} == {2}
-    shared, _ = ToyTrainer().fit_one(first, who)
+    assert first.frozen_extra is None and {part.rank for part in first.start.values()} == {2}
+    shared, _ = ToyTrainer().fit_one(first, client)
     second = job.send(shared)
-    assert second.start == mine and second.beside == shared
-    own, _ = ToyTrainer().fit_one(second, who)
+    assert second.start == state and second.frozen_extra == shared
+    own, _ = ToyTrainer().fit_one(second, client)
     with pytest.raises(StopIteration) as done:
         job.send(own)
     state, upload = done.value.value
-    assert state == own and upload.keys() == got.keys()
+    assert state == own and upload.keys() == download.keys()
     assert all(torch.equal(upload[f"{name}.b"], part.b) for name, part in shared.items())
 
 
 def test_a_client_uses_the_sum_of_both_pairs_and_a_new_one_the_shared_pair():
-    merged, states = play(METHOD, 3)
+    merged, states = run_rounds(METHOD, 3)
     shared = products(FactorAveraging(rank=2).view({}, merged.server, CLIENTS[1]))
-    mine = states.client_state(CLIENTS[1], 3)
+    state = states.client_state(CLIENTS[1], 3)
     new = METHOD.init_client(SPEC, CLIENTS[1], 0)
-    for name, both in products(METHOD.view(mine, merged.server, CLIENTS[1])).items():
-        assert mine[name].product().norm() > 0.01
-        assert_close(both, shared[name] + mine[name].product(), rtol=1e-5, atol=1e-6)
+    for name, both in products(METHOD.view(state, merged.server, CLIENTS[1])).items():
+        assert state[name].product().norm() > 0.01
+        assert_close(both, shared[name] + state[name].product(), rtol=1e-5, atol=1e-6)
         assert_close(products(METHOD.view(new, merged.server, CLIENTS[1]))[name], shared[name], rtol=1e-5, atol=1e-6)
 
 
 def test_both_pairs_fit_a_client_better_than_the_shared_one():
-    merged, states = play(METHOD, 6)
+    merged, states = run_rounds(METHOD, 6)
     trainer = ToyTrainer()
-    for who in CLIENTS:
-        own = METHOD.view(states.client_state(who, 6), merged.server, who)
-        shared = METHOD.view(METHOD.init_client(SPEC, who, 0), merged.server, who)
-        assert trainer.loss(own, who.id) < 0.9 * trainer.loss(shared, who.id)
+    for client in CLIENTS:
+        own = METHOD.view(states.client_state(client, 6), merged.server, client)
+        shared = METHOD.view(METHOD.init_client(SPEC, client, 0), merged.server, client)
+        assert trainer.loss(own, client.id) < 0.9 * trainer.loss(shared, client.id)

@@ -21,7 +21,7 @@ from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, to
 from uploads import factors, off, truncated
 
 CLIENTS = toy_clients(3, 3)
-TOTAL = sum(who.examples for who in CLIENTS)
+TOTAL = sum(client.examples for client in CLIENTS)
 every_init = pytest.mark.parametrize("init", ["weight", "gradient", "random"])
 
 
@@ -32,10 +32,10 @@ class OneStep(ToyTrainer):
     gradients: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     lr: float = 0.1
 
-    def fit_one(self, request: Fit, who: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
+    def fit_one(self, request: Fit, client: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
         after = {}
         for name, part in request.start.items():
-            g = self.gradients[who.id][name]
+            g = self.gradients[client.id][name]
             if "b" in request.train:
                 part = replace(part, b=part.b - self.lr * g @ part.a.mT)
             if "a" in request.train:
@@ -46,15 +46,15 @@ class OneStep(ToyTrainer):
 
 def replies(m: FedSB, server: Any, index: int, trainer: Any, spec: AdapterSpec = SPEC) -> list[Reply]:
     rnd = Round(index, 0)
-    sent = {who: m.send(server, who, rnd) for who in CLIENTS}
-    return list(SimulationBackend(m, spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
+    sent = {client: m.send(server, client, rnd) for client in CLIENTS}
+    return list(SimulationBackend(m, spec, CLIENTS, MemoryStates(), trainer, 0).train_clients(rnd, sent, {}))
 
 
 def after(m: FedSB, rounds: int, trainer: Any = None, spec: AdapterSpec = SPEC) -> Any:
     server = m.init_server(spec, 0)
     for index in range(rounds):
-        got = replies(m, server, index, trainer or ToyTrainer(), spec)
-        server = m.merge(server, Replies(iter(got)), Round(index, 0)).server
+        download = replies(m, server, index, trainer or ToyTrainer(), spec)
+        server = m.merge(server, Replies(iter(download)), Round(index, 0)).server
     return server
 
 
@@ -66,10 +66,10 @@ def view(m: FedSB, server: Any, spec: AdapterSpec = SPEC, seed: int = 0) -> Adap
 def test_the_mean_c_gives_the_mean_of_the_products(init):
     m = FedSB(rank=3, init=init)
     server = after(m, 2)
-    got = replies(m, server, 2, ToyTrainer())
-    mine = m.init_client(SPEC, CLIENTS[0], 0)
-    merged = view(m, m.merge(server, Replies(got), Round(2, 0)).server)
-    sent = [(r.weight / TOTAL, products(unpack({**mine, **server, **r.upload}, ThreeFactor))) for r in got]
+    download = replies(m, server, 2, ToyTrainer())
+    state = m.init_client(SPEC, CLIENTS[0], 0)
+    merged = view(m, m.merge(server, Replies(download), Round(2, 0)).server)
+    sent = [(r.weight / TOTAL, products(unpack({**state, **server, **r.upload}, ThreeFactor))) for r in download]
     for name, product in products(merged).items():
         assert product.norm() > 1e-3
         assert_close(product, sum(weight * one[name] for weight, one in sent), rtol=1e-5, atol=1e-7)
@@ -107,11 +107,11 @@ def test_b_and_a_span_the_leading_singular_vectors_of_the_pretrained_weight():
 def test_from_gradients_of_low_rank_comes_the_singular_value_decomposition_of_the_mean_step():
     """Each client's gradient has rank 1, three clients' mean has 3: two linear passes find it."""
     spec = AdapterSpec(modules={"q": (48, 20), "v": (20, 33)})
-    gradients = {who.id: products(factors(1, "gradient", who.id, spec=spec)) for who in CLIENTS}
+    gradients = {client.id: products(factors(1, "gradient", client.id, spec=spec)) for client in CLIENTS}
     m = FedSB(rank=3, init="gradient")
     start = view(m, after(m, 2, OneStep(gradients=gradients), spec), spec)
     step = {
-        name: -0.1 * sum(who.examples / TOTAL * gradients[who.id][name].double() for who in CLIENTS)
+        name: -0.1 * sum(client.examples / TOTAL * gradients[client.id][name].double() for client in CLIENTS)
         for name in spec.modules
     }
     assert off({name: x.double() for name, x in products(start).items()}, truncated(step, 3)) < 1e-5
@@ -121,8 +121,8 @@ def test_from_gradients_of_low_rank_comes_the_singular_value_decomposition_of_th
 
 def test_from_gradients_of_full_rank_comes_a_step_not_better_than_the_best_and_not_far_from_it():
     spec = AdapterSpec(modules={"q": (48, 20), "v": (20, 33)})
-    gradients = {who.id: products(factors(20, "gradient", who.id, spec=spec)) for who in CLIENTS}
-    mean = {n: sum(who.examples / TOTAL * gradients[who.id][n].double() for who in CLIENTS) for n in spec.modules}
+    gradients = {client.id: products(factors(20, "gradient", client.id, spec=spec)) for client in CLIENTS}
+    mean = {n: sum(client.examples / TOTAL * gradients[client.id][n].double() for client in CLIENTS) for n in spec.modules}
     m = FedSB(rank=8, init="gradient")
     found = products(view(m, after(m, 2, OneStep(gradients=gradients), spec), spec))
     found = {name: x.double() / -0.1 for name, x in found.items()}
@@ -133,7 +133,7 @@ def test_at_the_full_rank_one_step_of_the_toy_is_found_whole():
     """The toy's gradient is (w - target) / numel; a client's weight in the mean is its number of examples."""
     m, trainer = FedSB(rank=9, init="gradient"), ToyTrainer(steps=1)
     for name, product in products(view(m, after(m, 2, trainer))).items():
-        step = sum(who.examples / TOTAL * trainer.target(who.id)[name] for who in CLIENTS) * 2.0 / product.numel()
+        step = sum(client.examples / TOTAL * trainer.target(client.id)[name] for client in CLIENTS) * 2.0 / product.numel()
         assert_close(product, step, rtol=1e-4, atol=1e-5)
 
 
@@ -148,11 +148,11 @@ def test_the_first_two_rounds_of_the_gradient_train_one_epoch_of_b_and_then_of_a
 
 def test_random_factors_come_from_the_common_seed_and_never_travel():
     m = FedSB(rank=3, init="random")
-    clients = [m.init_client(SPEC, who, 0) for who in CLIENTS]
+    clients = [m.init_client(SPEC, client, 0) for client in CLIENTS]
     assert all(torch.equal(one[key], clients[0][key]) for one in clients for key in one)
     assert not torch.equal(m.init_client(SPEC, CLIENTS[0], 1)["layer.2.q.b"], clients[0]["layer.2.q.b"])
-    got = m.send(m.init_server(SPEC, 0), CLIENTS[0], Round(0, 0))
-    assert {key: tuple(x.shape) for key, x in got.items()} == {f"{name}.c": (3, 3) for name in SPEC.modules}
+    download = m.send(m.init_server(SPEC, 0), CLIENTS[0], Round(0, 0))
+    assert {key: tuple(x.shape) for key, x in download.items()} == {f"{name}.c": (3, 3) for name in SPEC.modules}
 
 
 @every_init

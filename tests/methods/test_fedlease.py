@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import UploadValidator
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, lora_init, pack, pick
@@ -13,7 +14,6 @@ from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.fedlease import Allocation, FedLEASE
-from fedlora.rounds.gate import UploadValidator
 from fedlora.rounds.loop import RunState, one_round
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
@@ -25,7 +25,7 @@ WHO = toy_clients(len(GROUPS), RANK)
 FLOATS = sum(RANK * (out + in_) for out, in_ in SPEC.modules.values())
 
 
-def pair(group: int, client: int, noise: float = 0.2) -> Tensors:
+def as_two_factors(group: int, client: int, noise: float = 0.2) -> Tensors:
     """A pair whose b points nearly where its group's does."""
     rng = torch.Generator()
     found = dict(pack(lora_init(SPEC, RANK, 0)))
@@ -38,8 +38,8 @@ def pair(group: int, client: int, noise: float = 0.2) -> Tensors:
     return found
 
 
-def replies(uploads: Sequence[Tensors], who: Sequence[ClientInfo] = WHO, index: int = 0) -> list[Reply]:
-    return [Reply(one, Round(index, 0), x, float(one.examples)) for one, x in zip(who, uploads, strict=True)]
+def replies(uploads: Sequence[Tensors], client: Sequence[ClientInfo] = WHO, index: int = 0) -> list[Reply]:
+    return [Reply(one, Round(index, 0), x, float(one.examples)) for one, x in zip(client, uploads, strict=True)]
 
 
 def warm(method: FedLEASE = METHOD) -> Allocation:
@@ -48,19 +48,19 @@ def warm(method: FedLEASE = METHOD) -> Allocation:
     return method.merge(method.init_server(SPEC, 0), Replies(replies(uploads)), Round(0, 0)).server
 
 
-def mean(uploads: Sequence[Tensors], who: Sequence[ClientInfo]) -> Tensors:
-    total = sum(one.examples for one in who)
-    return {key: sum(one.examples / total * x[key] for one, x in zip(who, uploads, strict=True)) for key in uploads[0]}
+def mean(uploads: Sequence[Tensors], client: Sequence[ClientInfo]) -> Tensors:
+    total = sum(one.examples for one in client)
+    return {key: sum(one.examples / total * x[key] for one, x in zip(client, uploads, strict=True)) for key in uploads[0]}
 
 
-def moved(got: Tensors, client: int) -> Tensors:
+def moved(download: Tensors, client: int) -> Tensors:
     """What a client might upload that was sent this."""
     rng = torch.Generator().manual_seed(client)
-    return {key: x + torch.randn(x.shape, generator=rng) for key, x in pick(got, "bag").items()}
+    return {key: x + torch.randn(x.shape, generator=rng) for key, x in pick(download, "bag").items()}
 
 
-def request(got: Tensors, method: FedLEASE = METHOD, index: int = 1) -> tuple[Any, Any]:
-    job = method.work(method.init_client(SPEC, WHO[0], 0), got, WHO[0], Round(index, 0))
+def request(download: Tensors, method: FedLEASE = METHOD, index: int = 1) -> tuple[Any, Any]:
+    job = method.work(method.init_client(SPEC, WHO[0], 0), download, WHO[0], Round(index, 0))
     return job, next(job)
 
 
@@ -69,12 +69,12 @@ def test_in_the_warm_up_clients_train_pairs_of_their_own_and_nothing_comes_down(
     simulation, server, clients = toy_simulation(method, trainer, WHO[:3]), method.init_server(SPEC, 0), WHO[:3]
     for index in range(2):
         rnd = Round(index, 0)
-        sent = {who: method.send(server, who, rnd) for who in clients}
-        before = {who.id: simulation.view(who, {}, rnd) for who in clients}
-        got = list(simulation.turn(rnd, sent, {}))
-        server = method.merge(server, Replies(got), rnd).server
+        sent = {client: method.send(server, client, rnd) for client in clients}
+        before = {client.id: simulation.view(client, {}, rnd) for client in clients}
+        download = list(simulation.train_clients(rnd, sent, {}))
+        server = method.merge(server, Replies(download), rnd).server
         assert all(not x for x in sent.values())
-        for reply in got:
+        for reply in download:
             alone, _ = trainer.fit_one(replace(request({})[1], start=before[reply.client.id]), reply.client)
             assert all(torch.equal(x, pack(alone)[key]) for key, x in reply.upload.items())
             assert sum(x.numel() for x in reply.upload.values()) == FLOATS
@@ -90,7 +90,7 @@ def test_all_start_from_the_same_pair_of_update_zero():
 
 def test_after_the_warm_up_clients_whose_b_point_alike_share_an_expert():
     server = warm()
-    assert [server.members[who.id] for who in WHO] == GROUPS
+    assert [server.members[client.id] for client in WHO] == GROUPS
     assert len(server.downloads) == 3 and not server.first
 
 
@@ -102,36 +102,36 @@ def test_the_warm_up_lasts_its_rounds_and_each_client_counts_with_its_latest_pai
         assert not server.downloads
         uploads = [pair((GROUPS[i] + shift) % 10 if i < 4 else GROUPS[i], i) for i in some]
         server = method.merge(server, Replies(replies(uploads, [WHO[i] for i in some], index)), Round(index, 0)).server
-    assert [server.members[who.id] for who in WHO] == GROUPS
+    assert [server.members[client.id] for client in WHO] == GROUPS
 
 
 def test_an_expert_starts_at_the_mean_of_its_members_pairs():
     server = warm()
-    for cluster, got in enumerate(server.downloads):
+    for cluster, download in enumerate(server.downloads):
         members = [i for i, group in enumerate(GROUPS) if group == cluster]
         wanted = mean([pair(cluster, i) for i in members], [WHO[i] for i in members])
-        assert_close(pick(got, "ba"), wanted)
+        assert_close(pick(download, "ba"), wanted)
 
 
 def test_a_download_is_the_own_expert_its_router_and_the_others_in_their_order():
     server = warm()
-    for cluster, got in enumerate(server.downloads):
+    for cluster, download in enumerate(server.downloads):
         others = [other for i, other in enumerate(server.downloads) if i != cluster]
         for name, (_, in_) in SPEC.modules.items():
-            assert got[f"{name}.g"].shape == (5, in_) and 0.5 < got[f"{name}.g"].abs().max() * in_**0.5 <= 1
+            assert download[f"{name}.g"].shape == (5, in_) and 0.5 < download[f"{name}.g"].abs().max() * in_**0.5 <= 1
             for factor in "ba":
                 stacked = torch.stack([other[f"{name}.{factor}"] for other in others])
-                assert torch.equal(got[f"{name}.others_{factor}"], stacked)
-    routers = [got["layer.2.q.g"] for got in server.downloads]
+                assert torch.equal(download[f"{name}.others_{factor}"], stacked)
+    routers = [download["layer.2.q.g"] for download in server.downloads]
     assert not torch.equal(routers[0], routers[1])
-    assert all(METHOD.send(server, who, Round(1, 0)) is server.downloads[GROUPS[i]] for i, who in enumerate(WHO))
+    assert all(METHOD.send(server, client, Round(1, 0)) is server.downloads[GROUPS[i]] for i, client in enumerate(WHO))
 
 
 def test_what_travels_after_the_warm_up_is_as_the_row_says():
-    job, asked = request(got := warm().downloads[1])
+    job, asked = request(download := warm().downloads[1])
     with pytest.raises(StopIteration) as done:
         job.send(asked.start)
-    up, down = (sum(x.numel() for x in tensors.values()) for tensors in (done.value.value[1], got))
+    up, down = (sum(x.numel() for x in tensors.values()) for tensors in (done.value.value[1], download))
     routers = sum((2 * 3 - 1) * in_ for _, in_ in SPEC.modules.values())
     assert (up, down) == (FLOATS + routers, 3 * FLOATS + routers)
 
@@ -161,8 +161,8 @@ def test_experts_and_routers_are_averaged_over_the_members_that_came():
 def test_a_client_that_missed_the_warm_up_uses_its_own_pair_and_joins_the_nearest_cluster():
     server, late = warm(), ClientInfo("late", RANK, 50)
     assert METHOD.send(server, late, Round(1, 0)) == {}
-    got = [*replies([moved(server.downloads[0], 0)], WHO[:1], 1), *replies([pair(2, 77)], [late], 1)]
-    after = METHOD.merge(server, Replies(got), Round(1, 0)).server
+    download = [*replies([moved(server.downloads[0], 0)], WHO[:1], 1), *replies([pair(2, 77)], [late], 1)]
+    after = METHOD.merge(server, Replies(download), Round(1, 0)).server
     assert after.members == {**server.members, "late": 2}
     assert METHOD.send(after, late, Round(2, 0)) is after.downloads[2]
     kept = pick(server.downloads[2], "bag")
@@ -172,13 +172,13 @@ def test_a_client_that_missed_the_warm_up_uses_its_own_pair_and_joins_the_neares
 def test_the_gate_expects_of_each_client_what_its_phase_makes():
     server, late = warm(), ClientInfo("late", RANK, 50)
     rnd = Round(1, 0)
-    sent = {who: METHOD.send(server, who, rnd) for who in (WHO[0], WHO[1], late)}
-    gate = UploadValidator(METHOD, SPEC, rnd, sent)
+    sent = {client: METHOD.send(server, client, rnd) for client in (WHO[0], WHO[1], late)}
+    validator = UploadValidator(METHOD, SPEC, rnd, sent)
     routed, own = moved(server.downloads[0], 0), pair(0, 0)
-    assert "lacks" in str(gate.refusal(Reply(WHO[1], rnd, own, 1.0)))
-    assert "unexpected" in str(gate.refusal(Reply(late, rnd, routed, 1.0)))
-    assert gate.refusal(Reply(WHO[0], rnd, routed, 1.0)) is None
-    assert gate.refusal(Reply(late, rnd, own, 1.0)) is None
+    assert "lacks" in str(validator.rejection_reason(Reply(WHO[1], rnd, own, 1.0)))
+    assert "unexpected" in str(validator.rejection_reason(Reply(late, rnd, routed, 1.0)))
+    assert validator.rejection_reason(Reply(WHO[0], rnd, routed, 1.0)) is None
+    assert validator.rejection_reason(Reply(late, rnd, own, 1.0)) is None
 
 
 @pytest.mark.parametrize("settings", [{"experts": 1}, {"max_experts": 1}])
@@ -222,6 +222,6 @@ def test_a_client_whose_b_is_zero_hinders_nobody():
     uploads = [pair(group, i) for i, group in enumerate(GROUPS)]
     uploads[3] = {key: torch.zeros_like(x) if key.endswith(".b") else x for key, x in uploads[3].items()}
     server = METHOD.merge(METHOD.init_server(SPEC, 0), Replies(replies(uploads)), Round(0, 0)).server
-    assert all(bool(x.isfinite().all()) for got in server.downloads for x in got.values())
+    assert all(bool(x.isfinite().all()) for download in server.downloads for x in download.values())
     rest = [i for i in range(len(GROUPS)) if i != 3]
     assert len({(GROUPS[i], server.members[WHO[i].id]) for i in rest}) == 3

@@ -11,7 +11,7 @@ from fedlora.linalg.combine import stack
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
-from fedlora.rounds.folds import BaseUpdateLog, catch_up, caught_up
+from fedlora.rounds.folds import BaseUpdateLog, caught_up, pending_tensors
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -20,38 +20,40 @@ CLIENTS = toy_clients(3, 2)
 accumulations = pytest.mark.parametrize("accumulate", ["keep", "reinit"])
 
 
-def replies(m: Any, server: Any, index: int, trainer: ToyTrainer, states: MemoryStates, who=CLIENTS) -> list[Reply]:
+def replies(m: Any, server: Any, index: int, trainer: ToyTrainer, states: MemoryStates, client=CLIENTS) -> list[Reply]:
     rnd = Round(index, 0)
-    sent = {one: m.send(server, one, rnd) for one in who}
-    return list(SimulationBackend(m, trainer.spec, who, states, trainer, 0).turn(rnd, sent, {}))
+    sent = {one: m.send(server, one, rnd) for one in client}
+    return list(SimulationBackend(m, trainer.spec, client, states, trainer, 0).train_clients(rnd, sent, {}))
 
 
-def play(m: Any, rounds: int, who: list[ClientInfo] = CLIENTS) -> tuple[list[Merged[Any]], ToyTrainer, MemoryStates]:
+def run_rounds(
+    m: Any, rounds: int, client: list[ClientInfo] = CLIENTS
+) -> tuple[list[Merged[Any]], ToyTrainer, MemoryStates]:
     server, trainer, states, merged = m.init_server(SPEC, 0), ToyTrainer(), MemoryStates(), []
     for index in range(rounds):
-        merged.append(m.merge(server, Replies(replies(m, server, index, trainer, states, who)), Round(index, 0)))
+        merged.append(m.merge(server, Replies(replies(m, server, index, trainer, states, client)), Round(index, 0)))
         server = merged[-1].server
         trainer.fold(merged[-1].fold or {})
     return merged, trainer, states
 
 
-def view(m: Any, merged: list[Merged[Any]], mine: Any = None) -> dict[str, torch.Tensor]:
-    mine = m.init_client(SPEC, CLIENTS[0], 0) if mine is None else mine
-    return products(m.view(mine, m.send(merged[-1].server, CLIENTS[0], Round(len(merged), 0)), CLIENTS[0]))
+def view(m: Any, merged: list[Merged[Any]], state: Any = None) -> dict[str, torch.Tensor]:
+    state = m.init_client(SPEC, CLIENTS[0], 0) if state is None else state
+    return products(m.view(state, m.send(merged[-1].server, CLIENTS[0], Round(len(merged), 0)), CLIENTS[0]))
 
 
 def test_that_never_accumulates_is_fedit_bit_for_bit():
     m, fedit = FedLoRU(rank=2, every=0), FactorAveraging(rank=2)
-    one, other = view(m, play(m, 3)[0]), view(fedit, play(fedit, 3)[0])
+    one, other = view(m, run_rounds(m, 3)[0]), view(fedit, run_rounds(fedit, 3)[0])
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 @accumulations
 def test_every_tau_rounds_the_mean_product_goes_into_the_base_and_the_model_stays(accumulate):
     m, plain = FedLoRU(rank=2, every=2, accumulate=accumulate), FedLoRU(rank=2, every=0)
-    merged, _, _ = play(m, 2)
+    merged, _, _ = run_rounds(m, 2)
     assert [x.fold is not None for x in merged] == [False, True]
-    for name, before in view(plain, play(plain, 2)[0]).items():
+    for name, before in view(plain, run_rounds(plain, 2)[0]).items():
         assert_close(merged[1].fold[name].product(), before)
         assert not view(m, merged)[name].any()
 
@@ -59,7 +61,7 @@ def test_every_tau_rounds_the_mean_product_goes_into_the_base_and_the_model_stay
 @pytest.mark.parametrize(("accumulate", "jump"), [("keep", 1.0), ("reinit", 0.0)])
 def test_training_goes_on_with_a_jump_by_the_product_or_with_none(accumulate, jump):
     m = FedLoRU(rank=2, every=1, accumulate=accumulate)
-    merged, _, _ = play(m, 1)
+    merged, _, _ = run_rounds(m, 1)
     request = next(m.work(None, m.send(merged[0].server, CLIENTS[0], Round(1, 0)), CLIENTS[0], Round(1, 0)))
     for name, start in products(request.start).items():
         assert merged[0].fold[name].product().norm() > 0.01
@@ -68,7 +70,7 @@ def test_training_goes_on_with_a_jump_by_the_product_or_with_none(accumulate, ju
 
 @accumulations
 def test_the_base_changes_by_the_sum_of_what_was_accumulated_of_rank_r_each(accumulate):
-    merged, trainer, _ = play(FedLoRU(rank=2, every=2, accumulate=accumulate), 5)
+    merged, trainer, _ = run_rounds(FedLoRU(rank=2, every=2, accumulate=accumulate), 5)
     folds = [x.fold for x in merged if x.fold is not None]
     assert len(folds) == 2
     for name, base in trainer.base.items():
@@ -77,68 +79,68 @@ def test_the_base_changes_by_the_sum_of_what_was_accumulated_of_rank_r_each(accu
 
 
 def test_a_client_that_was_away_is_sent_every_accumulation_it_missed():
-    merged, trainer, _ = play(FedLoRU(rank=2, every=1), 3)
+    merged, trainer, _ = run_rounds(FedLoRU(rank=2, every=1), 3)
     folds = BaseUpdateLog((0, 1, 2), {"late": 1})
-    sent = caught_up(catch_up({i: merged[i].fold for i in folds.missed("late")}, SPEC), SPEC)
+    sent = caught_up(pending_tensors({i: merged[i].fold for i in folds.pending("late")}, SPEC), SPEC)
     name = "layer.2.q"
-    got = sum(fold[name].product() for fold in sent.values())
-    assert_close(merged[0].fold[name].product() + got, trainer.base[name], rtol=1e-5, atol=1e-6)
+    download = sum(fold[name].product() for fold in sent.values())
+    assert_close(merged[0].fold[name].product() + download, trainer.base[name], rtol=1e-5, atol=1e-6)
 
 
 def test_pfedloru_trains_its_own_pair_first_and_never_sends_it():
     m = PFedLoRU(rank=2, personal_rank=1)
-    mine, got = m.init_client(SPEC, CLIENTS[0], 0), m.send(m.init_server(SPEC, 0), CLIENTS[0], Round(0, 0))
-    job = m.work(mine, got, CLIENTS[0], Round(0, 0))
+    state, download = m.init_client(SPEC, CLIENTS[0], 0), m.send(m.init_server(SPEC, 0), CLIENTS[0], Round(0, 0))
+    job = m.work(state, download, CLIENTS[0], Round(0, 0))
     own = next(job)
-    assert {part.rank for part in own.start.values()} == {1} and own.beside.keys() == own.start.keys()
+    assert {part.rank for part in own.start.values()} == {1} and own.frozen_extra.keys() == own.start.keys()
     changed = {name: stack([(1.0, part)]) for name, part in own.start.items()}
     shared = job.send(changed)
-    assert {part.rank for part in shared.start.values()} == {2} and shared.beside == changed
+    assert {part.rank for part in shared.start.values()} == {2} and shared.frozen_extra == changed
     with pytest.raises(StopIteration) as done:
         job.send(shared.start)
     state, upload = done.value.value
-    assert state == changed and {tuple(x.shape) for x in upload.values()} == {tuple(x.shape) for x in got.values()}
+    assert state == changed and {tuple(x.shape) for x in upload.values()} == {tuple(x.shape) for x in download.values()}
 
 
 def test_pfedloru_uses_both_pairs_and_without_a_personal_rank_it_is_fedloru():
     m, states = PFedLoRU(rank=2, personal_rank=1, every=0), MemoryStates()
-    merged, _, states = play(m, 2)
-    mine = states.client_state(CLIENTS[0], 2)
+    merged, _, states = run_rounds(m, 2)
+    state = states.client_state(CLIENTS[0], 2)
     shared = view(FedLoRU(rank=2), merged)
-    for name, both in view(m, merged, mine).items():
-        assert mine[name].product().norm() > 0.01
-        assert_close(both, shared[name] + mine[name].product())
+    for name, both in view(m, merged, state).items():
+        assert state[name].product().norm() > 0.01
+        assert_close(both, shared[name] + state[name].product())
     plain, none = FedLoRU(rank=2, every=2), PFedLoRU(rank=2, personal_rank=0, every=2)
-    one, other = view(plain, play(plain, 3)[0]), view(none, play(none, 3)[0], {})
+    one, other = view(plain, run_rounds(plain, 3)[0]), view(none, run_rounds(none, 3)[0], {})
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_mfedloru_at_the_full_rank_is_fedloru():
     m, plain = MFedLoRU(rank=2, every=2), FedLoRU(rank=2, every=2)
-    one, other = play(m, 3)[0], play(plain, 3)[0]
+    one, other = run_rounds(m, 3)[0], run_rounds(plain, 3)[0]
     assert all(torch.allclose(x, view(plain, other)[name], atol=1e-5) for name, x in view(m, one).items())
 
 
 def test_mfedloru_adds_the_mean_of_the_clients_products_to_both_factors():
-    m, who = MFedLoRU(rank=3), toy_clients(3, [1, 3, 2])
-    server, total = m.init_server(SPEC, 0), sum(one.examples for one in who)
-    got = replies(m, server, 0, ToyTrainer(), MemoryStates(), who)
-    factors = m.merge(server, Replies(got), Round(0, 0)).server.factors
+    m, client = MFedLoRU(rank=3), toy_clients(3, [1, 3, 2])
+    server, total = m.init_server(SPEC, 0), sum(one.examples for one in client)
+    download = replies(m, server, 0, ToyTrainer(), MemoryStates(), client)
+    factors = m.merge(server, Replies(download), Round(0, 0)).server.factors
     for name, (out, in_) in SPEC.modules.items():
-        assert [sum(x.numel() for key, x in r.upload.items() if key.startswith(name)) for r in got] == [
+        assert [sum(x.numel() for key, x in r.upload.items() if key.startswith(name)) for r in download] == [
             rank * (out + 3) + rank * (3 + in_) for rank in (1, 3, 2)
         ]
-        b = sum(r.weight / total * r.upload[f"{name}.b.b"] @ r.upload[f"{name}.b.a"] for r in got)
-        a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in got)
+        b = sum(r.weight / total * r.upload[f"{name}.b.b"] @ r.upload[f"{name}.b.a"] for r in download)
+        a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in download)
         assert_close(factors[name].b, server.factors[name].b + b, rtol=1e-5, atol=1e-6)
         assert_close(factors[name].a, server.factors[name].a + a, rtol=1e-5, atol=1e-6)
 
 
 def test_mfedloru_sends_a_module_of_fixed_rank_at_that_rank():
-    spec, who = replace(SPEC, rank_pattern={"layer.2.q": 4}), toy_clients(1, 1)[0]
+    spec, client = replace(SPEC, rank_pattern={"layer.2.q": 4}), toy_clients(1, 1)[0]
     found = []
     for m in (MFedLoRU(rank=3), FedLoRU(rank=3)):
         server = m.init_server(spec, 0)
-        sent = replies(m, server, 0, ToyTrainer(spec), MemoryStates(), [who])
+        sent = replies(m, server, 0, ToyTrainer(spec), MemoryStates(), [client])
         found.append(m.merge(server, Replies(sent), Round(0, 0)).server.factors["layer.2.q"].product())
     assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -26,9 +26,9 @@ def draw(seed: int, share: float = 1.0) -> Move:
     """Random steps of all factors, with that share of the entries not zero."""
     rng = torch.Generator().manual_seed(seed)
 
-    def one(like: Tensor) -> Tensor:
-        x = torch.randn(like.shape, generator=rng, dtype=like.dtype)
-        return x * (torch.rand(like.shape, generator=rng) < share)
+    def one(template: Tensor) -> Tensor:
+        x = torch.randn(template.shape, generator=rng, dtype=template.dtype)
+        return x * (torch.rand(template.shape, generator=rng) < share)
 
     return {name: {"b": one(part.b), "a": one(part.a)} for name, part in START.items()}
 

@@ -18,11 +18,11 @@ from toy import SPEC, MemoryStates, ToyTrainer, toy_clients
 CLIENTS = toy_clients(3, 3)
 
 
-def play(m: Any, rounds: int) -> list[Merged[Any]]:
+def run_rounds(m: Any, rounds: int) -> list[Merged[Any]]:
     server, merged = m.init_server(SPEC, 0), []
     for index in range(rounds):
         rnd, simulation = Round(index, 0), SimulationBackend(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
-        replies = simulation.turn(rnd, {who: m.send(server, who, rnd) for who in CLIENTS}, {})
+        replies = simulation.train_clients(rnd, {client: m.send(server, client, rnd) for client in CLIENTS}, {})
         merged.append(m.merge(server, Replies(replies), rnd))
         server = merged[-1].server
     return merged
@@ -65,7 +65,7 @@ def test_noise_on_b_is_noise_of_the_same_norm_on_the_product():
 
 
 def test_the_merge_is_exact_in_every_round():
-    merged = play(FedSVD(rank=3), 3)
+    merged = run_rounds(FedSVD(rank=3), 3)
     assert all(x.notes["aggregation_error"] < 1e-6 for x in merged)
     for part in merged[-1].server.values():
         assert_close(part.a @ part.a.mT, torch.eye(3), rtol=0, atol=1e-5)
@@ -73,12 +73,12 @@ def test_the_merge_is_exact_in_every_round():
 
 def test_never_orthonormalised_it_is_ffa_lora_bit_for_bit():
     ffa = FactorAveraging(rank=3, shared="b", schedule=("b",))
-    mine, theirs = play(FedSVD(rank=3, every=0), 3)[-1].server, play(ffa, 3)[-1].server
-    assert all(torch.equal(part.b, theirs[f"{name}.b"]) for name, part in mine.items())
+    state, theirs = run_rounds(FedSVD(rank=3, every=0), 3)[-1].server, run_rounds(ffa, 3)[-1].server
+    assert all(torch.equal(part.b, theirs[f"{name}.b"]) for name, part in state.items())
 
 
 def test_a_changes_at_the_end_of_a_period_after_the_warm_up():
-    merged = play(FedSVD(rank=3, every=2, warmup=2), 5)
+    merged = run_rounds(FedSVD(rank=3, every=2, warmup=2), 5)
     a = [FedSVD(rank=3).init_server(SPEC, 0), *(x.server for x in merged)]
     changed = [not torch.equal(one["layer.2.q"].a, two["layer.2.q"].a) for one, two in pairwise(a)]
     assert changed == [False, False, False, True, False]

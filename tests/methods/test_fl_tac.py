@@ -28,10 +28,10 @@ THREE = FLTAC(rank=RANK, tasks=3)
 FREE = FLTAC(rank=RANK)
 
 
-def adapter(task: str, who: int, drift: float) -> dict[str, LowRank | Dense]:
+def adapter(task: str, client: int, drift: float) -> dict[str, LowRank | Dense]:
     """The task's own adapter and head, and what the client moved them by."""
-    own = drawn(RANK, task, spec=SPEC), drawn(RANK, task, who, spec=SPEC, size=drift)
-    rng = torch.Generator().manual_seed(100 * TASKS.index(task) + who)
+    own = drawn(RANK, task, spec=SPEC), drawn(RANK, task, client, spec=SPEC, size=drift)
+    rng = torch.Generator().manual_seed(100 * TASKS.index(task) + client)
     heads = {
         name: Dense(x * (1 + TASKS.index(task)) + drift * torch.randn(x.shape, generator=rng))
         for name, x in SPEC.head.items()
@@ -41,8 +41,8 @@ def adapter(task: str, who: int, drift: float) -> dict[str, LowRank | Dense]:
 
 def replies(count: int = 9, drift: float = 0.1, tasks: tuple[str, ...] = TASKS) -> list[Reply]:
     """Clients "0", "1", ... of weights 10, 17, ..., with the tasks in turn."""
-    who = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
-    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(who)]
+    client = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
+    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(client)]
 
 
 def merged(m: FLTAC, some: list[Reply], server: Clusters | None = None) -> Merged[Clusters]:
@@ -107,10 +107,10 @@ def test_one_task_is_fedit(rule):
         for index in range(3):
             rnd = Round(index, 0)
             turn = SimulationBackend(m, SPEC, toy_clients(3, RANK), states, ToyTrainer(), 0)
-            sent = {who: m.send(server, who, rnd) for who in turn.clients()}
-            server = m.merge(server, Replies(turn.turn(rnd, sent, {})), rnd).server
-        who = toy_clients(3, RANK)[1]
-        found.append(pack(m.view(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who)))
+            sent = {client: m.send(server, client, rnd) for client in turn.clients()}
+            server = m.merge(server, Replies(turn.train_clients(rnd, sent, {})), rnd).server
+        client = toy_clients(3, RANK)[1]
+        found.append(pack(m.view(m.init_client(SPEC, client, 0), m.send(server, client, ROUND), client)))
     assert_equal(*found)
 
 
@@ -193,6 +193,6 @@ def test_no_name_of_a_task_travels():
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(given, words):
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as rejected:
         build({"method": given})
-    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+    assert all(word in str(rejected.value) for word in words) and "\n" not in str(rejected.value)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,7 +17,6 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flasc import FLASC, FlascState
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.gate import UploadValidator
 
 from toy import SPEC, Recorder, toy_clients
 from uploads import factors
@@ -37,14 +37,14 @@ def keep_largest(vector: Tensor, count: int) -> Tensor:
     return torch.zeros_like(vector).index_put((order[:count],), vector[order[:count]])
 
 
-def play(m: Any, server: Any, who: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
+def run_rounds(m: Any, server: Any, client: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
     trainer = Recorder()
-    done = turns(m, trainer, [ClientStart(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0]
-    return Reply(who, rnd, done.upload, 1.0), trainer
+    done = turns(m, trainer, [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd)[0]
+    return Reply(client, rnd, done.upload, 1.0), trainer
 
 
-def viewed(m: FLASC, server: FlascState, who: ClientInfo) -> Tensor:
-    return flat(m.view(m.init_client(SPEC, who, 0), m.send(server, who, RND), who))
+def viewed(m: FLASC, server: FlascState, client: ClientInfo) -> Tensor:
+    return flat(m.view(m.init_client(SPEC, client, 0), m.send(server, client, RND), client))
 
 
 def dense(reply: Reply, density: float = 0.25) -> Tensor:
@@ -57,18 +57,18 @@ def dense(reply: Reply, density: float = 0.25) -> Tensor:
 @pytest.mark.parametrize("density", [0.01, 0.25, 0.9, 1.0])
 def test_a_client_starts_from_the_largest_weights_over_all_modules_and_factors(density):
     m = FLASC(RANK, density_down=density)
-    who, count = toy_clients(1, RANK)[0], int(density * TOTAL)
+    client, count = toy_clients(1, RANK)[0], int(density * TOTAL)
     wanted = keep_largest(flat(START.adapter), count)
-    assert torch.equal(viewed(m, START, who), wanted) and int(wanted.count_nonzero()) == count
-    request = next(m.work(m.init_client(SPEC, who, 0), m.send(START, who, RND), who, RND))
+    assert torch.equal(viewed(m, START, client), wanted) and int(wanted.count_nonzero()) == count
+    request = next(m.work(m.init_client(SPEC, client, 0), m.send(START, client, RND), client, RND))
     assert torch.equal(flat(request.start), wanted) and request.mask is None and request.train == {"b", "a"}
 
 
 @pytest.mark.parametrize("density", [0.01, 0.25, 0.9, 1.0])
 def test_a_client_uploads_its_largest_changes_since_the_masked_start(density):
-    m, who = FLASC(RANK, density_up=density), toy_clients(1, RANK)[0]
-    reply, trainer = play(m, START, who)
-    change = flat(trainer.last["0"]) - viewed(m, START, who)
+    m, client = FLASC(RANK, density_up=density), toy_clients(1, RANK)[0]
+    reply, trainer = run_rounds(m, START, client)
+    change = flat(trainer.last["0"]) - viewed(m, START, client)
     assert torch.equal(dense(reply, density), keep_largest(change, int(density * TOTAL)))
     assert reply.upload["changes"].shape == (int(density * TOTAL),)
     assert reply.upload["positions"].nbytes == position_bytes(int(density * TOTAL), TOTAL)
@@ -86,7 +86,7 @@ def test_in_the_first_round_only_a_is_sent_since_b_is_zero():
 
 def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_sent():
     clients = toy_clients(5, [4, 2, 1, 4, 3])[1:4]
-    replies = [play(PLAIN, START, who)[0] for who in clients]
+    replies = [run_rounds(PLAIN, START, client)[0] for client in clients]
     after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
     mean = torch.stack([dense(reply).double() for reply in replies]).mean(0)
     assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
@@ -97,7 +97,7 @@ def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_
 
 def test_the_weights_are_those_of_the_replies():
     clients = toy_clients(3, RANK)
-    replies = [replace(play(PLAIN, START, who)[0], weight=float(who.examples)) for who in clients]
+    replies = [replace(run_rounds(PLAIN, START, client)[0], weight=float(client.examples)) for client in clients]
     after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
     mean = sum(reply.weight * dense(reply).double() for reply in replies) / sum(reply.weight for reply in replies)
     assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
@@ -108,8 +108,8 @@ def test_with_all_entries_and_plain_addition_it_is_fedit_with_uniform_weights():
     server, plain, clients = m.init_server(SPEC, 0), fedit.init_server(SPEC, 0), toy_clients(3, RANK)
     for index in range(3):
         rnd = Round(index, 0)
-        server = m.merge(server, Replies([play(m, server, who, rnd)[0] for who in clients]), rnd).server
-        equal = [replace(play(fedit, plain, who, rnd)[0], weight=1.0) for who in clients]
+        server = m.merge(server, Replies([run_rounds(m, server, client, rnd)[0] for client in clients]), rnd).server
+        equal = [replace(run_rounds(fedit, plain, client, rnd)[0], weight=1.0) for client in clients]
         plain = fedit.merge(plain, Replies(equal), rnd).server
         assert_close(pack(server.adapter), dict(plain), rtol=1e-5, atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_the_servers_adamw_is_torchs_bit_for_bit_also_when_resumed(density, deca
     twin = torch.optim.AdamW([vector], lr=0.03, weight_decay=decay, foreach=False, fused=False)
     server = START
     for index in range(4):
-        replies = [play(m, server, who, Round(index, 0))[0] for who in toy_clients(3, RANK)]
+        replies = [run_rounds(m, server, client, Round(index, 0))[0] for client in toy_clients(3, RANK)]
         vector.grad = -(sum(dense(reply, density).double() for reply in replies) / 3).float()
         twin.step()
         server = m.merge(server, Replies(replies), Round(index, 0)).server
@@ -134,10 +134,10 @@ def test_the_servers_adamw_is_torchs_bit_for_bit_also_when_resumed(density, deca
 
 def test_a_client_of_lower_rank_trains_all_and_has_less_traffic():
     for rank, count in ((4, 33), (2, 16), (1, 8)):
-        who = ClientInfo("x", rank, 10)
-        reply, trainer = play(FLASC(RANK), START, who)
+        client = ClientInfo("x", rank, 10)
+        reply, trainer = run_rounds(FLASC(RANK), START, client)
         assert {part.rank for part in trainer.last["x"].values()} == {RANK}
-        assert len(reply.upload["changes"]) == len(FLASC(RANK).send(START, who, RND)["values"]) == count
+        assert len(reply.upload["changes"]) == len(FLASC(RANK).send(START, client, RND)["values"]) == count
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_a_density_is_the_decimal_number_as_written_rounded_down(density, total,
 
 
 def test_nothing_at_all_can_be_sent_and_merged():
-    m, who = FLASC(RANK, 0.001, 0.001, optimizer="sgd"), toy_clients(1, RANK)[0]
-    reply, _ = play(m, START, who)
+    m, client = FLASC(RANK, 0.001, 0.001, optimizer="sgd"), toy_clients(1, RANK)[0]
+    reply, _ = run_rounds(m, START, client)
     assert sum(x.numel() for x in reply.upload.values()) == 0
     assert torch.equal(flat(m.merge(START, Replies([reply]), RND).server.adapter), flat(START.adapter))
 
@@ -161,7 +161,9 @@ def test_a_static_mask_stays_as_it_was_in_its_round(index, b_sent):
     for i in range(5):
         sent = m.send(server, clients[0], Round(i, 0))
         masks.append(unpack_positions(sent["positions"], TOTAL // 4, TOTAL))
-        server = m.merge(server, Replies([play(m, server, who, Round(i, 0))[0] for who in clients]), Round(i, 0)).server
+        server = m.merge(
+            server, Replies([run_rounds(m, server, client, Round(i, 0))[0] for client in clients]), Round(i, 0)
+        ).server
     assert all(torch.equal(mask, masks[index]) for mask in masks[index:])
     assert index == 0 or not torch.equal(masks[0], masks[index])
     view = m.view(m.init_client(SPEC, clients[0], 0), m.send(server, clients[0], RND), clients[0])
@@ -171,41 +173,46 @@ def test_a_static_mask_stays_as_it_was_in_its_round(index, b_sent):
 
 
 def test_if_only_what_was_sent_is_trained_nothing_else_moves():
-    m, who = FLASC(RANK, train_sent_only=True), toy_clients(1, RANK)[0]
-    reply, trainer = play(m, START, who)
-    sent = unpack_positions(m.send(START, who, RND)["positions"], TOTAL // 4, TOTAL)
+    m, client = FLASC(RANK, train_sent_only=True), toy_clients(1, RANK)[0]
+    reply, trainer = run_rounds(m, START, client)
+    sent = unpack_positions(m.send(START, client, RND)["positions"], TOTAL // 4, TOTAL)
     assert not flat(trainer.last["0"])[~sent].any()
     assert not dense(reply)[~sent].any() and dense(reply)[sent].count_nonzero() > 20
 
 
 def test_the_gate_takes_any_choice_of_the_right_number_and_refuses_all_else():
-    m, who = FLASC(RANK), ClientInfo("0", RANK, 10)
-    reply, _ = play(m, START, who)
+    m, client = FLASC(RANK), ClientInfo("0", RANK, 10)
+    reply, _ = run_rounds(m, START, client)
 
-    def refusal(**tensors: Tensor) -> str:
+    def rejection_reason(**tensors: Tensor) -> str:
         upload = decode(encode({**reply.upload, **tensors}))
-        return UploadValidator(m, SPEC, RND, {who: m.send(START, who, RND)}).refusal(replace(reply, upload=upload)) or ""
+        return (
+            UploadValidator(m, SPEC, RND, {client: m.send(START, client, RND)}).rejection_reason(
+                replace(reply, upload=upload)
+            )
+            or ""
+        )
 
     def places(count: int) -> Tensor:
         return pack_positions(torch.randperm(TOTAL, generator=torch.Generator().manual_seed(1)) < count)
 
-    assert refusal() == refusal(positions=places(33)) == ""
-    assert "expected 33 positions out of 132, got 34" in refusal(positions=places(34))
-    assert "positions of 33 out of 132 are 17 bytes" in refusal(positions=reply.upload["positions"][1:])
-    assert "sent positions as torch.int8" in refusal(positions=reply.upload["positions"].view(torch.int8))
-    assert "sent changes with shape (32,), expected (33,)" in refusal(changes=reply.upload["changes"][1:])
-    assert "NaN" in refusal(changes=reply.upload["changes"] * torch.nan)
+    assert rejection_reason() == rejection_reason(positions=places(33)) == ""
+    assert "expected 33 positions out of 132, got 34" in rejection_reason(positions=places(34))
+    assert "positions of 33 out of 132 are 17 bytes" in rejection_reason(positions=reply.upload["positions"][1:])
+    assert "sent positions as torch.int8" in rejection_reason(positions=reply.upload["positions"].view(torch.int8))
+    assert "sent changes with shape (32,), expected (33,)" in rejection_reason(changes=reply.upload["changes"][1:])
+    assert "NaN" in rejection_reason(changes=reply.upload["changes"] * torch.nan)
 
 
 def test_the_largest_entries_are_those_of_the_factors_of_peft():
-    spec, who = replace(SPEC, scaling=Scaling(4.0 * RANK)), ClientInfo("x", RANK, 10)
-    got = PLAIN.send(START, who, RND)
-    view, plain = (PLAIN.view(PLAIN.init_client(one, who, 0), got, who) for one in (spec, SPEC))
+    spec, client = replace(SPEC, scaling=Scaling(4.0 * RANK)), ClientInfo("x", RANK, 10)
+    download = PLAIN.send(START, client, RND)
+    view, plain = (PLAIN.view(PLAIN.init_client(one, client, 0), download, client) for one in (spec, SPEC))
     assert all(torch.equal(part.b, 4 * plain[n].b) and torch.equal(part.a, plain[n].a) for n, part in view.items())
-    job = PLAIN.work(PLAIN.init_client(spec, who, 0), got, who, RND)
+    job = PLAIN.work(PLAIN.init_client(spec, client, 0), download, client, RND)
     moved = {n: LowRank(b=part.b + 4 * START.adapter[n].b, a=part.a) for n, part in next(job).start.items()}
     with pytest.raises(StopIteration) as done:
         job.send(moved)
     change = {n: LowRank(b=x.b, a=torch.zeros_like(x.a)) for n, x in START.adapter.items()}
-    sent = dense(Reply(who, RND, done.value.value[1], 1.0))
+    sent = dense(Reply(client, RND, done.value.value[1], 1.0))
     assert_close(sent, keep_largest(flat(change), TOTAL // 4))

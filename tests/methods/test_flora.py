@@ -35,8 +35,8 @@ def test_the_order_of_clients_does_not_change_the_fold():
 
 
 def test_after_the_fold_everybody_starts_from_the_aggregate():
-    who, method = ClientInfo("0", 4, 10), FLoRA(rank=8)
-    request = next(method.work(method.init_client(SPEC, who, 0), {}, who, ROUND))
+    client, method = ClientInfo("0", 4, 10), FLoRA(rank=8)
+    request = next(method.work(method.init_client(SPEC, client, 0), {}, client, ROUND))
     assert all(not dense(part).any() and part.a.any() for part in request.start.values())
 
 
@@ -45,8 +45,8 @@ def test_fresh_factors_are_new_in_each_round_and_shared_only_if_so_set(draw, com
     method = FLoRA(rank=4, draw=draw)
 
     def start(name: str, rank: int, rnd) -> LowRank:
-        who = ClientInfo(name, rank, 10)
-        return next(method.work(method.init_client(SPEC, who, 0), {}, who, rnd)).start["layer.2.q"]
+        client = ClientInfo(name, rank, 10)
+        return next(method.work(method.init_client(SPEC, client, 0), {}, client, rnd)).start["layer.2.q"]
 
     assert torch.equal(start("x", 4, ROUND).a[:2], start("y", 2, ROUND).a) == common
     assert not torch.equal(start("x", 4, ROUND).a, start("x", 4, replace(ROUND, index=2)).a)
@@ -55,10 +55,10 @@ def test_fresh_factors_are_new_in_each_round_and_shared_only_if_so_set(draw, com
 
 def test_with_a_shared_draw_identical_clients_are_as_one():
     method, trainer = FLoRA(rank=3, draw="shared"), Recorder(ToyTrainer(skew=0.0))
-    for who in toy_clients(3):
-        turns(method, trainer, [ClientStart(who, method.init_client(trainer.spec, who, 0), {})], ROUND)
+    for client in toy_clients(3):
+        turns(method, trainer, [ClientStart(client, method.init_client(trainer.spec, client, 0), {})], ROUND)
     for name in trainer.spec.modules:
-        one, *others = (trainer.weights[who][name] for who in trainer.weights)
+        one, *others = (trainer.weights[client][name] for client in trainer.weights)
         assert all(torch.equal(one, other) for other in others)
 
 

@@ -16,13 +16,13 @@ from fedlora.rounds.simulate import SimulationBackend
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 CLIENTS = toy_clients(3, 2)
-TOTAL = sum(who.examples for who in CLIENTS)
+TOTAL = sum(client.examples for client in CLIENTS)
 
 
 def replies(m: FRLoRA, server: Any, index: int, trainer: Any) -> list[Reply]:
     rnd = Round(index, 0)
-    sent = {who: m.send(server, who, rnd) for who in CLIENTS}
-    return list(SimulationBackend(m, trainer.spec, CLIENTS, MemoryStates(), trainer, 0).turn(rnd, sent, {}))
+    sent = {client: m.send(server, client, rnd) for client in CLIENTS}
+    return list(SimulationBackend(m, trainer.spec, CLIENTS, MemoryStates(), trainer, 0).train_clients(rnd, sent, {}))
 
 
 def after(m: FRLoRA, rounds: int, trainer: Any) -> list[Merged[Any]]:
@@ -44,16 +44,16 @@ def test_training_starts_from_the_best_fit_to_the_weights_on_the_base_without_it
     for name, start in products(request.start).items():
         u, s, vt = torch.linalg.svd(weight(name))
         assert_close(start, (u[:, :2] * s[:2]) @ vt[:2], rtol=1e-5, atol=1e-5)
-        assert_close(start, -products(request.beside)[name])
+        assert_close(start, -products(request.frozen_extra)[name])
 
 
 def test_a_round_starts_from_exactly_the_model_that_the_last_one_ended_with():
     """base + fold is the base beside the negative start, with the mean factors; the view adds nothing."""
     m, server = FRLoRA(rank=2), FRLoRA(rank=2).init_server(SPEC, 0)
-    got = replies(m, server, 0, ToyTrainer())
-    merged = m.merge(server, Replies(got), Round(0, 0))
+    download = replies(m, server, 0, ToyTrainer())
+    merged = m.merge(server, Replies(download), Round(0, 0))
     for name, view in products(m.view(None, m.send(merged.server, CLIENTS[0], Round(1, 0)), CLIENTS[0])).items():
-        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in got) for side in "ba")
+        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in download) for side in "ba")
         assert_close(merged.fold[name].product() + view, b @ a - server[name].product(), rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_with_a_frozen_the_fold_is_the_mean_of_the_clients_changes():
     (merged,) = after(m, 1, trainer)
     start = products(m.init_server(SPEC, 0))
     for name, fold in products(merged.fold).items():
-        changes = [(who.examples / TOTAL, products(trainer.last[who.id])[name] - start[name]) for who in CLIENTS]
+        changes = [(client.examples / TOTAL, products(trainer.last[client.id])[name] - start[name]) for client in CLIENTS]
         assert_close(fold, sum(w * change for w, change in changes), rtol=1e-4, atol=1e-5)
         assert merged.fold[name].rank == 2
     assert merged.notes["aggregation_error"] < 1e-5
@@ -79,7 +79,7 @@ def test_with_both_trained_the_error_is_that_of_the_mean_factors():
     (merged,) = after(m, 1, trainer)
     start, fold = products(m.init_server(SPEC, 0)), products(merged.fold)
     ideal = {
-        name: sum(who.examples / TOTAL * (products(trainer.last[who.id])[name] - start[name]) for who in CLIENTS)
+        name: sum(client.examples / TOTAL * (products(trainer.last[client.id])[name] - start[name]) for client in CLIENTS)
         for name in start
     }
     apart = sum((ideal[name] - fold[name]).square().sum() for name in start).sqrt()
@@ -101,13 +101,13 @@ def test_after_t_rounds_the_base_has_changed_by_a_rank_of_at_most_t_plus_one_tim
 def test_the_start_is_pefts_pissa_with_the_models_scale():
     layer, scale = nn.Linear(20, 48, bias=False), 16 / 4
     spec = AdapterSpec({"0": (48, 20)}, weight=lambda name: layer.weight.detach().clone())
-    mine = FRLoRA(rank=4, scale_in_init=scale).init_server(spec, 0)["0"]
+    state = FRLoRA(rank=4, scale_in_init=scale).init_server(spec, 0)["0"]
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["0"], init_lora_weights="pissa")
     theirs = get_peft_model(nn.Sequential(layer), config).base_model.model[0]
     b, a = theirs.lora_B["default"].weight, theirs.lora_A["default"].weight
-    assert_close(mine.product(), (scale * b @ a).detach(), rtol=1e-4, atol=1e-5)
-    assert_close(mine.b.abs(), (scale * b).detach().abs(), rtol=1e-3, atol=1e-4)
-    assert_close(mine.a.abs(), a.detach().abs(), rtol=1e-3, atol=1e-4)
+    assert_close(state.product(), (scale * b @ a).detach(), rtol=1e-4, atol=1e-5)
+    assert_close(state.b.abs(), (scale * b).detach().abs(), rtol=1e-3, atol=1e-4)
+    assert_close(state.a.abs(), a.detach().abs(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_spec_that_cannot_read_the_weights_is_refused():

@@ -25,10 +25,15 @@ WIDE = Sliced(factors(5, "wide", spec=SPEC, size=0.3), {})
 
 def replies(m: Any, server: Any, clients: list[ClientInfo], rnd: Round = RND) -> list[Reply]:
     done = [
-        (who, turns(m, ToyTrainer(), [ClientStart(who, m.init_client(SPEC, who, 0), m.send(server, who, rnd))], rnd)[0])
-        for who in clients
+        (
+            client,
+            turns(m, ToyTrainer(), [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd)[
+                0
+            ],
+        )
+        for client in clients
     ]
-    return [Reply(who, rnd, one.upload, 1.0) for who, one in done]
+    return [Reply(client, rnd, one.upload, 1.0) for client, one in done]
 
 
 def changes(reply: Reply) -> dict[str, LowRank]:
@@ -55,25 +60,25 @@ def test_with_all_ranks_it_is_fedit_with_uniform_weights():
 def test_the_server_adds_the_mean_of_the_changes_in_their_places_over_those_who_took_part():
     clients = toy_clients(6, [2, 5, 1, 3, 2, 4])[1:5]
     m = FSLoRA(rank=5)
-    got = replies(m, WIDE, clients)
-    after = m.merge(WIDE, Replies(got), RND).server.adapter
+    download = replies(m, WIDE, clients)
+    after = m.merge(WIDE, Replies(download), RND).server.adapter
     for name, part in WIDE.adapter.items():
         b, a = part.b.double(), part.a.double()
-        for reply in got:
+        for reply in download:
             k, change = reply.client.rank, changes(reply)[name]
             chosen = subset(name, 5, k, reply.client, RND)
             assert change.b.shape == (part.b.shape[0], k) and change.a.shape == (k, part.a.shape[1])
-            b = b + spread(change.b.double(), chosen, 5, 1) * (k / 5) / len(got)
-            a = a + spread(change.a.double(), chosen, 5, 0) / len(got)
+            b = b + spread(change.b.double(), chosen, 5, 1) * (k / 5) / len(download)
+            a = a + spread(change.a.double(), chosen, 5, 0) / len(download)
         assert_close(after[name].b.double(), b, rtol=1e-5, atol=1e-6)
         assert_close(after[name].a.double(), a, rtol=1e-5, atol=1e-6)
 
 
 def test_what_nobody_drew_does_not_move_by_a_bit():
-    who = ClientInfo("one", 2, 10)
-    after = FSLoRA(rank=5).merge(WIDE, Replies(replies(FSLoRA(rank=5), WIDE, [who])), RND).server.adapter
+    client = ClientInfo("one", 2, 10)
+    after = FSLoRA(rank=5).merge(WIDE, Replies(replies(FSLoRA(rank=5), WIDE, [client])), RND).server.adapter
     for name, part in WIDE.adapter.items():
-        chosen = subset(name, 5, 2, who, RND)
+        chosen = subset(name, 5, 2, client, RND)
         rest = torch.tensor([i for i in range(5) if i not in chosen])
         assert len(set(chosen.tolist())) == 2
         assert torch.equal(after[name].b[:, rest], part.b[:, rest]) and torch.equal(after[name].a[rest], part.a[rest])
@@ -82,30 +87,32 @@ def test_what_nobody_drew_does_not_move_by_a_bit():
 
 def test_the_weights_are_those_of_the_replies():
     clients, m = toy_clients(3, [2, 3, 5]), FSLoRA(rank=5)
-    got = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
-    total = sum(reply.weight for reply in got)
-    for name, part in m.merge(WIDE, Replies(got), RND).server.adapter.items():
-        moves = [r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in got]
+    download = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
+    total = sum(reply.weight for reply in download)
+    for name, part in m.merge(WIDE, Replies(download), RND).server.adapter.items():
+        moves = [
+            r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in download
+        ]
         assert_close(part.a, WIDE.adapter[name].a + sum(moves) / total, rtol=1e-5, atol=1e-6)
 
 
 def test_the_merge_is_linear_in_the_changes():
     m = FSLoRA(rank=5)
-    got = replies(m, WIDE, toy_clients(3, [2, 3, 1]))
-    twice = [replace(reply, upload={key: 2 * x for key, x in reply.upload.items()}) for reply in got]
-    one, two = (pack(m.merge(WIDE, Replies(some), RND).server.adapter) for some in (got, twice))
+    download = replies(m, WIDE, toy_clients(3, [2, 3, 1]))
+    twice = [replace(reply, upload={key: 2 * x for key, x in reply.upload.items()}) for reply in download]
+    one, two = (pack(m.merge(WIDE, Replies(some), RND).server.adapter) for some in (download, twice))
     for key, before in pack(WIDE.adapter).items():
         assert_close(two[key] - before, 2 * (one[key] - before), rtol=1e-4, atol=1e-5)
 
 
 def test_sketches_are_unbiased_and_every_rank_is_drawn_equally_often():
-    who, rounds = ClientInfo("x", 2, 10), 3000
+    client, rounds = ClientInfo("x", 2, 10), 3000
     drawn = torch.zeros(5)
     mean = {name: torch.zeros(shape) for name, shape in SPEC.modules.items()}
     for index in range(rounds):
         rnd = Round(index, 0)
-        drawn[subset("layer.2.q", 5, 2, who, rnd)] += 1 / rounds
-        for name, part in sliced(WIDE.adapter, {name: 2 for name in mean}, who, rnd).items():
+        drawn[subset("layer.2.q", 5, 2, client, rnd)] += 1 / rounds
+        for name, part in sliced(WIDE.adapter, {name: 2 for name in mean}, client, rnd).items():
             mean[name] += part.product() / rounds
     assert (drawn - 2 / 5).abs().max() < 4 * (0.4 * 0.6 / rounds) ** 0.5
     for name, part in WIDE.adapter.items():
@@ -132,9 +139,9 @@ def test_a_client_that_gets_its_slice_only_uploads_the_same_as_one_that_gets_all
 @pytest.mark.parametrize("download", ["all", "slice"])
 def test_a_module_of_fixed_rank_is_trained_as_a_whole(download):
     spec = AdapterSpec(SPEC.modules, SPEC.head, rank_pattern={"layer.2.q": 4})
-    m, who = FSLoRA(rank=5, download=download), ClientInfo("x", 2, 10)
+    m, client = FSLoRA(rank=5, download=download), ClientInfo("x", 2, 10)
     server = m.init_server(spec, 0)
-    request = next(m.work(m.init_client(spec, who, 0), m.send(server, who, RND), who, RND))
+    request = next(m.work(m.init_client(spec, client, 0), m.send(server, client, RND), client, RND))
     assert {name: part.rank for name, part in request.start.items()} == {"layer.2.q": 4, "layer.10.v": 2}
     assert all(torch.equal(request.start["layer.2.q"].a, server.adapter["layer.2.q"].a) for _ in "x")
 
@@ -142,12 +149,12 @@ def test_a_module_of_fixed_rank_is_trained_as_a_whole(download):
 # --------------------------------------------------------------------------------- the slice against the sketched model
 
 
-def sketched(scale: float, who: ClientInfo, optimizer: Any, lr: float, steps: int) -> dict[str, LowRank]:
+def sketched(scale: float, client: ClientInfo, optimizer: Any, lr: float, steps: int) -> dict[str, LowRank]:
     """The trained columns and rows of the whole adapter in a model that computes scale B s A; its update b = scale B."""
     found = {}
     for name, part in WIDE.adapter.items():
-        chosen = subset(name, 5, who.rank, who, RND)
-        diagonal = torch.zeros(5, dtype=torch.float64).index_fill(0, chosen, 5 / who.rank)
+        chosen = subset(name, 5, client.rank, client, RND)
+        diagonal = torch.zeros(5, dtype=torch.float64).index_fill(0, chosen, 5 / client.rank)
         b, a = (part.b.double() / scale).requires_grad_(), part.a.double().requires_grad_()
         descend([b, a], [1.0, 1.0], optimizer, lr, steps, lambda b, a, d=diagonal, n=name: distance(n, scale * b * d @ a))
         found[name] = LowRank(b=(scale * b.detach()).float(), a=a.detach().float())
@@ -189,14 +196,14 @@ def adamw(groups: Any, lr: float) -> torch.optim.Optimizer:
 
 def apart(scaling: str, rslora: bool, optimizer: Any) -> float:
     """The largest difference between what the server adds for one client's slice and what the sketched model learns."""
-    who, lr = ClientInfo("0", 2, 10), 1e-3
+    client, lr = ClientInfo("0", 2, 10), 1e-3
     m, scale = FSLoRA(rank=5, scaling=scaling), Scaling(ALPHA, rslora)  # type: ignore[arg-type]
-    job = m.work(m.init_client(SPEC, who, 0), m.send(WIDE, who, RND), who, RND)
+    job = m.work(m.init_client(SPEC, client, 0), m.send(WIDE, client, RND), client, RND)
     trained = in_model(next(job), scale, optimizer, lr, 10)
     with pytest.raises(StopIteration) as done:
         job.send(trained)
-    after = m.merge(WIDE, Replies([Reply(who, RND, done.value.value[1], 10.0)]), RND).server.adapter
-    wanted = sketched(scale.of(5), who, optimizer, lr, 10)
+    after = m.merge(WIDE, Replies([Reply(client, RND, done.value.value[1], 10.0)]), RND).server.adapter
+    wanted = sketched(scale.of(5), client, optimizer, lr, 10)
     assert all((wanted[n].b - part.b).abs().max() > 1e-3 for n, part in WIDE.adapter.items())
     return max(float((after[n].b - x.b).abs().max() + (after[n].a - x.a).abs().max()) for n, x in wanted.items())
 

@@ -28,14 +28,14 @@ def factors(rank: int, seed: int) -> dict[str, LowRank]:
     }
 
 
-def reply(adapter: dict[str, LowRank], who: str = "0", weight: float = 10.0) -> Reply:
+def reply(adapter: dict[str, LowRank], client: str = "0", weight: float = 10.0) -> Reply:
     rank = next(iter(adapter.values())).rank
-    return Reply(ClientInfo(who, rank, 10), RND, pack(adapter), weight)
+    return Reply(ClientInfo(client, rank, 10), RND, pack(adapter), weight)
 
 
 def merged(m: HetLoRA, adapters: Sequence[dict[str, LowRank]]) -> Any:
-    got = [reply(adapter, str(i), 10.0 * (i + 1)) for i, adapter in enumerate(adapters)]
-    return m.merge(m.init_server(SPEC, 0), Replies(got), RND)
+    download = [reply(adapter, str(i), 10.0 * (i + 1)) for i, adapter in enumerate(adapters)]
+    return m.merge(m.init_server(SPEC, 0), Replies(download), RND)
 
 
 def finish(job: Any, trained: Any) -> Any:
@@ -87,8 +87,8 @@ def test_the_logged_error_is_against_the_mean_of_products_with_the_same_weights(
 
 def test_a_slice_that_goes_down_and_up_again_is_padded_to_itself():
     m, wide = HetLoRA(rank=4), factors(4, 0)
-    who = ClientInfo("0", 2, 10)
-    down = m.send(Sliced(wide, {}), who, RND)
+    client = ClientInfo("0", 2, 10)
+    down = m.send(Sliced(wide, {}), client, RND)
     assert all(torch.equal(part.b, wide[n].b[:, :2]) for n, part in unpack(down, LowRank).items())
     found = merged(m, [unpack(down, LowRank)]).server.adapter
     assert all(torch.allclose(part.product(), leading(wide[n], 2).product(), atol=1e-5) for n, part in found.items())
@@ -97,7 +97,7 @@ def test_a_slice_that_goes_down_and_up_again_is_padded_to_itself():
 
 def test_a_rank_that_no_client_has_starts_again_with_a_fresh_row_and_changes_no_product():
     m, server = HetLoRA(rank=4), Sliced(factors(4, 0), {})
-    who = ClientInfo("0", 4, 10)
+    client = ClientInfo("0", 4, 10)
     pruned = {n: pad(leading(part, 3), 4) for n, part in factors(4, 1).items()}
     some = [reply(pruned, "0"), reply(factors(2, 2), "1"), reply(factors(1, 3), "2")]
     after = m.merge(server, Replies(some), RND).server
@@ -106,14 +106,16 @@ def test_a_rank_that_no_client_has_starts_again_with_a_fresh_row_and_changes_no_
     assert_close(products(after.adapter), products({n: leading(part, 3) for n, part in after.adapter.items()}))
     live = {n: part.b.clone().requires_grad_() for n, part in after.adapter.items()}
     sum((b @ after.adapter[n].a).sum() for n, b in live.items()).backward()
-    assert all(b.grad[:, 3].any() for b in live.values()) and m.send(after, who, RND).keys() == pack(after.adapter).keys()
+    assert (
+        all(b.grad[:, 3].any() for b in live.values()) and m.send(after, client, RND).keys() == pack(after.adapter).keys()
+    )
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_tail_is_that_of_the_factors_of_peft_whatever_alpha_is(rslora):
-    spec, who, wide = replace(SPEC, scaling=Scaling(6.0, rslora)), ClientInfo("0", 4, 10), factors(4, 0)
+    spec, client, wide = replace(SPEC, scaling=Scaling(6.0, rslora)), ClientInfo("0", 4, 10), factors(4, 0)
     m = HetLoRA(rank=4, gamma=0.5)
-    request = next(m.work(m.init_client(spec, who, 0), pack(wide), who, RND))
+    request = next(m.work(m.init_client(spec, client, 0), pack(wide), client, RND))
     scale = 6.0 / (2.0 if rslora else 4.0)
     peft = {name: LowRank(b=part.b / scale, a=part.a) for name, part in wide.items()}
     assert_close(request.penalty(pack(wide)), 0.01 * tail(peft, dict.fromkeys(peft, 2)))
@@ -130,32 +132,32 @@ def test_without_training_a_component_shrinks_by_the_square_of_the_weight_that_r
 
 @pytest.mark.parametrize(("shrink", "rank"), [(0.5, 3), (1.0, 4), (2.0, 4)])
 def test_a_client_drops_its_tail_for_good_if_and_only_if_the_tail_shrank(shrink, rank):
-    m, who = HetLoRA(rank=4), ClientInfo("0", 4, 10)
-    mine, got = m.init_client(SPEC, who, 0), pack(factors(4, 0))
-    job = m.work(mine, got, who, RND)
+    m, client = HetLoRA(rank=4), ClientInfo("0", 4, 10)
+    state, download = m.init_client(SPEC, client, 0), pack(factors(4, 0))
+    job = m.work(state, download, client, RND)
     start = next(job).start
     scaled = torch.tensor([1.0, 1.0, 1.0, shrink])
     state, upload = finish(job, {n: LowRank(b=x.b * scaled, a=x.a) for n, x in start.items()})
     assert {int(x) for x in state.ranks.values()} == {rank}
-    assert {x.shape for x in upload.values()} == {x.shape for x in got.values()}
+    assert {x.shape for x in upload.values()} == {x.shape for x in download.values()}
     assert {bool(part.b[:, 3].any()) for part in unpack(upload, LowRank).values()} == {rank == 4}
-    assert {part.rank for part in m.view(state, got, who).values()} == {rank}
+    assert {part.rank for part in m.view(state, download, client).values()} == {rank}
 
 
 def test_the_rank_never_rises_and_never_falls_below_the_least():
-    m, who = HetLoRA(rank=4, gamma=0.5, min_rank=2), ClientInfo("0", 4, 10)
-    mine, ranks = m.init_client(SPEC, who, 0), []
+    m, client = HetLoRA(rank=4, gamma=0.5, min_rank=2), ClientInfo("0", 4, 10)
+    state, ranks = m.init_client(SPEC, client, 0), []
     for _ in range(3):
-        job = m.work(mine, pack(factors(4, 0)), who, RND)
+        job = m.work(state, pack(factors(4, 0)), client, RND)
         start = next(job).start
-        mine, _ = finish(job, {n: LowRank(b=0.5 * x.b, a=x.a) for n, x in start.items()})
-        ranks.append(set(mine.ranks.values()))
+        state, _ = finish(job, {n: LowRank(b=0.5 * x.b, a=x.a) for n, x in start.items()})
+        ranks.append(set(state.ranks.values()))
     assert ranks == [{2}, {2}, {2}]
 
 
 def test_without_penalty_and_tail_nothing_is_pruned():
-    m, who = HetLoRA(rank=4, gamma=1.0, tail_penalty=0.0), ClientInfo("0", 4, 10)
-    job = m.work(m.init_client(SPEC, who, 0), pack(factors(4, 0)), who, RND)
+    m, client = HetLoRA(rank=4, gamma=1.0, tail_penalty=0.0), ClientInfo("0", 4, 10)
+    job = m.work(m.init_client(SPEC, client, 0), pack(factors(4, 0)), client, RND)
     request = next(job)
     assert request.penalty is None
     state, _ = finish(job, {n: LowRank(b=0 * x.b, a=x.a) for n, x in request.start.items()})
@@ -163,8 +165,8 @@ def test_without_penalty_and_tail_nothing_is_pruned():
 
 
 def test_the_penalty_pulls_on_the_tail_alone():
-    m, who = HetLoRA(rank=4, gamma=0.5, tail_penalty=0.1), ClientInfo("0", 4, 10)
-    request = next(m.work(m.init_client(SPEC, who, 0), pack(factors(4, 0)), who, RND))
+    m, client = HetLoRA(rank=4, gamma=0.5, tail_penalty=0.1), ClientInfo("0", 4, 10)
+    request = next(m.work(m.init_client(SPEC, client, 0), pack(factors(4, 0)), client, RND))
     live = {n: LowRank(b=x.b.requires_grad_(), a=x.a.requires_grad_()) for n, x in factors(4, 0).items()}
     loss = request.penalty(pack(live))
     assert_close(loss, 0.1 * sum(x.b[:, 2:].norm() * x.a[2:].norm() for x in live.values()))

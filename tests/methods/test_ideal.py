@@ -12,7 +12,7 @@ from uploads import dense, factors, mean_product, off, replies_of_ranks, truncat
 def ideal_of(replies):
     ideal = MeanUpdate()
     for reply in replies:
-        ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+        ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
     return ideal
 
 
@@ -27,11 +27,11 @@ def test_it_is_the_weighted_mean_of_the_products_as_factors_and_as_a_matrix(rank
 
 def test_its_best_fit_has_the_rank_of_each_module():
     replies = replies_of_ranks(4, 4, 4)
-    like = {name: LowRank(b=f.b[:, : 2 + i], a=f.a[: 2 + i]) for i, (name, f) in enumerate(factors(8, "like").items())}
-    fitted = ideal_of(replies).best_fit(like)
+    template = {name: LowRank(b=f.b[:, : 2 + i], a=f.a[: 2 + i]) for i, (name, f) in enumerate(factors(8, "like").items())}
+    fitted = ideal_of(replies).best_fit(template)
     for name, part in fitted.items():
-        wanted = truncated({name: mean_product(replies)[name]}, like[name].rank)
-        assert part.rank == like[name].rank and off({name: dense(part)}, wanted) < 1e-6
+        wanted = truncated({name: mean_product(replies)[name]}, template[name].rank)
+        assert part.rank == template[name].rank and off({name: dense(part)}, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("ranks", [(3, 2), (8, 8, 8, 8, 8, 8)])
@@ -43,7 +43,7 @@ def test_the_error_is_the_distance_over_all_modules_relative_to_the_mean(ranks):
 
 def test_the_error_of_a_mean_that_is_zero_is_zero():
     still = {name: LowRank(b=0 * f.b, a=f.a) for name, f in factors(3, "still").items()}
-    assert MeanUpdate().plus(2.0, still).error(still) == 0.0
+    assert MeanUpdate().add(2.0, still).error(still) == 0.0
 
 
 def test_modules_of_one_shape_are_one_batch_and_come_back_as_they_were():
@@ -56,4 +56,4 @@ def test_modules_of_one_shape_are_one_batch_and_come_back_as_they_were():
 
 def test_without_a_positive_weight_there_is_no_mean():
     with pytest.raises(ValueError, match="no reply has a positive weight"):
-        MeanUpdate().plus(0.0, factors(2, "x")).factors()
+        MeanUpdate().add(0.0, factors(2, "x")).factors()

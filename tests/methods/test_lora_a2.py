@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,7 +18,6 @@ from fedlora.methods.flexlora import Sliced
 from fedlora.methods.lora_a2 import LoRAA2, score
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.gate import UploadValidator
 
 from toy import SPEC, Recorder, ToyTrainer, products, toy_clients
 from uploads import factors
@@ -29,7 +29,7 @@ ROUNDS = {"b": Round(0, 0), "a": Round(1, 0)}
 SIZE = {side: [size[0 if side == "b" else 1] for size in SPEC.modules.values()] for side in ROUNDS}
 
 
-def requests(who: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[list[Fit], Reply, Recorder]:
+def requests(client: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[list[Fit], Reply, Recorder]:
     """What the client asks the toy's trainer for, and its reply."""
 
     class Listening(Recorder):
@@ -39,8 +39,8 @@ def requests(who: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[list[
 
     asked: list[Fit] = []
     trainer = Listening()
-    done = turns(M, trainer, [ClientStart(who, M.init_client(SPEC, who, 0), M.send(server, who, rnd))], rnd)[0]
-    return asked, Reply(who, rnd, done.upload, float(who.examples)), trainer
+    done = turns(M, trainer, [ClientStart(client, M.init_client(SPEC, client, 0), M.send(server, client, rnd))], rnd)[0]
+    return asked, Reply(client, rnd, done.upload, float(client.examples)), trainer
 
 
 def chosen(reply: Reply) -> dict[str, Tensor]:
@@ -77,9 +77,9 @@ def test_the_score_is_the_norm_of_the_change_of_each_ranks_product(side):
 @pytest.mark.parametrize("side", ROUNDS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_as_many_ranks_as_the_budget_has_are_trained_wherever_they_score_highest(side, rank):
-    who, rnd = toy_clients(1, rank)[0], ROUNDS[side]
-    (probe, training), reply, _ = requests(who, rnd)
-    answer, _ = ToyTrainer().fit_one(probe, who)
+    client, rnd = toy_clients(1, rank)[0], ROUNDS[side]
+    (probe, training), reply, _ = requests(client, rnd)
+    answer, _ = ToyTrainer().fit_one(probe, client)
     scores = torch.cat([score(START.adapter[name], unpack(pack(answer), LowRank)[name], side) for name in MODULES])
     keep = torch.cat([training.mask[f"{name}.{side}"].flatten() for name in MODULES])
     assert int(keep.sum()) == rank * len(MODULES)
@@ -101,21 +101,21 @@ def test_a_client_that_may_train_all_does_not_probe():
 
 @pytest.mark.parametrize("side", ROUNDS)
 def test_the_upload_has_the_changes_of_the_chosen_ranks_and_their_positions_and_no_more(side):
-    who = toy_clients(3, 2)[2]
-    _, reply, trainer = requests(who, ROUNDS[side])
+    client = toy_clients(3, 2)[2]
+    _, reply, trainer = requests(client, ROUNDS[side])
     counts = [int(own.sum()) for own in chosen(reply).values()]
     assert counts[0] != counts[1]  # the sizes of the modules show
     assert reply.upload["changes"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
     assert reply.upload["positions"].nbytes == position_bytes(2 * len(MODULES), RANK * len(MODULES))
     after = M.merge(START, Replies([reply]), ROUNDS[side]).server.adapter
-    for name, part in trainer.last[who.id].items():
+    for name, part in trainer.last[client.id].items():
         assert_close(after[name].b, part.b, rtol=1e-6, atol=1e-6)
         assert_close(after[name].a, part.a, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", ROUNDS)
 def test_what_nobody_chose_and_the_other_factor_stay_bit_for_bit(side):
-    replies = [requests(who, ROUNDS[side])[1] for who in toy_clients(3, [1, 2, 1])]
+    replies = [requests(client, ROUNDS[side])[1] for client in toy_clients(3, [1, 2, 1])]
     after = M.merge(START, Replies(replies), ROUNDS[side]).server.adapter
     untouched = 0
     for name, part in START.adapter.items():
@@ -132,12 +132,12 @@ def test_what_nobody_chose_and_the_other_factor_stay_bit_for_bit(side):
 @pytest.mark.parametrize("side", ROUNDS)
 def test_the_merge_is_the_mean_of_the_products_over_those_who_took_part(side):
     clients = toy_clients(6, [1, 4, 2, 3, 1, 2])[1:5]
-    answers = [requests(who, ROUNDS[side]) for who in clients]
+    answers = [requests(client, ROUNDS[side]) for client in clients]
     merged = M.merge(START, Replies([reply for _, reply, _ in answers]), ROUNDS[side])
-    total = sum(who.examples for who in clients)
+    total = sum(client.examples for client in clients)
     for name, part in merged.server.adapter.items():
         each = zip(clients, answers, strict=True)
-        mean = sum(who.examples / total * products(t.last[who.id])[name].double() for who, (_, _, t) in each)
+        mean = sum(client.examples / total * products(t.last[client.id])[name].double() for client, (_, _, t) in each)
         assert_close(part.product().double(), mean, rtol=1e-5, atol=1e-6)
     assert merged.notes["aggregation_error"] < 1e-6
 
@@ -150,9 +150,9 @@ def test_disjoint_choices_are_each_added_with_their_own_weight():
         {"changes": torch.arange(1.0, size + 1), "positions": pack_positions(mask)}
         for size, mask in zip(sizes, masks, strict=True)
     ]
-    replies = [Reply(who, ROUNDS["b"], up, float(who.examples)) for who, up in zip(clients, uploads, strict=True)]
+    replies = [Reply(client, ROUNDS["b"], up, float(client.examples)) for client, up in zip(clients, uploads, strict=True)]
     after = M.merge(START, Replies(replies), ROUNDS["b"]).server.adapter
-    share, before = [who.examples / 27 for who in clients], START.adapter
+    share, before = [client.examples / 27 for client in clients], START.adapter
     first = uploads[0]["changes"].view(2, -1).T
     assert_close(after[MODULES[0]].b[:, :2], before[MODULES[0]].b[:, :2] + share[0] * first)
     assert_close(
@@ -163,17 +163,17 @@ def test_disjoint_choices_are_each_added_with_their_own_weight():
 class Rolora:
     """RoLoRA with the rates of LoRA+: what comes out if all ranks are trained."""
 
-    def answer(self, who: ClientInfo, rnd: Round, server: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    def answer(self, client: ClientInfo, rnd: Round, server: Mapping[str, LowRank]) -> dict[str, LowRank]:
         request = Fit(server, frozenset("a" if rnd.index % 2 else "b"), rates={"b": 2.0})
-        return unpack(pack(ToyTrainer().fit_one(request, who)[0]), LowRank)
+        return unpack(pack(ToyTrainer().fit_one(request, client)[0]), LowRank)
 
 
 def test_with_the_whole_budget_it_is_rolora_with_two_learning_rates():
     clients, server, plain = toy_clients(3, RANK), START, dict(START.adapter)
     for index in range(4):
         rnd = Round(index, 0)
-        server = M.merge(server, Replies([requests(who, rnd, server)[1] for who in clients]), rnd).server
-        trained = [(who.examples / 51, Rolora().answer(who, rnd, plain)) for who in clients]
+        server = M.merge(server, Replies([requests(client, rnd, server)[1] for client in clients]), rnd).server
+        trained = [(client.examples / 51, Rolora().answer(client, rnd, plain)) for client in clients]
         plain = {
             n: LowRank(b=sum(w * one[n].b for w, one in trained), a=sum(w * one[n].a for w, one in trained)) for n in plain
         }
@@ -182,14 +182,17 @@ def test_with_the_whole_budget_it_is_rolora_with_two_learning_rates():
 
 def test_a_fixed_rank_counts_in_the_budget_as_it_is():
     spec = AdapterSpec(SPEC.modules, SPEC.head, rank_pattern={MODULES[0]: 3})
-    m, who = LoRAA2(rank=RANK), ClientInfo("0", 2, 10)
+    m, client = LoRAA2(rank=RANK), ClientInfo("0", 2, 10)
     server = m.init_server(spec, 0)
     done = turns(
-        m, ToyTrainer(spec), [ClientStart(who, m.init_client(spec, who, 0), m.send(server, who, ROUNDS["b"]))], ROUNDS["b"]
+        m,
+        ToyTrainer(spec),
+        [ClientStart(client, m.init_client(spec, client, 0), m.send(server, client, ROUNDS["b"]))],
+        ROUNDS["b"],
     )[0]
     keep = unpack_positions(done.upload["positions"], 3 + 2, 3 + RANK)
     assert int(keep.sum()) == 5
-    m.merge(server, Replies([Reply(who, ROUNDS["b"], done.upload, 10.0)]), ROUNDS["b"])
+    m.merge(server, Replies([Reply(client, ROUNDS["b"], done.upload, 10.0)]), ROUNDS["b"])
 
 
 def spoilt(reply: Reply, **tensors: Tensor) -> Reply:
@@ -198,23 +201,25 @@ def spoilt(reply: Reply, **tensors: Tensor) -> Reply:
 
 @pytest.mark.parametrize("side", ROUNDS)
 def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
-    who, rnd = ClientInfo("0", 2, 10), ROUNDS[side]
-    _, reply, _ = requests(who, rnd)
+    client, rnd = ClientInfo("0", 2, 10), ROUNDS[side]
+    _, reply, _ = requests(client, rnd)
     values, positions = reply.upload["changes"], reply.upload["positions"]
     keep = torch.cat(list(chosen(reply).values()))
 
-    def refusal(reply: Reply) -> str:
-        sent = {who: M.send(START, who, rnd)}
-        return UploadValidator(M, SPEC, rnd, sent).refusal(replace(reply, upload=decode(encode(reply.upload)))) or ""
+    def rejection_reason(reply: Reply) -> str:
+        sent = {client: M.send(START, client, rnd)}
+        return (
+            UploadValidator(M, SPEC, rnd, sent).rejection_reason(replace(reply, upload=decode(encode(reply.upload)))) or ""
+        )
 
-    assert refusal(reply) == ""
-    assert "expected 4 positions out of 8, got 8" in refusal(spoilt(reply, positions=~torch.zeros_like(positions)))
-    assert "expected 4 positions out of 8, got 0" in refusal(spoilt(reply, positions=0 * positions))
-    assert "positions of 4 out of 8 are 1 bytes" in refusal(spoilt(reply, positions=positions.repeat(3)))
-    assert "sent positions as torch.int64" in refusal(spoilt(reply, positions=positions.long()))
-    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[:-1]))
-    assert "sent changes with shape" in refusal(spoilt(reply, changes=values[None]))
-    assert "NaN" in refusal(spoilt(reply, changes=values * torch.nan))
+    assert rejection_reason(reply) == ""
+    assert "expected 4 positions out of 8, got 8" in rejection_reason(spoilt(reply, positions=~torch.zeros_like(positions)))
+    assert "expected 4 positions out of 8, got 0" in rejection_reason(spoilt(reply, positions=0 * positions))
+    assert "positions of 4 out of 8 are 1 bytes" in rejection_reason(spoilt(reply, positions=positions.repeat(3)))
+    assert "sent positions as torch.int64" in rejection_reason(spoilt(reply, positions=positions.long()))
+    assert "sent changes with shape" in rejection_reason(spoilt(reply, changes=values[:-1]))
+    assert "sent changes with shape" in rejection_reason(spoilt(reply, changes=values[None]))
+    assert "NaN" in rejection_reason(spoilt(reply, changes=values * torch.nan))
     others = pack_positions(~keep)  # as many ranks, but of other modules: other sizes
-    assert "sent changes with shape" in refusal(spoilt(reply, positions=others))
-    assert "lacks positions" in refusal(replace(reply, upload={"changes": values}))
+    assert "sent changes with shape" in rejection_reason(spoilt(reply, positions=others))
+    assert "lacks positions" in rejection_reason(replace(reply, upload={"changes": values}))

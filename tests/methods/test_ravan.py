@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import UploadValidator
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, pick
@@ -12,7 +13,6 @@ from fedlora.linalg.lowrank import Heads
 from fedlora.linalg.sparse import pack_positions
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.ravan import Cores, Ravan, chosen, others, own_heads
-from fedlora.rounds.gate import UploadValidator
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -29,41 +29,41 @@ def cores(seed: int = 0) -> Cores:
     return Cores({key: torch.randn(c.shape, generator=rng) for key, c in METHOD.init_server(SPEC, 0).c.items()}, {})
 
 
-def replies(server: Cores, who: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, rnd: Round = ROUND) -> list[Reply]:
-    sent = {one: m.send(server, one, rnd) for one in who}
-    return list(SimulationBackend(m, SPEC, who, MemoryStates(), ToyTrainer(), 0).turn(rnd, sent, {}))
+def replies(server: Cores, client: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, rnd: Round = ROUND) -> list[Reply]:
+    sent = {one: m.send(server, one, rnd) for one in client}
+    return list(SimulationBackend(m, SPEC, client, MemoryStates(), ToyTrainer(), 0).train_clients(rnd, sent, {}))
 
 
-def told(m: Ravan, server: Cores, who: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
+def told(m: Ravan, server: Cores, client: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
     """The heads that the download names."""
-    return {name: heads.tolist() for name, heads in told_in(m.send(server, who, rnd), who).items()}
+    return {name: heads.tolist() for name, heads in told_in(m.send(server, client, rnd), client).items()}
 
 
-def told_in(got: Tensors, who: ClientInfo) -> dict[str, torch.Tensor]:
-    return own_heads(pick(got, "c"), got["heads"], dict.fromkeys(SPEC.modules, who.rank))
+def told_in(download: Tensors, client: ClientInfo) -> dict[str, torch.Tensor]:
+    return own_heads(pick(download, "c"), download["heads"], dict.fromkeys(SPEC.modules, client.rank))
 
 
-def view(server: Cores, m: Ravan = METHOD, who: ClientInfo = CLIENTS[0]) -> dict[str, Heads]:
-    return m.view(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who)  # type: ignore[return-value]
+def view(server: Cores, m: Ravan = METHOD, client: ClientInfo = CLIENTS[0]) -> dict[str, Heads]:
+    return m.view(m.init_client(SPEC, client, 0), m.send(server, client, ROUND), client)  # type: ignore[return-value]
 
 
-def request(server: Cores, who: ClientInfo, m: Ravan = METHOD) -> tuple[Any, Fit]:
-    job = m.work(m.init_client(SPEC, who, 0), m.send(server, who, ROUND), who, ROUND)
+def request(server: Cores, client: ClientInfo, m: Ravan = METHOD) -> tuple[Any, Fit]:
+    job = m.work(m.init_client(SPEC, client, 0), m.send(server, client, ROUND), client, ROUND)
     return job, next(job)
 
 
 def test_the_update_is_the_sum_of_the_scaled_heads():
-    server, mine = cores().c, METHOD.init_client(SPEC, CLIENTS[0], 0).factors
+    server, state = cores().c, METHOD.init_client(SPEC, CLIENTS[0], 0).factors
     for name, product in products(view(cores())).items():
-        b, a, c = mine[f"{name}.b"], mine[f"{name}.a"], server[f"{name}.c"]
+        b, a, c = state[f"{name}.b"], state[f"{name}.a"], server[f"{name}.c"]
         assert_close(product, sum(b[:, 2 * i : 2 * i + 2] @ c[i] @ a[2 * i : 2 * i + 2] for i in range(4)))
 
 
 def test_a_download_names_the_same_heads_in_whatever_order_its_tensors_come():
-    for who in CLIENTS:
-        got = METHOD.send(cores(), who, ROUND)
-        turned = told_in(dict(reversed(got.items())), who)
-        assert all(torch.equal(turned[name], heads) for name, heads in told_in(got, who).items())
+    for client in CLIENTS:
+        download = METHOD.send(cores(), client, ROUND)
+        turned = told_in(dict(reversed(download.items())), client)
+        assert all(torch.equal(turned[name], heads) for name, heads in told_in(download, client).items())
 
 
 def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
@@ -75,19 +75,19 @@ def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
 
 
 def test_a_client_trains_as_many_heads_as_its_rank_beside_the_others():
-    for who in CLIENTS:
-        _, asked = request(cores(), who)
-        assert asked.train == {"c", "s"} and {len(part.s) for part in asked.start.values()} == {who.rank}
-        beside = asked.beside or {}
-        assert (not beside) == (who.rank == 4)
+    for client in CLIENTS:
+        _, asked = request(cores(), client)
+        assert asked.train == {"c", "s"} and {len(part.s) for part in asked.start.values()} == {client.rank}
+        frozen_extra = asked.frozen_extra or {}
+        assert (not frozen_extra) == (client.rank == 4)
         for name, whole in products(view(cores())).items():
-            rest = beside[name].product() if beside else 0
+            rest = frozen_extra[name].product() if frozen_extra else 0
             assert_close(asked.start[name].product() + rest, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_what_goes_up_is_the_product_of_scalar_and_core_for_the_trained_heads():
-    for who in CLIENTS:
-        job, asked = request(cores(), who)
+    for client in CLIENTS:
+        job, asked = request(cores(), client)
         trained = {name: replace(part, s=part.s * 3, c=part.c + 1) for name, part in asked.start.items()}
         with pytest.raises(StopIteration) as done:
             job.send(trained)
@@ -99,17 +99,17 @@ def test_what_goes_up_is_the_product_of_scalar_and_core_for_the_trained_heads():
 
 def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_trained_it():
     server = cores()
-    got = replies(server)
-    merged = METHOD.merge(server, Replies(iter(got)), ROUND).server
+    download = replies(server)
+    merged = METHOD.merge(server, Replies(iter(download)), ROUND).server
     trained = {
         reply.client.id: dict(zip(told(METHOD, server, reply.client)[NAME], c, strict=True))
-        for reply in got
+        for reply in download
         for c in [reply.upload[f"{NAME}.c"]]
     }
-    mine = METHOD.init_client(SPEC, CLIENTS[0], 0).factors
+    state = METHOD.init_client(SPEC, CLIENTS[0], 0).factors
     for i in range(4):
-        b, a = mine[f"{NAME}.b"][:, 2 * i : 2 * i + 2], mine[f"{NAME}.a"][2 * i : 2 * i + 2]
-        sent = [(r.weight, b @ trained[r.client.id][i] @ a) for r in got if i in trained[r.client.id]]
+        b, a = state[f"{NAME}.b"][:, 2 * i : 2 * i + 2], state[f"{NAME}.a"][2 * i : 2 * i + 2]
+        sent = [(r.weight, b @ trained[r.client.id][i] @ a) for r in download if i in trained[r.client.id]]
         mean = sum(weight * product for weight, product in sent) / sum(weight for weight, _ in sent)
         assert_close(b @ merged.c[f"{NAME}.c"][i] @ a, mean, rtol=1e-5, atol=1e-6)
 
@@ -126,10 +126,12 @@ def test_a_head_that_nobody_trained_keeps_its_value():
 def test_heads_are_drawn_for_each_client_round_and_module_and_all_come_to_be_trained():
     drawn = {}
     for index in range(20):
-        for who in (ClientInfo("x", 1, 9), ClientInfo("y", 1, 9)):
-            for name, heads in told(METHOD, cores(), who, Round(index, 0)).items():
-                drawn[index, who.id, name] = heads
-    columns = [[drawn[index, who, name] for index in range(20)] for who in "xy" for name in ("layer.2.q", "layer.10.v")]
+        for client in (ClientInfo("x", 1, 9), ClientInfo("y", 1, 9)):
+            for name, heads in told(METHOD, cores(), client, Round(index, 0)).items():
+                drawn[index, client.id, name] = heads
+    columns = [
+        [drawn[index, client, name] for index in range(20)] for client in "xy" for name in ("layer.2.q", "layer.10.v")
+    ]
     assert all(one != other for i, one in enumerate(columns) for other in columns[:i])
     assert all({heads[0] for heads in column} == {0, 1, 2, 3} for column in columns)
 
@@ -147,10 +149,10 @@ def test_by_weight_the_heads_of_the_largest_cores_are_trained_and_equal_ones_in_
 
 def test_by_gradient_a_client_takes_the_heads_whose_cores_its_loss_falls_fastest_by():
     m, trainer = replace(METHOD, choose="gradient"), ToyTrainer()
-    server, who = cores(), ClientInfo("x", 2, 9)
-    assert m.send(server, who, ROUND).keys() == server.c.keys()
-    (reply,) = replies(server, [who], m)
-    own = own_heads(server.c, reply.upload["heads"], server.trains(who))
+    server, client = cores(), ClientInfo("x", 2, 9)
+    assert m.send(server, client, ROUND).keys() == server.c.keys()
+    (reply,) = replies(server, [client], m)
+    own = own_heads(server.c, reply.upload["heads"], server.trains(client))
     for name in SPEC.modules:
         falls = []
         for head in range(4):  # a small step down the head's own gradient, found by differences
@@ -173,31 +175,35 @@ def double(part: Heads, c: torch.Tensor) -> Heads:
 
 def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
     m, server = replace(METHOD, choose="gradient"), cores()
-    got = replies(server, CLIENTS, m)
-    merged = m.merge(server, Replies(iter(got)), ROUND).server
-    own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in got}
+    download = replies(server, CLIENTS, m)
+    merged = m.merge(server, Replies(iter(download)), ROUND).server
+    own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in download}
     assert len({tuple(heads) for heads in own.values()}) == 3
     for head in range(4):
-        sent = [(r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in got if head in own[r.client.id]]
+        sent = [
+            (r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in download if head in own[r.client.id]
+        ]
         assert_close(merged.c[f"{NAME}.c"][head], sum(w * c for w, c in sent) / sum(w for w, _ in sent))
 
 
 def test_a_client_that_chooses_more_heads_in_one_module_than_it_may_is_refused():
-    m, server, who = replace(METHOD, choose="gradient"), cores(), ClientInfo("x", 1, 9)
-    (reply,) = replies(server, [who], m)
-    assert UploadValidator(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(reply) is None
+    m, server, client = replace(METHOD, choose="gradient"), cores(), ClientInfo("x", 1, 9)
+    (reply,) = replies(server, [client], m)
+    assert UploadValidator(m, SPEC, ROUND, {client: m.send(server, client, ROUND)}).rejection_reason(reply) is None
     marks = torch.zeros(4 * len(SPEC.modules), dtype=torch.bool)
     marks[: len(SPEC.modules)] = True
     bad = replace(reply, upload={**reply.upload, "heads": pack_positions(marks)})
-    assert "expected [1, 1] heads" in str(UploadValidator(m, SPEC, ROUND, {who: m.send(server, who, ROUND)}).refusal(bad))
+    assert "expected [1, 1] heads" in str(
+        UploadValidator(m, SPEC, ROUND, {client: m.send(server, client, ROUND)}).rejection_reason(bad)
+    )
 
 
 def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():
     server, strong = cores(), toy_clients(3, 4)
-    got = replies(server, strong)
-    merged = METHOD.merge(server, Replies(got), ROUND)
-    total = sum(r.weight for r in got)
-    mean = {key: sum(r.weight / total * r.upload[key] for r in got) for key in server.c}
+    download = replies(server, strong)
+    merged = METHOD.merge(server, Replies(download), ROUND)
+    total = sum(r.weight for r in download)
+    mean = {key: sum(r.weight / total * r.upload[key] for r in download) for key in server.c}
     assert merged.notes == {"aggregation_error": 0.0}
     assert_close(products(view(merged.server)), products(view(Cores(mean, {}))), rtol=1e-5, atol=1e-5)
     assert METHOD.merge(server, Replies(replies(server)), ROUND).notes == {}
@@ -206,7 +212,7 @@ def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():
 @pytest.mark.parametrize("init", ["normal", "orthogonal"])
 def test_outer_factors_are_common_and_of_length_one(init):
     m = Ravan(rank=8, head_rank=40, init=init)
-    one, other = (m.init_client(SPEC, who, 0).factors for who in CLIENTS[:2])
+    one, other = (m.init_client(SPEC, client, 0).factors for client in CLIENTS[:2])
     for name in SPEC.modules:
         assert all(torch.equal(one[f"{name}.{k}"], other[f"{name}.{k}"]) for k in "ba")
         lengths = one[f"{name}.b"].square().sum(0), one[f"{name}.a"].square().sum(1)
@@ -215,8 +221,8 @@ def test_outer_factors_are_common_and_of_length_one(init):
 
 def test_orthogonal_heads_have_orthonormal_factors_where_they_fit():
     for name, (out, in_) in SPEC.modules.items():
-        mine = replace(METHOD, rank=2, init="orthogonal").init_client(SPEC, CLIENTS[0], 0).factors
-        b, a = mine[f"{name}.b"], mine[f"{name}.a"]
+        state = replace(METHOD, rank=2, init="orthogonal").init_client(SPEC, CLIENTS[0], 0).factors
+        b, a = state[f"{name}.b"], state[f"{name}.a"]
         assert min(out, in_) >= 4
         assert_close(b.mT @ b, torch.eye(4))
         assert_close(a @ a.mT, torch.eye(4))

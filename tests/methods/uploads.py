@@ -28,8 +28,8 @@ def factors(rank: int, *names: str | int, spec: AdapterSpec = SPEC, size: float 
 def replies_of(uploads: Sequence[Mapping[str, LowRank]], ranks: Sequence[int] | None = None) -> list[Reply]:
     """One reply for each, of weights 10, 17, 24, ..."""
     ranks = ranks or [next(iter(upload.values())).rank for upload in uploads]
-    who = [ClientInfo(str(i), rank, 10 + 7 * i) for i, rank in enumerate(ranks)]
-    return [Reply(w, ROUND, pack(upload), float(w.examples)) for w, upload in zip(who, uploads, strict=True)]
+    client = [ClientInfo(str(i), rank, 10 + 7 * i) for i, rank in enumerate(ranks)]
+    return [Reply(w, ROUND, pack(upload), float(w.examples)) for w, upload in zip(client, uploads, strict=True)]
 
 
 def replies_of_ranks(*ranks: int, spec: AdapterSpec = SPEC, seed: int = 0) -> list[Reply]:
@@ -43,7 +43,7 @@ def drifted(count: int, rank: int, drift: float = 0.3, seed: int = 0, spec: Adap
     return replies_of([plus(start, factors(rank, "move", i, seed, spec=spec, size=drift)) for i in moves])
 
 
-def plus(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def add(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The sums of the factors, each on its own."""
     return {name: LowRank(b=part.b + other[name].b, a=part.a + other[name].a) for name, part in one.items()}
 
@@ -63,15 +63,15 @@ def merged_by(method: Any, replies: Sequence[Reply], server: Any = None, spec: A
 
 def update(method: Any, merged: Merged[Any], rank: int | None = None, spec: AdapterSpec = SPEC) -> dict[str, Tensor]:
     """What a client of that rank, new and without training, adds to the base as it was before the merge."""
-    who = ClientInfo("new", rank or method.rank, 1)
-    view = method.view(method.init_client(spec, who, 0), method.send(merged.server, who, ROUND), who)
+    client = ClientInfo("new", rank or method.rank, 1)
+    view = method.view(method.init_client(spec, client, 0), method.send(merged.server, client, ROUND), client)
     return {name: dense(part) + (dense(merged.fold[name]) if merged.fold else 0) for name, part in view.items()}
 
 
-def off(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+def off(download: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """The Frobenius distance over all modules, relative."""
-    assert got.keys() == wanted.keys()
-    apart = sum(float((got[name] - wanted[name]).square().sum()) for name in wanted)
+    assert download.keys() == wanted.keys()
+    apart = sum(float((download[name] - wanted[name]).square().sum()) for name in wanted)
     return (apart / sum(float(x.square().sum()) for x in wanted.values())) ** 0.5
 
 

@@ -193,7 +193,7 @@ def whole_run(path):
         if index != 1:
             folder.save_client(ANN, index, state(index))
         folder.save_client(ClientInfo("bob", 1, 1), index, state(index))
-        folder.save_fold(index, {"q": LowRank(torch.ones(3, 1), torch.ones(1, 4))})
+        folder.save_base_update(index, {"q": LowRank(torch.ones(3, 1), torch.ones(1, 4))})
         folder.commit(index + 1, state(index + 1), {"round": index + 1})
     folder.release()
     files = ["manifest.json", "environment.json", "checkpoint.safetensors", "rounds.jsonl"]
@@ -273,7 +273,7 @@ def test_a_run_whose_folder_is_not_there_any_more_stops_and_makes_no_other(tmp_p
     for write in (
         lambda: folder.commit(3, state(3), {"round": 3}),
         lambda: folder.save_client(ANN, 2, state(2)),
-        lambda: folder.save_fold(2, {}),
+        lambda: folder.save_base_update(2, {}),
         lambda: folder.record("environment.json", "{}"),
     ):
         with pytest.raises(RunStopped, match="run directory was moved or removed"):
@@ -311,9 +311,9 @@ def test_a_run_killed_at_random_instants_is_always_restored_whole(tmp_path):
         process, began = started(go_on, tmp_path / "run", sending), time.perf_counter()
         sending.close()
         first = receiving.recv()
-        second, pace = receiving.recv(), time.perf_counter() - began
+        second, shared_order_seed = receiving.recv(), time.perf_counter() - began
         assert (first, second) == (committed + 1, committed + 2)
-        time.sleep(rng.random() * pace)
+        time.sleep(rng.random() * shared_order_seed)
         process.kill()
         process.join()
         folder = RunFolder(tmp_path / "run")

@@ -83,10 +83,10 @@ def planned(path, plan):
 def test_a_payload_keeps_names_shapes_dtypes_and_values(dtype):
     raw = torch.randint(0, 2, (5, 3)).to(dtype)
     sent = {"z.b": raw.clone(), "a/é.a": raw.T, "": raw[::2, 1:], "scalar": raw[0, 0].clone(), "empty": raw[:, :0]}
-    got = decode(encode(sent))
-    assert got.keys() == sent.keys()
-    assert all(got[name].dtype == dtype and got[name].shape == sent[name].shape for name in sent)
-    assert all(torch.equal(got[name], sent[name]) for name in sent)
+    download = decode(encode(sent))
+    assert download.keys() == sent.keys()
+    assert all(download[name].dtype == dtype and download[name].shape == sent[name].shape for name in sent)
+    assert all(torch.equal(download[name], sent[name]) for name in sent)
     assert encoded_size(sent) == len(encode(sent))
 
 
@@ -96,14 +96,14 @@ def test_a_payload_keeps_nan_infinities_and_negative_zero():
 
 
 def test_a_payload_takes_parameters_that_need_gradients():
-    got = decode(encode({"x": torch.nn.Parameter(torch.ones(2, 3))}))
-    assert not got["x"].requires_grad and torch.equal(got["x"], torch.ones(2, 3))
+    download = decode(encode({"x": torch.nn.Parameter(torch.ones(2, 3))}))
+    assert not download["x"].requires_grad and torch.equal(download["x"], torch.ones(2, 3))
 
 
 def test_a_payload_may_hold_the_same_tensor_under_two_names():
     x = torch.randn(4, 3)
-    got = decode(encode({"x": x, "y": x, "part": x[:2]}))
-    assert torch.equal(got["x"], x) and torch.equal(got["y"], x) and torch.equal(got["part"], x[:2])
+    download = decode(encode({"x": x, "y": x, "part": x[:2]}))
+    assert torch.equal(download["x"], x) and torch.equal(download["y"], x) and torch.equal(download["part"], x[:2])
 
 
 def test_an_empty_payload_is_a_payload():
@@ -111,8 +111,8 @@ def test_an_empty_payload_is_a_payload():
 
 
 def test_what_is_decoded_can_be_written_into():
-    got = decode(encode({"x": torch.zeros(3)}))["x"].add_(1)
-    assert torch.equal(got, torch.ones(3))
+    download = decode(encode({"x": torch.zeros(3)}))["x"].add_(1)
+    assert torch.equal(download, torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_tensors_shared_within_a_state_come_back_equal(tmp_path):
 
 
 def test_notes_travel_beside_the_state(tmp_path):
-    (tmp_path / "s").write_bytes(encode_state((), rounds_done=3, who="né"))
+    (tmp_path / "s").write_bytes(encode_state((), rounds_done=3, client="né"))
     assert decode_state(str(tmp_path / "s")) == ((), {"rounds_done": 3, "who": "né"})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fedlora.rounds.validator import Failed
 from rich.console import Console
 
 from fedlora.adapter import Adapter
@@ -16,12 +17,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
-from fedlora.rounds.gate import Failed
 from fedlora.rounds.loop import Plan, RunState, one_round
-from fedlora.rounds.loop import play as rounds
+from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.terminal import Live
 
-from test_gate import MEMBERS, METHOD, SPEC, Answers, LabelledFeatures, NoFolds, equal, only, play, upload
+from test_gate import MEMBERS, METHOD, SPEC, Answers, LabelledFeatures, NoFolds, equal, only, run_rounds, upload
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 
@@ -61,8 +61,8 @@ def huge(reply: Reply) -> Reply:
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError, OverflowError, ZeroDivisionError, None])
 def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_changed_most(error):
     watch = LabelledFeatures()
-    after, row = play(Answers(MEMBERS[:4], only("b", huge)), watch, method=Fragile(error))
-    without, _ = play(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
+    after, row = run_rounds(Answers(MEMBERS[:4], only("b", huge)), watch, method=Fragile(error))
+    without, _ = run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
     assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
     reason = row["refused"].pop("b")
     assert "changed most: by the norm 3464" in reason and (error.__name__.lstrip("_") if error else "infinite") in reason
@@ -72,32 +72,32 @@ def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_ch
 
 def test_a_merge_that_fails_at_the_first_reply_still_lets_the_whole_cohort_answer():
     watch = LabelledFeatures()
-    play(Answers(MEMBERS[:4], only("a", huge)), watch, method=Fragile())
-    assert [who for who, refused in watch.answers if refused is None] == ["a", "b", "c", "d", "b", "c", "d"]
+    run_rounds(Answers(MEMBERS[:4], only("a", huge)), watch, method=Fragile())
+    assert [client for client, rejected in watch.answers if rejected is None] == ["a", "b", "c", "d", "b", "c", "d"]
 
 
 def test_another_error_of_a_merge_is_no_ones_upload():
     with pytest.raises(KeyError):
-        play(Answers(MEMBERS[:4], only("b", huge)), method=Fragile(KeyError))
+        run_rounds(Answers(MEMBERS[:4], only("b", huge)), method=Fragile(KeyError))
 
 
 def test_after_the_last_attempt_the_run_stops_with_the_state_as_it_was():
     server = METHOD.init_server(SPEC, 0)
     before = encode_state(server)
     with pytest.raises(RunStopped, match=r"in 2 attempts.*: merging ended in LinAlgError.*; .: merging ended in"):
-        play(Answers(MEMBERS[:4], lambda r: [huge(r)]), method=Fragile(), before=server, attempts=2)
+        run_rounds(Answers(MEMBERS[:4], lambda r: [huge(r)]), method=Fragile(), before=server, attempts=2)
     assert encode_state(server) == before
 
 
 def test_a_client_that_is_the_only_one_is_asked_again():
     watch = LabelledFeatures()
     with pytest.raises(RunStopped, match="a: merging ended in"):
-        play(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=Fragile())
+        run_rounds(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=Fragile())
     assert [len(cohort) for cohort in watch.cohorts] == [1, 1, 1]
 
 
 def test_every_row_names_the_largest_upload_of_its_round():
-    _, row = play(Answers(MEMBERS[:4], only("c", huge)))
+    _, row = run_rounds(Answers(MEMBERS[:4], only("c", huge)))
     assert row["largest_upload"]["client"] == "c" and row["largest_upload"]["norm"] == pytest.approx(
         1000 * 12**0.5, rel=1e-3
     )
@@ -122,7 +122,7 @@ LAST = Largest("c", 3464.1, 4)
 
 @pytest.mark.parametrize(("diverged", "named"), [(1, False), (2, True), (4, True)])
 def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_is_named(diverged, named):
-    bad = {who.id for who in MEMBERS[:diverged]}
+    bad = {client.id for client in MEMBERS[:diverged]}
     nan = upload(**{"v.a": lambda x: x * math.nan})
     answers = Answers(MEMBERS[:4], lambda r: [nan(r)] if r.client.id in bad else [r])
     plan = Plan(METHOD, SPEC, 0, Sampling(attempts=1), Evaluate(clients="none"), 9)
@@ -152,7 +152,7 @@ class Exploding(Recorder):
     """A trainer whose client "1" ends in NaN."""
 
     def fit(self, asked: Any, rnd: Round) -> Any:
-        nan = [one.who.id == "1" and rnd.index == 1 for one in asked]
+        nan = [one.client.id == "1" and rnd.index == 1 for one in asked]
         answers = super().fit(asked, rnd)
         return [(_nan(adapter) if bad else adapter, notes) for bad, (adapter, notes) in zip(nan, answers, strict=True)]
 
@@ -166,7 +166,7 @@ def test_a_client_whose_training_is_not_finite_has_failed_and_keeps_the_state_it
     method, trainer, clients = FactorAveraging(rank=3, shared=shared), Exploding(ToyTrainer()), toy_clients(3)
     simulation = toy_simulation(method, trainer, clients)
     plan = toy_plan(method, trainer, rounds=3)
-    plan = replace(plan, judge=None)
+    plan = replace(plan, evaluate=None)
     rows = [
         row
         for _, row in rounds(
@@ -175,7 +175,7 @@ def test_a_client_whose_training_is_not_finite_has_failed_and_keeps_the_state_it
     ]
     assert [row["refused"] for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
     assert all(is_finite(state) for state in simulation.states.saved.values())
-    assert {index for who, index in simulation.states.saved if who == "1"} == ({0, 2} if shared == "a" else set())
+    assert {index for client, index in simulation.states.saved if client == "1"} == ({0, 2} if shared == "a" else set())
 
 
 SPEC_OF = ToyTrainer().spec
@@ -185,9 +185,9 @@ SPEC_OF = ToyTrainer().spec
 class Stuck(FactorAveraging):
     """FedIT, whose clients' linear algebra fails on client "1"."""
 
-    def work(self, mine: Any, got: Any, who: ClientInfo, rnd: Round) -> Any:
-        done = yield from super().work(mine, got, who, rnd)
-        if who.id == "1":
+    def work(self, state: Any, download: Any, client: ClientInfo, rnd: Round) -> Any:
+        done = yield from super().work(state, download, client, rnd)
+        if client.id == "1":
             torch.linalg.svd(torch.full((3, 3), math.nan))
         return done
 
@@ -195,7 +195,7 @@ class Stuck(FactorAveraging):
 def test_a_client_whose_linear_algebra_fails_does_not_stop_the_others():
     method, clients = Stuck(rank=3), toy_clients(3)
     simulation, rnd = toy_simulation(method, ToyTrainer(), clients), Round(0, 0)
-    sent = {who: method.send(method.init_server(SPEC_OF, 0), who, rnd) for who in clients}
-    found = {one.client.id: one for one in simulation.turn(rnd, sent, {})}
+    sent = {client: method.send(method.init_server(SPEC_OF, 0), client, rnd) for client in clients}
+    found = {one.client.id: one for one in simulation.train_clients(rnd, sent, {})}
     assert isinstance(found["1"], Failed) and "LinAlgError" in found["1"].reason
     assert isinstance(found["0"], Reply) and isinstance(found["2"], Reply)

@@ -21,7 +21,7 @@ from fedlora.rounds.flower.journal import Journal, Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import environment, free_port
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 from wired import problem
 
@@ -104,8 +104,8 @@ def test_a_key_speaks_for_the_clients_that_it_was_made_for_and_by_default_for_it
 def test_clients_are_declared_for_one_node_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process, which goes on
     make = [str(word) for word in ("keys", tmp_path / "keys", "--client", "x", "--client", "y", "--node", "a")]
-    refused = CliRunner().invoke(cli.app, [*make, "--node", "b"])
-    assert isinstance(refused.exception, UserError) and "exactly one --node" in str(refused.exception)
+    rejected = CliRunner().invoke(cli.app, [*make, "--node", "b"])
+    assert isinstance(rejected.exception, UserError) and "exactly one --node" in str(rejected.exception)
     assert CliRunner().invoke(cli.app, make).exit_code == 0
     assert [one.clients for one in Keys(tmp_path / "keys").credentials().values()] == [{"x", "y"}]
 

@@ -19,8 +19,8 @@ from fedlora.rounds.flower.wire import (
     Refused,
     RoundRecord,
     TaskRequest,
-    seal,
-    unseal,
+    decode_message,
+    encode_message,
 )
 from fedlora.version import __version__
 
@@ -55,15 +55,21 @@ class Owner:
         return self.ask(handshake(home, **more))
 
     def ask(self, header, payloads=()):
-        self.raw = self.node.answer(seal(header, payloads))
-        return unseal(self.raw, 1)[0]
+        self.raw = self.node.answer(encode_message(header, payloads))
+        return decode_message(self.raw, 1)[0]
 
 
 def handshake(home, labels=LABELS, **more):
     table = problem(home, **{"data": {"source": "none", "labels": list(labels)}, **more})
     experiment = build(table).to_toml()
     return Handshake(
-        protocol=PROTOCOL, version=__version__, run="r", experiment=experiment, labels=list(labels), life="1", done=0
+        protocol=PROTOCOL,
+        version=__version__,
+        run="r",
+        experiment=experiment,
+        labels=list(labels),
+        server_session_id="1",
+        done=0,
     )
 
 
@@ -117,18 +123,18 @@ def test_a_file_that_only_the_server_names_is_not_read_by_a_node_without_a_file(
 def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node")
     present = owner.hello(home)
-    who = present.clients[0]
+    client = present.clients[0]
     stranger = ClientRecord(id="other", rank=2, examples=7)
     order = {
-        "of another run": ({"run": "../../etc"}, who, [encode({})]),
-        "garbage": ({}, who, [os.urandom(200)]),
+        "of another run": ({"run": "../../etc"}, client, [encode({})]),
+        "garbage": ({}, client, [os.urandom(200)]),
         "for another client": ({}, stranger, [encode({})]),
-        "without payloads": ({}, who, []),
-        "base updates": ({"held": [3, 4]}, who, [encode({})]),
+        "without payloads": ({}, client, []),
+        "base updates": ({"held": [3, 4]}, client, [encode({})]),
     }
     change, client, payloads = order[name]
     table = {"kind": "turn", "run": "r", "when": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
-    answer = owner.ask(TaskRequest(**table, errands=[ClientTask(who=client, got=0)]), payloads)
+    answer = owner.ask(TaskRequest(**table, errands=[ClientTask(client=client, download=0)]), payloads)
     failure = answer.failure if isinstance(answer, Refused) else answer.answers[0].failure
     assert failure is not None and silent(owner.raw)
     assert name != "base updates" or (failure.reason is Reason.BASE_UPDATES and failure.count == 2)
@@ -137,6 +143,6 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
 @pytest.mark.parametrize("message", [b"", b"fedlora\x01" + bytes(40), os.urandom(300)])
 def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message):
     owner = Owner(home, tmp_path / "node")
-    answer = unseal(owner.node.answer(message), 1)[0]
+    answer = decode_message(owner.node.answer(message), 1)[0]
     assert isinstance(answer, Refused) and answer.failure.reason is Reason.MESSAGE
     assert len(owner.told) == 1

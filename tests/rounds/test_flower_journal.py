@@ -7,7 +7,7 @@ import pytest
 from fedlora.errors import RunStopped
 from fedlora.rounds.flower import link
 from fedlora.rounds.flower.journal import Journal, Reader
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 
 
 @pytest.fixture

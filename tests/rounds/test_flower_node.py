@@ -6,18 +6,18 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from fedlora.federated_data import FederatedData
+from fedlora.rounds.flower.exchange import FlowerBackend
 
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Session, export, rounds, run
-from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.flower import deploy, server, wire
 from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import NodeAdmission
-from fedlora.rounds.flower.exchange import FlowerBackend
 from fedlora.rounds.flower.node import Node, fingerprint
 from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.scores import ScoreCheck
@@ -32,10 +32,10 @@ from fedlora.rounds.flower.wire import (
     Handshake,
     Refused,
     TaskRequest,
-    seal,
+    encode_message,
 )
-from fedlora.rounds.flower.wire import unseal as unseal_for
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.flower.wire import decode_message as unseal_for
+from fedlora.rounds.progress import NullProgress
 from fedlora.train import local
 from fedlora.version import __version__
 from tiers import fast
@@ -44,7 +44,7 @@ from tiny import LABELS, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 
-def unseal(message):
+def decode_message(message):
     return unseal_for(message, 100)
 
 
@@ -99,34 +99,34 @@ def make_nodes(what, folder, groups=(CLIENTS[:2], CLIENTS[2:])):
     return nodes
 
 
-def serve(what, folder, hand, life="1", count=4, said=None):
+def serve(what, folder, hand, server_session_id="1", count=4, said=None):
     """The run over the post, taken up where its folder says."""
     folder.mkdir(exist_ok=True)
     lock = RunFolder(folder)
     try:
-        bench = Session.make(what, FederatedData.of_server(what))
-        remote = make_remote(what, bench, hand, life, lock.restore()[0], said)
+        session = Session.make(what, FederatedData.of_server(what))
+        remote = make_remote(what, session, hand, life, lock.restore()[0], said)
         remote.gather(count, 0.5)
-        return rounds(bench, lock, NullProgress(), remote)
+        return rounds(session, lock, NullProgress(), remote)
     finally:
         lock.release()
 
 
-def make_remote(what, bench, hand, life="1", done=0, said=None):
+def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
     hello = Handshake(
         protocol=PROTOCOL,
         version=__version__,
         run="r",
         experiment=what.to_toml(),
-        labels=list(bench.problem.corpus.labels),
-        life=life,
+        labels=list(session.federated_data.labelled_data.labels),
+        server_session_id=life,
         done=done,
     )
     row = what.method.row
-    door = NodeAdmission(fingerprint(bench.adapted.model), what.method.rank, row.mixed_ranks)
+    door = NodeAdmission(fingerprint(session.adapted.model), what.method.rank, row.mixed_ranks)
     tell = [] if said is None else said
     check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
-    return FlowerBackend(hand, hello, door, bench.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
+    return FlowerBackend(hand, hello, door, session.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
 @pytest.mark.parametrize("method", fast(["fedit", "fedsa-lora", "flora", "ce-lora"], "flora"))
@@ -188,7 +188,7 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     fit = local.LocalTrainer.fit
 
     def fails(trainer, asked, rnd):
-        if any(one.who.id == "001" for one in asked):
+        if any(one.client.id == "001" for one in asked):
             raise RuntimeError("out of memory")
         return fit(trainer, asked, rnd)
 
@@ -203,7 +203,7 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
     fit = local.LocalTrainer.fit
 
     def nan_for_one(trainer, asked, rnd):
-        factor = [torch.nan if one.who.id == "001" else 1.0 for one in asked]
+        factor = [torch.nan if one.client.id == "001" else 1.0 for one in asked]
         return [
             ({name: replace(part, **{f: x * by for f, x in vars(part).items()}) for name, part in adapter.items()}, notes)
             for by, (adapter, notes) in zip(factor, fit(trainer, asked, rnd), strict=True)
@@ -234,8 +234,8 @@ def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_b
 
     with monkeypatch.context() as patch, pytest.raises(RunStopped, match="killed"):
         patch.setattr(RunFolder, "commit", dies)
-        serve(what, tmp_path / "again", Hand(nodes), life="1")  # the nodes have worked on round 3 already
-    serve(what, tmp_path / "again", Hand(nodes), life="2")
+        serve(what, tmp_path / "again", Hand(nodes), server_session_id="1")  # the nodes have worked on round 3 already
+    serve(what, tmp_path / "again", Hand(nodes), server_session_id="2")
     assert_same_runs(tmp_path / "whole", tmp_path / "again")
 
 
@@ -243,7 +243,7 @@ class Late(Hand):
     """A post that brings no score before the next round's work has been sent."""
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
-        orders = {str(i): unseal(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
+        orders = {str(i): decode_message(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
         worked = {order.when.index for order in orders.values() if isinstance(order, TaskRequest) and order.kind == "turn"}
         early = {
             t
@@ -269,7 +269,7 @@ class Leaky(Hand):
     lost: tuple[int, str, int] = (0, "", 0)
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        headers = {at: unseal(letter)[0] for at, letter in letters.items()}
+        headers = {at: decode_message(letter)[0] for at, letter in letters.items()}
         gone = {at for at, o in headers.items() if isinstance(o, TaskRequest) and (at, o.kind, o.when.index) == self.lost}
         tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
         return tickets | {f"lost {at}": at for at in gone}
@@ -293,7 +293,7 @@ def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
     nodes = make_nodes(what, tmp_path, (CLIENTS,))
 
     def loses(at, letter, answer):
-        header, _ = unseal(letter)
+        header, _ = decode_message(letter)
         if isinstance(header, TaskRequest) and header.kind == "turn" and (header.when.index, header.when.attempt) == (2, 0):
             shutil.rmtree(tmp_path / "node0" / "runs")
             nodes[1] = Node(tmp_path / "node0")
@@ -316,43 +316,49 @@ def first_upload(payloads, bend):
 
 
 def nan(header, payloads):
-    return seal(header, first_upload(payloads, lambda x: torch.full_like(x, float("nan"))))
+    return encode_message(header, first_upload(payloads, lambda x: torch.full_like(x, float("nan"))))
 
 
 def misshapen(header, payloads):
-    return seal(header, first_upload(payloads, lambda x: x[:1]))
+    return encode_message(header, first_upload(payloads, lambda x: x[:1]))
 
 
 def of_another_round(header, payloads):
-    return seal(header.model_copy(update={"when": header.when.model_copy(update={"index": 7})}), payloads)
+    return encode_message(header.model_copy(update={"when": header.when.model_copy(update={"index": 7})}), payloads)
 
 
 def of_another_client(header, payloads):
     answers = [answer.model_copy(update={"id": "002"}) for answer in header.answers]
-    return seal(header.model_copy(update={"answers": answers}), payloads)
+    return encode_message(header.model_copy(update={"answers": answers}), payloads)
 
 
 def too_heavy(header, payloads):
     answers = [answer.model_copy(update={"weight": 1e9}) for answer in header.answers]
-    return seal(header.model_copy(update={"answers": answers}), payloads)
+    return encode_message(header.model_copy(update={"answers": answers}), payloads)
 
 
 def a_missing_payload(header, payloads):
-    return seal(header, [])
+    return encode_message(header, [])
 
 
 BAD = {
     "NaN": (nan, "NaN or infinite"),
     "misshapen": (misshapen, "shape"),
     "garbage": (lambda header, payloads: b"\x80\x04garbage", "not a message"),
-    "no tensors": (lambda header, payloads: seal(header, [b"garbage"] * len(payloads)), "not a payload of tensors"),
-    "cut": (lambda header, payloads: seal(header, payloads)[:-3], "damaged"),
+    "no tensors": (
+        lambda header, payloads: encode_message(header, [b"garbage"] * len(payloads)),
+        "not a payload of tensors",
+    ),
+    "cut": (lambda header, payloads: encode_message(header, payloads)[:-3], "damaged"),
     "replay": (of_another_round, "replies to round 8"),
     "another's name": (of_another_client, "does not mention it"),
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
-    "refused": (lambda header, payloads: seal(Refused(failure=Failure(reason=Reason.DATA))), "data cannot be used"),
-    "a strange kind": (lambda header, payloads: seal(Batch()), "answers 'bundle'"),
+    "refused": (
+        lambda header, payloads: encode_message(Refused(failure=Failure(reason=Reason.DATA))),
+        "data cannot be used",
+    ),
+    "a strange kind": (lambda header, payloads: encode_message(Batch()), "answers 'bundle'"),
     "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
     "silence": (lambda header, payloads: None, "no answer within"),
 }
@@ -363,7 +369,7 @@ def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_i
     bad, reason = BAD[name]
 
     def spoil(at, letter, answer):
-        header, payloads = unseal(answer)
+        header, payloads = decode_message(answer)
         return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else answer
 
     what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
@@ -387,11 +393,11 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
     change, reason = BAD_SCORES[name]
 
     def spoil(at, letter, answer):
-        header, payloads = unseal(answer)
+        header, payloads = decode_message(answer)
         if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
             return answer
         answers = [answer.model_copy(update=change) for answer in header.answers]
-        return seal(header.model_copy(update={"answers": answers}), payloads)
+        return encode_message(header.model_copy(update={"answers": answers}), payloads)
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
@@ -401,7 +407,7 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
 
 def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
     def spoil(at, letter, answer):
-        header, _ = unseal(answer)
+        header, _ = decode_message(answer)
         if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
             return answer
         frame = wire._Frame(header=header, sizes=[]).model_dump_json().encode()
@@ -425,14 +431,14 @@ def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
         serve(what, tmp_path / "run", hand, said=said)
     assert len(said) == 1 and said[0].startswith("node 2 refused")
     hand.credentials[2] = Credential("b", frozenset(CLIENTS[1:]))
-    serve(what, tmp_path / "again", hand, life="2")
+    serve(what, tmp_path / "again", hand, server_session_id="2")
 
 
 def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
     def spoil(at, letter, answer):
-        header, _ = unseal(answer)
+        header, _ = decode_message(answer)
         many = [ClientRecord(id=f"{i}", rank=2, examples=9) for i in range(1000)]
-        return seal(header.model_copy(update={"clients": many})) if isinstance(header, ClientLayout) else answer
+        return encode_message(header.model_copy(update={"clients": many})) if isinstance(header, ClientLayout) else answer
 
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS,)), spoil, credentials={1: Credential("a", frozenset(CLIENTS))})
@@ -443,17 +449,17 @@ def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
 
 def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it_gives(home, tmp_path):
     def spoil(at, letter, answer):
-        header, _ = unseal(answer)
+        header, _ = decode_message(answer)
         same = {"node": "same", "clients": [ClientRecord(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
-        return seal(header.model_copy(update=same)) if isinstance(header, ClientLayout) else answer
+        return encode_message(header.model_copy(update=same)) if isinstance(header, ClientLayout) else answer
 
     what = experiment(home)
     hand = Hand(make_nodes(what, tmp_path), spoil)
     hand.credentials = {1: Credential("a", frozenset({"000"})), 2: Credential("b", frozenset({"002"}))}
-    bench = Session.make(what, FederatedData.of_server(what))
-    remote = make_remote(what, bench, hand)
+    session = Session.make(what, FederatedData.of_server(what))
+    remote = make_remote(what, session, hand)
     remote.gather(2, 0.5)
-    assert [who.id for who in remote.clients()] == ["000", "002"]
+    assert [client.id for client in remote.clients()] == ["000", "002"]
 
 
 @pytest.mark.parametrize(
@@ -468,8 +474,8 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
 )
 def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, change, reason):
     def spoil(at, letter, answer):
-        header, _ = unseal(answer)
-        return seal(header.model_copy(update=change)) if at == 2 and isinstance(header, ClientLayout) else answer
+        header, _ = decode_message(answer)
+        return encode_message(header.model_copy(update=change)) if at == 2 and isinstance(header, ClientLayout) else answer
 
     said = []
     with pytest.raises(RunStopped, match=reason):
@@ -481,10 +487,10 @@ def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, cha
 def test_a_client_whose_disk_is_full_is_refused_with_its_reason(home, tmp_path, monkeypatch):
     save = RunFolder.save_client
 
-    def full(folder, who, *rest):
-        if who.id == "001":
+    def full(folder, client, *rest):
+        if client.id == "001":
             raise RunStopped("cannot write: No space left on device")
-        save(folder, who, *rest)
+        save(folder, client, *rest)
 
     monkeypatch.setattr(RunFolder, "save_client", full)
     what = experiment(home, "fedsa-lora", rounds=1)
@@ -499,13 +505,13 @@ def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     serve(what, tmp_path / "run", hand)
     carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
     for _, letter, answer in hand.carried:
-        header, payloads = unseal(letter)
+        header, payloads = decode_message(letter)
         if isinstance(header, TaskRequest) and header.kind == "turn":
             carried["bytes_down"][header.when.index] += sum(map(len, payloads))
-            carried["bytes_up"][header.when.index] += sum(map(len, unseal(answer)[1]))
+            carried["bytes_up"][header.when.index] += sum(map(len, decode_message(answer)[1]))
         elif isinstance(header, TaskRequest):
             (errand,) = header.errands
-            carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.got])
+            carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.download])
             carried["bytes_down"][header.when.index - 1] += len(payloads[errand.folds])
     assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
 

@@ -17,9 +17,9 @@ from fedlora.rounds.flower.wire import (
     Refused,
     RoundRecord,
     TaskRequest,
-    seal,
+    encode_message,
 )
-from fedlora.rounds.flower.wire import unseal as unseal_for
+from fedlora.rounds.flower.wire import decode_message as unseal_for
 
 WHEN = RoundRecord(index=3, seed=1, attempt=0)
 ORDER = TaskRequest(
@@ -27,12 +27,12 @@ ORDER = TaskRequest(
     run="r",
     when=WHEN,
     held=[0, 2],
-    errands=[ClientTask(who=ClientRecord(id="a/é", rank=2, examples=7), got=0, folds=1)],
+    errands=[ClientTask(client=ClientRecord(id="a/é", rank=2, examples=7), download=0, folds=1)],
 )
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
 
-def unseal(message):
+def decode_message(message):
     return unseal_for(message, 100)
 
 
@@ -46,22 +46,22 @@ def unseal(message):
     ],
 )
 def test_what_is_sealed_is_unsealed(header):
-    assert unseal(seal(header, PAYLOADS)) == (header, PAYLOADS)
+    assert decode_message(encode_message(header, PAYLOADS)) == (header, PAYLOADS)
 
 
 def test_the_name_of_a_clients_task_stays_at_home_and_the_client_is_the_same():
-    who = ClientInfo("a", 2, 7, task="secret")
-    assert ClientRecord.of(who).info() == who and "secret" not in ClientRecord.of(who).model_dump_json()
+    client = ClientInfo("a", 2, 7, task="secret")
+    assert ClientRecord.of(client).info() == client and "secret" not in ClientRecord.of(client).model_dump_json()
 
 
 def test_a_loss_that_is_no_number_arrives_as_it_is():
     done = Done(when=WHEN, folds=[], answers=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})])
-    notes = unseal(seal(done))[0].answers[0].notes
+    notes = decode_message(encode_message(done))[0].answers[0].notes
     assert notes["loss"] != notes["loss"] and notes["other"] == float("inf")
 
 
 def test_any_damage_gives_one_clear_error():
-    rng, message = random.Random(0), seal(ORDER, PAYLOADS)
+    rng, message = random.Random(0), encode_message(ORDER, PAYLOADS)
     for _ in range(3000):
         bad = bytearray(message)
         match rng.randrange(5):
@@ -77,7 +77,7 @@ def test_any_damage_gives_one_clear_error():
             case 4:
                 bad = bytearray(rng.randbytes(rng.randrange(100)))
         with pytest.raises(ValueError, match="message") as error:
-            unseal(bytes(bad))
+            decode_message(bytes(bad))
         assert "\n" not in str(error.value)
 
 
@@ -103,7 +103,7 @@ def forged(frame, payloads=b""):
 )
 def test_a_header_made_to_harm_gives_one_clear_error(frame):
     with pytest.raises(ValueError, match="a message whose") as error:
-        unseal(forged(frame))
+        decode_message(forged(frame))
     assert "\n" not in str(error.value)
 
 
@@ -133,15 +133,15 @@ def test_a_message_may_speak_of_as_many_clients_as_are_expected():
 def test_a_header_said_to_be_larger_than_the_message_is_not_believed():
     rest = (2**62).to_bytes(8, "big") + b"{}"
     with pytest.raises(ValueError, match="header would have"):
-        unseal(wire._MAGIC + wire._digest(rest) + rest)
+        decode_message(wire._MAGIC + wire._digest(rest) + rest)
 
 
 def test_a_message_above_the_limit_is_neither_sealed_nor_unsealed(monkeypatch):
-    message = seal(ORDER, PAYLOADS)
+    message = encode_message(ORDER, PAYLOADS)
     monkeypatch.setattr(wire, "MOST_BYTES", len(message) - 1)
-    for refused in (lambda: seal(ORDER, PAYLOADS), lambda: unseal(message)):
+    for rejected in (lambda: encode_message(ORDER, PAYLOADS), lambda: decode_message(message)):
         with pytest.raises(ValueError, match="too large"):
-            refused()
+            rejected()
 
 
 @pytest.mark.parametrize(

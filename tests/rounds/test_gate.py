@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from fedlora.rounds.validator import Failed, change_norm
 
 from fedlora.adapter import AdapterSpec
 from fedlora.config import Evaluate, Sampling
@@ -13,7 +14,6 @@ from fedlora.method import fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
-from fedlora.rounds.gate import Failed, change_norm
 from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.sample import choose
 
@@ -25,11 +25,11 @@ BEFORE = METHOD.init_server(SPEC, seed=0)
 INDEX = 4
 
 
-def honest(who, rnd, got):
+def honest(client, rnd, download):
     """A reply that depends on the client and the attempt, so that no two states are equal by chance."""
-    rng = rnd.rng(f"move {rnd.attempt}", who.id)
-    upload = {name: x + torch.randn(x.shape, generator=rng) / 10 for name, x in got.items()}
-    return Reply(who, rnd, upload, float(who.examples), {"loss": 1.0})
+    rng = rnd.rng(f"move {rnd.attempt}", client.id)
+    upload = {name: x + torch.randn(x.shape, generator=rng) / 10 for name, x in download.items()}
+    return Reply(client, rnd, upload, float(client.examples), {"loss": 1.0})
 
 
 def as_it_is(reply):
@@ -44,7 +44,7 @@ class Answers:
     bend: Callable[[Reply], list[Reply | Failed]] = as_it_is
 
     def clients(self):
-        return self.members
+        return self.clients
 
     def held(self):
         return {}
@@ -52,18 +52,18 @@ class Answers:
     def fold(self, change):
         raise AssertionError("this method folds nothing")
 
-    def turn(self, rnd, sent, missed):
-        for who, got in sent.items():
-            yield from self.bend(honest(who, rnd, got))
+    def train_clients(self, rnd, sent, missed):
+        for client, download in sent.items():
+            yield from self.bend(honest(client, rnd, download))
 
-    def judge(self, rnd, sent, missed):
+    def evaluate(self, rnd, sent, missed):
         yield from ()
 
 
 class NoFolds:
     """A store for a method that folds nothing."""
 
-    def save_fold(self, index, fold):
+    def save_base_update(self, index, fold):
         raise AssertionError("this method folds nothing")
 
     def fold(self, index):
@@ -83,17 +83,17 @@ class LabelledFeatures:
     def round_started(self, rnd, chosen):
         self.cohorts.append(list(chosen))
 
-    def answered(self, who, refused):
-        self.answers.append((who.id, refused))
+    def answered(self, client, rejected):
+        self.answers.append((client.id, rejected))
 
     def round_ended(self, row):
         pass
 
 
-def play(exchange, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
+def run_rounds(backend, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
     """The server's state after a round, and the row."""
     plan = Plan(method, SPEC, 0, Sampling(**sampling), Evaluate(clients="none"), rounds=9, uniform_weights=uniform)
-    after, row = one_round(plan, exchange, NoFolds(), RunState(before), INDEX, watch or LabelledFeatures())
+    after, row = one_round(plan, backend, NoFolds(), RunState(before), INDEX, watch or LabelledFeatures())
     return after.server, row
 
 
@@ -167,30 +167,34 @@ BAD = {
 @pytest.mark.parametrize("client", ["a", "c", "d"])
 def test_a_bad_reply_is_refused_by_name_and_the_round_is_as_without_that_client(client, change, reason):
     watch = LabelledFeatures()
-    after, row = play(Answers(MEMBERS[:4], only(client, change)), watch)
-    alone, _ = play(Answers([who for who in MEMBERS[:4] if who.id != client]))
+    after, row = run_rounds(Answers(MEMBERS[:4], only(client, change)), watch)
+    alone, _ = run_rounds(Answers([client for client in MEMBERS[:4] if client.id != client]))
     assert equal(after, alone)
     assert row["refused"].keys() == {client} and reason in row["refused"][client]
-    assert row["accepted"] == [who.id for who in MEMBERS[:4] if who.id != client] and row["attempts"] == 1
-    assert dict(watch.answers) == {who.id: row["refused"].get(who.id) for who in MEMBERS[:4]}
+    assert row["accepted"] == [client.id for client in MEMBERS[:4] if client.id != client] and row["attempts"] == 1
+    assert dict(watch.answers) == {client.id: row["refused"].get(client.id) for client in MEMBERS[:4]}
 
 
 def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enough_is_not():
     def far(norm):
         """A change of that norm in all, spread over two tensors."""
-        return lambda got: {**got, "q.b": got["q.b"] + norm * 0.6 / 24**0.5, "v.a": got["v.a"] + norm * 0.8 / 12**0.5}
+        return lambda download: {
+            **download,
+            "q.b": download["q.b"] + norm * 0.6 / 24**0.5,
+            "v.a": download["v.a"] + norm * 0.8 / 12**0.5,
+        }
 
-    got = METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))
-    near, beyond = [only("b", lambda r, n=n: replace(r, upload=far(n)(got))) for n in (99.9, 100.1)]
-    after, row = play(Answers(MEMBERS[:4], beyond), max_norm=100.0)
-    assert equal(after, play(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
+    download = METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))
+    near, beyond = [only("b", lambda r, n=n: replace(r, upload=far(n)(download))) for n in (99.9, 100.1)]
+    after, row = run_rounds(Answers(MEMBERS[:4], beyond), max_norm=100.0)
+    assert equal(after, run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
     assert "changed by the norm 100.1, allowed is 100" in row["refused"]["b"]
-    assert play(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["refused"] == {}
+    assert run_rounds(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["refused"] == {}
 
 
 def test_a_norm_that_no_float_can_hold_is_refused():
     huge = only("b", upload(**{"q.b": lambda x: torch.full_like(x, 3e38)}))
-    _, row = play(Answers(MEMBERS[:4], huge), max_norm=100.0)
+    _, row = run_rounds(Answers(MEMBERS[:4], huge), max_norm=100.0)
     assert row["refused"].keys() == {"b"}
 
 
@@ -198,8 +202,8 @@ def test_a_second_reply_is_refused_and_the_first_one_counts():
     def again(reply):
         return [reply, replace(reply, weight=1e6)] if reply.client.id == "b" else [reply]
 
-    after, row = play(Answers(MEMBERS[:4], again))
-    assert equal(after, play(Answers(MEMBERS[:4]))[0])
+    after, row = run_rounds(Answers(MEMBERS[:4], again))
+    assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
     assert row["refused"] == {"b": "has already replied in this round"} and row["accepted"] == ["a", "b", "c", "d"]
 
 
@@ -207,23 +211,23 @@ def test_a_client_may_mend_a_refused_reply():
     def twice(reply):
         return [replace(reply, weight=NAN), reply] if reply.client.id == "b" else [reply]
 
-    after, row = play(Answers(MEMBERS[:4], twice))
-    assert equal(after, play(Answers(MEMBERS[:4]))[0]) and row["accepted"] == ["a", "b", "c", "d"]
+    after, row = run_rounds(Answers(MEMBERS[:4], twice))
+    assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0]) and row["accepted"] == ["a", "b", "c", "d"]
 
 
 def test_a_client_that_was_not_chosen_is_refused():
     def intrude(reply):
         return [reply, replace(reply, client=ClientInfo("stranger", 4, 10))]
 
-    after, row = play(Answers(MEMBERS[:4], intrude))
-    assert equal(after, play(Answers(MEMBERS[:4]))[0])
+    after, row = run_rounds(Answers(MEMBERS[:4], intrude))
+    assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
     assert row["refused"].keys() == {"stranger"} and "was not chosen" in row["refused"]["stranger"]
 
 
 def test_no_accepted_weight_makes_the_merged_state_infinite():
     heavy = Answers(MEMBERS[:4], lambda r: [replace(r, weight=1e308, upload={k: 100 + x for k, x in r.upload.items()})])
     try:
-        after, _ = play(heavy, attempts=1)
+        after, _ = run_rounds(heavy, attempts=1)
     except RunStopped:
         return
     assert all(bool(x.isfinite().all()) for x in {**after.inner, **after.head}.values())
@@ -231,37 +235,37 @@ def test_no_accepted_weight_makes_the_merged_state_infinite():
 
 def test_a_client_that_claims_more_examples_than_the_server_allows_is_refused():
     many = [replace(MEMBERS[0], examples=1001), *MEMBERS[1:4]]
-    after, row = play(Answers(many), max_examples=1000)
-    assert equal(after, play(Answers(MEMBERS[1:4]))[0])
+    after, row = run_rounds(Answers(many), max_examples=1000)
+    assert equal(after, run_rounds(Answers(MEMBERS[1:4]))[0])
     assert row["refused"] == {"a": "claims 1001 examples, allowed are at most 1000 (sampling.max_examples)"}
-    assert play(Answers(many), max_examples=1001)[1]["refused"] == {}
-    assert play(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["refused"].keys() == {"a"}
+    assert run_rounds(Answers(many), max_examples=1001)[1]["refused"] == {}
+    assert run_rounds(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["refused"].keys() == {"a"}
 
 
 def test_only_what_this_round_trains_is_expected():
     method = HeadRule(FactorAveraging(rank=4, schedule=("a", "b")), "frozen")
     before = method.init_server(SPEC, seed=0)
     trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload={k: r.upload[k] for k in ("q.a", "v.a")})])
-    assert play(trained_a, method=method, before=before)[1]["refused"] == {}
+    assert run_rounds(trained_a, method=method, before=before)[1]["refused"] == {}
     with pytest.raises(RunStopped, match=r"sent unexpected q\.b"):
-        play(Answers(MEMBERS[:4]), method=method, before=before)
+        run_rounds(Answers(MEMBERS[:4]), method=method, before=before)
 
 
 def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_one_counts():
     watch = LabelledFeatures()
     some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 2 or r.client.id < "c" else [Failed(r.client, "silent")])
-    after, row = play(some, watch, fraction=0.5, min_replies=3, attempts=4)
+    after, row = run_rounds(some, watch, fraction=0.5, min_replies=3, attempts=4)
     last = Round(INDEX, 0, attempt=2)
     assert watch.cohorts == [choose(MEMBERS, 0.5, Round(INDEX, 0, attempt=i)) for i in range(3)]
     assert watch.cohorts[0] != watch.cohorts[1] != watch.cohorts[2] and row["attempts"] == 3
-    assert row["chosen"] == row["accepted"] == [who.id for who in watch.cohorts[2]]
-    replies = [honest(who, last, METHOD.send(BEFORE, who, last)) for who in watch.cohorts[2]]
+    assert row["chosen"] == row["accepted"] == [client.id for client in watch.cohorts[2]]
+    replies = [honest(client, last, METHOD.send(BEFORE, client, last)) for client in watch.cohorts[2]]
     assert equal(after, METHOD.merge(BEFORE, Replies(replies), last).server)
 
 
 def test_the_bytes_of_all_attempts_are_counted():
     some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 1 else [replace(r, weight=NAN)])
-    _, row = play(some, fraction=0.5)
+    _, row = run_rounds(some, fraction=0.5)
     payload = len(encode(METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))))
     assert row["attempts"] == 2
     assert row["bytes_up"] == row["bytes_down"] == 2 * 4 * payload
@@ -272,21 +276,21 @@ def test_after_the_last_attempt_the_run_stops_and_the_state_is_as_before(min_rep
     watch, written = LabelledFeatures(), encode({**BEFORE.inner, **BEFORE.head})
     some = Answers(MEMBERS, lambda r: [r] if min_replies == 3 and r.client.id < "c" else [Failed(r.client, "silent")])
     with pytest.raises(RunStopped, match=f"round {INDEX + 1}: in 2 attempts.*{min_replies} uploads.*h: silent"):
-        play(some, watch, fraction=0.75, min_replies=min_replies, attempts=2)
+        run_rounds(some, watch, fraction=0.75, min_replies=min_replies, attempts=2)
     assert len(watch.cohorts) == 2
     assert encode({**BEFORE.inner, **BEFORE.head}) == written
 
 
 def test_a_round_leaves_the_state_it_started_from_as_it_was():
     written = encode({**BEFORE.inner, **BEFORE.head})
-    after, _ = play(Answers(MEMBERS))
+    after, _ = run_rounds(Answers(MEMBERS))
     assert not equal(after, BEFORE) and encode({**BEFORE.inner, **BEFORE.head}) == written
 
 
 def test_uniform_weights_count_every_accepted_client_once():
-    after, _ = play(Answers(MEMBERS[:3]), uniform=True)
-    alike = [replace(who, examples=1) for who in MEMBERS[:3]]
-    assert equal(after, play(Answers(alike))[0])
+    after, _ = run_rounds(Answers(MEMBERS[:3]), uniform=True)
+    alike = [replace(client, examples=1) for client in MEMBERS[:3]]
+    assert equal(after, run_rounds(Answers(alike))[0])
 
 
 @dataclass(frozen=True)
@@ -298,23 +302,23 @@ class Chosen:
     def init_server(self, spec, seed):
         return torch.zeros(())
 
-    def init_client(self, spec, who, seed):
+    def init_client(self, spec, client, seed):
         return None
 
-    def send(self, server, who, rnd):
+    def send(self, server, client, rnd):
         return {}
 
-    def view(self, mine, got, who):
+    def view(self, state, download, client):
         raise AssertionError("nobody looks")
 
-    def work(self, mine, got, who, rnd):
+    def work(self, state, download, client, rnd):
         yield from fit({})
-        return mine, {"values": torch.ones(0), "count": torch.tensor(0)}
+        return state, {"values": torch.ones(0), "count": torch.tensor(0)}
 
-    def layout(self, spec, upload, like, who, rnd):
-        if not 0 <= int(upload["count"]) <= who.rank:
+    def expected_upload(self, spec, upload, template, client, rnd):
+        if not 0 <= int(upload["count"]) <= client.rank:
             raise ValueError(f"{int(upload['count'])} are too many")
-        return {**like, "values": torch.ones(int(upload["count"]))}
+        return {**template, "values": torch.ones(int(upload["count"]))}
 
     def merge(self, server, replies, rnd):
         return Merged(server + sum(float(reply.upload["values"].sum()) for reply in replies))
@@ -343,7 +347,7 @@ def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(r
         own = {"values": values, "count": count} if reply.client.id == "b" else one
         return [replace(reply, upload={**own, **head})]
 
-    after, row = play(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
+    after, row = run_rounds(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
     assert row["refused"].get("b") == reason or (reason is not None and reason in row["refused"]["b"])
     assert float(after.inner) == 2 + (0 if reason else len(values))
 
@@ -357,4 +361,4 @@ def test_a_head_of_the_wrong_shape_is_refused_also_where_clients_choose():
     bad = {"values": torch.ones(1), "count": torch.tensor(1), "head/out.w": torch.ones(4, 2)}
     answers = Answers(MEMBERS[:2], lambda r: [replace(r, upload=bad)])
     with pytest.raises(RunStopped, match=r"sent head/out\.w with shape \(4, 2\), expected \(2, 4\)"):
-        play(answers, method=method, before=method.init_server(SPEC, 0))
+        run_rounds(answers, method=method, before=method.init_server(SPEC, 0))

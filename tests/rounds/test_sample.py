@@ -9,7 +9,7 @@ TEN = [ClientInfo(f"{i:03}", rank=4, examples=i + 1) for i in range(10)]
 
 
 def ids(chosen):
-    return [who.id for who in chosen]
+    return [client.id for client in chosen]
 
 
 def test_the_same_round_chooses_the_same_clients():
@@ -53,6 +53,6 @@ def test_the_chosen_are_in_order_of_their_ids():
 
 def test_every_client_is_chosen_about_equally_often():
     rounds, fraction = 500, 0.3
-    times = Counter(who for i in range(rounds) for who in ids(choose(TEN, fraction, Round(i, seed=3))))
+    times = Counter(client for i in range(rounds) for client in ids(choose(TEN, fraction, Round(i, seed=3))))
     deviation = (rounds * fraction * (1 - fraction)) ** 0.5
-    assert all(abs(times[who.id] - rounds * fraction) < 4 * deviation for who in TEN)
+    assert all(abs(times[client.id] - rounds * fraction) < 4 * deviation for client in TEN)

@@ -29,7 +29,7 @@ RANKS = (2, 4, 1, 4)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> tuple[AdaptedModel, Encoded]:
+def session(tmp_path_factory) -> tuple[AdaptedModel, Encoded]:
     """A model that packs its examples; test_packing.py compares with padded ones."""
     folder = tmp_path_factory.mktemp("batched")
     model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
@@ -54,15 +54,15 @@ def jobs(adapted: AdaptedModel, ranks: tuple[int, ...] = RANKS, train: str = "ba
     for i, rank in enumerate(ranks):
         head: Adapter = {name: Dense(w + 0.01 * i) for name, w in adapted.spec.head.items()}
         fit = Fit({**drawn(adapted, rank, i), **head}, frozenset(train), **{k: v(adapted, i) for k, v in request.items()})
-        found.append(Job(fit, ROWS[i], seed=i, pace=7))
+        found.append(Job(fit, ROWS[i], seed=i, shared_order_seed=7))
     return found
 
 
 def both(
-    bench: tuple[AdaptedModel, Encoded], wanted: list[Job], settings: Train, tokens: int
+    session: tuple[AdaptedModel, Encoded], wanted: list[Job], settings: Train, tokens: int
 ) -> list[tuple[Trained, Trained]]:
     """Each job's result, trained with all others and alone."""
-    adapted, examples = bench
+    adapted, examples = session
     together = train_together(adapted, TASK, examples, wanted, settings, tokens)
     return [
         (one, train_together(adapted, TASK, examples, [job], settings, 1)[0])
@@ -70,7 +70,7 @@ def both(
     ]
 
 
-def beside(adapted: AdaptedModel, client: int) -> dict[str, LowRank]:
+def frozen_extra(adapted: AdaptedModel, client: int) -> dict[str, LowRank]:
     return drawn(adapted, 1 + client, 50 + client)
 
 
@@ -88,14 +88,14 @@ def penalty(adapted: AdaptedModel, client: int) -> Any:
     [
         (Train(batch_size=4, lr=1e-2, epochs=2, weight_decay=0.1), {}),
         (Train(batch_size=4, lr=0.1, optimizer="sgd", clip_norm=0.05, batches="random"), {}),
-        (Train(batch_size=4, lr=1e-2), {"beside": beside, "penalty": penalty}),
+        (Train(batch_size=4, lr=1e-2), {"beside": frozen_extra, "penalty": penalty}),
         (Train(batch_size=4, lr=1e-2), {"train": "b"}),
     ],
     ids=["adamw", "sgd and clipping", "companions and penalties", "b alone"],
 )
-def test_clients_trained_together_train_as_if_alone(bench, settings, request_, tokens):
+def test_clients_trained_together_train_as_if_alone(session, settings, request_, tokens):
     """Unequal ranks, rows and lengths, dropout in the model and in the LoRA layers, clients that end before others."""
-    for one, alone in both(bench, jobs(bench[0], **request_), settings, tokens):
+    for one, alone in both(session, jobs(session[0], **request_), settings, tokens):
         assert one.steps == alone.steps
         assert_close(one.loss, alone.loss, rtol=1e-5, atol=1e-6)
         # a hundredth of a step: AdamW makes steps of one size of gradients near zero, and so of their rounding
@@ -122,9 +122,9 @@ def routed(job: Job, others: int, seed: int) -> Job:
     ],
     ids=["adamw", "sgd and clipping"],
 )
-def test_experts_trained_together_train_as_if_alone_and_leave_the_others(bench, settings, tokens):
-    wanted = [routed(job, 2, i) for i, job in enumerate(jobs(bench[0]))]
-    for job, (one, alone) in zip(wanted, both(bench, wanted, settings, tokens), strict=True):
+def test_experts_trained_together_train_as_if_alone_and_leave_the_others(session, settings, tokens):
+    wanted = [routed(job, 2, i) for i, job in enumerate(jobs(session[0]))]
+    for job, (one, alone) in zip(wanted, both(session, wanted, settings, tokens), strict=True):
         assert_close(one.loss, alone.loss, rtol=1e-5, atol=1e-6)
         assert_close(pack(one.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
         for name, part in job.request.start.items():
@@ -134,35 +134,35 @@ def test_experts_trained_together_train_as_if_alone_and_leave_the_others(bench, 
                 assert all(not torch.equal(getattr(trained, k), getattr(part, k)) for k in "bag")
 
 
-def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(bench):
-    adapted, examples = bench
+def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(session):
+    adapted, examples = session
     some = jobs(adapted)
     some = [some[0], routed(some[1], 2, 1), routed(some[2], 1, 2), routed(some[3], 2, 3)]
-    who = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
-    rows = {one.id: job.rows for one, job in zip(who, some, strict=True)}
-    asked = [FitRequest(job.request, one, 0) for one, job in zip(who, some, strict=True)]
+    client = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
+    rows = {one.id: job.rows for one, job in zip(client, some, strict=True)}
+    asked = [FitRequest(job.request, one, 0) for one, job in zip(client, some, strict=True)]
     trainers = [
         LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together) for together in (1, 3)
     ]
     for (alone, _), (grouped, _) in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
     evaluated = [
-        trainer.scores([(one, job.request.start) for one, job in zip(who, some, strict=True)]) for trainer in trainers
+        trainer.scores([(one, job.request.start) for one, job in zip(client, some, strict=True)]) for trainer in trainers
     ]
     for alone, grouped in zip(*evaluated, strict=True):
         assert grouped.metrics == pytest.approx(alone.metrics, rel=1e-4)
 
 
-def test_training_moves_what_is_compared(bench):
-    adapted, examples = bench
+def test_training_moves_what_is_compared(session):
+    adapted, examples = session
     job = jobs(adapted)[0]
     (trained,) = train_together(adapted, TASK, examples, [job], Train(batch_size=4, lr=1e-2), 100)
     start = pack(job.request.start)
     assert all((x - start[key]).abs().max() > 1e-3 for key, x in pack(trained.adapter).items())
 
 
-def test_ranks_that_only_other_clients_have_stay_zero(bench):
-    adapted, examples = bench
+def test_ranks_that_only_other_clients_have_stay_zero(session):
+    adapted, examples = session
     some = [replace(job, rows=ROWS[0]) for job in jobs(adapted, (2, 4))]
     train_together(adapted, TASK, examples, some, Train(batch_size=4, lr=1e-2, weight_decay=0.1), 1000)
     for layer in adapted.layers.values():
@@ -170,8 +170,8 @@ def test_ranks_that_only_other_clients_have_stay_zero(bench):
         assert layer.b[0, :, :2].all() and layer.b[1].all()
 
 
-def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(bench):
-    exact, examples = bench
+def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(session):
+    exact, examples = session
     model, _, _ = TASK.load(exact.model.config.name_or_path, LABELS, seed=0)
     coarse = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"], precision=torch.bfloat16)
     settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
@@ -184,8 +184,8 @@ def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(bench):
         assert apart < 0.01 * moved
 
 
-def test_the_trainer_groups_requests_and_answers_in_their_order(bench):
-    adapted, examples = bench
+def test_the_trainer_groups_requests_and_answers_in_their_order(session):
+    adapted, examples = session
     names = "wxyz"
     rows = dict(zip(names, ROWS, strict=True))
     asked = [
@@ -203,11 +203,11 @@ def test_the_trainer_groups_requests_and_answers_in_their_order(bench):
     for (alone, notes), (grouped, other), one in zip(*results, asked, strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
         assert_close(other, notes)
-        assert next(iter(alone.values())).rank == one.who.rank
+        assert next(iter(alone.values())).rank == one.client.rank
 
 
-def test_clients_judged_together_are_judged_as_if_alone(bench):
-    adapted, examples = bench
+def test_clients_judged_together_are_judged_as_if_alone(session):
+    adapted, examples = session
     rows = dict(zip("wxyz", [ROWS[0], ROWS[1], ROWS[2][:0], ROWS[3]], strict=True))
     asked = [(ClientInfo(n, r, 5), job.request.start) for n, r, job in zip("wxyz", RANKS, jobs(adapted), strict=True)]
     one, three = (
@@ -227,8 +227,8 @@ def test_passes_take_every_batch_once_and_similar_lengths_together():
     assert sorted(passes(sizes, tokens=1)) == [[0], [1], [2], [3], [4]]
 
 
-def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(bench):
-    adapted, examples = bench
+def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(session):
+    adapted, examples = session
     found = bytes_per_token(adapted, TASK, examples, drawn(adapted, 4, 0))
     hidden, layers = 32, 2
     assert 4 * hidden * layers * 8 < found < 4 * hidden * layers * 80

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_batched import bench, jobs  # noqa: F401  (a fixture)
+from test_batched import jobs, session  # noqa: F401  (a fixture)
 
 from fedlora.adapter import Dense, pack
 from fedlora.config import Train
@@ -20,8 +20,8 @@ WHO = ClientInfo("x", 3, 5)
 
 
 @pytest.mark.parametrize("kind", ["two factors and the head", "heads"])
-def test_it_is_what_a_step_on_all_examples_moves(bench, kind, monkeypatch):  # noqa: F811
-    adapted, examples = bench
+def test_it_is_what_a_step_on_all_examples_moves(session, kind, monkeypatch):  # noqa: F811
+    adapted, examples = session
     job = jobs(adapted)[0]
     start, train = job.request.start, frozenset("baw")
     if kind == "heads":

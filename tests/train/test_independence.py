@@ -15,7 +15,7 @@ from fedlora.errors import UserError
 from fedlora.experiment import run
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
-from fedlora.rounds.watch import NullProgress
+from fedlora.rounds.progress import NullProgress
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
@@ -66,7 +66,7 @@ def jobs(adapted: AdaptedModel) -> list[Job]:
         for name, part in lora_init(adapted.spec, 1 + i, i).items():
             start[name] = LowRank(torch.randn(part.b.shape, generator=rng).double() / 9, part.a.double())
         head: Adapter = {name: Dense(w + 0.01 * i) for name, w in adapted.spec.head.items()}
-        found.append(Job(Fit({**start, **head}, frozenset("baw")), rows, seed=i, pace=7))
+        found.append(Job(Fit({**start, **head}, frozenset("baw")), rows, seed=i, shared_order_seed=7))
     return found
 
 

@@ -193,13 +193,13 @@ def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
 @pytest.mark.parametrize("rest", [(), (5,)])
 def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
     adapted = AdaptedModel(Net(), Scaling(16.0), "all-linear")
-    singles = [moved(adapted, seed=seed) for seed in range(3)]
+    needs_individual_uploads = [moved(adapted, seed=seed) for seed in range(3)]
     x = torch.randn(3, 2, *rest, 7)
-    adapted.load(singles, "ba")
+    adapted.load(needs_individual_uploads, "ba")
     together = adapted.model(x.flatten(0, 1))
     together.square().sum().backward()
     found = [own_gradients(adapted, i) for i in range(3)]
-    for i, single in enumerate(singles):
+    for i, single in enumerate(needs_individual_uploads):
         adapted.load([single], "ba")
         alone = adapted.model(x[i])
         alone.square().sum().backward()
@@ -255,13 +255,13 @@ def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, trai
     assert_close(gradients_of_the_factors(adapted), wanted)
 
 
-def assert_each_as_alone(adapted: AdaptedModel, singles: list[Adapter], x: Tensor, train: str) -> None:
+def assert_each_as_alone(adapted: AdaptedModel, needs_individual_uploads: list[Adapter], x: Tensor, train: str) -> None:
     """Outputs and gradients of clients loaded together, for x [clients, rows, ...], are those of each by itself."""
-    adapted.load(singles, train)
+    adapted.load(needs_individual_uploads, train)
     outputs = adapted.model(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     outputs.square().sum().backward()
-    found = [gradients_of_the_factors(adapted, client) for client in range(len(singles))]
-    for i, single in enumerate(singles):
+    found = [gradients_of_the_factors(adapted, client) for client in range(len(needs_individual_uploads))]
+    for i, single in enumerate(needs_individual_uploads):
         adapted.load([single], train)
         alone = adapted.model(x[i])
         alone.square().sum().backward()
@@ -279,8 +279,8 @@ def test_middle_factors_of_several_clients_give_each_client_what_its_own_would(k
         AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]),
         torch.randn(3, 2, *rest, 7).double(),
     )
-    singles = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
-    assert_each_as_alone(adapted, singles, x, "bcsa")
+    needs_individual_uploads = [middled(adapted, kind, seed, heads) for seed, heads in enumerate([2, 3, 1])]
+    assert_each_as_alone(adapted, needs_individual_uploads, x, "bcsa")
 
 
 @pytest.mark.parametrize("alpha", [6.0, 24.0])
@@ -310,7 +310,7 @@ def adapted_net(adapted: AdaptedModel) -> Net:
 
 def test_an_adapter_without_a_middle_leaves_none_of_an_earlier_one():
     adapted, x = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
-    two = {name: part.pair() for name, part in middled(adapted, ThreeFactor, seed=1).items()}
+    two = {name: part.as_two_factors() for name, part in middled(adapted, ThreeFactor, seed=1).items()}
     adapted.load([two])
     expected = adapted.model(x)
     for kind in (Heads, ThreeFactor):
@@ -389,8 +389,8 @@ def test_experts_of_several_clients_give_each_client_what_its_own_would(rest):
         AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]),
         torch.randn(3, 2, *rest, 7).double(),
     )
-    singles = [routed(adapted, seed, rank=rank) for seed, rank in enumerate([2, 3, 1])]
-    assert_each_as_alone(adapted, singles, x, "bag")
+    needs_individual_uploads = [routed(adapted, seed, rank=rank) for seed, rank in enumerate([2, 3, 1])]
+    assert_each_as_alone(adapted, needs_individual_uploads, x, "bag")
 
 
 @pytest.mark.parametrize("train", ["bag", "g", ""])
@@ -512,7 +512,7 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
     expected = layers[1](middle) + middle @ dense["1"].mT
     adapted.fold(one)
     adapted.fold(two)
-    adapted.load([{}], beside=[three])
+    adapted.load([{}], frozen_extra=[three])
     assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -551,8 +551,8 @@ def test_the_head_of_a_checkpoint_without_one_is_all_that_lies_beside_the_encode
     model.base_model.save_pretrained(tmp_path)
     transformers.logging.set_verbosity_error()
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    beside = [n for n, m in model.named_children() if m is not model.base_model and any(True for _ in m.parameters())]
-    assert beside and list(head_modules(model, report["missing_keys"])) == beside
+    frozen_extra = [n for n, m in model.named_children() if m is not model.base_model and any(True for _ in m.parameters())]
+    assert frozen_extra and list(head_modules(model, report["missing_keys"])) == frozen_extra
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])

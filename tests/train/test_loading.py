@@ -118,9 +118,9 @@ def no_package(folder: Path) -> None:
 def test_what_cannot_be_loaded_is_refused_in_one_line_and_nobody_is_asked(load, damage, message, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked on the terminal"))
     damage(tiny_bert(tmp_path))
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as rejected:
         load(tmp_path)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
 
 
 def test_code_that_a_folder_brings_beside_a_known_model_is_not_run(tmp_path):

@@ -80,8 +80,8 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
     order, masks = generator(SEED, "order"), [generator(SEED, "dropout")]
     for index in range(settings.epochs):
         losses, steps = 0.0, 0
-        pace = generator(PACE, "pace", index)
-        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, pace):
+        shared_order_seed = generator(PACE, "pace", index)
+        for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, shared_order_seed):
             inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
             optimizer.zero_grad()
             with ClientDropout() as chance:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_batched import bench, jobs, routed  # noqa: F401  (a fixture)
+from test_batched import jobs, routed, session  # noqa: F401  (a fixture)
 from torch import nn
 from torch.testing import assert_close
 
@@ -139,8 +139,8 @@ def test_a_call_that_fails_inside_the_blocks_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize(("experts", "dropout", "tokens"), [(False, 0.0, 1), (False, 0.1, 100_000), (True, 0.1, 100_000)])
-def test_training_and_judging_give_the_same_packed(bench, experts, dropout, tokens):  # noqa: F811
-    adapted, examples = bench
+def test_training_and_judging_give_the_same_packed(session, experts, dropout, tokens):  # noqa: F811
+    adapted, examples = session
     some = jobs(adapted)
     some = [routed(job, 2, i) for i, job in enumerate(some)] if experts else some
     settings = Train(batch_size=4, lr=0.1, optimizer="sgd")
@@ -191,8 +191,8 @@ def evaluated(adapted: AdaptedModel, examples: Encoded, some: Any, works: bool) 
         adapted.packing.works = True
 
 
-def test_clients_that_are_judged_on_long_examples_only_may_have_fewer_than_others(bench):  # noqa: F811
-    adapted, examples = bench
+def test_clients_that_are_judged_on_long_examples_only_may_have_fewer_than_others(session):  # noqa: F811
+    adapted, examples = session
     ranked = examples.lengths().argsort()
     asked = [(rows, job.request.start) for rows, job in zip((ranked[:20], ranked[-2:]), jobs(adapted), strict=False)]
     together = score(adapted, TASK, examples, asked, 8)

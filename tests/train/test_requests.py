@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_batched import bench, drawn, jobs  # noqa: F401  (a fixture)
+from test_batched import drawn, jobs, session  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -40,12 +40,12 @@ def start_of(spec: AdapterSpec) -> Adapter:
 
 
 @pytest.fixture(params=["model", "toy"])
-def trainer(request, bench) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
+def trainer(request, session) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
     """What can be adapted, and what answers a request: the trainer around a model, and the one of the laws."""
     if request.param == "toy":
         toy = ToyTrainer()
         return SPEC, lambda one: toy.fit_one(one, WHO)[0] if isinstance(one, Fit) else toy.gradient(WHO, one)
-    adapted, examples = bench
+    adapted, examples = session
     local = local_trainer(adapted, examples)
     return adapted.spec, lambda one: answered(local, one) if isinstance(one, Fit) else local.gradient(WHO, one)
 
@@ -74,7 +74,7 @@ def wide(spec: AdapterSpec) -> LowRank:
     return LowRank(torch.ones(out + 1, 2), torch.ones(2, in_))
 
 
-def pair(spec: AdapterSpec) -> LowRank:
+def as_two_factors(spec: AdapterSpec) -> LowRank:
     _, out, in_ = first(spec)
     return LowRank(torch.ones(out, 2), torch.ones(2, in_))
 
@@ -149,8 +149,8 @@ def _changed(request: Fit | Gradient, fields: dict[str, Any]) -> Fit | Gradient:
     return made
 
 
-def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(bench, monkeypatch):  # noqa: F811
-    adapted, examples = bench
+def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(session, monkeypatch):  # noqa: F811
+    adapted, examples = session
     good = Fit(start_of(adapted.spec), frozenset("ba"))
     bad = replace(good, rates={"c": 2.0})
     monkeypatch.setattr(TASK, "losses", lambda *_: pytest.fail("a model was called"))
@@ -158,16 +158,16 @@ def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(bench,
         local_trainer(adapted, examples).fit([FitRequest(good, WHO, 0), FitRequest(bad, WHO, 0)], Round(0, 0))
 
 
-def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(bench):  # noqa: F811
-    adapted, examples = bench
+def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(session):  # noqa: F811
+    adapted, examples = session
     view = other(adapted.spec, scaled(adapted.spec))
     with pytest.raises(ValueError, match="no layer computes parts of kind Scaled"):
         local_trainer(adapted, examples).scores([(WHO, view)])
 
 
 @pytest.mark.parametrize("part", [pair, wide, scaled], ids=["of no adapted module", "of another shape", "of another kind"])
-def test_a_change_of_the_base_that_has_no_place_is_refused(bench, part):  # noqa: F811
-    adapted, _ = bench
+def test_a_change_of_the_base_that_has_no_place_is_refused(session, part):  # noqa: F811
+    adapted, _ = session
     before = {name: adapted._weight(name).clone() for name in adapted.layers}
     for fold, spec in ((adapted.fold, adapted.spec), (ToyTrainer().fold, SPEC)):
         name = "no.such" if part is pair else first(spec)[0]
@@ -179,7 +179,7 @@ def test_a_change_of_the_base_that_has_no_place_is_refused(bench, part):  # noqa
 class Asking(FactorAveraging):
     """Asks its clients for a mapping."""
 
-    def work(self, mine: Any, got: Tensors, who: ClientInfo, rnd: Round) -> Any:
+    def work(self, state: Any, download: Tensors, client: ClientInfo, rnd: Round) -> Any:
         yield {"start": start_of(SPEC)}
 
 
@@ -218,10 +218,10 @@ def parts_of(kind: type, spec: AdapterSpec) -> Adapter:
 
 
 @pytest.mark.parametrize("kind", [LowRank, ThreeFactor, Heads, Experts])
-def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(bench, kind, monkeypatch):  # noqa: F811
+def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(session, kind, monkeypatch):  # noqa: F811
     """With a loss of nothing and the gradient of the penalty, a step of plain descent shrinks each tensor: b, which is
     scale * lora_B, by scale^2 as much, as decision 8 has it."""
-    adapted, examples = bench
+    adapted, examples = session
     start = parts_of(kind, adapted.spec)
     factors_of = frozenset(key.rpartition(".")[2] for key in pack(start))
     monkeypatch.setattr(Classification, "losses", lambda self, model, inputs, _: 0 * model(**inputs).logits.sum(1))
@@ -257,8 +257,8 @@ def test_the_toy_shows_a_penalty_every_factor_too():
 
 
 @pytest.mark.parametrize("field", ["train", "rates", "beside"])
-def test_requests_that_differ_in_what_holds_for_a_whole_step_are_not_trained_in_one(bench, field):  # noqa: F811
-    adapted, examples = bench
+def test_requests_that_differ_in_what_holds_for_a_whole_step_are_not_trained_in_one(session, field):  # noqa: F811
+    adapted, examples = session
     one, two = jobs(adapted)[:2]
     values = {"train": frozenset("b"), "rates": {"b": 2.0}, "beside": drawn(adapted, 1, 0)}
     two = replace(two, request=replace(two.request, **{field: values[field]}))
@@ -266,9 +266,9 @@ def test_requests_that_differ_in_what_holds_for_a_whole_step_are_not_trained_in_
         train_together(adapted, TASK, examples, [one, two], Train(), 1000)
 
 
-def test_heads_of_unequal_rank_are_not_trained_in_one_step_but_one_after_the_other(bench):  # noqa: F811
+def test_heads_of_unequal_rank_are_not_trained_in_one_step_but_one_after_the_other(session):  # noqa: F811
     """Their blocks would be padded apart from their columns."""
-    adapted, examples = bench
+    adapted, examples = session
     rng = torch.Generator().manual_seed(0)
 
     def heads(count: int, rank: int) -> Adapter:

@@ -113,9 +113,9 @@ def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_mi
 def test_targets_and_patterns_that_match_nothing_are_refused_in_one_line(lora, message):
     model = model_of("bert")
     settings = Lora(**lora)
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as rejected:
         find_targets(model, settings.targets, settings.rank_pattern, head_modules(model, ()))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
 
 
 def test_ranks_above_the_size_of_a_module_are_refused_with_the_largest():

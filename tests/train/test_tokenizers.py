@@ -123,17 +123,17 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused_in_one_line(load, sp
     size = len(tokenizer) - len(added)
     config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": size, "pad_token_id": pad})
     tiny_model(tmp_path, config, tokenizer)
-    with pytest.raises(UserError, match=message) as refused:
+    with pytest.raises(UserError, match=message) as rejected:
         load(str(tmp_path))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
 
 
 @pytest.mark.parametrize("config", [transformers.BertConfig(**SMALL), LLAMA, T5, transformers.RobertaConfig(**SMALL)])
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line(config, tmp_path):
     tiny_model(tmp_path, config)
-    with pytest.raises(UserError, match=r"tokenizer.*with tokenizer.save_pretrained") as refused:
+    with pytest.raises(UserError, match=r"tokenizer.*with tokenizer.save_pretrained") as rejected:
         load_classifier(str(tmp_path), LABELS, 0)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(rejected.value)
 
 
 def test_texts_of_unknown_words_alone_are_refused(tmp_path):

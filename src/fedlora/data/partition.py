@@ -59,10 +59,12 @@ def divide(train: Dataset, clients: Clients, seed: int) -> Partition:
     return Partition(shares, left_out_rows=len(train) - given, left_out_clients=users - len(rows_of))
 
 
-def label_table(train: Dataset, division: Partition, labels: int) -> Int[np.ndarray, "clients labels"]:
+def label_table(train: Dataset, partition: Partition, labels: int) -> Int[np.ndarray, "clients labels"]:
     """How many examples each client has of each label, the held-out ones included."""
     label_of = np.asarray(train["label"][:])
-    return np.stack([np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in division.shares])
+    return np.stack(
+        [np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in partition.shares]
+    )
 
 
 def share(client: str, rows: list[int], held_out: float, seed: int, task: str = "") -> ClientSplit:

@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, dense, shared_rank, side_by_side, sizes
+from fedlora.linalg.terms import WORKING, Terms, concat_factors, dense, shared_rank, sizes
 
 
 def stack(terms: Terms) -> LowRank:
     """The sum of the terms, exactly, of rank equal to the sum of the ranks. The weights go into `b` only."""
     sizes(terms)
     dtype = terms[0][1].b.dtype
-    return _cast(side_by_side(terms, torch.promote_types(dtype, torch.float32)), dtype)
+    return _cast(concat_factors(terms, torch.promote_types(dtype, torch.float32)), dtype)
 
 
 def mean(terms: Terms) -> LowRank:
@@ -49,7 +49,7 @@ def residual(terms: Terms) -> LowRank:
     ]
     centre = mean(apart).b
     centred = [(share, LowRank(b=f.b - centre, a=f.a)) for share, f in apart]
-    return _cast(leading(side_by_side(centred, WORKING), (len(terms) - 1) * last.rank), terms[0][1].b.dtype)
+    return _cast(leading(concat_factors(centred, WORKING), (len(terms) - 1) * last.rank), terms[0][1].b.dtype)
 
 
 def leading(factor: LowRank, rank: int) -> LowRank:
@@ -104,7 +104,7 @@ def _norm(terms: Terms) -> Tensor:
     out, in_, rank = sizes(terms)
     if rank * (out + in_) >= out * in_:
         return dense(terms).square().sum((-2, -1)).sqrt()
-    total = side_by_side(terms, WORKING)
+    total = concat_factors(terms, WORKING)
     if terms[0][1].b.dtype == WORKING:
         core = torch.matmul(torch.linalg.qr(total.a.mT, mode="r").R, total.b.mT)
         return core.square().sum((-2, -1)).sqrt()

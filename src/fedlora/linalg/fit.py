@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.linalg.combine import fresh_rows
 from fedlora.linalg.krylov import Matrix, converged_basis, power_step, times
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, dense, side_by_side, sizes
+from fedlora.linalg.terms import WORKING, Terms, concat_factors, dense, sizes
 
 Split = Literal["left", "balanced"]
 Svd = tuple[Tensor, Tensor, Tensor]
@@ -47,7 +47,7 @@ def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> L
     def decompose(chunk: Terms) -> Svd:
         if first.dtype == WORKING:
             return svd(chunk)
-        total = dense(chunk) if stacked >= min(out, in_) else side_by_side(chunk, WORKING)
+        total = dense(chunk) if stacked >= min(out, in_) else concat_factors(chunk, WORKING)
         return _leading_svd(total, (out, in_, stacked), rank)
 
     batch = first.shape[:-2]
@@ -85,7 +85,7 @@ def svd(terms: Terms) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*ba
     if stacked >= min(out, in_):
         u, s, vt = torch.linalg.svd(dense(terms), full_matrices=False)
         return u, s, vt
-    total = side_by_side(terms, WORKING)
+    total = concat_factors(terms, WORKING)
     left, right = torch.linalg.qr(total.b), torch.linalg.qr(total.a.mT)
     u, s, vt = torch.linalg.svd(left.R @ right.R.mT)
     return left.Q @ u, s, vt @ right.Q.mT

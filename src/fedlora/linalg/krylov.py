@@ -48,9 +48,9 @@ def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[
         values, vectors = torch.linalg.eigh(_symmetric(space.mT @ images))
         top = vectors[..., -rank:]
         basis: Tensor = space @ top
-        missed = (images @ top - basis * values[..., None, -rank:]).square().sum(-2).sqrt().sum(-1)
+        pending = (images @ top - basis * values[..., None, -rank:]).square().sum(-2).sqrt().sum(-1)
         unavoidable = values[..., :-rank].clamp_min(0).sum(-1).sqrt()
-        excess = torch.minimum(missed.sqrt(), missed / unavoidable) / values.clamp_min(0).sum(-1).sqrt()
+        excess = torch.minimum(pending.sqrt(), pending / unavoidable) / values.clamp_min(0).sum(-1).sqrt()
         excesses.append(float(excess.nan_to_num(0).max()))
         if excesses[-1] <= _TOLERANCE:
             return basis

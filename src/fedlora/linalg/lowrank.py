@@ -23,7 +23,7 @@ class LowRank:
         """The dense matrix."""
         return self.b @ self.a
 
-    def pair(self) -> "LowRank":
+    def as_two_factors(self) -> "LowRank":
         """The same matrix as two factors: these."""
         return self
 
@@ -45,7 +45,7 @@ class ThreeFactor:
         """The dense matrix."""
         return self.b @ self.c @ self.a
 
-    def pair(self) -> LowRank:
+    def as_two_factors(self) -> LowRank:
         """The same matrix as two factors, c multiplied into b."""
         return LowRank(b=self.b @ self.c, a=self.a)
 
@@ -69,9 +69,9 @@ class Heads:
 
     def product(self) -> Float[Tensor, "*batch out in"]:
         """The dense matrix."""
-        return self.pair().product()
+        return self.as_two_factors().product()
 
-    def pair(self) -> LowRank:
+    def as_two_factors(self) -> LowRank:
         """The same matrix as two factors, core multiplied into b."""
         return LowRank(b=self.b @ block_diagonal(self.s[..., None, None] * self.c), a=self.a)
 
@@ -108,7 +108,7 @@ class Experts:
         slots = torch.zeros_like(logits, dtype=best.values.dtype).scatter(-1, best.indices, best.values.softmax(-1))
         return torch.cat([slots[..., :experts].sum(-1, keepdim=True), slots[..., experts:]], -1)
 
-    def side_by_side(self) -> LowRank:
+    def concat_factors(self) -> LowRank:
         """The sum of all experts, the own one first, each with `rank` columns of b and rows of a."""
         b = torch.cat([self.b.unsqueeze(-3), self.others_b], -3)  # [*batch, experts, out, rank]
         a = torch.cat([self.a.unsqueeze(-3), self.others_a], -3)  # [*batch, experts, rank, in]

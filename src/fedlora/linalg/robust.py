@@ -17,7 +17,7 @@ class Parts:
     sparse: Float[Tensor, "*batch n m"]
 
 
-def robust_parts(
+def robust_pca(
     columns: Float[Tensor, "*batch n m"], sparsity: float | None = None, tolerance: float = 1e-7, steps: int = 1000
 ) -> Parts:
     """The parts that minimise |low|_nuclear + sparsity |sparse|_1, by alternating directions.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, shared_rank, side_by_side
+from fedlora.linalg.terms import WORKING, Terms, concat_factors, shared_rank
 
 _SINGULAR = 1e-13  # relative: eigenvalues of a a^T below are rounding
 
@@ -62,7 +62,7 @@ class CosineLoss:
     """
 
     def __init__(self, terms: Terms, strength: float, per_column: bool = False, squared: bool = True) -> None:
-        total = side_by_side(_normalised(terms), WORKING)
+        total = concat_factors(_normalised(terms), WORKING)
         self.centre = mean([(w, LowRank(b=f.b.to(WORKING), a=f.a.to(WORKING))) for w, f in terms])
         self.strength, self.per_column, self.squared = strength, per_column, squared
         self._total = total

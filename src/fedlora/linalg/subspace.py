@@ -44,7 +44,7 @@ def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Fl
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
 
 
-def likeness(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
+def similarity(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
     """Linear centred kernel alignment, in [0, 1] and in fp64: |x^T y|^2 / (|x^T x| |y^T y|), Frobenius, columns centred.
 
     It is 1 for y = x, and stays if x or y is multiplied by a number, or from the right by an orthogonal matrix; from the

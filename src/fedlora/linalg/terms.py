@@ -50,7 +50,7 @@ def shared_rank(terms: Terms) -> int:
     return rank
 
 
-def side_by_side(terms: Terms, dtype: torch.dtype) -> LowRank:
+def concat_factors(terms: Terms, dtype: torch.dtype) -> LowRank:
     """The sum as one pair of factors in `dtype`: the weighted b next to each other, the a below each other."""
     _, in_, rank = sizes(terms)
     first = terms[0][1]
@@ -73,7 +73,7 @@ def dense(terms: Terms, dtype: torch.dtype = WORKING) -> Float[Tensor, "*batch o
     batch = first.b.shape[:-2]
     total = torch.zeros(batch.numel(), out, in_, dtype=dtype, device=first.b.device)
     for block in _blocks(terms):
-        stack = side_by_side(block, dtype)
+        stack = concat_factors(block, dtype)
         total.baddbmm_(stack.b.reshape(-1, out, stack.rank), stack.a.reshape(-1, stack.rank, in_))
     return total.reshape(*batch, out, in_)
 

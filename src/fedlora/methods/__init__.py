@@ -41,7 +41,7 @@ class Row:
     top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
     in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
     sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are the experts, which the
-    clients' data decide. `picked_up` and `picked_down` tell,
+    clients' data decide. `index_counts` and `index_counts_down` tell,
     for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
     the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
 
@@ -57,10 +57,10 @@ class Row:
     set: their examples, or the same for all.
 
     `exact`, `secure` and `private` are a short answer, which may be followed by a colon and the reason. `secure`: does the
-    sum of all uploads suffice, so that they can be masked; by default that follows from `singles`. `private`: would noise,
+    sum of all uploads suffice, so that they can be masked; by default that follows from `needs_individual_uploads`. `private`: would noise,
     in training or on the clipped upload, cover all that leaves a client. "open" is what nobody has settled.
 
-    `exceptions` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
+    `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
     the reason.
     """
 
@@ -76,30 +76,30 @@ class Row:
     weights: Weights = "examples"
     personal: bool = False
     mixed_ranks: bool = False
-    singles: bool = False
+    needs_individual_uploads: bool = False
     secure: str = ""
     private: str = "open"
     fold: str = "0"
     once: tuple[str, str] = ("0", "0")
-    picked_up: tuple[str, str] | None = None
-    picked_down: tuple[str, str] | None = None
-    exceptions: Mapping[str, str] = field(default_factory=dict)
-    preset: Mapping[str, Any] = field(default_factory=dict)
+    index_counts: tuple[str, str] | None = None
+    index_counts_down: tuple[str, str] | None = None
+    known_failures: Mapping[str, str] = field(default_factory=dict)
+    fixed_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def secure_sums(self) -> str:
         """Whether it works with secure aggregation, which shows the server nothing but sums of uploads."""
-        return self.secure or ("no: the server needs each upload by itself" if self.singles else "yes")
+        return self.secure or ("no: the server needs each upload by itself" if self.needs_individual_uploads else "yes")
 
     def settings(self) -> dict[str, Any]:
         """What the user may set, with the defaults."""
-        return {f.name: f.default for f in fields(self.make) if f.name not in self.preset}  # type: ignore[arg-type]
+        return {f.name: f.default for f in fields(self.make) if f.name not in self.fixed_settings}  # type: ignore[arg-type]
 
 
 _ROWS = (
     Row(
         name="fedit",
         make=FactorAveraging,
-        preset={"shared": "ba", "schedule": ("ba",)},
+        fixed_settings={"shared": "ba", "schedule": ("ba",)},
         paper="Zhang et al. 2024, arXiv:2305.05644",
         summary="averages b and a separately",
         exact="no: off by the covariance of the factors",
@@ -108,7 +108,7 @@ _ROWS = (
     Row(
         name="ffa-lora",
         make=FactorAveraging,
-        preset={"shared": "b", "schedule": ("b",)},
+        fixed_settings={"shared": "b", "schedule": ("b",)},
         paper="Sun et al. 2024, arXiv:2403.12313",
         summary="freezes a common random a, trains and averages b",
         exact="yes",
@@ -120,7 +120,7 @@ _ROWS = (
     Row(
         name="rolora",
         make=FactorAveraging,
-        preset={"shared": "ba", "schedule": ("b", "a")},
+        fixed_settings={"shared": "ba", "schedule": ("b", "a")},
         paper="Chen et al. 2025, arXiv:2502.01755",
         summary="trains and averages b and a in alternate rounds",
         exact="yes, in each round",
@@ -130,7 +130,7 @@ _ROWS = (
     Row(
         name="fedsa-lora",
         make=FactorAveraging,
-        preset={"shared": "a", "schedule": ("ba",)},
+        fixed_settings={"shared": "a", "schedule": ("ba",)},
         paper="Guo et al. 2025, arXiv:2410.01463",
         summary="averages a; b and the head stay personal",
         exact="a only: there is no global model",
@@ -143,7 +143,7 @@ _ROWS = (
     Row(
         name="local-only",
         make=FactorAveraging,
-        preset={"shared": "", "schedule": ("ba",)},
+        fixed_settings={"shared": "", "schedule": ("ba",)},
         paper="a baseline, no paper",
         summary="sends nothing: each client trains b, a and its head alone",
         exact="nothing is merged",
@@ -152,7 +152,7 @@ _ROWS = (
         head="local",
         personal=True,
         private="yes: nothing leaves a client",
-        exceptions={"test_a_bad_upload_is_refused_and_the_round_goes_on": "there is nothing in it that could be bad"},
+        known_failures={"test_a_bad_upload_is_refused_and_the_round_goes_on": "there is nothing in it that could be bad"},
     ),
     Row(
         name="flexlora",
@@ -161,7 +161,7 @@ _ROWS = (
         summary="averages products; each client gets the best fit of its own rank",
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         secure='dense only: with upload = "dense"',
         private="yes: noise on both factors, of which the cut to the rank removes a part",
     ),
@@ -171,10 +171,10 @@ _ROWS = (
         paper="Trautmann et al. 2025, arXiv:2501.06332",
         summary="averages products and factorises the mean again",
         exact="up to the rank: the best fit to the mean of the products",
-        singles=True,
+        needs_individual_uploads=True,
         secure='dense only: with upload = "dense"',
         private="yes: noise on both factors, of which the cut to the rank removes a part",
-        exceptions={
+        known_failures={
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b"
         },
     ),
@@ -187,9 +187,9 @@ _ROWS = (
         down=("0",),
         fold="min(R * (out + in), out * in)",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: but the noise stays in the base, with a rank that grows",
-        exceptions={"test_identical_clients_are_as_one": "each client draws an a of its own"},
+        known_failures={"test_identical_clients_are_as_one": "each client draws an a of its own"},
     ),
     Row(
         name="fedex-lora",
@@ -198,7 +198,7 @@ _ROWS = (
         summary="averages b and a separately; what that misses goes into the base",
         exact="yes",
         fold="min((K - 1) * r * (out + in), out * in)",
-        singles=True,
+        needs_individual_uploads=True,
         secure="no: only for the factors, not for what goes into the base",
         private="yes: but products of noise stay in the base",
     ),
@@ -209,7 +209,7 @@ _ROWS = (
         summary="searches two lists of coefficients whose combined b and a imitate the mean of the products",
         exact="no: between averaged factors and the best fit of the rank",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: the search shrinks clients with much noise",
     ),
     Row(
@@ -218,7 +218,7 @@ _ROWS = (
         paper="Bian et al. 2025, arXiv:2411.14961",
         summary="averages b and a, and corrects b on the server towards the mean of the products",
         exact="no: only what lies in the rows of the mean a",
-        singles=True,
+        needs_individual_uploads=True,
         secure="no: it would take a second exchange in each round",
         private="yes: the correction is pulled to zero, which dampens noise",
     ),
@@ -230,7 +230,7 @@ _ROWS = (
         exact="no: off by the covariance of the factors; yes if b alone is trained",
         fold="min(2 * r * (out + in), out * in)",
         private="yes: on changes, not on the large factors themselves; the noise stays in the base",
-        exceptions={
+        known_failures={
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "the start is split by `scale_in_init`, whatever alpha is"
         },
     ),
@@ -263,9 +263,9 @@ _ROWS = (
         down=("rank * (out + in)",),
         fold="min(rank * (out + in), out * in)",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: but each fold puts noise into the base",
-        exceptions={"test_one_client_alone_trains_locally, mixed ranks": "its upload is cut to its rank"},
+        known_failures={"test_one_client_alone_trains_locally, mixed ranks": "its upload is cut to its rank"},
     ),
     Row(
         name="hetlora",
@@ -274,10 +274,10 @@ _ROWS = (
         summary="pads unequal ranks with zeros, averages by norm; clients prune their own rank",
         exact="no: off by the covariance of the padded factors",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         secure="no: the server weighs each upload by its norm",
         private="no: weights and ranks follow the clients' data",
-        exceptions={"test_factors_and_head_are_averaged_with_the_same_weights": "factors weigh by norm, by definition"},
+        known_failures={"test_factors_and_head_are_averaged_with_the_same_weights": "factors weigh by norm, by definition"},
     ),
     Row(
         name="fedhm-lora",
@@ -286,9 +286,9 @@ _ROWS = (
         summary="averages products by capacity; each client gets the best fit of its own rank, balanced",
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: noise on both factors, of which the cut to the rank removes a part",
-        exceptions={
+        known_failures={
             "test_factors_and_head_are_averaged_with_the_same_weights": "factors weigh by capacity, by definition",
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b",
         },
@@ -317,9 +317,9 @@ _ROWS = (
         paper="Jhunjhunwala et al. 2025, arXiv:2506.01194",
         summary="splits the clients' changes into common and sparse parts, and amplifies the sparse mean",
         exact="no: a rescaled mean of the factors",
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: but noise counts as sparse, and is amplified",
-        exceptions={"test_identical_clients_are_as_one": "from min_clients on: see how it works"},
+        known_failures={"test_identical_clients_are_as_one": "from min_clients on: see how it works"},
     ),
     Row(
         name="fslora",
@@ -332,7 +332,7 @@ _ROWS = (
         mixed_ranks=True,
         secure="yes: with zeros for what was not drawn; what was is public",
         private="yes: what is drawn does not depend on data, and only that needs noise",
-        exceptions={
+        known_failures={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
             "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
         },
@@ -345,13 +345,13 @@ _ROWS = (
         exact="no: a mean of the factors' largest changes",
         up=("density_up * r * (out + in)",),
         down=("density_down * r * (out + in)",),
-        picked_up=("density_up * r * (out + in)", "rank * (out + in)"),
-        picked_down=("density_down * r * (out + in)", "rank * (out + in)"),
+        index_counts=("density_up * r * (out + in)", "rank * (out + in)"),
+        index_counts_down=("density_down * r * (out + in)", "rank * (out + in)"),
         weights="uniform",
         mixed_ranks=True,
         secure="no: clients send different entries; filled up with zeros they save nothing",
         private="no: which entries a client sends depends on its data",
-        exceptions={
+        known_failures={
             "test_one_client_alone_trains_locally": "small changes stay at home, and the server takes its own step",
             "test_traffic_is_what_the_row_declares, mixed ranks": "a client's rank thins modules of fixed rank too",
             "test_rounds_without_the_largest_client_still_teach_every_rank": "small entries are not sent, whoever is there",
@@ -365,12 +365,12 @@ _ROWS = (
         exact="yes, in each round",
         up=("r * out", "r * in"),
         down=("rank * (out + in)",),
-        picked_up=("r", "rank"),
+        index_counts=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
         secure="no: clients send different ranks; filled up with zeros they save nothing",
         private="no: which ranks a client sends depends on its data",
-        exceptions={
+        known_failures={
             "test_traffic_is_what_the_row_declares, mixed ranks": "a budget counts ranks, and wide ones have more floats",
         },
     ),
@@ -383,7 +383,9 @@ _ROWS = (
         up=("r * r",),
         down=("r * (out + in + r)",),
         private="yes: noise enters once, on rank^2 numbers",
-        exceptions={"test_alpha_is_no_more_than_the_unit_of_the_updates": "b and a are frozen, and c learns as in b c a"},
+        known_failures={
+            "test_alpha_is_no_more_than_the_unit_of_the_updates": "b and a are frozen, and c learns as in b c a"
+        },
     ),
     Row(
         name="ravan",
@@ -393,11 +395,11 @@ _ROWS = (
         exact="yes, for each head",
         up=("r * head_rank * head_rank",),
         down=("rank * head_rank * head_rank",),
-        picked_down=("r", "rank"),
+        index_counts_down=("r", "rank"),
         mixed_ranks=True,
         secure="yes: with zeros for heads that were not trained, and a count for each",
         private="yes: noise enters once, on the small cores; heads chosen by gradient tell of the data besides",
-        exceptions={
+        known_failures={
             "test_identical_clients_are_as_one, mixed ranks": "each client draws heads of its own",
             "test_factors_and_head_are_averaged_with_the_same_weights, mixed ranks": "each head has its own mean",
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "b and a are frozen, and c learns as in b c a",
@@ -415,7 +417,7 @@ _ROWS = (
         once=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="no: mixtures of features leave a client; with data_weight 0 yes, noise on the small cores alone",
     ),
     Row(
@@ -426,7 +428,7 @@ _ROWS = (
         exact="no: off by the covariance of the factors within a cluster",
         head="own",
         personal=True,
-        singles=True,
+        needs_individual_uploads=True,
         private="yes: noise on each adapter, of which an owner of several tasks sends several",
     ),
     Row(
@@ -459,10 +461,10 @@ _ROWS = (
         down=("E * r * (out + in) + (2 * E - 1) * in",),
         head="local",
         personal=True,
-        singles=True,
+        needs_individual_uploads=True,
         secure="no: the clusters need each upload; after them a sum for each cluster would do",
         private="yes: if the uploads of the warm-up get noise too",
-        exceptions={
+        known_failures={
             "test_traffic_is_what_the_row_declares": "E is found in the warm-up, which has pairs up and nothing down",
             "test_identical_clients_are_as_one": "equal ones make clusters too, and each trains its own expert alone",
             "test_factors_and_head_are_averaged_with_the_same_weights": "each cluster has a mean of its own",

@@ -41,26 +41,26 @@ class FactorAveraging:
         """The shared factors."""
         return pick(pack(lora_init(spec, self.rank, seed)), self.shared)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
         """The factors that do not travel."""
         kept = _ALL - set(self.shared)
         return pick(pack(lora_init(spec, self.rank, seed)), kept) if kept else {}
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
         """The shared factors, the same for everybody."""
         return server
 
-    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """Own factors and shared factors together."""
-        return unpack({**mine, **got}, LowRank)
+        return unpack({**state, **download}, LowRank)
 
     def work(
-        self, mine: Mapping[str, Tensor], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, Tensor], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[dict[str, Tensor], Tensors]]:
         """Trains this round's factors; keeps the personal ones, uploads the shared ones."""
         train = set(self.schedule[rnd.index % len(self.schedule)])
-        trained = pack((yield from fit(self.view(mine, got, who), train)))
-        return {**mine, **pick(trained, train - set(self.shared))}, pick(trained, train & set(self.shared))
+        trained = pack((yield from fit(self.view(state, download, client), train)))
+        return {**state, **pick(trained, train - set(self.shared))}, pick(trained, train & set(self.shared))
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of what came up; what did not come up stays."""
@@ -71,6 +71,6 @@ class FactorAveraging:
         means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.plus(reply.weight, unpack({**server, **reply.upload}, LowRank))
+            ideal = ideal.add(reply.weight, unpack({**server, **reply.upload}, LowRank))
         merged = {**server, **means.mean()}
         return Merged(merged, notes={"aggregation_error": ideal.error(unpack(merged, LowRank))})

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.lowrank import ThreeFactor
 from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, flaw
-from fedlora.linalg.subspace import likeness
+from fedlora.linalg.subspace import similarity
 from fedlora.linalg.transport import mixtures_apart
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, features, fit
@@ -78,46 +78,48 @@ class CELoRA:
         """The identity, and nobody's core."""
         return Cores({f"{name}.c": torch.eye(spec.rank(name, self.rank), dtype=spec.dtype) for name in spec.modules})
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
         """b = 0 and a random a."""
         drawn: dict[str, Tensor] = {}
         for name, (out, in_) in spec.modules.items():
-            rank, owner = spec.rank(name, self.rank), "" if self.shared_a else who.id
+            rank, owner = spec.rank(name, self.rank), "" if self.shared_a else client.id
             a = self.std * torch.randn(rank, in_, generator=generator(seed, "ce_lora", name, owner))
             drawn |= {f"{name}.b": torch.zeros(out, rank, dtype=spec.dtype), f"{name}.a": a.to(spec.dtype)}
         return drawn
 
-    def send(self, server: Cores, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Cores, client: ClientInfo, rnd: Round) -> Tensors:
         """The client's own mixture of cores; beside it an empty tensor that asks for its data's mixtures, if unknown."""
-        ask = {_ASKED: torch.zeros(0, dtype=torch.uint8)} if self.data_weight and who.id not in server.data else {}
+        ask = {_ASKED: torch.zeros(0, dtype=torch.uint8)} if self.data_weight and client.id not in server.data else {}
         if not server.last:
             return {**server.start, **ask}
         ids = sorted(server.last)
-        shares = self._shares(server, ids, who.id) if who.id in server.last else _even(len(ids))
+        shares = self._shares(server, ids, client.id) if client.id in server.last else _even(len(ids))
         return {**{key: mixed([server.last[one][key] for one in ids], shares) for key in server.start}, **ask}
 
-    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """Its own b and a around the mixture."""
-        return unpack({**mine, **_split(got)[0]}, ThreeFactor)
+        return unpack({**state, **_split(download)[0]}, ThreeFactor)
 
-    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains all three factors; keeps b and a, uploads c, and mixtures if it is asked for them."""
         data: Tensors = {}
-        if _ASKED in got:
+        if _ASKED in download:
             seen = yield from features()
-            points, seed = seen.features.to(next(iter(mine.values())).dtype), rnd.rng("mixtures", who.id).initial_seed()
+            points, seed = seen.features.to(next(iter(state.values())).dtype), rnd.rng("mixtures", client.id).initial_seed()
             data = {_DATA + key: x for key, x in vars(fit_mixtures(points, seen.labels, seen.classes, seed)).items()}
-        trained = pack((yield from fit(self.view(mine, got, who), "bca")))
+        trained = pack((yield from fit(self.view(state, download, client), "bca")))
         return pick(trained, "ba"), {**pick(trained, "c"), **data}
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """With as many components as there must be for so many examples of each label."""
-        (cores, expected), (_, came) = _split(like), _split(upload)
+        (cores, expected), (_, came) = _split(template), _split(upload)
         if not expected or came["counts"].shape != expected["counts"].shape:
-            return like
+            return template
         counts = came["counts"]
-        if bool((counts < 0).any()) or int(counts.sum()) != who.examples:
-            raise ValueError(f"examples of each label that do not add up to its {who.examples}")
+        if bool((counts < 0).any()) or int(counts.sum()) != client.examples:
+            raise ValueError(f"examples of each label that do not add up to its {client.examples}")
         total = int(components(counts).sum())
         shapes = {key: x if key == "counts" else x.new_empty(total, *x.shape[1:]) for key, x in expected.items()}
         if all(came[key].shape == x.shape for key, x in shapes.items()) and (reason := flaw(Mixtures(**came))):
@@ -127,19 +129,19 @@ class CELoRA:
     def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
         """Keeps the cores and mixtures that came; cores are mixed when they are sent."""
         came = {reply.client.id: _split(reply.upload) for reply in replies if reply.weight > 0}
-        last = {**server.last, **{who: cores for who, (cores, _) in came.items()}}
-        if not (new := {who: Mixtures(**data) for who, (_, data) in came.items() if data}):
+        last = {**server.last, **{client: cores for client, (cores, _) in came.items()}}
+        if not (new := {client: Mixtures(**data) for client, (_, data) in came.items() if data}):
             return Merged(replace(server, last=last))
         data = {**server.data, **new}
         return Merged(replace(server, last=last, data=data, apart=_distances(data, server.apart)))
 
     def _shares(self, server: Cores, ids: Sequence[str], one: str) -> Tensor:
         """The row of S [clients] that belongs to client `one`, in the order of `ids`; it sums to 1."""
-        alike = (1 - self.data_weight) * _cores_alike([server.last[who] for who in ids], ids.index(one))
+        alike = (1 - self.data_weight) * _cores_alike([server.last[client] for client in ids], ids.index(one))
         if self.data_weight:
-            place = {who: i for i, who in enumerate(server.data)}
-            alike = alike + self.data_weight * self._data_alike(server.apart, place[one])[[place[who] for who in ids]]
-        others = torch.tensor([who != one for who in ids])
+            place = {client: i for i, client in enumerate(server.data)}
+            alike = alike + self.data_weight * self._data_alike(server.apart, place[one])[[place[client] for client in ids]]
+        others = torch.tensor([client != one for client in ids])
         if not self.include_self and len(ids) > 1:
             alike = torch.where(others, alike, -torch.inf if self.normaliser == "softmax" else 0.0)
         if self.normaliser == "softmax":
@@ -168,7 +170,7 @@ def mixed(cores: Sequence[Tensor], shares: Tensor) -> Tensor:
 def _cores_alike(cores: Sequence[Tensors], one: int) -> Tensor:
     """How like core number `one` each is [clients], in [0, 1]."""
     stacked = [torch.stack([core[key] for core in cores]) for key in cores[0]]
-    return torch.stack([likeness(c[one].expand_as(c), c) for c in stacked]).mean(0)
+    return torch.stack([similarity(c[one].expand_as(c), c) for c in stacked]).mean(0)
 
 
 def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:

@@ -40,25 +40,25 @@ class Ditto:
         """A shared pair of update zero."""
         return self._shared().init_server(spec, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Scaled:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Scaled:
         """No pair yet."""
         return Scaled({}, spec.scales(self.rank))
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
         """The shared pair."""
         return server
 
-    def view(self, mine: Scaled, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Scaled, download: Tensors, client: ClientInfo) -> Adapter:
         """Its own pair, or the shared one as long as there is none."""
-        return mine.adapter or unpack(got, LowRank)
+        return state.adapter or unpack(download, LowRank)
 
-    def work(self, mine: Scaled, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
+    def work(self, state: Scaled, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
         """Trains the shared pair, and uploads it; then its own, with the penalty."""
-        shared = unpack(got, LowRank)
+        shared = unpack(download, LowRank)
         trained = _pairs((yield from fit(shared)))
-        penalty = partial(_pull, self.pull, mine.scales, shared) if self.pull else None
-        own = _pairs((yield from fit(mine.adapter or shared, penalty=penalty)))
-        return replace(mine, adapter=own), pack(trained)
+        penalty = partial(_pull, self.pull, state.scales, shared) if self.pull else None
+        own = _pairs((yield from fit(state.adapter or shared, penalty=penalty)))
+        return replace(state, adapter=own), pack(trained)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of the shared pairs."""

@@ -40,24 +40,24 @@ class FedDPA:
         """A shared pair of update zero."""
         return self._shared().init_server(spec, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
         """A personal pair of update zero."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal"))
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
         """The shared pair."""
         return server
 
-    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
         """Both pairs, stacked."""
-        return {name: stack([(1.0, part), (1.0, mine[name])]) for name, part in unpack(got, LowRank).items()}
+        return {name: stack([(1.0, part), (1.0, state[name])]) for name, part in unpack(download, LowRank).items()}
 
     def work(
-        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
         """Trains the shared pair, then the personal one beside it; uploads the shared one."""
-        shared = _pairs((yield from fit(unpack(got, LowRank))))
-        return _pairs((yield from fit(mine, beside=shared))), pack(shared)
+        shared = _pairs((yield from fit(unpack(download, LowRank))))
+        return _pairs((yield from fit(state, frozen_extra=shared))), pack(shared)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of the shared pairs."""

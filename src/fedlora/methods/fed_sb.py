@@ -65,25 +65,25 @@ class FedSB:
             return pick(pack({name: _untrained(part) for name, part in frames.items()}), "c")
         return pack({name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in frames.items()})
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Tensors:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Tensors:
         """Random b and a, if those are used."""
         if self.init != "random":
             return {}
         return pack(_frames(spec, {name: self._rank(spec, name) for name in spec.modules}, seed))
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
         """All that the server has, the same for everybody."""
         return server
 
-    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """The three factors, or two while the gradient is looked at."""
-        return _adapter({**mine, **got})
+        return _adapter({**state, **download})
 
-    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains c and uploads it; in the first rounds of "gradient", b and then a."""
         train = {0: "b", 1: "a"}.get(rnd.index, "c") if self.init == "gradient" else "c"
-        trained = yield from fit(self.view(mine, got, who), train, epochs=None if train == "c" else 1)
-        return mine, pick(pack(trained), train)
+        trained = yield from fit(self.view(state, download, client), train, epochs=None if train == "c" else 1)
+        return state, pick(pack(trained), train)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
         """The mean c; after the first rounds of "gradient", the basis for the next."""

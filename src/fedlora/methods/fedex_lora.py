@@ -39,33 +39,33 @@ class FedExLoRA:
         """Factors of update zero."""
         return lora_init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter; the engine sends the fold."""
         return pack(server)
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, and uploads them."""
-        return mine, pack((yield from fit(self.view(mine, got, who))))
+        return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The adapter, and as a fold what it lacks of the mean of the products."""
         means, ideal, count = RunningMean(), MeanUpdate(), 0
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
             count += 1
         if self.adapter == "mean":
             adapter = unpack(means.mean(), LowRank)
         else:
             adapter = ideal.best_fit(server, seed=derive(rnd.seed, "best_fit", rnd.index))
-        fold = self._residual(ideal.less(adapter), server, count)
+        fold = self._residual(ideal.subtract(adapter), server, count)
         return Merged(adapter, fold, {"aggregation_error": ideal.error(adapter, fold or {})})
 
     def _residual(self, rest: MeanUpdate, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:

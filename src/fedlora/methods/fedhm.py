@@ -41,20 +41,20 @@ class FedHMLoRA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The best fit of the client's own rank."""
-        return pack(server.leading(who.rank))
+        return pack(server.leading(client.rank))
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, and uploads them."""
-        return mine, pack((yield from fit(self.view(mine, got, who))))
+        return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The best fit to the mean of the products; the error is that against this mean, server's share included."""
@@ -71,7 +71,7 @@ class FedHMLoRA:
         """One more client, and the largest rank so far: its clients weigh 1, so that a round's weights never all vanish."""
         if rank > largest:
             ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank
-        return ideal.plus(self._share(rank, largest), update), largest
+        return ideal.add(self._share(rank, largest), update), largest
 
     def _share(self, rank: int, largest: int) -> float:
         """The weight of a client over that of one of rank `largest`."""

@@ -73,23 +73,23 @@ class FedLEASE:
         """Nobody's pair."""
         return Allocation()
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
         """A pair of update zero, the same on every client: directions of b are compared over the same a."""
         return pack(lora_init(spec, self.rank, seed))
 
-    def send(self, server: Allocation, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Allocation, client: ClientInfo, rnd: Round) -> Tensors:
         """Nothing to a client without a cluster; else its expert and router, and the others' experts."""
-        return server.downloads[server.members[who.id]] if who.id in server.members else {}
+        return server.downloads[server.members[client.id]] if client.id in server.members else {}
 
-    def view(self, mine: Tensors, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """The experts behind the router, a lone expert, or the client's own pair."""
-        return unpack(got, Experts) if pick(got, "g") else unpack(got or mine, LowRank)
+        return unpack(download, Experts) if pick(download, "g") else unpack(download or state, LowRank)
 
-    def work(self, mine: Tensors, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
         """Trains and uploads its pair, which it keeps, or its cluster's expert and router."""
-        factors = "bag" if pick(got, "g") else "ba"
-        trained = pick(pack((yield from fit(self.view(mine, got, who), factors))), factors)
-        return mine if got else trained, trained
+        factors = "bag" if pick(download, "g") else "ba"
+        trained = pick(pack((yield from fit(self.view(state, download, client), factors))), factors)
+        return state if download else trained, trained
 
     def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:
         """Collects pairs; makes the clusters after the warm-up; then averages in each, and lets newcomers join."""
@@ -104,12 +104,12 @@ class FedLEASE:
     def _allocated(self, first: Mapping[str, First], rnd: Round) -> Allocation:
         """The clusters of those that came to the warm-up, and their first experts."""
         ids = sorted(first)
-        vectors = _directions([first[who].upload for who in ids])
+        vectors = _directions([first[client].upload for client in ids])
         found = clusters(pairwise(list(vectors.values())), self.max_experts, self.experts)
         own = torch.tensor(found)
         means = [RunningMean() for _ in range(max(found) + 1)]
-        for who, cluster in zip(ids, found, strict=True):
-            means[cluster].add(first[who].weight, first[who].upload, who)
+        for client, cluster in zip(ids, found, strict=True):
+            means[cluster].add(first[client].weight, first[client].upload, client)
         experts = [mean.mean() for mean in means]
         if len(experts) > 1:
             experts = [{**expert, **_router(expert, len(experts), rnd, i)} for i, expert in enumerate(experts)]
@@ -122,11 +122,11 @@ def _averaged(server: Allocation, replies: Iterable[Reply]) -> Allocation:
     means: dict[int, RunningMean] = {}
     members = dict(server.members)
     for reply in replies:
-        who = reply.client.id
-        if who in server.members:
-            means.setdefault(server.members[who], RunningMean()).add(reply.weight, reply.upload, who)
+        client = reply.client.id
+        if client in server.members:
+            means.setdefault(server.members[client], RunningMean()).add(reply.weight, reply.upload, client)
         else:
-            members[who] = _nearest(reply.upload, server.centres)
+            members[client] = _nearest(reply.upload, server.centres)
     before = [pick(download, "bag") for download in server.downloads]
     experts = [means[i].mean() if i in means else expert for i, expert in enumerate(before)]
     return replace(server, members=members, downloads=_downloads(experts))

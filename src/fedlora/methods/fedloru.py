@@ -51,22 +51,22 @@ class FedLoRU:
         """Factors of update zero."""
         return Shared(lora_init(spec, self.rank, seed))
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Any:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Any:
         """Nothing."""
         return None
 
-    def send(self, server: Shared, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Shared, client: ClientInfo, rnd: Round) -> Tensors:
         """The factors, and a mark if the base has them; the engine sends the fold."""
         mark = {_IN_BASE: torch.empty(0)} if server.in_base else {}
         return {**pack(server.factors), **mark}
 
-    def view(self, mine: Any, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Any, download: Tensors, client: ClientInfo) -> Adapter:
         """The factors, or no change if the base has them."""
-        return _beyond_base(got)
+        return _beyond_base(download)
 
-    def work(self, mine: Any, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
+    def work(self, state: Any, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
         """Trains the factors, and uploads them."""
-        return mine, pack((yield from fit(_factors(got))))
+        return state, pack((yield from fit(_factors(download))))
 
     def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
         """The mean factors; as a fold too when it is time."""
@@ -74,7 +74,7 @@ class FedLoRU:
         for reply in replies:
             trained = self._trained(server, reply.upload)
             means.add(reply.weight, pack(trained), reply.client.id)
-            ideal = ideal.plus(reply.weight, trained)
+            ideal = ideal.add(reply.weight, trained)
         mean = unpack(means.mean(), LowRank)
         notes = {"aggregation_error": ideal.error(mean)}
         if not self.every or (rnd.index + 1) % self.every:
@@ -101,23 +101,23 @@ class PFedLoRU(FedLoRU):
 
     personal_rank: NonNegativeInt = 4
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
         """A personal pair of update zero."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal")) if self.personal_rank else {}
 
-    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
         """Both pairs, stacked."""
-        shared = _beyond_base(got)
-        return {n: stack([(1.0, part), (1.0, mine[n])]) if n in mine else part for n, part in shared.items()}
+        shared = _beyond_base(download)
+        return {n: stack([(1.0, part), (1.0, state[n])]) if n in state else part for n, part in shared.items()}
 
     def work(
-        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
         """Trains the personal pair beside the shared one, then the other way round; uploads the shared one."""
-        shared = _factors(got)
-        if mine:
-            mine = _low_rank((yield from fit(mine, beside=shared)))
-        return mine, pack((yield from fit(shared, beside=mine)))
+        shared = _factors(download)
+        if state:
+            state = _low_rank((yield from fit(state, frozen_extra=shared)))
+        return state, pack((yield from fit(shared, frozen_extra=state)))
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,21 @@ class MFedLoRU(FedLoRU):
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
         """The rank of each module's changes; it never changes."""
-        return {name: spec.rank(name, who.rank) for name in spec.modules}
+        return {name: spec.rank(name, client.rank) for name in spec.modules}
 
     def work(
-        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
         """Trains the factors, and uploads both changes, factorised."""
-        start = _factors(got)
+        start = _factors(download)
         trained = _low_rank((yield from fit(start)))
         changes: dict[str, LowRank] = {}
         for name, part in trained.items():
-            changes[f"{name}.b"] = truncate(part.b - start[name].b, mine[name], "balanced")
-            changes[f"{name}.a"] = truncate(part.a - start[name].a, mine[name], "balanced")
-        return mine, pack(changes)
+            changes[f"{name}.b"] = truncate(part.b - start[name].b, state[name], "balanced")
+            changes[f"{name}.a"] = truncate(part.a - start[name].a, state[name], "balanced")
+        return state, pack(changes)
 
     def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
         changes = unpack(upload, LowRank)
@@ -156,14 +156,14 @@ class MFedLoRU(FedLoRU):
         }
 
 
-def _factors(got: Tensors) -> dict[str, LowRank]:
-    return unpack(pick(got, "ba"), LowRank)
+def _factors(download: Tensors) -> dict[str, LowRank]:
+    return unpack(pick(download, "ba"), LowRank)
 
 
-def _beyond_base(got: Tensors) -> dict[str, LowRank]:
+def _beyond_base(download: Tensors) -> dict[str, LowRank]:
     """What the factors add to the base as it is."""
-    factors = _factors(got)
-    if _IN_BASE not in got:
+    factors = _factors(download)
+    if _IN_BASE not in download:
         return factors
     return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in factors.items()}
 

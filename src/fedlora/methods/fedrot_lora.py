@@ -34,35 +34,35 @@ class FedRotLoRA:
         """Factors of update zero."""
         return pack(lora_init(spec, self.rank, seed))
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
         """The mean factors, which are the reference too."""
         return server
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, turns them, and uploads them."""
-        reference = unpack(got, LowRank)
+        reference = unpack(download, LowRank)
         trained = yield from fit(reference)
         if rnd.index == 0:
-            return mine, pack(trained)
+            return state, pack(trained)
         side = self._side(rnd)
         turned = {
             n: align(f, reference[n], side, self.strength, self.proper) for n, f in unpack(pack(trained), LowRank).items()
         }
-        return mine, pack(turned)
+        return state, pack(turned)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
         """The mean factors."""
         means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
         mean = means.mean()
         return Merged(mean, notes={"aggregation_error": ideal.error(unpack(mean, LowRank))})
 

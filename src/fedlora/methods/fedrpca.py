@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.robust import robust_parts
+from fedlora.linalg.robust import robust_pca
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
@@ -56,20 +56,20 @@ class FedRPCA:
         """Factors of update zero."""
         return Scaled.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Scaled, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The factors."""
         return pack(server.adapter)
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, and uploads them."""
-        return mine, pack((yield from fit(self.view(mine, got, who))))
+        return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The amplified means, modules of equal shape together."""
@@ -77,7 +77,7 @@ class FedRPCA:
         ideal, trained = MeanUpdate(), list[Updates]()
         for reply in counted:
             update = unpack(reply.upload, LowRank)
-            ideal = ideal.plus(reply.weight, update)
+            ideal = ideal.add(reply.weight, update)
             trained.append(unscaled(update, server.scales))
         start, shares, merged = unscaled(server.adapter, server.scales), _shares(counted), dict[str, LowRank]()
         for names in alike(start):
@@ -108,7 +108,7 @@ class FedRPCA:
         mean = x @ shares
         if len(columns) < self.min_clients:
             return mean
-        sparse = robust_parts(x, self.sparsity, self.tolerance, self.steps).sparse
+        sparse = robust_pca(x, self.sparsity, self.tolerance, self.steps).sparse
         extra = sparse @ shares
         beta = self._beta(extra, mean).where((sparse != 0).double().mean((1, 2)) <= self.max_density, 1)
         return mean + (beta - 1)[:, None] * extra

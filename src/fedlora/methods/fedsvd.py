@@ -36,28 +36,28 @@ class FedSVD:
         """Factors of update zero."""
         return lora_init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """Both factors: a changes too."""
         return pack(server)
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains b, and uploads it."""
-        trained = yield from fit(self.view(mine, got, who), train="b")
-        return mine, pick(pack(trained), "b")
+        trained = yield from fit(self.view(state, download, client), train="b")
+        return state, pick(pack(trained), "b")
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The mean b on the common a, in new factors when it is time."""
         kept, means, ideal = pick(pack(server), "a"), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.plus(reply.weight, unpack({**reply.upload, **kept}, LowRank))
+            ideal = ideal.add(reply.weight, unpack({**reply.upload, **kept}, LowRank))
         adapter = unpack({**means.mean(), **kept}, LowRank)
         done = rnd.index + 1
         if self.every and done > self.warmup and done % self.every == 0:

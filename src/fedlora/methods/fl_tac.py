@@ -64,21 +64,21 @@ class FLTAC:
         start = pack({**lora_init(spec, self.rank, seed), **{name: Dense(w) for name, w in spec.head.items()}})
         return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing: an adapter lives for a round."""
 
-    def send(self, server: Clusters, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Clusters, client: ClientInfo, rnd: Round) -> Tensors:
         """The mean of the client's cluster."""
-        return server.means[server.belongs[who.id]] if who.id in server.belongs else server.start
+        return server.means[server.belongs[client.id]] if client.id in server.belongs else server.start
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came."""
-        return {**unpack(pick(got, "ba"), LowRank), **unpack(pick(got, "w"), Dense)}
+        return {**unpack(pick(download, "ba"), LowRank), **unpack(pick(download, "w"), Dense)}
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains and uploads all of it."""
-        factors = {key.rpartition(".")[2] for key in got}
-        return None, pack((yield from fit(self.view(mine, got, who), factors)))
+        factors = {key.rpartition(".")[2] for key in download}
+        return None, pack((yield from fit(self.view(state, download, client), factors)))
 
     def merge(self, server: Clusters, replies: Replies, rnd: Round) -> Merged[Clusters]:
         """Clusters the adapters, and averages within the clusters."""
@@ -117,9 +117,9 @@ def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str
     """The new means, and those who were absent with most of their last cluster, or with its last mean."""
     belongs, kept = dict(now), list[Tensors](means)
     for group, mean in enumerate(server.means):
-        members = [who for who, number in server.belongs.items() if number == group]
-        went = Counter(sorted(now[who] for who in members if who in now)).most_common(1)
-        absent = [who for who in members if who not in now]
+        members = [client for client, number in server.belongs.items() if number == group]
+        went = Counter(sorted(now[client] for client in members if client in now)).most_common(1)
+        absent = [client for client in members if client not in now]
         if absent and not went:
             kept.append(mean)
         belongs |= dict.fromkeys(absent, went[0][0] if went else len(kept) - 1)

@@ -74,7 +74,7 @@ class FLASC:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     server_lr: PositiveFloat = 1e-3
     server_decay: NonNegativeFloat = 0.0
-    static_from: Annotated[NonNegativeInt, AtMost("rounds", less=1)] | None = None
+    static_from: Annotated[NonNegativeInt, AtMost("rounds", subtract=1)] | None = None
     train_sent_only: bool = False
 
     def init_server(self, spec: AdapterSpec, seed: int) -> FlascState:
@@ -82,40 +82,42 @@ class FLASC:
         start = FlascState(lora_init(spec, self.rank, seed))
         return replace(start, static=self._largest(_flat(start.adapter))) if self.static_from == 0 else start
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Shapes:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Shapes:
         """The shapes of the factors, which what comes down does not tell; they never change."""
         return Shapes(_sizes(spec, self.rank), spec.scales(self.rank))
 
-    def send(self, server: FlascState, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: FlascState, client: ClientInfo, rnd: Round) -> Tensors:
         """The entries of largest magnitude, and their positions; as many of a static mask's as the client's density has."""
         vector = _flat(server.adapter)
         sizes = vector.abs() if server.static is None else vector.abs().where(server.static, -1.0)
-        chosen = largest(sizes, self._count(self.density_down, who.rank, len(vector)))
+        chosen = largest(sizes, self._count(self.density_down, client.rank, len(vector)))
         return {"values": vector[chosen], "positions": pack_positions(chosen)}
 
-    def view(self, mine: Shapes, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Shapes, download: Tensors, client: ClientInfo) -> Adapter:
         """The entries that came down, zero elsewhere."""
-        before, _ = self._received(mine.sizes, got, who)
-        return scaled(unpack(_shaped(before, mine.sizes), LowRank), mine.scales)
+        before, _ = self._received(state.sizes, download, client)
+        return scaled(unpack(_shaped(before, state.sizes), LowRank), state.scales)
 
-    def work(self, mine: Shapes, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Shapes, Tensors]]:
+    def work(self, state: Shapes, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Shapes, Tensors]]:
         """Trains all entries, and uploads the changes of largest magnitude."""
-        before, sent = self._received(mine.sizes, got, who)
-        mask = _shaped(sent, mine.sizes) if self.train_sent_only else None
-        trained = unpack(pack((yield from fit(self.view(mine, got, who), mask=mask))), LowRank)
-        change = _flat(unscaled({name: trained[name] for name in mine.sizes}, mine.scales)) - before
-        chosen = largest(change.abs(), self._count(self.density_up, who.rank, len(change)))
-        return mine, {"changes": change[chosen], "positions": pack_positions(chosen)}
+        before, sent = self._received(state.sizes, download, client)
+        mask = _shaped(sent, state.sizes) if self.train_sent_only else None
+        trained = unpack(pack((yield from fit(self.view(state, download, client), mask=mask))), LowRank)
+        change = _flat(unscaled({name: trained[name] for name in state.sizes}, state.scales)) - before
+        chosen = largest(change.abs(), self._count(self.density_up, client.rank, len(change)))
+        return state, {"changes": change[chosen], "positions": pack_positions(chosen)}
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """The same for every choice.
 
         Raises:
             ValueError: the positions are not as many different entries as the client may send.
         """
         total = _total(_sizes(spec, self.rank))
-        unpack_positions(upload["positions"], self._count(self.density_up, who.rank, total), total)
-        return like
+        unpack_positions(upload["positions"], self._count(self.density_up, client.rank, total), total)
+        return template
 
     def merge(self, server: FlascState, replies: Replies, rnd: Round) -> Merged[FlascState]:
         """The vector after the server's step along the mean change.
@@ -150,11 +152,11 @@ class FLASC:
         vector = vector.addcdiv(first, scale, value=-self.server_lr / (1 - _BETAS[0] ** steps))
         return FlascState(_adapter(vector, server.adapter), server.static, steps, first, second)
 
-    def _received(self, mine: Sizes, got: Tensors, who: ClientInfo) -> tuple[Tensor, Tensor]:
+    def _received(self, state: Sizes, download: Tensors, client: ClientInfo) -> tuple[Tensor, Tensor]:
         """The vector that came down, and where it did [P]."""
-        total = _total(mine)
-        sent = unpack_positions(got["positions"], self._count(self.density_down, who.rank, total), total)
-        return torch.zeros(total, dtype=got["values"].dtype).masked_scatter(sent, got["values"]), sent
+        total = _total(state)
+        sent = unpack_positions(download["positions"], self._count(self.density_down, client.rank, total), total)
+        return torch.zeros(total, dtype=download["values"].dtype).masked_scatter(sent, download["values"]), sent
 
     def _largest(self, vector: Tensor) -> Tensor:
         return largest(vector.abs(), self._count(self.density_down, self.rank, len(vector)))
@@ -184,6 +186,6 @@ def _shaped(vector: Tensor, sizes: Sizes) -> dict[str, Tensor]:
     return {key: piece.view(shape) for piece, (key, shape) in zip(pieces, shapes.items(), strict=True)}
 
 
-def _adapter(vector: Tensor, like: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    sizes = {name: (part.b.shape[0], part.rank, part.a.shape[1]) for name, part in like.items()}
+def _adapter(vector: Tensor, template: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    sizes = {name: (part.b.shape[0], part.rank, part.a.shape[1]) for name, part in template.items()}
     return unpack(_shaped(vector, sizes), LowRank)

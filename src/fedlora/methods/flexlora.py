@@ -55,23 +55,23 @@ class FlexLoRA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The best fit of the client's own rank."""
-        return pack(server.leading(who.rank))
+        return pack(server.leading(client.rank))
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors; uploads them, or their product."""
-        trained = yield from fit(self.view(mine, got, who))
+        trained = yield from fit(self.view(state, download, client))
         if self.upload == "factors":
-            return mine, pack(trained)
-        return mine, pack({name: Dense(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
+            return state, pack(trained)
+        return state, pack({name: Dense(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The best fit of the server's rank to the mean of the products."""
@@ -84,7 +84,7 @@ class FlexLoRA:
             return MeanUpdate.of({name: part.w for name, part in unpack(replies.mean(), Dense).items()})
         ideal = MeanUpdate()
         for reply in replies:
-            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
         return ideal
 
 

@@ -36,34 +36,34 @@ class FLoRA:
         """Nothing: the base has it all."""
         return {}
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, LowRank]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
         """Factors of update zero, which only say the shapes."""
-        return lora_init(spec, who.rank, seed)
+        return lora_init(spec, client.rank, seed)
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """Nothing beside the fold."""
         return {}
 
-    def view(self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
         """Factors of update zero."""
-        return mine
+        return state
 
     def work(
-        self, mine: Mapping[str, LowRank], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
         """Trains fresh factors, and uploads them."""
-        start = {name: LowRank(b=part.b, a=self._fresh(name, part, who, rnd).to(part.a)) for name, part in mine.items()}
-        return mine, pack((yield from fit(start)))
+        start = {name: LowRank(b=part.b, a=self._fresh(name, part, client, rnd).to(part.a)) for name, part in state.items()}
+        return state, pack((yield from fit(start)))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The stack, as a fold."""
         ideal = MeanUpdate()
         for reply in replies:
-            ideal = ideal.plus(reply.weight, unpack(reply.upload, LowRank))
+            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
         fold = ideal.factors()
         return Merged({}, fold, {"aggregation_error": ideal.error(fold)})
 
-    def _fresh(self, name: str, part: LowRank, who: ClientInfo, rnd: Round) -> Tensor:
+    def _fresh(self, name: str, part: LowRank, client: ClientInfo, rnd: Round) -> Tensor:
         """This round's a [rank, in]; with a shared draw, a smaller rank has the first rows of a larger one."""
-        rng = rnd.rng(f"flora {name}", who.id if self.draw == "client" else "")
+        rng = rnd.rng(f"flora {name}", client.id if self.draw == "client" else "")
         return fresh_rows((max(self.rank, part.rank), part.a.shape[-1]), rng)[: part.rank]

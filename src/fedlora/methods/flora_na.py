@@ -49,27 +49,27 @@ class FLoRANA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The leading part of the client's own rank."""
-        return pack(server.leading(who.rank))
+        return pack(server.leading(client.rank))
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, and uploads them."""
-        return mine, pack((yield from fit(self.view(mine, got, who))))
+        return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The clients' factors, combined with the coefficients that fit best."""
         uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies if reply.weight > 0]
         ideal = MeanUpdate()
         for weight, update in uploads:
-            ideal = ideal.plus(weight, update)
+            ideal = ideal.add(weight, update)
         groups = [group for names in alike(server.adapter) for group in _groups(names, uploads, server.adapter)]
         adapter: dict[str, LowRank] = {}
         for group, fitted in zip(groups, self._fitted(groups), strict=True):

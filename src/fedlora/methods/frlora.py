@@ -54,33 +54,33 @@ class FRLoRA:
             principal[name] = LowRank(b=b.to(spec.dtype), a=a.to(spec.dtype))
         return principal
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Mapping[str, LowRank], who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """Where training starts, the same in each round; the engine sends the fold."""
         return pack(server)
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """No change: the base has it all."""
-        return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in unpack(got, LowRank).items()}
+        return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in unpack(download, LowRank).items()}
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains the principal part beside its negative, and uploads what was trained."""
         train = "ba" if self.train_a else "b"
-        start = unpack(got, LowRank)
-        trained = yield from fit(start, train, beside=_negative(start))
-        return mine, pick(pack(trained), train)
+        start = unpack(download, LowRank)
+        trained = yield from fit(start, train, frozen_extra=_negative(start))
+        return state, pick(pack(trained), train)
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
         """The change of the product of the mean factors, as a fold."""
         kept, means, ideal = pack(server), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.plus(reply.weight, unpack({**kept, **reply.upload}, LowRank))
+            ideal = ideal.add(reply.weight, unpack({**kept, **reply.upload}, LowRank))
         mean = unpack({**kept, **means.mean()}, LowRank)
         fold = {name: self._change(server[name], part) for name, part in mean.items()}
-        return Merged(dict(server), fold, {"aggregation_error": ideal.less(server).error(fold)})
+        return Merged(dict(server), fold, {"aggregation_error": ideal.subtract(server).error(fold)})
 
     def _change(self, before: LowRank, after: LowRank) -> LowRank:
         if not self.train_a:

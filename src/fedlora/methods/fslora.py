@@ -52,32 +52,32 @@ class FSLoRA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
         """How many ranks of each module the client trains; it never changes."""
-        return {name: spec.rank(name, who.rank) for name in spec.modules}
+        return {name: spec.rank(name, client.rank) for name in spec.modules}
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter, or the round's slice of it."""
         if self.download == "all":
             return pack(server.adapter)
-        kept = {name: server.fixed.get(name, who.rank) for name in server.adapter}
-        return pack(sliced(server.adapter, kept, who, rnd))
+        kept = {name: server.fixed.get(name, client.rank) for name in server.adapter}
+        return pack(sliced(server.adapter, kept, client, rnd))
 
-    def view(self, mine: Mapping[str, int], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
     def work(
-        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
         """Trains the slice, and uploads by how much it has changed."""
-        start = unpack(got, LowRank)
+        start = unpack(download, LowRank)
         if self.download == "all":
-            start = sliced(start, mine, who, rnd)
+            start = sliced(start, state, client, rnd)
         power = {"plain": 0.0, "rslora-sgd": 1.0, "rslora-adamw": 0.5}[self.scaling]
-        trained = pack((yield from fit(start, rates={"b": (self.rank / who.rank) ** power})))
+        trained = pack((yield from fit(start, rates={"b": (self.rank / client.rank) ** power})))
         before = pack(start)
-        return mine, {_CHANGE + key: x - before[key] for key, x in trained.items()}
+        return state, {_CHANGE + key: x - before[key] for key, x in trained.items()}
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The adapter plus the mean of the changes in their places; the error is against the mean of the trained slices."""
@@ -86,36 +86,34 @@ class FSLoRA:
             change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
             start = sliced(server.adapter, {name: part.rank for name, part in change.items()}, reply.client, rnd)
             means.add(reply.weight, pack(_scattered(change, server.adapter, reply.client, rnd)), reply.client.id)
-            ideal = ideal.plus(
-                reply.weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()}
-            )
+            ideal = ideal.add(reply.weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()})
         moves = unpack(means.mean(), LowRank)
         adapter = {n: LowRank(b=x.b + moves[n].b, a=x.a + moves[n].a) for n, x in server.adapter.items()}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
 
-def subset(module: str, rank: int, kept: int, who: ClientInfo, rnd: Round) -> Int64[Tensor, "kept"]:
+def subset(module: str, rank: int, kept: int, client: ClientInfo, rnd: Round) -> Int64[Tensor, "kept"]:
     """The ranks that the client trains in this round, in ascending order: every subset of the size is equally likely."""
-    return torch.randperm(rank, generator=rnd.rng(f"sketch {module}", who.id))[:kept].sort().values
+    return torch.randperm(rank, generator=rnd.rng(f"sketch {module}", client.id))[:kept].sort().values
 
 
-def sliced(adapter: Mapping[str, LowRank], kept: Mapping[str, int], who: ClientInfo, rnd: Round) -> dict[str, LowRank]:
+def sliced(adapter: Mapping[str, LowRank], kept: Mapping[str, int], client: ClientInfo, rnd: Round) -> dict[str, LowRank]:
     """b s a as factors of rank `kept`: columns of b, scaled by rank / kept, and the same rows of a."""
     parts: dict[str, LowRank] = {}
     for name, part in adapter.items():
-        chosen = subset(name, part.rank, kept[name], who, rnd)
+        chosen = subset(name, part.rank, kept[name], client, rnd)
         parts[name] = LowRank(b=part.b[:, chosen] * (part.rank / kept[name]), a=part.a[chosen])
     return parts
 
 
 def _scattered(
-    change: Mapping[str, LowRank], adapter: Mapping[str, LowRank], who: ClientInfo, rnd: Round
+    change: Mapping[str, LowRank], adapter: Mapping[str, LowRank], client: ClientInfo, rnd: Round
 ) -> dict[str, LowRank]:
     """The changes of a slice as changes of the adapter: b's unscaled, zero outside the subset."""
     parts: dict[str, LowRank] = {}
     for name, whole in adapter.items():
         part, b, a = change[name], torch.zeros_like(whole.b), torch.zeros_like(whole.a)
-        chosen = subset(name, whole.rank, part.rank, who, rnd)
+        chosen = subset(name, whole.rank, part.rank, client, rnd)
         b[:, chosen], a[chosen] = part.b * (part.rank / whole.rank), part.a
         parts[name] = LowRank(b=b, a=a)
     return parts

@@ -61,31 +61,31 @@ class HetLoRA:
         """Factors of update zero at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Kept:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Kept:
         """The rank of each module, nothing pruned."""
-        return Kept({name: spec.rank(name, who.rank) for name in spec.modules}, spec.scaling)
+        return Kept({name: spec.rank(name, client.rank) for name in spec.modules}, spec.scaling)
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The leading components, as many as the client has registered with."""
-        return pack(server.leading(who.rank))
+        return pack(server.leading(client.rank))
 
-    def view(self, mine: Kept, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Kept, download: Tensors, client: ClientInfo) -> Adapter:
         """The components that the client has not pruned."""
-        return self._own(mine, got)
+        return self._own(state, download)
 
-    def work(self, mine: Kept, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Kept, Tensors]]:
+    def work(self, state: Kept, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Kept, Tensors]]:
         """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the registered rank."""
-        start = self._own(mine, got)
+        start = self._own(state, download)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
-        scales = {name: mine.scaling.of(part.rank) for name, part in start.items()}
+        scales = {name: state.scaling.of(part.rank) for name, part in start.items()}
         penalty = partial(_penalty, self.tail_penalty, kept, scales) if self.tail_penalty else None
         adapter = yield from fit(start, penalty=penalty)
         trained = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
         if tail(unscaled(trained, scales), kept) < tail(unscaled(start, scales), kept):
-            mine = replace(mine, ranks=kept)
+            state = replace(state, ranks=kept)
             trained = {name: leading(part, kept[name]) for name, part in trained.items()}
-        wide = unpack(got, LowRank)
-        return mine, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
+        wide = unpack(download, LowRank)
+        return state, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """The norm-weighted means of the padded factors; the error is that against the products' mean of these weights."""
@@ -95,7 +95,7 @@ class HetLoRA:
             for name, (weight, part) in self._weighted(reply).items():
                 wide = pad(part, server.adapter[name].rank)
                 means[name].add(weight, pack({name: wide}), reply.client.id)
-                ideals[name] = ideals[name].plus(weight, {name: part})
+                ideals[name] = ideals[name].add(weight, {name: part})
         merged = {name: unpack(mean.mean(), LowRank)[name] for name, mean in means.items()}
         adapter = {name: widen(part, part.rank, rnd.rng(f"hetlora {name}")) for name, part in merged.items()}
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
@@ -108,8 +108,8 @@ class HetLoRA:
             sizes = dict.fromkeys(sizes, math.hypot(*sizes.values()))
         return {name: (max(sizes[name], _LEAST) if reply.weight else 0.0, part) for name, part in parts.items()}
 
-    def _own(self, mine: Kept, got: Tensors) -> dict[str, LowRank]:
-        return {name: leading(part, mine.ranks[name]) for name, part in unpack(got, LowRank).items()}
+    def _own(self, state: Kept, download: Tensors) -> dict[str, LowRank]:
+        return {name: leading(part, state.ranks[name]) for name, part in unpack(download, LowRank).items()}
 
     def _kept(self, rank: int) -> int:
         """The rank without the tail; the rank itself where it may not fall."""

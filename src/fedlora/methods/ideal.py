@@ -60,7 +60,7 @@ class MeanUpdate:
         sums = tuple(RunningSum(matrix=x.to(torch.promote_types(x.dtype, torch.float32))) for x in wide)
         return MeanUpdate(tuple(map(tuple, groups.values())), sums, 1.0)
 
-    def plus(self, weight: float, update: Updates) -> "MeanUpdate":
+    def add(self, weight: float, update: Updates) -> "MeanUpdate":
         """The same with one more client."""
         known = list(zip(self.groups, self.sums, strict=True)) or [(tuple(update), RunningSum())]
         groups, grown = list[tuple[str, ...]](), list[RunningSum]()
@@ -75,11 +75,11 @@ class MeanUpdate:
         """The same M, in which all clients so far weigh `factor` times as much."""
         return MeanUpdate(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
 
-    def less(self, part: Updates) -> "MeanUpdate":
+    def subtract(self, part: Updates) -> "MeanUpdate":
         """M minus what a merge has already realised of it."""
-        return replace(self.plus(-self.weight, part), weight=self.weight) if part else self
+        return replace(self.add(-self.weight, part), weight=self.weight) if part else self
 
-    def best_fit(self, like: Updates, split: Split = "left", seed: int = 0) -> dict[str, LowRank]:
+    def best_fit(self, template: Updates, split: Split = "left", seed: int = 0) -> dict[str, LowRank]:
         """The matrices nearest to M of the ranks and the dtype of `like`; see `linalg.fit.best_fit`.
 
         Raises:
@@ -88,9 +88,9 @@ class MeanUpdate:
         self._check()
         found: dict[str, LowRank] = {}
         for names, total in zip(self.groups, self.sums, strict=True):
-            fitted = total.best_fit(max(like[name].rank for name in names), 1 / self.weight, split, seed)
-            found |= unbatch(fitted, names, like[names[0]].b.dtype)
-        return {name: leading(found[name], part.rank) for name, part in like.items()}
+            fitted = total.best_fit(max(template[name].rank for name in names), 1 / self.weight, split, seed)
+            found |= unbatch(fitted, names, template[names[0]].b.dtype)
+        return {name: leading(found[name], part.rank) for name, part in template.items()}
 
     def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
         """M as a fold: the clients' factors side by side, or the best fit of `ranks`, exact where M has no more.
@@ -121,7 +121,7 @@ class MeanUpdate:
         """
         rest = self
         for part in parts:
-            rest = rest.less(part)
+            rest = rest.subtract(part)
         size = self._norm()
         return rest._norm() / size if size > 0 else 0.0
 

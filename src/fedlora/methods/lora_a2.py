@@ -51,25 +51,25 @@ class LoRAA2:
         """Factors of update zero."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> dict[str, int]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
         """The modules in their order, and each one's part in the budget; it never changes."""
-        return _budget(spec, who)
+        return _budget(spec, client)
 
-    def send(self, server: Sliced, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """All ranks of both factors: a client may have missed rounds."""
         return pack(server.adapter)
 
-    def view(self, mine: Mapping[str, int], got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
     def work(
-        self, mine: Mapping[str, int], got: Tensors, who: ClientInfo, rnd: Round
+        self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
         """Probes, chooses, trains the chosen ranks from the start again, and uploads their changes."""
-        received = unpack(got, LowRank)
-        start, side, rates = {name: received[name] for name in mine}, _side(rnd), {"b": self.b_rate}
-        ranks, budget = [part.rank for part in start.values()], sum(mine.values())
+        received = unpack(download, LowRank)
+        start, side, rates = {name: received[name] for name in state}, _side(rnd), {"b": self.b_rate}
+        ranks, budget = [part.rank for part in start.values()], sum(state.values())
         keep = torch.ones(sum(ranks), dtype=torch.bool)
         if budget < sum(ranks):
             after = unpack(pack((yield from fit(start, side, epochs=self.probe_epochs, rates=rates))), LowRank)
@@ -78,19 +78,21 @@ class LoRAA2:
         mask = {f"{name}.{side}": own[None] if side == "b" else own[:, None] for name, own in chosen.items()}
         trained = unpack(pack((yield from fit(start, side, mask=mask, rates=rates))), LowRank)
         changes = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
-        return mine, {"changes": torch.cat(changes), "positions": pack_positions(keep)}
+        return state, {"changes": torch.cat(changes), "positions": pack_positions(keep)}
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """As many changes as the chosen ranks have entries.
 
         Raises:
             ValueError: the client has not chosen as many ranks as it may.
         """
         ranks = [spec.rank(name, self.rank) for name in spec.modules]
-        chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, who).values()), sum(ranks)), ranks)
+        chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, client).values()), sum(ranks)), ranks)
         sizes = [out if _side(rnd) == "b" else in_ for out, in_ in spec.modules.values()]
         count = sum(size * int(own.sum()) for size, own in zip(sizes, chosen, strict=True))
-        return {**like, "changes": like["changes"].new_empty(count)}
+        return {**template, "changes": template["changes"].new_empty(count)}
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
         """This round's factor plus the weighted mean of the changes, zero where a client trained nothing."""
@@ -98,7 +100,7 @@ class LoRAA2:
         for reply in replies:
             changes = _dense(reply.upload, server, _side(rnd), reply.client)
             means.add(reply.weight, changes, reply.client.id)
-            ideal = ideal.plus(reply.weight, _moved(server, changes))
+            ideal = ideal.add(reply.weight, _moved(server, changes))
         adapter = _moved(server, means.mean())
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
@@ -114,8 +116,8 @@ def _side(rnd: Round) -> Side:
     return "a" if rnd.index % 2 else "b"
 
 
-def _budget(spec: AdapterSpec, who: ClientInfo) -> dict[str, int]:
-    return {name: spec.rank(name, who.rank) for name in spec.modules}
+def _budget(spec: AdapterSpec, client: ClientInfo) -> dict[str, int]:
+    return {name: spec.rank(name, client.rank) for name in spec.modules}
 
 
 def _rows(part: LowRank, side: Side) -> Tensor:
@@ -123,10 +125,10 @@ def _rows(part: LowRank, side: Side) -> Tensor:
     return part.b.mT if side == "b" else part.a
 
 
-def _dense(upload: Tensors, server: Sliced, side: Side, who: ClientInfo) -> dict[str, Tensor]:
+def _dense(upload: Tensors, server: Sliced, side: Side, client: ClientInfo) -> dict[str, Tensor]:
     """The changes of this round's factor in their places, zeros elsewhere."""
     ranks = [part.rank for part in server.adapter.values()]
-    budget = sum(server.fixed.get(name, who.rank) for name in server.adapter)
+    budget = sum(server.fixed.get(name, client.rank) for name in server.adapter)
     chosen = torch.split(unpack_positions(upload["positions"], budget, sum(ranks)), ranks)
     changes, taken = {}, 0
     for own, (name, part) in zip(chosen, server.adapter.items(), strict=True):

@@ -53,27 +53,27 @@ class LoRAFAIR:
         """Factors of update zero."""
         return Scaled.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> None:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
         """Nothing."""
 
-    def send(self, server: Scaled, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter."""
         return pack(server.adapter)
 
-    def view(self, mine: None, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """What came down."""
-        return unpack(got, LowRank)
+        return unpack(download, LowRank)
 
-    def work(self, mine: None, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
         """Trains both factors, and uploads them."""
-        return mine, pack((yield from fit(self.view(mine, got, who))))
+        return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
         """The averaged factors, b corrected."""
         ideal, uploads, found = MeanUpdate(), list[tuple[float, Updates]](), dict[str, LowRank]()
         for reply in replies:
             update = unpack(reply.upload, LowRank)
-            ideal = ideal.plus(reply.weight, update)
+            ideal = ideal.add(reply.weight, update)
             uploads.append((reply.weight, unscaled(update, server.scales)))
         for names in alike(server.adapter):
             terms = [(weight, batch(update, names)) for weight, update in uploads]
@@ -93,7 +93,7 @@ class LoRAFAIR:
         return LowRank(b=torch.where(better[:, None, None], found.b, loss.centre.b), a=found.a)
 
 
-def _xavier(like: Tensor, rng: torch.Generator) -> Tensor:
+def _xavier(template: Tensor, rng: torch.Generator) -> Tensor:
     """Uniform in +-sqrt(6 / (out + rank)), shaped as b [module, out, rank]."""
-    bound = math.sqrt(6 / sum(like.shape[-2:]))
-    return bound * (2 * torch.rand(like.shape, generator=rng) - 1).to(like)
+    bound = math.sqrt(6 / sum(template.shape[-2:]))
+    return bound * (2 * torch.rand(template.shape, generator=rng) - 1).to(template)

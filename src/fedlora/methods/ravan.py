@@ -26,9 +26,9 @@ class Cores:
     c: Tensors
     fixed: Mapping[str, int]
 
-    def trains(self, who: ClientInfo) -> dict[str, int]:
+    def trains(self, client: ClientInfo) -> dict[str, int]:
         """How many heads of each module the client trains."""
-        return {name: self.fixed.get(name, who.rank) for name in map(_module, self.c)}
+        return {name: self.fixed.get(name, client.rank) for name in map(_module, self.c)}
 
 
 @dataclass(frozen=True)
@@ -74,38 +74,44 @@ class Ravan:
         cores = {f"{name}.c": torch.zeros(shape, dtype=spec.dtype) for name, shape in shapes.items()}
         return Cores(cores, spec.rank_pattern)
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> Frozen:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Frozen:
         """b and a of all heads, the same on every client."""
         drawn: dict[str, Tensor] = {}
         for name, (out, in_) in spec.modules.items():
             ranks, rng = spec.rank(name, self.rank) * self.head_rank, generator(seed, "ravan", name)
             drawn[f"{name}.b"] = self._columns(out, ranks, rng).to(spec.dtype)
             drawn[f"{name}.a"] = self._columns(in_, ranks, rng).mT.contiguous().to(spec.dtype)
-        return Frozen(drawn, {name: spec.rank(name, who.rank) for name in spec.modules})
+        return Frozen(drawn, {name: spec.rank(name, client.rank) for name in spec.modules})
 
-    def send(self, server: Cores, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: Cores, client: ClientInfo, rnd: Round) -> Tensors:
         """All cores, and which heads this client is to train unless it chooses itself."""
         if self.choose == "gradient":
             return server.c
-        return {**server.c, "heads": _packed(server.c, self._told(server, who, rnd))}
+        return {**server.c, "heads": _packed(server.c, self._told(server, client, rnd))}
 
-    def view(self, mine: Frozen, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: Frozen, download: Tensors, client: ClientInfo) -> Adapter:
         """All heads."""
-        return _heads(mine, got)
+        return _heads(state, download)
 
-    def work(self, mine: Frozen, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Tensors]]:
+    def work(self, state: Frozen, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Tensors]]:
         """Trains c and s of its heads beside the others, and uploads s c."""
-        heads, cores = _heads(mine, got), pick(got, "c")
+        heads, cores = _heads(state, download), pick(download, "c")
         if chooses := self.choose == "gradient":
-            own = yield from _steepest(heads, mine.trains)
+            own = yield from _steepest(heads, state.trains)
         else:
-            own = own_heads(cores, got["heads"], mine.trains)
-        rest = {name: others(part, own[name]).pair() for name, part in heads.items() if len(own[name]) < len(part.s)}
-        trained = yield from fit({name: chosen(part, own[name]) for name, part in heads.items()}, "cs", beside=rest or None)
+            own = own_heads(cores, download["heads"], state.trains)
+        rest = {
+            name: others(part, own[name]).as_two_factors() for name, part in heads.items() if len(own[name]) < len(part.s)
+        }
+        trained = yield from fit(
+            {name: chosen(part, own[name]) for name, part in heads.items()}, "cs", frozen_extra=rest or None
+        )
         products = {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
-        return mine, {**products, "heads": _packed(cores, own)} if chooses else products
+        return state, {**products, "heads": _packed(cores, own)} if chooses else products
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """As `like`: each client has its number of heads in every module.
 
         Raises:
@@ -113,8 +119,8 @@ class Ravan:
         """
         if self.choose == "gradient":
             cores = self.init_server(spec, rnd.seed)
-            own_heads(cores.c, upload["heads"], cores.trains(who))
-        return like
+            own_heads(cores.c, upload["heads"], cores.trains(client))
+        return template
 
     def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
         """Each head's mean over the clients that trained it."""
@@ -137,11 +143,11 @@ class Ravan:
             merged[key] = torch.where(mass > 0, (sums[key] / mass.clamp_min(1e-300)).to(before.dtype), before)
         return Merged(replace(server, c=merged), notes={"aggregation_error": 0.0} if complete else {})
 
-    def _told(self, server: Cores, who: ClientInfo, rnd: Round) -> dict[str, Tensor]:
+    def _told(self, server: Cores, client: ClientInfo, rnd: Round) -> dict[str, Tensor]:
         """Module -> the numbers of the heads that the server has the client train, ascending."""
-        found, trains = dict[str, Tensor](), server.trains(who)
+        found, trains = dict[str, Tensor](), server.trains(client)
         for key, c in server.c.items():
-            order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", who.id))
+            order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", client.id))
             if self.choose == "weight":
                 norms = c.to(_SUM).flatten(1).norm(dim=1)
                 order = order[norms[order].argsort(descending=True, stable=True)]
@@ -199,12 +205,12 @@ def others(part: Heads, heads: Tensor) -> Heads:
     return chosen(part, left_out.nonzero().flatten())
 
 
-def _heads(mine: Frozen, got: Tensors) -> dict[str, Heads]:
+def _heads(state: Frozen, download: Tensors) -> dict[str, Heads]:
     """All heads of each module, every scalar 1."""
-    drawn = mine.factors
+    drawn = state.factors
     return {
         (name := _module(key)): Heads(b=drawn[f"{name}.b"], c=c, s=c.new_ones(len(c)), a=drawn[f"{name}.a"])
-        for key, c in pick(got, "c").items()
+        for key, c in pick(download, "c").items()
     }
 
 

@@ -209,35 +209,35 @@ class RunFolder:
             raise UserError(f"the run is damaged: {self._rows}: the rows of the complete rounds are missing or changed")
         return [json.loads(line) for line in content.splitlines()]
 
-    def client_state(self, who: ClientInfo, before: int) -> Any | None:
+    def client_state(self, client: ClientInfo, before: int) -> Any | None:
         """The client's state after the last round of index below `before` that left one; None if there is none.
 
         Raises:
             UserError: the state is damaged, or is missing although the checkpoint tells of one.
         """
-        found = [index for index in self._saved(who.id) if index < before]
-        if self._states.get(who.id, before) < before and self._states[who.id] not in found:
-            raise _missing(self._client_file(who.id, self._states[who.id]))
-        return _read(self._client_file(who.id, max(found)))[0] if found else None
+        found = [index for index in self._saved(client.id) if index < before]
+        if self._states.get(client.id, before) < before and self._states[client.id] not in found:
+            raise _missing(self._client_file(client.id, self._states[client.id]))
+        return _read(self._client_file(client.id, max(found)))[0] if found else None
 
-    def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
+    def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
         """Writes the client's state after the round of this index; keeps the two before it.
 
-        The round before may not be complete yet, nor will it be if its server dies (see `loop.play`).
+        The round before may not be complete yet, nor will it be if its server dies (see `loop.run_rounds`).
 
         Raises:
             RunStopped: the disk is full.
         """
         self.require()
-        file = self._client_file(who.id, index)
+        file = self._client_file(client.id, index)
         durable.folder(file.parent)
         durable.replace(file, encode_state(state))
-        self._new.append((index, who.id))
-        earlier = sorted(i for i in self._saved(who.id) if i < index)
+        self._new.append((index, client.id))
+        earlier = sorted(i for i in self._saved(client.id) if i < index)
         for old in earlier[:-2]:
-            self._client_file(who.id, old).unlink()
+            self._client_file(client.id, old).unlink()
 
-    def save_fold(self, index: int, fold: Adapter) -> None:
+    def save_base_update(self, index: int, fold: Adapter) -> None:
         """Writes a change of the base; it counts once its round is complete.
 
         Raises:

@@ -9,7 +9,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Features, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.method import AnyMethod, Local
 from fedlora.rounds.finite import NOT_FINITE, NumericalError, is_finite
-from fedlora.rounds.gate import Failed
+from fedlora.rounds.validator import Failed
 
 
 @runtime_checkable
@@ -23,10 +23,10 @@ class Trainer(Protocol):
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """The gradient of the client's mean training loss."""
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
+    def features(self, client: ClientInfo) -> LabelledFeatures:
         """The client's training examples as the base sees them without any adapter."""
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
@@ -40,16 +40,16 @@ class Trainer(Protocol):
 class ClientStart:
     """What a client begins its round with: its state, and what it was sent."""
 
-    who: ClientInfo
-    mine: Any
-    got: Tensors
+    client: ClientInfo
+    state: Any
+    download: Tensors
 
 
 @dataclass(frozen=True)
 class LocalResult:
     """What a client has after its work: its next state, its upload, and the notes of its last training."""
 
-    mine: Any
+    state: Any
     upload: Tensors
     notes: Mapping[str, float]
 
@@ -60,7 +60,7 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
 
     A client whose work ends in values that are not finite has failed, and its state is the one before.
     """
-    jobs = [method.work(one.mine, one.got, one.who, rnd) for one in begun]
+    jobs = [method.work(one.state, one.download, one.client, rnd) for one in begun]
     done: dict[int, LocalResult | Failed] = {}
     answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
@@ -68,22 +68,24 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
         asked: dict[int, FitRequest] = {}
         for i, (adapter, notes) in answers.items():
             try:
-                asked[i] = FitRequest(_next_fit(jobs[i], adapter, begun[i].who, trainer), begun[i].who, step)
+                asked[i] = FitRequest(_next_fit(jobs[i], adapter, begun[i].client, trainer), begun[i].client, step)
             except StopIteration as end:
-                mine, upload = end.value
-                finite = is_finite((mine, upload))
+                state, upload = end.value
+                finite = is_finite((state, upload))
                 done[i] = (
-                    LocalResult(mine, upload, notes) if finite else Failed(begun[i].who, f"its work ended in {NOT_FINITE}")
+                    LocalResult(state, upload, notes)
+                    if finite
+                    else Failed(begun[i].client, f"its work ended in {NOT_FINITE}")
                 )
             except NumericalError as error:
                 kind = type(error).__name__.lstrip("_")
-                done[i] = Failed(begun[i].who, f"its work ended in {kind}, as from {NOT_FINITE}")
+                done[i] = Failed(begun[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
         answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         step += 1
     return [done[i] for i in range(len(begun))]
 
 
-def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, who: ClientInfo, trainer: Trainer) -> Fit:
+def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, client: ClientInfo, trainer: Trainer) -> Fit:
     """The next training that the job asks for, given the answer to the last.
 
     Raises:
@@ -92,9 +94,9 @@ def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, who: Clie
     request = job.send(answer)
     while not isinstance(request, Fit):
         if isinstance(request, Features):
-            request = job.send(trainer.features(who))
+            request = job.send(trainer.features(client))
         elif isinstance(request, Gradient):
-            request = job.send(trainer.gradient(who, request))
+            request = job.send(trainer.gradient(client, request))
         else:
             raise TypeError(f"expected a request Fit, Gradient or Features, got {type(request).__name__}")
     return request

@@ -15,7 +15,7 @@ from fedlora.linalg.lowrank import LowRank
 class BaseUpdateStore(Protocol):
     """Where the folds are kept."""
 
-    def save_fold(self, index: int, fold: Adapter) -> None:
+    def save_base_update(self, index: int, fold: Adapter) -> None:
         """Keeps the fold of the round of this index."""
 
     def fold(self, index: int) -> Mapping[str, LowRank]:
@@ -29,7 +29,7 @@ class BaseUpdateLog:
     rounds: tuple[int, ...] = ()
     applied: Mapping[str, int] = field(default_factory=dict)
 
-    def missed(self, client: str) -> tuple[int, ...]:
+    def pending(self, client: str) -> tuple[int, ...]:
         """The rounds whose folds the client must still apply, each once and in this order."""
         return self.rounds[self.applied.get(client, 0) :]
 
@@ -44,7 +44,8 @@ class BaseUpdateLog:
         if not held or not self.rounds:
             return self
         counts = {
-            who: next((i for i, r in enumerate(self.rounds) if r not in has), len(self.rounds)) for who, has in held.items()
+            client: next((i for i, r in enumerate(self.rounds) if r not in has), len(self.rounds))
+            for client, has in held.items()
         }
         return replace(self, applied={**self.applied, **counts})
 
@@ -53,7 +54,7 @@ class BaseUpdateLog:
         return replace(self, rounds=(*self.rounds, index))
 
 
-def catch_up(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
+def pending_tensors(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
     """The folds of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
 
     Each fold stays by itself, under its round's index: who has a part of them already applies the rest, and a base that all
@@ -70,16 +71,16 @@ def catch_up(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> d
     return tensors
 
 
-def fold_indices(tensors: Tensors) -> set[int]:
-    """The indices of the rounds whose folds are in what `catch_up` made."""
+def base_update_indices(tensors: Tensors) -> set[int]:
+    """The indices of the rounds whose folds are in what `pending_tensors` made."""
     return {int(key.partition("/")[0]) for key in tensors}
 
 
 def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRank]]:
-    """The inverse of `catch_up`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
+    """The inverse of `pending_tensors`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
 
     Raises:
-        ValueError: a name or a shape is none of `catch_up`.
+        ValueError: a name or a shape is none of `pending_tensors`.
     """
     grouped: dict[int, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():

@@ -15,11 +15,11 @@ from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
-from fedlora.rounds.folds import BaseUpdateLog, BaseUpdateStore, catch_up
-from fedlora.rounds.gate import Failed, UploadValidator, change_norm
+from fedlora.rounds.folds import BaseUpdateLog, BaseUpdateStore, pending_tensors
+from fedlora.rounds.progress import Progress
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
-from fedlora.rounds.watch import Progress
+from fedlora.rounds.validator import Failed, UploadValidator, change_norm
 
 
 @runtime_checkable
@@ -35,17 +35,17 @@ class Backend(Protocol):
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on which the next turns and judgements happen here, if it happens here."""
 
-    def turn(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def train_clients(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """Has the clients work on what they were sent; their answers, in the order of `sent`.
 
-        The answers of an earlier `judge` may still be waited for: clients judge first.
-        `missed` holds the changes of the base (see `folds.catch_up`) that a client must apply first.
+        The answers of an earlier `evaluate` may still be waited for: clients judge first.
+        `pending` holds the changes of the base (see `folds.pending_tensors`) that a client must apply first.
         """
 
-    def judge(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def evaluate(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         """Has the clients judge what they would use in round `rnd`; None of those that have no held-out examples."""
 
@@ -60,7 +60,7 @@ class GlobalEvaluator(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same over all rounds of a run. `judge` is None if there is no global model or no global test set."""
+    """What stays the same over all rounds of a run. `evaluator` is None if there is no global model or no global test set."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -69,7 +69,7 @@ class Plan:
     evaluate: Evaluate
     rounds: int
     uniform_weights: bool = False
-    judge: GlobalEvaluator | None = None
+    evaluator: GlobalEvaluator | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _RoundStats:
 
     chosen: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     largest: Largest | None = None
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -97,11 +97,11 @@ class _RoundStats:
 
     def divergence(self, last: Largest | None) -> str:
         """See `finite.divergence`."""
-        return divergence((None if who in self.accepted else self.refused.get(who) for who in self.chosen), last)
+        return divergence((None if client in self.accepted else self.rejected.get(client) for client in self.chosen), last)
 
 
-def play(
-    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, first: int, watch: Progress
+def run_rounds(
+    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, first: int, progress: Progress
 ) -> Iterator[tuple[RunState, dict[str, Any]]]:
     """The rounds from index `first` on, each as it is complete: what the server knows after it, and its row of the log.
 
@@ -113,25 +113,25 @@ def play(
     """
     judging: _PendingEvaluation | None = None
     for index in range(first, plan.rounds):
-        attempt = _begin(plan, exchange, store, before, Round(index, plan.seed))
+        attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
         if judging is not None:
-            yield judging.ended(watch)
-        judging = _round(plan, exchange, store, before, attempt, watch)
+            yield judging.ended(progress)
+        judging = _round(plan, backend, store, before, attempt, progress)
         before = judging.after
     if judging is not None:
-        yield judging.ended(watch)
+        yield judging.ended(progress)
 
 
 def one_round(
-    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, index: int, watch: Progress
+    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, index: int, progress: Progress
 ) -> tuple[RunState, dict[str, Any]]:
     """What the server knows after the round, and the row of the round log.
 
     Raises:
         RunStopped: in none of the attempts came enough replies that could be accepted.
     """
-    attempt = _begin(plan, exchange, store, before, Round(index, plan.seed))
-    return _round(plan, exchange, store, before, attempt, watch).ended(watch)
+    attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
+    return _round(plan, backend, store, before, attempt, progress).ended(progress)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Attempt:
 
     rnd: Round
     chosen: Sequence[ClientInfo]
-    gate: UploadValidator
+    validator: UploadValidator
     folds: BaseUpdateLog
     bytes_down: int
     answers: Iterator[Reply | Failed]
@@ -155,57 +155,57 @@ class _PendingEvaluation:
     tally: _RoundStats
     scores: Iterator[tuple[ClientInfo, Score | None]] | None
 
-    def ended(self, watch: Progress) -> tuple[RunState, dict[str, Any]]:
+    def ended(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
         """What the server knows after the round, and the row."""
         row, tally = self.row, self.tally
         started = time.perf_counter()
         if self.scores is not None:
-            row = row | {"clients": summary({who.id: score for who, score in self.scores if score is not None})}
+            row = row | {"clients": summary({client.id: score for client, score in self.scores if score is not None})}
         tally.seconds["evaluate"] += time.perf_counter() - started
         row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}}
-        watch.round_ended(row)
+        progress.round_ended(row)
         return self.after, row
 
 
 def _begin(
-    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
+    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
 ) -> _Attempt:
     """Chooses the cohort, of others than `left_out` if there are any, and sends it its work."""
-    everybody = exchange.clients()
-    chosen = choose([who for who in everybody if who.id not in left_out] or everybody, plan.sampling.fraction, rnd)
-    sent = {who: plan.method.send(before.server, who, rnd) for who in chosen}
-    folds = before.folds.known(exchange.held())
-    lacking = missed(plan.spec, store, folds, chosen)
-    gate = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
+    everybody = backend.clients()
+    chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
+    sent = {client: plan.method.send(before.server, client, rnd) for client in chosen}
+    folds = before.folds.known(backend.held())
+    lacking = pending(plan.spec, store, folds, chosen)
+    validator = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
     bytes_down = sum(map(encoded_size, [*sent.values(), *lacking.values()]))
-    return _Attempt(rnd, chosen, gate, folds, bytes_down, exchange.turn(rnd, sent, lacking))
+    return _Attempt(rnd, chosen, validator, folds, bytes_down, backend.train_clients(rnd, sent, lacking))
 
 
 def _round(
-    plan: Plan, exchange: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, watch: Progress
+    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, progress: Progress
 ) -> _PendingEvaluation:
     """Merges the first attempt that has enough replies, and has the result judged."""
     tally, index = _RoundStats(), attempt.rnd.index
     while True:
-        merged, folds = _merged(plan, before, attempt, tally, watch)
+        merged, folds = _merged(plan, before, attempt, tally, progress)
         if merged is not None:
             break
         before = replace(before, folds=folds)
         if attempt.rnd.attempt + 1 == plan.sampling.attempts:
-            reasons = "; ".join(f"{who}: {reason}" for who, reason in tally.refused.items())
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in tally.rejected.items())
             cause = f"; {text}" if (text := tally.divergence(before.largest)) else ""
             raise RunStopped(
                 f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
                 f"(sampling.min_replies) accepted and merged ({reasons}){cause}; the rounds before are complete"
             )
         again = Round(index, plan.seed, attempt.rnd.attempt + 1)
-        attempt = _begin(plan, exchange, store, before, again, tally.left_out)
+        attempt = _begin(plan, backend, store, before, again, tally.left_out)
     row: dict[str, Any] = {
         "round": index + 1,
         "attempts": attempt.rnd.attempt + 1,
         "chosen": tally.chosen,
         "accepted": tally.accepted,
-        "refused": tally.refused,
+        "refused": tally.rejected,
         "bytes_up": tally.bytes_up,
         "bytes_down": tally.bytes_down,
         "train_loss": _weighted_mean(tally.losses),
@@ -215,22 +215,22 @@ def _round(
     }
     after = RunState(merged.server, folds, tally.largest)
     if merged.fold is not None:
-        store.save_fold(index, merged.fold)
-        exchange.fold(merged.fold)
+        store.save_base_update(index, merged.fold)
+        backend.fold(merged.fold)
         after = replace(after, folds=folds.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
         return _PendingEvaluation(after, row, tally, None)
-    return _judging(plan, exchange, store, after, row, tally)
+    return _judging(plan, backend, store, after, row, tally)
 
 
 def _merged(
-    plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, watch: Progress
+    plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, progress: Progress
 ) -> tuple[Merged[Any] | None, BaseUpdateLog]:
     """The merge of one cohort, None if too few of its replies were accepted or its result is not finite; and who now has
     which folds."""
-    watch.round_started(attempt.rnd, attempt.chosen)
+    progress.round_started(attempt.rnd, attempt.chosen)
     tally.bytes_down += attempt.bytes_down
-    tally.chosen, tally.accepted, tally.losses, tally.largest = [who.id for who in attempt.chosen], [], [], None
+    tally.chosen, tally.accepted, tally.losses, tally.largest = [client.id for client in attempt.chosen], [], [], None
     answered: list[str] = []
 
     def accepted() -> Iterator[Reply]:
@@ -240,15 +240,15 @@ def _merged(
             tally.seconds["train"] += time.perf_counter() - started
             if answer is None:
                 return
-            refused = answer.reason if isinstance(answer, Failed) else attempt.gate.refusal(answer)
-            watch.answered(answer.client, refused)
+            rejected = answer.reason if isinstance(answer, Failed) else attempt.validator.rejection_reason(answer)
+            progress.answered(answer.client, rejected)
             if isinstance(answer, Reply):
                 answered.append(answer.client.id)
                 tally.bytes_up += encoded_size(answer.upload)
-            if refused is not None or isinstance(answer, Failed):
-                tally.refused[answer.client.id] = str(refused)
+            if rejected is not None or isinstance(answer, Failed):
+                tally.rejected[answer.client.id] = str(rejected)
                 continue
-            norm = change_norm(answer.upload, attempt.gate.sent[answer.client])
+            norm = change_norm(answer.upload, attempt.validator.sent[answer.client])
             if tally.largest is None or norm > tally.largest.norm:
                 tally.largest = Largest(answer.client.id, norm, attempt.rnd.index + 1)
             weight = 1.0 if plan.uniform_weights else answer.weight
@@ -271,50 +271,50 @@ def _merged(
             pass
     tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
     if failure and tally.largest is not None:
-        who = next(who for who in attempt.chosen if who.id == tally.largest.client)
-        tally.refused[who.id] = (
+        client = next(client for client in attempt.chosen if client.id == tally.largest.client)
+        tally.rejected[client.id] = (
             f"merging ended in {failure}, and its upload changed most: by the norm {tally.largest.norm:.4g}"
         )
-        tally.left_out.add(who.id)
-        watch.answered(who, tally.refused[who.id])
+        tally.left_out.add(client.id)
+        progress.answered(client, tally.rejected[client.id])
     enough = not failure and len(tally.accepted) >= plan.sampling.min_replies
     return (merged if enough else None), attempt.folds.delivered(answered)
 
 
-def missed(
+def pending(
     spec: AdapterSpec, store: BaseUpdateStore, folds: BaseUpdateLog, clients: Sequence[ClientInfo]
 ) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
-    for lacking in {folds.missed(who.id) for who in clients} - {()}:
-        made[lacking] = catch_up({index: store.fold(index) for index in lacking}, spec)
-    return {who: made[lacking] for who in clients if (lacking := folds.missed(who.id))}
+    for lacking in {folds.pending(client.id) for client in clients} - {()}:
+        made[lacking] = pending_tensors({index: store.fold(index) for index in lacking}, spec)
+    return {client: made[lacking] for client in clients if (lacking := folds.pending(client.id))}
 
 
 def _judging(
-    plan: Plan, exchange: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
+    plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
 ) -> _PendingEvaluation:
     """Judges what would be used in the next round: the server at once, the clients when their scores are asked for.
 
     Folds that had to be sent for it count as this round's, and are not sent again for the next.
     """
     started = time.perf_counter()
-    rnd, folds = Round(row["round"], plan.seed), after.folds.known(exchange.held())
+    rnd, folds = Round(row["round"], plan.seed), after.folds.known(backend.held())
     scores = None
-    if plan.judge is not None:
+    if plan.evaluator is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
-        mine = plan.method.init_client(plan.spec, anybody, plan.seed)
-        score = plan.judge(plan.method.view(mine, plan.method.send(after.server, anybody, rnd), anybody))
+        state = plan.method.init_client(plan.spec, anybody, plan.seed)
+        score = plan.evaluator(plan.method.view(state, plan.method.send(after.server, anybody, rnd), anybody))
         row = row | {"global": {**score.metrics, "examples": score.examples}}
     if plan.evaluate.clients != "none":
-        everybody = sorted(exchange.clients(), key=lambda who: who.id)
-        judges = [who for who in everybody if plan.evaluate.clients == "all" or who.id in set(tally.accepted)]
-        sent = {who: plan.method.send(after.server, who, rnd) for who in judges}
-        lacking = missed(plan.spec, store, folds, judges)
-        scores = exchange.judge(rnd, sent, lacking)
+        everybody = sorted(backend.clients(), key=lambda client: client.id)
+        judges = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(tally.accepted)]
+        sent = {client: plan.method.send(after.server, client, rnd) for client in judges}
+        lacking = pending(plan.spec, store, folds, judges)
+        scores = backend.evaluate(rnd, sent, lacking)
         bytes_down = row["bytes_down"] + sum(map(encoded_size, lacking.values()))
         row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
-        folds = folds.delivered(who.id for who in judges)
+        folds = folds.delivered(client.id for client in judges)
     tally.seconds["evaluate"] += time.perf_counter() - started
     return _PendingEvaluation(replace(after, folds=folds), row, tally, scores)
 

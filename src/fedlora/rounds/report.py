@@ -13,7 +13,9 @@ def summary(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
     """For each metric: `mean` over all held-out examples, `worst_decile` (the mean of the worst tenth of the clients, at
     least one), `spread` (the standard deviation between clients), and `each` client's value."""
     names = next(iter(scores.values())).metrics if scores else {}
-    return {name: _spread({who: score.metrics[name] for who, score in scores.items()}, scores, name) for name in names}
+    return {
+        name: _spread({client: score.metrics[name] for client, score in scores.items()}, scores, name) for name in names
+    }
 
 
 def _spread(each: Mapping[str, float], scores: Mapping[str, Score], name: str) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def _spread(each: Mapping[str, float], scores: Mapping[str, Score], name: str) -
     tenth = worst_first[: max(1, len(each) // 10)]
     centre = sum(each.values()) / len(each)
     return {
-        "mean": sum(each[who] * score.examples for who, score in scores.items()) / examples,
+        "mean": sum(each[client] * score.examples for client, score in scores.items()) / examples,
         "worst_decile": sum(tenth) / len(tenth),
         "spread": math.sqrt(sum((value - centre) ** 2 for value in each.values()) / len(each)),
         "each": dict(each),

@@ -14,7 +14,7 @@ def choose(clients: Sequence[ClientInfo], fraction: float, rnd: Round) -> list[C
 
     The choice depends on the run's seed, the round and the attempt, not on the order of `clients`.
     """
-    ordered = sorted(clients, key=lambda who: who.id)
+    ordered = sorted(clients, key=lambda client: client.id)
     wanted = cohort_size(len(ordered), fraction)
     rng = rnd.rng(f"sample {rnd.attempt}")
     return [ordered[i] for i in sorted(torch.randperm(len(ordered), generator=rng)[:wanted].tolist())]

@@ -11,7 +11,7 @@ from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import ClientStart, Trainer, turns
 from fedlora.rounds.codec import outline
-from fedlora.rounds.gate import Failed
+from fedlora.rounds.validator import Failed
 
 _GROUPS = 4  # that are in memory at once
 
@@ -20,10 +20,10 @@ _GROUPS = 4  # that are in memory at once
 class ClientStates(Protocol):
     """Where the clients' states are between rounds."""
 
-    def client_state(self, who: ClientInfo, before: int) -> Any | None:
+    def client_state(self, client: ClientInfo, before: int) -> Any | None:
         """The state after the last round of index below `before` that left one."""
 
-    def save_client(self, who: ClientInfo, index: int, state: Any) -> None:
+    def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
         """Keeps the state after the round of this index."""
 
 
@@ -33,14 +33,14 @@ class SimulationBackend:
 
     method: AnyMethod
     spec: AdapterSpec
-    members: Sequence[ClientInfo]
+    registered: Sequence[ClientInfo]
     states: ClientStates
     trainer: Trainer
     seed: int
 
     def clients(self) -> Sequence[ClientInfo]:
         """All of them."""
-        return self.members
+        return self.registered
 
     def held(self) -> Mapping[str, Sequence[int]]:
         """Nothing: what they would hold on machines of their own is only counted."""
@@ -50,26 +50,26 @@ class SimulationBackend:
         """Changes the one base that all share."""
         self.trainer.fold(change)
 
-    def turn(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def train_clients(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """The replies, in the order of `sent`, as each group of clients finishes. The base has all folds already."""
         for some in self._windows(sent):
-            begun = [ClientStart(who, self._state(who, rnd.index), sent[who]) for who in some]
+            begun = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in some]
             for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
                 if isinstance(done, Failed):
                     yield done
                     continue
-                if not _same(before.mine, done.mine):
-                    self.states.save_client(before.who, rnd.index, done.mine)
-                yield Reply(before.who, rnd, done.upload, float(before.who.examples), done.notes)
+                if not _same(before.state, done.state):
+                    self.states.save_client(before.client, rnd.index, done.state)
+                yield Reply(before.client, rnd, done.upload, float(before.client.examples), done.notes)
 
-    def judge(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def evaluate(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         """Each client's score before round `rnd`, on its held-out examples; None where it has none."""
         for some in self._windows(sent):
-            scores = self.trainer.scores([(who, self.view(who, sent[who], rnd)) for who in some])
+            scores = self.trainer.scores([(client, self.view(client, sent[client], rnd)) for client in some])
             yield from zip(some, scores, strict=True)
 
     def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
@@ -78,16 +78,16 @@ class SimulationBackend:
         while some := list(islice(left, _GROUPS * together if together > 1 else 1)):
             yield some
 
-    def view(self, who: ClientInfo, got: Tensors, rnd: Round) -> Adapter:
+    def view(self, client: ClientInfo, download: Tensors, rnd: Round) -> Adapter:
         """The adapter that the client would use at the start of round `rnd`."""
-        return self.method.view(self._state(who, rnd.index), got, who)
+        return self.method.view(self._state(client, rnd.index), download, client)
 
-    def _state(self, who: ClientInfo, before: int) -> Any:
-        saved = self.states.client_state(who, before)
-        return self.method.init_client(self.spec, who, self.seed) if saved is None else saved
+    def _state(self, client: ClientInfo, before: int) -> Any:
+        saved = self.states.client_state(client, before)
+        return self.method.init_client(self.spec, client, self.seed) if saved is None else saved
 
 
-def _same(mine: Any, after: Any) -> bool:
+def _same(state: Any, after: Any) -> bool:
     """Whether a state is the one before, with the very same tensors, so that it need not be written."""
-    (plan, before), (planned, now) = outline(mine), outline(after)
+    (plan, before), (planned, now) = outline(state), outline(after)
     return plan == planned and all(x is y for x, y in zip(before, now, strict=True))

@@ -10,7 +10,7 @@ from fedlora.adapter import Adapter, pack
 from fedlora.config import Train
 from fedlora.messages import Fit
 from fedlora.randomness import derive, generator
-from fedlora.train.batches import epoch, side_by_side
+from fedlora.train.batches import concat_factors, epoch
 from fedlora.train.chance import ClientDropout
 from fedlora.train.inject import AdaptedModel, form
 from fedlora.train.tasks import Encoded, Task
@@ -18,12 +18,12 @@ from fedlora.train.tasks import Encoded, Task
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training: on the examples `rows` [rows]. `seed` is the client's; `pace` is the same for all clients."""
+    """One client's training: on the examples `rows` [rows]. `seed` is the client's; `shared_order_seed` is the same for all clients."""
 
     request: Fit
     rows: Tensor
     seed: int
-    pace: int
+    shared_order_seed: int
 
     def epochs(self, settings: Train) -> int:
         """As requested, else the run's."""
@@ -42,7 +42,7 @@ class Job:
                 settings.batch_size,
                 settings.batches == "by-length",
                 order,
-                generator(self.pace, "pace", i),
+                generator(self.shared_order_seed, "pace", i),
             )
             yield from (self.rows[place] for place in places)
 
@@ -58,7 +58,12 @@ class Trained:
 
 def in_common(request: Fit) -> Hashable:
     """What the requests of one step have in common: factors to train, form, rates, modules with factors beside."""
-    return request.train, form(request.start), frozenset((request.rates or {}).items()), frozenset(request.beside or ())
+    return (
+        request.train,
+        form(request.start),
+        frozenset((request.rates or {}).items()),
+        frozenset(request.frozen_extra or ()),
+    )
 
 
 def train_together(
@@ -80,7 +85,7 @@ def train_together(
     """
     assert len({in_common(job.request) for job in jobs}) == 1, "requests of several kinds cannot be trained together"
     train = jobs[0].request.train
-    parameters = adapted.load([job.request.start for job in jobs], train, [job.request.beside for job in jobs])
+    parameters = adapted.load([job.request.start for job in jobs], train, [job.request.frozen_extra for job in jobs])
     keys = [key for key in pack(jobs[0].request.start) if _factor(key) in train]
     named = dict(zip(keys, parameters, strict=True))
     optimizer = _optimizer(named, jobs[0].request.rates or {}, settings)
@@ -109,7 +114,7 @@ def train_together(
                 now = [live[place] for place in places]
                 adapted.present.index = None if len(now) == len(live) else torch.tensor(places, device=device)
                 some = [batches[place] for place in places]
-                rows, real = side_by_side(some)
+                rows, real = concat_factors(some)
                 inputs, targets = examples.batch(rows, device)
                 chance.next_pass([chances[i] for i in now], [sizes[place] for place in places])
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device):

@@ -92,11 +92,11 @@ class ClientDropout(TorchFunctionMode):
             )
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         drawn = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
-        for mine, generator, (length, real) in zip(drawn, self._generators, self._sizes, strict=True):
+        for state, generator, (length, real) in zip(drawn, self._generators, self._sizes, strict=True):
             own = [real, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
-            if own != list(mine.shape) and not cut:
-                mine.fill_(_LEVELS // 2 - 1)
-            mine[tuple(slice(n) for n in own)] = _bytes(own, generator)
+            if own != list(state.shape) and not cut:
+                state.fill_(_LEVELS // 2 - 1)
+            state[tuple(slice(n) for n in own)] = _bytes(own, generator)
         return drawn.flatten(0, 1)
 
 

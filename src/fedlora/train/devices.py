@@ -88,19 +88,19 @@ class MultiDeviceTrainer:
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """As `LocalTrainer.scores`."""
-        return self._shared("scores", asked, [len(self._here.held_out[who.id]) for who, _ in asked])
+        return self._shared("scores", asked, [len(self._here.held_out[client.id]) for client, _ in asked])
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """As `LocalTrainer.gradient`."""
-        return self._here.gradient(who, request)
+        return self._here.gradient(client, request)
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
+    def features(self, client: ClientInfo) -> LabelledFeatures:
         """As `LocalTrainer.features`."""
-        return self._here.features(who)
+        return self._here.features(client)
 
-    def judge(self, adapter: Adapter) -> Score:
-        """As `LocalTrainer.judge`."""
-        return self._here.judge(adapter)
+    def evaluate(self, adapter: Adapter) -> Score:
+        """As `LocalTrainer.evaluate`."""
+        return self._here.evaluate(adapter)
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on every device."""
@@ -113,8 +113,8 @@ class MultiDeviceTrainer:
         parts = shares(works, 1 + len(self._helpers))
         for helper, part in zip(self._helpers, parts[1:], strict=True):
             helper.ask(call, [asked[i] for i in part], *more)
-        mine, answers = self._with_answers(lambda: getattr(self._here, call)([asked[i] for i in parts[0]], *more))
-        found = {i: x for part, own in zip(parts, [mine, *answers], strict=True) for i, x in zip(part, own, strict=True)}
+        state, answers = self._with_answers(lambda: getattr(self._here, call)([asked[i] for i in parts[0]], *more))
+        found = {i: x for part, own in zip(parts, [state, *answers], strict=True) for i, x in zip(part, own, strict=True)}
         return [found[i] for i in range(len(asked))]
 
     def _with_answers(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:

@@ -6,7 +6,7 @@ import torch
 
 from fedlora.adapter import Adapter
 from fedlora.messages import Score
-from fedlora.train.batches import side_by_side
+from fedlora.train.batches import concat_factors
 from fedlora.train.inject import AdaptedModel
 from fedlora.train.tasks import Encoded, Task
 
@@ -28,10 +28,10 @@ def score(
     with torch.inference_mode():
         for start in range(0, most, run):
             batches = [rows[start : start + run] for rows in sorted_rows]
-            rows, real = side_by_side(batches)
+            rows, real = concat_factors(batches)
             inputs, targets = examples.batch(rows, device)
             with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
-                evaluated = task.judge(adapted.model, inputs, targets)
+                evaluated = task.evaluate(adapted.model, inputs, targets)
             for name, each in evaluated.items():
                 value = (each.view(real.shape) * real.to(device)).sum(1)
                 sums[name] = sums[name] + value if name in sums else value

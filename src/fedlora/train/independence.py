@@ -70,7 +70,9 @@ class _Trial:
         labels = [i % max(adapted.spec.classes, 1) for i in range(len(texts))]
         examples = task.encode(tokenizer, {"text": texts, "label": labels}, settings.max_length)
         rows = torch.split(torch.arange(len(texts)), [len(own) for own in _WORDS])
-        jobs = [Job(Fit(_start(adapted, i), frozenset("baw")), own, seed=i, pace=0) for i, own in enumerate(rows)]
+        jobs = [
+            Job(Fit(_start(adapted, i), frozenset("baw")), own, seed=i, shared_order_seed=0) for i, own in enumerate(rows)
+        ]
         step = {"optimizer": "sgd", "lr": _RATE, "weight_decay": 0.0, "clip_norm": None, "epochs": 1, "batch_size": 8}
         return _Trial(adapted, task, examples, jobs, settings.model_copy(update=step))
 

@@ -76,7 +76,7 @@ class AdaptedModel:
         self,
         adapters: Sequence[Adapter],
         train: Iterable[str] = (),
-        beside: Sequence[Mapping[str, LowRank] | None] = (),
+        frozen_extra: Sequence[Mapping[str, LowRank] | None] = (),
     ) -> list[nn.Parameter]:
         """Puts the clients' adapters into the model, and frozen factors beside them; returns what is named in `train`.
 
@@ -89,7 +89,7 @@ class AdaptedModel:
         for adapter in adapters:
             check_adapter(self.spec, adapter)
         assert len({form(adapter) for adapter in adapters}) <= 1, "adapters of several forms cannot be loaded together"
-        assert len({frozenset(parts or ()) for parts in beside}) <= 1, (
+        assert len({frozenset(parts or ()) for parts in frozen_extra}) <= 1, (
             "factors beside go to the same modules of all clients"
         )
         train, trained = frozenset(train), []
@@ -99,7 +99,7 @@ class AdaptedModel:
                 setattr(layer, factor, None)
             device = _device(layer.base)
             layer.fixed = [self._folded[name]] if name in self._folded else []
-            if own := [parts[name] for parts in beside if parts and name in parts]:
+            if own := [parts[name] for parts in frozen_extra if parts and name in parts]:
                 layer.fixed.append(LowRank(b=_padded([x.b for x in own]), a=_padded([x.a for x in own])))
             layer.fixed = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.fixed]
         for own_layer in self._own.values():

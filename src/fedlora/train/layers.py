@@ -96,7 +96,7 @@ class LoraLayer(nn.Module):
         """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts: one pass through each of them."""
         runs = self.present.runs(x, len(experts.g)).flatten(1, -2)
         shares = experts.shares(runs)  # [clients, rows of one client * rest, experts]
-        pair = experts.side_by_side()
+        pair = experts.concat_factors()
         return self._plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
 
     def _plus_product(

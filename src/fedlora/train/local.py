@@ -55,21 +55,21 @@ class LocalTrainer:
 
     def steps(self, asked: FitRequest) -> int:
         """How many batches the request takes."""
-        return Job(asked.request, self.rows[asked.who.id], 0, 0).steps(self.settings)
+        return Job(asked.request, self.rows[asked.client.id], 0, 0).steps(self.settings)
 
-    def gradient(self, who: ClientInfo, request: Gradient) -> Adapter:
+    def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """The gradient of the client's mean training loss.
 
         Raises:
             ValueError: the request cannot be honoured.
         """
         check_request(self.adapted.spec, request)
-        rows = self.rows[who.id]
+        rows = self.rows[client.id]
         return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
 
-    def features(self, who: ClientInfo) -> LabelledFeatures:
+    def features(self, client: ClientInfo) -> LabelledFeatures:
         """The client's training examples as the base sees them without any adapter."""
-        rows = self.rows[who.id]
+        rows = self.rows[client.id]
         seen = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
         return LabelledFeatures(seen, self.examples.targets[rows], self.adapted.spec.classes)
 
@@ -79,20 +79,20 @@ class LocalTrainer:
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Each adapter on its client's held-out examples, if there are any."""
-        able = [i for i, (who, _) in enumerate(asked) if len(self.held_out[who.id])]
+        able = [i for i, (client, _) in enumerate(asked) if len(self.held_out[client.id])]
         found: dict[int, Score] = {}
         for some in self._alike(able, [form(asked[i][1]) for i in able]):
-            pairs = [(self.held_out[who.id], adapter) for who, adapter in (asked[i] for i in some)]
+            pairs = [(self.held_out[client.id], adapter) for client, adapter in (asked[i] for i in some)]
             found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
         return [found.get(i) for i in range(len(asked))]
 
-    def judge(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Score:
         """The adapter on the global test set."""
         return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.eval_batch_size)[0]
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:
-        seed = derive(rnd.seed, "fit", rnd.index, asked.who.id, asked.step)
-        return Job(asked.request, self.rows[asked.who.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
+        seed = derive(rnd.seed, "fit", rnd.index, asked.client.id, asked.step)
+        return Job(asked.request, self.rows[asked.client.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Which jobs go together: those that train the same factors, the longest first."""

@@ -55,7 +55,7 @@ class Task(Protocol):
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """The loss of each example of a batch [rows]."""
 
-    def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Each metric of each example of a batch [rows]; a score is their mean."""
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -63,7 +63,7 @@ class Task(Protocol):
 
 
 class Classification:
-    """A label for a text or a pair of texts. `metrics` are the names of what `judge` gives."""
+    """A label for a text or a pair of texts. `metrics` are the names of what `evaluate` gives."""
 
     metrics = ("accuracy", "loss")
 
@@ -88,7 +88,7 @@ class Classification:
         """Cross-entropies, in fp32."""
         return functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
 
-    def judge(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Correct or not, and the cross-entropy."""
         logits = model(**inputs).logits.float()
         return {

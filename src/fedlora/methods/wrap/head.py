@@ -47,24 +47,24 @@ class HeadRule:
         """The wrapped method's state, and the head if it is averaged."""
         return WithHead(self.inner.init_server(_headless(spec), seed), spec.head if self.rule == "averaged" else {})
 
-    def init_client(self, spec: AdapterSpec, who: ClientInfo, seed: int) -> WithHead:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> WithHead:
         """The wrapped method's state, and the head unless it is averaged."""
-        return WithHead(self.inner.init_client(_headless(spec), who, seed), spec.head if self.rule != "averaged" else {})
+        return WithHead(self.inner.init_client(_headless(spec), client, seed), spec.head if self.rule != "averaged" else {})
 
-    def send(self, server: WithHead, who: ClientInfo, rnd: Round) -> Tensors:
+    def send(self, server: WithHead, client: ClientInfo, rnd: Round) -> Tensors:
         """What the wrapped method sends, and an averaged head."""
-        return {**self.inner.send(server.inner, who, rnd), **_marked(server.head)}
+        return {**self.inner.send(server.inner, client, rnd), **_marked(server.head)}
 
-    def view(self, mine: WithHead, got: Tensors, who: ClientInfo) -> Adapter:
+    def view(self, state: WithHead, download: Tensors, client: ClientInfo) -> Adapter:
         """The wrapped method's adapter with the head."""
-        head, rest = _split(got)
-        return {**self.inner.view(mine.inner, rest, who), **_parts({**mine.head, **head})}
+        head, rest = _split(download)
+        return {**self.inner.view(state.inner, rest, client), **_parts({**state.head, **head})}
 
-    def work(self, mine: WithHead, got: Tensors, who: ClientInfo, rnd: Round) -> Local[tuple[WithHead, Tensors]]:
+    def work(self, state: WithHead, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[WithHead, Tensors]]:
         """The wrapped method's work; each training it asks for trains the head too, unless that is frozen."""
-        received, rest = _split(got)
-        head: Tensors = {**mine.head, **received}
-        job, answer = self.inner.work(mine.inner, rest, who, rnd), None
+        received, rest = _split(download)
+        head: Tensors = {**state.head, **received}
+        job, answer = self.inner.work(state.inner, rest, client, rnd), None
         while True:
             try:
                 request = job.send(answer)
@@ -86,12 +86,14 @@ class HeadRule:
             head = {name: part.w for name, part in trained.items() if isinstance(part, Dense)}
             answer = {name: part for name, part in trained.items() if name not in head}
 
-    def layout(self, spec: AdapterSpec, upload: Tensors, like: Tensors, who: ClientInfo, rnd: Round) -> Tensors:
+    def expected_upload(
+        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
+    ) -> Tensors:
         """What the wrapped method expects, if it lets clients choose, beside the head."""
         if not isinstance(self.inner, SelectiveUpload):
-            return like
-        (_, rest), (head, alike) = _split(upload), _split(like)
-        return {**self.inner.layout(_headless(spec), rest, alike, who, rnd), **_marked(head)}
+            return template
+        (_, rest), (head, alike) = _split(upload), _split(template)
+        return {**self.inner.expected_upload(_headless(spec), rest, alike, client, rnd), **_marked(head)}
 
     def merge(self, server: WithHead, replies: Replies, rnd: Round) -> Merged[WithHead]:
         """The wrapped method's merge, and the mean of the heads; reads the replies once, so that they may stream."""

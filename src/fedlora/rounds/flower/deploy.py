@@ -12,8 +12,8 @@ from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import Printer, free_port, private
 from fedlora.rounds.flower.settings import Settings
+from fedlora.rounds.progress import Progress
 from fedlora.rounds.sample import check_cohort
-from fedlora.rounds.watch import Progress
 from fedlora.runs import Result, read_folder, record, settled
 
 
@@ -36,7 +36,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
         folder.release()
 
 
-def local(path: Path, count: int, watch: Progress, say: Printer) -> Result:
+def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
 
     A run that is taken up again has its nodes already, which hold the clients' states.
@@ -45,10 +45,10 @@ def local(path: Path, count: int, watch: Progress, say: Printer) -> Result:
         UserError: the experiment or its data cannot be used, or Flower does not start.
         RunStopped: the run cannot go on.
     """
-    from fedlora.problem import FederatedData  # takes a second to import
+    from fedlora.federated_data import FederatedData  # takes a second to import
 
     experiment = read_folder(path)
-    members = [who.id for who in FederatedData.make(experiment).members]
+    members = [client.id for client in FederatedData.make(experiment).clients]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
     count = len([*home.glob("node*")]) or min(count, len(members))
     with ExitStack() as stack:
@@ -58,7 +58,7 @@ def local(path: Path, count: int, watch: Progress, say: Printer) -> Result:
             node = home / f"node{i}"
             Settings.trusting(experiment, members[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
-        return server.run(path, watch, say)
+        return server.run(path, progress, say)
 
 
 def needed(address: Address, folder: Path | None) -> Keys | None:
@@ -78,7 +78,7 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
     return keys
 
 
-def serve(path: Path, address: Address, keys: Keys | None, watch: Progress, say: Printer) -> Result:
+def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, say: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink there.
 
     Raises:
@@ -88,16 +88,16 @@ def serve(path: Path, address: Address, keys: Keys | None, watch: Progress, say:
     server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
     try:
         say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
-        return server.run(path, watch, say)
+        return server.run(path, progress, say)
     finally:
         server.stop()
 
 
-def serve_on(path: Path, address: Address, ca: Path | None, watch: Progress, say: Printer) -> Result:
+def serve_on(path: Path, address: Address, ca: Path | None, progress: Progress, say: Printer) -> Result:
     """Runs the folder's experiment on a SuperLink of this machine that runs already.
 
     Raises:
         UserError: the experiment or its data cannot be used.
         RunStopped: the run cannot go on, or there is no SuperLink.
     """
-    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, watch, say)
+    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, progress, say)

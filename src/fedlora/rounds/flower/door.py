@@ -16,7 +16,9 @@ class NodeAdmission:
     rank: int
     mixed_ranks: bool
 
-    def refusal(self, present: ClientLayout, credential: Credential | None, taken: Mapping[str, str]) -> str | None:
+    def rejection_reason(
+        self, present: ClientLayout, credential: Credential | None, taken: Mapping[str, str]
+    ) -> str | None:
         """Why this node is not let in, None if it is; `taken` are the clients of the other nodes, and their nodes.
 
         `credential` is None where the server has no keys: then a node may bring any client that no other node has.

@@ -11,8 +11,8 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import NodeAdmission
+from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import (
     ClientLayout,
@@ -25,11 +25,11 @@ from fedlora.rounds.flower.wire import (
     Refused,
     RoundRecord,
     TaskRequest,
-    seal,
-    unseal,
+    decode_message,
+    encode_message,
 )
-from fedlora.rounds.folds import fold_indices
-from fedlora.rounds.gate import Failed
+from fedlora.rounds.folds import base_update_indices
+from fedlora.rounds.validator import Failed
 
 _HELLO_SECONDS = 600.0
 """A node loads its model to answer a hello."""
@@ -48,13 +48,13 @@ class Transport(Protocol):
     def credential(self, node: int) -> Credential | None:
         """The key with which a connected node was authenticated; None where the server has no keys."""
 
-    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         """Sends each node its message, to be given up after so many seconds; tickets, and the node of each.
 
         A node reads its messages in the order in which they were sent.
         """
 
-    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
         """The answers that have come, or why there will be none."""
 
 
@@ -87,22 +87,22 @@ class FlowerBackend:
 
     def __init__(
         self,
-        post: Transport,
+        transport: Transport,
         hello: Handshake,
-        door: NodeAdmission,
+        admission: NodeAdmission,
         trainer: Trainer,
         scores: ScoreCheck,
         deadline: float,
         poll: float = 0.5,
-        tell: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
         tensors: int = 2**16,
     ) -> None:
-        """`hello` says what is run; `tell` gets one line about a node that is refused or a client that fails.
+        """`hello` says what is run; `notify` gets one line about a node that is refused or a client that fails.
 
         An upload may have so many `tensors`.
         """
-        self._post, self._hello, self._door, self._trainer, self._score_check = post, hello, door, trainer, scores
-        self._deadline, self._poll, self._tell, self._tensors = deadline, poll, tell, tensors
+        self._post, self._hello, self._door, self._trainer, self._score_check = transport, hello, admission, trainer, scores
+        self._deadline, self._poll, self._tell, self._tensors = deadline, poll, notify, tensors
         self._guests: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
         self._greeted: set[int] = set()
         self._pending: dict[str, int] = {}  # hellos
@@ -117,7 +117,7 @@ class FlowerBackend:
         until = time.monotonic() + seconds
         while len(self.clients()) < count:
             if time.monotonic() > until:
-                came = ", ".join(sorted(who.id for who in self.clients())) or "none"
+                came = ", ".join(sorted(client.id for client in self.clients())) or "none"
                 why = "".join(f"; {reason}" for reason in self._refused)
                 raise RunStopped(f"of {count} clients, {came} came within {seconds:g} s (deploy.wait){why}")
             time.sleep(self._poll)
@@ -125,25 +125,25 @@ class FlowerBackend:
     def clients(self) -> Sequence[ClientInfo]:
         """All that have been let in, those included whose node is away."""
         self._greet()
-        return sorted((who for guest in self._guests.values() for who in guest.clients), key=lambda who: who.id)
+        return sorted((client for guest in self._guests.values() for client in guest.clients), key=lambda client: client.id)
 
     def held(self) -> Mapping[str, Sequence[int]]:
         """As their nodes have told, and what is on its way to them."""
-        return {who.id: guest.expected() for guest in self._guests.values() for who in guest.clients}
+        return {client.id: guest.expected() for guest in self._guests.values() for client in guest.clients}
 
     def fold(self, change: Mapping[str, LowRank]) -> None:
         """Changes the server's own base, on which the global test is."""
         self._trainer.fold(change)
 
-    def turn(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def train_clients(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
-        return self._replies(self._sent("turn", rnd, sent, missed))
+        return self._replies(self._sent("turn", rnd, sent, pending))
 
-    def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]) -> None:
+    def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]) -> None:
         """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
-        failed = {who.id: found for who, found in self._sent("keep", rnd, sent, missed) if isinstance(found, str)}
+        failed = {client.id: found for client, found in self._sent("keep", rnd, sent, pending) if isinstance(found, str)}
         for client, reason in failed.items():
             self._tell(f"client {client} could not keep its adapter: {reason}")
         self._tell(
@@ -153,108 +153,108 @@ class FlowerBackend:
     def finish(self) -> None:
         """Tells the connected nodes that the run is finished; does not wait long for one that does not answer."""
         connected = set(self._post.nodes())
-        notice = seal(Notice(run=self._hello.run, state="finished", text="all rounds are complete"))
-        letters = {guest.at: notice for guest in self._guests.values() if guest.at in connected}
-        tickets = self._post.send(letters, _NOTICE_SECONDS) if letters else {}
+        notice = encode_message(Notice(run=self._hello.run, state="finished", text="all rounds are complete"))
+        messages = {guest.at: notice for guest in self._guests.values() if guest.at in connected}
+        message_ids = self._post.send(messages, _NOTICE_SECONDS) if messages else {}
         until = time.monotonic() + _NOTICE_SECONDS
-        while tickets and time.monotonic() < until:
-            received = self._post.collect(list(tickets))
-            if tickets := {ticket: at for ticket, at in tickets.items() if ticket not in received}:
+        while message_ids and time.monotonic() < until:
+            received = self._post.collect(list(message_ids))
+            if message_ids := {ticket: at for ticket, at in message_ids.items() if ticket not in received}:
                 time.sleep(self._poll)
 
     def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
-        for who, found in results:
+        for client, found in results:
             if isinstance(found, str):
-                yield Failed(who, found)
+                yield Failed(client, found)
                 continue
             when, answer, upload = found
             try:
                 if upload is None:
                     raise ValueError("sent no upload")
-                yield Reply(who, when, decode(upload, self._tensors), answer.weight, answer.notes)
+                yield Reply(client, when, decode(upload, self._tensors), answer.weight, answer.notes)
             except ValueError as error:
-                yield Failed(who, str(error))
+                yield Failed(client, str(error))
 
-    def judge(
-        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], missed: Mapping[ClientInfo, Tensors]
+    def evaluate(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         """The valid scores that came by the deadline. Sends at once."""
-        return self._scores(rnd, self._sent("judge", rnd, sent, missed))
+        return self._scores(rnd, self._sent("judge", rnd, sent, pending))
 
     def _scores(
         self, rnd: Round, results: Iterator[tuple[ClientInfo, _Found | str]]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        for who, found in results:
+        for client, found in results:
             if isinstance(found, str):
-                self._tell(f"client {who.id} did not judge: {found}")
+                self._tell(f"client {client.id} did not judge: {found}")
                 continue
             when, answer, _ = found
-            reason = "is for another round" if when != rnd else self._score_check.rejection(answer, who)
+            reason = "is for another round" if when != rnd else self._score_check.rejection(answer, client)
             if reason is not None:
-                self._tell(f"client {who.id}: its score is rejected: {reason}")
+                self._tell(f"client {client.id}: its score is rejected: {reason}")
             else:
-                yield who, Score(answer.examples, answer.metrics) if answer.examples else None
+                yield client, Score(answer.examples, answer.metrics) if answer.examples else None
 
     def _sent(
         self,
         kind: Kind,
         rnd: Round,
         sent: Mapping[ClientInfo, Tensors],
-        missed: Mapping[ClientInfo, Tensors],
+        pending: Mapping[ClientInfo, Tensors],
     ) -> Iterator[tuple[ClientInfo, _Found | str]]:
         """Sends the orders; each client's answer in the order of `sent`, as soon as it is known, or why there is none."""
         found: dict[str, _Found | str] = {}
-        letters: dict[int, bytes] = {}
+        messages: dict[int, bytes] = {}
         names: dict[int, str] = {}
         connected = set(self._post.nodes())
         for name, guest in self._guests.items():
-            mine = {who: got for who, got in sent.items() if who in guest.clients}
-            if mine and guest.at in connected:
+            state = {client: download for client, download in sent.items() if client in guest.clients}
+            if state and guest.at in connected:
                 names[guest.at] = name
-                letters[guest.at] = self._order(kind, rnd, guest, mine, missed)
-            elif mine:
-                found |= {who.id: "its node is not connected" for who in mine}
-        tickets = self._post.send(letters, self._deadline) if letters else {}
-        for at in letters.keys() - set(tickets.values()):
-            found |= {who.id: "could not be sent to its node" for who in self._guests[names[at]].clients}
-        return self._results(list(sent), tickets, names, found, time.monotonic() + self._deadline)
+                messages[guest.at] = self._order(kind, rnd, guest, state, pending)
+            elif state:
+                found |= {client.id: "its node is not connected" for client in state}
+        message_ids = self._post.send(messages, self._deadline) if messages else {}
+        for at in messages.keys() - set(message_ids.values()):
+            found |= {client.id: "could not be sent to its node" for client in self._guests[names[at]].clients}
+        return self._results(list(sent), message_ids, names, found, time.monotonic() + self._deadline)
 
     def _results(
         self,
         clients: Sequence[ClientInfo],
-        tickets: dict[str, int],
+        message_ids: dict[str, int],
         names: Mapping[int, str],
         found: dict[str, _Found | str],
         until: float,
     ) -> Iterator[tuple[ClientInfo, _Found | str]]:
-        for who in clients:
-            while who.id not in found:
-                if not self._collect(tickets, names, found):
+        for client in clients:
+            while client.id not in found:
+                if not self._collect(message_ids, names, found):
                     if time.monotonic() > until:
-                        found[who.id] = f"gave no answer within {self._deadline:g} s (deploy.deadline)"
+                        found[client.id] = f"gave no answer within {self._deadline:g} s (deploy.deadline)"
                     else:
                         time.sleep(self._poll)
-            yield who, found.pop(who.id)
+            yield client, found.pop(client.id)
         for name in names.values():
             self._guests[name].coming.clear()  # what is not in an answer by now never came
 
-    def _collect(self, tickets: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
+    def _collect(self, message_ids: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
         """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
-        letters = self._post.collect(list(tickets)) if tickets else {}
-        for ticket, letter in letters.items():
-            guest = self._guests[names[tickets.pop(ticket)]]
-            mine = {who.id for who in guest.clients}
+        messages = self._post.collect(list(message_ids)) if message_ids else {}
+        for ticket, letter in messages.items():
+            guest = self._guests[names[message_ids.pop(ticket)]]
+            state = {client.id for client in guest.clients}
             results = _opened(letter, guest.most)
             if isinstance(results, str):
-                found |= dict.fromkeys(mine, results)
+                found |= dict.fromkeys(state, results)
                 continue
             done, payloads = results
             guest.folds = done.folds
-            found |= dict.fromkeys(mine, "its node's answer does not mention it")
+            found |= dict.fromkeys(state, "its node's answer does not mention it")
             for answer in done.answers:
-                if answer.id in mine:
+                if answer.id in state:
                     found[answer.id] = _found(done, answer, payloads)
-        return bool(letters)
+        return bool(messages)
 
     def _order(
         self,
@@ -262,23 +262,23 @@ class FlowerBackend:
         rnd: Round,
         guest: _Node,
         sent: Mapping[ClientInfo, Tensors],
-        missed: Mapping[ClientInfo, Tensors],
+        pending: Mapping[ClientInfo, Tensors],
     ) -> bytes:
         """The message to one node; what several of its clients are sent alike is in it once."""
         payloads: dict[bytes, int] = {}
         errands = [
             ClientTask(
-                who=ClientRecord.of(who),
-                got=payloads.setdefault(encode(got), len(payloads)),
-                folds=payloads.setdefault(encode(missed[who]), len(payloads)) if who in missed else None,
+                client=ClientRecord.of(client),
+                download=payloads.setdefault(encode(download), len(payloads)),
+                folds=payloads.setdefault(encode(pending[client]), len(payloads)) if client in pending else None,
             )
-            for who, got in sent.items()
+            for client, download in sent.items()
         ]
         order = TaskRequest(
             kind=kind, run=self._hello.run, when=RoundRecord.of(rnd), held=guest.expected(), errands=errands
         )
-        guest.coming |= {index for who in sent if who in missed for index in fold_indices(missed[who])}
-        return seal(order, list(payloads))
+        guest.coming |= {index for client in sent if client in pending for index in base_update_indices(pending[client])}
+        return encode_message(order, list(payloads))
 
     def _greet(self) -> None:
         """Says hello to nodes that are new, and lets in those that have answered as they should."""
@@ -286,16 +286,16 @@ class FlowerBackend:
         new = connected - self._greeted
         self._greeted = (self._greeted & connected) | new
         if new:
-            self._pending |= self._post.send(dict.fromkeys(new, seal(self._hello)), _HELLO_SECONDS)
-        letters = self._post.collect(list(self._pending)) if self._pending else {}
-        for ticket, letter in letters.items():
+            self._pending |= self._post.send(dict.fromkeys(new, encode_message(self._hello)), _HELLO_SECONDS)
+        messages = self._post.collect(list(self._pending)) if self._pending else {}
+        for ticket, letter in messages.items():
             at = self._pending.pop(ticket)
             reason = self._welcome(at, letter, connected)
             if isinstance(letter, str):
                 self._greeted.discard(at)  # it may have been too busy loading its model: once more
             elif reason is not None and at in connected:  # not waited for
                 notice = Notice(run=self._hello.run, state="rejected", text=reason[:1000])
-                self._post.send({at: seal(notice)}, _NOTICE_SECONDS)
+                self._post.send({at: encode_message(notice)}, _NOTICE_SECONDS)
             if reason is not None and f"node {at} refused: {reason}" not in self._refused:
                 self._refused.append(f"node {at} refused: {reason}")
                 self._tell(self._refused[-1])
@@ -307,7 +307,7 @@ class FlowerBackend:
         credential = self._post.credential(at)
         most = _UNDECLARED if credential is None else len(credential.clients)
         try:
-            header, _ = unseal(letter, most)
+            header, _ = decode_message(letter, most)
         except ValueError as error:
             return str(error)
         if isinstance(header, Refused):
@@ -316,12 +316,12 @@ class FlowerBackend:
             return f"answers {header.kind!r} to a hello"
         node = header.node if credential is None else credential.name
         others = {name: guest for name, guest in self._guests.items() if name != node and guest.at in connected}
-        taken = {who.id: name for name, guest in others.items() for who in guest.clients}
-        reason = self._door.refusal(header, credential, taken)
+        taken = {client.id: name for name, guest in others.items() for client in guest.clients}
+        reason = self._door.rejection_reason(header, credential, taken)
         if reason is None:
             claimed = {person.id for person in header.clients}
             for guest in self._guests.values():  # of nodes that are gone
-                guest.clients = [who for who in guest.clients if who.id not in claimed]
+                guest.clients = [client for client in guest.clients if client.id not in claimed]
             clients = [person.info() for person in header.clients]
             self._guests[node] = _Node(at, clients, list(header.folds), len(clients))
         return reason
@@ -332,7 +332,7 @@ def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str
     if isinstance(letter, str):
         return letter
     try:
-        header, payloads = unseal(letter, clients)
+        header, payloads = decode_message(letter, clients)
     except ValueError as error:
         return f"its node sent {error}"
     if isinstance(header, Refused):

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.watch import Progress
+from fedlora.rounds.progress import Progress
 
 NAME = "journal.jsonl"
 
@@ -32,11 +32,11 @@ class Journal:
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """The cohort."""
-        self.write(round=asdict(rnd), chosen=[asdict(who) for who in chosen])
+        self.write(round=asdict(rnd), chosen=[asdict(client) for client in chosen])
 
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
+    def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """One client's answer."""
-        self.write(answered=asdict(who), refused=refused)
+        self.write(answered=asdict(client), rejected=rejected)
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """The round's row."""
@@ -50,8 +50,8 @@ class Journal:
 class Reader:
     """Reads what a journal has had since it was opened, and shows it."""
 
-    def __init__(self, run: Path, watch: Progress, say: Any) -> None:
-        self._file, self._watch, self._say = run / DEPLOY / NAME, watch, say
+    def __init__(self, run: Path, progress: Progress, say: Any) -> None:
+        self._file, self._watch, self._say = run / DEPLOY / NAME, progress, say
         self._at = self._file.stat().st_size if self._file.exists() else 0
         self.changed = time.monotonic()
         self._end: tuple[str, str] | None = None
@@ -64,9 +64,9 @@ class Reader:
                 case {"notified": message}:
                     self._say(message)
                 case {"round": rnd, "chosen": chosen}:
-                    self._watch.round_started(Round(**rnd), [ClientInfo(**who) for who in chosen])
-                case {"answered": who, "refused": refused}:
-                    self._watch.answered(ClientInfo(**who), refused)
+                    self._watch.round_started(Round(**rnd), [ClientInfo(**client) for client in chosen])
+                case {"answered": client, "refused": rejected}:
+                    self._watch.answered(ClientInfo(**client), rejected)
                 case {"row": row}:
                     self._watch.round_ended(row)
                 case {"ended": how, "why": why}:

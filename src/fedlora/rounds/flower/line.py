@@ -103,12 +103,12 @@ def _start(folder: Path, until: int) -> "subprocess.Popen[bytes]":
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
     parts = bytearray(size)
-    view, got = memoryview(parts), 0
-    while got < size:
-        count = connection.recv_into(view[got:])
+    view, download = memoryview(parts), 0
+    while download < size:
+        count = connection.recv_into(view[download:])
         if not count:
             raise EOFError("the connection ended within a message")
-        got += count
+        download += count
     return bytes(parts)
 
 

@@ -16,7 +16,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.processes import CONNECTION, Printer, Process, connection, flwr, private, wait_until_ready
-from fedlora.rounds.watch import Progress
+from fedlora.rounds.progress import Progress
 from fedlora.runs import Result
 
 _POLL = 0.2
@@ -69,14 +69,14 @@ class SuperLink:
         if self.process is not None:
             self.process.stop()
 
-    def run(self, path: Path, watch: Progress, say: Printer) -> Result:
+    def run(self, path: Path, progress: Progress, say: Printer) -> Result:
         """Runs the folder's experiment to its end, and shows its progress.
 
         Raises:
             UserError: the experiment, its data or its model cannot be used.
             RunStopped: the run cannot go on, or Flower ended it.
         """
-        reader = Reader(path, watch, say)
+        reader = Reader(path, progress, say)
         settings = self.home / "settings.toml"
         keys = "" if self.keys is None else str(self.keys.folder.resolve())
         settings.write_text(tomli_w.dumps({"folder": str(path.resolve()), "keys": keys}))

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fedlora.adapter import Tensors
-from fedlora.experiment import Session, with_folds
+from fedlora.experiment import Session, with_base_updates
+from fedlora.federated_data import FederatedData
 from fedlora.messages import ClientInfo
-from fedlora.problem import FederatedData
 from fedlora.rounds import durable
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
@@ -35,12 +35,12 @@ from fedlora.rounds.flower.wire import (
     Received,
     Refused,
     TaskRequest,
-    seal,
-    unseal,
+    decode_message,
+    encode_message,
 )
 from fedlora.rounds.folds import caught_up
-from fedlora.rounds.gate import Failed
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import Failed
 from fedlora.version import __version__
 
 _Result = tuple[ClientResult, "bytes | None"]
@@ -51,7 +51,7 @@ _Result = tuple[ClientResult, "bytes | None"]
 class _Work:
     """One run on this node."""
 
-    bench: Session
+    session: Session
     folder: RunFolder
     simulation: SimulationBackend
     base: str
@@ -67,16 +67,16 @@ class Node:
     runs/RUN/clients, folds       as in a run's folder
     runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
 
-    `tell` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
+    `notify` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, notify: Callable[[str], None] = print) -> None:
         """Reads the settings.
 
         Raises:
             UserError: there are none.
         """
-        self._folder, self._tell = folder, tell
+        self._folder, self._tell = folder, notify
         self._works: dict[str, _Work] = {}
         self._settings = Settings.read(folder)
         name = folder / "name"
@@ -88,13 +88,13 @@ class Node:
         """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
         try:
             with self._coded(Reason.MESSAGE):
-                header, payloads = unseal(message, len(self._settings.clients))
+                header, payloads = decode_message(message, len(self._settings.clients))
             if isinstance(header, Batch) and not bundled:
-                return seal(header, [self.answer(payload, bundled=True) for payload in payloads])
+                return encode_message(header, [self.answer(payload, bundled=True) for payload in payloads])
             with self._coded(Reason.INTERNAL):
-                return seal(*self._answer(header, payloads))
+                return encode_message(*self._answer(header, payloads))
         except Declined as declined:
-            return seal(Refused(failure=Failure.of(declined)))
+            return encode_message(Refused(failure=Failure.of(declined)))
 
     def _answer(self, header: Header, payloads: Sequence[bytes]) -> tuple[Header, list[bytes]]:
         match header:
@@ -132,13 +132,13 @@ class Node:
         durable.folder(folder)
         if hello.run in self._works:
             self._works.pop(hello.run).folder.release()
-        if (folder / "hello").exists() and _hello(folder).life != hello.life:
+        if (folder / "hello").exists() and _hello(folder).server_session_id != hello.server_session_id:
             left = RunFolder(folder)
             left.forget(hello.done)
             left.release()
         durable.replace(folder / "hello", hello.model_dump_json().encode())
         work = self._work(hello.run)
-        people = [ClientRecord.of(who) for who in work.simulation.members]
+        people = [ClientRecord.of(client) for client in work.simulation.registered]
         return ClientLayout(
             protocol=PROTOCOL, version=__version__, node=self._name, base=work.base, clients=people, folds=work.folded
         )
@@ -160,24 +160,28 @@ class Node:
             experiment = local_experiment(hello.experiment, settings.overrides, settings.data is not None)
         with self._coded(Reason.DATA):
             if settings.data is None:
-                problem = FederatedData.make(experiment)
+                federated_data = FederatedData.make(experiment)
             else:
                 rank = settings.rank or experiment.method.rank
-                problem = FederatedData.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
-            if list(problem.corpus.labels) != hello.labels:
-                raise ValueError(f"the labels here are {list(problem.corpus.labels)}, the server's {hello.labels}")
-        members = [who for who in problem.members if who.id in settings.clients]
-        if unknown := sorted(set(settings.clients) - {who.id for who in members}):
+                federated_data = FederatedData.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
+            if list(federated_data.labelled_data.labels) != hello.labels:
+                raise ValueError(
+                    f"the labels here are {list(federated_data.labelled_data.labels)}, the server's {hello.labels}"
+                )
+        members = [client for client in federated_data.clients if client.id in settings.clients]
+        if unknown := sorted(set(settings.clients) - {client.id for client in members}):
             self._tell(f"the experiment's division has no client {unknown[0]!r}")
             raise Declined(Reason.CLIENTS, len(unknown))
         with self._coded(Reason.MODEL):
-            bench = Session.make(experiment, problem).on_all_devices()
-        base = fingerprint(bench.adapted.model)
+            session = Session.make(experiment, federated_data).on_all_devices()
+        base = fingerprint(session.adapted.model)
         folder = RunFolder(path)
-        simulation = SimulationBackend(bench.method, bench.adapted.spec, members, folder, bench.trainer, experiment.seed)
-        work = _Work(bench, folder, simulation, base)
+        simulation = SimulationBackend(
+            session.method, session.adapted.spec, members, folder, session.trainer, experiment.seed
+        )
+        work = _Work(session, folder, simulation, base)
         for index in folder.folds():
-            bench.trainer.fold(folder.fold(index))
+            session.trainer.fold(folder.fold(index))
             work.folded.append(index)
         return work
 
@@ -186,23 +190,23 @@ class Node:
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for errand in order.errands:
-            with self._caught(errand.who.id, found, Reason.DOWNLOAD):
-                who = errand.who.info()
-                if who not in work.simulation.members:
+            with self._caught(errand.client.id, found, Reason.DOWNLOAD):
+                client = errand.client.info()
+                if client not in work.simulation.registered:
                     raise Declined(Reason.CLIENT)
                 if errand.folds is not None:
                     self._fold(work, payloads[errand.folds])
-                sent[who] = decode(payloads[errand.got])
+                sent[client] = decode(payloads[errand.download])
         with suppress(Exception):
             found.update(self._together(work, order, sent))
-        for who in sent:
-            if who.id not in found:
-                with self._caught(who.id, found, Reason.WORK):
-                    found.update(self._together(work, order, {who: sent[who]}))
+        for client in sent:
+            if client.id not in found:
+                with self._caught(client.id, found, Reason.WORK):
+                    found.update(self._together(work, order, {client: sent[client]}))
         answers: list[ClientResult] = []
         uploads: list[bytes] = []
         for errand in order.errands:
-            answer, upload = found[errand.who.id]
+            answer, upload = found[errand.client.id]
             if upload is not None:
                 answer = answer.model_copy(update={"upload": len(uploads)})
                 uploads.append(upload)
@@ -215,18 +219,20 @@ class Node:
         """The clients' names and results, as each group of them finishes."""
         rnd = order.when.round()
         if order.kind == "keep":
-            for who, got in sent.items():
-                view = with_folds(work.simulation.view(who, got, rnd), [work.folder.fold(i) for i in work.folded])
-                work.bench.write({who.id: view}, work.folder.path / "adapter", "adapter")
-                yield who.id, (ClientResult(id=who.id), None)
+            for client, download in sent.items():
+                view = with_base_updates(
+                    work.simulation.view(client, download, rnd), [work.folder.fold(i) for i in work.folded]
+                )
+                work.session.write({client.id: view}, work.folder.path / "adapter", "adapter")
+                yield client.id, (ClientResult(id=client.id), None)
         elif order.kind == "judge":
-            for who, score in work.simulation.judge(rnd, sent, {}):
-                answer = ClientResult(id=who.id)
+            for client, score in work.simulation.evaluate(rnd, sent, {}):
+                answer = ClientResult(id=client.id)
                 if score is not None:
-                    answer = ClientResult(id=who.id, examples=score.examples, metrics=dict(score.metrics))
-                yield who.id, (answer, None)
+                    answer = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
+                yield client.id, (answer, None)
         else:
-            for reply in work.simulation.turn(rnd, sent, {}):
+            for reply in work.simulation.train_clients(rnd, sent, {}):
                 if isinstance(reply, Failed):
                     self._tell(f"client {reply.client.id}: {reply.reason}")
                     yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
@@ -236,12 +242,12 @@ class Node:
 
     def _fold(self, work: _Work, payload: bytes) -> None:
         """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
-        for index, change in caught_up(decode(payload), work.bench.adapted.spec).items():
+        for index, change in caught_up(decode(payload), work.session.adapted.spec).items():
             if index in work.folded:
                 continue
             if work.folded and index < work.folded[-1]:
                 raise ValueError(f"the fold of round {index + 1} came after that of round {work.folded[-1] + 1}")
-            work.folder.save_fold(index, change)
+            work.folder.save_base_update(index, change)
             work.simulation.fold(change)
             work.folded.append(index)
 
@@ -274,7 +280,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def _moment(order: TaskRequest, work: _Work) -> str:
     """What the order asks for, and when in the run."""
-    rounds, index = work.bench.experiment.rounds, order.when.index
+    rounds, index = work.session.experiment.rounds, order.when.index
     match order.kind:
         case "turn":
             return f"round {index + 1} of {rounds}: training"

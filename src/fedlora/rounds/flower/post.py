@@ -19,7 +19,7 @@ _ERRORS = {
 }
 
 
-class GridPost:
+class GridTransport:
     """Carries messages through the SuperLink; none is waited for."""
 
     def __init__(self, grid: Grid, credentials: Mapping[bytes, Credential] | None = None) -> None:
@@ -39,18 +39,18 @@ class GridPost:
             return None
         return self._credentials.get(self._keys.get(node, b""), Credential("unknown", frozenset()))
 
-    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         """One message at a time, so that one that cannot be sent stops no other."""
-        tickets: dict[str, int] = {}
-        for node, letter in letters.items():
+        message_ids: dict[str, int] = {}
+        for node, letter in messages.items():
             message = Message(packed(letter), dst_node_id=node, message_type="query", ttl=seconds)
-            tickets |= {ticket: node for ticket in self._grid.push_messages([message]) if ticket}
-        return tickets
+            message_ids |= {ticket: node for ticket in self._grid.push_messages([message]) if ticket}
+        return message_ids
 
-    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
         """What the SuperLink has for these tickets."""
         found: dict[str, bytes | str] = {}
-        for message in self._grid.pull_messages(list(tickets)):
+        for message in self._grid.pull_messages(list(message_ids)):
             ticket = message.metadata.reply_to_message_id
             try:
                 found[ticket] = _error(message.error.code) if message.has_error() else unpacked(message)

@@ -5,8 +5,8 @@ from uuid import uuid4
 
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Session, begin, finish, require_same, rounds
+from fedlora.federated_data import FederatedData
 from fedlora.messages import Round
-from fedlora.problem import FederatedData
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.door import NodeAdmission
 from fedlora.rounds.flower.exchange import FlowerBackend, Transport
@@ -14,7 +14,7 @@ from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import PROTOCOL, Handshake
-from fedlora.rounds.loop import RunState, missed
+from fedlora.rounds.loop import RunState, pending
 from fedlora.runs import read_folder, settled
 from fedlora.train.tasks import Classification
 from fedlora.version import __version__
@@ -25,7 +25,7 @@ _LET_GO_SECONDS = 60.0
 """An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
 
 
-def serve(path: Path, post: Transport) -> None:
+def serve(path: Path, transport: Transport) -> None:
     """Runs the rounds that the folder lacks, and writes the adapter; tells its journal and the nodes how it ended.
 
     A personal method's adapters are the clients' own: they are written to the folders of their nodes.
@@ -39,17 +39,17 @@ def serve(path: Path, post: Transport) -> None:
         experiment = settled(read_folder(path))
         folder = RunFolder(path, _LET_GO_SECONDS)
         try:
-            problem = FederatedData.of_server(experiment)
-            require_same(folder, experiment, problem)
-            bench = Session.make(experiment, problem)
-            exchange = remote(bench, folder, post, journal)
-            exchange.gather(experiment.clients.size or 1, experiment.deploy.wait)
-            progress = rounds(bench, folder, journal, exchange)
+            federated_data = FederatedData.of_server(experiment)
+            require_same(folder, experiment, federated_data)
+            session = Session.make(experiment, federated_data)
+            backend = remote(session, folder, transport, journal)
+            backend.gather(experiment.clients.size or 1, experiment.deploy.wait)
+            run_state = rounds(session, folder, journal, backend)
             if experiment.method.row.personal:
-                _keep(bench, folder, exchange, progress)
+                _keep(session, folder, backend, run_state)
             else:
-                finish(bench, bench.adapters(progress, folder, experiment.rounds), folder)
-            exchange.finish()
+                finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
+            backend.finish()
         finally:
             folder.release()
     except UserError as error:
@@ -64,28 +64,28 @@ def serve(path: Path, post: Transport) -> None:
     journal.ended("done")
 
 
-def remote(bench: Session, folder: RunFolder, post: Transport, journal: Journal) -> FlowerBackend:
+def remote(session: Session, folder: RunFolder, transport: Transport, journal: Journal) -> FlowerBackend:
     """The exchange for the rounds that the folder lacks."""
-    experiment = bench.experiment
+    experiment = session.experiment
     hello = Handshake(
         protocol=PROTOCOL,
         version=__version__,
-        run=begin(bench, folder).id,
+        run=begin(session, folder).id,
         experiment=experiment.to_toml(),
-        labels=list(bench.problem.corpus.labels),
-        life=uuid4().hex,
+        labels=list(session.federated_data.labelled_data.labels),
+        server_session_id=uuid4().hex,
         done=folder.restore()[0],
     )
-    door = NodeAdmission(fingerprint(bench.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
+    admission = NodeAdmission(fingerprint(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
     scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
-    spec, settings = bench.adapted.spec, experiment.deploy
+    spec, settings = session.adapted.spec, experiment.deploy
     tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
     return FlowerBackend(
-        post, hello, door, bench.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors
+        transport, hello, admission, session.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors
     )
 
 
-def _keep(bench: Session, folder: RunFolder, exchange: FlowerBackend, after: RunState) -> None:
-    clients, rnd = exchange.clients(), Round(bench.experiment.rounds, bench.experiment.seed)
-    sent = {who: bench.method.send(after.server, who, rnd) for who in clients}
-    exchange.keep(rnd, sent, missed(bench.adapted.spec, folder, after.folds.known(exchange.held()), clients))
+def _keep(session: Session, folder: RunFolder, backend: FlowerBackend, after: RunState) -> None:
+    clients, rnd = backend.clients(), Round(session.experiment.rounds, session.experiment.seed)
+    sent = {client: session.method.send(after.server, client, rnd) for client in clients}
+    backend.keep(rnd, sent, pending(session.adapted.spec, folder, after.folds.known(backend.held()), clients))

@@ -8,8 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.lifetime import end_with
-from fedlora.rounds.flower.post import GridPost
 from fedlora.rounds.flower.server import serve
+from fedlora.rounds.flower.post import GridTransport
 
 app = ServerApp()
 
@@ -22,4 +22,4 @@ def main(grid: Grid, context: Context) -> None:
     """
     end_with(os.getppid())  # a server without its SuperLink would keep the run's folder
     keys = str(context.run_config["keys"])
-    serve(Path(str(context.run_config["folder"])), GridPost(grid, Keys(Path(keys)).credentials() if keys else None))
+    serve(Path(str(context.run_config["folder"])), GridTransport(grid, Keys(Path(keys)).credentials() if keys else None))

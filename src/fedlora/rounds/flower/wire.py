@@ -42,9 +42,9 @@ class ClientRecord(_Part):
     examples: Annotated[int, Field(ge=1, lt=2**63)]
 
     @classmethod
-    def of(cls, who: ClientInfo) -> "ClientRecord":
+    def of(cls, client: ClientInfo) -> "ClientRecord":
         """The client for the wire."""
-        return cls(id=who.id, rank=who.rank, examples=who.examples)
+        return cls(id=client.id, rank=client.rank, examples=client.examples)
 
     def info(self) -> ClientInfo:
         """The client for the loop."""
@@ -71,7 +71,7 @@ class RoundRecord(_Part):
 class Handshake(_Part):
     """Server to node: what is run, and how far it has come.
 
-    `labels` are the names that the server's data give to the classes. `life` is new whenever the server starts or takes up
+    `labels` are the names that the server's data give to the classes. `server_session_id` is new whenever the server starts or takes up
     the run, after `done` complete rounds: what an earlier life left of later rounds does not count.
     """
 
@@ -81,7 +81,7 @@ class Handshake(_Part):
     run: str
     experiment: str
     labels: list[str]
-    life: str
+    server_session_id: str
     done: Count
 
 
@@ -98,10 +98,10 @@ class ClientLayout(_Part):
 
 
 class ClientTask(_Part):
-    """One client's part of an order. `got` and `folds` are numbers of payloads."""
+    """One client's part of an order. `download` and `folds` are numbers of payloads."""
 
-    who: ClientRecord
-    got: Count
+    client: ClientRecord
+    download: Count
     folds: Count | None = None
 
 
@@ -192,7 +192,7 @@ class _Frame(_Part):
     sizes: list[Count]
 
 
-def seal(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
+def encode_message(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
     """A message: magic, digest of the rest, the header's length, the header, the payloads.
 
     Raises:
@@ -208,7 +208,7 @@ def seal(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
     return _MAGIC + _digest(rest) + rest
 
 
-def unseal(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
+def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
     """The header and the payloads of a message that may speak of so many clients.
 
     Time and memory are proportional to the bytes that so many clients need, whatever else the message holds.

@@ -39,13 +39,13 @@ def main(folder: Path, until: int) -> int:
     quiet()
     asking: list[socket.socket] = []
 
-    def tell(line: str) -> None:
+    def notify(line: str) -> None:
         print(printable(line), flush=True)
         for connection in asking:
             with suppress(OSError):
                 send(connection, NOTE + line.encode(errors="replace"))
 
-    node = Node(folder, tell)
+    node = Node(folder, notify)
     while True:
         connection, _ = listening.accept()
         with connection:

@@ -16,8 +16,8 @@ class Progress(Protocol):
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """The cohort is known."""
 
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
-        """One client's answer came; `refused` is the reason if it is not used."""
+    def answered(self, client: ClientInfo, rejected: str | None) -> None:
+        """One client's answer came; `rejected` is the reason if it is not used."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """The round's row, before it is written."""
@@ -32,7 +32,7 @@ class NullProgress:
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Nothing."""
 
-    def answered(self, who: ClientInfo, refused: str | None) -> None:
+    def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Nothing."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:

@@ -22,21 +22,24 @@ from fedlora.rounds.sample import check_cohort
 class FederatedData:
     """The examples divided among the clients."""
 
-    corpus: LabelledData
-    division: Partition
-    members: Sequence[ClientInfo]
+    labelled_data: LabelledData
+    partition: Partition
+    clients: Sequence[ClientInfo]
 
     @cached_property
     def fingerprint(self) -> DataFingerprint:
         """What tells whether the examples and their division are the same."""
-        shares = [[share.client, share.task, share.train, share.held_out] for share in self.division.shares]
-        train, test = self.corpus.train, self.corpus.test
+        shares = [[share.client, share.task, share.train, share.held_out] for share in self.partition.shares]
+        train, test = self.labelled_data.train, self.labelled_data.test
         return DataFingerprint(
-            labels=list(self.corpus.labels),
+            labels=list(self.labelled_data.labels),
             train=Examples(count=len(train), digest=fingerprint(train)),
             test=Examples(count=len(test), digest=fingerprint(test)),
             partition=hashlib.sha256(json.dumps(shares).encode()).hexdigest(),
-            clients=[Client(id=who.id, rank=who.rank, examples=who.examples, task=who.task) for who in self.members],
+            clients=[
+                Client(id=client.id, rank=client.rank, examples=client.examples, task=client.task)
+                for client in self.clients
+            ],
         )
 
     @classmethod
@@ -46,21 +49,21 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read, or not be divided so.
         """
-        corpus = load(experiment.data, experiment.seed)
-        division = divide(corpus.train, experiment.clients, experiment.seed)
-        wanted, count = experiment.clients.ranks, len(division.shares)
+        labelled_data = load(experiment.data, experiment.seed)
+        partition = divide(labelled_data.train, experiment.clients, experiment.seed)
+        wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
-        if long := [share.client for share in division.shares if len(client_folder(share.client)) > 200]:
+        if long := [share.client for share in partition.shares if len(client_folder(share.client)) > 200]:
             raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
         check_cohort(count, experiment.sampling)
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
-        shares = zip(division.shares, ranks, strict=True)
-        members = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
+        shares = zip(partition.shares, ranks, strict=True)
+        clients = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
         most = experiment.sampling.max_examples
-        if large := next((who for who in members if who.examples > most), None):
+        if large := next((client for client in clients if client.examples > most), None):
             raise UserError(f"sampling.max_examples = {most}: client {large.id!r} has {large.examples} examples; raise it")
-        return cls(corpus, division, members)
+        return cls(labelled_data, partition, clients)
 
     @classmethod
     def of_server(cls, experiment: Experiment) -> "FederatedData":
@@ -69,13 +72,13 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read.
         """
-        corpus = load(experiment.data, experiment.seed)
-        return cls(replace(corpus, train=corpus.train.select([])), Partition((), 0, 0), [])
+        labelled_data = load(experiment.data, experiment.seed)
+        return cls(replace(labelled_data, train=labelled_data.train.select([])), Partition((), 0, 0), [])
 
     @classmethod
-    def without_examples(cls, labels: Sequence[str], members: Sequence[ClientInfo]) -> "FederatedData":
+    def without_examples(cls, labels: Sequence[str], clients: Sequence[ClientInfo]) -> "FederatedData":
         """Only the names of the labels and the clients: enough for an export."""
-        return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), members)
+        return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), clients)
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
@@ -86,5 +89,5 @@ class FederatedData:
         """
         examples = load_own(experiment.data, file, labels, experiment.seed)
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
-        corpus = LabelledData(examples, examples.select([]), tuple(labels))
-        return cls(corpus, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
+        labelled_data = LabelledData(examples, examples.select([]), tuple(labels))
+        return cls(labelled_data, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])

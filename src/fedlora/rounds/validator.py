@@ -32,7 +32,7 @@ class UploadValidator:
     max_examples: int | None = None
     _seen: set[str] = field(default_factory=set)
 
-    def refusal(self, reply: Reply) -> str | None:
+    def rejection_reason(self, reply: Reply) -> str | None:
         """Why this reply is refused, in a few words; None if it is accepted. A client can be accepted once in a round."""
         reason = self._identity(reply) or self._content(reply)
         if reason is None:
@@ -65,7 +65,7 @@ class UploadValidator:
                 return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
         try:
             if isinstance(self.method, SelectiveUpload):
-                expected = self.method.layout(self.spec, reply.upload, expected, reply.client, self.rnd)
+                expected = self.method.expected_upload(self.spec, reply.upload, expected, reply.client, self.rnd)
         except ValueError as error:
             return f"sent what it cannot have chosen: {error}"
         for name, tensor in reply.upload.items():
@@ -98,12 +98,12 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
     return math.sqrt(total)
 
 
-def _layout(method: AnyMethod, spec: AdapterSpec, who: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
+def _layout(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
     """An upload of the right names, shapes and dtypes: the method's own work, with a trainer that changes nothing.
 
     A client's features are not known here: it is played as one without examples.
     """
-    job = method.work(method.init_client(spec, who, rnd.seed), sent, who, rnd)
+    job = method.work(method.init_client(spec, client, rnd.seed), sent, client, rnd)
     nobody = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
     try:
         request = next(job)
