@@ -23,10 +23,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedlora.federated_data import FederatedData
-
 from fedlora.config import Experiment, build
 from fedlora.experiment import run
+from fedlora.federated_data import FederatedData
 from fedlora.runs import settled
 from fedlora.train.loading import quiet
 from fedlora.train.tasks import Classification

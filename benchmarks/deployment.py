@@ -26,9 +26,9 @@ from typing import Any
 
 import flwr
 import tomli_w
-from fedlora.federated_data import FederatedData
 
 from fedlora.config import DEMO, build
+from fedlora.federated_data import FederatedData
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node

@@ -90,9 +90,8 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
 
 def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
-    from fedlora.federated_data import FederatedData
-
     from fedlora.experiment import run
+    from fedlora.federated_data import FederatedData
     from fedlora.runs import settled
     from fedlora.train import local
 
@@ -121,10 +120,10 @@ def product(files: list[str], work: Work, seed: int, together: int, precision: s
 
 def handed(files: list[str], work: Work, seed: int) -> "Handed":
     """The work as token ids and rows, for whoever knows nothing of the package."""
-    from fedlora.federated_data import FederatedData
     from peers.work import Work as Handed
     from transformers import AutoTokenizer
 
+    from fedlora.federated_data import FederatedData
     from fedlora.train.loading import locate, quiet
 
     quiet()

@@ -75,8 +75,8 @@ def command(monkeypatch, capsys) -> Iterator[Command]:
         signal.signal(number, handler)  # after an interrupt they stay ignored
 
 
-def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
-    code, _, errors = answer
+def assert_refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, errors = result
     assert code == 2
     assert re.fullmatch(r"error: [^\n]+\n", errors)
     for part in parts:
@@ -221,9 +221,9 @@ def test_a_check_refuses_what_a_run_would_refuse_in_the_same_words(
     monkeypatch.chdir(tmp_path)
     if verb == "check":
         monkeypatch.delattr(Classification, "load")
-    answer = command(verb, place / "good.toml", "--set", change.format(place=place))
-    assert_refused(answer, *parts)
-    assert not answer[1].strip()
+    result = command(verb, place / "good.toml", "--set", change.format(place=place))
+    assert_refused(result, *parts)
+    assert not result[1].strip()
 
 
 def test_a_new_head_is_told_of_once_and_written_down(place, command, tmp_path):
@@ -276,21 +276,21 @@ def test_an_interrupt_that_compiled_code_took_for_a_bad_file_is_still_an_interru
 
 
 def test_of_five_interrupts_the_first_counts_and_the_others_disturb_nothing(by_python, command, monkeypatch):
-    order = []
+    request = []
 
     def resume(path, watch):
         try:
             os.kill(os.getpid(), signal.SIGINT)
-            order.append("went on")
+            request.append("went on")
         finally:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
                 os.kill(os.getpid(), number)
-            order.append("put in order")
+            request.append("put in order")
 
     monkeypatch.setattr(experiment, "resume", resume)
     code, _, errors = command("run", "--resume", by_python)
     assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
-    assert order == ["put in order"]
+    assert request == ["put in order"]
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "until the process has ended"
 
 

@@ -5,12 +5,12 @@ import tomllib
 
 import pytest
 import torch
-from fedlora.federated_data import FederatedData
 from safetensors.torch import load_file
 
 from fedlora.config import build
 from fedlora.errors import UserError
 from fedlora.experiment import Session, run
+from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs import settled
 from fedlora.train import hardware

@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from fedlora.federated_data import FederatedData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from fedlora import Experiment, run
 from fedlora import export as export_module
 from fedlora.errors import UserError
 from fedlora.experiment import Session, _opened, export
+from fedlora.federated_data import FederatedData
 from fedlora.methods import TABLE
 from fedlora.runs import read_folder
 from tiers import fast

@@ -74,7 +74,7 @@ class ToyTrainer:
         """What the model computes with: each module's folds and product, and the head."""
         return {name: x + self.base.get(name, 0) for name, x in products(adapter).items()}
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Adds to the base for good."""
         check_update(self.spec, change, "change of the base")
         for name, part in change.items():
@@ -174,9 +174,9 @@ class Recorder:
         """The toy's."""
         return self.inner.features(client)
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """The toy's."""
-        self.inner.fold(change)
+        self.inner.merge_into_base(change)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """The toy's."""
@@ -192,15 +192,15 @@ class MemoryStates:
     """The clients' states and the folds in memory, those of every round."""
 
     saved: dict[tuple[str, int], Any] = field(default_factory=dict)
-    folds: dict[int, Any] = field(default_factory=dict)
+    base_updates: dict[int, Any] = field(default_factory=dict)
 
-    def save_base_update(self, index: int, fold: Any) -> None:
+    def save_base_update(self, index: int, base_update: Any) -> None:
         """Keeps it."""
-        self.folds[index] = fold
+        self.base_updates[index] = base_update
 
-    def fold(self, index: int) -> Any:
+    def base_update(self, index: int) -> Any:
         """The one of that round."""
-        return self.folds[index]
+        return self.base_updates[index]
 
     def client_state(self, client: ClientInfo, before: int) -> Any | None:
         """The latest before that round."""

@@ -59,8 +59,8 @@ def known(path: Path) -> dict[str, Any]:
     folder = RunFolder(path)
     try:
         done, progress = folder.restore()
-        folds = {f"fold {i}": folder.fold(i) for i in progress.folds.rounds}
-        return dict(_leaves({"done": done, "server": progress.server, **folds}))
+        base_updates = {f"fold {i}": folder.base_update(i) for i in progress.base_updates.rounds}
+        return dict(_leaves({"done": done, "server": progress.server, **base_updates}))
     finally:
         folder.release()
 

@@ -247,8 +247,8 @@ class Session:
             self.federated_data.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
         )
         views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in client}
-        folds = [folder.fold(index) for index in run_state.folds.rounds]
-        return {name: with_base_updates(view, folds) for name, view in views.items()} if folds else views
+        base_updates = [folder.base_update(index) for index in run_state.base_updates.rounds]
+        return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
         """The exchange with the clients' states in the run's folder."""
@@ -387,8 +387,8 @@ def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Bac
         experiment.method.uniform,
         None if experiment.method.row.personal or not len(session.trainer.test) else session.trainer.evaluate,
     )
-    for index in run_state.folds.rounds:
-        session.trainer.fold(folder.fold(index))
+    for index in run_state.base_updates.rounds:
+        session.trainer.merge_into_base(folder.base_update(index))
     for after, row in run_rounds(plan, backend, folder, run_state, done, progress):
         folder.commit(row["round"], after, row)
         run_state = after
@@ -406,13 +406,13 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
         folder.release()
 
 
-def with_base_updates(view: Adapter, folds: Sequence[Mapping[str, LowRank]]) -> Adapter:
+def with_base_updates(view: Adapter, base_updates: Sequence[Mapping[str, LowRank]]) -> Adapter:
     """The adapter and the folds as one adapter, of the numerical rank of their sum."""
     return {
         name: part
-        if isinstance(part, Dense) or not any(name in fold for fold in folds)
+        if isinstance(part, Dense) or not any(name in base_update for base_update in base_updates)
         else recompress(
-            stack([(1.0, one) for one in (fixed(part).as_two_factors(), *(f[name] for f in folds if name in f))])
+            stack([(1.0, one) for one in (fixed(part).as_two_factors(), *(f[name] for f in base_updates if name in f))])
         )
         for name, part in view.items()
     }

@@ -130,7 +130,7 @@ class Merged(Generic[S]):
     """What a merge returns: the server's next state, a change of the frozen base if any, and numbers for the round log."""
 
     server: S
-    fold: Mapping[str, LowRank] | None = None
+    base_update: Mapping[str, LowRank] | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 

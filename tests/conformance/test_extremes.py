@@ -61,7 +61,7 @@ class Answers:
     def held(self) -> dict[str, list[int]]:
         return {}
 
-    def fold(self, change: Any) -> None:
+    def merge_into_base(self, change: Any) -> None:
         pass
 
     def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
@@ -90,10 +90,10 @@ def after(name: str, index: int, bend: Callable[[Tensor], Tensor], without: str 
     replies = [reply for reply in replies if reply.client.id != without]
     if not any(x.is_floating_point() for reply in replies for x in reply.upload.values()):
         pytest.skip("nothing is uploaded")
-    plan, folds = Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2), MemoryStates()
-    progress, row = one_round(plan, Answers(replies, bend), folds, RunState(server), index, Quiet())
+    plan, base_updates = Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2), MemoryStates()
+    progress, row = one_round(plan, Answers(replies, bend), base_updates, RunState(server), index, Quiet())
     sent = [method.send(progress.server, reply.client, Round(index + 1, 0)) for reply in replies]
-    return progress.server, row, [*map(dict, sent), *folds.folds.values()]
+    return progress.server, row, [*map(dict, sent), *base_updates.base_updates.values()]
 
 
 def finite(state: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import Failed
 
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
@@ -20,6 +19,7 @@ from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import Failed
 
 from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
 
@@ -178,7 +178,7 @@ def test_a_client_that_comes_late_can_join_and_helps(row, ranks):
 @every_row
 def test_states_survive_saving_and_loading(row, ranks, tmp_path):
     game = whole_game(row.name, ranks)
-    for i, state in enumerate([game.progress, *game.states.saved.values(), *game.states.folds.values()]):
+    for i, state in enumerate([game.progress, *game.states.saved.values(), *game.states.base_updates.values()]):
         file = tmp_path / str(i)
         file.write_bytes(encode_state(state))
         assert encode_state(decode_state(str(file))[0]) == encode_state(state)
@@ -218,14 +218,16 @@ def test_traffic_is_what_the_row_declares(row, ranks):
         return {position_bytes(floats(picked[0], client), floats(picked[1], client)) if picked else 0 for client in clients}
 
     for r in range(ROUNDS):
-        fold = row.fold if r - 1 in game.progress.folds.rounds else "0"
+        base_update = row.base_update if r - 1 in game.progress.base_updates.rounds else "0"
         up, down = row.up[r % len(row.up)], row.down[r % len(row.down)]
         first_floats, first_bytes = once(r)
         assert game.backend.floats_up[r] == {floats(up, client) + first_floats + head for client in clients}
-        assert game.backend.floats_down[r] == {floats(down, client) + floats(fold, client) + head for client in clients}
+        assert game.backend.floats_down[r] == {
+            floats(down, client) + floats(base_update, client) + head for client in clients
+        }
         assert game.backend.bytes_up[r] == {size + first_bytes for size in positions(row.index_counts)}
         assert game.backend.bytes_down[r] == positions(row.index_counts_down)
-    assert (row.fold != "0") == bool(game.progress.folds.rounds)
+    assert (row.base_update != "0") == bool(game.progress.base_updates.rounds)
 
 
 @every_row
@@ -311,7 +313,7 @@ class Counting:
     floats_down: dict[int, set[int]] = field(default_factory=dict)
     bytes_up: dict[int, set[int]] = field(default_factory=dict)
     bytes_down: dict[int, set[int]] = field(default_factory=dict)
-    folds_judged: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
+    base_updates_evaluated: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
     """What travelled with the download for judging already, and not again for the turn."""
     uploads: list[Tensors] = field(default_factory=list)
 
@@ -321,12 +323,12 @@ class Counting:
     def held(self) -> Mapping[str, Sequence[int]]:
         return self.inner.held()
 
-    def fold(self, change: Any) -> None:
-        self.inner.fold(change)
+    def merge_into_base(self, change: Any) -> None:
+        self.inner.merge_into_base(change)
 
     def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply | Failed]:
         down = {client: [*download.values(), *missed.get(client, {}).values()] for client, download in sent.items()}
-        evaluated = self.folds_judged
+        evaluated = self.base_updates_evaluated
         self.floats_down[rnd.index] = {floats_in(x) + evaluated.get((rnd.index, client), 0) for client, x in down.items()}
         self.bytes_down[rnd.index] = {other_bytes_in(x) for x in down.values()}
         for reply in self.inner.train_clients(rnd, sent, missed):
@@ -340,7 +342,7 @@ class Counting:
 
     def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
         for client, tensors in missed.items():
-            self.folds_judged[rnd.index, client] = sum(x.numel() for x in tensors.values())
+            self.base_updates_evaluated[rnd.index, client] = sum(x.numel() for x in tensors.values())
         return self.inner.evaluate(rnd, sent, missed)
 
 
@@ -411,8 +413,8 @@ def run_rounds(
     simulation = SimulationBackend(method, trainer.spec, clients, states, trainer, seed=0)
     through, plan = backend(simulation), toy_plan(method, trainer, fraction=fraction, rounds=rounds)
     progress = progress or RunState(method.init_server(trainer.spec, 0))
-    for index in progress.folds.rounds:
-        simulation.fold(states.fold(index))
+    for index in progress.base_updates.rounds:
+        simulation.merge_into_base(states.base_update(index))
     rows = []
     for index in range(start, rounds):
         progress, logged = one_round(plan, through, states, progress, index, Quiet())
@@ -463,8 +465,8 @@ def change(method: Any, merged: Merged[Any], client: ClientInfo, state: Any = No
     """What a client in this state, or that has never taken part, would add to the base as it was before the merge."""
     state = method.init_client(SPEC, client, 0) if state is None else state
     view = method.view(state, method.send(merged.server, client, Round(PERIOD + 1, 0)), client)
-    folded = {name: part.product() for name, part in (merged.fold or {}).items()}
-    return {name: x + folded.get(name, 0) for name, x in products(view).items()}
+    merged_updates = {name: part.product() for name, part in (merged.base_update or {}).items()}
+    return {name: x + merged_updates.get(name, 0) for name, x in products(view).items()}
 
 
 def floats_in(tensors: Iterable[torch.Tensor]) -> int:

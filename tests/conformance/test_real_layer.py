@@ -99,8 +99,8 @@ class Witness:
         self.checked.append(Checked(f"{client}: labels", seen.labels, targets))
         return seen
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
-        self.inner.fold(change)
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
+        self.inner.merge_into_base(change)
         self.plain.add(change)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
@@ -255,11 +255,11 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
     import transformers
 
     game = games(row, ranks)
-    local, folds = game.trainer.inner, list(game.states.folds.values())
+    local, base_updates = game.trainer.inner, list(game.states.base_updates.values())
     for client, view in game.views.items():
         if unfit(view):
             continue
-        adapter = with_base_updates(view, folds)
+        adapter = with_base_updates(view, base_updates)
         expected, inputs = logits_of(game, view)
         lora, source, tokenizer = Lora(alpha=ALPHA, dropout=0.0), game.loaded.source, game.loaded.tokenizer
         to_peft(adapter, tmp_path / client, lora, source, local.adapted, LABELS, tokenizer)
@@ -286,5 +286,5 @@ def test_the_rows_together_ask_for_all_that_can_be_asked(games):
     kinds = {type(part) for request in fits for part in request.start.values()}
     assert kinds == {LowRank, ThreeFactor, Heads, Experts, Dense}
     assert {factor for request in fits for factor in request.train} == set("abcgsw")
-    assert any(game.trainer.gradients for game in played) and any(game.states.folds for game in played)
+    assert any(game.trainer.gradients for game in played) and any(game.states.base_updates for game in played)
     assert any(one.what.endswith("features") for game in played for one in game.trainer.checked)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.flower.journal import NAME
+from fedlora.rounds.flower.event_log import NAME
 
 from wired import problem
 
@@ -30,13 +30,13 @@ def until(condition, seconds=240.0):
     return found
 
 
-def journal(path):
+def event_log(path):
     file = path / DEPLOY / NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def rows_in(path):
-    return [line["row"] for line in journal(path) if "row" in line]
+    return [line["row"] for line in event_log(path) if "row" in line]
 
 
 def alive_in(folder):

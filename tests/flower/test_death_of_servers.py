@@ -16,7 +16,7 @@ from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
 from fedlora.rounds.flower.settings import Settings
 
-from lives import alive_in, command_of, fedlora, journal, rows_in, table, until
+from lives import alive_in, command_of, event_log, fedlora, rows_in, table, until
 from wired import assert_same_runs, furnish
 
 APP = Path(deploy.__file__).parent / "app"
@@ -63,7 +63,7 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
         flwr(tmp_path / "operator", "run", str(APP), CONNECTION, "--run-config", str(tmp_path / "settings.toml"))
         _, err = third.communicate(timeout=400)
         assert third.returncode == 0, err
-        assert until(lambda: journal(by_hand) and journal(by_hand)[-1].get("ended") == "done")
+        assert until(lambda: event_log(by_hand) and event_log(by_hand)[-1].get("ended") == "done")
         for process in joined:
             process.send_signal(signal.SIGINT)
         assert [process.wait(60) for process in joined] == [130, 130]

@@ -18,8 +18,8 @@ from fedlora.methods import TABLE
 from fedlora.rounds.checkpoint import DEPLOY
 from fedlora.rounds.flower import deploy
 from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.event_log import NAME
 from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.journal import NAME
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
 from fedlora.rounds.flower.settings import Settings
@@ -83,9 +83,9 @@ def settings(home, name, **more):
 
 
 def ended(path, seconds=500.0):
-    journal, until = path / DEPLOY / NAME, time.monotonic() + seconds
+    event_log, until = path / DEPLOY / NAME, time.monotonic() + seconds
     while time.monotonic() < until:
-        lines = journal.read_text().splitlines() if journal.exists() else []
+        lines = event_log.read_text().splitlines() if event_log.exists() else []
         if lines and "ended" in (last := json.loads(lines[-1])):
             return f"{last['ended']} {last['why']}"
         time.sleep(0.5)

@@ -9,7 +9,7 @@ import tomli_w
 from fedlora.config import build
 from fedlora.experiment import run
 
-from lives import alive_in, fedlora, journal, table, until
+from lives import alive_in, event_log, fedlora, table, until
 from wired import assert_same_runs, furnish
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ def test_a_local_run_that_is_interrupted_goes_on_as_if_nothing_had_happened_and_
 
 def interrupted(process, path):
     """What it printed after a Ctrl-C once the ServerApp has begun: the command that goes on."""
-    assert until(lambda: journal(path))
+    assert until(lambda: event_log(path))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -22,7 +22,7 @@ class Together:
     """A post for so many runs, each in a thread: what they send at the same time goes to a node as one message."""
 
     def __init__(self, post: GridTransport, runs: int) -> None:
-        self._post, self._nodes = post, list(post.nodes())
+        self._transport, self._nodes = post, list(post.nodes())
         self._lock = threading.Condition()
         self._playing, self._arrived, self._flushed = runs, 0, 0
         self._waiting: list[tuple[int, bytes, float]] = []
@@ -67,7 +67,7 @@ class Together:
                 continue
             bundle = encode_message(Batch(), [letter for _, letter in state])
             seconds = max(seconds for _, _, seconds in self._waiting)
-            for ticket in self._post.send({node: bundle}, seconds):
+            for ticket in self._transport.send({node: bundle}, seconds):
                 self._sent[ticket] = (node, [i for i, _ in state])
         self._count += len(self._waiting)
         self._waiting.clear()
@@ -75,7 +75,7 @@ class Together:
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
         with self._lock:
             due = self._sent and time.monotonic() - self._looked > 0.5
-            for ticket, bundle in (self._post.collect(list(self._sent)) if due else {}).items():
+            for ticket, bundle in (self._transport.collect(list(self._sent)) if due else {}).items():
                 _, numbers = self._sent.pop(ticket)
                 parts = [bundle] * len(numbers) if isinstance(bundle, str) else decode_message(bundle, 1)[1]
                 self._answers |= dict(zip(numbers, parts, strict=True))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -21,6 +20,7 @@ from fedlora.methods.ce_lora import CELoRA, Cores, median
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import UploadValidator
 
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 

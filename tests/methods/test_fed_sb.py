@@ -53,8 +53,8 @@ def replies(m: FedSB, server: Any, index: int, trainer: Any, spec: AdapterSpec =
 def after(m: FedSB, rounds: int, trainer: Any = None, spec: AdapterSpec = SPEC) -> Any:
     server = m.init_server(spec, 0)
     for index in range(rounds):
-        download = replies(m, server, index, trainer or ToyTrainer(), spec)
-        server = m.merge(server, Replies(iter(download)), Round(index, 0)).server
+        found = replies(m, server, index, trainer or ToyTrainer(), spec)
+        server = m.merge(server, Replies(iter(found)), Round(index, 0)).server
     return server
 
 
@@ -66,10 +66,10 @@ def view(m: FedSB, server: Any, spec: AdapterSpec = SPEC, seed: int = 0) -> Adap
 def test_the_mean_c_gives_the_mean_of_the_products(init):
     m = FedSB(rank=3, init=init)
     server = after(m, 2)
-    download = replies(m, server, 2, ToyTrainer())
+    found = replies(m, server, 2, ToyTrainer())
     state = m.init_client(SPEC, CLIENTS[0], 0)
-    merged = view(m, m.merge(server, Replies(download), Round(2, 0)).server)
-    sent = [(r.weight / TOTAL, products(unpack({**state, **server, **r.upload}, ThreeFactor))) for r in download]
+    merged = view(m, m.merge(server, Replies(found), Round(2, 0)).server)
+    sent = [(r.weight / TOTAL, products(unpack({**state, **server, **r.upload}, ThreeFactor))) for r in found]
     for name, product in products(merged).items():
         assert product.norm() > 1e-3
         assert_close(product, sum(weight * one[name] for weight, one in sent), rtol=1e-5, atol=1e-7)

@@ -33,14 +33,14 @@ def test_the_fold_is_the_covariance_of_the_factors():
     for name, centre in merged.server.items():
         parts = [(r.weight / total, unpack(r.upload, LowRank)[name]) for r in replies]
         covariance[name] = sum(w * (p.b - centre.b).double() @ (p.a - centre.a).double() for w, p in parts)
-    assert off({name: dense(part) for name, part in merged.fold.items()}, covariance) < 1e-5
+    assert off({name: dense(part) for name, part in merged.base_update.items()}, covariance) < 1e-5
 
 
 @pytest.mark.parametrize("adapter", ["mean", "best"])
 def test_the_fold_has_at_most_one_rank_less_per_client_than_the_stack(adapter):
-    fold = merged_by(FedExLoRA(rank=2, adapter=adapter), drifted(4, 2)).fold
-    assert {part.rank for part in fold.values()} == {6}
-    wide = merged_by(FedExLoRA(rank=8, adapter=adapter), drifted(6, 8)).fold
+    base_update = merged_by(FedExLoRA(rank=2, adapter=adapter), drifted(4, 2)).base_update
+    assert {part.rank for part in base_update.values()} == {6}
+    wide = merged_by(FedExLoRA(rank=8, adapter=adapter), drifted(6, 8)).base_update
     assert all(part.rank == min(part.b.shape[0], part.a.shape[1]) for part in wide.values())
 
 
@@ -48,14 +48,14 @@ def test_the_fold_has_at_most_one_rank_less_per_client_than_the_stack(adapter):
 def test_a_truncated_residual_is_the_best_fit_of_the_whole_one(residual_rank):
     replies = drifted(3, 3)
     whole, cut = (merged_by(FedExLoRA(rank=3, residual_rank=rank), replies) for rank in (0, residual_rank))
-    wanted = truncated({name: dense(part) for name, part in whole.fold.items()}, residual_rank)
-    assert off({name: dense(part) for name, part in cut.fold.items()}, wanted) < 1e-5
+    wanted = truncated({name: dense(part) for name, part in whole.base_update.items()}, residual_rank)
+    assert off({name: dense(part) for name, part in cut.base_update.items()}, wanted) < 1e-5
     assert 1e-3 < cut.notes["aggregation_error"] < 1
 
 
 def test_a_residual_cut_at_its_own_rank_is_the_whole_one():
     replies = drifted(3, 3)
-    whole, cut = (merged_by(FedExLoRA(rank=3, residual_rank=rank), replies).fold for rank in (0, 6))
+    whole, cut = (merged_by(FedExLoRA(rank=3, residual_rank=rank), replies).base_update for rank in (0, 6))
     assert all(torch.equal(whole[name].product(), cut[name].product()) for name in whole)
 
 
@@ -65,11 +65,11 @@ def test_clients_with_a_common_factor_leave_nothing_to_fold(common):
     uploads = [{n: LowRank(**{**vars(part), common: getattr(start[n], common)}) for n, part in m.items()} for m in moves]
     merged = merged_by(FedExLoRA(rank=3), replies_of(uploads))
     size = max(float(dense(part).norm()) for part in merged.server.values())
-    assert all(float(dense(part).norm()) < 1e-6 * size for part in merged.fold.values())
+    assert all(float(dense(part).norm()) < 1e-6 * size for part in merged.base_update.values())
 
 
 def test_one_client_leaves_nothing_to_fold():
-    assert merged_by(FedExLoRA(rank=3), drifted(1, 3)).fold is None
+    assert merged_by(FedExLoRA(rank=3), drifted(1, 3)).base_update is None
 
 
 def test_the_best_adapter_carries_the_largest_part():

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import UploadValidator
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, lora_init, pack, pick
@@ -15,6 +14,7 @@ from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods import TABLE
 from fedlora.methods.fedlease import Allocation, FedLEASE
 from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.validator import UploadValidator
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 
@@ -71,10 +71,10 @@ def test_in_the_warm_up_clients_train_pairs_of_their_own_and_nothing_comes_down(
         rnd = Round(index, 0)
         sent = {client: method.send(server, client, rnd) for client in clients}
         before = {client.id: simulation.view(client, {}, rnd) for client in clients}
-        download = list(simulation.train_clients(rnd, sent, {}))
-        server = method.merge(server, Replies(download), rnd).server
+        found = list(simulation.train_clients(rnd, sent, {}))
+        server = method.merge(server, Replies(found), rnd).server
         assert all(not x for x in sent.values())
-        for reply in download:
+        for reply in found:
             alone, _ = trainer.fit_one(replace(request({})[1], start=before[reply.client.id]), reply.client)
             assert all(torch.equal(x, pack(alone)[key]) for key, x in reply.upload.items())
             assert sum(x.numel() for x in reply.upload.values()) == FLOATS
@@ -161,8 +161,8 @@ def test_experts_and_routers_are_averaged_over_the_members_that_came():
 def test_a_client_that_missed_the_warm_up_uses_its_own_pair_and_joins_the_nearest_cluster():
     server, late = warm(), ClientInfo("late", RANK, 50)
     assert METHOD.send(server, late, Round(1, 0)) == {}
-    download = [*replies([moved(server.downloads[0], 0)], WHO[:1], 1), *replies([pair(2, 77)], [late], 1)]
-    after = METHOD.merge(server, Replies(download), Round(1, 0)).server
+    found = [*replies([moved(server.downloads[0], 0)], WHO[:1], 1), *replies([pair(2, 77)], [late], 1)]
+    after = METHOD.merge(server, Replies(found), Round(1, 0)).server
     assert after.members == {**server.members, "late": 2}
     assert METHOD.send(after, late, Round(2, 0)) is after.downloads[2]
     kept = pick(server.downloads[2], "bag")

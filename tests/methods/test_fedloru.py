@@ -11,7 +11,7 @@ from fedlora.linalg.combine import stack
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
-from fedlora.rounds.folds import BaseUpdateLog, caught_up, pending_tensors
+from fedlora.rounds.base_updates import BaseUpdateLog, caught_up, pending_tensors
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
@@ -33,7 +33,7 @@ def run_rounds(
     for index in range(rounds):
         merged.append(m.merge(server, Replies(replies(m, server, index, trainer, states, client)), Round(index, 0)))
         server = merged[-1].server
-        trainer.fold(merged[-1].fold or {})
+        trainer.merge_into_base(merged[-1].base_update or {})
     return merged, trainer, states
 
 
@@ -52,9 +52,9 @@ def test_that_never_accumulates_is_fedit_bit_for_bit():
 def test_every_tau_rounds_the_mean_product_goes_into_the_base_and_the_model_stays(accumulate):
     m, plain = FedLoRU(rank=2, every=2, accumulate=accumulate), FedLoRU(rank=2, every=0)
     merged, _, _ = run_rounds(m, 2)
-    assert [x.fold is not None for x in merged] == [False, True]
+    assert [x.base_update is not None for x in merged] == [False, True]
     for name, before in view(plain, run_rounds(plain, 2)[0]).items():
-        assert_close(merged[1].fold[name].product(), before)
+        assert_close(merged[1].base_update[name].product(), before)
         assert not view(m, merged)[name].any()
 
 
@@ -64,27 +64,27 @@ def test_training_goes_on_with_a_jump_by_the_product_or_with_none(accumulate, ju
     merged, _, _ = run_rounds(m, 1)
     request = next(m.work(None, m.send(merged[0].server, CLIENTS[0], Round(1, 0)), CLIENTS[0], Round(1, 0)))
     for name, start in products(request.start).items():
-        assert merged[0].fold[name].product().norm() > 0.01
-        assert_close(start, jump * merged[0].fold[name].product())
+        assert merged[0].base_update[name].product().norm() > 0.01
+        assert_close(start, jump * merged[0].base_update[name].product())
 
 
 @accumulations
 def test_the_base_changes_by_the_sum_of_what_was_accumulated_of_rank_r_each(accumulate):
     merged, trainer, _ = run_rounds(FedLoRU(rank=2, every=2, accumulate=accumulate), 5)
-    folds = [x.fold for x in merged if x.fold is not None]
-    assert len(folds) == 2
+    base_updates = [x.base_update for x in merged if x.base_update is not None]
+    assert len(base_updates) == 2
     for name, base in trainer.base.items():
-        assert_close(base, sum(fold[name].product() for fold in folds))
+        assert_close(base, sum(base_update[name].product() for base_update in base_updates))
         assert torch.linalg.matrix_rank(base, rtol=1e-5) <= 2 * 2
 
 
 def test_a_client_that_was_away_is_sent_every_accumulation_it_missed():
     merged, trainer, _ = run_rounds(FedLoRU(rank=2, every=1), 3)
-    folds = BaseUpdateLog((0, 1, 2), {"late": 1})
-    sent = caught_up(pending_tensors({i: merged[i].fold for i in folds.pending("late")}, SPEC), SPEC)
+    base_updates = BaseUpdateLog((0, 1, 2), {"late": 1})
+    sent = caught_up(pending_tensors({i: merged[i].base_update for i in base_updates.pending("late")}, SPEC), SPEC)
     name = "layer.2.q"
-    download = sum(fold[name].product() for fold in sent.values())
-    assert_close(merged[0].fold[name].product() + download, trainer.base[name], rtol=1e-5, atol=1e-6)
+    found = sum(base_update[name].product() for base_update in sent.values())
+    assert_close(merged[0].base_update[name].product() + found, trainer.base[name], rtol=1e-5, atol=1e-6)
 
 
 def test_pfedloru_trains_its_own_pair_first_and_never_sends_it():
@@ -124,14 +124,14 @@ def test_mfedloru_at_the_full_rank_is_fedloru():
 def test_mfedloru_adds_the_mean_of_the_clients_products_to_both_factors():
     m, client = MFedLoRU(rank=3), toy_clients(3, [1, 3, 2])
     server, total = m.init_server(SPEC, 0), sum(one.examples for one in client)
-    download = replies(m, server, 0, ToyTrainer(), MemoryStates(), client)
-    factors = m.merge(server, Replies(download), Round(0, 0)).server.factors
+    found = replies(m, server, 0, ToyTrainer(), MemoryStates(), client)
+    factors = m.merge(server, Replies(found), Round(0, 0)).server.factors
     for name, (out, in_) in SPEC.modules.items():
-        assert [sum(x.numel() for key, x in r.upload.items() if key.startswith(name)) for r in download] == [
+        assert [sum(x.numel() for key, x in r.upload.items() if key.startswith(name)) for r in found] == [
             rank * (out + 3) + rank * (3 + in_) for rank in (1, 3, 2)
         ]
-        b = sum(r.weight / total * r.upload[f"{name}.b.b"] @ r.upload[f"{name}.b.a"] for r in download)
-        a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in download)
+        b = sum(r.weight / total * r.upload[f"{name}.b.b"] @ r.upload[f"{name}.b.a"] for r in found)
+        a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in found)
         assert_close(factors[name].b, server.factors[name].b + b, rtol=1e-5, atol=1e-6)
         assert_close(factors[name].a, server.factors[name].a + a, rtol=1e-5, atol=1e-6)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,6 +16,7 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flasc import FLASC, FlascState
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
+from fedlora.rounds.validator import UploadValidator
 
 from toy import SPEC, Recorder, toy_clients
 from uploads import factors

@@ -17,8 +17,8 @@ RANKS = (2, 6, 1, 4)
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])
 def test_each_client_gets_the_nearest_matrix_of_its_own_rank(rank, split):
     method, replies = FlexLoRA(rank=6, split=split), replies_of_ranks(*RANKS)
-    download = update(method, merged_by(method, replies), rank)
-    assert off(download, truncated(mean_product(replies), rank)) < 1e-6
+    found = update(method, merged_by(method, replies), rank)
+    assert off(found, truncated(mean_product(replies), rank)) < 1e-6
 
 
 def test_it_is_exact_where_the_rank_suffices():
@@ -90,5 +90,5 @@ def test_a_fixed_rank_of_a_module_is_every_clients():
         "layer.3.q": 2,
     }
     for name, rank in (("layer.2.q", 4), ("layer.3.q", 2)):
-        download, mean = update(method, merged, 2, spec)[name], mean_product(replies)[name]
-        assert off({name: download}, truncated({name: mean}, rank)) < 1e-6
+        found, mean = update(method, merged, 2, spec)[name], mean_product(replies)[name]
+        assert off({name: found}, truncated({name: mean}, rank)) < 1e-6

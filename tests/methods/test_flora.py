@@ -23,7 +23,7 @@ def test_the_base_moves_by_the_weighted_mean_of_the_products(ranks):
 
 
 def test_the_fold_has_the_sum_of_the_ranks_while_that_is_smaller_than_the_matrix():
-    few, many = (merged_by(FLoRA(), replies_of_ranks(*ranks)).fold for ranks in ((4, 1, 2), (8, 8, 8)))
+    few, many = (merged_by(FLoRA(), replies_of_ranks(*ranks)).base_update for ranks in ((4, 1, 2), (8, 8, 8)))
     assert {part.rank for part in few.values()} == {7}
     assert {name: part.rank for name, part in many.items()} == {name: min(shape) for name, shape in SPEC.modules.items()}
 
@@ -65,6 +65,6 @@ def test_with_a_shared_draw_identical_clients_are_as_one():
 @pytest.mark.parametrize("ranks", [(1, 3, 2), (3, 1, 2)])
 def test_the_fold_has_no_columns_of_zeros_whatever_the_rank_of_the_first_client(ranks):
     spec = replace(SPEC, rank_pattern={"layer.3.q": 1})  # as large as layer.2.q, where the first client has rank 1
-    fold = merged_by(FLoRA(), replies_of_ranks(*ranks, spec=spec), spec=spec).fold
-    assert {name: part.rank for name, part in fold.items()} == {"layer.2.q": 6, "layer.10.v": 6, "layer.3.q": 3}
-    assert all(part.b.any(0).all() and part.a.any(1).all() for part in fold.values())
+    base_update = merged_by(FLoRA(), replies_of_ranks(*ranks, spec=spec), spec=spec).base_update
+    assert {name: part.rank for name, part in base_update.items()} == {"layer.2.q": 6, "layer.10.v": 6, "layer.3.q": 3}
+    assert all(part.b.any(0).all() and part.a.any(1).all() for part in base_update.values())

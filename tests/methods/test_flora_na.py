@@ -70,8 +70,8 @@ def test_one_client_and_identical_clients_keep_their_update(form):
     method, one = FLoRANA(rank=3, form=form), factors(3, "one")
     for uploads in ([one], [one] * 4):
         replies = replies_of(uploads)
-        download = update(method, merged_by(method, replies, server=at_start(method)))
-        assert off(download, mean_product(replies)) < 1e-6
+        found = update(method, merged_by(method, replies, server=at_start(method)))
+        assert off(found, mean_product(replies)) < 1e-6
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -29,7 +29,7 @@ def after(m: FRLoRA, rounds: int, trainer: Any) -> list[Merged[Any]]:
     merged, server = [], m.init_server(SPEC, 0)
     for index in range(rounds):
         merged.append(m.merge(server, Replies(replies(m, server, index, trainer)), Round(index, 0)))
-        trainer.fold(merged[-1].fold)
+        trainer.merge_into_base(merged[-1].base_update)
     return merged
 
 
@@ -50,39 +50,39 @@ def test_training_starts_from_the_best_fit_to_the_weights_on_the_base_without_it
 def test_a_round_starts_from_exactly_the_model_that_the_last_one_ended_with():
     """base + fold is the base beside the negative start, with the mean factors; the view adds nothing."""
     m, server = FRLoRA(rank=2), FRLoRA(rank=2).init_server(SPEC, 0)
-    download = replies(m, server, 0, ToyTrainer())
-    merged = m.merge(server, Replies(download), Round(0, 0))
+    found = replies(m, server, 0, ToyTrainer())
+    merged = m.merge(server, Replies(found), Round(0, 0))
     for name, view in products(m.view(None, m.send(merged.server, CLIENTS[0], Round(1, 0)), CLIENTS[0])).items():
-        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in download) for side in "ba")
-        assert_close(merged.fold[name].product() + view, b @ a - server[name].product(), rtol=1e-4, atol=1e-5)
+        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in found) for side in "ba")
+        assert_close(merged.base_update[name].product() + view, b @ a - server[name].product(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("train_a", [True, False])
 def test_without_local_training_the_base_stays(train_a):
     (merged,) = after(FRLoRA(rank=2, train_a=train_a), 1, ToyTrainer(steps=0))
-    assert all(part.product().abs().max() < 1e-5 for part in merged.fold.values())
+    assert all(part.product().abs().max() < 1e-5 for part in merged.base_update.values())
 
 
 def test_with_a_frozen_the_fold_is_the_mean_of_the_clients_changes():
     m, trainer = FRLoRA(rank=2, train_a=False), Recorder()
     (merged,) = after(m, 1, trainer)
     start = products(m.init_server(SPEC, 0))
-    for name, fold in products(merged.fold).items():
+    for name, base_update in products(merged.base_update).items():
         changes = [(client.examples / TOTAL, products(trainer.last[client.id])[name] - start[name]) for client in CLIENTS]
-        assert_close(fold, sum(w * change for w, change in changes), rtol=1e-4, atol=1e-5)
-        assert merged.fold[name].rank == 2
+        assert_close(base_update, sum(w * change for w, change in changes), rtol=1e-4, atol=1e-5)
+        assert merged.base_update[name].rank == 2
     assert merged.notes["aggregation_error"] < 1e-5
 
 
 def test_with_both_trained_the_error_is_that_of_the_mean_factors():
     m, trainer = FRLoRA(rank=2), Recorder()
     (merged,) = after(m, 1, trainer)
-    start, fold = products(m.init_server(SPEC, 0)), products(merged.fold)
+    start, base_update = products(m.init_server(SPEC, 0)), products(merged.base_update)
     ideal = {
         name: sum(client.examples / TOTAL * (products(trainer.last[client.id])[name] - start[name]) for client in CLIENTS)
         for name in start
     }
-    apart = sum((ideal[name] - fold[name]).square().sum() for name in start).sqrt()
+    apart = sum((ideal[name] - base_update[name]).square().sum() for name in start).sqrt()
     assert_close(
         merged.notes["aggregation_error"],
         float(apart / sum(x.square().sum() for x in ideal.values()).sqrt()),

@@ -60,16 +60,16 @@ def test_with_all_ranks_it_is_fedit_with_uniform_weights():
 def test_the_server_adds_the_mean_of_the_changes_in_their_places_over_those_who_took_part():
     clients = toy_clients(6, [2, 5, 1, 3, 2, 4])[1:5]
     m = FSLoRA(rank=5)
-    download = replies(m, WIDE, clients)
-    after = m.merge(WIDE, Replies(download), RND).server.adapter
+    found = replies(m, WIDE, clients)
+    after = m.merge(WIDE, Replies(found), RND).server.adapter
     for name, part in WIDE.adapter.items():
         b, a = part.b.double(), part.a.double()
-        for reply in download:
+        for reply in found:
             k, change = reply.client.rank, changes(reply)[name]
             chosen = subset(name, 5, k, reply.client, RND)
             assert change.b.shape == (part.b.shape[0], k) and change.a.shape == (k, part.a.shape[1])
-            b = b + spread(change.b.double(), chosen, 5, 1) * (k / 5) / len(download)
-            a = a + spread(change.a.double(), chosen, 5, 0) / len(download)
+            b = b + spread(change.b.double(), chosen, 5, 1) * (k / 5) / len(found)
+            a = a + spread(change.a.double(), chosen, 5, 0) / len(found)
         assert_close(after[name].b.double(), b, rtol=1e-5, atol=1e-6)
         assert_close(after[name].a.double(), a, rtol=1e-5, atol=1e-6)
 
@@ -87,20 +87,20 @@ def test_what_nobody_drew_does_not_move_by_a_bit():
 
 def test_the_weights_are_those_of_the_replies():
     clients, m = toy_clients(3, [2, 3, 5]), FSLoRA(rank=5)
-    download = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
-    total = sum(reply.weight for reply in download)
-    for name, part in m.merge(WIDE, Replies(download), RND).server.adapter.items():
+    found = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
+    total = sum(reply.weight for reply in found)
+    for name, part in m.merge(WIDE, Replies(found), RND).server.adapter.items():
         moves = [
-            r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in download
+            r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in found
         ]
         assert_close(part.a, WIDE.adapter[name].a + sum(moves) / total, rtol=1e-5, atol=1e-6)
 
 
 def test_the_merge_is_linear_in_the_changes():
     m = FSLoRA(rank=5)
-    download = replies(m, WIDE, toy_clients(3, [2, 3, 1]))
-    twice = [replace(reply, upload={key: 2 * x for key, x in reply.upload.items()}) for reply in download]
-    one, two = (pack(m.merge(WIDE, Replies(some), RND).server.adapter) for some in (download, twice))
+    found = replies(m, WIDE, toy_clients(3, [2, 3, 1]))
+    twice = [replace(reply, upload={key: 2 * x for key, x in reply.upload.items()}) for reply in found]
+    one, two = (pack(m.merge(WIDE, Replies(some), RND).server.adapter) for some in (found, twice))
     for key, before in pack(WIDE.adapter).items():
         assert_close(two[key] - before, 2 * (one[key] - before), rtol=1e-4, atol=1e-5)
 

@@ -34,8 +34,8 @@ def reply(adapter: dict[str, LowRank], client: str = "0", weight: float = 10.0) 
 
 
 def merged(m: HetLoRA, adapters: Sequence[dict[str, LowRank]]) -> Any:
-    download = [reply(adapter, str(i), 10.0 * (i + 1)) for i, adapter in enumerate(adapters)]
-    return m.merge(m.init_server(SPEC, 0), Replies(download), RND)
+    found = [reply(adapter, str(i), 10.0 * (i + 1)) for i, adapter in enumerate(adapters)]
+    return m.merge(m.init_server(SPEC, 0), Replies(found), RND)
 
 
 def finish(job: Any, trained: Any) -> Any:

@@ -19,9 +19,9 @@ def ideal_of(replies):
 @pytest.mark.parametrize("ranks", [(3,), (2, 5, 1), (8, 8, 8, 8, 8, 8)])
 def test_it_is_the_weighted_mean_of_the_products_as_factors_and_as_a_matrix(ranks):
     replies = replies_of_ranks(*ranks)
-    fold = ideal_of(replies).factors()
-    assert off({name: dense(part) for name, part in fold.items()}, mean_product(replies)) < 1e-6
-    for part in fold.values():
+    base_update = ideal_of(replies).factors()
+    assert off({name: dense(part) for name, part in base_update.items()}, mean_product(replies)) < 1e-6
+    for part in base_update.values():
         assert part.rank <= min(sum(ranks), part.b.shape[0], part.a.shape[1])
 
 

@@ -12,7 +12,7 @@ from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.lora_fair import LoRAFAIR
-from fedlora.rounds.folds import caught_up, pending_tensors
+from fedlora.rounds.base_updates import caught_up, pending_tensors
 
 from uploads import ROUND, SPEC, dense, drifted, factors, mean_product, merged_by, off, replies_of, replies_of_ranks, update
 
@@ -77,12 +77,12 @@ def test_the_logged_error_is_the_distance_of_the_whole_update_from_the_mean_of_t
 
 @pytest.mark.parametrize("method", [FLoRA(RANK), FedExLoRA(RANK)], ids=name_of)
 def test_a_client_that_missed_two_folds_gets_the_base_of_all_others(method):
-    folds = [merged_by(method, drifted(count, RANK, seed=count)).fold for count in (2, 4)]
-    download = caught_up(pending_tensors(dict(enumerate(folds)), SPEC), SPEC)
-    assert list(download) == [0, 1]
+    base_updates = [merged_by(method, drifted(count, RANK, seed=count)).base_update for count in (2, 4)]
+    found = caught_up(pending_tensors(dict(enumerate(base_updates)), SPEC), SPEC)
+    assert list(found) == [0, 1]
     for name in SPEC.modules:
-        change = sum(fold[name].product() for fold in download.values())
-        assert off({name: change.double()}, {name: sum(dense(fold[name]) for fold in folds)}) < 1e-6
+        change = sum(base_update[name].product() for base_update in found.values())
+        assert off({name: change.double()}, {name: sum(dense(base_update[name]) for base_update in base_updates)}) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import UploadValidator
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,6 +17,7 @@ from fedlora.methods.flexlora import Sliced
 from fedlora.methods.lora_a2 import LoRAA2, score
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.validator import UploadValidator
 
 from toy import SPEC, Recorder, ToyTrainer, products, toy_clients
 from uploads import factors

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import UploadValidator
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, pick
@@ -14,6 +13,7 @@ from fedlora.linalg.sparse import pack_positions
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.ravan import Cores, Ravan, chosen, others, own_heads
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import UploadValidator
 
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
@@ -99,17 +99,17 @@ def test_what_goes_up_is_the_product_of_scalar_and_core_for_the_trained_heads():
 
 def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_trained_it():
     server = cores()
-    download = replies(server)
-    merged = METHOD.merge(server, Replies(iter(download)), ROUND).server
+    found = replies(server)
+    merged = METHOD.merge(server, Replies(iter(found)), ROUND).server
     trained = {
         reply.client.id: dict(zip(told(METHOD, server, reply.client)[NAME], c, strict=True))
-        for reply in download
+        for reply in found
         for c in [reply.upload[f"{NAME}.c"]]
     }
     state = METHOD.init_client(SPEC, CLIENTS[0], 0).factors
     for i in range(4):
         b, a = state[f"{NAME}.b"][:, 2 * i : 2 * i + 2], state[f"{NAME}.a"][2 * i : 2 * i + 2]
-        sent = [(r.weight, b @ trained[r.client.id][i] @ a) for r in download if i in trained[r.client.id]]
+        sent = [(r.weight, b @ trained[r.client.id][i] @ a) for r in found if i in trained[r.client.id]]
         mean = sum(weight * product for weight, product in sent) / sum(weight for weight, _ in sent)
         assert_close(b @ merged.c[f"{NAME}.c"][i] @ a, mean, rtol=1e-5, atol=1e-6)
 
@@ -175,13 +175,13 @@ def double(part: Heads, c: torch.Tensor) -> Heads:
 
 def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
     m, server = replace(METHOD, choose="gradient"), cores()
-    download = replies(server, CLIENTS, m)
-    merged = m.merge(server, Replies(iter(download)), ROUND).server
-    own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in download}
+    found = replies(server, CLIENTS, m)
+    merged = m.merge(server, Replies(iter(found)), ROUND).server
+    own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in found}
     assert len({tuple(heads) for heads in own.values()}) == 3
     for head in range(4):
         sent = [
-            (r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in download if head in own[r.client.id]
+            (r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in found if head in own[r.client.id]
         ]
         assert_close(merged.c[f"{NAME}.c"][head], sum(w * c for w, c in sent) / sum(w for w, _ in sent))
 
@@ -200,10 +200,10 @@ def test_a_client_that_chooses_more_heads_in_one_module_than_it_may_is_refused()
 
 def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():
     server, strong = cores(), toy_clients(3, 4)
-    download = replies(server, strong)
-    merged = METHOD.merge(server, Replies(download), ROUND)
-    total = sum(r.weight for r in download)
-    mean = {key: sum(r.weight / total * r.upload[key] for r in download) for key in server.c}
+    found = replies(server, strong)
+    merged = METHOD.merge(server, Replies(found), ROUND)
+    total = sum(r.weight for r in found)
+    mean = {key: sum(r.weight / total * r.upload[key] for r in found) for key in server.c}
     assert merged.notes == {"aggregation_error": 0.0}
     assert_close(products(view(merged.server)), products(view(Cores(mean, {}))), rtol=1e-5, atol=1e-5)
     assert METHOD.merge(server, Replies(replies(server)), ROUND).notes == {}

@@ -65,7 +65,9 @@ def update(method: Any, merged: Merged[Any], rank: int | None = None, spec: Adap
     """What a client of that rank, new and without training, adds to the base as it was before the merge."""
     client = ClientInfo("new", rank or method.rank, 1)
     view = method.view(method.init_client(spec, client, 0), method.send(merged.server, client, ROUND), client)
-    return {name: dense(part) + (dense(merged.fold[name]) if merged.fold else 0) for name, part in view.items()}
+    return {
+        name: dense(part) + (dense(merged.base_update[name]) if merged.base_update else 0) for name, part in view.items()
+    }
 
 
 def off(download: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

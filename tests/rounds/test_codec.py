@@ -83,10 +83,10 @@ def planned(path, plan):
 def test_a_payload_keeps_names_shapes_dtypes_and_values(dtype):
     raw = torch.randint(0, 2, (5, 3)).to(dtype)
     sent = {"z.b": raw.clone(), "a/é.a": raw.T, "": raw[::2, 1:], "scalar": raw[0, 0].clone(), "empty": raw[:, :0]}
-    download = decode(encode(sent))
-    assert download.keys() == sent.keys()
-    assert all(download[name].dtype == dtype and download[name].shape == sent[name].shape for name in sent)
-    assert all(torch.equal(download[name], sent[name]) for name in sent)
+    found = decode(encode(sent))
+    assert found.keys() == sent.keys()
+    assert all(found[name].dtype == dtype and found[name].shape == sent[name].shape for name in sent)
+    assert all(torch.equal(found[name], sent[name]) for name in sent)
     assert encoded_size(sent) == len(encode(sent))
 
 
@@ -96,14 +96,14 @@ def test_a_payload_keeps_nan_infinities_and_negative_zero():
 
 
 def test_a_payload_takes_parameters_that_need_gradients():
-    download = decode(encode({"x": torch.nn.Parameter(torch.ones(2, 3))}))
-    assert not download["x"].requires_grad and torch.equal(download["x"], torch.ones(2, 3))
+    found = decode(encode({"x": torch.nn.Parameter(torch.ones(2, 3))}))
+    assert not found["x"].requires_grad and torch.equal(found["x"], torch.ones(2, 3))
 
 
 def test_a_payload_may_hold_the_same_tensor_under_two_names():
     x = torch.randn(4, 3)
-    download = decode(encode({"x": x, "y": x, "part": x[:2]}))
-    assert torch.equal(download["x"], x) and torch.equal(download["y"], x) and torch.equal(download["part"], x[:2])
+    found = decode(encode({"x": x, "y": x, "part": x[:2]}))
+    assert torch.equal(found["x"], x) and torch.equal(found["y"], x) and torch.equal(found["part"], x[:2])
 
 
 def test_an_empty_payload_is_a_payload():
@@ -111,8 +111,8 @@ def test_an_empty_payload_is_a_payload():
 
 
 def test_what_is_decoded_can_be_written_into():
-    download = decode(encode({"x": torch.zeros(3)}))["x"].add_(1)
-    assert torch.equal(download, torch.ones(3))
+    found = decode(encode({"x": torch.zeros(3)}))["x"].add_(1)
+    assert torch.equal(found, torch.ones(3))
 
 
 @pytest.mark.parametrize(

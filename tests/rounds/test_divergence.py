@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedlora.rounds.validator import Failed
 from rich.console import Console
 
 from fedlora.adapter import Adapter
@@ -19,6 +18,7 @@ from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
 from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.loop import run_rounds as rounds
+from fedlora.rounds.validator import Failed
 from fedlora.terminal import Live
 
 from test_gate import MEMBERS, METHOD, SPEC, Answers, LabelledFeatures, NoFolds, equal, only, run_rounds, upload

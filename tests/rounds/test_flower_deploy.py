@@ -16,8 +16,8 @@ from fedlora.errors import UserError
 from fedlora.rounds.flower import deploy, link, supernode
 from fedlora.rounds.flower import keys as keys_module
 from fedlora.rounds.flower.address import Address
+from fedlora.rounds.flower.event_log import EventLog, Reader
 from fedlora.rounds.flower.join import credentials
-from fedlora.rounds.flower.journal import Journal, Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.link import SuperLink
 from fedlora.rounds.flower.processes import environment, free_port
@@ -228,10 +228,10 @@ def test_flower_stays_offline(tmp_path):
 
 def test_a_run_that_finishes_while_its_status_is_asked_for_is_finished(tmp_path, monkeypatch):
     (tmp_path / "deploy").mkdir()
-    journal, reader = Journal(tmp_path), Reader(tmp_path, NullProgress(), print)
+    event_log, reader = EventLog(tmp_path), Reader(tmp_path, NullProgress(), print)
 
     def finished(*_):
-        journal.ended("done")
+        event_log.ended("done")
         return {"runs": [{"status": "finished:completed"}]}
 
     monkeypatch.setattr(link, "flwr", finished)

@@ -12,10 +12,10 @@ from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
-    ClientLayout,
     ClientRecord,
     ClientTask,
     Handshake,
+    HandshakeReply,
     Refused,
     RoundRecord,
     TaskRequest,
@@ -51,11 +51,11 @@ class Owner:
         self.told = []
         self.node = Node(folder, self.told.append)
 
-    def hello(self, home, **more):
+    def handshake(self, home, **more):
         return self.ask(handshake(home, **more))
 
     def ask(self, header, payloads=()):
-        self.raw = self.node.answer(encode_message(header, payloads))
+        self.raw = self.node.reply(encode_message(header, payloads))
         return decode_message(self.raw, 1)[0]
 
 
@@ -92,50 +92,50 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_the_owner(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node", overrides=[] if "model" in HOSTILE[name] else [f"model={home / 'bert'}"])
-    answer = owner.hello(home, **HOSTILE[name])
-    assert isinstance(answer, Refused) and answer.failure.reason in Reason
+    result = owner.handshake(home, **HOSTILE[name])
+    assert isinstance(result, Refused) and result.failure.reason in Reason
     assert silent(owner.raw)
-    assert owner.told and len(owner.told[-1]) > len(answer.failure.reason.value)
+    assert owner.told and len(owner.told[-1]) > len(result.failure.reason.value)
 
 
 def test_columns_that_the_server_names_are_not_read(home, tmp_path):
     owner = Owner(home, tmp_path / "node")
     table = {"data": {"source": "none", "labels": list(LABELS), "text": "diagnosis", "label": "no such column"}}
-    assert isinstance(owner.hello(home, **table), ClientLayout)
+    assert isinstance(owner.handshake(home, **table), HandshakeReply)
 
 
 def test_columns_are_those_that_the_node_names(home, tmp_path):
     owner = Owner(home, tmp_path / "node", overrides=[f"model={home / 'bert'}", "data.text=no such column"])
-    answer = owner.hello(home)
-    assert isinstance(answer, Refused) and answer.failure.reason is Reason.DATA and silent(owner.raw)
+    result = owner.handshake(home)
+    assert isinstance(result, Refused) and result.failure.reason is Reason.DATA and silent(owner.raw)
     assert "no such column" in owner.told[-1] and "diagnosis" in owner.told[-1]
 
 
 def test_a_file_that_only_the_server_names_is_not_read_by_a_node_without_a_file(home, tmp_path):
     source = {"data": {"source": str(home / "clinic.jsonl")}, "clients": {"count": 1, "partition": "iid"}}
     owner = Owner(home, tmp_path / "node", data=None)
-    answer = owner.hello(home, **source)
-    assert isinstance(answer, Refused) and answer.failure.reason is Reason.EXPERIMENT and silent(owner.raw)
+    result = owner.handshake(home, **source)
+    assert isinstance(result, Refused) and result.failure.reason is Reason.EXPERIMENT and silent(owner.raw)
     assert "--set data.source=" in owner.told[-1]
 
 
 @pytest.mark.parametrize("name", ["of another run", "garbage", "for another client", "without payloads", "base updates"])
 def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node")
-    present = owner.hello(home)
+    present = owner.handshake(home)
     client = present.clients[0]
     stranger = ClientRecord(id="other", rank=2, examples=7)
-    order = {
+    request = {
         "of another run": ({"run": "../../etc"}, client, [encode({})]),
         "garbage": ({}, client, [os.urandom(200)]),
         "for another client": ({}, stranger, [encode({})]),
         "without payloads": ({}, client, []),
         "base updates": ({"held": [3, 4]}, client, [encode({})]),
     }
-    change, client, payloads = order[name]
+    change, client, payloads = request[name]
     table = {"kind": "turn", "run": "r", "when": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
-    answer = owner.ask(TaskRequest(**table, errands=[ClientTask(client=client, download=0)]), payloads)
-    failure = answer.failure if isinstance(answer, Refused) else answer.answers[0].failure
+    result = owner.ask(TaskRequest(**table, tasks=[ClientTask(client=client, download=0)]), payloads)
+    failure = result.failure if isinstance(result, Refused) else result.results[0].failure
     assert failure is not None and silent(owner.raw)
     assert name != "base updates" or (failure.reason is Reason.BASE_UPDATES and failure.count == 2)
 
@@ -143,6 +143,6 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
 @pytest.mark.parametrize("message", [b"", b"fedlora\x01" + bytes(40), os.urandom(300)])
 def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message):
     owner = Owner(home, tmp_path / "node")
-    answer = decode_message(owner.node.answer(message), 1)[0]
-    assert isinstance(answer, Refused) and answer.failure.reason is Reason.MESSAGE
+    result = decode_message(owner.node.reply(message), 1)[0]
+    assert isinstance(result, Refused) and result.failure.reason is Reason.MESSAGE
     assert len(owner.told) == 1

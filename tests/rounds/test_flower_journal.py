@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.errors import RunStopped
 from fedlora.rounds.flower import link
-from fedlora.rounds.flower.journal import Journal, Reader
+from fedlora.rounds.flower.event_log import EventLog, Reader
 from fedlora.rounds.progress import NullProgress
 
 
@@ -15,25 +15,25 @@ def run(tmp_path):
     """A run's folder, its journal and a reader."""
     path = tmp_path / "run"
     path.mkdir()
-    journal = Journal(path)
-    return path, journal, Reader(path, NullProgress(), print)
+    event_log = EventLog(path)
+    return path, event_log, Reader(path, NullProgress(), print)
 
 
 def test_the_end_is_told_as_often_as_it_is_asked_for(run):
-    _, journal, reader = run
+    _, event_log, reader = run
     assert reader.show() is None
-    journal.ended("stopped", "too few clients")
+    event_log.ended("stopped", "too few clients")
     assert [reader.show() for _ in range(3)] == [("stopped", "too few clients")] * 3
 
 
 def test_a_run_that_ends_while_flower_is_asked_about_it_has_ended_as_its_journal_says(run, tmp_path, monkeypatch):
-    path, journal, reader = run
+    path, event_log, reader = run
     asked = []
 
     def flwr(*_):
         asked.append(1)
         if len(asked) == 1:
-            journal.ended("done")
+            event_log.ended("done")
         return {"runs": [{"status": "finished:completed"}]}
 
     monkeypatch.setattr(link, "flwr", flwr)

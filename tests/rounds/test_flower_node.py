@@ -6,18 +6,18 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from fedlora.federated_data import FederatedData
-from fedlora.rounds.flower.exchange import FlowerBackend
 
 from fedlora.config import build
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import Session, export, rounds, run
+from fedlora.federated_data import FederatedData
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.flower import deploy, server, wire
 from fedlora.rounds.flower.credential import Credential
 from fedlora.rounds.flower.door import NodeAdmission
+from fedlora.rounds.flower.exchange import FlowerBackend
 from fedlora.rounds.flower.node import Node, fingerprint
 from fedlora.rounds.flower.reasons import Reason
 from fedlora.rounds.flower.scores import ScoreCheck
@@ -25,11 +25,11 @@ from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
     Batch,
-    ClientLayout,
     ClientRecord,
     Done,
     Failure,
     Handshake,
+    HandshakeReply,
     Refused,
     TaskRequest,
     encode_message,
@@ -64,7 +64,7 @@ class Hand:
     nodes_by_number: dict[int, Node]
     spoil: object = None
     away: set[int] = field(default_factory=set)
-    answers: dict[str, bytes | str] = field(default_factory=dict)
+    results: dict[str, bytes | str] = field(default_factory=dict)
     carried: list[tuple[int, bytes, bytes]] = field(default_factory=list)
     credentials: Mapping[int, Credential] | None = None
 
@@ -78,17 +78,17 @@ class Hand:
         tickets = {}
         for at, letter in letters.items():
             ticket = f"{len(self.carried)}"
-            answer = self.nodes_by_number[at].answer(letter)
-            self.carried.append((at, letter, answer))
+            result = self.nodes_by_number[at].reply(letter)
+            self.carried.append((at, letter, result))
             if self.spoil is not None:
-                answer = self.spoil(at, letter, answer)
-            if answer is not None:
-                self.answers[ticket] = answer
+                result = self.spoil(at, letter, result)
+            if result is not None:
+                self.results[ticket] = result
             tickets[ticket] = at
         return tickets
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
-        return {ticket: self.answers.pop(ticket) for ticket in list(tickets) if ticket in self.answers}
+        return {ticket: self.results.pop(ticket) for ticket in list(tickets) if ticket in self.results}
 
 
 def make_nodes(what, folder, groups=(CLIENTS[:2], CLIENTS[2:])):
@@ -113,7 +113,7 @@ def serve(what, folder, hand, server_session_id="1", count=4, said=None):
 
 
 def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
-    hello = Handshake(
+    handshake = Handshake(
         protocol=PROTOCOL,
         version=__version__,
         run="r",
@@ -126,7 +126,7 @@ def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
     door = NodeAdmission(fingerprint(session.adapted.model), what.method.rank, row.mixed_ranks)
     tell = [] if said is None else said
     check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
-    return FlowerBackend(hand, hello, door, session.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
+    return FlowerBackend(hand, handshake, door, session.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
 
 
 @pytest.mark.parametrize("method", fast(["fedit", "fedsa-lora", "flora", "ce-lora"], "flora"))
@@ -243,12 +243,16 @@ class Late(Hand):
     """A post that brings no score before the next round's work has been sent."""
 
     def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
-        orders = {str(i): decode_message(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
-        worked = {order.when.index for order in orders.values() if isinstance(order, TaskRequest) and order.kind == "turn"}
+        requests = {str(i): decode_message(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
+        worked = {
+            request.round_record.index
+            for request in requests.values()
+            if isinstance(request, TaskRequest) and request.kind == "turn"
+        }
         early = {
             t
             for t in tickets
-            if isinstance(o := orders[t], TaskRequest) and o.kind == "judge" and o.when.index not in worked
+            if isinstance(o := requests[t], TaskRequest) and o.kind == "judge" and o.round_record.index not in worked
         }
         last = max(worked, default=0) == 2
         return super().collect(tickets if last else [t for t in tickets if t not in early])
@@ -270,7 +274,11 @@ class Leaky(Hand):
 
     def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         headers = {at: decode_message(letter)[0] for at, letter in letters.items()}
-        gone = {at for at, o in headers.items() if isinstance(o, TaskRequest) and (at, o.kind, o.when.index) == self.lost}
+        gone = {
+            at
+            for at, o in headers.items()
+            if isinstance(o, TaskRequest) and (at, o.kind, o.round_record.index) == self.lost
+        }
         tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
         return tickets | {f"lost {at}": at for at in gone}
 
@@ -292,14 +300,18 @@ def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
     what = experiment(home, "flora", rounds=4)
     nodes = make_nodes(what, tmp_path, (CLIENTS,))
 
-    def loses(at, letter, answer):
+    def loses(at, letter, result):
         header, _ = decode_message(letter)
-        if isinstance(header, TaskRequest) and header.kind == "turn" and (header.when.index, header.when.attempt) == (2, 0):
+        if (
+            isinstance(header, TaskRequest)
+            and header.kind == "turn"
+            and (header.round_record.index, header.round_record.attempt) == (2, 0)
+        ):
             shutil.rmtree(tmp_path / "node0" / "runs")
             nodes[1] = Node(tmp_path / "node0")
             hand.nodes_by_number = {2: nodes[1]}
             return None
-        return answer
+        return result
 
     hand = Hand(nodes, loses)
     what = what.model_copy(update={"deploy": what.deploy.model_copy(update={"deadline": 0.3})})
@@ -324,17 +336,17 @@ def misshapen(header, payloads):
 
 
 def of_another_round(header, payloads):
-    return encode_message(header.model_copy(update={"when": header.when.model_copy(update={"index": 7})}), payloads)
+    return encode_message(header.model_copy(update={"when": header.round_record.model_copy(update={"index": 7})}), payloads)
 
 
 def of_another_client(header, payloads):
-    answers = [answer.model_copy(update={"id": "002"}) for answer in header.answers]
-    return encode_message(header.model_copy(update={"answers": answers}), payloads)
+    results = [result.model_copy(update={"id": "002"}) for result in header.results]
+    return encode_message(header.model_copy(update={"answers": results}), payloads)
 
 
 def too_heavy(header, payloads):
-    answers = [answer.model_copy(update={"weight": 1e9}) for answer in header.answers]
-    return encode_message(header.model_copy(update={"answers": answers}), payloads)
+    results = [result.model_copy(update={"weight": 1e9}) for result in header.results]
+    return encode_message(header.model_copy(update={"answers": results}), payloads)
 
 
 def a_missing_payload(header, payloads):
@@ -368,9 +380,9 @@ BAD = {
 def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     bad, reason = BAD[name]
 
-    def spoil(at, letter, answer):
-        header, payloads = decode_message(answer)
-        return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else answer
+    def spoil(at, letter, result):
+        header, payloads = decode_message(result)
+        return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else result
 
     what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
@@ -392,12 +404,12 @@ BAD_SCORES = {
 def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     change, reason = BAD_SCORES[name]
 
-    def spoil(at, letter, answer):
-        header, payloads = decode_message(answer)
-        if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
-            return answer
-        answers = [answer.model_copy(update=change) for answer in header.answers]
-        return encode_message(header.model_copy(update={"answers": answers}), payloads)
+    def spoil(at, letter, result):
+        header, payloads = decode_message(result)
+        if at != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+            return result
+        results = [result.model_copy(update=change) for result in header.results]
+        return encode_message(header.model_copy(update={"answers": results}), payloads)
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
@@ -406,12 +418,12 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
 
 
 def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
-    def spoil(at, letter, answer):
-        header, _ = decode_message(answer)
-        if at != 1 or not isinstance(header, Done) or not header.answers[0].metrics:
-            return answer
+    def spoil(at, letter, result):
+        header, _ = decode_message(result)
+        if at != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+            return result
         frame = wire._Frame(header=header, sizes=[]).model_dump_json().encode()
-        number = f'"examples":{header.answers[0].examples}'.encode()
+        number = f'"examples":{header.results[0].examples}'.encode()
         rest = frame.replace(number, b'"examples":1' + b"0" * 320)
         rest = len(rest).to_bytes(8, "big") + rest
         return wire._MAGIC + wire._digest(rest) + rest
@@ -435,10 +447,10 @@ def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
 
 
 def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
-    def spoil(at, letter, answer):
-        header, _ = decode_message(answer)
+    def spoil(at, letter, result):
+        header, _ = decode_message(result)
         many = [ClientRecord(id=f"{i}", rank=2, examples=9) for i in range(1000)]
-        return encode_message(header.model_copy(update={"clients": many})) if isinstance(header, ClientLayout) else answer
+        return encode_message(header.model_copy(update={"clients": many})) if isinstance(header, HandshakeReply) else result
 
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS,)), spoil, credentials={1: Credential("a", frozenset(CLIENTS))})
@@ -448,10 +460,10 @@ def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
 
 
 def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it_gives(home, tmp_path):
-    def spoil(at, letter, answer):
-        header, _ = decode_message(answer)
+    def spoil(at, letter, result):
+        header, _ = decode_message(result)
         same = {"node": "same", "clients": [ClientRecord(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
-        return encode_message(header.model_copy(update=same)) if isinstance(header, ClientLayout) else answer
+        return encode_message(header.model_copy(update=same)) if isinstance(header, HandshakeReply) else result
 
     what = experiment(home)
     hand = Hand(make_nodes(what, tmp_path), spoil)
@@ -473,9 +485,11 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, change, reason):
-    def spoil(at, letter, answer):
-        header, _ = decode_message(answer)
-        return encode_message(header.model_copy(update=change)) if at == 2 and isinstance(header, ClientLayout) else answer
+    def spoil(at, letter, result):
+        header, _ = decode_message(result)
+        return (
+            encode_message(header.model_copy(update=change)) if at == 2 and isinstance(header, HandshakeReply) else result
+        )
 
     said = []
     with pytest.raises(RunStopped, match=reason):
@@ -504,15 +518,15 @@ def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
     serve(what, tmp_path / "run", hand)
     carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
-    for _, letter, answer in hand.carried:
+    for _, letter, result in hand.carried:
         header, payloads = decode_message(letter)
         if isinstance(header, TaskRequest) and header.kind == "turn":
-            carried["bytes_down"][header.when.index] += sum(map(len, payloads))
-            carried["bytes_up"][header.when.index] += sum(map(len, decode_message(answer)[1]))
+            carried["bytes_down"][header.round_record.index] += sum(map(len, payloads))
+            carried["bytes_up"][header.round_record.index] += sum(map(len, decode_message(result)[1]))
         elif isinstance(header, TaskRequest):
-            (errand,) = header.errands
-            carried["bytes_judge"][header.when.index - 1] += len(payloads[errand.download])
-            carried["bytes_down"][header.when.index - 1] += len(payloads[errand.folds])
+            (task,) = header.tasks
+            carried["bytes_judge"][header.round_record.index - 1] += len(payloads[task.download])
+            carried["bytes_down"][header.round_record.index - 1] += len(payloads[task.base_updates])
     assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
 
 

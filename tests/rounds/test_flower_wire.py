@@ -25,9 +25,9 @@ WHEN = RoundRecord(index=3, seed=1, attempt=0)
 ORDER = TaskRequest(
     kind="turn",
     run="r",
-    when=WHEN,
+    round_record=WHEN,
     held=[0, 2],
-    errands=[ClientTask(client=ClientRecord(id="a/é", rank=2, examples=7), download=0, folds=1)],
+    tasks=[ClientTask(client=ClientRecord(id="a/é", rank=2, examples=7), download=0, base_updates=1)],
 )
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
@@ -42,7 +42,7 @@ def decode_message(message):
         ORDER,
         Batch(),
         Refused(failure=Failure(reason=Reason.DATA, count=3)),
-        Done(when=WHEN, folds=[], answers=[ClientResult(id="a")]),
+        Done(round_record=WHEN, base_updates=[], results=[ClientResult(id="a")]),
     ],
 )
 def test_what_is_sealed_is_unsealed(header):
@@ -55,8 +55,12 @@ def test_the_name_of_a_clients_task_stays_at_home_and_the_client_is_the_same():
 
 
 def test_a_loss_that_is_no_number_arrives_as_it_is():
-    done = Done(when=WHEN, folds=[], answers=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})])
-    notes = decode_message(encode_message(done))[0].answers[0].notes
+    done = Done(
+        round_record=WHEN,
+        base_updates=[],
+        results=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})],
+    )
+    notes = decode_message(encode_message(done))[0].results[0].notes
     assert notes["loss"] != notes["loss"] and notes["other"] == float("inf")
 
 
@@ -108,9 +112,11 @@ def test_a_header_made_to_harm_gives_one_clear_error(frame):
 
 
 def many_answers(count):
-    answers = b",".join([b'{"id":"a"}'] * count)
-    when = b'{"index":0,"seed":0,"attempt":0}'
-    return forged(b'{"header":{"kind":"done","when":' + when + b',"folds":[],"answers":[' + answers + b']},"sizes":[]}')
+    results = b",".join([b'{"id":"a"}'] * count)
+    round_record = b'{"index":0,"seed":0,"attempt":0}'
+    return forged(
+        b'{"header":{"kind":"done","when":' + round_record + b',"folds":[],"answers":[' + results + b']},"sizes":[]}'
+    )
 
 
 @pytest.mark.parametrize("count", [90_000, 700_000])
@@ -125,7 +131,7 @@ def test_more_answers_than_clients_cost_memory_in_proportion_to_the_message(coun
 
 
 def test_a_message_may_speak_of_as_many_clients_as_are_expected():
-    assert len(unseal_for(many_answers(3), 3)[0].answers) == 3
+    assert len(unseal_for(many_answers(3), 3)[0].results) == 3
     with pytest.raises(ValueError, match="3 entries, expected at most 2"):
         unseal_for(many_answers(3), 2)
 

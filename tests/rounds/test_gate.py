@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from fedlora.rounds.validator import Failed, change_norm
 
 from fedlora.adapter import AdapterSpec
 from fedlora.config import Evaluate, Sampling
@@ -16,6 +15,7 @@ from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
 from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.sample import choose
+from fedlora.rounds.validator import Failed, change_norm
 
 NAN, INF = math.nan, math.inf
 SPEC = AdapterSpec(modules={"q": (6, 4), "v": (5, 3)}, head={"out.w": torch.linspace(-1, 1, 8).view(2, 4)})
@@ -49,7 +49,7 @@ class Answers:
     def held(self):
         return {}
 
-    def fold(self, change):
+    def merge_into_base(self, change):
         raise AssertionError("this method folds nothing")
 
     def train_clients(self, rnd, sent, missed):
@@ -63,10 +63,10 @@ class Answers:
 class NoFolds:
     """A store for a method that folds nothing."""
 
-    def save_base_update(self, index, fold):
+    def save_base_update(self, index, base_update):
         raise AssertionError("this method folds nothing")
 
-    def fold(self, index):
+    def base_update(self, index):
         raise AssertionError("this method folds nothing")
 
 

@@ -510,8 +510,8 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
     dense = {name: sum(each[name].product() for each in (one, two, three)) for name in one}
     middle = layers[0](x) + x @ dense["0"].mT
     expected = layers[1](middle) + middle @ dense["1"].mT
-    adapted.fold(one)
-    adapted.fold(two)
+    adapted.merge_into_base(one)
+    adapted.merge_into_base(two)
     adapted.load([{}], frozen_extra=[three])
     assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
 
@@ -525,7 +525,7 @@ def test_folds_into_a_base_in_bf16_add_up_as_in_fp32(name):
     out, in_ = adapted.spec.modules[name]
     small = LowRank(torch.full((out, 1), 1e-4), torch.ones(1, in_))  # less than bf16 can tell from 1/4
     for _ in range(50):
-        adapted.fold({name: small})
+        adapted.merge_into_base({name: small})
     stored = dense_weight(adapted.layers[name].base)
     assert torch.equal(stored, (exact + 50 * small.product()).bfloat16().float())
     assert_close(adapted.spec.weight(name), exact, rtol=0, atol=0)
@@ -536,7 +536,7 @@ def test_the_pretrained_weight_is_read_out_by_in_whatever_was_folded_since(name)
     net = Net()
     stored = net.get_submodule(name).weight.detach().clone()
     adapted = AdaptedModel(net, Scaling(16.0), "all-linear")
-    adapted.fold(moved(adapted))
+    adapted.merge_into_base(moved(adapted))
     assert_close(adapted.spec.weight(name), stored.mT if name == "second" else stored, rtol=0, atol=0)
 
 

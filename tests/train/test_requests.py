@@ -169,10 +169,10 @@ def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(ses
 def test_a_change_of_the_base_that_has_no_place_is_refused(session, part):  # noqa: F811
     adapted, _ = session
     before = {name: adapted._weight(name).clone() for name in adapted.layers}
-    for fold, spec in ((adapted.fold, adapted.spec), (ToyTrainer().fold, SPEC)):
+    for base_update, spec in ((adapted.base_update, adapted.spec), (ToyTrainer().base_update, SPEC)):
         name = "no.such" if part is pair else first(spec)[0]
         with pytest.raises(ValueError, match="change of the base"):
-            fold({name: part(spec)})
+            base_update({name: part(spec)})
     assert all(torch.equal(adapted._weight(name), weight) for name, weight in before.items())
 
 

@@ -30,7 +30,7 @@ def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int
     Fewer groups than points come out where points are equal; each point is its own where there are no more points.
     """
     from sklearn.cluster import KMeans  # takes a second to import
-    from sklearn.known_failures import ConvergenceWarning
+    from sklearn.exceptions import ConvergenceWarning
 
     if len(points) <= groups:
         return torch.arange(len(points))

@@ -39,7 +39,7 @@ def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " po
     Settings as in the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, 200 steps at most.
     Of a group of three points or fewer each is a mean: who has the mixture has the points.
     """
-    from sklearn.known_failures import ConvergenceWarning  # takes a second to import
+    from sklearn.exceptions import ConvergenceWarning  # takes a second to import
     from sklearn.mixture import GaussianMixture
 
     counts = torch.bincount(groups, minlength=count)

@@ -65,8 +65,8 @@ class FedExLoRA:
             adapter = unpack(means.mean(), LowRank)
         else:
             adapter = ideal.best_fit(server, seed=derive(rnd.seed, "best_fit", rnd.index))
-        fold = self._residual(ideal.subtract(adapter), server, count)
-        return Merged(adapter, fold, {"aggregation_error": ideal.error(adapter, fold or {})})
+        base_update = self._residual(ideal.subtract(adapter), server, count)
+        return Merged(adapter, base_update, {"aggregation_error": ideal.error(adapter, base_update or {})})
 
     def _residual(self, rest: MeanUpdate, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:
         """E, or its best approximation; None for one client, whose update the adapter holds."""

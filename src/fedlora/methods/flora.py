@@ -60,8 +60,8 @@ class FLoRA:
         ideal = MeanUpdate()
         for reply in replies:
             ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
-        fold = ideal.factors()
-        return Merged({}, fold, {"aggregation_error": ideal.error(fold)})
+        base_update = ideal.factors()
+        return Merged({}, base_update, {"aggregation_error": ideal.error(base_update)})
 
     def _fresh(self, name: str, part: LowRank, client: ClientInfo, rnd: Round) -> Tensor:
         """This round's a [rank, in]; with a shared draw, a smaller rank has the first rows of a larger one."""

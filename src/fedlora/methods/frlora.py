@@ -79,8 +79,8 @@ class FRLoRA:
             means.add(reply.weight, reply.upload, reply.client.id)
             ideal = ideal.add(reply.weight, unpack({**kept, **reply.upload}, LowRank))
         mean = unpack({**kept, **means.mean()}, LowRank)
-        fold = {name: self._change(server[name], part) for name, part in mean.items()}
-        return Merged(dict(server), fold, {"aggregation_error": ideal.subtract(server).error(fold)})
+        base_update = {name: self._change(server[name], part) for name, part in mean.items()}
+        return Merged(dict(server), base_update, {"aggregation_error": ideal.subtract(server).error(base_update)})
 
     def _change(self, before: LowRank, after: LowRank) -> LowRank:
         if not self.train_a:

@@ -106,12 +106,12 @@ class MeanUpdate:
             out, in_ = _shape(total)
             rank = max(ranks[name] for name in names) if ranks is not None else None
             if rank is not None and rank * (out + in_) < out * in_:
-                fold = total.best_fit(rank, 1 / self.weight)
+                base_update = total.best_fit(rank, 1 / self.weight)
             elif rank is None and total.matrix is None:
-                fold = stack([(1 / self.weight, factor) for factor in total.factors])
+                base_update = stack([(1 / self.weight, factor) for factor in total.factors])
             else:
-                fold = _beside_identity(_dense(total) / self.weight)
-            found |= unbatch(fold, names, fold.b.dtype)
+                base_update = _beside_identity(_dense(total) / self.weight)
+            found |= unbatch(base_update, names, base_update.b.dtype)
         return found
 
     def error(self, *parts: Updates) -> float:

@@ -144,23 +144,23 @@ class RunFolder:
         line = b"" if row is None else (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
         digest = self._digest.copy()
         digest.update(line)
-        states, folds = dict(self._states), list(self._folds)
+        states, base_updates = dict(self._states), list(self._folds)
         for index, client in sorted((new for new in self._new if new[0] < rounds_done), key=lambda new: new[0]):
             if client is not None:
                 states[client] = index
-            elif index not in folds:
-                folds.append(index)
+            elif index not in base_updates:
+                base_updates.append(index)
         notes = {
             "rounds_done": rounds_done,
             "run": self._run,
             "rows": [self._length + len(line), digest.hexdigest()],
             "states": states,
-            "folds": folds,
+            "folds": base_updates,
         }
         if line:
             durable.append(self._rows, line)
         durable.replace(self._checkpoint, encode_state(server, **notes))
-        self._length, self._digest, self._states, self._folds = self._length + len(line), digest, states, folds
+        self._length, self._digest, self._states, self._folds = self._length + len(line), digest, states, base_updates
         self._new = [new for new in self._new if new[0] >= rounds_done]
 
     def restore(self) -> tuple[int, Any]:
@@ -237,7 +237,7 @@ class RunFolder:
         for old in earlier[:-2]:
             self._client_file(client.id, old).unlink()
 
-    def save_base_update(self, index: int, fold: Adapter) -> None:
+    def save_base_update(self, index: int, base_update: Adapter) -> None:
         """Writes a change of the base; it counts once its round is complete.
 
         Raises:
@@ -245,15 +245,15 @@ class RunFolder:
         """
         self.require()
         durable.folder(self._fold_file(index).parent)
-        durable.replace(self._fold_file(index), encode_state(fold))
+        durable.replace(self._fold_file(index), encode_state(base_update))
         self._new.append((index, None))
 
-    def fold(self, index: int) -> Mapping[str, LowRank]:
+    def base_update(self, index: int) -> Mapping[str, LowRank]:
         """The change of the base that the round of this index made."""
         found: Mapping[str, LowRank] = _read(self._fold_file(index))[0]
         return found
 
-    def folds(self) -> list[int]:
+    def base_updates(self) -> list[int]:
         """The indices of the rounds that left a fold, in order; those after the last complete round included."""
         return sorted(int(file.stem) for file in (self.path / "folds").glob("*.safetensors"))
 

@@ -29,7 +29,7 @@ class Trainer(Protocol):
     def features(self, client: ClientInfo) -> LabelledFeatures:
         """The client's training examples as the base sees them without any adapter."""
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the frozen base for good."""
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> Sequence[Score | None]:
@@ -62,11 +62,11 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
     """
     jobs = [method.work(one.state, one.download, one.client, rnd) for one in begun]
     done: dict[int, LocalResult | Failed] = {}
-    answers: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
+    replies: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
-    while answers:
+    while replies:
         asked: dict[int, FitRequest] = {}
-        for i, (adapter, notes) in answers.items():
+        for i, (adapter, notes) in replies.items():
             try:
                 asked[i] = FitRequest(_next_fit(jobs[i], adapter, begun[i].client, trainer), begun[i].client, step)
             except StopIteration as end:
@@ -80,7 +80,7 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
             except NumericalError as error:
                 kind = type(error).__name__.lstrip("_")
                 done[i] = Failed(begun[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
-        answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
+        replies = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         step += 1
     return [done[i] for i in range(len(begun))]
 

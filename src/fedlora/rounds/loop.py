@@ -13,9 +13,9 @@ from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
 from fedlora.method import AnyMethod
+from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_tensors
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
-from fedlora.rounds.folds import BaseUpdateLog, BaseUpdateStore, pending_tensors
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
@@ -32,7 +32,7 @@ class Backend(Protocol):
     def held(self) -> Mapping[str, Sequence[int]]:
         """The indices of the rounds whose folds a client holds, of those clients that have told."""
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on which the next turns and judgements happen here, if it happens here."""
 
     def train_clients(
@@ -77,7 +77,7 @@ class RunState:
     """What the server knows between rounds: the method's state, the changes of the base, the round's largest upload."""
 
     server: Any
-    folds: BaseUpdateLog = field(default_factory=BaseUpdateLog)
+    base_updates: BaseUpdateLog = field(default_factory=BaseUpdateLog)
     largest: Largest | None = None
 
 
@@ -111,15 +111,15 @@ def run_rounds(
     Raises:
         RunStopped: in none of a round's attempts came enough replies that could be accepted.
     """
-    judging: _PendingEvaluation | None = None
+    evaluating: _PendingEvaluation | None = None
     for index in range(first, plan.rounds):
         attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
-        if judging is not None:
-            yield judging.ended(progress)
-        judging = _round(plan, backend, store, before, attempt, progress)
-        before = judging.after
-    if judging is not None:
-        yield judging.ended(progress)
+        if evaluating is not None:
+            yield evaluating.ended(progress)
+        evaluating = _round(plan, backend, store, before, attempt, progress)
+        before = evaluating.after
+    if evaluating is not None:
+        yield evaluating.ended(progress)
 
 
 def one_round(
@@ -141,9 +141,9 @@ class _Attempt:
     rnd: Round
     chosen: Sequence[ClientInfo]
     validator: UploadValidator
-    folds: BaseUpdateLog
+    base_updates: BaseUpdateLog
     bytes_down: int
-    answers: Iterator[Reply | Failed]
+    replies: Iterator[Reply | Failed]
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,11 @@ def _begin(
     everybody = backend.clients()
     chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
     sent = {client: plan.method.send(before.server, client, rnd) for client in chosen}
-    folds = before.folds.known(backend.held())
-    lacking = pending(plan.spec, store, folds, chosen)
+    base_updates = before.base_updates.known(backend.held())
+    pending = pending_base_updates(plan.spec, store, base_updates, chosen)
     validator = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
-    bytes_down = sum(map(encoded_size, [*sent.values(), *lacking.values()]))
-    return _Attempt(rnd, chosen, validator, folds, bytes_down, backend.train_clients(rnd, sent, lacking))
+    bytes_down = sum(map(encoded_size, [*sent.values(), *pending.values()]))
+    return _Attempt(rnd, chosen, validator, base_updates, bytes_down, backend.train_clients(rnd, sent, pending))
 
 
 def _round(
@@ -187,10 +187,10 @@ def _round(
     """Merges the first attempt that has enough replies, and has the result judged."""
     tally, index = _RoundStats(), attempt.rnd.index
     while True:
-        merged, folds = _merged(plan, before, attempt, tally, progress)
+        merged, base_updates = _merged(plan, before, attempt, tally, progress)
         if merged is not None:
             break
-        before = replace(before, folds=folds)
+        before = replace(before, base_updates=base_updates)
         if attempt.rnd.attempt + 1 == plan.sampling.attempts:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in tally.rejected.items())
             cause = f"; {text}" if (text := tally.divergence(before.largest)) else ""
@@ -213,14 +213,14 @@ def _round(
         **({"diverged": text} if (text := tally.divergence(before.largest)) else {}),
         **merged.notes,
     }
-    after = RunState(merged.server, folds, tally.largest)
-    if merged.fold is not None:
-        store.save_base_update(index, merged.fold)
-        backend.fold(merged.fold)
-        after = replace(after, folds=folds.added(index))
+    after = RunState(merged.server, base_updates, tally.largest)
+    if merged.base_update is not None:
+        store.save_base_update(index, merged.base_update)
+        backend.merge_into_base(merged.base_update)
+        after = replace(after, base_updates=base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
         return _PendingEvaluation(after, row, tally, None)
-    return _judging(plan, backend, store, after, row, tally)
+    return _evaluated(plan, backend, store, after, row, tally)
 
 
 def _merged(
@@ -236,7 +236,7 @@ def _merged(
     def accepted() -> Iterator[Reply]:
         while True:
             started = time.perf_counter()
-            answer = next(attempt.answers, None)
+            answer = next(attempt.replies, None)
             tally.seconds["train"] += time.perf_counter() - started
             if answer is None:
                 return
@@ -259,12 +259,12 @@ def _merged(
     replies = accepted()
     first = next(replies, None)
     if first is None:
-        return None, attempt.folds.delivered(answered)
+        return None, attempt.base_updates.delivered(answered)
     trained, started = tally.seconds["train"], time.perf_counter()
     merged: Merged[Any] | None = None
     try:
         merged = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
-        failure = "" if is_finite((merged.server, merged.fold)) else NOT_FINITE
+        failure = "" if is_finite((merged.server, merged.base_update)) else NOT_FINITE
     except NumericalError as error:
         failure = type(error).__name__.lstrip("_")
         for _ in replies:  # the rest of the cohort
@@ -278,20 +278,20 @@ def _merged(
         tally.left_out.add(client.id)
         progress.answered(client, tally.rejected[client.id])
     enough = not failure and len(tally.accepted) >= plan.sampling.min_replies
-    return (merged if enough else None), attempt.folds.delivered(answered)
+    return (merged if enough else None), attempt.base_updates.delivered(answered)
 
 
-def pending(
-    spec: AdapterSpec, store: BaseUpdateStore, folds: BaseUpdateLog, clients: Sequence[ClientInfo]
+def pending_base_updates(
+    spec: AdapterSpec, store: BaseUpdateStore, base_updates: BaseUpdateLog, clients: Sequence[ClientInfo]
 ) -> dict[ClientInfo, Tensors]:
     """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
-    for lacking in {folds.pending(client.id) for client in clients} - {()}:
-        made[lacking] = pending_tensors({index: store.fold(index) for index in lacking}, spec)
-    return {client: made[lacking] for client in clients if (lacking := folds.pending(client.id))}
+    for pending in {base_updates.pending(client.id) for client in clients} - {()}:
+        made[pending] = pending_tensors({index: store.base_update(index) for index in pending}, spec)
+    return {client: made[pending] for client in clients if (pending := base_updates.pending(client.id))}
 
 
-def _judging(
+def _evaluated(
     plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
 ) -> _PendingEvaluation:
     """Judges what would be used in the next round: the server at once, the clients when their scores are asked for.
@@ -299,7 +299,7 @@ def _judging(
     Folds that had to be sent for it count as this round's, and are not sent again for the next.
     """
     started = time.perf_counter()
-    rnd, folds = Round(row["round"], plan.seed), after.folds.known(backend.held())
+    rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())
     scores = None
     if plan.evaluator is not None:
         anybody = ClientInfo("", plan.method.rank, 1)
@@ -308,15 +308,15 @@ def _judging(
         row = row | {"global": {**score.metrics, "examples": score.examples}}
     if plan.evaluate.clients != "none":
         everybody = sorted(backend.clients(), key=lambda client: client.id)
-        judges = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(tally.accepted)]
-        sent = {client: plan.method.send(after.server, client, rnd) for client in judges}
-        lacking = pending(plan.spec, store, folds, judges)
-        scores = backend.evaluate(rnd, sent, lacking)
-        bytes_down = row["bytes_down"] + sum(map(encoded_size, lacking.values()))
+        evaluated = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(tally.accepted)]
+        sent = {client: plan.method.send(after.server, client, rnd) for client in evaluated}
+        pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
+        scores = backend.evaluate(rnd, sent, pending)
+        bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
         row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
-        folds = folds.delivered(client.id for client in judges)
+        base_updates = base_updates.delivered(client.id for client in evaluated)
     tally.seconds["evaluate"] += time.perf_counter() - started
-    return _PendingEvaluation(replace(after, folds=folds), row, tally, scores)
+    return _PendingEvaluation(replace(after, base_updates=base_updates), row, tally, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -46,9 +46,9 @@ class SimulationBackend:
         """Nothing: what they would hold on machines of their own is only counted."""
         return {}
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the one base that all share."""
-        self.trainer.fold(change)
+        self.trainer.merge_into_base(change)
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]

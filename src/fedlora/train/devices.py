@@ -102,11 +102,11 @@ class MultiDeviceTrainer:
         """As `LocalTrainer.evaluate`."""
         return self._here.evaluate(adapter)
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on every device."""
         for helper in self._helpers:
             helper.ask("fold", change)
-        self._with_answers(lambda: self._here.fold(change))
+        self._with_answers(lambda: self._here.merge_into_base(change))
 
     def _shared(self, call: str, asked: Sequence[Any], works: Sequence[int], *more: Any) -> list[Any]:
         """The call with a part of what is asked on each device, in the order of `asked`."""

@@ -169,7 +169,7 @@ class AdaptedModel:
             found[key] = cut * self.layers[name].scale[client] if factor == "b" else cut
         return found
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Adds the products to the base for good, in fp32; beside the base where its weight is quantised.
 
         Raises:

@@ -73,9 +73,9 @@ class LocalTrainer:
         seen = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
         return LabelledFeatures(seen, self.examples.targets[rows], self.adapted.spec.classes)
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the resident base for good."""
-        self.adapted.fold(change)
+        self.adapted.merge_into_base(change)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """Each adapter on its client's held-out examples, if there are any."""

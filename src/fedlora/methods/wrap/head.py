@@ -106,7 +106,7 @@ class HeadRule:
                 yield replace(reply, upload=rest)
 
         merged = self.inner.merge(server.inner, Replies(bare()), rnd)
-        return Merged(WithHead(merged.server, heads.mean()), merged.fold, merged.notes)
+        return Merged(WithHead(merged.server, heads.mean()), merged.base_update, merged.notes)
 
 
 def _headless(spec: AdapterSpec) -> AdapterSpec:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedlora.rounds.flower.credential import Credential
-from fedlora.rounds.flower.wire import PROTOCOL, ClientLayout, ClientRecord
+from fedlora.rounds.flower.wire import PROTOCOL, ClientRecord, HandshakeReply
 from fedlora.version import __version__
 
 
@@ -17,7 +17,7 @@ class NodeAdmission:
     mixed_ranks: bool
 
     def rejection_reason(
-        self, present: ClientLayout, credential: Credential | None, taken: Mapping[str, str]
+        self, present: HandshakeReply, credential: Credential | None, taken: Mapping[str, str]
     ) -> str | None:
         """Why this node is not let in, None if it is; `taken` are the clients of the other nodes, and their nodes.
 

@@ -9,18 +9,19 @@ from fedlora.adapter import Tensors
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Score
+from fedlora.rounds.base_updates import base_update_indices
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.flower.door import NodeAdmission
 from fedlora.rounds.flower.credential import Credential
+from fedlora.rounds.flower.door import NodeAdmission
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import (
-    ClientLayout,
     ClientRecord,
     ClientResult,
     ClientTask,
     Done,
     Handshake,
+    HandshakeReply,
     Notice,
     Refused,
     RoundRecord,
@@ -28,7 +29,6 @@ from fedlora.rounds.flower.wire import (
     decode_message,
     encode_message,
 )
-from fedlora.rounds.folds import base_update_indices
 from fedlora.rounds.validator import Failed
 
 _HELLO_SECONDS = 600.0
@@ -73,13 +73,13 @@ class _Node:
 
     at: int
     clients: list[ClientInfo]
-    folds: list[int]
+    base_updates: list[int]
     most: int
-    coming: set[int] = field(default_factory=set)
+    in_flight: set[int] = field(default_factory=set)
 
     def expected(self) -> list[int]:
         """The folds that it holds once it has read all its messages, which it does in their order."""
-        return sorted({*self.folds, *self.coming})
+        return sorted({*self.base_updates, *self.in_flight})
 
 
 class FlowerBackend:
@@ -88,7 +88,7 @@ class FlowerBackend:
     def __init__(
         self,
         transport: Transport,
-        hello: Handshake,
+        handshake: Handshake,
         admission: NodeAdmission,
         trainer: Trainer,
         scores: ScoreCheck,
@@ -101,9 +101,15 @@ class FlowerBackend:
 
         An upload may have so many `tensors`.
         """
-        self._post, self._hello, self._door, self._trainer, self._score_check = transport, hello, admission, trainer, scores
-        self._deadline, self._poll, self._tell, self._tensors = deadline, poll, notify, tensors
-        self._guests: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
+        self._transport, self._handshake, self._admission, self._trainer, self._score_check = (
+            transport,
+            handshake,
+            admission,
+            trainer,
+            scores,
+        )
+        self._deadline, self._poll, self._notify, self._tensors = deadline, poll, notify, tensors
+        self._nodes: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
         self._greeted: set[int] = set()
         self._pending: dict[str, int] = {}  # hellos
         self._refused: list[str] = []
@@ -124,16 +130,16 @@ class FlowerBackend:
 
     def clients(self) -> Sequence[ClientInfo]:
         """All that have been let in, those included whose node is away."""
-        self._greet()
-        return sorted((client for guest in self._guests.values() for client in guest.clients), key=lambda client: client.id)
+        self._register()
+        return sorted((client for node in self._nodes.values() for client in node.clients), key=lambda client: client.id)
 
     def held(self) -> Mapping[str, Sequence[int]]:
         """As their nodes have told, and what is on its way to them."""
-        return {client.id: guest.expected() for guest in self._guests.values() for client in guest.clients}
+        return {client.id: node.expected() for node in self._nodes.values() for client in node.clients}
 
-    def fold(self, change: Mapping[str, LowRank]) -> None:
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the server's own base, on which the global test is."""
-        self._trainer.fold(change)
+        self._trainer.merge_into_base(change)
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
@@ -145,20 +151,20 @@ class FlowerBackend:
         """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
         failed = {client.id: found for client, found in self._sent("keep", rnd, sent, pending) if isinstance(found, str)}
         for client, reason in failed.items():
-            self._tell(f"client {client} could not keep its adapter: {reason}")
-        self._tell(
+            self._notify(f"client {client} could not keep its adapter: {reason}")
+        self._notify(
             f"{len(sent) - len(failed)} of {len(sent)} clients have their adapter in their node's folder, in runs/*/adapter"
         )
 
     def finish(self) -> None:
         """Tells the connected nodes that the run is finished; does not wait long for one that does not answer."""
-        connected = set(self._post.nodes())
-        notice = encode_message(Notice(run=self._hello.run, state="finished", text="all rounds are complete"))
-        messages = {guest.at: notice for guest in self._guests.values() if guest.at in connected}
-        message_ids = self._post.send(messages, _NOTICE_SECONDS) if messages else {}
+        connected = set(self._transport.nodes())
+        notice = encode_message(Notice(run=self._handshake.run, state="finished", text="all rounds are complete"))
+        messages = {node.at: notice for node in self._nodes.values() if node.at in connected}
+        message_ids = self._transport.send(messages, _NOTICE_SECONDS) if messages else {}
         until = time.monotonic() + _NOTICE_SECONDS
         while message_ids and time.monotonic() < until:
-            received = self._post.collect(list(message_ids))
+            received = self._transport.collect(list(message_ids))
             if message_ids := {ticket: at for ticket, at in message_ids.items() if ticket not in received}:
                 time.sleep(self._poll)
 
@@ -167,11 +173,11 @@ class FlowerBackend:
             if isinstance(found, str):
                 yield Failed(client, found)
                 continue
-            when, answer, upload = found
+            round_record, result, upload = found
             try:
                 if upload is None:
                     raise ValueError("sent no upload")
-                yield Reply(client, when, decode(upload, self._tensors), answer.weight, answer.notes)
+                yield Reply(client, round_record, decode(upload, self._tensors), result.weight, result.notes)
             except ValueError as error:
                 yield Failed(client, str(error))
 
@@ -186,14 +192,14 @@ class FlowerBackend:
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         for client, found in results:
             if isinstance(found, str):
-                self._tell(f"client {client.id} did not judge: {found}")
+                self._notify(f"client {client.id} did not judge: {found}")
                 continue
-            when, answer, _ = found
-            reason = "is for another round" if when != rnd else self._score_check.rejection(answer, client)
+            round_record, result, _ = found
+            reason = "is for another round" if round_record != rnd else self._score_check.rejection(result, client)
             if reason is not None:
-                self._tell(f"client {client.id}: its score is rejected: {reason}")
+                self._notify(f"client {client.id}: its score is rejected: {reason}")
             else:
-                yield client, Score(answer.examples, answer.metrics) if answer.examples else None
+                yield client, Score(result.examples, result.metrics) if result.examples else None
 
     def _sent(
         self,
@@ -206,17 +212,17 @@ class FlowerBackend:
         found: dict[str, _Found | str] = {}
         messages: dict[int, bytes] = {}
         names: dict[int, str] = {}
-        connected = set(self._post.nodes())
-        for name, guest in self._guests.items():
-            state = {client: download for client, download in sent.items() if client in guest.clients}
-            if state and guest.at in connected:
-                names[guest.at] = name
-                messages[guest.at] = self._order(kind, rnd, guest, state, pending)
+        connected = set(self._transport.nodes())
+        for name, node in self._nodes.items():
+            state = {client: download for client, download in sent.items() if client in node.clients}
+            if state and node.at in connected:
+                names[node.at] = name
+                messages[node.at] = self._request(kind, rnd, node, state, pending)
             elif state:
                 found |= {client.id: "its node is not connected" for client in state}
-        message_ids = self._post.send(messages, self._deadline) if messages else {}
+        message_ids = self._transport.send(messages, self._deadline) if messages else {}
         for at in messages.keys() - set(message_ids.values()):
-            found |= {client.id: "could not be sent to its node" for client in self._guests[names[at]].clients}
+            found |= {client.id: "could not be sent to its node" for client in self._nodes[names[at]].clients}
         return self._results(list(sent), message_ids, names, found, time.monotonic() + self._deadline)
 
     def _results(
@@ -236,75 +242,75 @@ class FlowerBackend:
                         time.sleep(self._poll)
             yield client, found.pop(client.id)
         for name in names.values():
-            self._guests[name].coming.clear()  # what is not in an answer by now never came
+            self._nodes[name].in_flight.clear()  # what is not in an answer by now never came
 
     def _collect(self, message_ids: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
         """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
-        messages = self._post.collect(list(message_ids)) if message_ids else {}
+        messages = self._transport.collect(list(message_ids)) if message_ids else {}
         for ticket, letter in messages.items():
-            guest = self._guests[names[message_ids.pop(ticket)]]
-            state = {client.id for client in guest.clients}
-            results = _opened(letter, guest.most)
+            node = self._nodes[names[message_ids.pop(ticket)]]
+            state = {client.id for client in node.clients}
+            results = _opened(letter, node.most)
             if isinstance(results, str):
                 found |= dict.fromkeys(state, results)
                 continue
             done, payloads = results
-            guest.folds = done.folds
+            node.base_updates = done.base_updates
             found |= dict.fromkeys(state, "its node's answer does not mention it")
-            for answer in done.answers:
-                if answer.id in state:
-                    found[answer.id] = _found(done, answer, payloads)
+            for result in done.results:
+                if result.id in state:
+                    found[result.id] = _found(done, result, payloads)
         return bool(messages)
 
-    def _order(
+    def _request(
         self,
         kind: Kind,
         rnd: Round,
-        guest: _Node,
+        node: _Node,
         sent: Mapping[ClientInfo, Tensors],
         pending: Mapping[ClientInfo, Tensors],
     ) -> bytes:
         """The message to one node; what several of its clients are sent alike is in it once."""
         payloads: dict[bytes, int] = {}
-        errands = [
+        tasks = [
             ClientTask(
                 client=ClientRecord.of(client),
                 download=payloads.setdefault(encode(download), len(payloads)),
-                folds=payloads.setdefault(encode(pending[client]), len(payloads)) if client in pending else None,
+                base_updates=payloads.setdefault(encode(pending[client]), len(payloads)) if client in pending else None,
             )
             for client, download in sent.items()
         ]
-        order = TaskRequest(
-            kind=kind, run=self._hello.run, when=RoundRecord.of(rnd), held=guest.expected(), errands=errands
+        request = TaskRequest(
+            kind=kind, run=self._handshake.run, round_record=RoundRecord.of(rnd), held=node.expected(), tasks=tasks
         )
-        guest.coming |= {index for client in sent if client in pending for index in base_update_indices(pending[client])}
-        return encode_message(order, list(payloads))
+        node.in_flight |= {index for client in sent if client in pending for index in base_update_indices(pending[client])}
+        return encode_message(request, list(payloads))
 
-    def _greet(self) -> None:
+    def _register(self) -> None:
         """Says hello to nodes that are new, and lets in those that have answered as they should."""
-        connected = set(self._post.nodes())
+        connected = set(self._transport.nodes())
         new = connected - self._greeted
         self._greeted = (self._greeted & connected) | new
         if new:
-            self._pending |= self._post.send(dict.fromkeys(new, encode_message(self._hello)), _HELLO_SECONDS)
-        messages = self._post.collect(list(self._pending)) if self._pending else {}
+            self._pending |= self._transport.send(dict.fromkeys(new, encode_message(self._handshake)), _HELLO_SECONDS)
+        messages = self._transport.collect(list(self._pending)) if self._pending else {}
         for ticket, letter in messages.items():
             at = self._pending.pop(ticket)
             reason = self._welcome(at, letter, connected)
             if isinstance(letter, str):
                 self._greeted.discard(at)  # it may have been too busy loading its model: once more
             elif reason is not None and at in connected:  # not waited for
-                notice = Notice(run=self._hello.run, state="rejected", text=reason[:1000])
-                self._post.send({at: encode_message(notice)}, _NOTICE_SECONDS)
+                notice = Notice(run=self._handshake.run, state="rejected", text=reason[:1000])
+                self._transport.send({at: encode_message(notice)}, _NOTICE_SECONDS)
             if reason is not None and f"node {at} refused: {reason}" not in self._refused:
                 self._refused.append(f"node {at} refused: {reason}")
-                self._tell(self._refused[-1])
+                self._notify(self._refused[-1])
 
     def _welcome(self, at: int, letter: bytes | str, connected: Collection[int]) -> str | None:
         """Lets a node in, in place of what it was before; or says why not."""
         if isinstance(letter, str):
             return letter
-        credential = self._post.credential(at)
+        credential = self._transport.credential(at)
         most = _UNDECLARED if credential is None else len(credential.clients)
         try:
             header, _ = decode_message(letter, most)
@@ -312,18 +318,18 @@ class FlowerBackend:
             return str(error)
         if isinstance(header, Refused):
             return str(header.failure)
-        if not isinstance(header, ClientLayout):
+        if not isinstance(header, HandshakeReply):
             return f"answers {header.kind!r} to a hello"
-        node = header.node if credential is None else credential.name
-        others = {name: guest for name, guest in self._guests.items() if name != node and guest.at in connected}
-        taken = {client.id: name for name, guest in others.items() for client in guest.clients}
-        reason = self._door.rejection_reason(header, credential, taken)
+        name = header.node if credential is None else credential.name
+        others = {other: node for other, node in self._nodes.items() if other != name and node.at in connected}
+        taken = {client.id: other for other, node in others.items() for client in node.clients}
+        reason = self._admission.rejection_reason(header, credential, taken)
         if reason is None:
             claimed = {person.id for person in header.clients}
-            for guest in self._guests.values():  # of nodes that are gone
-                guest.clients = [client for client in guest.clients if client.id not in claimed]
+            for node in self._nodes.values():  # of nodes that are gone
+                node.clients = [client for client in node.clients if client.id not in claimed]
             clients = [person.info() for person in header.clients]
-            self._guests[node] = _Node(at, clients, list(header.folds), len(clients))
+            self._nodes[name] = _Node(at, clients, list(header.base_updates), len(clients))
         return reason
 
 
@@ -340,11 +346,11 @@ def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str
     return (header, payloads) if isinstance(header, Done) else f"its node answers {header.kind!r}"
 
 
-def _found(done: Done, answer: ClientResult, payloads: Sequence[bytes]) -> _Found | str:
-    if answer.failure is not None:
-        return str(answer.failure)
-    if answer.upload is None:
-        return done.when.round(), answer, None
-    if answer.upload >= len(payloads):
+def _found(done: Done, result: ClientResult, payloads: Sequence[bytes]) -> _Found | str:
+    if result.failure is not None:
+        return str(result.failure)
+    if result.upload is None:
+        return done.round_record.round(), result, None
+    if result.upload >= len(payloads):
         return "its upload is missing"
-    return done.when.round(), answer, payloads[answer.upload]
+    return done.round_record.round(), result, payloads[result.upload]

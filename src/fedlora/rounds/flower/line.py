@@ -103,12 +103,12 @@ def _start(folder: Path, until: int) -> "subprocess.Popen[bytes]":
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
     parts = bytearray(size)
-    view, download = memoryview(parts), 0
-    while download < size:
-        count = connection.recv_into(view[download:])
+    view, received = memoryview(parts), 0
+    while received < size:
+        count = connection.recv_into(view[received:])
         if not count:
             raise EOFError("the connection ended within a message")
-        download += count
+        received += count
     return bytes(parts)
 
 

@@ -13,7 +13,7 @@ import tomli_w
 from fedlora.errors import RunStopped, UserError
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.journal import Reader
+from fedlora.rounds.flower.event_log import Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.processes import CONNECTION, Printer, Process, connection, flwr, private, wait_until_ready
 from fedlora.rounds.progress import Progress

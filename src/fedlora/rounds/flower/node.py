@@ -16,6 +16,7 @@ from fedlora.experiment import Session, with_base_updates
 from fedlora.federated_data import FederatedData
 from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
+from fedlora.rounds.base_updates import caught_up
 from fedlora.rounds.checkpoint import RunFolder, client_folder
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.flower.local_experiment import local_experiment
@@ -24,12 +25,12 @@ from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.flower.wire import (
     PROTOCOL,
     Batch,
-    ClientLayout,
     ClientRecord,
     ClientResult,
     Done,
     Failure,
     Handshake,
+    HandshakeReply,
     Header,
     Notice,
     Received,
@@ -38,7 +39,6 @@ from fedlora.rounds.flower.wire import (
     decode_message,
     encode_message,
 )
-from fedlora.rounds.folds import caught_up
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed
 from fedlora.version import __version__
@@ -55,7 +55,7 @@ class _Work:
     folder: RunFolder
     simulation: SimulationBackend
     base: str
-    folded: list[int] = field(default_factory=list)
+    merged_updates: list[int] = field(default_factory=list)
     """The rounds whose folds the model in memory has, in order."""
 
 
@@ -76,7 +76,7 @@ class Node:
         Raises:
             UserError: there are none.
         """
-        self._folder, self._tell = folder, notify
+        self._folder, self._notify = folder, notify
         self._works: dict[str, _Work] = {}
         self._settings = Settings.read(folder)
         name = folder / "name"
@@ -84,13 +84,13 @@ class Node:
             durable.replace(name, uuid4().hex.encode())
         self._name = name.read_text()
 
-    def answer(self, message: bytes, bundled: bool = False) -> bytes:
+    def reply(self, message: bytes, bundled: bool = False) -> bytes:
         """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
         try:
             with self._coded(Reason.MESSAGE):
                 header, payloads = decode_message(message, len(self._settings.clients))
             if isinstance(header, Batch) and not bundled:
-                return encode_message(header, [self.answer(payload, bundled=True) for payload in payloads])
+                return encode_message(header, [self.reply(payload, bundled=True) for payload in payloads])
             with self._coded(Reason.INTERNAL):
                 return encode_message(*self._answer(header, payloads))
         except Declined as declined:
@@ -102,15 +102,15 @@ class Node:
                 return self._present(header), []
             case TaskRequest():
                 work = self._work(header.run)
-                if lost := set(header.held) - set(work.folded):
-                    self._tell(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in lost)}")
+                if lost := set(header.held) - set(work.merged_updates):
+                    self._notify(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in lost)}")
                     raise Declined(Reason.BASE_UPDATES, len(lost))
-                self._tell(f"{_moment(header, work)} for {len(header.errands)} client(s)")
+                self._notify(f"{_moment(header, work)} for {len(header.tasks)} client(s)")
                 return self._done(work, header, payloads)
             case Notice(state=state, text=text):
-                self._tell(f"{state}: {text}")
+                self._notify(f"{state}: {text}")
                 return Received(), []
-        self._tell(f"a node is not asked {header.kind!r}")
+        self._notify(f"a node is not asked {header.kind!r}")
         raise Declined(Reason.MESSAGE)
 
     @contextmanager
@@ -122,25 +122,32 @@ class Node:
             raise
         except Exception as error:
             reason = reason_for(error, otherwise)
-            self._tell(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
+            self._notify(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
             raise Declined(reason) from None
 
-    def _present(self, hello: Handshake) -> ClientLayout:
-        if (hello.protocol, hello.version) != (PROTOCOL, __version__):
-            return ClientLayout(protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], folds=[])
-        folder = self._run_folder(hello.run)
+    def _present(self, handshake: Handshake) -> HandshakeReply:
+        if (handshake.protocol, handshake.version) != (PROTOCOL, __version__):
+            return HandshakeReply(
+                protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], base_updates=[]
+            )
+        folder = self._run_folder(handshake.run)
         durable.folder(folder)
-        if hello.run in self._works:
-            self._works.pop(hello.run).folder.release()
-        if (folder / "hello").exists() and _hello(folder).server_session_id != hello.server_session_id:
+        if handshake.run in self._works:
+            self._works.pop(handshake.run).folder.release()
+        if (folder / "hello").exists() and _handshake(folder).server_session_id != handshake.server_session_id:
             left = RunFolder(folder)
-            left.forget(hello.done)
+            left.forget(handshake.done)
             left.release()
-        durable.replace(folder / "hello", hello.model_dump_json().encode())
-        work = self._work(hello.run)
+        durable.replace(folder / "hello", handshake.model_dump_json().encode())
+        work = self._work(handshake.run)
         people = [ClientRecord.of(client) for client in work.simulation.registered]
-        return ClientLayout(
-            protocol=PROTOCOL, version=__version__, node=self._name, base=work.base, clients=people, folds=work.folded
+        return HandshakeReply(
+            protocol=PROTOCOL,
+            version=__version__,
+            node=self._name,
+            base=work.base,
+            clients=people,
+            base_updates=work.merged_updates,
         )
 
     def _work(self, run: str) -> _Work:
@@ -151,26 +158,28 @@ class Node:
             path = self._run_folder(run)
             if not (path / "hello").exists():
                 raise Declined(Reason.HANDSHAKE)
-            self._works[run] = self._load(_hello(path), path)
+            self._works[run] = self._load(_handshake(path), path)
         return self._works[run]
 
-    def _load(self, hello: Handshake, path: Path) -> _Work:
+    def _load(self, handshake: Handshake, path: Path) -> _Work:
         settings = self._settings
         with self._coded(Reason.EXPERIMENT):
-            experiment = local_experiment(hello.experiment, settings.overrides, settings.data is not None)
+            experiment = local_experiment(handshake.experiment, settings.overrides, settings.data is not None)
         with self._coded(Reason.DATA):
             if settings.data is None:
                 federated_data = FederatedData.make(experiment)
             else:
                 rank = settings.rank or experiment.method.rank
-                federated_data = FederatedData.of_client(experiment, settings.clients[0], settings.data, rank, hello.labels)
-            if list(federated_data.labelled_data.labels) != hello.labels:
+                federated_data = FederatedData.of_client(
+                    experiment, settings.clients[0], settings.data, rank, handshake.labels
+                )
+            if list(federated_data.labelled_data.labels) != handshake.labels:
                 raise ValueError(
-                    f"the labels here are {list(federated_data.labelled_data.labels)}, the server's {hello.labels}"
+                    f"the labels here are {list(federated_data.labelled_data.labels)}, the server's {handshake.labels}"
                 )
         members = [client for client in federated_data.clients if client.id in settings.clients]
         if unknown := sorted(set(settings.clients) - {client.id for client in members}):
-            self._tell(f"the experiment's division has no client {unknown[0]!r}")
+            self._notify(f"the experiment's division has no client {unknown[0]!r}")
             raise Declined(Reason.CLIENTS, len(unknown))
         with self._coded(Reason.MODEL):
             session = Session.make(experiment, federated_data).on_all_devices()
@@ -180,76 +189,76 @@ class Node:
             session.method, session.adapted.spec, members, folder, session.trainer, experiment.seed
         )
         work = _Work(session, folder, simulation, base)
-        for index in folder.folds():
-            session.trainer.fold(folder.fold(index))
-            work.folded.append(index)
+        for index in folder.base_updates():
+            session.trainer.merge_into_base(folder.base_update(index))
+            work.merged_updates.append(index)
         return work
 
-    def _done(self, work: _Work, order: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+    def _done(self, work: _Work, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
         """All that the order asks, its clients together; where that fails one by one, so that one's failure is its own."""
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
-        for errand in order.errands:
-            with self._caught(errand.client.id, found, Reason.DOWNLOAD):
-                client = errand.client.info()
+        for task in request.tasks:
+            with self._caught(task.client.id, found, Reason.DOWNLOAD):
+                client = task.client.info()
                 if client not in work.simulation.registered:
                     raise Declined(Reason.CLIENT)
-                if errand.folds is not None:
-                    self._fold(work, payloads[errand.folds])
-                sent[client] = decode(payloads[errand.download])
+                if task.base_updates is not None:
+                    self._fold(work, payloads[task.base_updates])
+                sent[client] = decode(payloads[task.download])
         with suppress(Exception):
-            found.update(self._together(work, order, sent))
+            found.update(self._together(work, request, sent))
         for client in sent:
             if client.id not in found:
                 with self._caught(client.id, found, Reason.WORK):
-                    found.update(self._together(work, order, {client: sent[client]}))
-        answers: list[ClientResult] = []
+                    found.update(self._together(work, request, {client: sent[client]}))
+        results: list[ClientResult] = []
         uploads: list[bytes] = []
-        for errand in order.errands:
-            answer, upload = found[errand.client.id]
+        for task in request.tasks:
+            result, upload = found[task.client.id]
             if upload is not None:
-                answer = answer.model_copy(update={"upload": len(uploads)})
+                result = result.model_copy(update={"upload": len(uploads)})
                 uploads.append(upload)
-            answers.append(answer)
-        return Done(when=order.when, folds=work.folded, answers=answers), uploads
+            results.append(result)
+        return Done(round_record=request.round_record, base_updates=work.merged_updates, results=results), uploads
 
     def _together(
-        self, work: _Work, order: TaskRequest, sent: Mapping[ClientInfo, Tensors]
+        self, work: _Work, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[str, _Result]]:
         """The clients' names and results, as each group of them finishes."""
-        rnd = order.when.round()
-        if order.kind == "keep":
+        rnd = request.round_record.round()
+        if request.kind == "keep":
             for client, download in sent.items():
                 view = with_base_updates(
-                    work.simulation.view(client, download, rnd), [work.folder.fold(i) for i in work.folded]
+                    work.simulation.view(client, download, rnd), [work.folder.base_update(i) for i in work.merged_updates]
                 )
                 work.session.write({client.id: view}, work.folder.path / "adapter", "adapter")
                 yield client.id, (ClientResult(id=client.id), None)
-        elif order.kind == "judge":
+        elif request.kind == "judge":
             for client, score in work.simulation.evaluate(rnd, sent, {}):
-                answer = ClientResult(id=client.id)
+                result = ClientResult(id=client.id)
                 if score is not None:
-                    answer = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
-                yield client.id, (answer, None)
+                    result = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
+                yield client.id, (result, None)
         else:
             for reply in work.simulation.train_clients(rnd, sent, {}):
                 if isinstance(reply, Failed):
-                    self._tell(f"client {reply.client.id}: {reply.reason}")
+                    self._notify(f"client {reply.client.id}: {reply.reason}")
                     yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
                     continue
-                answer = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
-                yield reply.client.id, (answer, encode(reply.upload))
+                result = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+                yield reply.client.id, (result, encode(reply.upload))
 
     def _fold(self, work: _Work, payload: bytes) -> None:
         """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
         for index, change in caught_up(decode(payload), work.session.adapted.spec).items():
-            if index in work.folded:
+            if index in work.merged_updates:
                 continue
-            if work.folded and index < work.folded[-1]:
-                raise ValueError(f"the fold of round {index + 1} came after that of round {work.folded[-1] + 1}")
+            if work.merged_updates and index < work.merged_updates[-1]:
+                raise ValueError(f"the fold of round {index + 1} came after that of round {work.merged_updates[-1] + 1}")
             work.folder.save_base_update(index, change)
-            work.simulation.fold(change)
-            work.folded.append(index)
+            work.simulation.merge_into_base(change)
+            work.merged_updates.append(index)
 
     @contextmanager
     def _caught(self, client: str, found: dict[str, _Result], otherwise: Reason) -> Iterator[None]:
@@ -264,7 +273,7 @@ class Node:
         return self._folder / "runs" / client_folder(run)
 
 
-def _hello(folder: Path) -> Handshake:
+def _handshake(folder: Path) -> Handshake:
     return Handshake.model_validate_json((folder / "hello").read_bytes())
 
 
@@ -278,10 +287,10 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _moment(order: TaskRequest, work: _Work) -> str:
+def _moment(request: TaskRequest, work: _Work) -> str:
     """What the order asks for, and when in the run."""
-    rounds, index = work.session.experiment.rounds, order.when.index
-    match order.kind:
+    rounds, index = work.session.experiment.rounds, request.round_record.index
+    match request.kind:
         case "turn":
             return f"round {index + 1} of {rounds}: training"
         case "judge":

@@ -9,12 +9,12 @@ from fedlora.federated_data import FederatedData
 from fedlora.messages import Round
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.door import NodeAdmission
+from fedlora.rounds.flower.event_log import EventLog
 from fedlora.rounds.flower.exchange import FlowerBackend, Transport
-from fedlora.rounds.flower.journal import Journal
 from fedlora.rounds.flower.node import fingerprint
 from fedlora.rounds.flower.scores import ScoreCheck
 from fedlora.rounds.flower.wire import PROTOCOL, Handshake
-from fedlora.rounds.loop import RunState, pending
+from fedlora.rounds.loop import RunState, pending_base_updates
 from fedlora.runs import read_folder, settled
 from fedlora.train.tasks import Classification
 from fedlora.version import __version__
@@ -34,7 +34,7 @@ def serve(path: Path, transport: Transport) -> None:
         UserError: the folder, the data or the model cannot be used.
         RunStopped: the run cannot go on, because of too few clients, for instance.
     """
-    journal = Journal(path)
+    event_log = EventLog(path)
     try:
         experiment = settled(read_folder(path))
         folder = RunFolder(path, _LET_GO_SECONDS)
@@ -42,9 +42,9 @@ def serve(path: Path, transport: Transport) -> None:
             federated_data = FederatedData.of_server(experiment)
             require_same(folder, experiment, federated_data)
             session = Session.make(experiment, federated_data)
-            backend = remote(session, folder, transport, journal)
+            backend = remote(session, folder, transport, event_log)
             backend.gather(experiment.clients.size or 1, experiment.deploy.wait)
-            run_state = rounds(session, folder, journal, backend)
+            run_state = rounds(session, folder, event_log, backend)
             if experiment.method.row.personal:
                 _keep(session, folder, backend, run_state)
             else:
@@ -53,21 +53,21 @@ def serve(path: Path, transport: Transport) -> None:
         finally:
             folder.release()
     except UserError as error:
-        journal.ended("unusable", str(error))
+        event_log.ended("unusable", str(error))
         raise
     except RunStopped as error:
-        journal.ended("stopped", str(error))
+        event_log.ended("stopped", str(error))
         raise
     except BaseException as error:
-        journal.ended("stopped", f"{type(error).__name__}: {error}")
+        event_log.ended("stopped", f"{type(error).__name__}: {error}")
         raise
-    journal.ended("done")
+    event_log.ended("done")
 
 
-def remote(session: Session, folder: RunFolder, transport: Transport, journal: Journal) -> FlowerBackend:
+def remote(session: Session, folder: RunFolder, transport: Transport, event_log: EventLog) -> FlowerBackend:
     """The exchange for the rounds that the folder lacks."""
     experiment = session.experiment
-    hello = Handshake(
+    handshake = Handshake(
         protocol=PROTOCOL,
         version=__version__,
         run=begin(session, folder).id,
@@ -81,11 +81,21 @@ def remote(session: Session, folder: RunFolder, transport: Transport, journal: J
     spec, settings = session.adapted.spec, experiment.deploy
     tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
     return FlowerBackend(
-        transport, hello, admission, session.trainer, scores, settings.deadline, settings.poll, journal.notify, tensors
+        transport,
+        handshake,
+        admission,
+        session.trainer,
+        scores,
+        settings.deadline,
+        settings.poll,
+        event_log.notify,
+        tensors,
     )
 
 
 def _keep(session: Session, folder: RunFolder, backend: FlowerBackend, after: RunState) -> None:
     clients, rnd = backend.clients(), Round(session.experiment.rounds, session.experiment.seed)
     sent = {client: session.method.send(after.server, client, rnd) for client in clients}
-    backend.keep(rnd, sent, pending(session.adapted.spec, folder, after.folds.known(backend.held()), clients))
+    backend.keep(
+        rnd, sent, pending_base_updates(session.adapted.spec, folder, after.base_updates.known(backend.held()), clients)
+    )

@@ -8,8 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.lifetime import end_with
-from fedlora.rounds.flower.server import serve
 from fedlora.rounds.flower.post import GridTransport
+from fedlora.rounds.flower.server import serve
 
 app = ServerApp()
 

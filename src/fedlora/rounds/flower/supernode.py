@@ -115,8 +115,8 @@ def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Itera
     if registers:
         with suppress(httpx.HTTPStatusError):  # it may be registered from before
             client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
-    answer = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
-    node, over = Node(node_id=answer.node_id), threading.Event()
+    result = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
+    node, over = Node(node_id=result.node_id), threading.Event()
 
     def beat() -> None:
         while not over.wait(_HEARTBEAT_SECONDS / 3):
@@ -140,7 +140,7 @@ def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, s
     away = ""
     while True:
         try:
-            answer = client.PullMessages(PullMessagesRequest(node=node))
+            result = client.PullMessages(PullMessagesRequest(node=node))
         except httpx.TransportError as error:
             before, away = away, _waiting(server, error)
             if away != before:
@@ -150,12 +150,12 @@ def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, s
         if away:
             say(f"connected to {server}")
             away = ""
-        for envelope, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+        for envelope, tree in zip(result.messages_list, result.message_object_trees, strict=True):
             try:
                 _answer(client, node, envelope, tree, folder, say)
             except Exception as error:  # of one message: its run has ended, or it cannot be read
                 say(f"a message of run {envelope.metadata.run_id} was not answered: {_trouble(error)}")
-        if not answer.messages_list:
+        if not result.messages_list:
             time.sleep(_POLL_SECONDS)
 
 
@@ -205,19 +205,19 @@ def _waiting(server: Address, error: httpx.HTTPError) -> str:
     return f"waiting for the server at {server}: {skew or _trouble(error)}"
 
 
-def _rejection(answer: httpx.Response, with_key: bool) -> str | None:
+def _rejection(result: httpx.Response, with_key: bool) -> str | None:
     """Why the server does not let this node in, None if it does not say so."""
-    if answer.status_code != httpx.codes.PRECONDITION_FAILED:
+    if result.status_code != httpx.codes.PRECONDITION_FAILED:
         return None
     if not with_key:
         return "it asks for a key; join with --key and --ca"
     return "it does not know this node's key, or another node with this key is connected"
 
 
-def _skew(answer: httpx.Response) -> str | None:
+def _skew(result: httpx.Response) -> str | None:
     """How far the clocks are apart, None if they are not: the server accepts no request that seems old."""
     try:
-        there = parsedate_to_datetime(answer.headers["date"])
+        there = parsedate_to_datetime(result.headers["date"])
     except (KeyError, ValueError):
         return None
     apart = (datetime.now(UTC) - there).total_seconds()

@@ -85,7 +85,7 @@ class Handshake(_Part):
     done: Count
 
 
-class ClientLayout(_Part):
+class HandshakeReply(_Part):
     """Node to server: who is there, on which base model, and which folds it holds already."""
 
     kind: Literal["present"] = "present"
@@ -94,7 +94,7 @@ class ClientLayout(_Part):
     node: str
     base: str
     clients: Annotated[list[ClientRecord], Few]
-    folds: list[Count]
+    base_updates: list[Count]
 
 
 class ClientTask(_Part):
@@ -102,7 +102,7 @@ class ClientTask(_Part):
 
     client: ClientRecord
     download: Count
-    folds: Count | None = None
+    base_updates: Count | None = None
 
 
 class TaskRequest(_Part):
@@ -113,9 +113,9 @@ class TaskRequest(_Part):
 
     kind: Literal["turn", "judge", "keep"]
     run: str
-    when: RoundRecord
+    round_record: RoundRecord
     held: list[Count]
-    errands: Annotated[list[ClientTask], Few]
+    tasks: Annotated[list[ClientTask], Few]
 
 
 class Failure(_Part):
@@ -149,9 +149,9 @@ class Done(_Part):
     """Node to server: the results of an order, and the folds that the node holds now."""
 
     kind: Literal["done"] = "done"
-    when: RoundRecord
-    folds: list[Count]
-    answers: Annotated[list[ClientResult], Few]
+    round_record: RoundRecord
+    base_updates: list[Count]
+    results: Annotated[list[ClientResult], Few]
 
 
 class Refused(_Part):
@@ -182,7 +182,7 @@ class Batch(_Part):
     kind: Literal["bundle"] = "bundle"
 
 
-Header = Handshake | ClientLayout | TaskRequest | Done | Refused | Notice | Received | Batch
+Header = Handshake | HandshakeReply | TaskRequest | Done | Refused | Notice | Received | Batch
 
 
 class _Frame(_Part):

@@ -52,10 +52,10 @@ def main(folder: Path, until: int) -> int:
             try:
                 message, started = receive(connection), time.perf_counter()
                 asking.append(connection)
-                answer = node.answer(message)
+                result = node.reply(message)
                 seconds = time.perf_counter() - started
-                print(f"{len(message)} bytes answered with {len(answer)} in {seconds:.3f} s", flush=True)
-                send(connection, ANSWER + answer)
+                print(f"{len(message)} bytes answered with {len(result)} in {seconds:.3f} s", flush=True)
+                send(connection, ANSWER + result)
             except (OSError, EOFError) as error:
                 print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
             finally:

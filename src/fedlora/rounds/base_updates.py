@@ -15,10 +15,10 @@ from fedlora.linalg.lowrank import LowRank
 class BaseUpdateStore(Protocol):
     """Where the folds are kept."""
 
-    def save_base_update(self, index: int, fold: Adapter) -> None:
+    def save_base_update(self, index: int, base_update: Adapter) -> None:
         """Keeps the fold of the round of this index."""
 
-    def fold(self, index: int) -> Mapping[str, LowRank]:
+    def base_update(self, index: int) -> Mapping[str, LowRank]:
         """The fold of the round of this index."""
 
 
@@ -54,15 +54,15 @@ class BaseUpdateLog:
         return replace(self, rounds=(*self.rounds, index))
 
 
-def pending_tensors(folds: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
+def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
     """The folds of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
 
     Each fold stays by itself, under its round's index: who has a part of them already applies the rest, and a base that all
     folds reached one by one is bit for bit the same as any other.
     """
     tensors: dict[str, Tensor] = {}
-    for index, fold in folds.items():
-        for name, part in fold.items():
+    for index, base_update in base_updates.items():
+        for name, part in base_update.items():
             out, in_ = spec.modules[name]
             if part.rank * (out + in_) < out * in_:
                 tensors |= {f"{index}/{name}.b": part.b, f"{index}/{name}.a": part.a}

@@ -14,7 +14,7 @@ from fedlora.rounds.progress import Progress
 NAME = "journal.jsonl"
 
 
-class Journal:
+class EventLog:
     """Writes the lines. The last one says how the run ended: done, stopped or unusable."""
 
     def __init__(self, run: Path) -> None:
