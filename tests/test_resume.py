@@ -37,7 +37,7 @@ STATES = {"fedit": 0, "fedsa-lora": 6}
 
 
 @pytest.fixture(scope="module")
-def federated_data(tmp_path_factory):
+def problem(tmp_path_factory):
     """The table of an experiment, but for its method: every source of chance is in it."""
     home = tmp_path_factory.mktemp("problem")
     return {

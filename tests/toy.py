@@ -204,7 +204,7 @@ class MemoryStates:
 
     def client_state(self, client: ClientInfo, before: int) -> Any | None:
         """The latest before that round."""
-        rounds = [index for client, index in self.saved if client == client.id and index < before]
+        rounds = [index for name, index in self.saved if name == client.id and index < before]
         return self.saved[client.id, max(rounds)] if rounds else None
 
     def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
@@ -244,7 +244,7 @@ def toy_plan(
 ) -> Plan:
     """A plan that judges on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
-    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluate=trainer.evaluate)
+    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluator=trainer.evaluate)
 
 
 def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> SimulationBackend:

@@ -15,13 +15,13 @@ CLIENTS = ("000", "001", "002", "003")
 
 
 def furnish(home: Path) -> Path:
-    """Puts the model and the rows of `federated_data` there."""
+    """Puts the model and the rows of `problem` there."""
     tiny_bert(home / "bert")
     tiny_rows(home / "rows.jsonl", 80)
     return home
 
 
-def federated_data(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
+def problem(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
     """The table of an experiment of four clients on the model and the rows in `home`."""
     return {
         "model": str(home / "bert"),

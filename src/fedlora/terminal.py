@@ -66,7 +66,7 @@ def closing(result: Result) -> Table:
         clients = row.get("clients", {}).get("accuracy", {})
         table.add_row(
             str(row["round"]),
-            str(len(row["accepted"])) + (f" of {len(row['chosen'])}" if row["refused"] else ""),
+            str(len(row["accepted"])) + (f" of {len(row['chosen'])}" if row["rejected"] else ""),
             _number(row["train_loss"]),
             _number(row.get("global", {}).get("accuracy")),
             _number(clients.get("mean")),

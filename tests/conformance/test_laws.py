@@ -242,7 +242,7 @@ def test_the_dtype_is_kept(row, ranks, dtype):
 @every_row
 def test_a_bad_upload_is_refused_and_the_round_goes_on(row, ranks):
     game = run_rounds(row, people(ranks), backend=Poisoned, rounds=PERIOD)
-    assert all(r["accepted"] == ["0", "2"] and "NaN" in r["refused"]["1"] for r in game.rows)
+    assert all(r["accepted"] == ["0", "2"] and "NaN" in r["rejected"]["1"] for r in game.rows)
     assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
 

@@ -11,7 +11,7 @@ LABELS = 10
 NUMBERED = ["iid", "dirichlet", "pathological", "shards"]
 
 
-def labelled_data(rows=600, users=20):
+def corpus(rows=600, users=20):
     rng = np.random.default_rng(0)
     label, user = rng.integers(0, LABELS, rows), rng.integers(0, users, rows)
     return Dataset.from_dict({"text": ["x"] * rows, "label": label.tolist(), "user": [f"u{i}" for i in user]})

@@ -49,21 +49,21 @@ def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_th
         worker = int((tmp_path / "000" / "worker.pid").read_text())
         os.kill(worker, signal.SIGKILL)
         os.killpg(nodes["001"].pid, signal.SIGKILL)
-        missing = until(lambda: [row for row in rows_in(path) if "001" in row["refused"]])
+        missing = until(lambda: [row for row in rows_in(path) if "001" in row["rejected"]])
         assert missing and missing[0]["accepted"] == ["000", "002"]
         nodes["001"] = start_node(tmp_path / "001", address, None)
         stack.callback(nodes["001"].stop)
-        back = until(lambda: [r["round"] for r in rows_in(path) if r["round"] > missing[0]["round"] and not r["refused"]])
+        back = until(lambda: [r["round"] for r in rows_in(path) if r["round"] > missing[0]["round"] and not r["rejected"]])
         asleep = [nodes["002"].pid, int((tmp_path / "002" / "worker.pid").read_text())]
         for pid in asleep:
             os.kill(pid, signal.SIGSTOP)
         try:
-            late = until(lambda: [row for row in rows_in(path) if "002" in row["refused"]])
+            late = until(lambda: [row for row in rows_in(path) if "002" in row["rejected"]])
         finally:
             for pid in asleep:
                 os.kill(pid, signal.SIGCONT)
         awake = until(
-            lambda: [row for row in rows_in(path) if late and row["round"] > late[0]["round"] and not row["refused"]]
+            lambda: [row for row in rows_in(path) if late and row["round"] > late[0]["round"] and not row["rejected"]]
         )
         link.stop()
         follow.join()

@@ -71,7 +71,9 @@ def points(*places: float, cores: Sequence[Tensor] = ()) -> Cores:
         for i, place in enumerate(places)
     }
     replies = [
-        Reply(client(client), ROUND, {**dict.fromkeys(KEYS, core), **{f"data/{key}": x for key, x in data.items()}}, 1.0)
+        Reply(
+            toy_client(client), ROUND, {**dict.fromkeys(KEYS, core), **{f"data/{key}": x for key, x in data.items()}}, 1.0
+        )
         for core, (client, data) in zip(cores or [drawn(i) for i in range(len(places))], told.items(), strict=True)
     ]
     return BOTH.merge(BOTH.init_server(SPEC, 0), Replies(replies), ROUND).server
@@ -81,7 +83,7 @@ def drawn(seed: int) -> Tensor:
     return torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def client(name: str) -> ClientInfo:
+def toy_client(name: str) -> ClientInfo:
     return ClientInfo(name, 4, 10)
 
 
@@ -140,13 +142,13 @@ def test_cores_with_nothing_in_common_come_back_to_their_owners():
     cores = [torch.outer(sign, drawn(i)[0]) for i, sign in enumerate(signs)]
     assert_close(shares(METHOD, known(*cores)), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
     for i, core in enumerate(cores):
-        assert_close(METHOD.send(known(*cores), client(str(i)), ROUND), dict.fromkeys(KEYS, core))
+        assert_close(METHOD.send(known(*cores), toy_client(str(i)), ROUND), dict.fromkeys(KEYS, core))
 
 
 def test_cores_that_are_all_alike_come_back_as_their_plain_mean():
     cores = [drawn(0) @ frame(4, 4, torch.Generator().manual_seed(i)) for i in range(3)]
     for i in range(3):
-        download = METHOD.send(known(*cores), client(str(i)), ROUND)
+        download = METHOD.send(known(*cores), toy_client(str(i)), ROUND)
         assert_close(download, dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
 
 
@@ -169,7 +171,7 @@ def test_a_client_gets_its_own_core_back_in_the_largest_share():
 @pytest.mark.parametrize("include_self", [True, False])
 def test_the_only_client_gets_its_own_core(include_self):
     m = replace(METHOD, include_self=include_self)
-    assert_close(m.send(known(drawn(0)), client("0"), ROUND), dict.fromkeys(KEYS, drawn(0)))
+    assert_close(m.send(known(drawn(0)), toy_client("0"), ROUND), dict.fromkeys(KEYS, drawn(0)))
 
 
 def test_cores_of_rank_one_are_averaged():
@@ -179,19 +181,20 @@ def test_cores_of_rank_one_are_averaged():
 
 def test_who_is_absent_stays_in_the_mixture_with_its_last_core_and_who_is_new_gets_the_mean():
     server = known(drawn(0), drawn(1))
-    fresh = Reply(client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 10.0)
+    fresh = Reply(toy_client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 10.0)
     merged = METHOD.merge(server, Replies([fresh]), ROUND).server
     assert merged.last["0"] == server.last["0"] and merged.last["1"] == fresh.upload
     for client in "01":
         assert_close(
-            METHOD.send(merged, client(client), ROUND), METHOD.send(known(drawn(0), drawn(2)), client(client), ROUND)
+            METHOD.send(merged, toy_client(client), ROUND),
+            METHOD.send(known(drawn(0), drawn(2)), toy_client(client), ROUND),
         )
-    assert_close(METHOD.send(merged, client("new"), ROUND), dict.fromkeys(KEYS, (drawn(0) + drawn(2)) / 2))
+    assert_close(METHOD.send(merged, toy_client("new"), ROUND), dict.fromkeys(KEYS, (drawn(0) + drawn(2)) / 2))
 
 
 def test_a_core_of_weight_zero_is_not_kept():
     server = known(drawn(0), drawn(1))
-    nothing = Reply(client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 0.0)
+    nothing = Reply(toy_client("1"), ROUND, dict.fromkeys(KEYS, drawn(2)), 0.0)
     assert METHOD.merge(server, Replies([nothing]), ROUND).server == server
 
 
@@ -215,7 +218,7 @@ def test_mixtures_travel_once_and_after_that_exactly_the_cores():
     for reply in replies(BOTH, server, 1, states):
         assert {key: tuple(x.shape) for key, x in reply.upload.items()} == dict.fromkeys(KEYS, (4, 4))
         assert BOTH.send(server, reply.client, ROUND).keys() == KEYS
-    assert BOTH.send(server, client("new"), ROUND).keys() > KEYS
+    assert BOTH.send(server, toy_client("new"), ROUND).keys() > KEYS
 
 
 def test_without_a_part_for_the_data_nobody_is_asked():
@@ -259,21 +262,21 @@ def test_where_data_are_far_apart_everyone_gets_its_own_core():
     m, cores = replace(BOTH, data_weight=1.0, tau=1e-3), [drawn(i) for i in range(3)]
     server = points(0.0, 10.0, 30.0, cores=cores)
     for i, core in enumerate(cores):
-        assert_close(m.send(server, client(str(i)), ROUND), dict.fromkeys(KEYS, core) | {}, rtol=0, atol=0)
+        assert_close(m.send(server, toy_client(str(i)), ROUND), dict.fromkeys(KEYS, core) | {}, rtol=0, atol=0)
 
 
 def test_where_data_are_the_same_everyone_gets_the_plain_mean():
     m, cores = replace(BOTH, data_weight=1.0), [drawn(i) for i in range(3)]
     server = points(2.0, 2.0, 2.0, cores=cores)
     for i in range(3):
-        assert_close(m.send(server, client(str(i)), ROUND), dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
+        assert_close(m.send(server, toy_client(str(i)), ROUND), dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
 
 
 def test_a_client_without_mixtures_is_like_nobody():
     empty = Mixtures(torch.tensor([1]), torch.zeros(0), torch.zeros(0, 1), torch.zeros(0, 1))
     m, server = replace(BOTH, data_weight=1.0), points(0.0, 1.0)
     reply = Reply(
-        client("2"), ROUND, {**dict.fromkeys(KEYS, drawn(2)), **{f"data/{k}": x for k, x in vars(empty).items()}}, 1.0
+        toy_client("2"), ROUND, {**dict.fromkeys(KEYS, drawn(2)), **{f"data/{k}": x for k, x in vars(empty).items()}}, 1.0
     )
     s = shares(m, m.merge(server, Replies([reply]), ROUND).server)
     assert s[2].tolist() == [0, 0, 1] and s[0, 2] == 0 and s[0, 1] > 0.1

@@ -25,7 +25,7 @@ WHO = toy_clients(len(GROUPS), RANK)
 FLOATS = sum(RANK * (out + in_) for out, in_ in SPEC.modules.values())
 
 
-def as_two_factors(group: int, client: int, noise: float = 0.2) -> Tensors:
+def pair(group: int, client: int, noise: float = 0.2) -> Tensors:
     """A pair whose b points nearly where its group's does."""
     rng = torch.Generator()
     found = dict(pack(lora_init(SPEC, RANK, 0)))

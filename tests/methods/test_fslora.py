@@ -90,9 +90,7 @@ def test_the_weights_are_those_of_the_replies():
     found = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
     total = sum(reply.weight for reply in found)
     for name, part in m.merge(WIDE, Replies(found), RND).server.adapter.items():
-        moves = [
-            r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in found
-        ]
+        moves = [r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in found]
         assert_close(part.a, WIDE.adapter[name].a + sum(moves) / total, rtol=1e-5, atol=1e-6)
 
 

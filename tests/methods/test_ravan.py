@@ -180,9 +180,7 @@ def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
     own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in found}
     assert len({tuple(heads) for heads in own.values()}) == 3
     for head in range(4):
-        sent = [
-            (r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in found if head in own[r.client.id]
-        ]
+        sent = [(r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in found if head in own[r.client.id]]
         assert_close(merged.c[f"{NAME}.c"][head], sum(w * c for w, c in sent) / sum(w for w, _ in sent))
 
 

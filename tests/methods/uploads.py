@@ -43,7 +43,7 @@ def drifted(count: int, rank: int, drift: float = 0.3, seed: int = 0, spec: Adap
     return replies_of([plus(start, factors(rank, "move", i, seed, spec=spec, size=drift)) for i in moves])
 
 
-def add(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
+def plus(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> dict[str, LowRank]:
     """The sums of the factors, each on its own."""
     return {name: LowRank(b=part.b + other[name].b, a=part.a + other[name].a) for name, part in one.items()}
 

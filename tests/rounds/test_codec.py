@@ -189,7 +189,7 @@ def test_tensors_shared_within_a_state_come_back_equal(tmp_path):
 
 def test_notes_travel_beside_the_state(tmp_path):
     (tmp_path / "s").write_bytes(encode_state((), rounds_done=3, client="né"))
-    assert decode_state(str(tmp_path / "s")) == ((), {"rounds_done": 3, "who": "né"})
+    assert decode_state(str(tmp_path / "s")) == ((), {"rounds_done": 3, "client": "né"})
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_state_is_read_by_a_process_that_has_not_imported_its_class(tmp_path):
     path = tmp_path / "s"
     path.write_bytes(encode_state(RunState({"a": torch.ones(2)})))
     code = f"from fedlora.rounds.codec import decode_state; print(type(decode_state({str(path)!r})[0]).__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "Progress"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "RunState"
 
 
 def test_a_payload_without_a_plan_is_no_state(tmp_path):

@@ -21,7 +21,7 @@ from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
 from fedlora.terminal import Live
 
-from test_gate import MEMBERS, METHOD, SPEC, Answers, LabelledFeatures, NoFolds, equal, only, run_rounds, upload
+from test_gate import MEMBERS, METHOD, SPEC, Answers, Watched, NoFolds, equal, only, run_rounds, upload
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 
@@ -60,18 +60,18 @@ def huge(reply: Reply) -> Reply:
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError, OverflowError, ZeroDivisionError, None])
 def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_changed_most(error):
-    watch = LabelledFeatures()
+    watch = Watched()
     after, row = run_rounds(Answers(MEMBERS[:4], only("b", huge)), watch, method=Fragile(error))
     without, _ = run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
     assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
-    reason = row["refused"].pop("b")
+    reason = row["rejected"].pop("b")
     assert "changed most: by the norm 3464" in reason and (error.__name__.lstrip("_") if error else "infinite") in reason
-    assert row["refused"] == {} and ("b", reason) in watch.answers
+    assert row["rejected"] == {} and ("b", reason) in watch.answers
     assert is_finite(after) and not equal(after, without)  # the clients' second attempt is not their first
 
 
 def test_a_merge_that_fails_at_the_first_reply_still_lets_the_whole_cohort_answer():
-    watch = LabelledFeatures()
+    watch = Watched()
     run_rounds(Answers(MEMBERS[:4], only("a", huge)), watch, method=Fragile())
     assert [client for client, rejected in watch.answers if rejected is None] == ["a", "b", "c", "d", "b", "c", "d"]
 
@@ -90,7 +90,7 @@ def test_after_the_last_attempt_the_run_stops_with_the_state_as_it_was():
 
 
 def test_a_client_that_is_the_only_one_is_asked_again():
-    watch = LabelledFeatures()
+    watch = Watched()
     with pytest.raises(RunStopped, match="a: merging ended in"):
         run_rounds(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=Fragile())
     assert [len(cohort) for cohort in watch.cohorts] == [1, 1, 1]
@@ -110,7 +110,7 @@ def test_what_is_known_of_the_largest_upload_survives_a_resume(tmp_path):
         NoFolds(),
         RunState(METHOD.init_server(SPEC, 0)),
         4,
-        LabelledFeatures(),
+        Watched(),
     )
     assert progress.largest is not None and (progress.largest.client, progress.largest.round) == ("c", 5)
     (tmp_path / "state").write_bytes(encode_state(progress))
@@ -130,9 +130,9 @@ def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_i
         with pytest.raises(
             RunStopped, match=r"4 of 4 clients had NaN.*upload of round 4, of client c, changed by the norm 3464"
         ):
-            one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, LabelledFeatures())
+            one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, Watched())
         return
-    _, row = one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, LabelledFeatures())
+    _, row = one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, Watched())
     assert ("diverged" in row) == named and ("of client c" in row.get("diverged", "")) == named
 
 
@@ -166,14 +166,11 @@ def test_a_client_whose_training_is_not_finite_has_failed_and_keeps_the_state_it
     method, trainer, clients = FactorAveraging(rank=3, shared=shared), Exploding(ToyTrainer()), toy_clients(3)
     simulation = toy_simulation(method, trainer, clients)
     plan = toy_plan(method, trainer, rounds=3)
-    plan = replace(plan, evaluate=None)
+    plan = replace(plan, evaluator=None)
     rows = [
-        row
-        for _, row in rounds(
-            plan, simulation, MemoryStates(), RunState(method.init_server(SPEC_OF, 0)), 0, LabelledFeatures()
-        )
+        row for _, row in rounds(plan, simulation, MemoryStates(), RunState(method.init_server(SPEC_OF, 0)), 0, Watched())
     ]
-    assert [row["refused"] for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
+    assert [row["rejected"] for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
     assert all(is_finite(state) for state in simulation.states.saved.values())
     assert {index for client, index in simulation.states.saved if client == "1"} == ({0, 2} if shared == "a" else set())
 

@@ -133,7 +133,7 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
         "base updates": ({"held": [3, 4]}, client, [encode({})]),
     }
     change, client, payloads = request[name]
-    table = {"kind": "turn", "run": "r", "when": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
+    table = {"kind": "train", "run": "r", "round_record": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
     result = owner.ask(TaskRequest(**table, tasks=[ClientTask(client=client, download=0)]), payloads)
     failure = result.failure if isinstance(result, Refused) else result.results[0].failure
     assert failure is not None and silent(owner.raw)

@@ -105,7 +105,7 @@ def serve(what, folder, hand, server_session_id="1", count=4, said=None):
     lock = RunFolder(folder)
     try:
         session = Session.make(what, FederatedData.of_server(what))
-        remote = make_remote(what, session, hand, life, lock.restore()[0], said)
+        remote = make_remote(what, session, hand, server_session_id, lock.restore()[0], said)
         remote.gather(count, 0.5)
         return rounds(session, lock, NullProgress(), remote)
     finally:
@@ -119,7 +119,7 @@ def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
         run="r",
         experiment=what.to_toml(),
         labels=list(session.federated_data.labelled_data.labels),
-        server_session_id=life,
+        server_session_id=server_session_id,
         done=done,
     )
     row = what.method.row
@@ -196,7 +196,7 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     what = experiment(home, "fedit", "train.together=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and row["refused"] == {"001": "the client's work failed"}
+    assert row["accepted"] == ["000", "002", "003"] and row["rejected"] == {"001": "the client's work failed"}
 
 
 def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["000", "002", "003"]
-    assert row["refused"] == {"001": f"the client's work ended in {NOT_FINITE}"}
+    assert row["rejected"] == {"001": f"the client's work ended in {NOT_FINITE}"}
 
 
 @pytest.mark.slow
@@ -247,12 +247,12 @@ class Late(Hand):
         worked = {
             request.round_record.index
             for request in requests.values()
-            if isinstance(request, TaskRequest) and request.kind == "turn"
+            if isinstance(request, TaskRequest) and request.kind == "train"
         }
         early = {
             t
             for t in tickets
-            if isinstance(o := requests[t], TaskRequest) and o.kind == "judge" and o.round_record.index not in worked
+            if isinstance(o := requests[t], TaskRequest) and o.kind == "evaluate" and o.round_record.index not in worked
         }
         last = max(worked, default=0) == 2
         return super().collect(tickets if last else [t for t in tickets if t not in early])
@@ -286,11 +286,11 @@ class Leaky(Hand):
 @pytest.mark.slow
 def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
     what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
-    hand = Leaky(make_nodes(what, tmp_path), lost=(1, "judge", 2))
+    hand = Leaky(make_nodes(what, tmp_path), lost=(1, "evaluate", 2))
     serve(what, tmp_path / "run", hand)
     rows = rows_of(tmp_path / "run")
     assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
-    assert "lacks base updates (1)" in rows[2]["refused"]["000"]
+    assert "lacks base updates (1)" in rows[2]["rejected"]["000"]
     for node in ("node0", "node1"):
         assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
 
@@ -304,7 +304,7 @@ def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
         header, _ = decode_message(letter)
         if (
             isinstance(header, TaskRequest)
-            and header.kind == "turn"
+            and header.kind == "train"
             and (header.round_record.index, header.round_record.attempt) == (2, 0)
         ):
             shutil.rmtree(tmp_path / "node0" / "runs")
@@ -336,7 +336,9 @@ def misshapen(header, payloads):
 
 
 def of_another_round(header, payloads):
-    return encode_message(header.model_copy(update={"when": header.round_record.model_copy(update={"index": 7})}), payloads)
+    return encode_message(
+        header.model_copy(update={"round_record": header.round_record.model_copy(update={"index": 7})}), payloads
+    )
 
 
 def of_another_client(header, payloads):
@@ -366,7 +368,7 @@ BAD = {
     "another's name": (of_another_client, "does not mention it"),
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
-    "refused": (
+    "rejected": (
         lambda header, payloads: encode_message(Refused(failure=Failure(reason=Reason.DATA))),
         "data cannot be used",
     ),
@@ -388,7 +390,7 @@ def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_i
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["001", "002", "003"]
-    assert list(row["refused"]) == ["000"] and reason in row["refused"]["000"]
+    assert list(row["rejected"]) == ["000"] and reason in row["rejected"]["000"]
 
 
 BAD_SCORES = {
@@ -510,22 +512,22 @@ def test_a_client_whose_disk_is_full_is_refused_with_its_reason(home, tmp_path, 
     what = experiment(home, "fedsa-lora", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path)))
     row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and "could not write its files" in row["refused"]["001"]
+    assert row["accepted"] == ["000", "002", "003"] and "could not write its files" in row["rejected"]["001"]
 
 
 def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     what = experiment(home, "flora", rounds=2)
     hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
     serve(what, tmp_path / "run", hand)
-    carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_judge": [0, 0]}
+    carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_eval": [0, 0]}
     for _, letter, result in hand.carried:
         header, payloads = decode_message(letter)
-        if isinstance(header, TaskRequest) and header.kind == "turn":
+        if isinstance(header, TaskRequest) and header.kind == "train":
             carried["bytes_down"][header.round_record.index] += sum(map(len, payloads))
             carried["bytes_up"][header.round_record.index] += sum(map(len, decode_message(result)[1]))
         elif isinstance(header, TaskRequest):
             (task,) = header.tasks
-            carried["bytes_judge"][header.round_record.index - 1] += len(payloads[task.download])
+            carried["bytes_eval"][header.round_record.index - 1] += len(payloads[task.download])
             carried["bytes_down"][header.round_record.index - 1] += len(payloads[task.base_updates])
     assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
 

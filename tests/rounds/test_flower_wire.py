@@ -23,7 +23,7 @@ from fedlora.rounds.flower.wire import decode_message as unseal_for
 
 WHEN = RoundRecord(index=3, seed=1, attempt=0)
 ORDER = TaskRequest(
-    kind="turn",
+    kind="train",
     run="r",
     round_record=WHEN,
     held=[0, 2],
@@ -101,7 +101,7 @@ def forged(frame, payloads=b""):
         b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
         b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
         b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
-        b'{"header": {"kind": "refused", "failure": {"reason": 1}}, "sizes": []}',
+        b'{"header": {"kind": "rejected", "failure": {"reason": 1}}, "sizes": []}',
         b"\xff\xfe",
     ],
 )
@@ -115,7 +115,11 @@ def many_answers(count):
     results = b",".join([b'{"id":"a"}'] * count)
     round_record = b'{"index":0,"seed":0,"attempt":0}'
     return forged(
-        b'{"header":{"kind":"done","when":' + round_record + b',"folds":[],"answers":[' + results + b']},"sizes":[]}'
+        b'{"header":{"kind":"done","round_record":'
+        + round_record
+        + b',"folds":[],"answers":['
+        + results
+        + b']},"sizes":[]}'
     )
 
 

@@ -44,7 +44,7 @@ class Answers:
     bend: Callable[[Reply], list[Reply | Failed]] = as_it_is
 
     def clients(self):
-        return self.clients
+        return self.members
 
     def held(self):
         return {}
@@ -71,7 +71,7 @@ class NoFolds:
 
 
 @dataclass(frozen=True)
-class LabelledFeatures:
+class Watched:
     """A watcher that remembers."""
 
     cohorts: list[list[ClientInfo]] = field(default_factory=list)
@@ -93,7 +93,7 @@ class LabelledFeatures:
 def run_rounds(backend, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
     """The server's state after a round, and the row."""
     plan = Plan(method, SPEC, 0, Sampling(**sampling), Evaluate(clients="none"), rounds=9, uniform_weights=uniform)
-    after, row = one_round(plan, backend, NoFolds(), RunState(before), INDEX, watch or LabelledFeatures())
+    after, row = one_round(plan, backend, NoFolds(), RunState(before), INDEX, watch or Watched())
     return after.server, row
 
 
@@ -166,13 +166,13 @@ BAD = {
 @pytest.mark.parametrize(("change", "reason"), BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("client", ["a", "c", "d"])
 def test_a_bad_reply_is_refused_by_name_and_the_round_is_as_without_that_client(client, change, reason):
-    watch = LabelledFeatures()
+    watch = Watched()
     after, row = run_rounds(Answers(MEMBERS[:4], only(client, change)), watch)
-    alone, _ = run_rounds(Answers([client for client in MEMBERS[:4] if client.id != client]))
+    alone, _ = run_rounds(Answers([one for one in MEMBERS[:4] if one.id != client]))
     assert equal(after, alone)
-    assert row["refused"].keys() == {client} and reason in row["refused"][client]
-    assert row["accepted"] == [client.id for client in MEMBERS[:4] if client.id != client] and row["attempts"] == 1
-    assert dict(watch.answers) == {client.id: row["refused"].get(client.id) for client in MEMBERS[:4]}
+    assert row["rejected"].keys() == {client} and reason in row["rejected"][client]
+    assert row["accepted"] == [one.id for one in MEMBERS[:4] if one.id != client] and row["attempts"] == 1
+    assert dict(watch.answers) == {one.id: row["rejected"].get(one.id) for one in MEMBERS[:4]}
 
 
 def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enough_is_not():
@@ -188,14 +188,14 @@ def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enoug
     near, beyond = [only("b", lambda r, n=n: replace(r, upload=far(n)(download))) for n in (99.9, 100.1)]
     after, row = run_rounds(Answers(MEMBERS[:4], beyond), max_norm=100.0)
     assert equal(after, run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
-    assert "changed by the norm 100.1, allowed is 100" in row["refused"]["b"]
-    assert run_rounds(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["refused"] == {}
+    assert "changed by the norm 100.1, allowed is 100" in row["rejected"]["b"]
+    assert run_rounds(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["rejected"] == {}
 
 
 def test_a_norm_that_no_float_can_hold_is_refused():
     huge = only("b", upload(**{"q.b": lambda x: torch.full_like(x, 3e38)}))
     _, row = run_rounds(Answers(MEMBERS[:4], huge), max_norm=100.0)
-    assert row["refused"].keys() == {"b"}
+    assert row["rejected"].keys() == {"b"}
 
 
 def test_a_second_reply_is_refused_and_the_first_one_counts():
@@ -204,7 +204,7 @@ def test_a_second_reply_is_refused_and_the_first_one_counts():
 
     after, row = run_rounds(Answers(MEMBERS[:4], again))
     assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
-    assert row["refused"] == {"b": "has already replied in this round"} and row["accepted"] == ["a", "b", "c", "d"]
+    assert row["rejected"] == {"b": "has already replied in this round"} and row["accepted"] == ["a", "b", "c", "d"]
 
 
 def test_a_client_may_mend_a_refused_reply():
@@ -221,7 +221,7 @@ def test_a_client_that_was_not_chosen_is_refused():
 
     after, row = run_rounds(Answers(MEMBERS[:4], intrude))
     assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
-    assert row["refused"].keys() == {"stranger"} and "was not chosen" in row["refused"]["stranger"]
+    assert row["rejected"].keys() == {"stranger"} and "was not chosen" in row["rejected"]["stranger"]
 
 
 def test_no_accepted_weight_makes_the_merged_state_infinite():
@@ -237,22 +237,22 @@ def test_a_client_that_claims_more_examples_than_the_server_allows_is_refused():
     many = [replace(MEMBERS[0], examples=1001), *MEMBERS[1:4]]
     after, row = run_rounds(Answers(many), max_examples=1000)
     assert equal(after, run_rounds(Answers(MEMBERS[1:4]))[0])
-    assert row["refused"] == {"a": "claims 1001 examples, allowed are at most 1000 (sampling.max_examples)"}
-    assert run_rounds(Answers(many), max_examples=1001)[1]["refused"] == {}
-    assert run_rounds(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["refused"].keys() == {"a"}
+    assert row["rejected"] == {"a": "claims 1001 examples, allowed are at most 1000 (sampling.max_examples)"}
+    assert run_rounds(Answers(many), max_examples=1001)[1]["rejected"] == {}
+    assert run_rounds(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["rejected"].keys() == {"a"}
 
 
 def test_only_what_this_round_trains_is_expected():
     method = HeadRule(FactorAveraging(rank=4, schedule=("a", "b")), "frozen")
     before = method.init_server(SPEC, seed=0)
     trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload={k: r.upload[k] for k in ("q.a", "v.a")})])
-    assert run_rounds(trained_a, method=method, before=before)[1]["refused"] == {}
+    assert run_rounds(trained_a, method=method, before=before)[1]["rejected"] == {}
     with pytest.raises(RunStopped, match=r"sent unexpected q\.b"):
         run_rounds(Answers(MEMBERS[:4]), method=method, before=before)
 
 
 def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_one_counts():
-    watch = LabelledFeatures()
+    watch = Watched()
     some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 2 or r.client.id < "c" else [Failed(r.client, "silent")])
     after, row = run_rounds(some, watch, fraction=0.5, min_replies=3, attempts=4)
     last = Round(INDEX, 0, attempt=2)
@@ -273,7 +273,7 @@ def test_the_bytes_of_all_attempts_are_counted():
 
 @pytest.mark.parametrize("min_replies", [1, 3])
 def test_after_the_last_attempt_the_run_stops_and_the_state_is_as_before(min_replies):
-    watch, written = LabelledFeatures(), encode({**BEFORE.inner, **BEFORE.head})
+    watch, written = Watched(), encode({**BEFORE.inner, **BEFORE.head})
     some = Answers(MEMBERS, lambda r: [r] if min_replies == 3 and r.client.id < "c" else [Failed(r.client, "silent")])
     with pytest.raises(RunStopped, match=f"round {INDEX + 1}: in 2 attempts.*{min_replies} uploads.*h: silent"):
         run_rounds(some, watch, fraction=0.75, min_replies=min_replies, attempts=2)
@@ -348,7 +348,7 @@ def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(r
         return [replace(reply, upload={**own, **head})]
 
     after, row = run_rounds(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
-    assert row["refused"].get("b") == reason or (reason is not None and reason in row["refused"]["b"])
+    assert row["rejected"].get("b") == reason or (reason is not None and reason in row["rejected"]["b"])
     assert float(after.inner) == 2 + (0 if reason else len(values))
 
 

@@ -74,7 +74,7 @@ def wide(spec: AdapterSpec) -> LowRank:
     return LowRank(torch.ones(out + 1, 2), torch.ones(2, in_))
 
 
-def as_two_factors(spec: AdapterSpec) -> LowRank:
+def pair(spec: AdapterSpec) -> LowRank:
     _, out, in_ = first(spec)
     return LowRank(torch.ones(out, 2), torch.ones(2, in_))
 

@@ -74,7 +74,7 @@ class FLASC:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     server_lr: PositiveFloat = 1e-3
     server_decay: NonNegativeFloat = 0.0
-    static_from: Annotated[NonNegativeInt, AtMost("rounds", subtract=1)] | None = None
+    static_from: Annotated[NonNegativeInt, AtMost("rounds", less=1)] | None = None
     train_sent_only: bool = False
 
     def init_server(self, spec: AdapterSpec, seed: int) -> FlascState:

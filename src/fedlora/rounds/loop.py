@@ -205,7 +205,7 @@ def _round(
         "attempts": attempt.rnd.attempt + 1,
         "chosen": tally.chosen,
         "accepted": tally.accepted,
-        "refused": tally.rejected,
+        "rejected": tally.rejected,
         "bytes_up": tally.bytes_up,
         "bytes_down": tally.bytes_down,
         "train_loss": _weighted_mean(tally.losses),
@@ -313,7 +313,7 @@ def _evaluated(
         pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
         scores = backend.evaluate(rnd, sent, pending)
         bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
-        row = row | {"bytes_judge": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
+        row = row | {"bytes_eval": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
         base_updates = base_updates.delivered(client.id for client in evaluated)
     tally.seconds["evaluate"] += time.perf_counter() - started
     return _PendingEvaluation(replace(after, base_updates=base_updates), row, tally, scores)

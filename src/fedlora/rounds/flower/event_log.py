@@ -65,7 +65,7 @@ class Reader:
                     self._say(message)
                 case {"round": rnd, "chosen": chosen}:
                     self._watch.round_started(Round(**rnd), [ClientInfo(**client) for client in chosen])
-                case {"answered": client, "refused": rejected}:
+                case {"answered": client, "rejected": rejected}:
                     self._watch.answered(ClientInfo(**client), rejected)
                 case {"row": row}:
                     self._watch.round_ended(row)

@@ -58,7 +58,7 @@ class Transport(Protocol):
         """The answers that have come, or why there will be none."""
 
 
-Kind = Literal["turn", "judge", "keep"]
+Kind = Literal["train", "evaluate", "keep"]
 _Found = tuple[Round, ClientResult, "bytes | None"]
 """The round that a node says it answers, its answer for one client, and that one's upload."""
 
@@ -145,7 +145,7 @@ class FlowerBackend:
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
-        return self._replies(self._sent("turn", rnd, sent, pending))
+        return self._replies(self._sent("train", rnd, sent, pending))
 
     def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]) -> None:
         """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
@@ -185,7 +185,7 @@ class FlowerBackend:
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         """The valid scores that came by the deadline. Sends at once."""
-        return self._scores(rnd, self._sent("judge", rnd, sent, pending))
+        return self._scores(rnd, self._sent("evaluate", rnd, sent, pending))
 
     def _scores(
         self, rnd: Round, results: Iterator[tuple[ClientInfo, _Found | str]]

@@ -234,7 +234,7 @@ class Node:
                 )
                 work.session.write({client.id: view}, work.folder.path / "adapter", "adapter")
                 yield client.id, (ClientResult(id=client.id), None)
-        elif request.kind == "judge":
+        elif request.kind == "evaluate":
             for client, score in work.simulation.evaluate(rnd, sent, {}):
                 result = ClientResult(id=client.id)
                 if score is not None:
@@ -291,8 +291,8 @@ def _moment(request: TaskRequest, work: _Work) -> str:
     """What the order asks for, and when in the run."""
     rounds, index = work.session.experiment.rounds, request.round_record.index
     match request.kind:
-        case "turn":
+        case "train":
             return f"round {index + 1} of {rounds}: training"
-        case "judge":
+        case "evaluate":
             return f"round {index} of {rounds}: evaluating"
     return "after the last round: writing the adapter"

@@ -111,7 +111,7 @@ class TaskRequest(_Part):
     `held` are the folds that the node is believed to hold.
     """
 
-    kind: Literal["turn", "judge", "keep"]
+    kind: Literal["train", "evaluate", "keep"]
     run: str
     round_record: RoundRecord
     held: list[Count]
@@ -157,7 +157,7 @@ class Done(_Part):
 class Refused(_Part):
     """Node to server: nothing was done, and why."""
 
-    kind: Literal["refused"] = "refused"
+    kind: Literal["rejected"] = "rejected"
     failure: Failure
 
 
