@@ -343,12 +343,12 @@ def of_another_round(header, payloads):
 
 def of_another_client(header, payloads):
     results = [result.model_copy(update={"id": "002"}) for result in header.results]
-    return encode_message(header.model_copy(update={"answers": results}), payloads)
+    return encode_message(header.model_copy(update={"results": results}), payloads)
 
 
 def too_heavy(header, payloads):
     results = [result.model_copy(update={"weight": 1e9}) for result in header.results]
-    return encode_message(header.model_copy(update={"answers": results}), payloads)
+    return encode_message(header.model_copy(update={"results": results}), payloads)
 
 
 def a_missing_payload(header, payloads):
@@ -411,7 +411,7 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
         if at != 1 or not isinstance(header, Done) or not header.results[0].metrics:
             return result
         results = [result.model_copy(update=change) for result in header.results]
-        return encode_message(header.model_copy(update={"answers": results}), payloads)
+        return encode_message(header.model_copy(update={"results": results}), payloads)
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)

@@ -117,7 +117,7 @@ def many_answers(count):
     return forged(
         b'{"header":{"kind":"done","round_record":'
         + round_record
-        + b',"folds":[],"answers":['
+        + b',"base_updates":[],"results":['
         + results
         + b']},"sizes":[]}'
     )

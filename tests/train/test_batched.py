@@ -88,7 +88,7 @@ def penalty(adapted: AdaptedModel, client: int) -> Any:
     [
         (Train(batch_size=4, lr=1e-2, epochs=2, weight_decay=0.1), {}),
         (Train(batch_size=4, lr=0.1, optimizer="sgd", clip_norm=0.05, batches="random"), {}),
-        (Train(batch_size=4, lr=1e-2), {"beside": frozen_extra, "penalty": penalty}),
+        (Train(batch_size=4, lr=1e-2), {"frozen_extra": frozen_extra, "penalty": penalty}),
         (Train(batch_size=4, lr=1e-2), {"train": "b"}),
     ],
     ids=["adamw", "sgd and clipping", "companions and penalties", "b alone"],

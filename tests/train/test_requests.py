@@ -106,13 +106,13 @@ FIT: dict[str, tuple[Callable[[AdapterSpec], dict[str, Any]], str]] = {
     "no epochs": (lambda s: {"epochs": 0}, "epochs = 0: expected at least 1"),
     "less than no epochs": (lambda s: {"epochs": -1}, "epochs = -1"),
     "something beside a module that is not adapted": (
-        lambda s: {"beside": {"no.such": pair(s)}},
-        "beside: the model has no adapted module 'no.such'",
+        lambda s: {"frozen_extra": {"no.such": pair(s)}},
+        "frozen_extra: the model has no adapted module 'no.such'",
     ),
-    "another kind beside": (lambda s: {"beside": {first(s)[0]: scaled(s)}}, "beside: expected two factors .* got Scaled"),
+    "another kind beside": (lambda s: {"frozen_extra": {first(s)[0]: scaled(s)}}, "frozen_extra: expected two factors .* got Scaled"),
     "something beside of another shape": (
-        lambda s: {"beside": {first(s)[0]: wide(s)}},
-        r"beside .*\.b: expected the shape",
+        lambda s: {"frozen_extra": {first(s)[0]: wide(s)}},
+        r"frozen_extra .*\.b: expected the shape",
     ),
     "a mask of a factor that is not there": (
         lambda s: {"mask": {f"{first(s)[0]}.c": torch.tensor(True)}},
@@ -169,10 +169,10 @@ def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(ses
 def test_a_change_of_the_base_that_has_no_place_is_refused(session, part):  # noqa: F811
     adapted, _ = session
     before = {name: adapted._weight(name).clone() for name in adapted.layers}
-    for base_update, spec in ((adapted.base_update, adapted.spec), (ToyTrainer().base_update, SPEC)):
+    for merge, spec in ((adapted.merge_into_base, adapted.spec), (ToyTrainer().merge_into_base, SPEC)):
         name = "no.such" if part is pair else first(spec)[0]
         with pytest.raises(ValueError, match="change of the base"):
-            base_update({name: part(spec)})
+            merge({name: part(spec)})
     assert all(torch.equal(adapted._weight(name), weight) for name, weight in before.items())
 
 
@@ -256,11 +256,11 @@ def test_the_toy_shows_a_penalty_every_factor_too():
 # -------------------------------------------------------------------------------------------- what may be trained in a step
 
 
-@pytest.mark.parametrize("field", ["train", "rates", "beside"])
+@pytest.mark.parametrize("field", ["train", "rates", "frozen_extra"])
 def test_requests_that_differ_in_what_holds_for_a_whole_step_are_not_trained_in_one(session, field):  # noqa: F811
     adapted, examples = session
     one, two = jobs(adapted)[:2]
-    values = {"train": frozenset("b"), "rates": {"b": 2.0}, "beside": drawn(adapted, 1, 0)}
+    values = {"train": frozenset("b"), "rates": {"b": 2.0}, "frozen_extra": drawn(adapted, 1, 0)}
     two = replace(two, request=replace(two.request, **{field: values[field]}))
     with pytest.raises(AssertionError, match="requests of several kinds"):
         train_together(adapted, TASK, examples, [one, two], Train(), 1000)

@@ -25,7 +25,7 @@ def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
         return
     if request.epochs is not None and request.epochs < 1:
         raise ValueError(f"epochs = {request.epochs}: expected at least 1, or None for the run's own setting")
-    check_update(spec, request.frozen_extra or {}, "beside")
+    check_update(spec, request.frozen_extra or {}, "frozen_extra")
     tensors = pack(request.start)
     for key, mask in (request.mask or {}).items():
         if key not in tensors:
