@@ -17,7 +17,7 @@ import tomli_w
 import torch
 from transformers import BertConfig
 
-from fedlora import Experiment, cli, experiment, run
+from fedlora import Experiment, cli, experiment, reference, run
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
@@ -185,6 +185,26 @@ def test_one_method_is_told_of_in_full(command):
 
 def test_a_method_that_does_not_exist_is_refused(command):
     assert_refused(command("methods", "fedid"), "unknown method 'fedid'", "'fedit'")
+
+
+def test_settings_are_listed_and_nothing_is_cut_in_eighty_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = command("settings")
+    assert code == 0 and "\u2026" not in printed and max(map(len, printed.splitlines())) <= 80
+    for entry in reference.settings():
+        assert re.search(rf"^ {re.escape(entry.key)} ", printed, re.MULTILINE)
+
+
+def test_one_setting_is_described_in_full(command):
+    (entry,) = reference.find("clients.partition")
+    code, printed, _ = command("settings", "clients.partition")
+    assert code == 0
+    for part in (entry.text, entry.values, entry.default):
+        assert part in " ".join(printed.split())
+
+
+def test_a_setting_that_does_not_exist_is_rejected(command):
+    assert_refused(command("settings", "train.epoch"), "unknown setting 'train.epoch'", "'train.epochs'")
 
 
 def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):

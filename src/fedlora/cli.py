@@ -205,6 +205,18 @@ def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_de
 
 
 @app.command()
+def settings(key: Annotated[str | None, typer.Argument(metavar="[KEY]", show_default=False)] = None) -> None:
+    """List the settings of an experiment, or describe one of them or a section."""
+    from fedlora import listings, reference
+
+    console = Console()
+    if key is None:
+        console.print(listings.settings(reference.settings()))
+    else:
+        console.print(*map(listings.setting, reference.find(key)))
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markdown import Markdown
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from fedlora.data.partition import label_table
 from fedlora.methods import Row
 from fedlora.printable import printable
 from fedlora.problem import Problem
+from fedlora.reference import Setting
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
@@ -42,6 +44,33 @@ def methods(rows: Iterable[Row]) -> Group:
 def method(row: Row) -> Markdown:
     """The method's page."""
     return Markdown(pages.page(row))
+
+
+def settings(entries: Iterable[Setting]) -> Group:
+    """The key, default and summary of each setting."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=14)
+    table.add_column("what it does", overflow="fold")
+    for entry in entries:
+        owners = f"{entry.owners}: " if entry.methods else ""
+        table.add_row(*map(Text, (entry.key, entry.default, owners + entry.summary)))
+    return Group(table, Text("All about one of them, or a section: fedlora settings KEY"))
+
+
+def setting(entry: Setting) -> Group:
+    """All there is to say about one setting."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    facts = {
+        "methods": entry.owners if entry.methods else "",
+        "values": entry.values,
+        "default": entry.default,
+        "example": f"{entry.key} = {entry.example}",
+    }
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, Text(fact))
+    return Group(Text(entry.key, "bold"), Padding(Text(entry.text), (0, 2)), table, "")
 
 
 def clients(problem: Problem) -> Group:
