@@ -18,6 +18,7 @@ import torch
 from transformers import BertConfig
 
 from fedlora import Experiment, cli, experiment, reference, run
+from fedlora.config import read
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
@@ -205,6 +206,19 @@ def test_one_setting_is_described_in_full(command):
 
 def test_a_setting_that_does_not_exist_is_rejected(command):
     assert_refused(command("settings", "train.epoch"), "unknown setting 'train.epoch'", "'train.epochs'")
+
+
+def test_init_writes_an_experiment_with_all_defaults_and_overwrites_nothing(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command("init") == (0, "experiment.toml\n", "")
+    assert read(tmp_path / "experiment.toml") == Experiment()
+    (tmp_path / "experiment.toml").write_text("mine")
+    assert_refused(command("init"), "experiment.toml: already exists")
+    assert (tmp_path / "experiment.toml").read_text() == "mine"
+
+
+def test_init_into_a_folder_that_does_not_exist_is_rejected(command, tmp_path):
+    assert_refused(command("init", tmp_path / "none" / "mine.toml"), "mine.toml: cannot be written")
 
 
 def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):

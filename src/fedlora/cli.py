@@ -177,6 +177,21 @@ def demo(overrides: Overrides = None, out: Out = None) -> None:
 
 
 @app.command()
+def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False)] = Path("experiment.toml")) -> None:
+    """Write an experiment file with comments, experiment.toml by default, to be changed and run."""
+    from fedlora import starter
+
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(starter.text())
+    except FileExistsError:
+        raise UserError(f"{file}: already exists; give the name of a new file: fedlora init FILE") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    print(printable(str(file)))
+
+
+@app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, partition, model and device without training; print the clients."""
     from fedlora import experiment as experiments

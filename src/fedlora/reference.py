@@ -31,8 +31,8 @@ _INTRO = """\
 # Settings
 
 Every setting of `experiment.toml`, with its default. Each can be changed for one run with `--set KEY=VALUE`, for example
-`--set train.lr=0.002`. `fedlora settings` prints this list, `fedlora settings KEY` one setting. A setting without a default
-may be omitted."""
+`--set train.lr=0.002`. `fedlora settings` prints this list, `fedlora settings KEY` one setting; `fedlora init` writes an
+`experiment.toml` to start from. A setting without a default may be omitted."""
 _OWN = "Settings of single methods, with the names of the methods that have them."
 _WORDS: Mapping[Any, str] = {str: "text", bool: "true or false"}
 
