@@ -22,6 +22,7 @@ from fedlora.config import read
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
+from fedlora.version import __version__
 
 from tiny import WORDS, tiny_bert, tiny_model, tiny_rows
 
@@ -335,9 +336,14 @@ def test_an_interrupt_of_any_command_is_one_line(by_python, command, monkeypatch
     assert "Traceback" not in errors
 
 
+def test_without_arguments_the_commands_are_listed(command):
+    _, printed, _ = command()
+    assert all(word in printed for word in ("Federated fine-tuning", "--version", "init", "settings"))
+
+
 def test_what_is_not_interrupted_leaves_the_signals_as_they_were(command):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert command("version")[0] == 0
+    assert command("--version") == (0, f"{__version__}\n", "")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

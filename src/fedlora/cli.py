@@ -19,12 +19,7 @@ if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, an
     from fedlora.rounds.watch import Watcher
     from fedlora.runs import Result
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Federated fine-tuning of transformers with LoRA adapters.",
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 deploy = typer.Typer(no_args_is_help=True, help="Run over Flower, on this machine for trying it out.")
 app.add_typer(deploy, name="deploy")
@@ -36,6 +31,21 @@ Resume = Annotated[
     Path | None, typer.Option(metavar="RUN_DIR", help="Resume a run; with --set rounds=N, up to N rounds in all.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = None,
+) -> None:
+    """Federated fine-tuning of transformers with LoRA adapters."""
 
 
 @app.command()
@@ -243,12 +253,6 @@ def export(
 
     for folder in write(run_dir, to, out, client).values():
         print(printable(str(folder)))
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
 
 
 def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> None:
