@@ -171,13 +171,37 @@ def test_a_refusal_reaches_the_shell(place):
     assert_refused((done.returncode, done.stdout, done.stderr), "no-such.toml", "no such file")
 
 
-def test_the_methods_are_listed_with_their_papers_and_nothing_is_cut_in_eighty_columns(command, monkeypatch):
+def test_each_method_has_one_line_of_eighty_columns(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = command("methods")
-    assert code == 0 and "\u2026" not in printed and max(map(len, printed.splitlines())) <= 80
-    assert re.search(r"secure\b.*\n.* DP *$", printed, re.MULTILINE)
-    for row in TABLE.values():
-        assert re.search(rf"^ {row.name}\s", printed, re.MULTILINE) and row.paper.split()[-1] in printed
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert [line.split(maxsplit=1) for line in lines[: len(TABLE)]] == [[row.name, row.summary] for row in TABLE.values()]
+    assert lines[len(TABLE) :] == ["", "All about one of them: fedlora methods NAME"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "wanted"),
+    [
+        (["--secure"], lambda row: row.secure_sums().startswith("yes")),
+        (["--mixed-ranks"], lambda row: row.mixed_ranks),
+        (["--personal"], lambda row: row.personal),
+        (["--secure", "--personal"], lambda row: row.secure_sums().startswith("yes") and row.personal),
+    ],
+)
+def test_methods_are_filtered_by_what_they_can_do(filters, wanted, command):
+    code, printed, _ = command("methods", *filters)
+    listed = {line.split()[0] for line in printed.splitlines()[:-2]}
+    assert code == 0 and listed == {name for name, row in TABLE.items() if wanted(row)} and listed != TABLE.keys()
+
+
+def test_filters_that_no_method_passes_say_so(command, monkeypatch):
+    monkeypatch.setattr("fedlora.methods.TABLE", {"fedit": TABLE["fedit"]})
+    assert command("methods", "--personal") == (0, "no method has all of these properties\n", "")
+
+
+def test_a_method_and_a_filter_together_are_rejected(command):
+    assert_refused(command("methods", "fedit", "--secure"), "methods fedit", "expected a NAME or filters")
 
 
 def test_one_method_is_told_of_in_full(command):

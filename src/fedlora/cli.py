@@ -218,15 +218,32 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
-    """List the methods, or say all there is to say about one."""
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    secure: Annotated[bool, typer.Option("--secure", help="Only those that work with secure aggregation.")] = False,
+    mixed_ranks: Annotated[
+        bool, typer.Option("--mixed-ranks", help="Only those for clients with different ranks.")
+    ] = False,
+    personal: Annotated[bool, typer.Option("--personal", help="Only those with personal models.")] = False,
+) -> None:
+    """List the methods, or describe one."""
     from fedlora import listings
     from fedlora.config import build
     from fedlora.methods import TABLE
 
-    Console().print(
-        listings.methods(TABLE.values()) if name is None else listings.method(build({"method": {"name": name}}).method.row)
-    )
+    if name is not None:
+        if secure or mixed_ranks or personal:
+            raise UserError(f"methods {name}: expected a NAME or filters, found both; leave out one of them")
+        Console().print(listings.method(build({"method": {"name": name}}).method.row))
+        return
+    rows = [
+        row
+        for row in TABLE.values()
+        if (not secure or row.secure_sums().startswith("yes"))
+        and (not mixed_ranks or row.mixed_ranks)
+        and (not personal or row.personal)
+    ]
+    Console().print(listings.methods(rows) if rows else "no method has all of these properties")
 
 
 @app.command()

@@ -22,23 +22,11 @@ CLIENTS_WIDTH = 120
 
 
 def methods(rows: Iterable[Row]) -> Group:
-    """What each method does and needs, in few lines."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, leading=1)
-    for title in ("method", "exact", "floats of a\nlayer up,\nand down", "unequal\nranks", "per-\nsonal"):
-        table.add_column(title, min_width=16 if title == "method" else None, max_width=11 if title == "exact" else None)
-    for title in ("single\nuploads", "secure\nsums", "DP"):
-        table.add_column(title, max_width=7)
+    """Each method's name and what it does, in one line of at most 80 columns."""
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
-        up, down = (" then ".join(formulas) for formulas in (row.up, row.down))
-        authors, _, number = row.paper.rpartition(", ")
-        table.add_row(
-            Text.assemble((row.name, "bold"), f"\n{authors}\n{number}"),
-            pages.short(row.exact),
-            f"{up}\n{down}",
-            *map(pages.yes, (row.mixed_ranks, row.personal, row.singles)),
-            *map(pages.short, (row.secure_sums(), row.private)),
-        )
-    return Group(table, Text("All about one of them: fedlora methods NAME"))
+        table.add_row(Text(row.name, "bold"), Text(row.summary))
+    return Group(table, Text("\nAll about one of them: fedlora methods NAME"))
 
 
 def method(row: Row) -> Markdown:
