@@ -11,7 +11,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,6 +34,8 @@ Every setting of `experiment.toml`, with its default. Each can be changed for on
 `--set train.lr=0.002`. `fedlora settings` prints this list, `fedlora settings KEY` one setting; `fedlora init` writes an
 `experiment.toml` to start from. A setting without a default may be omitted."""
 _OWN = "Settings of single methods, with the names of the methods that have them."
+_COMMON = {"method.rank": "The LoRA rank, the largest that a client may have."}
+"""What a setting does in every method that has no docstring of its own for it."""
 _WORDS: Mapping[Any, str] = {str: "text", bool: "true or false"}
 
 
@@ -149,11 +151,11 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _setting(dotted: str, cls: type, field: str, default: Any, methods: tuple[str, ...] = ()) -> Setting:
-    told = docstrings(cls).get(field) or inspect.getdoc(getattr(MethodChoice, field, None)) or ""
+def _setting(dotted: str, cls: type, field: str, default: Any) -> Setting:
+    told = docstrings(cls).get(field, _COMMON.get(dotted, ""))
     text, _, example = " ".join(told.split()).partition(" Example: ")
     given = "" if default in (None, {}) else json.dumps(default, ensure_ascii=False)
-    return Setting(dotted, values(get_type_hints(cls, include_extras=True)[field]), given, example or given, text, methods)
+    return Setting(dotted, values(get_type_hints(cls, include_extras=True)[field]), given, example or given, text)
 
 
 def _methods_own() -> list[Setting]:
@@ -163,7 +165,7 @@ def _methods_own() -> list[Setting]:
         for field, default in row.settings().items():
             assert isinstance(row.make, type)
             shared.setdefault(_setting(f"method.{field}", row.make, field, default), []).append(name)
-    return [Setting(one.key, one.values, one.default, one.example, one.text, tuple(names)) for one, names in shared.items()]
+    return [replace(one, methods=tuple(names)) for one, names in shared.items()]
 
 
 def values(hint: Any) -> str:
