@@ -17,10 +17,12 @@ import tomli_w
 import torch
 from transformers import BertConfig
 
-from fedlora import Experiment, cli, experiment, run
+from fedlora import Experiment, cli, experiment, reference, run
+from fedlora.config import read
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
 from fedlora.train.tasks import Classification
+from fedlora.version import __version__
 
 from tiny import WORDS, tiny_bert, tiny_model, tiny_rows
 
@@ -169,13 +171,37 @@ def test_a_refusal_reaches_the_shell(place):
     assert_refused((done.returncode, done.stdout, done.stderr), "no-such.toml", "no such file")
 
 
-def test_the_methods_are_listed_with_their_papers_and_nothing_is_cut_in_eighty_columns(command, monkeypatch):
+def test_each_method_has_one_line_of_eighty_columns(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = command("methods")
-    assert code == 0 and "\u2026" not in printed and max(map(len, printed.splitlines())) <= 80
-    assert re.search(r"secure\b.*\n.* DP *$", printed, re.MULTILINE)
-    for row in TABLE.values():
-        assert re.search(rf"^ {row.name}\s", printed, re.MULTILINE) and row.paper.split()[-1] in printed
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert code == 0 and max(map(len, lines)) <= 80
+    assert [line.split(maxsplit=1) for line in lines[: len(TABLE)]] == [[row.name, row.summary] for row in TABLE.values()]
+    assert lines[len(TABLE) :] == ["", "All about one of them: fedlora methods NAME"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "wanted"),
+    [
+        (["--secure"], lambda row: row.secure_sums().startswith("yes")),
+        (["--mixed-ranks"], lambda row: row.mixed_ranks),
+        (["--personal"], lambda row: row.personal),
+        (["--secure", "--personal"], lambda row: row.secure_sums().startswith("yes") and row.personal),
+    ],
+)
+def test_methods_are_filtered_by_what_they_can_do(filters, wanted, command):
+    code, printed, _ = command("methods", *filters)
+    listed = {line.split()[0] for line in printed.splitlines()[:-2]}
+    assert code == 0 and listed == {name for name, row in TABLE.items() if wanted(row)} and listed != TABLE.keys()
+
+
+def test_filters_that_no_method_passes_say_so(command, monkeypatch):
+    monkeypatch.setattr("fedlora.methods.TABLE", {"fedit": TABLE["fedit"]})
+    assert command("methods", "--personal") == (0, "no method has all of these properties\n", "")
+
+
+def test_a_method_and_a_filter_together_are_rejected(command):
+    assert_refused(command("methods", "fedit", "--secure"), "methods fedit", "expected a NAME or filters")
 
 
 def test_one_method_is_told_of_in_full(command):
@@ -185,6 +211,39 @@ def test_one_method_is_told_of_in_full(command):
 
 def test_a_method_that_does_not_exist_is_refused(command):
     assert_refused(command("methods", "fedid"), "unknown method 'fedid'", "'fedit'")
+
+
+def test_settings_are_listed_and_nothing_is_cut_in_eighty_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = command("settings")
+    assert code == 0 and "\u2026" not in printed and max(map(len, printed.splitlines())) <= 80
+    for entry in reference.settings():
+        assert re.search(rf"^ {re.escape(entry.key)} ", printed, re.MULTILINE)
+
+
+def test_one_setting_is_described_in_full(command):
+    (entry,) = reference.find("clients.partition")
+    code, printed, _ = command("settings", "clients.partition")
+    assert code == 0
+    for part in (entry.text, entry.values, entry.default):
+        assert part in " ".join(printed.split())
+
+
+def test_a_setting_that_does_not_exist_is_rejected(command):
+    assert_refused(command("settings", "train.epoch"), "unknown setting 'train.epoch'", "'train.epochs'")
+
+
+def test_init_writes_an_experiment_with_all_defaults_and_overwrites_nothing(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert command("init") == (0, "experiment.toml\n", "")
+    assert read(tmp_path / "experiment.toml") == Experiment()
+    (tmp_path / "experiment.toml").write_text("mine")
+    assert_refused(command("init"), "experiment.toml: already exists")
+    assert (tmp_path / "experiment.toml").read_text() == "mine"
+
+
+def test_init_into_a_folder_that_does_not_exist_is_rejected(command, tmp_path):
+    assert_refused(command("init", tmp_path / "none" / "mine.toml"), "mine.toml: cannot be written")
 
 
 def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):
@@ -301,9 +360,14 @@ def test_an_interrupt_of_any_command_is_one_line(by_python, command, monkeypatch
     assert "Traceback" not in errors
 
 
+def test_without_arguments_the_commands_are_listed(command):
+    _, printed, _ = command()
+    assert all(word in printed for word in ("Federated fine-tuning", "--version", "init", "settings"))
+
+
 def test_what_is_not_interrupted_leaves_the_signals_as_they_were(command):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert command("version")[0] == 0
+    assert command("--version") == (0, f"{__version__}\n", "")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

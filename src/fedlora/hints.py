@@ -12,6 +12,11 @@ def closest(word: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(allowed), n=1, cutoff=_ALIKE)), None)
 
 
+def same_word(word: str, keys: Iterable[str]) -> list[str]:
+    """Our key for another project's word, else the keys of that name in any section."""
+    return [ALIASES[word]] if word in ALIASES else [key for key in keys if key.rpartition(".")[2] == word]
+
+
 ALIASES = {
     # PEFT
     "r": "method.rank",

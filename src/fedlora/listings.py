@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markdown import Markdown
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods import Row
 from fedlora.printable import printable
+from fedlora.reference import Setting
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
@@ -20,28 +22,43 @@ CLIENTS_WIDTH = 120
 
 
 def methods(rows: Iterable[Row]) -> Group:
-    """What each method does and needs, in few lines."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, leading=1)
-    for title in ("method", "exact", "floats of a\nlayer up,\nand down", "unequal\nranks", "per-\nsonal"):
-        table.add_column(title, min_width=16 if title == "method" else None, max_width=11 if title == "exact" else None)
-    for title in ("single\nuploads", "secure\nsums", "DP"):
-        table.add_column(title, max_width=7)
+    """Each method's name and what it does, in one line of at most 80 columns."""
+    table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
-        up, down = (" then ".join(formulas) for formulas in (row.up, row.down))
-        authors, _, number = row.paper.rpartition(", ")
-        table.add_row(
-            Text.assemble((row.name, "bold"), f"\n{authors}\n{number}"),
-            pages.short(row.exact),
-            f"{up}\n{down}",
-            *map(pages.yes, (row.mixed_ranks, row.personal, row.needs_individual_uploads)),
-            *map(pages.short, (row.secure_sums(), row.private)),
-        )
-    return Group(table, Text("All about one of them: fedlora methods NAME"))
+        table.add_row(Text(row.name, "bold"), Text(row.summary))
+    return Group(table, Text("\nAll about one of them: fedlora methods NAME"))
 
 
 def method(row: Row) -> Markdown:
     """The method's page."""
     return Markdown(pages.page(row))
+
+
+def settings(entries: Iterable[Setting]) -> Group:
+    """The key, default and summary of each setting."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    table.add_column("default", overflow="fold", max_width=14)
+    table.add_column("what it does", overflow="fold")
+    for entry in entries:
+        owners = f"{entry.owners}: " if entry.methods else ""
+        table.add_row(*map(Text, (entry.key, entry.default, owners + entry.summary)))
+    return Group(table, Text("All about one of them, or a section: fedlora settings KEY"))
+
+
+def setting(entry: Setting) -> Group:
+    """All there is to say about one setting."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    facts = {
+        "methods": entry.owners if entry.methods else "",
+        "values": entry.values,
+        "default": entry.default,
+        "example": f"{entry.key} = {entry.example}",
+    }
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, Text(fact))
+    return Group(Text(entry.key, "bold"), Padding(Text(entry.text), (0, 2)), table, "")
 
 
 def clients(federated_data: FederatedData) -> Group:

@@ -21,7 +21,7 @@ from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
 from fedlora.terminal import Live
 
-from test_gate import MEMBERS, METHOD, SPEC, Answers, Watched, NoFolds, equal, only, run_rounds, upload
+from test_gate import MEMBERS, METHOD, SPEC, Answers, NoFolds, Watched, equal, only, run_rounds, upload
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 

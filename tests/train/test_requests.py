@@ -109,7 +109,10 @@ FIT: dict[str, tuple[Callable[[AdapterSpec], dict[str, Any]], str]] = {
         lambda s: {"frozen_extra": {"no.such": pair(s)}},
         "frozen_extra: the model has no adapted module 'no.such'",
     ),
-    "another kind beside": (lambda s: {"frozen_extra": {first(s)[0]: scaled(s)}}, "frozen_extra: expected two factors .* got Scaled"),
+    "another kind beside": (
+        lambda s: {"frozen_extra": {first(s)[0]: scaled(s)}},
+        "frozen_extra: expected two factors .* got Scaled",
+    ),
     "something beside of another shape": (
         lambda s: {"frozen_extra": {first(s)[0]: wide(s)}},
         r"frozen_extra .*\.b: expected the shape",

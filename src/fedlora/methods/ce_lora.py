@@ -68,11 +68,20 @@ class CELoRA:
 
     rank: PositiveInt = 8
     std: PositiveFloat = 1e-3
+    """Standard deviation of the initial a."""
     shared_a: bool = True
+    """Whether all clients start from the same a."""
     data_weight: UnitInterval = 0.5
+    """The weight of the data's similarity; that of the cores has the rest. With 0 no statistics of the data are sent."""
     tau: PositiveFloat | None = None
+    """Scale of the distances between the clients' data. If omitted, the median over all pairs of clients.
+
+    Example: 1.0
+    """
     include_self: bool = True
+    """Whether a client's own core is part of its mixture."""
     normaliser: Literal["l1", "softmax"] = "l1"
+    """How similarities become weights: divided by their sum (l1), or by softmax."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
         """The identity, and nobody's core."""

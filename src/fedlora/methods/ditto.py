@@ -35,6 +35,7 @@ class Ditto:
 
     rank: PositiveInt = 8
     pull: NonNegativeFloat = 0.1
+    """Weight of the penalty that keeps the personal factors near the shared ones; 0: none."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """A shared pair of update zero."""

@@ -35,6 +35,7 @@ class FedDPA:
 
     rank: PositiveInt = 8
     personal_rank: PositiveInt = 8
+    """The rank of the personal factors."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
         """A shared pair of update zero."""

@@ -51,6 +51,8 @@ class FedSB:
 
     rank: PositiveInt = 8
     init: Literal["weight", "gradient", "random"] = "weight"
+    """Where b and a come from: singular vectors of the pretrained weight (weight), two first rounds of training
+    (gradient), or chance (random)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """What travels down in the first round.

@@ -33,7 +33,9 @@ class FedExLoRA:
 
     rank: PositiveInt = 8
     adapter: Literal["mean", "best"] = "mean"
+    """The new adapter: the averaged factors (mean), or the best fit to the mean of the products (best)."""
     residual_rank: NonNegativeInt = 0
+    """The rank of the residual that is added to the base; 0: the exact residual."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Factors of update zero."""

@@ -34,8 +34,11 @@ class FedHMLoRA:
 
     rank: PositiveInt = 8
     weighting: Literal["capacity", "uniform"] = "capacity"
+    """Client weights: by rank (capacity), or the same for all (uniform)."""
     temperature: PositiveFloat = 1.0
+    """Temperature of the capacity weights; the higher, the more equal."""
     keep_missing: bool = False
+    """Whether the server's factors join the mean when no client of the largest rank takes part."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

@@ -66,8 +66,11 @@ class FedLEASE:
 
     rank: PositiveInt = 8
     warmup_rounds: Annotated[PositiveInt, AtMost("rounds")] = 1
+    """The number of rounds before clients are clustered."""
     max_experts: PositiveInt = 4
+    """The largest number of clusters where `experts` is 0."""
     experts: Annotated[NonNegativeInt, AtMost("clients.count")] = 0
+    """The number of clusters; 0: chosen by the silhouette."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Allocation:
         """Nobody's pair."""

@@ -45,7 +45,9 @@ class FedLoRU:
 
     rank: PositiveInt = 8
     every: NonNegativeInt = 10
+    """The number of rounds between two updates of the base; 0: never."""
     accumulate: Literal["keep", "reinit"] = "keep"
+    """After an update of the base, keep the factors (keep) or start from b = 0 and a fresh a (reinit)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Shared:
         """Factors of update zero."""
@@ -100,6 +102,7 @@ class PFedLoRU(FedLoRU):
     """
 
     personal_rank: NonNegativeInt = 4
+    """The rank of the personal factors; 0: none."""
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
         """A personal pair of update zero."""

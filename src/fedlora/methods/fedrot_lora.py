@@ -27,8 +27,11 @@ class FedRotLoRA:
 
     rank: PositiveInt = 8
     strength: UnitInterval = 0.6
+    """The strength of the rotation; 0: none, which is FedIT."""
     align: Literal["alternate", "a", "b"] = "alternate"
+    """The factor that is aligned with the download: a in odd and b in even rounds (alternate), or always the same one."""
     proper: bool = True
+    """Whether only rotations are allowed, and no reflections."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """Factors of update zero."""

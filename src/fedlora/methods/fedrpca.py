@@ -44,13 +44,28 @@ class FedRPCA:
 
     rank: PositiveInt = 8
     beta: NonNegativeFloat | None = None
+    """The factor on the sparse part. If omitted, it is set for each module from the share of the sparse part.
+
+    Example: 2.0
+    """
     beta_max: Annotated[float, Range(ge=1)] = 3.0
+    """The largest factor on the sparse part where `beta` is omitted."""
     columns: Literal["factors", "both", "product"] = "factors"
+    """What is split: each factor separately (factors), both together (both), or their product (product)."""
     sparsity: PositiveFloat | None = None
+    """Weight of the sparse part in robust PCA: the larger, the less is sparse. If omitted, 1 / sqrt(max(n, K)) for K
+    clients and n entries.
+
+    Example: 0.05
+    """
     min_clients: PositiveInt = 4
+    """With fewer clients in a round, plain averaging."""
     max_density: UnitInterval = 0.5
+    """If a larger fraction of the sparse part is not zero, plain averaging."""
     tolerance: PositiveFloat = 1e-7
+    """The relative residual at which robust PCA has converged."""
     steps: PositiveInt = 1000
+    """The largest number of iterations of robust PCA."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""

@@ -30,7 +30,9 @@ class FedSVD:
 
     rank: PositiveInt = 8
     every: NonNegativeInt = 1
+    """The number of rounds between two orthonormalizations of a; 0: never, which is FFA-LoRA."""
     warmup: NonNegativeInt = 0
+    """The number of first rounds without orthonormalization."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Factors of update zero."""

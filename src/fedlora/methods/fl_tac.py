@@ -56,8 +56,14 @@ class FLTAC:
 
     rank: PositiveInt = 8
     tasks: Annotated[PositiveInt, AtMost("clients.count")] | None = None
+    """The number of clusters. If omitted, it is chosen in each round by the silhouette.
+
+    Example: 2
+    """
     most_tasks: PositiveInt = 8
+    """The largest number of clusters where `tasks` is omitted."""
     apart: Annotated[float, Range(ge=-1, le=1)] = 0.25
+    """The smallest silhouette at which adapters are divided into clusters."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
         """Factors of update zero and the head; no clusters."""

@@ -70,12 +70,22 @@ class FLASC:
 
     rank: PositiveInt = 8
     density_down: Fraction = 0.25
+    """The fraction of the entries that is sent to a client."""
     density_up: Fraction = 0.25
+    """The fraction of the entries that a client uploads."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer of the server's step."""
     server_lr: PositiveFloat = 1e-3
+    """The learning rate of the server's step."""
     server_decay: NonNegativeFloat = 0.0
+    """Weight decay of the server's step, with `adamw`."""
     static_from: Annotated[NonNegativeInt, AtMost("rounds", less=1)] | None = None
+    """The round, counted from 0, whose download positions are used from then on. If omitted, each round has its own.
+
+    Example: 1
+    """
     train_sent_only: bool = False
+    """Whether clients train only the entries that they were sent."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> FlascState:
         """Factors of update zero."""

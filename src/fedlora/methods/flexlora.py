@@ -49,7 +49,9 @@ class FlexLoRA:
 
     rank: PositiveInt = 8
     split: Split = "left"
+    """How the best fit is split into factors. left: the singular values go into b. balanced: half into each factor."""
     upload: Literal["factors", "dense"] = "factors"
+    """What clients upload: their factors, or the dense product, which needs only sums of uploads."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

@@ -31,6 +31,7 @@ class FLoRA:
 
     rank: PositiveInt = 8
     draw: Literal["client", "shared"] = "client"
+    """Whether each client draws its own initial a in each round, or all share one."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Nothing: the base has it all."""

@@ -40,10 +40,15 @@ class FLoRANA:
 
     rank: PositiveInt = 8
     form: Literal["linear", "affine"] = "linear"
+    """What is combined: the factors (linear), or their changes since the start of the round (affine)."""
     scope: Literal["layer", "model"] = "layer"
+    """What shares one set of coefficients: each layer, or the whole model."""
     solver: Literal["als", "adamw"] = "als"
+    """The solver: alternating least squares (als), or gradient steps (adamw)."""
     steps: PositiveInt = 200
+    """The number of steps of `adamw`."""
     rate: PositiveFloat = 1e-2
+    """The learning rate of `adamw`."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

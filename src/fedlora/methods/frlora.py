@@ -37,7 +37,9 @@ class FRLoRA:
 
     rank: PositiveInt = 8
     train_a: bool = True
+    """Whether a is trained too; without it only b is trained and sent, and the aggregate is exact."""
     scale_in_init: PositiveFloat = 1.0
+    """The initial b is scaled by the square root of this, and a by its inverse; the product stays the same."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """The principal parts: b_0 [out, rank], a_0 [rank, in] of each module.

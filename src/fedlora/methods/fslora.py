@@ -46,7 +46,9 @@ class FSLoRA:
 
     rank: PositiveInt = 8
     download: Literal["all", "slice"] = "all"
+    """What clients download: all ranks (all), or only those they train (slice)."""
     scaling: Literal["plain", "rslora-sgd", "rslora-adamw"] = "plain"
+    """Correction of b's learning rate: plain, or rslora-sgd and rslora-adamw for `lora.rslora` with that optimizer."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

@@ -53,9 +53,13 @@ class HetLoRA:
 
     rank: PositiveInt = 8
     gamma: Fraction = 0.99
+    """The fraction of a client's ranks that pruning keeps."""
     tail_penalty: NonNegativeFloat = 0.01
+    """Weight of the penalty on the ranks that pruning would remove."""
     min_rank: Annotated[PositiveInt, AtMost("rank")] = 1
+    """The smallest rank to which a client is pruned."""
     norm_scope: Literal["layer", "model"] = "layer"
+    """Whether clients are weighted by the norm of their update for each layer, or of the whole model."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero at the largest rank."""

@@ -45,7 +45,9 @@ class LoRAA2:
 
     rank: PositiveInt = 16
     probe_epochs: PositiveInt = 1
+    """The number of epochs after which a client chooses its ranks."""
     b_rate: PositiveFloat = 5.0
+    """The learning rate of b relative to that of a."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors of update zero."""

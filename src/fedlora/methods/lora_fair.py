@@ -43,11 +43,19 @@ class LoRAFAIR:
 
     rank: PositiveInt = 8
     loss: Literal["ridge", "cos", "cos_col"] = "ridge"
+    """The distance that the correction reduces: squared (ridge), one minus the cosine (cos), or that averaged over
+    columns (cos_col)."""
     strength: NonNegativeFloat = 0.01
+    """Weight of the penalty on the correction."""
     norm: Literal["l2sq", "l2"] = "l2sq"
+    """Whether the penalty is the squared norm of the correction (l2sq) or the norm itself (l2); ridge always squares
+    it."""
     init: Literal["zero", "xavier"] = "zero"
+    """Where gradient steps start: at the averaged b (zero), or at a random b (xavier)."""
     steps: PositiveInt = 1000
+    """The number of gradient steps; ridge needs none."""
     rate: PositiveFloat = 0.01
+    """The learning rate of the gradient steps."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
         """Factors of update zero."""

@@ -64,9 +64,14 @@ class Ravan:
     """
 
     rank: PositiveInt = 8
+    """The number of heads; a client's own rank is the number that it trains."""
     head_rank: PositiveInt = 4
+    """The rank of each head."""
     choose: Literal["random", "weight", "gradient"] = "random"
+    """How a client's heads are chosen: random, by the norm of their cores (weight), or by the norm of their gradient
+    (gradient)."""
     init: Literal["normal", "orthogonal"] = "normal"
+    """The frozen factors: with normal entries, or orthonormal."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
         """The cores, zero."""
