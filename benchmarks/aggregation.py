@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from fedlora.linalg import fit
-from fedlora.linalg.alternation import alternate, at_once, combined, linear
+from fedlora.linalg.als import alternate, at_once, combined, linear
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.fit import best_fit
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.solve import corrected
-from fedlora.linalg.terms import Terms
+from fedlora.linalg.ridge_correction import corrected
+from fedlora.linalg.weighted_terms import Terms
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from typing import Any
 from fedlora.config import Experiment, build
 from fedlora.experiment import run
 from fedlora.federated_data import FederatedData
-from fedlora.runs import settled
-from fedlora.train.loading import quiet
-from fedlora.train.tasks import Classification
+from fedlora.models.loading import quiet
+from fedlora.runs.start import settled
+from fedlora.tasks.classification import Classification
 
 CLIENTS = 30
 RATES = (1e-2, 3e-2, 1e-1)

@@ -28,14 +28,14 @@ import flwr
 import tomli_w
 
 from fedlora.config import DEMO, build
+from fedlora.deploy import launch as deploy
+from fedlora.deploy.address import Address
+from fedlora.deploy.join import start_node
+from fedlora.deploy.processes import CONNECTION, Process, free_port
+from fedlora.deploy.processes import flwr as command
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
 from fedlora.federated_data import FederatedData
-from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import CONNECTION, Process, free_port
-from fedlora.rounds.flower.processes import flwr as command
-from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.progress import NullProgress
 
 HERE = Path(__file__).resolve().parent

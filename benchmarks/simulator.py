@@ -92,7 +92,7 @@ def product(files: list[str], work: Work, seed: int, together: int, precision: s
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
     from fedlora.experiment import run
     from fedlora.federated_data import FederatedData
-    from fedlora.runs import settled
+    from fedlora.runs.start import settled
     from fedlora.train import local
 
     setup = settled(experiment(files, work, seed, together, precision))
@@ -124,7 +124,7 @@ def handed(files: list[str], work: Work, seed: int) -> "Handed":
     from transformers import AutoTokenizer
 
     from fedlora.federated_data import FederatedData
-    from fedlora.train.loading import locate, quiet
+    from fedlora.models.loading import locate, quiet
 
     quiet()
     setup = experiment(files, work, seed, 1)

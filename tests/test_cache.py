@@ -5,7 +5,7 @@ import torch
 from transformers import BertTokenizerFast
 
 from fedlora.cache import cached
-from fedlora.train.tasks import Classification
+from fedlora.tasks.classification import Classification
 
 from tiny import tiny_bert
 

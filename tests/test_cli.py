@@ -21,7 +21,7 @@ from fedlora import Experiment, cli, experiment, reference, run
 from fedlora.config import read
 from fedlora.errors import UserError
 from fedlora.methods import TABLE
-from fedlora.train.tasks import Classification
+from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 
 from tiny import WORDS, tiny_bert, tiny_model, tiny_rows

@@ -12,7 +12,7 @@ from fedlora.errors import UserError
 from fedlora.experiment import Session, run
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
-from fedlora.runs import settled
+from fedlora.runs.start import settled
 from fedlora.train import hardware
 
 from tiny import tiny_rows

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora import Experiment, run
-from fedlora import export as export_module
 from fedlora.errors import UserError
 from fedlora.experiment import Session, _opened, export
+from fedlora.exporting import write as export_module
 from fedlora.federated_data import FederatedData
 from fedlora.methods import TABLE
-from fedlora.runs import read_folder
+from fedlora.runs.start import read_folder
 from tiers import fast
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_rows

@@ -16,12 +16,13 @@ import pytest
 import tomli_w
 import torch
 
-from fedlora import cli, export
+from fedlora import cli
 from fedlora import experiment as runs
 from fedlora.config import build
+from fedlora.exporting import write as export
 from fedlora.rounds.codec import decode_state, encode_state
+from fedlora.tasks.classification import Classification
 from fedlora.train import local
-from fedlora.train.tasks import Classification
 from tiers import fast, slow
 
 from forks import ended, started

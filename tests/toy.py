@@ -15,10 +15,10 @@ from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeat
 from fedlora.method import AnyMethod
 from fedlora.methods import Row
 from fedlora.methods.wrap.head import with_head
+from fedlora.models.requests import check_request, check_update
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.train.requests import check_request, check_update
 
 SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},

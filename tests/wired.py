@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedlora.rounds.checkpoint import RunFolder
+from fedlora.runs.folder import RunFolder
 
 from tiny import tiny_bert, tiny_rows
 

@@ -12,11 +12,11 @@ from fedlora.version import __version__
 if TYPE_CHECKING:
     from fedlora.config import Experiment
     from fedlora.experiment import resume, run
-    from fedlora.runs import Result
+    from fedlora.runs.start import Result
 
 __all__ = ["Experiment", "Result", "__version__", "resume", "run"]
 
-_HOMES = {"Experiment": "config", "Result": "runs", "resume": "experiment", "run": "experiment"}
+_HOMES = {"Experiment": "config", "Result": "runs.start", "resume": "experiment", "run": "experiment"}
 
 
 def __getattr__(name: str) -> Any:

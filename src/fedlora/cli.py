@@ -17,7 +17,7 @@ from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
     from fedlora.rounds.progress import Progress
-    from fedlora.runs import Result
+    from fedlora.runs.start import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -77,7 +77,7 @@ def deploy_local(
     from fedlora.config import read
 
     _need_flower()
-    from fedlora.rounds.flower import deploy as flower
+    from fedlora.deploy import launch as flower
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
@@ -114,8 +114,8 @@ def serve(
     from fedlora.config import read
 
     _need_flower()
-    from fedlora.rounds.flower import deploy as flower
-    from fedlora.rounds.flower.address import Address
+    from fedlora.deploy import launch as flower
+    from fedlora.deploy.address import Address
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
@@ -161,9 +161,9 @@ def join(
 ) -> None:
     """Take part in a run with the examples on this machine: a Flower SuperNode and its worker. Ends with Ctrl-C."""
     _need_flower()
-    from fedlora.rounds.flower import join as node
-    from fedlora.rounds.flower.address import Address
-    from fedlora.rounds.flower.settings import Settings
+    from fedlora.deploy import join as node
+    from fedlora.deploy.address import Address
+    from fedlora.deploy.settings import Settings
 
     address = Address.parse(server)
     settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
@@ -186,7 +186,7 @@ def keys(
 ) -> None:
     """Make the server's certificate, and a key for each node that may connect."""
     _need_flower()
-    from fedlora.rounds.flower.keys import Keys
+    from fedlora.deploy.keys import Keys
 
     made = Keys(folder)
     if not host and not node:
@@ -297,7 +297,7 @@ def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> No
 
     experiment = build(DEMO, overrides or ()) if file is None else read(file, overrides or ())
     from fedlora.experiment import run
-    from fedlora.runs import new_folder
+    from fedlora.runs.start import new_folder
 
     path = out or new_folder(experiment)
     _follow(path, experiment.rounds, lambda progress: run(experiment, path, progress))
@@ -312,7 +312,7 @@ def _check_resumed(file: Path | None, out: Path | None) -> None:
 
 def _resume(path: Path, overrides: list[str] | None) -> None:
     from fedlora.experiment import resume
-    from fedlora.runs import extend, read_folder
+    from fedlora.runs.start import extend, read_folder
 
     if overrides:
         extend(path, overrides)
@@ -383,8 +383,8 @@ def _serve(
     again: str,
 ) -> None:
     """A new run or one that goes on, shown while it does; `again` is the command that takes it up."""
-    from fedlora import runs
     from fedlora.config import read
+    from fedlora.runs import start as runs
 
     if resume is not None:
         _check_resumed(file, out)

@@ -12,36 +12,36 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora.adapter import Adapter, Dense, Scaling, lora_init
-from fedlora.card import model_card
 from fedlora.config import Experiment
 from fedlora.errors import RunStopped, UserError
-from fedlora.export import fixed, to_merged, to_peft, unfit
+from fedlora.exporting.card import model_card
+from fedlora.exporting.write import fixed, to_merged, to_peft, unfit
 from fedlora.federated_data import FederatedData
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
-from fedlora.manifest import Manifest
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
-from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.fingerprint import fingerprint
+from fedlora.models.loading import locate, quiet
+from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
+from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.loop import Backend, Plan, RunState, run_rounds
 from fedlora.rounds.progress import NullProgress, Progress
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.runs import Result, extend, keep_rounds, new_folder, read_folder, record, settled
+from fedlora.runs.folder import DEPLOY, RunFolder, client_folder
+from fedlora.runs.manifest import Manifest
+from fedlora.runs.start import Result, extend, keep_rounds, new_folder, read_folder, record, settled
+from fedlora.tasks.classification import Classification, Encoded, Task
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
-from fedlora.train.fingerprint import fingerprint
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.loading import locate, quiet
 from fedlora.train.local import LocalTrainer
-from fedlora.train.targets import check_ranks, find_targets, head_modules, norm_modules
-from fedlora.train.tasks import Classification, Encoded, Task
-from fedlora.train.tokenizers import check_known, check_lengths, positions
 
 
 def run(experiment: Experiment | None = None, out: str | Path | None = None, progress: Progress | None = None) -> Result:

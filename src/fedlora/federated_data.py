@@ -12,10 +12,10 @@ from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import LabelledData, load, load_own
 from fedlora.errors import UserError
-from fedlora.manifest import Client, DataFingerprint, Examples
 from fedlora.messages import ClientInfo
-from fedlora.rounds.checkpoint import client_folder
 from fedlora.rounds.sample import check_cohort
+from fedlora.runs.folder import client_folder
+from fedlora.runs.manifest import Client, DataFingerprint, Examples
 
 
 @dataclass(frozen=True)

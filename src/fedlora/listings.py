@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import pages
+from fedlora import method_docs
 from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods import Row
@@ -31,7 +31,7 @@ def methods(rows: Iterable[Row]) -> Group:
 
 def method(row: Row) -> Markdown:
     """The method's page."""
-    return Markdown(pages.page(row))
+    return Markdown(method_docs.page(row))
 
 
 def settings(entries: Iterable[Setting]) -> Group:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.printable import printable
-from fedlora.runs import Result
+from fedlora.runs.start import Result
 
 
 class Live:

@@ -19,17 +19,17 @@ from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
 from fedlora.config import Lora, Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_base_updates
-from fedlora.export import to_merged, to_peft, unfit
+from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.methods import Row
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.models.targets import head_modules, norm_modules
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.features import try_packing
-from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
-from fedlora.train.targets import head_modules, norm_modules
-from fedlora.train.tasks import Classification, Encoded
 
 from plain import PlainModel
 from test_laws import CASES, MIXED, every_row

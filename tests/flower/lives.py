@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.flower.event_log import NAME
+from fedlora.deploy.event_log import NAME
+from fedlora.runs.folder import DEPLOY
 
 from wired import problem
 

@@ -8,13 +8,13 @@ from threading import Thread
 import pytest
 
 from fedlora.config import build
+from fedlora.deploy import launch as deploy
+from fedlora.deploy.address import Address
+from fedlora.deploy.join import start_node
+from fedlora.deploy.processes import free_port
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
 from fedlora.errors import RunStopped
-from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import free_port
-from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.progress import NullProgress
 
 from lives import rows_in, table, until

@@ -10,11 +10,11 @@ import pytest
 import tomli_w
 
 from fedlora.config import build
+from fedlora.deploy import launch as deploy
+from fedlora.deploy.address import Address
+from fedlora.deploy.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
+from fedlora.deploy.settings import Settings
 from fedlora.experiment import run
-from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
-from fedlora.rounds.flower.settings import Settings
 
 from lives import alive_in, command_of, event_log, fedlora, rows_in, table, until
 from wired import assert_same_runs, furnish
@@ -46,7 +46,7 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
         resume = ["serve", "--listen", str(address), "--resume", str(path)]
         second, before = fedlora(*resume), len(rows_in(path))
         assert until(lambda: len(rows_in(path)) > before)
-        for pid in [pid for pid in alive_in(path) if "rounds.flower.superlink" in command_of(pid)]:
+        for pid in [pid for pid in alive_in(path) if "deploy.superlink_guard" in command_of(pid)]:
             os.kill(pid, signal.SIGKILL)
         _, err = second.communicate(timeout=60)
         assert second.returncode == 1 and "the SuperLink ended" in err and shlex.join(resume) in err

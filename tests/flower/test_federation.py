@@ -13,17 +13,17 @@ import pytest
 import tomli_w
 
 from fedlora.config import build
+from fedlora.deploy import launch as deploy
+from fedlora.deploy.address import Address
+from fedlora.deploy.event_log import NAME
+from fedlora.deploy.join import start_node
+from fedlora.deploy.processes import CONNECTION, flwr, free_port
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
 from fedlora.experiment import run
 from fedlora.methods import TABLE
-from fedlora.rounds.checkpoint import DEPLOY
-from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.event_log import NAME
-from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import CONNECTION, flwr, free_port
-from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.progress import NullProgress
+from fedlora.runs.folder import DEPLOY
 
 from tiny import tiny_bert, tiny_rows
 from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of

@@ -13,13 +13,13 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.config import build
-from fedlora.rounds.flower import deploy
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import Process, free_port
-from fedlora.rounds.flower.settings import Settings
+from fedlora.deploy import launch as deploy
+from fedlora.deploy.address import Address
+from fedlora.deploy.join import start_node
+from fedlora.deploy.keys import Keys
+from fedlora.deploy.processes import Process, free_port
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
 from fedlora.rounds.progress import NullProgress
 
 from tiny import tiny_bert, tiny_rows
@@ -31,8 +31,8 @@ SKEWED = """
 import sys
 from datetime import UTC, datetime, timedelta
 from flwr.supernode import node_auth_http_interceptor as signed
-from fedlora.rounds.flower import supernode
-from fedlora.rounds.flower.address import Address
+from fedlora.deploy import supernode
+from fedlora.deploy.address import Address
 from pathlib import Path
 
 class Ahead(datetime):

@@ -12,14 +12,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedlora.deploy.address import Address
+from fedlora.deploy.guard import HEADER
+from fedlora.deploy.join import start_node
+from fedlora.deploy.keys import Keys
+from fedlora.deploy.processes import CONNECTION, connection, flwr, free_port
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
 from fedlora.errors import RunStopped
-from fedlora.rounds.flower.address import Address
-from fedlora.rounds.flower.guard import HEADER
-from fedlora.rounds.flower.join import start_node
-from fedlora.rounds.flower.keys import Keys
-from fedlora.rounds.flower.link import SuperLink
-from fedlora.rounds.flower.processes import CONNECTION, connection, flwr, free_port
-from fedlora.rounds.flower.settings import Settings
 
 from lives import alive_in, until
 

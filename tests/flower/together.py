@@ -10,10 +10,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import experiment
-from fedlora.rounds.flower.lifetime import end_with
-from fedlora.rounds.flower.post import GridTransport
-from fedlora.rounds.flower.server import serve
-from fedlora.rounds.flower.wire import Batch, decode_message, encode_message
+from fedlora.deploy.server import serve
+from fedlora.deploy.transport import GridTransport
+from fedlora.deploy.watchdog import end_with
+from fedlora.deploy.wire import Batch, decode_message, encode_message
 
 app = ServerApp()
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedlora.linalg.alternation import Coefficients, affine, alternate, combined, descend, linear, objective
+from fedlora.linalg.als import Coefficients, affine, alternate, combined, descend, linear, objective
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.lowrank import LowRank
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedlora.linalg import solve
-from fedlora.linalg.alternation import affine, alternate, combined, descend, linear, objective
+from fedlora.linalg import ridge_correction as solve
+from fedlora.linalg.als import affine, alternate, combined, descend, linear, objective
 from fedlora.linalg.combine import inner, mean, norm, relative_error, residual, stack, widen
 from fedlora.linalg.fit import best_fit, recompress, svd, truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.queries import answer_first, answer_second, finish, probe, span
-from fedlora.linalg.robust import robust_pca
-from fedlora.linalg.stream import RunningSum
+from fedlora.linalg.randomized_svd import answer_first, answer_second, finish, probe, span
+from fedlora.linalg.robust_pca import robust_pca
+from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.subspace import align, angles, rank_change, similarity
-from fedlora.linalg.terms import Terms
+from fedlora.linalg.weighted_terms import Terms
 
 
 def factor(rank: int = 4, dtype: torch.dtype = torch.float32) -> LowRank:

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedlora.linalg.queries import answer_first, answer_second, finish, probe, span
+from fedlora.linalg.randomized_svd import answer_first, answer_second, finish, probe, span
 
 from twins import IN, apart, drifted_terms, random_terms, total, truncated
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedlora.linalg.robust import robust_pca, shrink_singular
+from fedlora.linalg.robust_pca import robust_pca, shrink_singular
 
 from twins import apart
 

@@ -3,7 +3,7 @@ import torch
 
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.solve import CosineLoss, corrected, cross, descend, ridge
+from fedlora.linalg.ridge_correction import CosineLoss, corrected, cross, descend, ridge
 
 from twins import apart, drifted_terms, random_terms, total, truncated
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedlora.linalg.fit import best_fit
-from fedlora.linalg.stream import RunningSum
+from fedlora.linalg.running_sum import RunningSum
 
 from twins import IN, OUT, apart, drifted_terms, random_factor, random_terms, total, truncated
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import Terms
+from fedlora.linalg.weighted_terms import Terms
 
 OUT, IN = 30, 22
 

@@ -7,7 +7,7 @@ import torch
 
 from fedlora.adapter import Scaling, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.solve import cross, ridge
+from fedlora.linalg.ridge_correction import cross, ridge
 from fedlora.messages import Replies
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.scaled import scaled

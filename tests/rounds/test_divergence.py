@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from test_validator import MEMBERS, METHOD, SPEC, Answers, NoFolds, Watched, equal, only, run_rounds, upload
 
 from fedlora.adapter import Adapter
 from fedlora.config import Evaluate, Sampling
@@ -21,7 +22,6 @@ from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
 from fedlora.terminal import Live
 
-from test_gate import MEMBERS, METHOD, SPEC, Answers, NoFolds, Watched, equal, only, run_rounds, upload
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 

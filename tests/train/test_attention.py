@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from fedlora.train.attention import Attention
-from fedlora.train.chance import ClientDropout
-from fedlora.train.packing import Packing
+from fedlora.models.attention import Attention
+from fedlora.models.dropout import ClientDropout
+from fedlora.models.packing import Packing
 
 SHOWN = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
 SHOWN[0, 0, 2], SHOWN[1, 0, 5] = False, False  # two queries without any key

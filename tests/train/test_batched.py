@@ -14,12 +14,12 @@ from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.models.dropout import ClientDropout
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import Job, Trained, bytes_per_token, passes, train_together
-from fedlora.train.chance import ClientDropout
 from fedlora.train.features import try_packing
-from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows
 

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from fedlora.adapter import lora_init
 from fedlora.config import Train
 from fedlora.messages import ClientInfo
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.features import features
-from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert
 

@@ -10,10 +10,10 @@ from fedlora.adapter import Dense, pack
 from fedlora.config import Train
 from fedlora.linalg.lowrank import Heads, LowRank
 from fedlora.messages import ClientInfo, Gradient
+from fedlora.models.layers import LoraLayer
+from fedlora.tasks.classification import Classification
 from fedlora.train.batched import train_together
-from fedlora.train.layers import LoraLayer
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification
 
 TASK = Classification()
 WHO = ClientInfo("x", 3, 5)

@@ -15,14 +15,14 @@ from fedlora.errors import UserError
 from fedlora.experiment import run
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.targets import head_modules
 from fedlora.rounds.progress import NullProgress
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 from fedlora.train.independence import clients_per_step
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.targets import head_modules
-from fedlora.train.tasks import Classification, Encoded
 from tiers import fast
 
 from architectures import CONFIGS, model_of, tokenizer_of

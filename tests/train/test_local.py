@@ -16,14 +16,14 @@ from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import generator
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import Job, Trained, train_together
 from fedlora.train.batches import epoch
-from fedlora.train.chance import ClientDropout
 from fedlora.train.evaluate import score
-from fedlora.train.inject import AdaptedModel, Scaling
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows
 

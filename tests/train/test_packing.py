@@ -12,14 +12,14 @@ from torch.testing import assert_close
 from fedlora.adapter import pack
 from fedlora.config import Train
 from fedlora.data.files import columns
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.models.layout import Layout
+from fedlora.models.packing import Packing
+from fedlora.models.targets import norm_modules
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
-from fedlora.train.inject import AdaptedModel, Scaling
-from fedlora.train.layout import Layout
-from fedlora.train.packing import Packing
-from fedlora.train.targets import norm_modules
-from fedlora.train.tasks import Classification, Encoded
 
 from tiny import LABELS, tiny_bert, tiny_rows
 

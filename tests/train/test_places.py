@@ -9,9 +9,9 @@ from test_batched import TASK, jobs
 from fedlora.config import Train
 from fedlora.data.files import columns
 from fedlora.messages import Fit
+from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.train import batched
 from fedlora.train.features import try_packing
-from fedlora.train.inject import AdaptedModel, Scaling
 
 from tiny import LABELS, tiny_bert, tiny_rows
 

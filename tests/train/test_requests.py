@@ -15,11 +15,11 @@ from fedlora.config import Train
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.models.adapted import AdaptedModel
 from fedlora.rounds.client import ClientStart, turns
+from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import Job, train_together
-from fedlora.train.inject import AdaptedModel
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Classification, Encoded
 
 from toy import SPEC, ToyTrainer
 

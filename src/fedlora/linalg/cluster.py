@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.terms import WORKING
+from fedlora.linalg.weighted_terms import WORKING
 
 
 def directions(rows: Float[Tensor, "items size"]) -> Float[Tensor, "items size"]:

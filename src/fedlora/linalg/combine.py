@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, concat_factors, dense, shared_rank, sizes
+from fedlora.linalg.weighted_terms import WORKING, Terms, concat_factors, dense, shared_rank, sizes
 
 
 def stack(terms: Terms) -> LowRank:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.linalg.combine import fresh_rows
 from fedlora.linalg.krylov import Matrix, converged_basis, power_step, times
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING, Terms, concat_factors, dense, sizes
+from fedlora.linalg.weighted_terms import WORKING, Terms, concat_factors, dense, sizes
 
 Split = Literal["left", "balanced"]
 Svd = tuple[Tensor, Tensor, Tensor]

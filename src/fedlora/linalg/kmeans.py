@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedlora.linalg.terms import WORKING
+from fedlora.linalg.weighted_terms import WORKING
 
 
 def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "points points"]:

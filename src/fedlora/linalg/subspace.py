@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import WORKING
+from fedlora.linalg.weighted_terms import WORKING
 
 Side = Literal["b", "a"]
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.linalg.mixture import Mixtures, components
-from fedlora.linalg.terms import WORKING
+from fedlora.linalg.weighted_terms import WORKING
 
 
 def gaussians_apart(

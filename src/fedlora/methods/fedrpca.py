@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.robust import robust_pca
+from fedlora.linalg.robust_pca import robust_pca
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch

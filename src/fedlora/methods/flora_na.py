@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
-from fedlora.linalg.alternation import Coefficients, Layer, affine, alternate, at_once, combined, descend, linear
+from fedlora.linalg.als import Coefficients, Layer, affine, alternate, at_once, combined, descend, linear
 from fedlora.linalg.combine import leading, widen
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.terms import Terms
+from fedlora.linalg.weighted_terms import Terms
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.flexlora import Sliced

@@ -10,8 +10,8 @@ from torch import Tensor
 from fedlora.linalg.combine import leading, norm, pad, stack
 from fedlora.linalg.fit import Split
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.stream import RunningSum
-from fedlora.linalg.terms import dense
+from fedlora.linalg.running_sum import RunningSum
+from fedlora.linalg.weighted_terms import dense
 
 Updates = Mapping[str, LowRank]
 """Module name -> factors of an update, of a part of it, or of a fold."""

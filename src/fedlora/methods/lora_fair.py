@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.solve import CosineLoss, corrected, descend
-from fedlora.linalg.terms import Terms
+from fedlora.linalg.ridge_correction import CosineLoss, corrected, descend
+from fedlora.linalg.weighted_terms import Terms
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, fit
 from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fedlora.adapter import Adapter, pack
 from fedlora.config import Train
 from fedlora.messages import Fit
+from fedlora.models.adapted import AdaptedModel, form
+from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import derive, generator
+from fedlora.tasks.classification import Encoded, Task
 from fedlora.train.batches import concat_factors, epoch
-from fedlora.train.chance import ClientDropout
-from fedlora.train.inject import AdaptedModel, form
-from fedlora.train.tasks import Encoded, Task
 
 
 @dataclass(frozen=True)

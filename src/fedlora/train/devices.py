@@ -15,8 +15,8 @@ from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.tasks.classification import Encoded
 from fedlora.train.local import LocalTrainer
-from fedlora.train.tasks import Encoded
 
 
 class TrainerProcess:

@@ -6,9 +6,9 @@ import torch
 
 from fedlora.adapter import Adapter
 from fedlora.messages import Score
+from fedlora.models.adapted import AdaptedModel
+from fedlora.tasks.classification import Encoded, Task
 from fedlora.train.batches import concat_factors
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.tasks import Encoded, Task
 
 
 def score(

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.tasks import Encoded, Task
+from fedlora.models.adapted import AdaptedModel
+from fedlora.tasks.classification import Encoded, Task
 
 
 def features(

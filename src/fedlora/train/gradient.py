@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter
 from fedlora.messages import Gradient
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.tasks import Encoded, Task
+from fedlora.models.adapted import AdaptedModel
+from fedlora.tasks.classification import Encoded, Task
 
 
 def gradient(

@@ -12,11 +12,11 @@ from fedlora.config import Train
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
+from fedlora.models.adapted import AdaptedModel
 from fedlora.randomness import generator
+from fedlora.tasks.classification import Encoded, Task
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
-from fedlora.train.inject import AdaptedModel
-from fedlora.train.tasks import Encoded, Task
 
 _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
 """In each example of each client."""

@@ -9,14 +9,14 @@ from fedlora.adapter import Adapter
 from fedlora.config import Train
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.models.adapted import AdaptedModel, form
+from fedlora.models.requests import check_request
 from fedlora.randomness import derive
+from fedlora.tasks.classification import Encoded, Task
 from fedlora.train.batched import Job, in_common, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
-from fedlora.train.inject import AdaptedModel, form
-from fedlora.train.requests import check_request
-from fedlora.train.tasks import Encoded, Task
 
 
 @dataclass(frozen=True)

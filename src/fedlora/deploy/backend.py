@@ -1,0 +1,356 @@
+"""The exchange with clients on other nodes: who is there, what each is sent, which answers count. Knows no network."""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from fedlora.adapter import Tensors
+from fedlora.deploy.admission import NodeAdmission
+from fedlora.deploy.credential import Credential
+from fedlora.deploy.scores import ScoreCheck
+from fedlora.deploy.wire import (
+    ClientRecord,
+    ClientResult,
+    ClientTask,
+    Done,
+    Handshake,
+    HandshakeReply,
+    Notice,
+    Refused,
+    RoundRecord,
+    TaskRequest,
+    decode_message,
+    encode_message,
+)
+from fedlora.errors import RunStopped
+from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo, Reply, Round, Score
+from fedlora.rounds.base_updates import base_update_indices
+from fedlora.rounds.client import Trainer
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.validator import Failed
+
+_HELLO_SECONDS = 600.0
+"""A node loads its model to answer a hello."""
+_NOTICE_SECONDS = 10.0
+_UNDECLARED = 10_000
+"""The most clients of one node on a server without keys, which only its own machine can reach."""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Who carries messages to nodes and back."""
+
+    def nodes(self) -> Collection[int]:
+        """The nodes that are connected now."""
+
+    def credential(self, node: int) -> Credential | None:
+        """The key with which a connected node was authenticated; None where the server has no keys."""
+
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        """Sends each node its message, to be given up after so many seconds; tickets, and the node of each.
+
+        A node reads its messages in the order in which they were sent.
+        """
+
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
+        """The answers that have come, or why there will be none."""
+
+
+Kind = Literal["train", "evaluate", "keep"]
+_Found = tuple[Round, ClientResult, "bytes | None"]
+"""The round that a node says it answers, its answer for one client, and that one's upload."""
+
+
+@dataclass
+class _Node:
+    """A node that has been let in. `at` is what Flower calls it, until it connects anew.
+
+    `folds` are those that it has said it holds, `coming` those in messages that it has not answered. Its messages may speak
+    of `most` clients.
+    """
+
+    at: int
+    clients: list[ClientInfo]
+    base_updates: list[int]
+    most: int
+    in_flight: set[int] = field(default_factory=set)
+
+    def expected(self) -> list[int]:
+        """The folds that it holds once it has read all its messages, which it does in their order."""
+        return sorted({*self.base_updates, *self.in_flight})
+
+
+class FlowerBackend:
+    """The exchange over a post. Nodes that come later or return are let in between two rounds."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        handshake: Handshake,
+        admission: NodeAdmission,
+        trainer: Trainer,
+        scores: ScoreCheck,
+        deadline: float,
+        poll: float = 0.5,
+        notify: Callable[[str], None] = print,
+        tensors: int = 2**16,
+    ) -> None:
+        """`hello` says what is run; `notify` gets one line about a node that is refused or a client that fails.
+
+        An upload may have so many `tensors`.
+        """
+        self._transport, self._handshake, self._admission, self._trainer, self._score_check = (
+            transport,
+            handshake,
+            admission,
+            trainer,
+            scores,
+        )
+        self._deadline, self._poll, self._notify, self._tensors = deadline, poll, notify, tensors
+        self._nodes: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
+        self._greeted: set[int] = set()
+        self._pending: dict[str, int] = {}  # hellos
+        self._refused: list[str] = []
+
+    def gather(self, count: int, seconds: float) -> None:
+        """Waits until so many clients have come.
+
+        Raises:
+            RunStopped: they have not within so many seconds; names those that have, and who was refused.
+        """
+        until = time.monotonic() + seconds
+        while len(self.clients()) < count:
+            if time.monotonic() > until:
+                came = ", ".join(sorted(client.id for client in self.clients())) or "none"
+                why = "".join(f"; {reason}" for reason in self._refused)
+                raise RunStopped(f"of {count} clients, {came} came within {seconds:g} s (deploy.wait){why}")
+            time.sleep(self._poll)
+
+    def clients(self) -> Sequence[ClientInfo]:
+        """All that have been let in, those included whose node is away."""
+        self._register()
+        return sorted((client for node in self._nodes.values() for client in node.clients), key=lambda client: client.id)
+
+    def held(self) -> Mapping[str, Sequence[int]]:
+        """As their nodes have told, and what is on its way to them."""
+        return {client.id: node.expected() for node in self._nodes.values() for client in node.clients}
+
+    def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
+        """Changes the server's own base, on which the global test is."""
+        self._trainer.merge_into_base(change)
+
+    def train_clients(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[Reply | Failed]:
+        """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
+        return self._replies(self._sent("train", rnd, sent, pending))
+
+    def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]) -> None:
+        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
+        failed = {client.id: found for client, found in self._sent("keep", rnd, sent, pending) if isinstance(found, str)}
+        for client, reason in failed.items():
+            self._notify(f"client {client} could not keep its adapter: {reason}")
+        self._notify(
+            f"{len(sent) - len(failed)} of {len(sent)} clients have their adapter in their node's folder, in runs/*/adapter"
+        )
+
+    def finish(self) -> None:
+        """Tells the connected nodes that the run is finished; does not wait long for one that does not answer."""
+        connected = set(self._transport.nodes())
+        notice = encode_message(Notice(run=self._handshake.run, state="finished", text="all rounds are complete"))
+        messages = {node.at: notice for node in self._nodes.values() if node.at in connected}
+        message_ids = self._transport.send(messages, _NOTICE_SECONDS) if messages else {}
+        until = time.monotonic() + _NOTICE_SECONDS
+        while message_ids and time.monotonic() < until:
+            received = self._transport.collect(list(message_ids))
+            if message_ids := {ticket: at for ticket, at in message_ids.items() if ticket not in received}:
+                time.sleep(self._poll)
+
+    def _replies(self, results: Iterator[tuple[ClientInfo, _Found | str]]) -> Iterator[Reply | Failed]:
+        for client, found in results:
+            if isinstance(found, str):
+                yield Failed(client, found)
+                continue
+            round_record, result, upload = found
+            try:
+                if upload is None:
+                    raise ValueError("sent no upload")
+                yield Reply(client, round_record, decode(upload, self._tensors), result.weight, result.notes)
+            except ValueError as error:
+                yield Failed(client, str(error))
+
+    def evaluate(
+        self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        """The valid scores that came by the deadline. Sends at once."""
+        return self._scores(rnd, self._sent("evaluate", rnd, sent, pending))
+
+    def _scores(
+        self, rnd: Round, results: Iterator[tuple[ClientInfo, _Found | str]]
+    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+        for client, found in results:
+            if isinstance(found, str):
+                self._notify(f"client {client.id} did not judge: {found}")
+                continue
+            round_record, result, _ = found
+            reason = "is for another round" if round_record != rnd else self._score_check.rejection(result, client)
+            if reason is not None:
+                self._notify(f"client {client.id}: its score is rejected: {reason}")
+            else:
+                yield client, Score(result.examples, result.metrics) if result.examples else None
+
+    def _sent(
+        self,
+        kind: Kind,
+        rnd: Round,
+        sent: Mapping[ClientInfo, Tensors],
+        pending: Mapping[ClientInfo, Tensors],
+    ) -> Iterator[tuple[ClientInfo, _Found | str]]:
+        """Sends the orders; each client's answer in the order of `sent`, as soon as it is known, or why there is none."""
+        found: dict[str, _Found | str] = {}
+        messages: dict[int, bytes] = {}
+        names: dict[int, str] = {}
+        connected = set(self._transport.nodes())
+        for name, node in self._nodes.items():
+            state = {client: download for client, download in sent.items() if client in node.clients}
+            if state and node.at in connected:
+                names[node.at] = name
+                messages[node.at] = self._request(kind, rnd, node, state, pending)
+            elif state:
+                found |= {client.id: "its node is not connected" for client in state}
+        message_ids = self._transport.send(messages, self._deadline) if messages else {}
+        for at in messages.keys() - set(message_ids.values()):
+            found |= {client.id: "could not be sent to its node" for client in self._nodes[names[at]].clients}
+        return self._results(list(sent), message_ids, names, found, time.monotonic() + self._deadline)
+
+    def _results(
+        self,
+        clients: Sequence[ClientInfo],
+        message_ids: dict[str, int],
+        names: Mapping[int, str],
+        found: dict[str, _Found | str],
+        until: float,
+    ) -> Iterator[tuple[ClientInfo, _Found | str]]:
+        for client in clients:
+            while client.id not in found:
+                if not self._collect(message_ids, names, found):
+                    if time.monotonic() > until:
+                        found[client.id] = f"gave no answer within {self._deadline:g} s (deploy.deadline)"
+                    else:
+                        time.sleep(self._poll)
+            yield client, found.pop(client.id)
+        for name in names.values():
+            self._nodes[name].in_flight.clear()  # what is not in an answer by now never came
+
+    def _collect(self, message_ids: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
+        """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
+        messages = self._transport.collect(list(message_ids)) if message_ids else {}
+        for ticket, letter in messages.items():
+            node = self._nodes[names[message_ids.pop(ticket)]]
+            state = {client.id for client in node.clients}
+            results = _opened(letter, node.most)
+            if isinstance(results, str):
+                found |= dict.fromkeys(state, results)
+                continue
+            done, payloads = results
+            node.base_updates = done.base_updates
+            found |= dict.fromkeys(state, "its node's answer does not mention it")
+            for result in done.results:
+                if result.id in state:
+                    found[result.id] = _found(done, result, payloads)
+        return bool(messages)
+
+    def _request(
+        self,
+        kind: Kind,
+        rnd: Round,
+        node: _Node,
+        sent: Mapping[ClientInfo, Tensors],
+        pending: Mapping[ClientInfo, Tensors],
+    ) -> bytes:
+        """The message to one node; what several of its clients are sent alike is in it once."""
+        payloads: dict[bytes, int] = {}
+        tasks = [
+            ClientTask(
+                client=ClientRecord.of(client),
+                download=payloads.setdefault(encode(download), len(payloads)),
+                base_updates=payloads.setdefault(encode(pending[client]), len(payloads)) if client in pending else None,
+            )
+            for client, download in sent.items()
+        ]
+        request = TaskRequest(
+            kind=kind, run=self._handshake.run, round_record=RoundRecord.of(rnd), held=node.expected(), tasks=tasks
+        )
+        node.in_flight |= {index for client in sent if client in pending for index in base_update_indices(pending[client])}
+        return encode_message(request, list(payloads))
+
+    def _register(self) -> None:
+        """Says hello to nodes that are new, and lets in those that have answered as they should."""
+        connected = set(self._transport.nodes())
+        new = connected - self._greeted
+        self._greeted = (self._greeted & connected) | new
+        if new:
+            self._pending |= self._transport.send(dict.fromkeys(new, encode_message(self._handshake)), _HELLO_SECONDS)
+        messages = self._transport.collect(list(self._pending)) if self._pending else {}
+        for ticket, letter in messages.items():
+            at = self._pending.pop(ticket)
+            reason = self._welcome(at, letter, connected)
+            if isinstance(letter, str):
+                self._greeted.discard(at)  # it may have been too busy loading its model: once more
+            elif reason is not None and at in connected:  # not waited for
+                notice = Notice(run=self._handshake.run, state="rejected", text=reason[:1000])
+                self._transport.send({at: encode_message(notice)}, _NOTICE_SECONDS)
+            if reason is not None and f"node {at} refused: {reason}" not in self._refused:
+                self._refused.append(f"node {at} refused: {reason}")
+                self._notify(self._refused[-1])
+
+    def _welcome(self, at: int, letter: bytes | str, connected: Collection[int]) -> str | None:
+        """Lets a node in, in place of what it was before; or says why not."""
+        if isinstance(letter, str):
+            return letter
+        credential = self._transport.credential(at)
+        most = _UNDECLARED if credential is None else len(credential.clients)
+        try:
+            header, _ = decode_message(letter, most)
+        except ValueError as error:
+            return str(error)
+        if isinstance(header, Refused):
+            return str(header.failure)
+        if not isinstance(header, HandshakeReply):
+            return f"answers {header.kind!r} to a hello"
+        name = header.node if credential is None else credential.name
+        others = {other: node for other, node in self._nodes.items() if other != name and node.at in connected}
+        taken = {client.id: other for other, node in others.items() for client in node.clients}
+        reason = self._admission.rejection_reason(header, credential, taken)
+        if reason is None:
+            claimed = {person.id for person in header.clients}
+            for node in self._nodes.values():  # of nodes that are gone
+                node.clients = [client for client in node.clients if client.id not in claimed]
+            clients = [person.info() for person in header.clients]
+            self._nodes[name] = _Node(at, clients, list(header.base_updates), len(clients))
+        return reason
+
+
+def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str:
+    """The answer to an order of a node of so many clients, or why it cannot be used."""
+    if isinstance(letter, str):
+        return letter
+    try:
+        header, payloads = decode_message(letter, clients)
+    except ValueError as error:
+        return f"its node sent {error}"
+    if isinstance(header, Refused):
+        return str(header.failure)
+    return (header, payloads) if isinstance(header, Done) else f"its node answers {header.kind!r}"
+
+
+def _found(done: Done, result: ClientResult, payloads: Sequence[bytes]) -> _Found | str:
+    if result.failure is not None:
+        return str(result.failure)
+    if result.upload is None:
+        return done.round_record.round(), result, None
+    if result.upload >= len(payloads):
+        return "its upload is missing"
+    return done.round_record.round(), result, payloads[result.upload]

@@ -1,0 +1,47 @@
+"""Runs one of Flower's commands so that its requests carry our SuperLink's secret, and no secret is on a command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from typing import Any
+
+from fedlora.deploy.guard import send_secret
+
+_MODULE = "fedlora.deploy.flower_command"
+_TOKEN = "FEDLORA_TASK_TOKEN"
+
+
+def flower_command(*words: str) -> list[str]:
+    """The command line that runs Flower's command `words` here."""
+    return [sys.executable, "-m", _MODULE, *words]
+
+
+def main() -> None:
+    """Flower's command of the first argument, with the others."""
+    sys.argv = sys.argv[1:]
+    send_secret()
+    if sys.argv[0] == "flower-superexec":
+        _hide_tokens()
+    if token := os.environ.pop(_TOKEN, None):
+        sys.argv += ["--token", token]  # of this process alone: the system keeps the command line as it was started
+    (command,) = {found.value: found for found in entry_points(group="console_scripts", name=sys.argv[0])}.values()
+    sys.exit(command.load()())
+
+
+def _hide_tokens() -> None:
+    """Has the SuperExec start its processes by this module, with their tokens in the environment."""
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    def start(command: Sequence[str], **named: Any) -> "subprocess.Popen[bytes]":
+        at = command.index("--token")
+        without = [*command[:at], *command[at + 2 :]]
+        return subprocess.Popen(flower_command(*without), env={**os.environ, _TOKEN: command[at + 1]}, **named)
+
+    subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined,assignment]
+
+
+if __name__ == "__main__":
+    main()

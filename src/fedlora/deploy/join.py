@@ -1,0 +1,48 @@
+"""A node's side of a deployment: a SuperNode. Imports nothing heavy; the worker has the model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedlora.deploy.address import Address
+from fedlora.deploy.processes import Printer, Process
+from fedlora.deploy.settings import Settings
+from fedlora.errors import UserError
+
+
+def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
+    """A node's files for a server there; none are needed on the loopback.
+
+    Raises:
+        UserError: they are needed and not given, or not there.
+    """
+    given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
+    if len(given) < 2 and (given or not server.loopback):
+        raise UserError(f"--server {server} needs --key (this node's, from fedlora keys) and --ca (the server's ca.crt)")
+    for path in given.values():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    return given or None
+
+
+def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
+    """Runs a SuperNode until it is interrupted; it connects again when the server was away.
+
+    Raises:
+        UserError: the settings cannot be used, or the server rejects this node.
+    """
+    from fedlora.deploy import supernode  # takes a second to import
+
+    if settings.data is not None and len(settings.clients) != 1:
+        raise UserError("--data is one client's; give one --client, or start one node for each")
+    if settings.data is not None and not Path(settings.data).is_file():
+        raise UserError(f"{settings.data}: no such file")
+    settings.write(folder)
+    say(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
+    supernode.run(folder, server, keys, say)
+
+
+def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:
+    """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
+    files = [] if keys is None else [str(keys["key"]), str(keys["ca"])]
+    command = ["python", "-m", "fedlora.deploy.supernode", str(folder.resolve()), str(server), *files]
+    return Process(command, folder / "flower", folder / "supernode.log")

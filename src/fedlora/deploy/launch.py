@@ -1,0 +1,103 @@
+"""The commands that start a server, or all of Flower on this machine; `join` starts their other end."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from fedlora.config import Experiment
+from fedlora.deploy.address import Address
+from fedlora.deploy.join import start_node
+from fedlora.deploy.keys import Keys
+from fedlora.deploy.processes import Printer, free_port, private
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.superlink_client import SuperLink
+from fedlora.errors import UserError
+from fedlora.rounds.progress import Progress
+from fedlora.rounds.sample import check_cohort
+from fedlora.runs.folder import DEPLOY, RunFolder
+from fedlora.runs.start import Result, read_folder, record, settled
+
+
+def prepare(experiment: Experiment, path: Path) -> None:
+    """Makes the run's folder.
+
+    Raises:
+        UserError: the folder cannot be used, or the experiment does not say how many clients there will be.
+    """
+    if experiment.data.task is not None:
+        raise UserError("data.task is for one machine: over Flower an owner joins once for each task, with a file for each")
+    if (count := experiment.clients.size) is None:
+        raise UserError("clients.count must say for how many clients the server waits")
+    check_cohort(count, experiment.sampling)
+    folder = RunFolder.create(path)
+    private(path)
+    try:
+        record(folder, settled(experiment))
+    finally:
+        folder.release()
+
+
+def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
+    """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
+
+    A run that is taken up again has its nodes already, which hold the clients' states.
+
+    Raises:
+        UserError: the experiment or its data cannot be used, or Flower does not start.
+        RunStopped: the run cannot go on.
+    """
+    from fedlora.federated_data import FederatedData  # takes a second to import
+
+    experiment = read_folder(path)
+    members = [client.id for client in FederatedData.make(experiment).clients]
+    home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
+    count = len([*home.glob("node*")]) or min(count, len(members))
+    with ExitStack() as stack:
+        server = SuperLink.start(home, address, None)
+        stack.callback(server.stop)
+        for i in range(count):
+            node = home / f"node{i}"
+            Settings.trusting(experiment, members[i::count]).write(node)
+            stack.callback(start_node(node, address, None).stop)
+        return server.run(path, progress, say)
+
+
+def needed(address: Address, folder: Path | None) -> Keys | None:
+    """The keys for a server that listens there; none are needed on the loopback.
+
+    Raises:
+        UserError: they are needed and not given, or incomplete.
+    """
+    if folder is None:
+        if not address.loopback:
+            raise UserError(f"--listen {address} can be reached from other machines and needs --keys (see fedlora keys)")
+        return None
+    keys = Keys(folder)
+    keys.superlink()
+    if not keys.credentials():
+        raise UserError(f"{folder}: has no node's key, so nobody could connect; see fedlora keys")
+    return keys
+
+
+def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, say: Printer) -> Result:
+    """Runs the folder's experiment with a SuperLink there.
+
+    Raises:
+        UserError: the experiment or its data cannot be used, or Flower does not start.
+        RunStopped: the run cannot go on.
+    """
+    server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
+    try:
+        say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
+        return server.run(path, progress, say)
+    finally:
+        server.stop()
+
+
+def serve_on(path: Path, address: Address, ca: Path | None, progress: Progress, say: Printer) -> Result:
+    """Runs the folder's experiment on a SuperLink of this machine that runs already.
+
+    Raises:
+        UserError: the experiment or its data cannot be used.
+        RunStopped: the run cannot go on, or there is no SuperLink.
+    """
+    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, progress, say)

@@ -1,0 +1,298 @@
+"""What a node does with the messages it gets: a small simulation of its own clients. It knows nothing of Flower."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from fedlora.adapter import Tensors
+from fedlora.deploy.local_experiment import local_experiment
+from fedlora.deploy.reasons import Declined, Reason, reason_for
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.wire import (
+    PROTOCOL,
+    Batch,
+    ClientRecord,
+    ClientResult,
+    Done,
+    Failure,
+    Handshake,
+    HandshakeReply,
+    Header,
+    Notice,
+    Received,
+    Refused,
+    TaskRequest,
+    decode_message,
+    encode_message,
+)
+from fedlora.experiment import Session, with_base_updates
+from fedlora.federated_data import FederatedData
+from fedlora.messages import ClientInfo
+from fedlora.rounds import durable
+from fedlora.rounds.base_updates import caught_up
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import Failed
+from fedlora.runs.folder import RunFolder, client_folder
+from fedlora.version import __version__
+
+_Result = tuple[ClientResult, "bytes | None"]
+"""One client's answer and its upload."""
+
+
+@dataclass
+class _Work:
+    """One run on this node."""
+
+    session: Session
+    folder: RunFolder
+    simulation: SimulationBackend
+    base: str
+    merged_updates: list[int] = field(default_factory=list)
+    """The rounds whose folds the model in memory has, in order."""
+
+
+class Node:
+    """The clients of one machine, around one resident model; what must survive is in the folder.
+
+    name                          this node's own, whatever Flower calls it
+    runs/RUN/hello                the server's hello
+    runs/RUN/clients, folds       as in a run's folder
+    runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
+
+    `notify` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
+    """
+
+    def __init__(self, folder: Path, notify: Callable[[str], None] = print) -> None:
+        """Reads the settings.
+
+        Raises:
+            UserError: there are none.
+        """
+        self._folder, self._notify = folder, notify
+        self._works: dict[str, _Work] = {}
+        self._settings = Settings.read(folder)
+        name = folder / "name"
+        if not name.exists():
+            durable.replace(name, uuid4().hex.encode())
+        self._name = name.read_text()
+
+    def reply(self, message: bytes, bundled: bool = False) -> bytes:
+        """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
+        try:
+            with self._coded(Reason.MESSAGE):
+                header, payloads = decode_message(message, len(self._settings.clients))
+            if isinstance(header, Batch) and not bundled:
+                return encode_message(header, [self.reply(payload, bundled=True) for payload in payloads])
+            with self._coded(Reason.INTERNAL):
+                return encode_message(*self._answer(header, payloads))
+        except Declined as declined:
+            return encode_message(Refused(failure=Failure.of(declined)))
+
+    def _answer(self, header: Header, payloads: Sequence[bytes]) -> tuple[Header, list[bytes]]:
+        match header:
+            case Handshake():
+                return self._present(header), []
+            case TaskRequest():
+                work = self._work(header.run)
+                if lost := set(header.held) - set(work.merged_updates):
+                    self._notify(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in lost)}")
+                    raise Declined(Reason.BASE_UPDATES, len(lost))
+                self._notify(f"{_moment(header, work)} for {len(header.tasks)} client(s)")
+                return self._done(work, header, payloads)
+            case Notice(state=state, text=text):
+                self._notify(f"{state}: {text}")
+                return Received(), []
+        self._notify(f"a node is not asked {header.kind!r}")
+        raise Declined(Reason.MESSAGE)
+
+    @contextmanager
+    def _coded(self, otherwise: Reason) -> Iterator[None]:
+        """Any error in here becomes a code; its text is told to the node's owner."""
+        try:
+            yield
+        except Declined:
+            raise
+        except Exception as error:
+            reason = reason_for(error, otherwise)
+            self._notify(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
+            raise Declined(reason) from None
+
+    def _present(self, handshake: Handshake) -> HandshakeReply:
+        if (handshake.protocol, handshake.version) != (PROTOCOL, __version__):
+            return HandshakeReply(
+                protocol=PROTOCOL, version=__version__, node=self._name, base="", clients=[], base_updates=[]
+            )
+        folder = self._run_folder(handshake.run)
+        durable.folder(folder)
+        if handshake.run in self._works:
+            self._works.pop(handshake.run).folder.release()
+        if (folder / "hello").exists() and _handshake(folder).server_session_id != handshake.server_session_id:
+            left = RunFolder(folder)
+            left.forget(handshake.done)
+            left.release()
+        durable.replace(folder / "hello", handshake.model_dump_json().encode())
+        work = self._work(handshake.run)
+        people = [ClientRecord.of(client) for client in work.simulation.registered]
+        return HandshakeReply(
+            protocol=PROTOCOL,
+            version=__version__,
+            node=self._name,
+            base=work.base,
+            clients=people,
+            base_updates=work.merged_updates,
+        )
+
+    def _work(self, run: str) -> _Work:
+        """The run in memory; loaded from the hello on disk if it is not there."""
+        if run not in self._works:
+            while len(self._works) >= self._settings.experiments:
+                self._works.pop(next(iter(self._works))).folder.release()
+            path = self._run_folder(run)
+            if not (path / "hello").exists():
+                raise Declined(Reason.HANDSHAKE)
+            self._works[run] = self._load(_handshake(path), path)
+        return self._works[run]
+
+    def _load(self, handshake: Handshake, path: Path) -> _Work:
+        settings = self._settings
+        with self._coded(Reason.EXPERIMENT):
+            experiment = local_experiment(handshake.experiment, settings.overrides, settings.data is not None)
+        with self._coded(Reason.DATA):
+            if settings.data is None:
+                federated_data = FederatedData.make(experiment)
+            else:
+                rank = settings.rank or experiment.method.rank
+                federated_data = FederatedData.of_client(
+                    experiment, settings.clients[0], settings.data, rank, handshake.labels
+                )
+            if list(federated_data.labelled_data.labels) != handshake.labels:
+                raise ValueError(
+                    f"the labels here are {list(federated_data.labelled_data.labels)}, the server's {handshake.labels}"
+                )
+        members = [client for client in federated_data.clients if client.id in settings.clients]
+        if unknown := sorted(set(settings.clients) - {client.id for client in members}):
+            self._notify(f"the experiment's division has no client {unknown[0]!r}")
+            raise Declined(Reason.CLIENTS, len(unknown))
+        with self._coded(Reason.MODEL):
+            session = Session.make(experiment, federated_data).on_all_devices()
+        base = fingerprint(session.adapted.model)
+        folder = RunFolder(path)
+        simulation = SimulationBackend(
+            session.method, session.adapted.spec, members, folder, session.trainer, experiment.seed
+        )
+        work = _Work(session, folder, simulation, base)
+        for index in folder.base_updates():
+            session.trainer.merge_into_base(folder.base_update(index))
+            work.merged_updates.append(index)
+        return work
+
+    def _done(self, work: _Work, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+        """All that the order asks, its clients together; where that fails one by one, so that one's failure is its own."""
+        found: dict[str, _Result] = {}
+        sent: dict[ClientInfo, Tensors] = {}
+        for task in request.tasks:
+            with self._caught(task.client.id, found, Reason.DOWNLOAD):
+                client = task.client.info()
+                if client not in work.simulation.registered:
+                    raise Declined(Reason.CLIENT)
+                if task.base_updates is not None:
+                    self._fold(work, payloads[task.base_updates])
+                sent[client] = decode(payloads[task.download])
+        with suppress(Exception):
+            found.update(self._together(work, request, sent))
+        for client in sent:
+            if client.id not in found:
+                with self._caught(client.id, found, Reason.WORK):
+                    found.update(self._together(work, request, {client: sent[client]}))
+        results: list[ClientResult] = []
+        uploads: list[bytes] = []
+        for task in request.tasks:
+            result, upload = found[task.client.id]
+            if upload is not None:
+                result = result.model_copy(update={"upload": len(uploads)})
+                uploads.append(upload)
+            results.append(result)
+        return Done(round_record=request.round_record, base_updates=work.merged_updates, results=results), uploads
+
+    def _together(
+        self, work: _Work, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]
+    ) -> Iterator[tuple[str, _Result]]:
+        """The clients' names and results, as each group of them finishes."""
+        rnd = request.round_record.round()
+        if request.kind == "keep":
+            for client, download in sent.items():
+                view = with_base_updates(
+                    work.simulation.view(client, download, rnd), [work.folder.base_update(i) for i in work.merged_updates]
+                )
+                work.session.write({client.id: view}, work.folder.path / "adapter", "adapter")
+                yield client.id, (ClientResult(id=client.id), None)
+        elif request.kind == "evaluate":
+            for client, score in work.simulation.evaluate(rnd, sent, {}):
+                result = ClientResult(id=client.id)
+                if score is not None:
+                    result = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
+                yield client.id, (result, None)
+        else:
+            for reply in work.simulation.train_clients(rnd, sent, {}):
+                if isinstance(reply, Failed):
+                    self._notify(f"client {reply.client.id}: {reply.reason}")
+                    yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
+                    continue
+                result = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+                yield reply.client.id, (result, encode(reply.upload))
+
+    def _fold(self, work: _Work, payload: bytes) -> None:
+        """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
+        for index, change in caught_up(decode(payload), work.session.adapted.spec).items():
+            if index in work.merged_updates:
+                continue
+            if work.merged_updates and index < work.merged_updates[-1]:
+                raise ValueError(f"the fold of round {index + 1} came after that of round {work.merged_updates[-1] + 1}")
+            work.folder.save_base_update(index, change)
+            work.simulation.merge_into_base(change)
+            work.merged_updates.append(index)
+
+    @contextmanager
+    def _caught(self, client: str, found: dict[str, _Result], otherwise: Reason) -> Iterator[None]:
+        """A failure in here is the client's answer."""
+        try:
+            with self._coded(otherwise):
+                yield
+        except Declined as declined:
+            found[client] = ClientResult(id=client, failure=Failure.of(declined)), None
+
+    def _run_folder(self, run: str) -> Path:
+        return self._folder / "runs" / client_folder(run)
+
+
+def _handshake(folder: Path) -> Handshake:
+    return Handshake.model_validate_json((folder / "hello").read_bytes())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's names, shapes, dtypes and values, as they are before anything is folded."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _moment(request: TaskRequest, work: _Work) -> str:
+    """What the order asks for, and when in the run."""
+    rounds, index = work.session.experiment.rounds, request.round_record.index
+    match request.kind:
+        case "train":
+            return f"round {index + 1} of {rounds}: training"
+        case "evaluate":
+            return f"round {index} of {rounds}: evaluating"
+    return "after the last round: writing the adapter"

@@ -1,0 +1,27 @@
+"""The check of the scores that clients report."""
+
+from dataclasses import dataclass
+
+from fedlora.deploy.wire import ClientResult
+from fedlora.messages import ClientInfo
+
+_LARGEST = 1e10  # of a metric: sums over all clients stay finite
+
+
+@dataclass(frozen=True)
+class ScoreCheck:
+    """Knows the task's metrics, and the part of a client's examples that is held out."""
+
+    metrics: frozenset[str]
+    held_out: float
+
+    def rejection(self, result: ClientResult, client: ClientInfo) -> str | None:
+        """Why the client's score cannot be used, None if it can: no examples and no metrics, or all metrics of the task."""
+        allowed = self.held_out * (client.examples + 1) / (1 - self.held_out) + 1  # a client's share is rounded
+        if result.examples > (allowed if self.held_out else 0):
+            return f"it is over {result.examples} examples; with {client.examples} for training there are at most {allowed:.0f}"
+        if result.metrics.keys() != (self.metrics if result.examples else set()):
+            return f"its {len(result.metrics)} metrics are not {', '.join(sorted(self.metrics))}"
+        if large := sorted(name for name, value in result.metrics.items() if abs(value) > _LARGEST):
+            return f"its {large[0]} is beyond {_LARGEST:g}"
+        return None

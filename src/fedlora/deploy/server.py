@@ -1,0 +1,101 @@
+"""One run on the server: the rounds of a folder with the clients of a post. Knows no network."""
+
+from pathlib import Path
+from uuid import uuid4
+
+from fedlora.deploy.admission import NodeAdmission
+from fedlora.deploy.backend import FlowerBackend, Transport
+from fedlora.deploy.event_log import EventLog
+from fedlora.deploy.node import fingerprint
+from fedlora.deploy.scores import ScoreCheck
+from fedlora.deploy.wire import PROTOCOL, Handshake
+from fedlora.errors import RunStopped, UserError
+from fedlora.experiment import Session, begin, finish, require_same, rounds
+from fedlora.federated_data import FederatedData
+from fedlora.messages import Round
+from fedlora.rounds.loop import RunState, pending_base_updates
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.start import read_folder, settled
+from fedlora.tasks.classification import Classification
+from fedlora.version import __version__
+
+_TENSORS, _TENSORS_PER_MODULE = 1024, 64
+"""Above what any method uploads."""
+_LET_GO_SECONDS = 60.0
+"""An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
+
+
+def serve(path: Path, transport: Transport) -> None:
+    """Runs the rounds that the folder lacks, and writes the adapter; tells its journal and the nodes how it ended.
+
+    A personal method's adapters are the clients' own: they are written to the folders of their nodes.
+
+    Raises:
+        UserError: the folder, the data or the model cannot be used.
+        RunStopped: the run cannot go on, because of too few clients, for instance.
+    """
+    event_log = EventLog(path)
+    try:
+        experiment = settled(read_folder(path))
+        folder = RunFolder(path, _LET_GO_SECONDS)
+        try:
+            federated_data = FederatedData.of_server(experiment)
+            require_same(folder, experiment, federated_data)
+            session = Session.make(experiment, federated_data)
+            backend = remote(session, folder, transport, event_log)
+            backend.gather(experiment.clients.size or 1, experiment.deploy.wait)
+            run_state = rounds(session, folder, event_log, backend)
+            if experiment.method.row.personal:
+                _keep(session, folder, backend, run_state)
+            else:
+                finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
+            backend.finish()
+        finally:
+            folder.release()
+    except UserError as error:
+        event_log.ended("unusable", str(error))
+        raise
+    except RunStopped as error:
+        event_log.ended("stopped", str(error))
+        raise
+    except BaseException as error:
+        event_log.ended("stopped", f"{type(error).__name__}: {error}")
+        raise
+    event_log.ended("done")
+
+
+def remote(session: Session, folder: RunFolder, transport: Transport, event_log: EventLog) -> FlowerBackend:
+    """The exchange for the rounds that the folder lacks."""
+    experiment = session.experiment
+    handshake = Handshake(
+        protocol=PROTOCOL,
+        version=__version__,
+        run=begin(session, folder).id,
+        experiment=experiment.to_toml(),
+        labels=list(session.federated_data.labelled_data.labels),
+        server_session_id=uuid4().hex,
+        done=folder.restore()[0],
+    )
+    admission = NodeAdmission(fingerprint(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
+    scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
+    spec, settings = session.adapted.spec, experiment.deploy
+    tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
+    return FlowerBackend(
+        transport,
+        handshake,
+        admission,
+        session.trainer,
+        scores,
+        settings.deadline,
+        settings.poll,
+        event_log.notify,
+        tensors,
+    )
+
+
+def _keep(session: Session, folder: RunFolder, backend: FlowerBackend, after: RunState) -> None:
+    clients, rnd = backend.clients(), Round(session.experiment.rounds, session.experiment.seed)
+    sent = {client: session.method.send(after.server, client, rnd) for client in clients}
+    backend.keep(
+        rnd, sent, pending_base_updates(session.adapted.spec, folder, after.base_updates.known(backend.held()), clients)
+    )

@@ -1,0 +1,124 @@
+"""A SuperLink, one of our own or one that runs already, and a run on it from its start to its end."""
+
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedlora.deploy.address import Address
+from fedlora.deploy.event_log import Reader
+from fedlora.deploy.keys import Keys
+from fedlora.deploy.processes import CONNECTION, Printer, Process, connection, flwr, private, wait_until_ready
+from fedlora.errors import RunStopped, UserError
+from fedlora.rounds.progress import Progress
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.start import Result
+
+_POLL = 0.2
+_STATUS_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own.
+
+    `keys` are those of the nodes; None: a SuperLink that asks nodes for none, or not our own.
+    """
+
+    home: Path
+    process: Process | None
+    keys: Keys | None = None
+
+    @classmethod
+    def start(cls, home: Path, address: Address, keys: Keys | None) -> "SuperLink":
+        """One of our own, which knows the nodes whose keys there are.
+
+        Raises:
+            UserError: it does not start.
+        """
+        here, ca = address.here, None if keys is None else keys.ca
+        options = ["--insecure"] if keys is None else keys.superlink(here.host)
+        nodes = "" if keys is None else str(keys.folder.resolve() / "nodes")
+        private(home)
+        connection(home / "flower", here, ca, secrets.token_hex(32))
+        with address.listen() as listening:
+            command = ["python", "-m", "fedlora.deploy.superlink_guard", str(listening.fileno()), nodes]
+            command += ["--host", here.host, "--port", str(here.port), "--disable-runtime-dependency-installation"]
+            process = Process([*command, *options], home / "flower", home / "superlink.log", [listening.fileno()])
+        link = cls(home / "flower", process, keys)
+        try:
+            wait_until_ready(here, ca, process)
+        except BaseException:
+            link.stop()
+            raise
+        return link
+
+    @classmethod
+    def running(cls, home: Path, address: Address, ca: Path | None) -> "SuperLink":
+        """One that was started by others. It has to be on this machine: the run's folder is."""
+        connection(home / "flower", address, ca)
+        return cls(home / "flower", None)
+
+    def stop(self) -> None:
+        """Ends it and what it started, if it is our own."""
+        if self.process is not None:
+            self.process.stop()
+
+    def run(self, path: Path, progress: Progress, say: Printer) -> Result:
+        """Runs the folder's experiment to its end, and shows its progress.
+
+        Raises:
+            UserError: the experiment, its data or its model cannot be used.
+            RunStopped: the run cannot go on, or Flower ended it.
+        """
+        reader = Reader(path, progress, say)
+        settings = self.home / "settings.toml"
+        keys = "" if self.keys is None else str(self.keys.folder.resolve())
+        settings.write_text(tomli_w.dumps({"folder": str(path.resolve()), "keys": keys}))
+        app = str(files("fedlora.deploy") / "app")
+        run = str(flwr(self.home, "run", app, CONNECTION, "--run-config", str(settings))["run-id"])
+        try:
+            how, why = self._follow(run, path, reader)
+        except BaseException:
+            if self.process is None:
+                with suppress(RunStopped):
+                    flwr(self.home, "stop", run, CONNECTION)
+            raise
+        if how != "done":
+            raise (UserError if how == "unusable" else RunStopped)(why)
+        folder = RunFolder(path)
+        try:
+            folder.restore()
+            return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
+        finally:
+            folder.release()
+
+    def _follow(self, run: str, path: Path, reader: Reader) -> tuple[str, str]:
+        """How the run ended and why, as its journal says."""
+        asked = time.monotonic()
+        while (end := reader.show()) is None:
+            if not path.is_dir():
+                raise RunStopped(f"{path}: the run directory was moved or removed; move it back, or resume it where it is")
+            if self.process is not None and self.process.ended() is not None:
+                raise RunStopped(f"the SuperLink ended: {self.process.last_words()}; its log is {self.process.log}")
+            if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
+                asked = time.monotonic()
+                status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
+                if status.startswith("finished"):
+                    if (end := reader.show()) is not None:
+                        return end  # written since it was last read; a reader shows each line once
+                    log = "" if self.process is None else f"; the server's log is {self.process.log}"
+                    raise RunStopped(f"Flower says that the run has {status}{log}")
+            time.sleep(_POLL)
+        return end
+
+
+def _status(said: Any) -> str:
+    """The status of the only run that `flwr ls` tells of."""
+    runs = said.get("runs", [])
+    return str(runs[0].get("status", "unknown")) if runs else "unknown"

@@ -1,0 +1,262 @@
+"""A SuperNode: it carries a server's messages to this node's worker, and the worker's answers back.
+
+It speaks Flower's Fleet API, but starts none of Flower's app processes and fetches no app bundle: what a server sends is
+read by the worker of this installation, and is never executed. Nothing listens on this machine but the worker's socket.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Error, Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Message as Envelope
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedlora.deploy.address import Address
+from fedlora.deploy.flower_records import packed, unpacked
+from fedlora.deploy.worker_socket import Unreachable, ask
+from fedlora.errors import UserError
+from fedlora.printable import printable
+
+Printer = Callable[[str], None]
+
+_POLL_SECONDS = 0.5
+_LONGEST_WAIT_SECONDS = 5.0
+_HEARTBEAT_SECONDS = 15.0
+_GIVE_UP_SECONDS = 3 * _HEARTBEAT_SECONDS
+"""After a SuperNode that died, the SuperLink takes two heartbeats to see that its key is not in use."""
+_PUSH_AGAIN_SECONDS = (1.0, 5.0, 15.0, 60.0)
+_SKEW_SECONDS = 5.0
+
+
+def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
+    """Carries messages until it is interrupted; connects again whenever the server was away. Says each change of its state.
+
+    `keys` are the files `ca` and `key`; None: without TLS, with a key that is made for this process.
+
+    Raises:
+        UserError: a key file cannot be used, or the server rejects this node.
+    """
+    private, public = generate_key_pairs() if keys is None else _read_key(keys["key"])
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor("SuperNode"),
+        NodeAuthHttpInterceptor(private, public),
+    ]
+    ca = None if keys is None else _read(keys["ca"])
+    state, refused_since, wait = f"waiting for the server at {server}", None, _POLL_SECONDS
+    say(state)
+    with FleetHttpClient.from_server_address(str(server), keys is None, ca, interceptors) as client:
+        while True:
+            before = state
+            try:
+                with _activated(client, public_key_to_bytes(public), registers=keys is None) as node:
+                    say(f"connected to {server}")
+                    state, refused_since, wait = "connected", None, _POLL_SECONDS
+                    _carry(client, node, server, folder, say)
+            except httpx.TransportError as error:
+                state = _waiting(server, error)
+            except httpx.HTTPStatusError as error:
+                if state == "connected":
+                    state = f"{server} does not know this node any more; connecting again"
+                elif reason := _rejection(error.response, keys is not None):
+                    refused_since = refused_since or time.monotonic()
+                    if time.monotonic() - refused_since > _GIVE_UP_SECONDS:
+                        raise UserError(f"{server} rejected this node: {reason}") from None
+                    state = f"rejected because {reason}; trying again for {_GIVE_UP_SECONDS:g} s"
+                else:
+                    state = _waiting(server, error)
+            if state != before:
+                say(state)
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+
+@contextmanager
+def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Iterator[Node]:
+    """The node while it is connected; its heartbeats are sent meanwhile."""
+    if registers:
+        with suppress(httpx.HTTPStatusError):  # it may be registered from before
+            client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
+    result = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
+    node, over = Node(node_id=result.node_id), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT_SECONDS / 3):
+            with suppress(httpx.HTTPError):
+                client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_SECONDS))
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield node
+    finally:
+        over.set()
+        with suppress(httpx.HTTPError):
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+            if registers:
+                client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
+
+
+def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Printer) -> None:
+    """Answers one message after the other, until the server does not know this node any more."""
+    away = ""
+    while True:
+        try:
+            result = client.PullMessages(PullMessagesRequest(node=node))
+        except httpx.TransportError as error:
+            before, away = away, _waiting(server, error)
+            if away != before:
+                say(away)
+            time.sleep(_LONGEST_WAIT_SECONDS)
+            continue
+        if away:
+            say(f"connected to {server}")
+            away = ""
+        for envelope, tree in zip(result.messages_list, result.message_object_trees, strict=True):
+            try:
+                _answer(client, node, envelope, tree, folder, say)
+            except Exception as error:  # of one message: its run has ended, or it cannot be read
+                say(f"a message of run {envelope.metadata.run_id} was not answered: {_trouble(error)}")
+        if not result.messages_list:
+            time.sleep(_POLL_SECONDS)
+
+
+def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, say: Printer) -> None:
+    run_id, started = envelope.metadata.run_id, time.perf_counter()
+    pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
+    contents = pull_objects([part.object_id for part in iterate_object_tree(tree)], pull)
+    message = inflate_object_from_contents(tree.object_id, contents)
+    client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=tree.object_id))
+    assert isinstance(message, Message)
+    message.metadata.__dict__["_message_id"] = tree.object_id  # no part of its own content
+    try:
+        reply = Message(packed(ask(folder, unpacked(message), os.getpid(), say)), reply_to=message)
+    except ValueError:
+        say(f"rejected: run {run_id} is of an app that is not fedlora; this node runs none but its own installation")
+        reply = Message(Error(ErrorCode.INVALID_FAB, "this node runs fedlora alone"), reply_to=message)
+    except Unreachable as error:
+        say(str(error))
+        reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the node's worker does not answer"), reply_to=message)
+    seconds = time.perf_counter() - started
+    for wait in _PUSH_AGAIN_SECONDS:  # the work of hours should not be lost with a connection
+        try:
+            return _push(client, node, reply, seconds)
+        except httpx.TransportError:
+            time.sleep(wait)
+    _push(client, node, reply, seconds)
+
+
+def _push(client: FleetHttpClient, node: Node, reply: Message, seconds: float) -> None:
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    envelope = message_to_proto(remove_content_from_message(reply))
+    with no_object_id_recompute():
+        pushed = client.PushMessages(
+            PushMessagesRequest(
+                node=node,
+                messages_list=[envelope],
+                message_object_trees=[get_object_tree(reply)],
+                clientapp_runtime_list=[seconds],
+            )
+        )
+        push = make_push_object_fn_protobuf(client.PushObject, node, envelope.metadata.run_id, pushed.session_id)
+        push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(pushed.objects_to_push))
+
+
+def _waiting(server: Address, error: httpx.HTTPError) -> str:
+    skew = _skew(error.response) if isinstance(error, httpx.HTTPStatusError) else None
+    return f"waiting for the server at {server}: {skew or _trouble(error)}"
+
+
+def _rejection(result: httpx.Response, with_key: bool) -> str | None:
+    """Why the server does not let this node in, None if it does not say so."""
+    if result.status_code != httpx.codes.PRECONDITION_FAILED:
+        return None
+    if not with_key:
+        return "it asks for a key; join with --key and --ca"
+    return "it does not know this node's key, or another node with this key is connected"
+
+
+def _skew(result: httpx.Response) -> str | None:
+    """How far the clocks are apart, None if they are not: the server accepts no request that seems old."""
+    try:
+        there = parsedate_to_datetime(result.headers["date"])
+    except (KeyError, ValueError):
+        return None
+    apart = (datetime.now(UTC) - there).total_seconds()
+    if abs(apart) < _SKEW_SECONDS:
+        return None
+    return f"this machine's clock is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the server's; set the clock"
+
+
+def _trouble(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"it answers {error.response.status_code}"
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        why = text.partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
+        return f"its certificate is not accepted: {why or text}"
+    return text or type(error).__name__
+
+
+def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurvePublicKey]:
+    try:
+        key = load_ssh_private_key(_read(path), None)
+    except ValueError as error:
+        raise UserError(f"{path}: is not a private key of fedlora keys: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"{path}: is not a private key of fedlora keys")
+    return key, key.public_key()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    folder, server, *files = sys.argv[1:]
+    keys = dict(zip(("key", "ca"), map(Path, files), strict=True)) if files else None
+    try:
+        run(Path(folder), Address.parse(server), keys, lambda line: print(printable(line), flush=True))
+    except UserError as error:
+        sys.exit(printable(str(error)))

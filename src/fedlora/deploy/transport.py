@@ -1,0 +1,64 @@
+"""The post over Flower's Grid."""
+
+from collections.abc import Collection, Mapping
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+
+from fedlora.deploy.credential import Credential
+from fedlora.deploy.flower_records import packed, unpacked
+
+_ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "its node did not take the message in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its node's answer came too late",
+    ErrorCode.NODE_UNAVAILABLE: "its node is not connected any more",
+    ErrorCode.INVALID_FAB: "its node runs no other app than its own fedlora",
+    ErrorCode.CLIENT_APP_CRASHED: "its node's worker does not answer",
+}
+
+
+class GridTransport:
+    """Carries messages through the SuperLink; none is waited for."""
+
+    def __init__(self, grid: Grid, credentials: Mapping[bytes, Credential] | None = None) -> None:
+        """`credentials` are those of the nodes' public keys; None: a SuperLink without keys."""
+        self._grid, self._credentials = grid, credentials
+        self._keys: dict[int, bytes] = {}
+
+    def nodes(self) -> Collection[int]:
+        """The SuperNodes that the SuperLink takes for connected."""
+        infos: list[NodeInfo] = list(self._grid.get_nodes())
+        self._keys = {info.node_id: info.public_key for info in infos}
+        return list(self._keys)
+
+    def credential(self, node: int) -> Credential | None:
+        """The credential of the key that the SuperLink has authenticated; one for no client if the key is not known."""
+        if self._credentials is None:
+            return None
+        return self._credentials.get(self._keys.get(node, b""), Credential("unknown", frozenset()))
+
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        """One message at a time, so that one that cannot be sent stops no other."""
+        message_ids: dict[str, int] = {}
+        for node, letter in messages.items():
+            message = Message(packed(letter), dst_node_id=node, message_type="query", ttl=seconds)
+            message_ids |= {ticket: node for ticket in self._grid.push_messages([message]) if ticket}
+        return message_ids
+
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
+        """What the SuperLink has for these tickets."""
+        found: dict[str, bytes | str] = {}
+        for message in self._grid.pull_messages(list(message_ids)):
+            ticket = message.metadata.reply_to_message_id
+            try:
+                found[ticket] = _error(message.error.code) if message.has_error() else unpacked(message)
+            except ValueError as error:
+                found[ticket] = str(error)
+        return found
+
+
+def _error(code: int) -> str:
+    """Flower's error in our words: a node may write anything into its text."""
+    return _ERRORS.get(code, f"Flower's error {code}")

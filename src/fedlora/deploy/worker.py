@@ -1,0 +1,66 @@
+"""A node's resident worker: it holds the model, the examples and the clients' states, and answers one message at a time."""
+
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedlora.deploy.watchdog import end_with
+from fedlora.deploy.worker_socket import ANSWER, NOTE, receive, send, short_path
+from fedlora.printable import printable
+
+LOCK = "worker.lock"
+PID = "worker.pid"
+
+
+def main(folder: Path, until: int) -> int:
+    """Answers until the process `until` ends; the exit code. 0 at once if the node has a worker already.
+
+    It listens before it imports what takes seconds, so that whoever started it knows that it is there.
+    """
+    try:
+        FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        return 0
+    end_with(until)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with short_path(folder) as path:
+        Path(path).unlink(missing_ok=True)
+        listening.bind(path)
+    (folder / PID).write_text(str(os.getpid()))
+    listening.listen()
+    from fedlora.deploy.node import Node
+    from fedlora.models.loading import quiet
+
+    quiet()
+    asking: list[socket.socket] = []
+
+    def notify(line: str) -> None:
+        print(printable(line), flush=True)
+        for connection in asking:
+            with suppress(OSError):
+                send(connection, NOTE + line.encode(errors="replace"))
+
+    node = Node(folder, notify)
+    while True:
+        connection, _ = listening.accept()
+        with connection:
+            try:
+                message, started = receive(connection), time.perf_counter()
+                asking.append(connection)
+                result = node.reply(message)
+                seconds = time.perf_counter() - started
+                print(f"{len(message)} bytes answered with {len(result)} in {seconds:.3f} s", flush=True)
+                send(connection, ANSWER + result)
+            except (OSError, EOFError) as error:
+                print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
+            finally:
+                asking.clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,89 @@
+"""Trained adapters for others: PEFT folders, and whole models with the adapter merged in."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fedlora.adapter import Adapter, Dense, Factors
+from fedlora.config import Lora
+from fedlora.linalg.lowrank import Experts, Product
+from fedlora.models.adapted import AdaptedModel, add_to_base
+
+
+def unfit(adapter: Adapter) -> str | None:
+    """Why neither PEFT nor plain transformers have a place for the adapter; None if they have."""
+    if any(isinstance(part, Experts) for part in adapter.values()):
+        return "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
+    return None
+
+
+def fixed(part: Factors) -> Product:
+    """The same part, known to add one matrix whatever the input; see `unfit`."""
+    assert not isinstance(part, Dense | Experts)
+    return part
+
+
+def to_peft(
+    adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
+) -> None:
+    """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
+
+    `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
+    two factors: a middle one is multiplied into b. The adapter is not `unfit`.
+    """
+    from peft import LoraConfig  # takes a second to import
+
+    factors = {name: fixed(part).as_two_factors() for name, part in adapter.items() if not isinstance(part, Dense)}
+    common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
+    tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Dense)}
+    for name, part in factors.items():
+        tensors[f"{name}.lora_A.weight"] = part.a
+        tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    LoraConfig(
+        task_type="SEQ_CLS",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=common,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(factors),
+        rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
+        fan_in_fan_out=adapted.transposed,
+        modules_to_save=list(adapted.head) or None,
+    ).save_pretrained(str(folder))
+    config = folder / "adapter_config.json"  # peft keeps the targets as a set, and writes them in any order
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(
+        json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
+
+
+def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """A folder that plain transformers loads, in `dtype`. `model` is the untouched base in fp32, and is changed.
+
+    The adapter is not `unfit`.
+    """
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in adapter.items():
+            if isinstance(part, Dense):
+                parameters[name].copy_(part.w)
+            else:
+                add_to_base(model.get_submodule(name), fixed(part).product().float())
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

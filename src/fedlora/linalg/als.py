@@ -1,0 +1,271 @@
+"""Two lists of coefficients, so that (sum_i p_i b_i)(sum_i q_i a_i) comes near a weighted mean of the products b_i a_i.
+
+All is computed with deviations d_i and e_i from the mean factors b and a: the mean product is exactly
+b a + sum_i s_i d_i e_i, so that nothing of the size of b a, next to which the rest may be tiny, is ever subtracted. So the
+precision of the terms is enough for all that is large; what has the size of a single factor or of the coefficients is fp64.
+
+The objective is quadratic in p for fixed q and the other way round. For a given p, all that the least-squares problem for q
+needs is the combined b: its product with itself, and with the target, which stays in factors. Beside this a step takes
+in * rank multiplications for each pair of terms. The Gram blocks b_u^T b_v of all pairs, after which no step depends on the
+width, would take as much as `rank` steps, more than are mostly needed, and for many terms more memory than the terms.
+Source: Nguyen et al. 2025, arXiv:2509.26399.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.combine import norm
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.weighted_terms import WORKING, Terms, shared_rank
+
+_FACTORS = 1 << 21  # numbers stacked at once; larger batches gain nothing on a CPU
+_NOISE = 100  # times the precision of the deviations: what of their inner products is rounding
+_SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter to the objective, kept as they are
+
+
+@dataclass(frozen=True)
+class Side:
+    """The b^T or the a of all terms: their mean, an origin less that mean, and each term less it.
+
+    With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i apart_i, which is
+    sum_i c_i term_i if the origin is zero, and otherwise the origin plus sum_i c_i (term_i - origin).
+    `apart` has the terms' own dtype, but at least fp32; the others are fp64.
+    """
+
+    mean: Float[Tensor, "*batch rank n"]
+    origin: Float[Tensor, "*batch rank n"]
+    apart: Float[Tensor, "*batch m rank n"]
+
+    def moved(self, coefficients: Tensor) -> Float[Tensor, "*batch rank n"]:
+        """The combination less the mean, in fp64, for coefficients [*batch, m], or [m] for the whole batch."""
+        flat = self.apart.flatten(-2)
+        terms = torch.matmul(coefficients[..., None, :].to(flat.dtype), flat).reshape(self.mean.shape)
+        return (1 - coefficients.sum(-1))[..., None, None] * self.origin + terms
+
+    def slopes(self, x: Float[Tensor, "*batch rank n"]) -> Float[Tensor, "*batch m"]:
+        """The inner products of x with how the combination changes with each coefficient."""
+        own = torch.matmul(self.apart.flatten(-2), x.to(self.apart.dtype).flatten(-2)[..., None])[..., 0]
+        return own.to(WORKING) - (x * self.origin).sum((-2, -1))[..., None]
+
+    def curvature(
+        self, gram: Float[Tensor, "*batch rank rank"]
+    ) -> tuple[Float[Tensor, "*batch m m"], Float[Tensor, "*batch m"]]:
+        """<gram x_i, x_j> for these changes x_i, and how much of each <gram x_i, x_i> may be rounding."""
+        flat = self.apart.flatten(-2)
+        own = ((gram.to(flat.dtype)[..., None, :, :] @ self.apart).flatten(-2) @ flat.mT).to(WORKING)
+        towards = gram @ self.origin
+        mixed = self.slopes(towards)  # <gram origin, x_i>
+        both = (towards * self.origin).sum((-2, -1))[..., None, None]
+        noise = _NOISE * torch.finfo(flat.dtype).eps * own.diagonal(dim1=-2, dim2=-1)
+        return own - mixed[..., None, :] - mixed[..., :, None] - both, noise
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix to imitate: the mean of b_i a_i with these shares, which add up to 1. `left` has the b^T, `right` the a.
+
+    `scalable` says that c times the one side's coefficients and 1/c times the other's give the same product.
+    """
+
+    left: Side
+    right: Side
+    shares: Float[Tensor, " m"]
+    scalable: bool
+
+    def spread(self) -> LowRank:
+        """The target less the product of the mean factors."""
+        b = self.left.apart * self.shares[:, None, None].to(self.left.apart.dtype)
+        return LowRank(b=b.flatten(-3, -2).mT, a=self.right.apart.flatten(-3, -2))
+
+    def size(self) -> Float[Tensor, "*batch"]:
+        """The squared norm of the target."""
+        means, rest = LowRank(b=self.left.mean.mT, a=self.right.mean), self.spread()
+        return norm(LowRank(b=torch.cat([means.b, rest.b], -1), a=torch.cat([means.a, rest.a], -2))).square()
+
+    def through(self, b: Float[Tensor, "*batch k out"]) -> Float[Tensor, "*batch k in"]:
+        """b times the spread, in fp64."""
+        left, right = self.left.apart, self.right.apart
+        each = b.to(left.dtype) @ left.flatten(-3, -2).mT  # [*batch, k, m * rank]
+        shares = self.shares.repeat_interleave(left.shape[-2]).to(left.dtype)
+        return torch.matmul(each * shares, right.flatten(-3, -2)).to(WORKING)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of the b (p) and of the a (q), in fp64."""
+
+    p: Float[Tensor, "*batch m"]
+    q: Float[Tensor, "*batch m"]
+
+
+def at_once(terms: int, rank: int, width: int) -> int:
+    """For how many matrices to make one layer, each of so many terms of that rank; `width` is out + in."""
+    return max(1, _FACTORS // (terms * rank * width))
+
+
+def linear(terms: Terms) -> Layer:
+    """For coefficients of the factors themselves.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    first = terms[0][1]
+    zero = LowRank(b=torch.zeros_like(first.b), a=torch.zeros_like(first.a))
+    return replace(affine(terms, zero), scalable=True)
+
+
+def affine(terms: Terms, origin: LowRank) -> Layer:
+    """For coefficients of the factors' deviations from `origin`, to which they are added.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
+    shared_rank([*terms, (0.0, origin)])
+    shares = torch.tensor([weight for weight, _ in terms], dtype=WORKING, device=origin.b.device)
+    shares = shares / shares.sum()
+    left = _side([factor.b.mT for _, factor in terms], origin.b.mT, shares)
+    return Layer(left, _side([factor.a for _, factor in terms], origin.a, shares), shares, scalable=False)
+
+
+def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
+    """From the mean factors, exact least squares for q, then for p, until for every element of the batch a step would add
+    less than a thousandth to what all before have gained, or `sweeps` are done.
+
+    What it would gain is told by the objective's slope, and by its curvature at the step before. A gain below 1e-14 of the
+    squared norm of the mean factors' product ends it too, as it may be rounding.
+    One pair of coefficients for all `layers` together; each element of the batch has its own, unless `shared`. The
+    objective never increases. Where the coefficients are not unique, they stay as near the start as each step allows. Waits
+    for the device a few times a sweep.
+    """
+    p = q = _start(layers, shared)
+    mirrored = [replace(layer, left=layer.right, right=layer.left) for layer in layers]
+    b, a = ([layer.right.moved(p) for layer in some] for some in (mirrored, layers))
+    before = _lengths(mirrored, b, shared), _lengths(layers, a, shared)
+    inverse: Tensor | None = None
+    least = 1e-14 * (before[0] * before[1]).square()
+    gained = torch.zeros_like(least)
+    for _ in range(sweeps):
+        slope = _slope(layers, b, a, shared)
+        if inverse is not None and ((slope * _times(inverse, slope)).sum(-1) <= torch.maximum(1e-3 * gained, least)).all():
+            break
+        inverse = _inverse(layers, b, shared)
+        q = q + (step := _times(inverse, slope))
+        gained = gained + (slope * step).sum(-1)
+        a = [layer.right.moved(q) for layer in layers]
+        slope = _slope(mirrored, a, b, shared)
+        p = p + (step := _times(_inverse(mirrored, a, shared), slope))
+        gained = gained + (slope * step).sum(-1)
+        b = [layer.left.moved(p) for layer in layers]
+    if not layers[0].scalable:
+        return Coefficients(p=p, q=q)
+    # the factors' norms keep the ratio that they have in the mean
+    change = before[0] * _lengths(layers, a, shared) / (before[1] * _lengths(mirrored, b, shared))
+    c = change.where(change.isfinite() & (change > 0), 1).sqrt()[..., None]
+    return Coefficients(p=p * c, q=q / c)
+
+
+def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rate: float = 1e-2) -> Coefficients:
+    """The published solver: AdamW on multiples of the weights that start at 1, cosine rate down to 1e-4, best iterate."""
+    start = _start(layers, shared)
+    moving = [torch.ones_like(start).requires_grad_() for _ in "pq"]
+    optimiser = torch.optim.AdamW(moving, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-4)
+    best = Coefficients(p=start, q=start)
+    size = _total([layer.size() for layer in layers], shared, 0).clamp_min(torch.finfo(WORKING).tiny)
+    least = torch.full_like(size, float("inf"))
+    for _ in range(steps + 1):
+        now = Coefficients(*(start * x for x in moving))
+        loss = _excess(layers, now, shared)
+        better = (loss < least)[..., None]
+        least = torch.minimum(least, loss).detach()
+        best = Coefficients(p=torch.where(better, now.p, best.p).detach(), q=torch.where(better, now.q, best.q).detach())
+        optimiser.zero_grad()
+        torch.autograd.backward((loss / size).sum())
+        optimiser.step()
+        schedule.step()
+    return best
+
+
+def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -> Float[Tensor, "*batch"]:
+    """The squared Frobenius distance from the targets, summed over the layers (and over the batch if `shared`)."""
+    spread = _total([norm(layer.spread()).square() for layer in layers], shared, 0)
+    return spread + _excess(layers, at, shared)
+
+
+def combined(layer: Layer, at: Coefficients) -> LowRank:
+    """The combined factors, in fp64."""
+    b, a = layer.left.mean + layer.left.moved(at.p), layer.right.mean + layer.right.moved(at.q)
+    return LowRank(b=b.mT.contiguous(), a=a)
+
+
+def _excess(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
+    """How much larger the objective is than that of the mean factors."""
+    parts = []
+    for layer in layers:
+        start, a0, db, da = layer.left.mean, layer.right.mean, layer.left.moved(at.p), layer.right.moved(at.q)
+        b, a = torch.cat([start, db], -2), torch.cat([da, a0 + da], -2)  # the product's change is b^T a
+        parts.append((a * ((b @ b.mT) @ a - 2 * layer.through(b))).sum((-2, -1)))
+    return _total(parts, shared, 0)
+
+
+def _slope(layers: Sequence[Layer], lefts: Sequence[Tensor], rights: Sequence[Tensor], shared: bool) -> Tensor:
+    """Minus half the objective's gradient by q, for what both sides of each layer have moved."""
+    slopes = []
+    for layer, db, da in zip(layers, lefts, rights, strict=True):
+        start, a = layer.left.mean, layer.right.mean + da
+        b = start + db
+        slopes.append(layer.right.slopes(layer.through(b) - (b @ start.mT) @ da - (b @ db.mT) @ a))
+    return _total(slopes, shared, 1)
+
+
+def _inverse(layers: Sequence[Layer], lefts: Sequence[Tensor], shared: bool) -> Tensor:
+    """Of half the objective's second derivative by q, [*batch, m, m]; zero in directions that do not matter."""
+    parts = []
+    for layer, moved in zip(layers, lefts, strict=True):
+        b = layer.left.mean + moved
+        parts.append(layer.right.curvature(b @ b.mT))
+    matrix, noise = _total([x for x, _ in parts], shared, 2), _total([x for _, x in parts], shared, 1)
+    least = torch.maximum(noise, _SINGULAR * matrix.diagonal(dim1=-2, dim2=-1))
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.any() or (root.diagonal(dim1=-2, dim2=-1).square() <= least).any():
+        inverse: Tensor = torch.linalg.pinv(matrix, atol=least.amax(-1), hermitian=True)
+        return inverse
+    return torch.cholesky_inverse(root)
+
+
+def _lengths(layers: Sequence[Layer], rights: Sequence[Tensor], shared: bool) -> Tensor:
+    """The norm of the combined a, for what it has moved."""
+    squares = [(layer.right.mean + moved).square().sum((-2, -1)) for layer, moved in zip(layers, rights, strict=True)]
+    return _total(squares, shared, 0).sqrt()
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _total(per_layer: Sequence[Tensor], shared: bool, own_axes: int) -> Tensor:
+    if shared:
+        per_layer = [x.flatten(0, -1 - own_axes).sum(0) if x.ndim > own_axes else x for x in per_layer]
+    return torch.stack(list(per_layer)).sum(0)
+
+
+def _start(layers: Sequence[Layer], shared: bool) -> Tensor:
+    return layers[0].shares.expand(*(() if shared else layers[0].left.mean.shape[:-2]), -1)
+
+
+def _side(factors: Sequence[Tensor], origin: Tensor, shares: Tensor) -> Side:
+    first = factors[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    apart = torch.empty(*first.shape[:-2], len(factors), *first.shape[-2:], dtype=dtype, device=first.device)
+    for i, factor in enumerate(factors):
+        apart[..., i, :, :] = factor
+    mean = torch.zeros_like(first, dtype=WORKING)
+    for _ in range(2):  # the first mean is only as exact as the terms, which is not enough for those that are close
+        part = torch.matmul(shares.to(dtype), apart.flatten(-2)).reshape(mean.shape)
+        apart -= part[..., None, :, :]
+        mean += part
+    return Side(mean, origin.to(WORKING) - mean, apart)

@@ -1,0 +1,52 @@
+"""The leading part of a sum of products from linear questions to each product, so that nobody sees more than sums.
+
+    omega = probe(in_, width, rng)
+    basis = span(sum of w_i * answer_first(f_i, omega))
+    for each power iteration:
+        omega = (sum of w_i * answer_second(f_i, basis)).mT
+        basis = span(sum of w_i * answer_first(f_i, omega))
+    fit = finish(sum of w_i * answer_second(f_i, basis), basis, rank)
+
+The result is exact if `width` is at least the rank of the sum; otherwise power iterations bring its error to the least one.
+Source: Halko, Martinsson and Tropp 2011, arXiv:0909.4061.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg.fit import Split, best_fit
+from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.subspace import orthonormal
+from fedlora.linalg.weighted_terms import WORKING
+
+
+def probe(in_: int, width: int, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Float[Tensor, "in width"]:
+    """The first question: Gaussian columns."""
+    return torch.randn(in_, width, generator=rng, device=rng.device, dtype=WORKING).to(dtype)
+
+
+def answer_first(factor: LowRank, omega: Float[Tensor, "*batch in width"]) -> Float[Tensor, "*batch out width"]:
+    """b a omega."""
+    return _apply(factor.b, factor.a, omega)
+
+
+def span(answers: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out width"]:
+    """The second question: an orthonormal basis of the summed first answers."""
+    return orthonormal(answers)
+
+
+def answer_second(factor: LowRank, basis: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch width in"]:
+    """basis^T b a."""
+    return _apply(factor.a.mT, factor.b.mT, basis).transpose(-2, -1)
+
+
+def finish(
+    answers: Float[Tensor, "*batch width in"], basis: Float[Tensor, "*batch out width"], rank: int, split: Split = "left"
+) -> LowRank:
+    """The best fit of rank `rank` to basis @ answers, the sum's projection on the basis."""
+    return best_fit([(1.0, LowRank(b=basis, a=answers))], rank, split)
+
+
+def _apply(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
+    return (left.to(WORKING) @ (right.to(WORKING) @ x.to(WORKING))).to(left.dtype)

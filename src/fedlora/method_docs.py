@@ -1,0 +1,171 @@
+"""The methods' pages, as Markdown: what the table says of each, what its class says, and what others have reported.
+
+    python -m fedlora.method_docs docs/methods
+
+writes them as files, with an index.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedlora.methods import TABLE, Row
+from fedlora.published_results import Claim, Study, reported
+
+_MADE = "<!-- written by scripts/pages -->"
+_READ = {
+    "paper": "read in the paper",
+    "abstract": "read in the paper's abstract",
+    "code": "read in the authors' repository",
+    "secondary": "not read in the paper itself",
+}
+_LEGEND = """\
+Floats are for each adapted layer, client and round, without the head: r is the client's rank, `rank` the largest one, in
+and out are the layer's sizes, K is the number of the round's clients, R the sum of their ranks. With *positions* a client
+also sends which ranks or entries they are. A *fold* is a change of the base, which clients get on top. *Secure aggregation*
+shows the server nothing but sums of uploads. *Differential privacy*: would noise, in training or on the clipped upload,
+cover all that leaves a client; the package does not add it yet."""
+_INDEX = """\
+Each page ends with what others have published about the method, and with where that was read. Figures that were not read in
+the paper itself may have been copied wrongly. Compare with care:
+
+- Some report the best round, chosen on the data they judge by; others the last.
+- Personal models, judged on the clients' own data, are no match for a global model on a common test set.
+- The same two baselines, fedit and ffa-lora, come out in either order and up to twenty points apart. Learning rate, number
+  of clients, head and rank explain more than the method does; `benchmarks/claims.py` holds them equal, or searches them."""
+
+
+def page(row: Row) -> str:
+    """All there is to say about one method."""
+    settings = {**row.settings(), "head": row.head, "norms": row.norms, "weights": row.weights}
+    parts = [
+        f"# {row.name}",
+        f"{row.summary[0].upper()}{row.summary[1:]}.",
+        f"Paper: {_linked(row.paper)}. To use it: `--set method.name={row.name}`.",
+        _table(["question", "answer"], _facts(row).items()),
+        _LEGEND,
+        "## How it works here",
+        inspect.cleandoc(row.make.__doc__ or ""),
+        "## Settings",
+        "\n".join(f"- `{key} = {value!r}`" for key, value in settings.items()),
+        *_exceptions(row),
+        *_results(row.name),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def index() -> str:
+    """The table of all methods, and how to read it."""
+    titles = ["method", "exact", "unequal ranks", "personal", "floats up", "floats down", "single uploads", "secure", "DP"]
+    return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
+
+
+def texts() -> dict[str, str]:
+    """File name -> text."""
+    made = {"README.md": index()} | {f"{name}.md": page(row) for name, row in TABLE.items()}
+    return {name: f"{_MADE}\n\n{text}" for name, text in made.items()}
+
+
+def write(folder: Path) -> None:
+    """Writes the index and a page for each method; removes the pages of methods that are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = texts()
+    for old in folder.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def short(answer: str) -> str:
+    """The answer without its reason."""
+    return answer.partition(":")[0]
+
+
+def yes(flag: bool) -> str:
+    """In words."""
+    return "yes" if flag else "no"
+
+
+def _facts(row: Row) -> dict[str, str]:
+    return {
+        "exact mean of the updates": row.exact,
+        "clients of unequal ranks": yes(row.mixed_ranks),
+        "personal models": yes(row.personal),
+        "floats up": _floats(row.up, row.index_counts is not None),
+        "floats down": _floats(row.down, row.index_counts_down is not None),
+        **({} if row.once[0] == "0" else {"floats up once, for all layers together": f"`{row.once[0]}`"}),
+        "floats of a fold": "none" if row.base_update == "0" else f"`{row.base_update}`",
+        "server needs single uploads": yes(row.needs_individual_uploads),
+        "secure aggregation": row.secure_sums(),
+        "differential privacy": row.private,
+    }
+
+
+def _line(row: Row) -> list[str]:
+    up, down = _floats(row.up, row.index_counts is not None), _floats(row.down, row.index_counts_down is not None)
+    return [
+        f"[{row.name}]({row.name}.md)",
+        short(row.exact),
+        yes(row.mixed_ranks),
+        yes(row.personal),
+        up,
+        down if row.base_update == "0" else f"{down} and folds",
+        yes(row.needs_individual_uploads),
+        short(row.secure_sums()),
+        short(row.private),
+    ]
+
+
+def _floats(formulas: Iterable[str], picked: bool) -> str:
+    return ", then ".join(f"`{formula}`" for formula in formulas) + (" and positions" if picked else "")
+
+
+def _exceptions(row: Row) -> list[str]:
+    """The laws of the conformance suite that the method does not obey."""
+    laws = [f"- {law.removeprefix('test_').replace('_', ' ')}: {reason}" for law, reason in row.known_failures.items()]
+    return ["## Laws that do not hold", "\n".join(laws)] if laws else []
+
+
+def _results(name: str) -> list[str]:
+    told = [claim for claim in reported().claim if name in claim.about]
+    studies = [study for study in reported().study if name in study.about]
+    others = [study for study in reported().study if name in study.values and name not in study.about]
+    elsewhere = {other for study in others for other in study.about}
+    links = ", ".join(f"[{other}]({other}.md)" for other in TABLE if other in elsewhere)
+    parts = [
+        *(["\n".join(f"- {claim.claim} {_origin(claim)}" for claim in told)] if told else []),
+        *(block for study in studies for block in _study(study, name)),
+        *([f"As a baseline also on the pages of {links}."] if links else []),
+    ]
+    return ["## Reported by others", *parts] if parts else []
+
+
+def _study(study: Study, name: str) -> list[str]:
+    lines = [
+        [f"**{label}**" if method == name else label, *("-" if x.is_nan() else str(x) for x in values)]
+        for method, values in study.values.items()
+        for label in [reported().label(method)]
+    ]
+    about = ", ".join(filter(None, (study.model, study.setting)))
+    return [f"{about}; {study.metric}. {_origin(study)}", _table(["", *study.benchmarks], lines)]
+
+
+def _origin(entry: Study | Claim) -> str:
+    caveat = f" {entry.caveat}" if entry.caveat else ""
+    return f"({_linked(entry.source)}; {_READ[entry.read]}.{caveat})"
+
+
+def _linked(source: str) -> str:
+    source = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
+    return re.sub(r"openreview (\w+)", r"[openreview](https://openreview.net/forum?id=\1)", source)
+
+
+def _table(titles: list[str], lines: Iterable[Iterable[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *lines))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Transformers models and the places of the factors in them."""

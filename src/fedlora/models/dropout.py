@@ -1,0 +1,123 @@
+"""Dropout whose masks belong to the clients, so that it does not matter who is trained in the same step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, no_type_check
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedlora.models.attention import Attention
+from fedlora.models.packing import Packing
+
+_LEVELS = 1 << 8  # a mask entry takes one random byte
+
+
+class ClientDropout(TorchFunctionMode):
+    """Within it, every dropout of a model in training draws each client's mask from the client's own generator.
+
+    The first axis of what is dropped out holds the clients' runs of rows, all as long as the longest, or, flattened, the
+    tokens of these rows; of several clients, any other tensor is an error. A client's mask has the shape that it would have
+    if the client were alone: its own rows, its own longest example. Inputs are [rows, length, ...], attention weights
+    [rows, heads, length, length]; two axes hold no length. What is in the packed form gets the masks that it would get
+    padded. The probability is rounded to a multiple of 2^-8, and what is kept is scaled up to match. Attention with dropout
+    is computed in the open, since the masks inside a fused kernel are not to be had.
+    """
+
+    def __init__(self, packing: Packing | None = None, p: float | None = None) -> None:
+        """`p` stands for all probabilities that are not 0."""
+        super().__init__()
+        self._packing, self._p = packing, p
+        self._generators: Sequence[torch.Generator] = ()
+        self._sizes: Sequence[tuple[int, int]] = ()
+
+    def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
+        """Whose rows the model sees next: for each client its generator, the length of its longest row, its rows."""
+        self._generators, self._sizes = generators, sizes
+
+    @no_type_check  # called for everything that torch does
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(Attention(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        level = min(max(round((self._p or p) * _LEVELS), 1), _LEVELS - 1)
+        kept: Tensor = _Kept.apply(  # type: ignore[no-untyped-call]
+            input, self._mask(input.shape, level, input.device), _LEVELS / (_LEVELS - level)
+        )
+        return kept
+
+    def _attention(self, call: Attention) -> Tensor:
+        if call.dropout_p == 0:
+            return call.fused()
+        return call.weighted(self._dropout(call.weights(), call.dropout_p))
+
+    def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
+        """1 where an entry is kept, else 0. Bytes, not bools: those take many times as long to multiply with."""
+        layout = None if self._packing is None else self._packing.inside
+        if layout is None:
+            masks = self._padded(shape, device)
+        elif len(shape) == 1:  # all buckets' attention weights
+            heads = shape[0] // sum(len(bucket.rows) * bucket.longest**2 for bucket in layout.buckets)
+            whole = self._padded((layout.padded[0], heads, layout.padded[1], layout.padded[1]), device, cut=True)
+            masks = torch.cat([part.flatten() for part in layout.squares(whole)])
+        elif shape[:2] == layout.packed or shape[:1] == layout.packed[1:]:
+            rest = shape[2:] if shape[:2] == layout.packed else shape[1:]
+            masks = layout.pack(self._padded((*layout.padded, *rest), device, cut=True)).view(shape)
+        else:
+            masks = self._padded(shape, device)
+        return masks.ge_(level - _LEVELS // 2)
+
+    def _padded(self, shape: Sequence[int], device: torch.device, cut: bool = False) -> Tensor:
+        """Random int8 for the clients' rows. What lies outside a client's own shape is not set if it will be `cut` off."""
+        if len(self._generators) == 1:
+            return _bytes(shape, self._generators[0]).to(device)
+        longest, run = max(length for length, _ in self._sizes), max(rows for _, rows in self._sizes)
+        rows = len(self._generators) * run
+        if len(shape) == 2 and shape[0] == rows * longest:
+            return self._padded((rows, longest, shape[1]), device, cut).flatten(0, 1)
+        if shape[0] != rows:
+            raise ValueError(
+                f"a tensor {list(shape)} is dropped out, whose first axis is not the {rows} rows of the clients"
+            )
+        axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
+        drawn = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
+        for state, generator, (length, real) in zip(drawn, self._generators, self._sizes, strict=True):
+            own = [real, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
+            if own != list(state.shape) and not cut:
+                state.fill_(_LEVELS // 2 - 1)
+            state[tuple(slice(n) for n in own)] = _bytes(own, generator)
+        return drawn.flatten(0, 1)
+
+
+class _Kept(torch.autograd.Function):
+    """x * mask * scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return x * mask.to(x.dtype).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The same product of the gradient."""
+        (mask,) = ctx.saved_tensors
+        return gradient * mask.to(gradient.dtype).mul_(ctx.scale), None, None
+
+
+def _bytes(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random int8 of the whole range."""
+    words = torch.empty((math.prod(shape) + 7) // 8, dtype=torch.int64, device=generator.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int8)[: math.prod(shape)].view(list(shape))

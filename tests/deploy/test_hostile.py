@@ -1,0 +1,148 @@
+"""A server that tries to read a node's data, files or columns: all that it gets are codes and counts."""
+
+import json
+import os
+
+import pytest
+
+from fedlora.config import build
+from fedlora.deploy.node import Node
+from fedlora.deploy.reasons import Reason
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.wire import (
+    PROTOCOL,
+    ClientRecord,
+    ClientTask,
+    Handshake,
+    HandshakeReply,
+    Refused,
+    RoundRecord,
+    TaskRequest,
+    decode_message,
+    encode_message,
+)
+from fedlora.rounds.codec import encode
+from fedlora.version import __version__
+
+from tiny import LABELS, tiny_bert
+from wired import problem
+
+SECRETS = ("Patient", "HIV", "diagnosis", "clinic.jsonl", "Error")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    tiny_bert(home / "bert")
+    rows = [
+        {"text": f"Patient {i} has HIV since {1900 + i}", "label": LABELS[i % len(LABELS)], "diagnosis": f"HIV {i}"}
+        for i in range(20)
+    ]
+    (home / "clinic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return home
+
+
+class Owner:
+    """A node with a file of its own, and what its owner has been told."""
+
+    def __init__(self, home, folder, **more):
+        settings = {"data": str(home / "clinic.jsonl"), "overrides": [f"model={home / 'bert'}"]}
+        Settings(clients=["clinic"], **{**settings, **more}).write(folder)
+        self.told = []
+        self.node = Node(folder, self.told.append)
+
+    def handshake(self, home, **more):
+        return self.ask(handshake(home, **more))
+
+    def ask(self, header, payloads=()):
+        self.raw = self.node.reply(encode_message(header, payloads))
+        return decode_message(self.raw, 1)[0]
+
+
+def handshake(home, labels=LABELS, **more):
+    table = problem(home, **{"data": {"source": "none", "labels": list(labels)}, **more})
+    experiment = build(table).to_toml()
+    return Handshake(
+        protocol=PROTOCOL,
+        version=__version__,
+        run="r",
+        experiment=experiment,
+        labels=list(labels),
+        server_session_id="1",
+        done=0,
+    )
+
+
+def silent(raw):
+    return not any(secret.encode() in raw for secret in SECRETS)
+
+
+HOSTILE = {
+    "the text as the label": {"data": {"source": "none", "labels": ["a", "b"], "label": "text"}, "labels": ["a", "b"]},
+    "labels that the file does not have": {"labels": ["a", "b"]},
+    "a model in a folder": {"model": "/etc"},
+    "a model outside its package": {"model": "package:torch/../../../etc"},
+    "a model that is not there": {"model": "package:no_such_package/model"},
+    "a device that is not there": {"train": {"device": "cuda:77"}},
+    "pairs of texts": {"data": {"source": "none", "labels": list(LABELS), "text_pair": "diagnosis"}},
+    "modules that are not there": {"lora": {"targets": "nothing"}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_the_owner(home, tmp_path, name):
+    owner = Owner(home, tmp_path / "node", overrides=[] if "model" in HOSTILE[name] else [f"model={home / 'bert'}"])
+    result = owner.handshake(home, **HOSTILE[name])
+    assert isinstance(result, Refused) and result.failure.reason in Reason
+    assert silent(owner.raw)
+    assert owner.told and len(owner.told[-1]) > len(result.failure.reason.value)
+
+
+def test_columns_that_the_server_names_are_not_read(home, tmp_path):
+    owner = Owner(home, tmp_path / "node")
+    table = {"data": {"source": "none", "labels": list(LABELS), "text": "diagnosis", "label": "no such column"}}
+    assert isinstance(owner.handshake(home, **table), HandshakeReply)
+
+
+def test_columns_are_those_that_the_node_names(home, tmp_path):
+    owner = Owner(home, tmp_path / "node", overrides=[f"model={home / 'bert'}", "data.text=no such column"])
+    result = owner.handshake(home)
+    assert isinstance(result, Refused) and result.failure.reason is Reason.DATA and silent(owner.raw)
+    assert "no such column" in owner.told[-1] and "diagnosis" in owner.told[-1]
+
+
+def test_a_file_that_only_the_server_names_is_not_read_by_a_node_without_a_file(home, tmp_path):
+    source = {"data": {"source": str(home / "clinic.jsonl")}, "clients": {"count": 1, "partition": "iid"}}
+    owner = Owner(home, tmp_path / "node", data=None)
+    result = owner.handshake(home, **source)
+    assert isinstance(result, Refused) and result.failure.reason is Reason.EXPERIMENT and silent(owner.raw)
+    assert "--set data.source=" in owner.told[-1]
+
+
+@pytest.mark.parametrize("name", ["of another run", "garbage", "for another client", "without payloads", "base updates"])
+def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
+    owner = Owner(home, tmp_path / "node")
+    present = owner.handshake(home)
+    client = present.clients[0]
+    stranger = ClientRecord(id="other", rank=2, examples=7)
+    request = {
+        "of another run": ({"run": "../../etc"}, client, [encode({})]),
+        "garbage": ({}, client, [os.urandom(200)]),
+        "for another client": ({}, stranger, [encode({})]),
+        "without payloads": ({}, client, []),
+        "base updates": ({"held": [3, 4]}, client, [encode({})]),
+    }
+    change, client, payloads = request[name]
+    table = {"kind": "train", "run": "r", "round_record": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
+    result = owner.ask(TaskRequest(**table, tasks=[ClientTask(client=client, download=0)]), payloads)
+    failure = result.failure if isinstance(result, Refused) else result.results[0].failure
+    assert failure is not None and silent(owner.raw)
+    assert name != "base updates" or (failure.reason is Reason.BASE_UPDATES and failure.count == 2)
+
+
+@pytest.mark.parametrize("message", [b"", b"fedlora\x01" + bytes(40), os.urandom(300)])
+def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message):
+    owner = Owner(home, tmp_path / "node")
+    result = decode_message(owner.node.reply(message), 1)[0]
+    assert isinstance(result, Refused) and result.failure.reason is Reason.MESSAGE
+    assert len(owner.told) == 1

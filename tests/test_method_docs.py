@@ -1,0 +1,78 @@
+"""The methods' pages, and what they tell of results that others have published."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fedlora import method_docs
+from fedlora.methods import TABLE
+from fedlora.published_results import read, reported
+
+COMMITTED = Path(__file__).parents[1] / "docs" / "methods"
+
+STUDY = """
+[others]
+central = "all data in one place"
+[[study]]
+about = ["fedit"]
+source = "nobody 2026, arXiv:2601.00001"
+read = "paper"
+model = "MiniLM"
+metric = "accuracy, %"
+benchmarks = ["one", "two"]
+[study.values]
+fedit = [1.50, nan]
+central = [2, 3]
+[[claim]]
+about = ["fedit"]
+claim = "It is good."
+source = "nobody 2026"
+read = "abstract"
+"""
+
+
+def test_the_committed_pages_are_what_the_table_gives():
+    committed = {file.name: file.read_text(encoding="utf-8") for file in COMMITTED.glob("*.md")}
+    assert committed == method_docs.texts(), "run scripts/pages"
+
+
+def test_a_page_tells_all_that_its_row_says():
+    for row in TABLE.values():
+        page = method_docs.page(row)
+        assert all(
+            part in page
+            for part in (row.exact, row.secure_sums(), row.private, *row.up, *row.down, *row.known_failures.values())
+        )
+        assert all(f"`{key} = " in page for key in row.settings())
+
+
+def test_pages_of_methods_that_are_gone_are_removed(tmp_path):
+    (tmp_path / "gone.md").touch()
+    method_docs.write(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"README.md", *(f"{name}.md" for name in TABLE)}
+
+
+def test_figures_keep_the_digits_of_their_source():
+    study = read(STUDY).study[0]
+    assert [str(value) for value in study.values["fedit"]] == ["1.50", "NaN"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("fedit = [1.50, nan]", "fedit = [1.50]", "fedit has 1 values for 2 benchmarks"),
+        ("fedit = [1.50, nan]", "fedit = [nan, nan]", "fedit has no value"),
+        ("central = [2, 3]", "elsewhere = [2, 3]", "elsewhere"),
+        ('about = ["fedit"]', 'about = ["fedid"]', "fedid"),
+        ('read = "paper"', 'read = "memory"', "memory"),
+        ('read = "paper"', "", "read"),
+    ],
+)
+def test_a_report_that_is_incomplete_or_unknown_is_refused(old, new, part):
+    with pytest.raises(ValidationError, match=part):
+        read(STUDY.replace(old, new, 1))
+
+
+def test_every_study_is_about_one_of_the_methods_it_has_values_for():
+    assert all(set(study.about) <= set(study.values) for study in reported().study)
