@@ -63,7 +63,7 @@ WORKS = {
 }
 
 
-def experiment(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> Any:
+def experiment(files: list[str], work: Work, seed: int, clients_per_step: int, precision: str = "fp32") -> Any:
     from fedlora.config import build
 
     train, test = files
@@ -80,7 +80,7 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
                 "lr": work.lr,
                 "batch_size": BATCH,
                 "max_length": LONGEST,
-                "together": together,
+                "clients_per_step": clients_per_step,
                 "precision": precision,
             },
             "evaluate": {"every": work.rounds, "clients": "none"},
@@ -88,14 +88,14 @@ def experiment(files: list[str], work: Work, seed: int, together: int, precision
     )
 
 
-def product(files: list[str], work: Work, seed: int, together: int, precision: str = "fp32") -> dict[str, float]:
+def product(files: list[str], work: Work, seed: int, clients_per_step: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
     from fedlora.experiment import run
     from fedlora.federated_data import FederatedData
     from fedlora.runs.start import settled
     from fedlora.train import local
 
-    setup = settled(experiment(files, work, seed, together, precision))
+    setup = settled(experiment(files, work, seed, clients_per_step, precision))
     FederatedData.make(setup)
     ready, steps, train_together = time.perf_counter() - STARTED, 0.0, local.train_together
 

@@ -44,7 +44,7 @@ def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_
     assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()} == {torch.float32}
     found = json.loads((tmp_path / "run/environment.json").read_text())
     assert (
-        found["clients_in_a_step"] == 1
+        found["clients_per_step"] == 1
         and found["tokens_in_a_pass"] > 100
         and found["packed"] is found["last_block_narrowed"] is packed
     )
@@ -127,5 +127,5 @@ def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks, mo
         "data": {"source": str(file), "task": "task"},
         "method": {"name": "fl-tac", "rank": 4, **tasks},
     }
-    last = run(build(table, ["train.epochs=2", "train.together=16"]), tmp_path / "run").rows[-1]
+    last = run(build(table, ["train.epochs=2", "train.clients_per_step=16"]), tmp_path / "run").rows[-1]
     assert last["merged_tasks"] == 0 and last["misclustered"] <= most_wrong

@@ -47,7 +47,7 @@ def problem(tmp_path_factory):
         "rounds": 3,
         "clients": {"count": 4, "partition": "iid"},
         "lora": {"dropout": 0.1},
-        "train": {"batch_size": 4, "max_length": 16, "lr": 1e-2, "device": "cpu", "together": 2},
+        "train": {"batch_size": 4, "max_length": 16, "lr": 1e-2, "device": "cpu", "clients_per_step": 2},
         "sampling": {"fraction": 0.75},
         "evaluate": {"every": 2},
     }

@@ -44,7 +44,7 @@ class ToyTrainer:
     steps: int = 3
     lr: float = 0.2
     seed: int = 0
-    together: int = 2
+    clients_per_step: int = 2
     unit: float = 1.0
     base: dict[str, Tensor] = field(default_factory=dict)
     """What was folded into each module; the weight is this plus the adapter's product."""
@@ -154,9 +154,9 @@ class Recorder:
         return self.inner.spec
 
     @property
-    def together(self) -> int:
+    def clients_per_step(self) -> int:
         """The toy's."""
-        return self.inner.together
+        return self.inner.clients_per_step
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """The toy's answers, remembered."""

@@ -29,7 +29,7 @@ def problem(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
         "rounds": 3,
         "clients": {"count": 4, "partition": "iid"},
         "method": {"name": method, "rank": 2},
-        "train": {"batch_size": 8, "max_length": 16, "lr": 1e-2, "device": "cpu", "together": 1},
+        "train": {"batch_size": 8, "max_length": 16, "lr": 1e-2, "device": "cpu", "clients_per_step": 1},
         "deploy": {"poll": 0.01, "deadline": 5.0},
         **more,
     }

@@ -250,10 +250,10 @@ class Train(_Section):
     at random where the model avoids padding (see `train.packed`), else by length."""
     packed: bool = True
     """Whether to avoid padding, where the model allows it. Results change by rounding at most."""
-    together: PositiveInt = 16
+    clients_per_step: PositiveInt = 16
     """The number of clients trained in one step. Results change by rounding at most. It is 1 for models in which clients
     would influence each other, which is tested at load."""
-    memory_mb: PositiveInt = 256
+    activation_memory_mb: PositiveInt = 256
     """Activation memory of one forward and backward pass, in MB. A step of many clients takes several passes."""
     max_length: PositiveInt = 128
     """Tokens per example; longer examples are truncated."""

@@ -40,7 +40,7 @@ from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
-from fedlora.train.independence import clients_per_step
+from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.local import LocalTrainer
 
 
@@ -189,7 +189,7 @@ class Session:
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.packed:
             try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
-        together = clients_per_step(adapted, task, tokenizer, settings)
+        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, settings)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
@@ -203,12 +203,12 @@ class Session:
             test,
             settings,
             experiment.evaluate.batch_size,
-            together,
-            settings.memory_mb * 1_000_000 // kept,
+            clients_per_step,
+            settings.activation_memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         notes = [*([slow] if (slow := hardware.slow_precision(settings)) else []), *checkpoint.notes]
-        if together < settings.together:
+        if clients_per_step < settings.clients_per_step:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
@@ -346,7 +346,7 @@ def begin(session: Session, folder: RunFolder) -> Manifest:
             keep_rounds(folder, experiment)
         return manifest
     folder.restore()  # refuses a folder that has lost its manifest
-    path = {"clients_in_a_step": session.trainer.together, "tokens_in_a_pass": session.trainer.tokens}
+    path = {"clients_per_step": session.trainer.clients_per_step, "tokens_in_a_pass": session.trainer.tokens}
     packing = session.adapted.packing
     environment = record(
         folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(session.notes)

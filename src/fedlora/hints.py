@@ -18,6 +18,9 @@ def same_word(word: str, keys: Iterable[str]) -> list[str]:
 
 
 ALIASES = {
+    # earlier releases
+    "together": "train.clients_per_step",
+    "memory_mb": "train.activation_memory_mb",
     # PEFT
     "r": "method.rank",
     "lora_r": "method.rank",

@@ -180,7 +180,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Features:
-    """A request for the client's own training examples as the base model sees them without any adapter: `LabelledFeatures`."""
+    """A request for the base model's features of the client's own training examples, as `LabelledFeatures`."""
 
 
 @dataclass(frozen=True)

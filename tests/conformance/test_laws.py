@@ -70,7 +70,7 @@ def test_the_wire_changes_nothing(row, ranks):
 
 @every_row
 def test_a_client_trained_with_others_trains_as_if_alone(row, ranks):
-    alone = run_rounds(row, people(ranks), trainer=Witness(toy(together=1)))
+    alone = run_rounds(row, people(ranks), trainer=Witness(toy(clients_per_step=1)))
     assert_same(alone.weights, whole_game(row.name, ranks).weights)
 
 

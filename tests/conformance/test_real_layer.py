@@ -70,8 +70,8 @@ class Witness:
         return self.inner.adapted.spec
 
     @property
-    def together(self) -> int:
-        return self.inner.together
+    def clients_per_step(self) -> int:
+        return self.inner.clients_per_step
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """Each client has one batch, and so the loss of an only epoch is that of the start."""
@@ -202,7 +202,7 @@ def trainer_of(adapted: AdaptedModel, examples: Encoded, clients: Sequence[Clien
     rows = dict(zip([client.id for client in clients], torch.arange(sum(SIZES)).split(SIZES), strict=True))
     rest = torch.arange(sum(SIZES), len(examples)).split(3)
     held_out = {client.id: rest[i] for i, client in enumerate(clients)}
-    return LocalTrainer(adapted, TASK, examples, rows, held_out, examples, SETTINGS, eval_batch_size=16, together=2)
+    return LocalTrainer(adapted, TASK, examples, rows, held_out, examples, SETTINGS, eval_batch_size=16, clients_per_step=2)
 
 
 @every_row

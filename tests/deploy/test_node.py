@@ -140,7 +140,7 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
 
 @pytest.mark.parametrize("method", fast(["fedit", "lora-a2", "flora"], "flora"))
 def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
-    what = experiment(home, method, "train.together=4")
+    what = experiment(home, method, "train.clients_per_step=4")
     run(what, tmp_path / "simulated")
     serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
@@ -148,8 +148,8 @@ def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulat
 
 @pytest.mark.slow
 def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(home, tmp_path):
-    run(experiment(home, "flora", "train.together=1"), tmp_path / "simulated")
-    what = experiment(home, "flora", "train.together=4")
+    run(experiment(home, "flora", "train.clients_per_step=1"), tmp_path / "simulated")
+    what = experiment(home, "flora", "train.clients_per_step=4")
     hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
     serve(what, tmp_path / "served", hand)
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
@@ -157,7 +157,7 @@ def test_nodes_of_one_client_each_give_the_bits_of_clients_trained_one_by_one(ho
 
 @pytest.mark.slow
 def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(home, tmp_path):
-    what = experiment(home, "flora", "train.together=4")
+    what = experiment(home, "flora", "train.clients_per_step=4")
     run(what, tmp_path / "simulated")
     serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
     one, other = known(tmp_path / "simulated"), known(tmp_path / "served")
@@ -170,7 +170,7 @@ def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkey
     sizes = {"train_together": [], "score": []}
     for name, of in (("train_together", 3), ("score", 3)):
         monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
-    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
     assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
 
@@ -194,7 +194,7 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
         return fit(trainer, asked, rnd)
 
     monkeypatch.setattr(local.LocalTrainer, "fit", fails)
-    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["000", "002", "003"] and row["rejected"] == {"001": "the client's work failed"}
@@ -211,7 +211,7 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
         ]
 
     monkeypatch.setattr(local.LocalTrainer, "fit", nan_for_one)
-    what = experiment(home, "fedit", "train.together=4", rounds=1)
+    what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["000", "002", "003"]

@@ -40,7 +40,10 @@ def test_the_shared_pair_is_fedits_bit_for_bit(pull):
 
 
 def test_without_a_pull_a_client_trains_as_if_it_were_alone():
-    together, alone = run_rounds(Ditto(rank=2, pull=0.0), 4)[1], run_rounds(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1]
+    together, alone = (
+        run_rounds(Ditto(rank=2, pull=0.0), 4)[1],
+        run_rounds(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1],
+    )
     one, other = together.client_state(CLIENTS[-1], 4), alone.client_state(CLIENTS[-1], 4)
     assert all(
         torch.equal(one.adapter[n].b, other.adapter[n].b) and torch.equal(one.adapter[n].a, other.adapter[n].a)

@@ -142,7 +142,8 @@ def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(sessio
     rows = {one.id: job.rows for one, job in zip(client, some, strict=True)}
     asked = [FitRequest(job.request, one, 0) for one, job in zip(client, some, strict=True)]
     trainers = [
-        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together) for together in (1, 3)
+        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, clients_per_step)
+        for clients_per_step in (1, 3)
     ]
     for (alone, _), (grouped, _) in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
@@ -195,10 +196,10 @@ def test_the_trainer_groups_requests_and_answers_in_their_order(session):
         for i, job in enumerate(jobs(adapted))
     ]
     results = [
-        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, together).fit(
+        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, clients_per_step).fit(
             asked, Round(3, 1)
         )
-        for together in (1, 3)
+        for clients_per_step in (1, 3)
     ]
     for (alone, notes), (grouped, other), one in zip(*results, asked, strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
@@ -211,8 +212,8 @@ def test_clients_judged_together_are_judged_as_if_alone(session):
     rows = dict(zip("wxyz", [ROWS[0], ROWS[1], ROWS[2][:0], ROWS[3]], strict=True))
     asked = [(ClientInfo(n, r, 5), job.request.start) for n, r, job in zip("wxyz", RANKS, jobs(adapted), strict=True)]
     one, three = (
-        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(), 8, together).scores(asked)
-        for together in (1, 3)
+        LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(), 8, clients_per_step).scores(asked)
+        for clients_per_step in (1, 3)
     )
     assert [score and score.examples for score in three] == [9, 21, None, 10]
     for left, right in zip(one, three, strict=True):

@@ -22,7 +22,7 @@ from fedlora.tasks.classification import Classification, Encoded
 from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
-from fedlora.train.independence import clients_per_step
+from fedlora.train.independence import safe_clients_per_step
 from tiers import fast
 
 from architectures import CONFIGS, model_of, tokenizer_of
@@ -75,7 +75,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
     """Unequal ranks, rows and lengths, dropout in the model and the LoRA layers, three steps, and evaluation."""
     adapted, task = adapted_of(kind, torch.float64), Exact()
     try:
-        most = clients_per_step(adapted, task, tokenizer_of(kind), Train(together=4))
+        most = safe_clients_per_step(adapted, task, tokenizer_of(kind), Train(clients_per_step=4))
     except UserError as error:
         assert kind in REFUSED and f"type {kind!r} cannot be trained here: " in str(error) and "\n" not in str(error)
         return
@@ -101,7 +101,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
 @pytest.mark.parametrize("kind", fast(ORDINARY, "bert", "llama"))
 def test_ordinary_models_train_clients_together_without_padding(kind, precision):
     adapted = adapted_of(kind, precision)
-    assert clients_per_step(adapted, Classification(), tokenizer_of(kind), Train(together=9)) == 9
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of(kind), Train(clients_per_step=9)) == 9
     assert adapted.packing.works
     assert all(layer.b is None for layer in adapted.layers.values())  # the model is as it was
 
@@ -113,9 +113,9 @@ def test_a_weak_influence_of_other_clients_is_found(precision, packed):
     hook = adapted.model.bert.encoder.layer[0].intermediate.register_forward_hook(
         lambda _module, _args, y: y + 0.3 * y.roll(1, 1 if y.shape[0] == 1 else 0)
     )
-    assert clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(together=4)) == 1
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(clients_per_step=4)) == 1
     hook.remove()
-    assert clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(together=4)) == 4
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(clients_per_step=4)) == 4
 
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
 
     adapted.model.register_forward_pre_hook(fail)
     with pytest.raises(UserError, match=r"type 'bert' cannot be trained here: RuntimeError: shapes differ$"):
-        clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train())
+        safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train())
 
 
 class Heard(NullProgress):
@@ -144,11 +144,11 @@ def test_a_run_with_such_a_model_trains_clients_one_by_one_and_says_so(tmp_path)
     home, found = furnish(tmp_path), []
     model_of("deberta-v2").base_model.save_pretrained(home / "deberta")
     tokenizer_of("deberta-v2").save_pretrained(home / "deberta")
-    for together in (1, 4):
+    for clients_per_step in (1, 4):
         table, heard = problem(home, rounds=1), Heard()
-        table = {**table, "model": str(home / "deberta"), "train": {**table["train"], "together": together}}
-        result = run(build(table), tmp_path / f"run{together}", heard)
+        table = {**table, "model": str(home / "deberta"), "train": {**table["train"], "clients_per_step": clients_per_step}}
+        result = run(build(table), tmp_path / f"run{clients_per_step}", heard)
         environment = json.loads((result.folder / "environment.json").read_text())
-        assert environment["clients_in_a_step"] == 1
+        assert environment["clients_per_step"] == 1
         found.append((result.rows[0]["train_loss"], [line for line in heard.lines if "one at a time" in line]))
     assert found[0][0] == found[1][0] and [len(lines) for _, lines in found] == [0, 1]

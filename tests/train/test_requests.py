@@ -52,7 +52,9 @@ def trainer(request, session) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
 
 def local_trainer(adapted: AdaptedModel, examples: Encoded) -> LocalTrainer:
     rows = {WHO.id: torch.arange(9)}
-    return LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), eval_batch_size=8, together=2)
+    return LocalTrainer(
+        adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), eval_batch_size=8, clients_per_step=2
+    )
 
 
 def answered(local: LocalTrainer, request: Fit) -> Adapter:

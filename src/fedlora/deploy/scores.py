@@ -19,7 +19,7 @@ class ScoreCheck:
         """Why the client's score cannot be used, None if it can: no examples and no metrics, or all metrics of the task."""
         allowed = self.held_out * (client.examples + 1) / (1 - self.held_out) + 1  # a client's share is rounded
         if result.examples > (allowed if self.held_out else 0):
-            return f"it is over {result.examples} examples; with {client.examples} for training there are at most {allowed:.0f}"
+            return f"it covers {result.examples} examples; {client.examples} training examples allow at most {allowed:.0f}"
         if result.metrics.keys() != (self.metrics if result.examples else set()):
             return f"its {len(result.metrics)} metrics are not {', '.join(sorted(self.metrics))}"
         if large := sorted(name for name, value in result.metrics.items() if abs(value) > _LARGEST):

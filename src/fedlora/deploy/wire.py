@@ -71,8 +71,8 @@ class RoundRecord(_Part):
 class Handshake(_Part):
     """Server to node: what is run, and how far it has come.
 
-    `labels` are the names that the server's data give to the classes. `server_session_id` is new whenever the server starts or takes up
-    the run, after `done` complete rounds: what an earlier life left of later rounds does not count.
+    `labels` are the class names of the server's data. `server_session_id` is new whenever the server starts or resumes the
+    run, after `done` complete rounds: what an earlier session left of later rounds does not count.
     """
 
     kind: Literal["hello"] = "hello"

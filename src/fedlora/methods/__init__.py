@@ -57,11 +57,11 @@ class Row:
     set: their examples, or the same for all.
 
     `exact`, `secure` and `private` are a short answer, which may be followed by a colon and the reason. `secure`: does the
-    sum of all uploads suffice, so that they can be masked; by default that follows from `needs_individual_uploads`. `private`: would noise,
-    in training or on the clipped upload, cover all that leaves a client. "open" is what nobody has settled.
+    sum of all uploads suffice, so that they can be masked; by default that follows from `needs_individual_uploads`.
+    `private`: could noise, in training or on the clipped upload, cover every upload. "open" is not known.
 
-    `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks only, to
-    the reason.
+    `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks
+    only, to the reason.
     """
 
     name: str

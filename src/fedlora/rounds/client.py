@@ -17,7 +17,7 @@ class Trainer(Protocol):
     """Who has the model and the examples."""
 
     @property
-    def together(self) -> int:
+    def clients_per_step(self) -> int:
         """How many clients are best trained at once."""
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:

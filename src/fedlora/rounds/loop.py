@@ -60,7 +60,7 @@ class GlobalEvaluator(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same over all rounds of a run. `evaluator` is None if there is no global model or no global test set."""
+    """Settings of all rounds of a run. `evaluator` is None if there is no global model or no global test set."""
 
     method: AnyMethod
     spec: AdapterSpec

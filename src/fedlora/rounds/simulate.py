@@ -74,8 +74,8 @@ class SimulationBackend:
 
     def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
         """A few groups' clients at a time: enough to form groups of similar work, few enough to keep in memory."""
-        left, together = iter(clients), self.trainer.together
-        while some := list(islice(left, _GROUPS * together if together > 1 else 1)):
+        left, clients_per_step = iter(clients), self.trainer.clients_per_step
+        while some := list(islice(left, _GROUPS * clients_per_step if clients_per_step > 1 else 1)):
             yield some
 
     def view(self, client: ClientInfo, download: Tensors, rnd: Round) -> Adapter:

@@ -18,7 +18,7 @@ from fedlora.train.batches import concat_factors, epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training: on the examples `rows` [rows]. `seed` is the client's; `shared_order_seed` is the same for all clients."""
+    """One client's training on the examples `rows` [rows]; `seed` is its own, `shared_order_seed` that of all."""
 
     request: Fit
     rows: Tensor

@@ -20,8 +20,8 @@ def epoch(
 
     With `by_length`, examples of similar length come together: a pool of 32 batches is sorted by length before it is cut,
     and the batches are shuffled. Which examples meet is still random, but no longer independent of their length. The
-    shuffling takes `shared_order_seed` and not `rng`: clients with one pace and as many rows meet short and long batches at the same
-    time, which saves padding when they are trained together.
+    shuffling takes `shared_order_seed` and not `rng`: clients with equally many rows meet short and long batches at the
+    same time, which saves padding when they are trained together.
     """
     order = torch.randperm(len(lengths), generator=rng)
     if not by_length:

@@ -68,9 +68,9 @@ class MultiDeviceTrainer:
         self._here, self._helpers = here, helpers
 
     @property
-    def together(self) -> int:
+    def clients_per_step(self) -> int:
         """How many clients are best trained at once: on all devices."""
-        return self._here.together * (1 + len(self._helpers))
+        return self._here.clients_per_step * (1 + len(self._helpers))
 
     @property
     def tokens(self) -> int:

@@ -25,8 +25,8 @@ _RATE = 2.0**14
 """Of a step so long that the gradient can be read off its end."""
 
 
-def clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> int:
-    """`train.together`, or 1 if this model gives clients in one step something else than each alone, beyond rounding.
+def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> int:
+    """`train.clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
 
     That happens where the first axis of a tensor is not the rows, of which each client has a run. It is tried with two to
     four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is not used
@@ -37,7 +37,7 @@ def clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings
     """
     trial, packs = _Trial.of(adapted, task, tokenizer, settings), adapted.packing.works
     each = [[job] for job in trial.jobs]
-    groups = [trial.jobs[:n] for n in range(2, min(settings.together, len(each)) + 1)]
+    groups = [trial.jobs[:n] for n in range(2, min(settings.clients_per_step, len(each)) + 1)]
     adapted.packing.works = False
     try:
         alone = [trial.results(one)[0] for one in each]
@@ -50,7 +50,7 @@ def clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings
         if tried and trial.agrees(alone, tried, tolerance):
             break
     adapted.load([])
-    return settings.together if tried is groups else 1
+    return settings.clients_per_step if tried is groups else 1
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class LocalTrainer:
     test: Encoded
     settings: Train
     eval_batch_size: int
-    together: int = 1
+    clients_per_step: int = 1
     tokens: int = 1 << 11
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
@@ -105,4 +105,4 @@ class LocalTrainer:
         for i, key in zip(order, keys, strict=True):
             alike.setdefault(key, []).append(i)
         for some in alike.values():
-            yield from (some[start : start + self.together] for start in range(0, len(some), self.together))
+            yield from (some[start : start + self.clients_per_step] for start in range(0, len(some), self.clients_per_step))
