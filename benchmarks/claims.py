@@ -5,7 +5,7 @@
 
 30 clients under Dirichlet labels, MiniLM; within a claim the same rounds, epochs, alpha and head for all. The learning
 rate of each line is the best of three on the clients' held-out examples, never on the test set, found with the first
-seed. What is judged on held-out examples is searched with a further seed, which is not reported. Every run is kept in a
+seed. What is evaluated on held-out examples is searched with a further seed, which is not reported. Every run is kept in a
 file of JSON Lines and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of
 the methods. The defaults are small, 800 of 10,003 rows and 6 rounds, so that a claim takes no hour on two cores.
 """
@@ -180,7 +180,7 @@ class Found:
     personal: bool
 
     def scores(self) -> list[float]:
-        """What the claim is judged by, for each seed."""
+        """What the claim is evaluated by, for each seed."""
         return [held_out(rows) if self.personal else rows[-1]["global"]["accuracy"] for rows in self.runs]
 
     def megabytes(self, key: str) -> float:

@@ -2,12 +2,12 @@
 
     python benchmarks/deployment.py [--nodes 4] [--rounds 8] [--set KEY=VALUE ...] [--write]
 
-`fedlora demo`, cut short, with a SuperLink and SuperNodes on this machine, one client each: with the clients' judging after
-every round, and without. Then an app that does nothing (`benchmarks/echo`) carries as many messages of the same size over
-another SuperLink and as many of Flower's own SuperNodes, which start a process for each. A round is the time from one row
-of the log to the next; work is what the workers say that they needed for it, the slowest node's. The first round, before
-which nodes load the model, and the last, after which there is nothing to send, are left out. With --write the page
-docs/benchmarks/deployment.md is written.
+`fedlora demo`, cut short, with a SuperLink and SuperNodes on this machine, one client each: with the clients'
+evaluation after every round, and without. Then an app that does nothing (`benchmarks/echo`) carries as many messages
+of the same size over another SuperLink and as many of Flower's own SuperNodes, which start a process for each. A
+round is the time from one row of the log to the next; work is what the workers say that they needed for it, the slowest
+node's. The first round, before which nodes load the model, and the last, after which there is nothing to send, are left
+out. With --write the page docs/benchmarks/deployment.md is written.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
 
 
 def worked(log: str, evaluated: bool) -> list[float]:
-    """A node's seconds for each round, its training and its judging."""
+    """A node's seconds for each round, its training and its evaluation."""
     _, *seconds, _ = [float(found[2]) for found in SAID.findall(log)]  # without the hello and the end
     return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if evaluated else seconds
 
@@ -127,7 +127,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     load = os.getloadavg()[0]
     cases = [
-        ("train, clients judge every round", ["evaluate.clients=all"], 2),
+        ("train, clients evaluate every round", ["evaluate.clients=all"], 2),
         ("train only", ["evaluate.clients=none"], 1),
     ]
     rows = [line(name, given.nodes, given.rounds, [*given.set, *more], messages) for name, more, messages in cases]

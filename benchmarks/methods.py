@@ -64,10 +64,10 @@ def main() -> None:
             f"Dirichlet {setup.clients.alpha}, rank "
             f"{setup.method.rank}, {setup.rounds} rounds of {setup.train.epochs} epoch, lr {setup.train.lr} for all (not "
             f"searched), {len(given.seeds)} seed(s). Test: the last round's model on the global test set; held-out: on the "
-            "clients' own, with the mean of the worst tenth of them. Aggregation error: distance of the merge from the "
+            "clients' own, with the mean of the bottom decile of them. Aggregation error: distance of the merge from the "
             "weighted mean of the clients' updates, relative, mean over the rounds. Traffic: all rounds.",
             "",
-            "| method | head | test accuracy | held-out accuracy | worst tenth | aggregation error | MB up | MB down |",
+            "| method | head | test accuracy | held-out accuracy | bottom decile | aggregation error | MB up | MB down |",
             "|---|---|---|---|---|---|---|---|",
             *(line(name, runs(name, given.seeds, given.set)) for name in given.methods),
             "",

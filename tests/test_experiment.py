@@ -101,7 +101,7 @@ def test_a_client_with_more_examples_than_uploads_may_stand_for_is_refused_befor
         FederatedData.make(build(problem(home, sampling={"max_examples": 3})))
 
 
-def test_clients_of_several_tasks_train_and_are_judged_once_for_each(home, tmp_path):
+def test_clients_of_several_tasks_train_and_are_evaluated_once_for_each(home, tmp_path):
     table = problem(home, "fl-tac", rounds=1)
     chosen = build({**table, "data": {**table["data"], "task": "user"}, "clients": {"count": 3, "partition": "iid"}})
     result = run(chosen, tmp_path / "run")

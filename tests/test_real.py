@@ -1,4 +1,4 @@
-"""Every method on a real model and real sentences: it learns, and its exported adapter is what was judged."""
+"""Every method on a real model and real sentences: it learns, and its exported adapter is what was evaluated."""
 
 import gzip
 import json

@@ -47,7 +47,7 @@ class ToyTrainer:
     clients_per_step: int = 2
     unit: float = 1.0
     base: dict[str, Tensor] = field(default_factory=dict)
-    """What was folded into each module; the weight is this plus the adapter's product."""
+    """What was merged into the base into each module; the weight is this plus the adapter's product."""
 
     def target(self, client: str) -> dict[str, Tensor]:
         """The matrix that the client's product of each module should be, and its head; the common part for ''."""
@@ -71,7 +71,7 @@ class ToyTrainer:
         return self._distance(values, self.target(client))
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
-        """What the model computes with: each module's folds and product, and the head."""
+        """What the model computes with: each module's base updates and product, and the head."""
         return {name: x + self.base.get(name, 0) for name, x in products(adapter).items()}
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
@@ -189,7 +189,7 @@ class Recorder:
 
 @dataclass
 class MemoryStates:
-    """The clients' states and the folds in memory, those of every round."""
+    """The clients' states and the base updates in memory, those of every round."""
 
     saved: dict[tuple[str, int], Any] = field(default_factory=dict)
     base_updates: dict[int, Any] = field(default_factory=dict)
@@ -242,7 +242,7 @@ def toy_method(row: Row, rank: int = 3, **settings: Any) -> AnyMethod:
 def toy_plan(
     method: Any, trainer: ToyTrainer | Recorder, *, fraction: float = 1.0, rounds: int = 3, **sampling: Any
 ) -> Plan:
-    """A plan that judges on all clients in every round."""
+    """A plan that evaluates on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
     return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluator=trainer.evaluate)
 

@@ -36,7 +36,7 @@ def problem(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """The rows but for the seconds, what the server knows and the folds are the same, bit for bit."""
+    """The rows but for the seconds, what the server knows and the base updates are the same, bit for bit."""
     assert rows_of(one) == rows_of(other)
     left, right = known(one), known(other)
     assert left.keys() == right.keys()
@@ -55,11 +55,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def known(path: Path) -> dict[str, Any]:
-    """The server's state after the last round, and the folds, under names that do not depend on the order."""
+    """The server's state after the last round, and the base updates, under names that do not depend on the order."""
     folder = RunFolder(path)
     try:
         done, progress = folder.restore()
-        base_updates = {f"fold {i}": folder.base_update(i) for i in progress.base_updates.rounds}
+        base_updates = {f"base update {i}": folder.base_update(i) for i in progress.base_updates.rounds}
         return dict(_leaves({"done": done, "server": progress.server, **base_updates}))
     finally:
         folder.release()

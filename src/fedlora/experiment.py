@@ -240,7 +240,7 @@ class Session:
     def adapters(self, run_state: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
         """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
 
-        They stand for all that changed since the model was loaded: folds are a part of them.
+        They stand for all that changed since the model was loaded: base updates are a part of them.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
         client = (
@@ -251,7 +251,7 @@ class Session:
         return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
-        """The exchange with the clients' states in the run's folder."""
+        """The backend with the clients' states in the run's folder."""
         return SimulationBackend(
             self.method, self.adapted.spec, self.federated_data.clients, folder, self.trainer, self.experiment.seed
         )
@@ -364,7 +364,7 @@ def begin(session: Session, folder: RunFolder) -> Manifest:
 
 
 def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend) -> RunState:
-    """Runs the rounds that the folder lacks with the clients of the exchange; what the server knows after the last.
+    """Runs the rounds that the folder lacks with the clients of the backend; what the server knows after the last.
 
     Raises:
         UserError: the folder cannot be read.
@@ -407,7 +407,7 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
 
 
 def with_base_updates(view: Adapter, base_updates: Sequence[Mapping[str, LowRank]]) -> Adapter:
-    """The adapter and the folds as one adapter, of the numerical rank of their sum."""
+    """The adapter and the base updates as one adapter, of the numerical rank of their sum."""
     return {
         name: part
         if isinstance(part, Dense) or not any(name in base_update for base_update in base_updates)

@@ -24,15 +24,15 @@ _READ = {
 _LEGEND = """\
 Floats are for each adapted layer, client and round, without the head: r is the client's rank, `rank` the largest one, in
 and out are the layer's sizes, K is the number of the round's clients, R the sum of their ranks. With *positions* a client
-also sends which ranks or entries they are. A *fold* is a change of the base, which clients get on top. *Secure aggregation*
-shows the server nothing but sums of uploads. *Differential privacy*: would noise, in training or on the clipped upload,
-cover all that leaves a client; the package does not add it yet."""
+also sends which ranks or entries they are. A *base update* is a change of the base model, which clients get in
+addition. *Secure aggregation* shows the server nothing but sums of uploads. *Differential privacy*: would noise, in
+training or on the clipped upload, cover all that leaves a client; the package does not add it yet."""
 _INDEX = """\
 Each page ends with what others have published about the method, and with where that was read. Figures that were not read in
 the paper itself may have been copied wrongly. Compare with care:
 
-- Some report the best round, chosen on the data they judge by; others the last.
-- Personal models, judged on the clients' own data, are no match for a global model on a common test set.
+- Some report the best round, chosen on the data they evaluate by; others the last.
+- Personal models, evaluated on the clients' own data, are no match for a global model on a common test set.
 - The same two baselines, fedit and ffa-lora, come out in either order and up to twenty points apart. Learning rate, number
   of clients, head and rank explain more than the method does; `benchmarks/claims.py` holds them equal, or searches them."""
 
@@ -97,7 +97,7 @@ def _facts(row: Row) -> dict[str, str]:
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
         **({} if row.once[0] == "0" else {"floats up once, for all layers together": f"`{row.once[0]}`"}),
-        "floats of a fold": "none" if row.base_update == "0" else f"`{row.base_update}`",
+        "floats of a base update": "none" if row.base_update == "0" else f"`{row.base_update}`",
         "server needs single uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),
         "differential privacy": row.private,
@@ -112,7 +112,7 @@ def _line(row: Row) -> list[str]:
         yes(row.mixed_ranks),
         yes(row.personal),
         up,
-        down if row.base_update == "0" else f"{down} and folds",
+        down if row.base_update == "0" else f"{down} and base updates",
         yes(row.needs_individual_uploads),
         short(row.secure_sums()),
         short(row.private),

@@ -56,7 +56,7 @@ class Live:
 
 
 def closing(result: Result) -> Table:
-    """The run, a line for each round. Held-out examples are the clients'; the worst tenth is of the clients."""
+    """The run, a line for each round. Held-out examples are the clients'; the bottom decile is of the clients."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     first = ("", "", "train", "test", "held-out", "worst", "", "", "")
     second = ("round", "clients", "loss", "accuracy", "accuracy", "tenth", "up", "down", "seconds")

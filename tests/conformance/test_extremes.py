@@ -50,7 +50,7 @@ def cases(values: tuple[float, ...]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Answers:
-    """An exchange whose clients have answered already; the hostile one's floats are bent."""
+    """A backend whose clients have answered already; the hostile one's floats are bent."""
 
     replies: list[Reply]
     bend: Callable[[Tensor], Tensor]

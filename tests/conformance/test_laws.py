@@ -306,7 +306,7 @@ Sent = Mapping[ClientInfo, Tensors]
 
 @dataclass
 class Counting:
-    """An exchange that counts what travels: floats, and the bytes of all else."""
+    """A backend that counts what travels: floats, and the bytes of all else."""
 
     inner: SimulationBackend
     floats_up: dict[int, set[int]] = field(default_factory=dict)
@@ -314,7 +314,7 @@ class Counting:
     bytes_up: dict[int, set[int]] = field(default_factory=dict)
     bytes_down: dict[int, set[int]] = field(default_factory=dict)
     base_updates_evaluated: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
-    """What travelled with the download for judging already, and not again for the turn."""
+    """What travelled with the download for evaluation already, and not again for the turn."""
     uploads: list[Tensors] = field(default_factory=list)
 
     def clients(self) -> Sequence[ClientInfo]:

@@ -117,7 +117,7 @@ def test_the_standard_library_needs_no_settings():
 @pytest.mark.parametrize(
     ("splits", "expected"), [(["train", "validation", "test"], "test"), (["train", "validation"], "validation")]
 )
-def test_a_hub_data_set_is_judged_on_its_test_split_or_else_its_validation_split(hub, splits, expected):
+def test_a_hub_data_set_is_evaluated_on_its_test_split_or_else_its_validation_split(hub, splits, expected):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     hub["owner/films", "small"] = DatasetDict(
         {split: Dataset.from_dict({"text": [split] * 2, "label": [0, 1]}, features=features) for split in splits}

@@ -1,4 +1,4 @@
-"""The node and the exchange in one process: all but Flower itself."""
+"""The node and the backend in one process: all but Flower itself."""
 
 import shutil
 from collections.abc import Collection, Mapping
@@ -166,7 +166,7 @@ def test_other_groups_on_nodes_than_in_the_simulator_change_only_the_rounding(ho
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_node_trains_and_judges_its_clients_in_one_step(home, tmp_path, monkeypatch):
+def test_a_node_trains_and_evaluates_its_clients_in_one_step(home, tmp_path, monkeypatch):
     sizes = {"train_together": [], "score": []}
     for name, of in (("train_together", 3), ("score", 3)):
         monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
@@ -285,7 +285,7 @@ class Leaky(Hand):
 
 
 @pytest.mark.slow
-def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_after_it_got_it(home, tmp_path):
+def test_a_node_that_never_got_a_base_update_that_was_sent_for_evaluation_trains_only_after_it_got_it(home, tmp_path):
     what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
     hand = Leaky(make_nodes(what, tmp_path), lost=(1, "evaluate", 2))
     serve(what, tmp_path / "run", hand)
@@ -293,11 +293,11 @@ def test_a_node_that_never_got_a_fold_that_was_sent_for_judging_trains_only_afte
     assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
     assert "lacks base updates (1)" in rows[2]["rejected"]["000"]
     for node in ("node0", "node1"):
-        assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
+        assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/base_updates/*")) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.slow
-def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
+def test_a_node_whose_folder_was_lost_is_sent_every_base_update_again(home, tmp_path):
     what = experiment(home, "flora", rounds=4)
     nodes = make_nodes(what, tmp_path, (CLIENTS,))
 
@@ -319,7 +319,7 @@ def test_a_node_whose_folder_was_lost_is_sent_every_fold_again(home, tmp_path):
     serve(what, tmp_path / "run", hand)
     rows = rows_of(tmp_path / "run")
     assert rows[2]["attempts"] == 2 and len(rows) == 4
-    assert sorted(f.stem for f in (tmp_path / "node0").glob("runs/*/folds/*")) == ["0", "1", "2", "3"]
+    assert sorted(f.stem for f in (tmp_path / "node0").glob("runs/*/base_updates/*")) == ["0", "1", "2", "3"]
 
 
 def first_upload(payloads, bend):

@@ -71,4 +71,4 @@ def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_th
     assert back and all("000" in row["accepted"] for row in rows_in(path))
     assert int((tmp_path / "000" / "worker.pid").read_text()) != worker
     for client in nodes:  # what came with the work of that round
-        assert set(range(back[0] - 1)) <= {int(f.stem) for f in (tmp_path / client).glob("runs/*/folds/*")}
+        assert set(range(back[0] - 1)) <= {int(f.stem) for f in (tmp_path / client).glob("runs/*/base_updates/*")}

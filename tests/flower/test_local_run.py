@@ -1,4 +1,4 @@
-"""`fedlora deploy local`, interrupted and taken up again."""
+"""`fedlora deploy local`, interrupted and resumed."""
 
 import shlex
 import signal

@@ -26,7 +26,7 @@ def test_the_adapter_is_the_mean_of_the_factors():
     assert all(torch.equal(adapter[name].b, mean[name].b) and torch.equal(adapter[name].a, mean[name].a) for name in mean)
 
 
-def test_the_fold_is_the_covariance_of_the_factors():
+def test_the_base_update_is_the_covariance_of_the_factors():
     replies = drifted(4, 3)
     merged, total = merged_by(FedExLoRA(rank=3), replies), sum(r.weight for r in replies)
     covariance = {}
@@ -37,7 +37,7 @@ def test_the_fold_is_the_covariance_of_the_factors():
 
 
 @pytest.mark.parametrize("adapter", ["mean", "best"])
-def test_the_fold_has_at_most_one_rank_less_per_client_than_the_stack(adapter):
+def test_the_base_update_has_at_most_one_rank_less_per_client_than_the_stack(adapter):
     base_update = merged_by(FedExLoRA(rank=2, adapter=adapter), drifted(4, 2)).base_update
     assert {part.rank for part in base_update.values()} == {6}
     wide = merged_by(FedExLoRA(rank=8, adapter=adapter), drifted(6, 8)).base_update

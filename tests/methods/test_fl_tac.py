@@ -41,8 +41,8 @@ def adapter(task: str, client: int, drift: float) -> dict[str, LowRank | Dense]:
 
 def replies(count: int = 9, drift: float = 0.1, tasks: tuple[str, ...] = TASKS) -> list[Reply]:
     """Clients "0", "1", ... of weights 10, 17, ..., with the tasks in turn."""
-    client = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
-    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(client)]
+    clients = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
+    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(clients)]
 
 
 def merged(m: FLTAC, some: list[Reply], server: Clusters | None = None) -> Merged[Clusters]:

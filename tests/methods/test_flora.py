@@ -22,7 +22,7 @@ def test_the_base_moves_by_the_weighted_mean_of_the_products(ranks):
     assert merged.notes["aggregation_error"] < 1e-6
 
 
-def test_the_fold_has_the_sum_of_the_ranks_while_that_is_smaller_than_the_matrix():
+def test_the_base_update_has_the_sum_of_the_ranks_while_that_is_smaller_than_the_matrix():
     few, many = (merged_by(FLoRA(), replies_of_ranks(*ranks)).base_update for ranks in ((4, 1, 2), (8, 8, 8)))
     assert {part.rank for part in few.values()} == {7}
     assert {name: part.rank for name, part in many.items()} == {name: min(shape) for name, shape in SPEC.modules.items()}
@@ -34,7 +34,7 @@ def test_the_order_of_clients_does_not_change_the_fold():
     assert off(one, other) < 1e-6
 
 
-def test_after_the_fold_everybody_starts_from_the_aggregate():
+def test_after_the_base_update_everybody_starts_from_the_aggregate():
     client, method = ClientInfo("0", 4, 10), FLoRA(rank=8)
     request = next(method.work(method.init_client(SPEC, client, 0), {}, client, ROUND))
     assert all(not dense(part).any() and part.a.any() for part in request.start.values())
@@ -63,7 +63,7 @@ def test_with_a_shared_draw_identical_clients_are_as_one():
 
 
 @pytest.mark.parametrize("ranks", [(1, 3, 2), (3, 1, 2)])
-def test_the_fold_has_no_columns_of_zeros_whatever_the_rank_of_the_first_client(ranks):
+def test_the_base_update_has_no_columns_of_zeros_whatever_the_rank_of_the_first_client(ranks):
     spec = replace(SPEC, rank_pattern={"layer.3.q": 1})  # as large as layer.2.q, where the first client has rank 1
     base_update = merged_by(FLoRA(), replies_of_ranks(*ranks, spec=spec), spec=spec).base_update
     assert {name: part.rank for name, part in base_update.items()} == {"layer.2.q": 6, "layer.10.v": 6, "layer.3.q": 3}

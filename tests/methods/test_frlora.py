@@ -63,7 +63,7 @@ def test_without_local_training_the_base_stays(train_a):
     assert all(part.product().abs().max() < 1e-5 for part in merged.base_update.values())
 
 
-def test_with_a_frozen_the_fold_is_the_mean_of_the_clients_changes():
+def test_with_a_frozen_the_base_update_is_the_mean_of_the_clients_changes():
     m, trainer = FRLoRA(rank=2, train_a=False), Recorder()
     (merged,) = after(m, 1, trainer)
     start = products(m.init_server(SPEC, 0))

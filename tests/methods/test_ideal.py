@@ -36,7 +36,7 @@ def test_its_best_fit_has_the_rank_of_each_module():
 
 @pytest.mark.parametrize("ranks", [(3, 2), (8, 8, 8, 8, 8, 8)])
 def test_the_error_is_the_distance_over_all_modules_relative_to_the_mean(ranks):
-    replies, update, more = replies_of_ranks(*ranks), factors(3, "view"), factors(2, "fold")
+    replies, update, more = replies_of_ranks(*ranks), factors(3, "view"), factors(2, "base update")
     both = {name: dense(update[name]) + dense(more[name]) for name in update}
     assert ideal_of(replies).error(update, more) == pytest.approx(off(both, mean_product(replies)), rel=1e-5)
 

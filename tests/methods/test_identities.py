@@ -76,7 +76,7 @@ def test_the_logged_error_is_the_distance_of_the_whole_update_from_the_mean_of_t
 
 
 @pytest.mark.parametrize("method", [FLoRA(RANK), FedExLoRA(RANK)], ids=name_of)
-def test_a_client_that_missed_two_folds_gets_the_base_of_all_others(method):
+def test_a_client_that_missed_two_base_updates_gets_the_base_of_all_others(method):
     base_updates = [merged_by(method, drifted(count, RANK, seed=count)).base_update for count in (2, 4)]
     found = caught_up(pending_tensors(dict(enumerate(base_updates)), SPEC), SPEC)
     assert list(found) == [0, 1]

@@ -28,8 +28,8 @@ def factors(rank: int, *names: str | int, spec: AdapterSpec = SPEC, size: float 
 def replies_of(uploads: Sequence[Mapping[str, LowRank]], ranks: Sequence[int] | None = None) -> list[Reply]:
     """One reply for each, of weights 10, 17, 24, ..."""
     ranks = ranks or [next(iter(upload.values())).rank for upload in uploads]
-    client = [ClientInfo(str(i), rank, 10 + 7 * i) for i, rank in enumerate(ranks)]
-    return [Reply(w, ROUND, pack(upload), float(w.examples)) for w, upload in zip(client, uploads, strict=True)]
+    clients = [ClientInfo(str(i), rank, 10 + 7 * i) for i, rank in enumerate(ranks)]
+    return [Reply(w, ROUND, pack(upload), float(w.examples)) for w, upload in zip(clients, uploads, strict=True)]
 
 
 def replies_of_ranks(*ranks: int, spec: AdapterSpec = SPEC, seed: int = 0) -> list[Reply]:

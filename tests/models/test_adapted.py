@@ -503,7 +503,7 @@ def test_a_change_of_the_base_adds_its_product_with_the_input(layer):
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
+def test_base_updates_and_factors_beside_add_their_products_with_the_input(quantised):
     layers = [Int8Linear(nn.Linear(7, 12)) if quantised else nn.Linear(7, 12), Conv1D(5, 12)]
     adapted, x = AdaptedModel(nn.Sequential(*layers), Scaling(16.0), "all-linear"), torch.randn(4, 7)
     one, two, three = (moved(adapted, seed=seed) for seed in range(3))
@@ -517,7 +517,7 @@ def test_folds_and_factors_beside_add_their_products_with_the_input(quantised):
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
-def test_folds_into_a_base_in_bf16_add_up_as_in_fp32(name):
+def test_base_updates_into_a_base_in_bf16_add_up_as_in_fp32(name):
     net = Net()
     exact = dense_weight(net.get_submodule(name)).clone()
     adapted = AdaptedModel(net, Scaling(16.0), ["first", "second"], head=["last"], precision=torch.bfloat16)

@@ -38,7 +38,7 @@ def as_it_is(reply):
 
 @dataclass(frozen=True)
 class Answers:
-    """An exchange whose clients answer honestly, but for what `bend` makes of it."""
+    """A backend whose clients answer honestly, but for what `bend` makes of it."""
 
     members: list[ClientInfo]
     bend: Callable[[Reply], list[Reply | Failed]] = as_it_is
@@ -50,7 +50,7 @@ class Answers:
         return {}
 
     def merge_into_base(self, change):
-        raise AssertionError("this method folds nothing")
+        raise AssertionError("this method base updates nothing")
 
     def train_clients(self, rnd, sent, missed):
         for client, download in sent.items():
@@ -61,13 +61,13 @@ class Answers:
 
 
 class NoFolds:
-    """A store for a method that folds nothing."""
+    """A store for a method that base updates nothing."""
 
     def save_base_update(self, index, base_update):
-        raise AssertionError("this method folds nothing")
+        raise AssertionError("this method base updates nothing")
 
     def base_update(self, index):
-        raise AssertionError("this method folds nothing")
+        raise AssertionError("this method base updates nothing")
 
 
 @dataclass(frozen=True)

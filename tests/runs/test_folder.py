@@ -197,7 +197,12 @@ def whole_run(path):
         folder.commit(index + 1, state(index + 1), {"round": index + 1})
     folder.release()
     files = ["manifest.json", "environment.json", "checkpoint.safetensors", "rounds.jsonl"]
-    return [*files, "clients/ann/2.safetensors", "clients/bob/2.safetensors", *(f"folds/{i}.safetensors" for i in range(3))]
+    return [
+        *files,
+        "clients/ann/2.safetensors",
+        "clients/bob/2.safetensors",
+        *(f"base_updates/{i}.safetensors" for i in range(3)),
+    ]
 
 
 DAMAGES = {

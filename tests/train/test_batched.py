@@ -134,13 +134,13 @@ def test_experts_trained_together_train_as_if_alone_and_leave_the_others(session
                 assert all(not torch.equal(getattr(trained, k), getattr(part, k)) for k in "bag")
 
 
-def test_the_trainer_answers_and_judges_adapters_of_several_forms_at_once(session):
+def test_the_trainer_answers_and_evaluates_adapters_of_several_forms_at_once(session):
     adapted, examples = session
     some = jobs(adapted)
     some = [some[0], routed(some[1], 2, 1), routed(some[2], 1, 2), routed(some[3], 2, 3)]
-    client = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
-    rows = {one.id: job.rows for one, job in zip(client, some, strict=True)}
-    asked = [FitRequest(job.request, one, 0) for one, job in zip(client, some, strict=True)]
+    clients = [ClientInfo(name, rank, len(job.rows)) for name, rank, job in zip("wxyz", RANKS, some, strict=True)]
+    rows = {one.id: job.rows for one, job in zip(clients, some, strict=True)}
+    asked = [FitRequest(job.request, one, 0) for one, job in zip(clients, some, strict=True)]
     trainers = [
         LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, clients_per_step)
         for clients_per_step in (1, 3)
@@ -207,7 +207,7 @@ def test_the_trainer_groups_requests_and_answers_in_their_order(session):
         assert next(iter(alone.values())).rank == one.client.rank
 
 
-def test_clients_judged_together_are_judged_as_if_alone(session):
+def test_clients_evaluated_together_are_evaluated_as_if_alone(session):
     adapted, examples = session
     rows = dict(zip("wxyz", [ROWS[0], ROWS[1], ROWS[2][:0], ROWS[3]], strict=True))
     asked = [(ClientInfo(n, r, 5), job.request.start) for n, r, job in zip("wxyz", RANKS, jobs(adapted), strict=True)]

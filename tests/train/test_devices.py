@@ -34,7 +34,8 @@ def experiment(home, method: str, **train: Any):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["flora", "ditto", "ce-lora"])
 def test_a_run_on_two_devices_is_that_on_one_and_leaves_no_process(home, tmp_path, method):
-    """Folds reach every device, penalties travel, features are seen; single clients, so that no sum is in another order."""
+    """Base updates reach every device, penalties travel, features are seen; single clients, so that no sum is in
+    another order."""
     before = set(multiprocessing.active_children())
     for count in (1, 2):
         run(experiment(home, method, devices=count), tmp_path / str(count))

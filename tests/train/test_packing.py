@@ -139,7 +139,7 @@ def test_a_call_that_fails_inside_the_blocks_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize(("experts", "dropout", "tokens"), [(False, 0.0, 1), (False, 0.1, 100_000), (True, 0.1, 100_000)])
-def test_training_and_judging_give_the_same_packed(session, experts, dropout, tokens):  # noqa: F811
+def test_training_and_evaluation_give_the_same_packed(session, experts, dropout, tokens):  # noqa: F811
     adapted, examples = session
     some = jobs(adapted)
     some = [routed(job, 2, i) for i, job in enumerate(some)] if experts else some
@@ -191,7 +191,7 @@ def evaluated(adapted: AdaptedModel, examples: Encoded, some: Any, works: bool) 
         adapted.packing.works = True
 
 
-def test_clients_that_are_judged_on_long_examples_only_may_have_fewer_than_others(session):  # noqa: F811
+def test_clients_that_are_evaluated_on_long_examples_only_may_have_fewer_than_others(session):  # noqa: F811
     adapted, examples = session
     ranked = examples.lengths().argsort()
     asked = [(rows, job.request.start) for rows, job in zip((ranked[:20], ranked[-2:]), jobs(adapted), strict=False)]

@@ -163,7 +163,7 @@ def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(sessio
         local_trainer(adapted, examples).fit([FitRequest(good, WHO, 0), FitRequest(bad, WHO, 0)], Round(0, 0))
 
 
-def test_an_adapter_of_an_unknown_kind_is_not_judged_as_if_it_were_not_there(session):  # noqa: F811
+def test_an_adapter_of_an_unknown_kind_is_not_evaluated_as_if_it_were_not_there(session):  # noqa: F811
     adapted, examples = session
     view = other(adapted.spec, scaled(adapted.spec))
     with pytest.raises(ValueError, match="no layer computes parts of kind Scaled"):

@@ -16,7 +16,7 @@ from fedlora.randomness import derive, generator
 
 @dataclass(frozen=True)
 class ClientSplit:
-    """One client's rows of the training set, in ascending order: those it trains on, and those it is judged on."""
+    """One client's rows of the training set, in ascending order: those it trains on, and those it is evaluated on."""
 
     client: str
     train: tuple[int, ...]

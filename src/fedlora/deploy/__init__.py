@@ -1,1 +1,1 @@
-"""The clients on other machines: the exchange over Flower, whose SuperLink and SuperNodes carry the bytes."""
+"""The clients on other machines: the backend over Flower, whose SuperLink and SuperNodes carry the bytes."""

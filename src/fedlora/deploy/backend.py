@@ -1,4 +1,4 @@
-"""The exchange with clients on other nodes: who is there, what each is sent, which answers count. Knows no network."""
+"""The backend with clients on other nodes: who is there, what each is sent, which answers count. Knows no network."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -67,8 +67,8 @@ _Found = tuple[Round, ClientResult, "bytes | None"]
 class _Node:
     """A node that has been let in. `at` is what Flower calls it, until it connects anew.
 
-    `folds` are those that it has said it holds, `coming` those in messages that it has not answered. Its messages may speak
-    of `most` clients.
+    `base_updates` are those that it has said it holds, `coming` those in messages that it has not answered. Its
+    messages may speak of `most` clients.
     """
 
     at: int
@@ -78,12 +78,12 @@ class _Node:
     in_flight: set[int] = field(default_factory=set)
 
     def expected(self) -> list[int]:
-        """The folds that it holds once it has read all its messages, which it does in their order."""
+        """The base updates that it holds once it has read all its messages, which it does in their order."""
         return sorted({*self.base_updates, *self.in_flight})
 
 
 class FlowerBackend:
-    """The exchange over a post. Nodes that come later or return are let in between two rounds."""
+    """The backend over a post. Nodes that come later or return are let in between two rounds."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class FlowerBackend:
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         for client, found in results:
             if isinstance(found, str):
-                self._notify(f"client {client.id} did not judge: {found}")
+                self._notify(f"client {client.id} did not evaluate: {found}")
                 continue
             round_record, result, _ = found
             reason = "is for another round" if round_record != rnd else self._score_check.rejection(result, client)

@@ -39,7 +39,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
 def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
 
-    A run that is taken up again has its nodes already, which hold the clients' states.
+    A run that is resumed has its nodes already, which hold the clients' states.
 
     Raises:
         UserError: the experiment or its data cannot be used, or Flower does not start.

@@ -56,7 +56,7 @@ class _Work:
     simulation: SimulationBackend
     base: str
     merged_updates: list[int] = field(default_factory=list)
-    """The rounds whose folds the model in memory has, in order."""
+    """The rounds whose base updates the model in memory has, in order."""
 
 
 class Node:
@@ -64,7 +64,7 @@ class Node:
 
     name                          this node's own, whatever Flower calls it
     runs/RUN/hello                the server's hello
-    runs/RUN/clients, folds       as in a run's folder
+    runs/RUN/clients, base updates       as in a run's folder
     runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
 
     `notify` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
@@ -204,7 +204,7 @@ class Node:
                 if client not in work.simulation.registered:
                     raise Declined(Reason.CLIENT)
                 if task.base_updates is not None:
-                    self._fold(work, payloads[task.base_updates])
+                    self._base_update(work, payloads[task.base_updates])
                 sent[client] = decode(payloads[task.download])
         with suppress(Exception):
             found.update(self._together(work, request, sent))
@@ -249,13 +249,15 @@ class Node:
                 result = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
                 yield reply.client.id, (result, encode(reply.upload))
 
-    def _fold(self, work: _Work, payload: bytes) -> None:
-        """Applies the folds that the model lacks, each once: on disk first, so that a crash loses none."""
+    def _base_update(self, work: _Work, payload: bytes) -> None:
+        """Applies the base updates that the model lacks, each once: on disk first, so that a crash loses none."""
         for index, change in caught_up(decode(payload), work.session.adapted.spec).items():
             if index in work.merged_updates:
                 continue
             if work.merged_updates and index < work.merged_updates[-1]:
-                raise ValueError(f"the fold of round {index + 1} came after that of round {work.merged_updates[-1] + 1}")
+                raise ValueError(
+                    f"the base update of round {index + 1} came after that of round {work.merged_updates[-1] + 1}"
+                )
             work.folder.save_base_update(index, change)
             work.simulation.merge_into_base(change)
             work.merged_updates.append(index)
@@ -278,7 +280,7 @@ def _handshake(folder: Path) -> Handshake:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of a model's names, shapes, dtypes and values, as they are before anything is folded."""
+    """A digest of a model's names, shapes, dtypes and values, as they are before anything is merged into the base."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         value = tensor.detach().cpu().contiguous()

@@ -65,7 +65,7 @@ def serve(path: Path, transport: Transport) -> None:
 
 
 def remote(session: Session, folder: RunFolder, transport: Transport, event_log: EventLog) -> FlowerBackend:
-    """The exchange for the rounds that the folder lacks."""
+    """The backend for the rounds that the folder lacks."""
     experiment = session.experiment
     handshake = Handshake(
         protocol=PROTOCOL,

@@ -86,7 +86,7 @@ class Handshake(_Part):
 
 
 class HandshakeReply(_Part):
-    """Node to server: who is there, on which base model, and which folds it holds already."""
+    """Node to server: who is there, on which base model, and which base updates it holds already."""
 
     kind: Literal["present"] = "present"
     protocol: int
@@ -98,7 +98,7 @@ class HandshakeReply(_Part):
 
 
 class ClientTask(_Part):
-    """One client's part of an order. `download` and `folds` are numbers of payloads."""
+    """One client's part of an order. `download` and `base_updates` are numbers of payloads."""
 
     client: ClientRecord
     download: Count
@@ -106,9 +106,9 @@ class ClientTask(_Part):
 
 
 class TaskRequest(_Part):
-    """Server to node: have these clients work, judge, or keep their adapter as it is after the run.
+    """Server to node: have these clients work, evaluate, or keep their adapter as it is after the run.
 
-    `held` are the folds that the node is believed to hold.
+    `held` are the base updates that the node is believed to hold.
     """
 
     kind: Literal["train", "evaluate", "keep"]
@@ -146,7 +146,7 @@ class ClientResult(_Part):
 
 
 class Done(_Part):
-    """Node to server: the results of an order, and the folds that the node holds now."""
+    """Node to server: the results of an order, and the base updates that the node holds now."""
 
     kind: Literal["done"] = "done"
     round_record: RoundRecord

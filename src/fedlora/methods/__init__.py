@@ -38,10 +38,10 @@ class Row:
     """One method: how to make it, where it comes from, what it can do.
 
     `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
-    top. For a method whose traffic changes with the round they are tuples, repeated. `fold` is what a client that took part
-    in the round before gets on top of `down` when that round changed the base; also in K, the round's clients, and R, the
-    sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are the experts, which the
-    clients' data decide. `index_counts` and `index_counts_down` tell,
+    top. For a method whose traffic changes with the round they are tuples, repeated. `base_update` is what a client
+    that took part in the round before gets on top of `down` when that round changed the base; also in K, the round's
+    clients, and R, the sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are
+    the experts, which the clients' data decide. `index_counts` and `index_counts_down` tell,
     for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
     the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
 
@@ -241,7 +241,7 @@ _ROWS = (
         summary="averages b and a; adds their product to the base every few rounds",
         exact="no: off by the covariance of the factors",
         base_update="min(r * (out + in), out * in)",
-        private="yes: but each fold puts noise into the base",
+        private="yes: but each base update puts noise into the base",
     ),
     Row(
         name="pfedloru",
@@ -251,7 +251,7 @@ _ROWS = (
         exact="no: off by the covariance of the factors",
         base_update="min(r * (out + in), out * in)",
         personal=True,
-        private="yes: but each fold puts noise into the base",
+        private="yes: but each base update puts noise into the base",
     ),
     Row(
         name="mfedloru",
@@ -264,7 +264,7 @@ _ROWS = (
         base_update="min(rank * (out + in), out * in)",
         mixed_ranks=True,
         needs_individual_uploads=True,
-        private="yes: but each fold puts noise into the base",
+        private="yes: but each base update puts noise into the base",
         known_failures={"test_one_client_alone_trains_locally, mixed ranks": "its upload is cut to its rank"},
     ),
     Row(
@@ -333,7 +333,7 @@ _ROWS = (
         secure="yes: with zeros for what was not drawn; what was is public",
         private="yes: what is drawn does not depend on data, and only that needs noise",
         known_failures={
-            "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is judged with",
+            "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled part of what it is evaluated with",
             "test_identical_clients_are_as_one, mixed ranks": "each draws ranks of its own",
         },
     ),

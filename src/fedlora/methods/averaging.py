@@ -65,7 +65,7 @@ class FactorAveraging:
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
         """The weighted mean of what came up; what did not come up stays."""
         if set(self.shared) != _ALL:
-            # a common factor that stays home makes the mean exact; a personal one leaves no global model to be judged
+            # a common factor that stays home makes the mean exact; a personal one leaves no global model to be evaluated
             common = _ALL - set(self.shared) - set("".join(self.schedule))
             return Merged({**server, **replies.mean()}, notes={"aggregation_error": 0.0} if common else {})
         means, ideal = RunningMean(), MeanUpdate()

@@ -45,7 +45,7 @@ class FedExLoRA:
         """Nothing."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """The adapter; the engine sends the fold."""
+        """The adapter; the engine sends the base update."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
@@ -57,7 +57,7 @@ class FedExLoRA:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The adapter, and as a fold what it lacks of the mean of the products."""
+        """The adapter, and as a base update what it lacks of the mean of the products."""
         means, ideal, count = RunningMean(), MeanUpdate(), 0
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)

@@ -59,7 +59,7 @@ class FedLEASE:
 
     The paper has all clients take part. Here a client that has not come when the clusters are made trains its own pair in
     its first round, and joins the cluster whose founders' b are nearest in the mean; its pair counts in no expert. Until
-    then it is judged with its own pair. So choose `warmup_rounds` such that enough clients come.
+    then it is evaluated with its own pair. So choose `warmup_rounds` such that enough clients come.
 
     Source: Wang et al. 2025, NeurIPS, arXiv:2509.15087, and its released code.
     """

@@ -34,8 +34,8 @@ class FedLoRU:
 
     The base thus gains r ranks each time, while the messages keep theirs. With `accumulate` "keep", as in the paper's
     algorithm, training goes on from the same factors: it starts at base + 2 b a, a jump by b a. With "reinit" it goes on
-    from b = 0 and a fresh a, without a jump. In both, right after an accumulation the base alone is the model to judge (the
-    paper's returned model), and hence the adapter adds nothing.
+    from b = 0 and a fresh a, without a jump. In both, right after an accumulation the base alone is the model to
+    evaluate (the paper's returned model), and hence the adapter adds nothing.
 
     The mean of the factors is inexact, and what it misses stays in the base. The released code starts from a random product
     on a base of zeros; here, from b = 0 on the pretrained base.
@@ -58,7 +58,7 @@ class FedLoRU:
         return None
 
     def send(self, server: Shared, client: ClientInfo, rnd: Round) -> Tensors:
-        """The factors, and a mark if the base has them; the engine sends the fold."""
+        """The factors, and a mark if the base has them; the engine sends the base update."""
         mark = {_IN_BASE: torch.empty(0)} if server.in_base else {}
         return {**pack(server.factors), **mark}
 
@@ -71,7 +71,7 @@ class FedLoRU:
         return state, pack((yield from fit(_factors(download))))
 
     def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
-        """The mean factors; as a fold too when it is time."""
+        """The mean factors; as a base update too when it is time."""
         means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             trained = self._trained(server, reply.upload)

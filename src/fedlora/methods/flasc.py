@@ -58,7 +58,8 @@ class FLASC:
     moves for itself, which is not the mean of the products. The head, where it is averaged, travels densely beside that.
 
     All clients train the whole rank. A client of rank r_k below `rank` has less traffic: both densities times r_k / rank.
-    Ranks rank / 4^e are the paper's tiers. What is judged is what is sent: the server's vector with the small entries zero.
+    Ranks rank / 4^e are the paper's tiers. What is evaluated is what is sent: the server's vector with the small
+    entries zero.
 
     Clients count equally, as in the released code, unless `method.weights` is "examples". `static_from` keeps the download
     mask of the round of that index (from 0) ever after: at 0, as in the released code, b is zero and hence never sent. The

@@ -20,11 +20,12 @@ from fedlora.ranges import PositiveInt, checked
 class FLoRA:
     """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, whatever the clients' ranks.
 
-    Each round starts from b = 0 and a random a, which the client draws itself: nothing comes down but the fold. `draw`
-    says whether each client has an a of its own ("client", as in the released code) or all share one ("shared").
+    Each round starts from b = 0 and a random a, which the client draws itself: nothing comes down but the base
+    update. `draw` says whether each client has an a of its own ("client", as in the released code) or all share one
+    ("shared").
 
-    The fold has the sum of the clients' ranks, or is the dense matrix where that is smaller. The released code puts the
-    weights on a, here they are on b: the product is the same.
+    The base update has the sum of the clients' ranks, or is the dense matrix where that is smaller. The released
+    code puts the weights on a, here they are on b: the product is the same.
 
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
@@ -42,7 +43,7 @@ class FLoRA:
         return lora_init(spec, client.rank, seed)
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Nothing beside the fold."""
+        """Nothing beside the base update."""
         return {}
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
@@ -57,7 +58,7 @@ class FLoRA:
         return state, pack((yield from fit(start)))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The stack, as a fold."""
+        """The stack, as a base update."""
         ideal = MeanUpdate()
         for reply in replies:
             ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))

@@ -21,8 +21,8 @@ class FRLoRA:
     """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base less b_0 a_0.
 
     The base moves by b_mean a_mean - b_0 a_0, of rank 2 r, and the factors go back to (b_0, a_0). Between rounds the
-    adapter adds nothing, so that a round starts from exactly the model that was judged; after t rounds the base has changed
-    by a rank of at most (t + 1) r. The mean of the factors is inexact, and what it misses stays in the base.
+    adapter adds nothing, so that a round starts from exactly the model that was evaluated; after t rounds the base
+    has changed by a rank of at most (t + 1) r. The mean of the factors is inexact, and what it misses stays in the base.
 
     The paper trains both factors; with `train_a` False, as in the released code, b alone is trained and sent: then the
     merge is exact. The server makes (b_0, a_0) and sends them, as singular vectors differ in sign from machine to machine.
@@ -60,7 +60,7 @@ class FRLoRA:
         """Nothing."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Where training starts, the same in each round; the engine sends the fold."""
+        """Where training starts, the same in each round; the engine sends the base update."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
@@ -75,7 +75,7 @@ class FRLoRA:
         return state, pick(pack(trained), train)
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The change of the product of the mean factors, as a fold."""
+        """The change of the product of the mean factors, as a base update."""
         kept, means, ideal = pack(server), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)

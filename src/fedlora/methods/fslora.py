@@ -36,8 +36,9 @@ class FSLoRA:
     up for it. Clients count equally, as in the released code, unless `method.weights` is "examples". The mean is that of
     the factors.
 
-    `download` "all" sends the whole adapter, as the paper charges for, and the client is judged with it. "slice" sends the
-    slice of the round alone, which is all that training needs; a client is then judged with a random sketch of the model.
+    `download` "all" sends the whole adapter, as the paper charges for, and the client is evaluated with it. "slice"
+    sends the slice of the round alone, which is all that training needs; a client is then evaluated with a random
+    sketch of the model.
 
     Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are rebuilt from its code and reviews. The
     released script compares parameter names so that no sketch is ever applied, and steps with AdamW on the server; neither

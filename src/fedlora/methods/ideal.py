@@ -14,7 +14,7 @@ from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.weighted_terms import dense
 
 Updates = Mapping[str, LowRank]
-"""Module name -> factors of an update, of a part of it, or of a fold."""
+"""Module name -> factors of an update, of a part of it, or of a base update."""
 
 
 def alike(adapter: Updates) -> tuple[tuple[str, ...], ...]:
@@ -93,7 +93,7 @@ class MeanUpdate:
         return {name: leading(found[name], part.rank) for name, part in template.items()}
 
     def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
-        """M as a fold: the clients' factors side by side, or the best fit of `ranks`, exact where M has no more.
+        """M as a base update: the clients' factors side by side, or the best fit of `ranks`, exact where M has no more.
 
         Where the matrix is smaller than such factors, the matrix itself beside an identity.
 

@@ -34,7 +34,7 @@ class AdaptedModel:
         """Finds the targets and wraps them; freezes everything. `head` names the modules of the task head, and others that
         are to be trained as they are.
 
-        The base computes in `precision`. Factors and heads keep their own; what is folded adds up in fp32.
+        The base computes in `precision`. Factors and heads keep their own; what is merged into the base adds up in fp32.
 
         Raises:
             UserError: as `find_targets`.
@@ -49,9 +49,9 @@ class AdaptedModel:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.present)
             setattr(model.get_submodule(parent), last, self.layers[name])
-        self._folded: dict[str, LowRank] = {}  # folds of modules whose own weight cannot be changed
-        self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first fold
-        self._exact: dict[str, Tensor] = {}  # fp32 weights, folds included, of a base that computes in less
+        self._merged_apart: dict[str, LowRank] = {}  # base updates of modules whose own weight cannot be changed
+        self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first base update
+        self._exact: dict[str, Tensor] = {}  # fp32 weights, base updates included, of a base that computes in less
         head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if within(n, self.head)}
         if precision != torch.float32:
             self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
@@ -98,7 +98,7 @@ class AdaptedModel:
             for factor in FACTORS:
                 setattr(layer, factor, None)
             device = _device(layer.base)
-            layer.fixed = [self._folded[name]] if name in self._folded else []
+            layer.fixed = [self._merged_apart[name]] if name in self._merged_apart else []
             if own := [parts[name] for parts in frozen_extra if parts and name in parts]:
                 layer.fixed.append(LowRank(b=_padded([x.b for x in own]), a=_padded([x.a for x in own])))
             layer.fixed = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.fixed]
@@ -148,7 +148,7 @@ class AdaptedModel:
         return pairs
 
     def _weight(self, name: str) -> Tensor:
-        """The module's weight before any fold."""
+        """The module's weight before any base update."""
         if name in self._pretrained:
             return self._pretrained[name]
         return self._exact[name].clone() if name in self._exact else dense_weight(self.layers[name].base)
@@ -186,8 +186,8 @@ class AdaptedModel:
                 else:
                     add_to_base(base, part.product().float())
             else:
-                parts = [self._folded[name]] if name in self._folded else []
-                self._folded[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
+                parts = [self._merged_apart[name]] if name in self._merged_apart else []
+                self._merged_apart[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's adapter as it is now: trained factors new, the others those of its `start`."""

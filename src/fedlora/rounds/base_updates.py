@@ -13,13 +13,13 @@ from fedlora.linalg.lowrank import LowRank
 
 @runtime_checkable
 class BaseUpdateStore(Protocol):
-    """Where the folds are kept."""
+    """Where the base updates are kept."""
 
     def save_base_update(self, index: int, base_update: Adapter) -> None:
-        """Keeps the fold of the round of this index."""
+        """Keeps the base update of the round of this index."""
 
     def base_update(self, index: int) -> Mapping[str, LowRank]:
-        """The fold of the round of this index."""
+        """The base update of the round of this index."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class BaseUpdateLog:
     applied: Mapping[str, int] = field(default_factory=dict)
 
     def pending(self, client: str) -> tuple[int, ...]:
-        """The rounds whose folds the client must still apply, each once and in this order."""
+        """The rounds whose base updates the client must still apply, each once and in this order."""
         return self.rounds[self.applied.get(client, 0) :]
 
     def delivered(self, clients: Iterable[str]) -> "BaseUpdateLog":
-        """The same after these clients have applied all folds there are."""
+        """The same after these clients have applied all base updates there are."""
         if not self.rounds:
             return self
         return replace(self, applied={**self.applied, **dict.fromkeys(clients, len(self.rounds))})
 
     def known(self, held: Mapping[str, Sequence[int]]) -> "BaseUpdateLog":
-        """The same where these clients have told which folds they hold: all up to the first that they lack."""
+        """The same where these clients have told which base updates they hold: all up to the first that they lack."""
         if not held or not self.rounds:
             return self
         counts = {
@@ -50,15 +50,15 @@ class BaseUpdateLog:
         return replace(self, applied={**self.applied, **counts})
 
     def added(self, index: int) -> "BaseUpdateLog":
-        """The same with one fold more."""
+        """The same with one base update more."""
         return replace(self, rounds=(*self.rounds, index))
 
 
 def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
-    """The folds of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
+    """The base updates of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
 
-    Each fold stays by itself, under its round's index: who has a part of them already applies the rest, and a base that all
-    folds reached one by one is bit for bit the same as any other.
+    Each base update stays by itself, under its round's index: who has a part of them already applies the rest, and a
+    base that all base updates reached one by one is bit for bit the same as any other.
     """
     tensors: dict[str, Tensor] = {}
     for index, base_update in base_updates.items():
@@ -72,7 +72,7 @@ def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: Ada
 
 
 def base_update_indices(tensors: Tensors) -> set[int]:
-    """The indices of the rounds whose folds are in what `pending_tensors` made."""
+    """The indices of the rounds whose base updates are in what `pending_tensors` made."""
     return {int(key.partition("/")[0]) for key in tensors}
 
 
@@ -87,7 +87,7 @@ def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRan
         index, _, rest = key.partition("/")
         name, _, factor = rest.rpartition(".")
         if not index.isdecimal() or name not in spec.modules:
-            raise ValueError(f"{key!r} is no part of a fold of this model")
+            raise ValueError(f"{key!r} is no part of a base update of this model")
         grouped.setdefault(int(index), {}).setdefault(name, {})[factor] = tensor
     return {i: {name: _factors(name, parts, spec) for name, parts in grouped[i].items()} for i in sorted(grouped)}
 
@@ -96,8 +96,8 @@ def _factors(name: str, parts: Tensors, spec: AdapterSpec) -> LowRank:
     if parts.keys() == {"w"}:
         parts = {"b": parts["w"], "a": torch.eye(parts["w"].shape[-1], dtype=parts["w"].dtype)}
     if parts.keys() != {"b", "a"} or {x.ndim for x in parts.values()} != {2}:
-        raise ValueError(f"the fold of {name!r} has the parts {sorted(parts)}, expected b and a, or w")
+        raise ValueError(f"the base update of {name!r} has the parts {sorted(parts)}, expected b and a, or w")
     b, a = parts["b"], parts["a"]
     if (b.shape[0], a.shape[1]) != spec.modules[name] or b.shape[1] != a.shape[0]:
-        raise ValueError(f"the fold of {name!r} has the shapes {tuple(b.shape)} and {tuple(a.shape)}")
+        raise ValueError(f"the base update of {name!r} has the shapes {tuple(b.shape)} and {tuple(a.shape)}")
     return LowRank(b, a)

@@ -1,4 +1,4 @@
-"""The round loop: choose, send, gather, merge, judge, record. It knows neither methods nor machines."""
+"""The round loop: choose, send, gather, merge, evaluate, record. It knows neither methods nor machines."""
 
 import math
 import time
@@ -30,24 +30,24 @@ class Backend(Protocol):
         """All that are registered."""
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """The indices of the rounds whose folds a client holds, of those clients that have told."""
+        """The indices of the rounds whose base updates a client holds, of those clients that have told."""
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the base on which the next turns and judgements happen here, if it happens here."""
+        """Changes the base on which the next turns and evaluation happen here, if it happens here."""
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """Has the clients work on what they were sent; their answers, in the order of `sent`.
 
-        The answers of an earlier `evaluate` may still be waited for: clients judge first.
-        `pending` holds the changes of the base (see `folds.pending_tensors`) that a client must apply first.
+        The answers of an earlier `evaluate` may still be waited for: clients evaluate first.
+        `pending` holds the changes of the base (see `base updates.pending_tensors`) that a client must apply first.
         """
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """Has the clients judge what they would use in round `rnd`; None of those that have no held-out examples."""
+        """Has the clients evaluate what they would use in round `rnd`; None of those that have no held-out examples."""
 
 
 @runtime_checkable
@@ -106,7 +106,7 @@ def run_rounds(
     """The rounds from index `first` on, each as it is complete: what the server knows after it, and its row of the log.
 
     A round's clients are sent their work before the scores of the round before are asked for: over a network, where
-    messages take long, judging and the next training go out together.
+    messages take long, evaluation and the next training go out together.
 
     Raises:
         RunStopped: in none of a round's attempts came enough replies that could be accepted.
@@ -136,7 +136,7 @@ def one_round(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A round whose messages are on their way. `folds` are those of the clients before they get them."""
+    """A round whose messages are on their way. `base_updates` are those of the clients before they get them."""
 
     rnd: Round
     chosen: Sequence[ClientInfo]
@@ -184,7 +184,7 @@ def _begin(
 def _round(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, progress: Progress
 ) -> _PendingEvaluation:
-    """Merges the first attempt that has enough replies, and has the result judged."""
+    """Merges the first attempt that has enough replies, and has the result evaluated."""
     tally, index = _RoundStats(), attempt.rnd.index
     while True:
         merged, base_updates = _merged(plan, before, attempt, tally, progress)
@@ -227,7 +227,7 @@ def _merged(
     plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, progress: Progress
 ) -> tuple[Merged[Any] | None, BaseUpdateLog]:
     """The merge of one cohort, None if too few of its replies were accepted or its result is not finite; and who now has
-    which folds."""
+    which base updates."""
     progress.round_started(attempt.rnd, attempt.chosen)
     tally.bytes_down += attempt.bytes_down
     tally.chosen, tally.accepted, tally.losses, tally.largest = [client.id for client in attempt.chosen], [], [], None
@@ -284,7 +284,7 @@ def _merged(
 def pending_base_updates(
     spec: AdapterSpec, store: BaseUpdateStore, base_updates: BaseUpdateLog, clients: Sequence[ClientInfo]
 ) -> dict[ClientInfo, Tensors]:
-    """What each client that lacks some folds must be sent; clients that lack the same ones share the tensors."""
+    """What each client that lacks some base updates must be sent; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for pending in {base_updates.pending(client.id) for client in clients} - {()}:
         made[pending] = pending_tensors({index: store.base_update(index) for index in pending}, spec)
@@ -294,9 +294,9 @@ def pending_base_updates(
 def _evaluated(
     plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
 ) -> _PendingEvaluation:
-    """Judges what would be used in the next round: the server at once, the clients when their scores are asked for.
+    """Evaluates what would be used in the next round: the server at once, the clients when their scores are asked for.
 
-    Folds that had to be sent for it count as this round's, and are not sent again for the next.
+    Base updates that had to be sent for it count as this round's, and are not sent again for the next.
     """
     started = time.perf_counter()
     rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())

@@ -10,7 +10,7 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 
 def summary(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-    """For each metric: `mean` over all held-out examples, `worst_decile` (the mean of the worst tenth of the clients, at
+    """For each metric: `mean` over all held-out examples, `worst_decile` (the mean of the bottom decile of the clients, at
     least one), `spread` (the standard deviation between clients), and `each` client's value."""
     names = next(iter(scores.values())).metrics if scores else {}
     return {

@@ -29,7 +29,7 @@ class ClientStates(Protocol):
 
 @dataclass(frozen=True)
 class SimulationBackend:
-    """The exchange within one process. A client's state is read when it is needed, and written only if it changed."""
+    """The backend within one process. A client's state is read when it is needed, and written only if it changed."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -53,7 +53,7 @@ class SimulationBackend:
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """The replies, in the order of `sent`, as each group of clients finishes. The base has all folds already."""
+        """The replies, in the order of `sent`, as each group of clients finishes. The base has all base updates already."""
         for some in self._windows(sent):
             begun = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in some]
             for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):

@@ -33,11 +33,11 @@ class RunFolder:
     rounds.jsonl         one row for each complete round
     checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
     clients/ID/ROUND.safetensors   states of clients that have any
-    folds/ROUND.safetensors   changes of the base, for methods that make any
+    base_updates/ROUND.safetensors   changes of the base, for methods that make any
 
-    Rows, client states and folds are written before the commit; after a crash those of later rounds are written again.
-    States, folds and the manifest carry a checksum each. The checkpoint tells which of them there must be, and the length
-    and checksum of the rows, so that `restore` finds what is missing or damaged.
+    Rows, client states and base updates are written before the commit; after a crash those of later rounds are
+    written again. States, base updates and the manifest carry a checksum each. The checkpoint tells which of them
+    there must be, and the length and checksum of the rows, so that `restore` finds what is missing or damaged.
     """
 
     def __init__(self, path: Path, seconds: float = 0.0) -> None:
@@ -54,8 +54,8 @@ class RunFolder:
         self._run = ""  # the id in the manifest
         self._length, self._digest = 0, hashlib.sha256()  # of the rows of the complete rounds
         self._states: dict[str, int] = {}  # client -> the round that left its last state, of complete rounds
-        self._folds: list[int] = []  # of complete rounds
-        self._new: list[tuple[int, str | None]] = []  # states (round, client) and folds (round, None) of later ones
+        self._base_updates: list[int] = []  # of complete rounds
+        self._new: list[tuple[int, str | None]] = []  # states (round, client) and base updates (round, None) of later ones
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         try:
@@ -144,7 +144,7 @@ class RunFolder:
         line = b"" if row is None else (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
         digest = self._digest.copy()
         digest.update(line)
-        states, base_updates = dict(self._states), list(self._folds)
+        states, base_updates = dict(self._states), list(self._base_updates)
         for index, client in sorted((new for new in self._new if new[0] < rounds_done), key=lambda new: new[0]):
             if client is not None:
                 states[client] = index
@@ -155,12 +155,17 @@ class RunFolder:
             "run": self._run,
             "rows": [self._length + len(line), digest.hexdigest()],
             "states": states,
-            "folds": base_updates,
+            "base_updates": base_updates,
         }
         if line:
             durable.append(self._rows, line)
         durable.replace(self._checkpoint, encode_state(server, **notes))
-        self._length, self._digest, self._states, self._folds = self._length + len(line), digest, states, base_updates
+        self._length, self._digest, self._states, self._base_updates = (
+            self._length + len(line),
+            digest,
+            states,
+            base_updates,
+        )
         self._new = [new for new in self._new if new[0] >= rounds_done]
 
     def restore(self) -> tuple[int, Any]:
@@ -185,10 +190,10 @@ class RunFolder:
                 raise UserError(f"the run is damaged: {self._checkpoint} is of another run than {self.path / MANIFEST}")
         if manifest is not None:
             _require(self.path / "environment.json", manifest["environment"])
-        self._states, self._folds, self._new = notes["states"], notes["folds"], []
+        self._states, self._base_updates, self._new = notes["states"], notes["base_updates"], []
         for client, index in self._states.items():
             _read(self._client_file(client, index))
-        for index in self._folds:
+        for index in self._base_updates:
             _read(self._fold_file(index))
         self._length = notes["rows"][0]
         self._digest = hashlib.sha256(content := self._complete_rows())
@@ -254,17 +259,17 @@ class RunFolder:
         return found
 
     def base_updates(self) -> list[int]:
-        """The indices of the rounds that left a fold, in order; those after the last complete round included."""
-        return sorted(int(file.stem) for file in (self.path / "folds").glob("*.safetensors"))
+        """The indices of the rounds that left a base update, in order; those after the last complete round included."""
+        return sorted(int(file.stem) for file in (self.path / "base_updates").glob("*.safetensors"))
 
     def forget(self, done: int) -> None:
-        """Removes the folds and the clients' states of all rounds but the first `done`."""
-        for file in [*self.path.glob("folds/*.safetensors"), *self.path.glob("clients/*/*.safetensors")]:
+        """Removes the base updates and the clients' states of all rounds but the first `done`."""
+        for file in [*self.path.glob("base_updates/*.safetensors"), *self.path.glob("clients/*/*.safetensors")]:
             if int(file.stem) >= done:
                 file.unlink()
 
     def _fold_file(self, index: int) -> Path:
-        return self.path / "folds" / f"{index}.safetensors"
+        return self.path / "base_updates" / f"{index}.safetensors"
 
     def _client_file(self, client: str, index: int) -> Path:
         return self.path / "clients" / client_folder(client) / f"{index}.safetensors"

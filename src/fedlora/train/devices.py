@@ -105,7 +105,7 @@ class MultiDeviceTrainer:
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on every device."""
         for helper in self._helpers:
-            helper.ask("fold", change)
+            helper.ask("merge_into_base", change)
         self._with_answers(lambda: self._here.merge_into_base(change))
 
     def _shared(self, call: str, asked: Sequence[Any], works: Sequence[int], *more: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Judging an adapter on examples it was not trained on."""
+"""Evaluation an adapter on examples it was not trained on."""
 
 from collections.abc import Sequence
 

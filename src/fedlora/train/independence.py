@@ -86,7 +86,7 @@ class _Trial:
         found: list[Mapping[str, Tensor]] = []
         for (_, start), one, seen in zip(asked, trained, evaluated, strict=True):
             before, after = pack(start), pack(one.adapter)
-            losses = {"loss": torch.tensor(one.loss), "judged": torch.tensor(seen.metrics["loss"])}
+            losses = {"loss": torch.tensor(one.loss), "evaluated": torch.tensor(seen.metrics["loss"])}
             found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
         return found
 
