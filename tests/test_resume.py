@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 import torch
 
-from fedlora import cli, export
+from fedlora import cli, exports
 from fedlora import experiment as runs
 from fedlora.config import build
 from fedlora.rounds.codec import decode_state, encode_state
@@ -78,7 +78,7 @@ def live(path, table, at_sync=0, at_loss=0, at_export=0, after_loading=None):
     np.random.seed(os.getpid())
     os.fsync = deadly(os.fsync, at_sync, cut_short)
     local.train_together = with_deadly_steps(local.train_together, at_loss)
-    export.save_file = deadly(export.save_file, at_export)
+    exports.save_file = deadly(exports.save_file, at_export)
     if after_loading is not None:
         timer, rounds = threading.Timer(after_loading, os.kill, (os.getpid(), signal.SIGKILL)), runs.rounds
         timer.daemon = True

@@ -60,8 +60,8 @@ def test_the_engine_names_no_method(part):
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("transformers", ("train", "export.py")),
-        ("peft", ("train", "export.py")),
+        ("transformers", ("train", "exports.py")),
+        ("peft", ("train", "exports.py")),
         ("datasets", ("data",)),
         ("sklearn", ("linalg",)),
         ("flwr_datasets", ("data",)),

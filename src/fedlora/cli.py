@@ -16,8 +16,8 @@ from fedlora.printable import printable
 from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
+    from fedlora.result import Result
     from fedlora.rounds.watch import Watcher
-    from fedlora.runs import Result
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from fedlora.adapter import Adapter, Full, Scaling, lora_init
 from fedlora.card import model_card
 from fedlora.config import Experiment
+from fedlora.data.memory import MEMORY
 from fedlora.errors import RunStopped, UserError
-from fedlora.export import fixed, to_merged, to_peft, unfit
+from fedlora.exports import fixed, to_merged, to_peft, unfit
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -24,13 +25,15 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.problem import Problem
+from fedlora.result import Result
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder, client_folder
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.loop import Exchange, Plan, Progress, play
 from fedlora.rounds.simulate import Simulation
-from fedlora.rounds.watch import Silent, Watcher
-from fedlora.runs import Result, extend, keep_rounds, new_folder, read_folder, record, settled
-from fedlora.train import hardware
+from fedlora.rounds.watch import Watcher
+from fedlora.runs import extend, keep_rounds, new_folder, read_folder, record, settled
+from fedlora.terminal import shown
+from fedlora.train import hardware, passed
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
@@ -44,35 +47,74 @@ from fedlora.train.tasks import Classification, Encoded, Task
 from fedlora.train.tokenizers import check_known, check_lengths, positions
 
 
-def run(experiment: Experiment | None = None, out: str | Path | None = None, watch: Watcher | None = None) -> Result:
-    """Runs an experiment from its first round to its exported adapters; `out` is a new folder, by default in `runs/`.
+def run(
+    experiment: Experiment | None = None,
+    out: str | Path | None = None,
+    watch: Watcher | None = None,
+    *,
+    data: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Runs an experiment from its first round to its exported adapters.
+
+    Args:
+        experiment: the settings; by default `Experiment()`.
+        out: a new folder for the run; by default one in `runs/`.
+        watch: callbacks for the progress, in place of the bar and the lines.
+        data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
+            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps their fingerprint only.
+        model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run's folder.
+        tokenizer: that of `model`.
+        progress: whether progress is shown where standard output is a terminal or a notebook.
 
     Raises:
         UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
-        RunStopped: the run cannot go on; `resume` takes it up again.
+        RunStopped: the run cannot continue; `resume` continues it after its last complete round.
     """
     experiment = settled(experiment or Experiment())
+    if data is not None:
+        experiment = _with_rows_in_memory(experiment)
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
+    saved_model = folder.path / "model"
     try:
-        return _run(experiment, folder, watch or Silent())
+        if model is not None or tokenizer is not None:
+            experiment = experiment.model_copy(update={"model": passed.save(model, tokenizer, saved_model)})
+        with shown(experiment.rounds, watch, progress) as watch:
+            return _run(experiment, folder, watch, data)
     finally:
+        if not folder.experiment.exists():
+            shutil.rmtree(saved_model, ignore_errors=True)
         folder.release()
 
 
-def resume(path: str | Path, watch: Watcher | None = None, overrides: Iterable[str] = ()) -> Result:
-    """Takes a run up after its last complete round; the result is the same as if it had never stopped.
+def resume(
+    path: str | Path,
+    watch: Watcher | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    data: Any = None,
+    progress: bool = True,
+) -> Result:
+    """Continues a run after its last complete round; the result is the same as if it had never stopped.
 
-    `overrides` may raise the number of rounds, as `["rounds=20"]`, and change nothing else.
+    Args:
+        path: the run's folder.
+        watch: callbacks for the progress, as in `run`.
+        overrides: more rounds, as in `["rounds=20"]`; no other setting may change.
+        data: the rows that were passed to `run`, if any were: the same ones in the same order.
+        progress: as in `run`.
 
     Raises:
         UserError: the folder holds no run, another process has it, a file in it is damaged, or settings, data or model are
             not those that the run began with.
-        RunStopped: the run cannot go on.
+        RunStopped: the run cannot continue.
     """
     if overrides:
         extend(Path(path), overrides)
-    with _opened(Path(path)) as (folder, experiment):
-        return _run(experiment, folder, watch or Silent())
+    with _opened(Path(path)) as (folder, experiment), shown(experiment.rounds, watch, progress) as watch:
+        return _run(experiment, folder, watch, data)
 
 
 def export(
@@ -279,8 +321,14 @@ class Bench:
         return folders
 
 
-def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
-    problem = Problem.make(experiment)
+def _with_rows_in_memory(experiment: Experiment) -> Experiment:
+    """The same with the rows of a Python program as its source."""
+    data = experiment.data.model_copy(update={"source": MEMORY})
+    return Experiment.model_validate({**experiment.model_dump(), "data": data})
+
+
+def _run(experiment: Experiment, folder: RunFolder, watch: Watcher, rows: Any) -> Result:
+    problem = Problem.make(experiment, rows)
     require_same(folder, experiment, problem)
     bench = Bench.make(experiment, problem).on_all_devices()
     progress = rounds(bench, folder, watch, bench.simulation(folder))
@@ -288,7 +336,8 @@ def _run(experiment: Experiment, folder: RunFolder, watch: Watcher) -> Result:
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    return Result(folder.path, folder.rows(), finish(bench, able, folder), left_out)
+    written = finish(bench, able, folder)
+    return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)
 
 
 def finish(bench: Bench, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:

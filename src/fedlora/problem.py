@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from fedlora.config import Data, Experiment
 from fedlora.data.fingerprint import fingerprint
@@ -40,13 +41,13 @@ class Problem:
         )
 
     @classmethod
-    def make(cls, experiment: Experiment) -> "Problem":
-        """Reads and divides the data; takes no model.
+    def make(cls, experiment: Experiment, rows: Any = None) -> "Problem":
+        """Reads and divides the data, or the rows that were passed in their place; takes no model.
 
         Raises:
             UserError: the data cannot be read, or not be divided so.
         """
-        corpus = load(experiment.data, experiment.seed)
+        corpus = load(experiment.data, experiment.seed, rows)
         division = divide(corpus.train, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(division.shares)
         if isinstance(wanted, list) and len(wanted) != count:

@@ -1,6 +1,9 @@
 """What a person sees of a run: live progress and the closing table."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +14,8 @@ from rich.text import Text
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.printable import printable
-from fedlora.runs import Result
+from fedlora.result import Result
+from fedlora.rounds.watch import Silent, Watcher
 
 
 class Live:
@@ -20,7 +24,8 @@ class Live:
     def __init__(self, console: Console, rounds: int) -> None:
         self._console, self._rounds = console, rounds
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clients"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        barless = console.is_jupyter and find_spec("ipywidgets") is None  # a bar in a notebook is a widget
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=barless)
         self._task = self._bar.add_task("loading", total=None)
 
     def __enter__(self) -> "Live":
@@ -53,6 +58,17 @@ class Live:
         self._console.print(Text("  ".join(parts)))
         if "diverged" in row:
             self._console.print(Text(printable(row["diverged"]), "yellow"))
+
+
+@contextmanager
+def shown(rounds: int, watch: Watcher | None, progress: bool) -> Iterator[Watcher]:
+    """The given watcher, else live progress if it is wanted and standard output is a terminal or a notebook."""
+    console = Console()
+    if watch is not None or not progress or not (console.is_jupyter or sys.stdout.isatty()):
+        yield watch or Silent()
+        return
+    with Live(console, rounds) as live:
+        yield live
 
 
 def closing(result: Result) -> Table:

@@ -19,7 +19,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Full, pack
 from fedlora.config import Lora, Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_folds
-from fedlora.export import to_merged, to_peft, unfit
+from fedlora.exports import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, Tri
 from fedlora.messages import Asked, ClientInfo, Fit, Gradient, Round, Score, Seen
 from fedlora.methods import Row

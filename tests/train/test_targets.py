@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, Full, lora_init
 from fedlora.config import Lora
 from fedlora.errors import UserError
-from fedlora.export import to_peft
+from fedlora.exports import to_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.train.inject import Adapted, Scaling
 from fedlora.train.loading import load_classifier

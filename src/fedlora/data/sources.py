@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
 
 from fedlora import config
+from fedlora.data import memory
 from fedlora.data.examples import Columns, examples, row_of, where
 from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
 from fedlora.data.tables import STDLIB_DOCS, find
@@ -26,8 +28,8 @@ class Corpus:
     labels: tuple[str, ...]
 
 
-def load(data: config.Data, seed: int) -> Corpus:
-    """The examples that `data` describes; the same ones for the same seed.
+def load(data: config.Data, seed: int, rows: Any = None) -> Corpus:
+    """The examples that `data` describes; the same ones for the same seed. `rows` take the place of `data.source`.
 
     The labels are those in `data.labels`, else those that the hub or a `labels.json` names, else those that occur. Training
     and test set are checked whole, before `rows` and `test_rows` are drawn.
@@ -36,12 +38,17 @@ def load(data: config.Data, seed: int) -> Corpus:
         UserError: nothing there, not readable, an example without text or label, or a label that is not clear; names the
             file, the key and the row.
     """
+    if rows is None and data.source == memory.MEMORY:
+        raise UserError(
+            "data.source = 'memory': the rows come from Python; pass them with run(..., data=rows) or resume(...)"
+        )
     if data.source == STDLIB_DOCS:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
         empty = datasets.Dataset.from_dict({"text": [], "label": []})
         return Corpus(empty, empty, _given(data) or ())
-    table, test_table = find(data.source, data.test, data.label)
+    found = find(data.source, data.test, data.label) if rows is None else memory.find(rows, data.test, data.label)
+    table, test_table = found
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
     names = _given(data) or table.labels or _found(train["label"], place, test.get("label", []), test_place)

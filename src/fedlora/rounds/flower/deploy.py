@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fedlora.config import Experiment
 from fedlora.errors import UserError
+from fedlora.result import Result
 from fedlora.rounds.checkpoint import DEPLOY, RunFolder
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.join import start_node
@@ -14,7 +15,7 @@ from fedlora.rounds.flower.processes import Say, free_port, private
 from fedlora.rounds.flower.settings import Settings
 from fedlora.rounds.sample import check_cohort
 from fedlora.rounds.watch import Watcher
-from fedlora.runs import Result, read_folder, record, settled
+from fedlora.runs import read_folder, record, settled
 
 
 def prepare(experiment: Experiment, path: Path) -> None:

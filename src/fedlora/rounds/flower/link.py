@@ -11,13 +11,14 @@ from typing import Any
 import tomli_w
 
 from fedlora.errors import RunStopped, UserError
+from fedlora.result import Result
 from fedlora.rounds.checkpoint import RunFolder
 from fedlora.rounds.flower.address import Address
 from fedlora.rounds.flower.journal import Reader
 from fedlora.rounds.flower.keys import Keys
 from fedlora.rounds.flower.processes import CONNECTION, Process, Say, connection, flwr, private, wait_until_ready
 from fedlora.rounds.watch import Watcher
-from fedlora.runs import Result
+from fedlora.runs import read_folder
 
 _POLL = 0.2
 _STATUS_SECONDS = 15.0
@@ -94,7 +95,8 @@ class SuperLink:
         folder = RunFolder(path)
         try:
             folder.restore()
-            return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
+            adapters = {"": path / "adapter"} if (path / "adapter").exists() else {}
+            return Result(path, read_folder(path).method.name, folder.rows(), adapters)
         finally:
             folder.release()
 
