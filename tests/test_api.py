@@ -3,10 +3,12 @@
 import io
 import json
 import pydoc
+import re
 import subprocess
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -144,8 +146,9 @@ def test_labels_in_memory_follow_the_rules_for_files():
     assert labels(frame).labels == ("0", "1")
     assert labels(frame, labels=["no", "yes"]).labels == ("no", "yes")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["b", "a"])})
-    named = labels(datasets.Dataset.from_dict({"text": texts, "label": numbers}, features=features))
-    assert named.labels == ("b", "a")
+    dataset = datasets.Dataset.from_dict({"text": texts, "label": numbers}, features=features)
+    for given in (dataset, dataset.with_format("torch")):  # a format is for other users of the data set
+        assert labels(given).labels == ("b", "a") and labels(given).train[:]["label"].count(0) > 0
 
 
 def experiment_without_model(**data):
@@ -320,6 +323,24 @@ def test_a_result_is_shown_in_one_line_with_its_last_accuracies(finished):
     )
     assert repr(finished) == f"Result(fedit, 2 rounds, {accuracies}, {str(finished.folder)!r})"
     assert repr(Result(finished.folder, "fedit", finished.rows[:1], {})).startswith("Result(fedit, 1 round, '")
+
+
+@pytest.mark.slow
+def test_every_example_of_the_page_runs_and_prints_what_its_comments_say(home, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    pytest.importorskip("matplotlib").use("agg")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "bert").symlink_to(home / "bert")
+    (tmp_path / "tickets.jsonl").symlink_to(home / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(example, names)
+    promised, printed = re.findall(r"print\(\w+\)  # (.*?)(?:\.\.\.)?$", page, re.MULTILINE), capsys.readouterr().out
+    assert len(promised) == 2 and all(text in printed for text in promised)
+    runs = {folder.name: len((folder / "rounds.jsonl").read_text().splitlines()) for folder in Path("runs").iterdir()}
+    assert runs == {"first": 2, "frame": 2, "splits": 1, "model": 1, "watched": 1}
+    assert names["model"].num_labels == 3 and Path("first.png").stat().st_size
 
 
 def test_both_errors_can_be_caught_by_their_public_names(tmp_path):
