@@ -94,6 +94,21 @@ def test_an_invalid_setting_has_the_message_of_the_command_line(make, table):
     assert f"experiment: {one_line(lambda: make(table))}" == one_line(lambda: build(table))
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"data": [{"text": "secret", "label": "a"}]},
+        {"data": pd.DataFrame({"text": ["secret"], "label": ["a"]})},
+        {"data": {"text": ["secret"], "label": ["a"]}},
+        {"data": {"train": [{"text": "secret", "label": "a"}]}},
+        {"model": torch.nn.Sequential(torch.nn.Linear(2, 3))},
+    ],
+)
+def test_rows_or_a_model_among_the_settings_are_refused_in_one_line_without_quoting_them(table):
+    assert "secret" not in one_line(lambda: Experiment(**table), *table)
+    assert "secret" not in one_line(lambda: Experiment.model_validate([table]), "of type list")
+
+
 def test_an_experiment_is_loaded_with_overrides_and_the_files_name_in_messages(tmp_path):
     (tmp_path / "e.toml").write_text("rounds = 3\n[method]\nname = 'rolora'\n")
     loaded = Experiment.load(str(tmp_path / "e.toml"), ["method.rank=4", "seed=2"])
@@ -204,7 +219,7 @@ def test_a_file_named_as_the_source_in_memory_does_not_stand_for_the_rows(rows, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "memory").touch()
     assert len(Problem.make(experiment_without_model(), rows).corpus.labels) == 3
-    one_line(lambda: Problem.make(Experiment(data=Data(source="memory"))), "pass them with run")
+    one_line(lambda: Problem.make(Experiment(data=Data(source="memory"))), "pass them with fedlora.run")
 
 
 # a model in memory

@@ -399,7 +399,11 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(f"{where}.") else message
     near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
-    return f"{where} = {_shortened(repr(first['input']))}: {message}{near}"
+    value, may_be_rows = first["input"], first["loc"][:1] in ((), ("data",))  # rows are not quoted
+    if isinstance(value, str | int | float | None) or (isinstance(value, list | dict) and not may_be_rows):
+        return f"{where} = {_shortened(repr(value))}: {message}{near}"
+    hint = "; rows are passed with run(..., data=rows)" if may_be_rows else ""
+    return f"{where or 'an experiment'} is of type {type(value).__name__}: {message}{near}{hint}"
 
 
 _UNION_TAG = re.compile(r"str|(list|dict|literal|function-before)[-\[].*")

@@ -33,7 +33,7 @@ from fedlora.rounds.simulate import Simulation
 from fedlora.rounds.watch import Watcher
 from fedlora.runs import extend, keep_rounds, new_folder, read_folder, record, settled
 from fedlora.terminal import shown
-from fedlora.train import hardware, passed
+from fedlora.train import hardware, model_copy
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import Helper, ManyDevices
 from fedlora.train.features import try_packing
@@ -80,7 +80,7 @@ def run(
     saved_model = folder.path / "model"
     try:
         if model is not None or tokenizer is not None:
-            experiment = experiment.model_copy(update={"model": passed.save(model, tokenizer, saved_model)})
+            experiment = experiment.model_copy(update={"model": model_copy.save(model, tokenizer, saved_model)})
         with shown(experiment.rounds, watch, progress) as watch:
             return _run(experiment, folder, watch, data)
     finally:
@@ -327,8 +327,8 @@ def _with_rows_in_memory(experiment: Experiment) -> Experiment:
     return Experiment.model_validate({**experiment.model_dump(), "data": data})
 
 
-def _run(experiment: Experiment, folder: RunFolder, watch: Watcher, rows: Any) -> Result:
-    problem = Problem.make(experiment, rows)
+def _run(experiment: Experiment, folder: RunFolder, watch: Watcher, in_memory: Any) -> Result:
+    problem = Problem.make(experiment, in_memory)
     require_same(folder, experiment, problem)
     bench = Bench.make(experiment, problem).on_all_devices()
     progress = rounds(bench, folder, watch, bench.simulation(folder))

@@ -41,13 +41,13 @@ class Problem:
         )
 
     @classmethod
-    def make(cls, experiment: Experiment, rows: Any = None) -> "Problem":
-        """Reads and divides the data, or the rows that were passed in their place; takes no model.
+    def make(cls, experiment: Experiment, in_memory: Any = None) -> "Problem":
+        """Reads and divides the data, or rows in memory in place of their source; takes no model.
 
         Raises:
             UserError: the data cannot be read, or not be divided so.
         """
-        corpus = load(experiment.data, experiment.seed, rows)
+        corpus = load(experiment.data, experiment.seed, in_memory)
         division = divide(corpus.train, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(division.shares)
         if isinstance(wanted, list) and len(wanted) != count:

@@ -28,27 +28,31 @@ class Corpus:
     labels: tuple[str, ...]
 
 
-def load(data: config.Data, seed: int, rows: Any = None) -> Corpus:
-    """The examples that `data` describes; the same ones for the same seed. `rows` take the place of `data.source`.
+def load(data: config.Data, seed: int, in_memory: Any = None) -> Corpus:
+    """The examples that `data` describes; the same ones for the same seed.
 
-    The labels are those in `data.labels`, else those that the hub or a `labels.json` names, else those that occur. Training
-    and test set are checked whole, before `rows` and `test_rows` are drawn.
+    Rows in memory take the place of `data.source`. The labels are those in `data.labels`, else those that the hub or a
+    `labels.json` names, else those that occur. Training and test set are checked whole, before `rows` and `test_rows` are
+    drawn.
 
     Raises:
         UserError: nothing there, not readable, an example without text or label, or a label that is not clear; names the
             file, the key and the row.
     """
-    if rows is None and data.source == memory.MEMORY:
+    if in_memory is None and data.source == memory.MEMORY:
         raise UserError(
-            "data.source = 'memory': the rows come from Python; pass them with run(..., data=rows) or resume(...)"
+            "data.source = 'memory': the rows come from a Python program; pass them with fedlora.run(..., data=rows) or "
+            "fedlora.resume(..., data=rows)"
         )
     if data.source == STDLIB_DOCS:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
         empty = datasets.Dataset.from_dict({"text": [], "label": []})
         return Corpus(empty, empty, _given(data) or ())
-    found = find(data.source, data.test, data.label) if rows is None else memory.find(rows, data.test, data.label)
-    table, test_table = found
+    if in_memory is None:
+        table, test_table = find(data.source, data.test, data.label)
+    else:
+        table, test_table = memory.find(in_memory, data.test, data.label)
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
     names = _given(data) or table.labels or _found(train["label"], place, test.get("label", []), test_place)
