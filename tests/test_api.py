@@ -180,6 +180,7 @@ def experiment_without_model(**data):
         ([{"text": "secret", "label": None}], ["data (list)", "row 1 has no label"]),
         ([{"sentence": "secret", "label": 1}], ["no column 'text' (data.text)", "there are: 'sentence'"]),
         (pd.DataFrame({"text": ["secret", "b"], "label": ["a", pd.NA]}), ["data (DataFrame)", "row 2 has no label"]),
+        (pd.DataFrame({"text": ["secret", "b"], "label": pd.array([1, None], "Int64")}), ["row 2 has no label"]),
         (pd.DataFrame({"text": ["secret", "b"], "label": [1.0, np.nan]}), ["data (DataFrame)", "row 2 has no label"]),
         (pd.DataFrame([["secret", 1, 2]], columns=["text", "label", "label"]), ["'label'", "several columns"]),
         ({"test": [{"text": "secret", "label": 1}]}, ["no split 'train'", "there are: 'test'"]),

@@ -75,7 +75,8 @@ def run(
     """
     experiment = settled(experiment or Experiment())
     if data is not None:
-        experiment = _with_rows_in_memory(experiment)
+        source = experiment.data.model_copy(update={"source": MEMORY})
+        experiment = experiment.model_copy(update={"data": source})
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
     saved_model = folder.path / "model"
     try:
@@ -319,12 +320,6 @@ class Bench:
                 model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
                 to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
         return folders
-
-
-def _with_rows_in_memory(experiment: Experiment) -> Experiment:
-    """The same with the rows of a Python program as its source."""
-    data = experiment.data.model_copy(update={"source": MEMORY})
-    return Experiment.model_validate({**experiment.model_dump(), "data": data})
 
 
 def _run(experiment: Experiment, folder: RunFolder, watch: Watcher, in_memory: Any) -> Result:
