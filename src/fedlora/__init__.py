@@ -1,22 +1,35 @@
 """Federated fine-tuning of transformers with LoRA adapters.
 
->>> from fedlora import Experiment
->>> Experiment(rounds=3).method.name
-'fedit'
+    from fedlora import Experiment, run
+
+    experiment = Experiment(model="FacebookAI/roberta-base", data="tickets.jsonl", rounds=20, method={"name": "fedit"})
+    result = run(experiment, out="runs/first")
+    print(result.to_pandas(), result.adapters)
+
+`run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere. `Experiment`
+has the settings of experiment.toml under the same names. Settings, data and models that cannot be used raise `UserError`; a
+run that has to stop raises `RunStopped`. Both messages are one line.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
-    from fedlora.experiment import resume, run
-    from fedlora.runs.start import Result
+    from fedlora.experiment import export, resume, run
+    from fedlora.runs.result import Result
 
-__all__ = ["Experiment", "Result", "__version__", "resume", "run"]
+__all__ = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "export", "resume", "run"]
 
-_HOMES = {"Experiment": "config", "Result": "runs.start", "resume": "experiment", "run": "experiment"}
+_HOMES = {
+    "Experiment": "config",
+    "Result": "runs.result",
+    "export": "experiment",
+    "resume": "experiment",
+    "run": "experiment",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +39,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"fedlora.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

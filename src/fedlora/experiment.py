@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from fedlora.adapter import Adapter, Dense, Scaling, lora_init
 from fedlora.config import Experiment
+from fedlora.data.memory import MEMORY
 from fedlora.errors import RunStopped, UserError
 from fedlora.exporting.card import model_card
 from fedlora.exporting.write import fixed, to_merged, to_peft, unfit
@@ -23,6 +24,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
+from fedlora.models import model_copy
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.fingerprint import fingerprint
 from fedlora.models.loading import locate, quiet
@@ -30,12 +32,14 @@ from fedlora.models.targets import check_ranks, find_targets, head_modules, norm
 from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.loop import Backend, Plan, RunState, run_rounds
-from fedlora.rounds.progress import NullProgress, Progress
+from fedlora.rounds.progress import Progress
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.folder import DEPLOY, RunFolder, client_folder
 from fedlora.runs.manifest import Manifest
-from fedlora.runs.start import Result, extend, keep_rounds, new_folder, read_folder, record, settled
+from fedlora.runs.result import Result
+from fedlora.runs.start import extend, keep_rounds, new_folder, read_folder, record, settled
 from fedlora.tasks.classification import Classification, Encoded, Task
+from fedlora.terminal import shown
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
@@ -44,35 +48,67 @@ from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.local import LocalTrainer
 
 
-def run(experiment: Experiment | None = None, out: str | Path | None = None, progress: Progress | None = None) -> Result:
-    """Runs an experiment from its first round to its exported adapters; `out` is a new folder, by default in `runs/`.
+def run(
+    experiment: Experiment | None = None,
+    out: str | Path | None = None,
+    progress: bool | Progress = True,
+    *,
+    data: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+) -> Result:
+    """Runs an experiment from its first round to its exported adapters.
+
+    Args:
+        experiment: the settings; by default `Experiment()`.
+        out: a new folder for the run; by default one in `runs/`.
+        progress: whether progress is shown where standard output is a terminal or a notebook; or callbacks of your own.
+        data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
+            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps their fingerprint only.
+        model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run's folder.
+        tokenizer: that of `model`.
 
     Raises:
         UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
-        RunStopped: the run cannot go on; `resume` takes it up again.
+        RunStopped: the run cannot continue; `resume` continues it after its last complete round.
     """
     experiment = settled(experiment or Experiment())
+    if data is not None:
+        source = experiment.data.model_copy(update={"source": MEMORY})
+        experiment = experiment.model_copy(update={"data": source})
     folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
+    saved_model = folder.path / "model"
     try:
-        return _run(experiment, folder, progress or NullProgress())
+        if model is not None or tokenizer is not None:
+            experiment = experiment.model_copy(update={"model": model_copy.save(model, tokenizer, saved_model)})
+        with shown(experiment.rounds, progress) as callbacks:
+            return _run(experiment, folder, callbacks, data)
     finally:
+        if not folder.experiment.exists():
+            shutil.rmtree(saved_model, ignore_errors=True)
         folder.release()
 
 
-def resume(path: str | Path, progress: Progress | None = None, overrides: Iterable[str] = ()) -> Result:
-    """Takes a run up after its last complete round; the result is the same as if it had never stopped.
+def resume(
+    path: str | Path, progress: bool | Progress = True, overrides: Iterable[str] = (), *, data: Any = None
+) -> Result:
+    """Continues a run after its last complete round; the result is the same as if it had never stopped.
 
-    `overrides` may raise the number of rounds, as `["rounds=20"]`, and change nothing else.
+    Args:
+        path: the run's folder.
+        progress: as in `run`.
+        overrides: more rounds, as in `["rounds=20"]`; no other setting may change.
+        data: the rows that were passed to `run`, if any were: the same ones in the same order.
 
     Raises:
         UserError: the folder holds no run, another process has it, a file in it is damaged, or settings, data or model are
             not those that the run began with.
-        RunStopped: the run cannot go on.
+        RunStopped: the run cannot continue.
     """
     if overrides:
         extend(Path(path), overrides)
-    with _opened(Path(path)) as (folder, experiment):
-        return _run(experiment, folder, progress or NullProgress())
+    with _opened(Path(path)) as (folder, experiment), shown(experiment.rounds, progress) as callbacks:
+        return _run(experiment, folder, callbacks, data)
 
 
 def export(
@@ -290,8 +326,8 @@ class Session:
         return folders
 
 
-def _run(experiment: Experiment, folder: RunFolder, progress: Progress) -> Result:
-    federated_data = FederatedData.make(experiment)
+def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memory: Any) -> Result:
+    federated_data = FederatedData.make(experiment, in_memory)
     require_same(folder, experiment, federated_data)
     session = Session.make(experiment, federated_data).on_all_devices()
     run_state = rounds(session, folder, progress, session.simulation(folder))
@@ -299,7 +335,8 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress) -> Resul
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    return Result(folder.path, folder.rows(), finish(session, able, folder), left_out)
+    written = finish(session, able, folder)
+    return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)
 
 
 def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from fedlora.config import Data, Experiment
 from fedlora.data.fingerprint import fingerprint
@@ -43,13 +44,13 @@ class FederatedData:
         )
 
     @classmethod
-    def make(cls, experiment: Experiment) -> "FederatedData":
-        """Reads and divides the data; takes no model.
+    def make(cls, experiment: Experiment, in_memory: Any = None) -> "FederatedData":
+        """Reads and partitions the data, or rows in memory in place of their source; takes no model.
 
         Raises:
             UserError: the data cannot be read, or not be divided so.
         """
-        labelled_data = load(experiment.data, experiment.seed)
+        labelled_data = load(experiment.data, experiment.seed, in_memory)
         partition = divide(labelled_data.train, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:

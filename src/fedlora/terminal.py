@@ -1,6 +1,9 @@
 """What a person sees of a run: live progress and the closing table."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +14,9 @@ from rich.text import Text
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.printable import printable
-from fedlora.runs.start import Result
+from fedlora.rounds.progress import NullProgress
+from fedlora.rounds.progress import Progress as Callbacks
+from fedlora.runs.result import Result
 
 
 class Live:
@@ -20,7 +25,8 @@ class Live:
     def __init__(self, console: Console, rounds: int) -> None:
         self._console, self._rounds = console, rounds
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clients"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        barless = console.is_jupyter and find_spec("ipywidgets") is None  # a bar in a notebook is a widget
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=barless)
         self._task = self._bar.add_task("loading", total=None)
 
     def __enter__(self) -> "Live":
@@ -53,6 +59,19 @@ class Live:
         self._console.print(Text("  ".join(parts)))
         if "diverged" in row:
             self._console.print(Text(printable(row["diverged"]), "yellow"))
+
+
+@contextmanager
+def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
+    """The given callbacks, else live progress if it is wanted and standard output is a terminal or a notebook."""
+    console = Console()
+    if not isinstance(progress, bool):
+        yield progress
+    elif progress and (console.is_jupyter or sys.stdout.isatty()):
+        with Live(console, rounds) as live:
+            yield live
+    else:
+        yield NullProgress()
 
 
 def closing(result: Result) -> Table:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
 
 from fedlora import config
+from fedlora.data import memory
 from fedlora.data.examples import Columns, examples, row_of, where
 from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
 from fedlora.data.tables import STDLIB_DOCS, find
@@ -26,22 +28,31 @@ class LabelledData:
     labels: tuple[str, ...]
 
 
-def load(data: config.Data, seed: int) -> LabelledData:
+def load(data: config.Data, seed: int, in_memory: Any = None) -> LabelledData:
     """The examples that `data` describes; the same ones for the same seed.
 
-    The labels are those in `data.labels`, else those that the hub or a `labels.json` names, else those that occur. Training
-    and test set are checked whole, before `rows` and `test_rows` are drawn.
+    Rows in memory take the place of `data.source`. The labels are those in `data.labels`, else those that the hub or a
+    `labels.json` names, else those that occur. Training and test set are checked whole, before `rows` and `test_rows` are
+    drawn.
 
     Raises:
         UserError: nothing there, not readable, an example without text or label, or a label that is not clear; names the
             file, the key and the row.
     """
+    if in_memory is None and data.source == memory.MEMORY:
+        raise UserError(
+            "data.source = 'memory': the rows come from a Python program; pass them with fedlora.run(..., data=rows) or "
+            "fedlora.resume(..., data=rows)"
+        )
     if data.source == STDLIB_DOCS:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
         empty = datasets.Dataset.from_dict({"text": [], "label": []})
         return LabelledData(empty, empty, _given(data) or ())
-    table, test_table = find(data.source, data.test, data.label)
+    if in_memory is None:
+        table, test_table = find(data.source, data.test, data.label)
+    else:
+        table, test_table = memory.find(in_memory, data.test, data.label)
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
     names = _given(data) or table.labels or _found(train["label"], place, test.get("label", []), test_place)

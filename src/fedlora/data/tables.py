@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,7 @@ def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None
     """
     if source != STDLIB_DOCS and not files.looks_local(source):
         return _hub(source, test, label)
-    train = _stdlib_docs() if source == STDLIB_DOCS else _file(source, "data.source")
-    if test is None:
-        return train, None
-    if not files.looks_local(test):
-        raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or leave data.test out")
-    return train, _file(test, "data.test")
+    return with_test_file(_stdlib_docs() if source == STDLIB_DOCS else _file(source, "data.source"), test)
 
 
 def choices(word: str, allowed: Iterable[str]) -> str:
@@ -103,19 +98,51 @@ def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None
             f"data.source = {source!r}: not loaded from the hub: {reason}; for a local file give its path, offline set "
             "HF_HUB_OFFLINE=1 to use what was downloaded before"
         ) from error
-    train = _split(splits, "train", source, label, "data.source")
+    origin = f"data.source = {source!r}"
+    return of_splits(splits, lambda split: of_dataset(splits[split], label, f"{origin}, split {split!r}"), test, origin)
+
+
+def of_splits(
+    splits: Collection[str], table: Callable[[str], Table], test: str | None, origin: str
+) -> tuple[Table, Table | None]:
+    """The split `train`, and the test table: the split or file that `test` names, else the split `test` or `validation`.
+
+    Raises:
+        UserError: there is no such split or file.
+    """
+
+    def named(split: str, key: str = "") -> Table:
+        if split not in splits:
+            raise UserError(f"{key}{origin} has no split {split!r}{choices(split, splits)}")
+        return table(split)
+
+    train = named("train")
     if test is not None and files.looks_local(test):
         return train, _file(test, "data.test")
-    split = test or next((split for split in ("test", "validation") if split in splits), None)
-    return train, None if split is None else _split(splits, split, source, label, "data.test")
+    found = test or next((split for split in ("test", "validation") if split in splits), None)
+    return train, None if found is None else named(found, "data.test: ")
 
 
-def _split(splits: Mapping[str, datasets.Dataset], split: str, source: str, label: str, key: str) -> Table:
-    if split not in splits:
-        raise UserError(f"{key}: {source!r} has no split {split!r}{choices(split, splits)}")
-    dataset = splits[split]
+def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]:
+    """The table, which has no splits, and the test table in the file that `test` names.
+
+    Raises:
+        UserError: `test` is not a file, or not readable.
+    """
+    if test is None:
+        return train, None
+    if not files.looks_local(test):
+        raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or leave data.test out")
+    return train, _file(test, "data.test")
+
+
+def of_dataset(dataset: datasets.Dataset, label: str, origin: str) -> Table:
+    """A data set's columns; the class names of the column `label`, if it has any, are the labels' names.
+
+    Raises:
+        UserError: two of these names are the same, or one is empty.
+    """
     names = getattr(dataset.features.get(label), "names", None)
-    origin = f"data.source = {source!r}, split {split!r}"
     if names is None:
         return Table(origin, dataset.column_names, lambda name: dataset[name][:])
     # a ClassLabel is an index of its names, also where these are numbers; -1 stands for none

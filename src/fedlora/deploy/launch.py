@@ -14,7 +14,8 @@ from fedlora.errors import UserError
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.sample import check_cohort
 from fedlora.runs.folder import DEPLOY, RunFolder
-from fedlora.runs.start import Result, read_folder, record, settled
+from fedlora.runs.result import Result
+from fedlora.runs.start import read_folder, record, settled
 
 
 def prepare(experiment: Experiment, path: Path) -> None:

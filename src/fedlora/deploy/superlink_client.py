@@ -17,7 +17,8 @@ from fedlora.deploy.processes import CONNECTION, Printer, Process, connection, f
 from fedlora.errors import RunStopped, UserError
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.start import Result
+from fedlora.runs.result import Result
+from fedlora.runs.start import read_folder
 
 _POLL = 0.2
 _STATUS_SECONDS = 15.0
@@ -94,7 +95,8 @@ class SuperLink:
         folder = RunFolder(path)
         try:
             folder.restore()
-            return Result(path, folder.rows(), {"": path / "adapter"} if (path / "adapter").exists() else {})
+            adapters = {"": path / "adapter"} if (path / "adapter").exists() else {}
+            return Result(path, read_folder(path).method.name, folder.rows(), adapters)
         finally:
             folder.release()
 

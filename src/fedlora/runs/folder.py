@@ -28,6 +28,7 @@ class RunFolder:
     """The folder of one run, locked for this process.
 
     experiment.toml      the resolved experiment
+    model/               the model, if a Python program passed it
     environment.json     versions, and which way the clients train
     manifest.json        what the run depends on; is there once the run has begun
     rounds.jsonl         one row for each complete round

@@ -86,8 +86,8 @@ class Manifest(_Part):
         """
         try:
             return Experiment.model_validate(self.experiment)
-        except ValidationError as error:
-            raise UserError(f"the run's settings are not those of this version: {error.errors()[0]['msg']}") from error
+        except UserError as error:
+            raise UserError(f"the run's settings are not those of this version: {error}") from None
 
     def require_data(self, now: DataFingerprint) -> None:
         """Nothing, if this is the data that the run began with.

@@ -1,11 +1,10 @@
-"""A run, as its folder tells of it: what was run, with which versions, and what came out."""
+"""A run, as its folder tells of it: what was run, and with which versions."""
 
 import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,6 @@ _PACKAGES = (
     "scikit-learn",
     "POT",
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder, the round log's rows, and where the PEFT adapters are (one, or one for each client).
-
-    `left_out` says why adapters are missing, if any are.
-    """
-
-    folder: Path
-    rows: Sequence[Mapping[str, Any]]
-    adapters: Mapping[str, Path]
-    left_out: str = ""
 
 
 def new_folder(experiment: Experiment) -> Path:
