@@ -7,7 +7,7 @@ import transformers
 from safetensors import SafetensorError
 
 from fedlora.errors import UserError
-from fedlora.train.loading import quiet
+from fedlora.models.loading import quiet
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> str:
