@@ -246,8 +246,12 @@ def test_init_into_a_folder_that_does_not_exist_is_rejected(command, tmp_path):
     assert_refused(command("init", tmp_path / "none" / "mine.toml"), "mine.toml: cannot be written")
 
 
+def not_called(*_: object) -> None:
+    raise AssertionError("a check reads no weights")
+
+
 def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypatch):
-    monkeypatch.delattr(Classification, "load")
+    monkeypatch.setattr(Classification, "load", not_called)
     code, printed, errors = command("check", place / "good.toml", "--set", "clients.count=12")
     assert (code, errors) == (0, "")
     assert re.findall(r"^ *(\d{3}) ", printed, re.MULTILINE) == [f"{i:03}" for i in range(12)]
@@ -279,7 +283,7 @@ def test_a_check_refuses_what_a_run_would_refuse_in_the_same_words(
 ):
     monkeypatch.chdir(tmp_path)
     if verb == "check":
-        monkeypatch.delattr(Classification, "load")
+        monkeypatch.setattr(Classification, "load", not_called)
     result = command(verb, place / "good.toml", "--set", change.format(place=place))
     assert_refused(result, *parts)
     assert not result[1].strip()

@@ -143,7 +143,7 @@ def page() -> str:
         inside = [one for one in entries if one.section == name]
         parts += [
             f"## `[{name}]`" if name else "## Top level",
-            inspect.getdoc(section) or "",
+            (inspect.getdoc(section) or "").partition("\n\n")[0],
             _table(one for one in inside if not one.methods),
         ]
         if own := [one for one in inside if one.methods]:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from fedlora.deploy import link
+from fedlora.deploy import superlink_client as link
 from fedlora.deploy.event_log import EventLog, Reader
 from fedlora.errors import RunStopped
 from fedlora.rounds.progress import NullProgress

@@ -148,7 +148,7 @@ def test_the_trainer_answers_and_evaluates_adapters_of_several_forms_at_once(ses
     for (alone, _), (grouped, _) in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
         assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
     evaluated = [
-        trainer.scores([(one, job.request.start) for one, job in zip(client, some, strict=True)]) for trainer in trainers
+        trainer.scores([(one, job.request.start) for one, job in zip(clients, some, strict=True)]) for trainer in trainers
     ]
     for alone, grouped in zip(*evaluated, strict=True):
         assert grouped.metrics == pytest.approx(alone.metrics, rel=1e-4)
