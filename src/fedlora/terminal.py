@@ -77,8 +77,8 @@ def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
 def closing(result: Result) -> Table:
     """The run, a line for each round. Held-out examples are the clients'; the bottom decile is of the clients."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    first = ("", "", "train", "test", "held-out", "worst", "", "", "")
-    second = ("round", "clients", "loss", "accuracy", "accuracy", "tenth", "up", "down", "seconds")
+    first = ("", "", "train", "test", "held-out", "bottom", "", "", "")
+    second = ("round", "clients", "loss", "accuracy", "accuracy", "decile", "up", "down", "seconds")
     for above, below in zip(first, second, strict=True):
         table.add_column(f"{above}\n{below}", justify="right")
     for row in result.rows:
