@@ -1,0 +1,36 @@
+"""After which rounds, and of which clients, there are scores."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedlora.config import Evaluate
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.rounds.loop import RunState, run_rounds
+
+from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_plan, toy_simulation
+
+
+def rows(evaluate, rounds=5, fraction=1.0):
+    method, trainer = FactorAveraging(rank=3), ToyTrainer()
+    plan = replace(toy_plan(method, trainer, rounds=rounds, fraction=fraction), evaluate=evaluate)
+    simulation = toy_simulation(method, trainer, toy_clients(4))
+    start = RunState(method.init_server(trainer.spec, 0))
+    return [row for _, row in run_rounds(plan, simulation, MemoryStates(), start, 0, Quiet())]
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(1, {1, 2, 3, 4, 5}), (2, {2, 4, 5}), (3, {3, 5}), (9, {5})])
+def test_every_nth_round_and_the_last_one_are_evaluated(every, evaluated):
+    found = rows(Evaluate(every=every))
+    assert {row["round"] for row in found if "global" in row} == evaluated
+    assert {row["round"] for row in found if "clients" in row} == evaluated
+
+
+def test_all_clients_those_of_the_round_or_none_are_evaluated():
+    everybody, chosen, none = (rows(Evaluate(clients=which), 2, 0.5) for which in ("all", "chosen", "none"))
+    for row in everybody:
+        assert all(len(metric["each"]) == 4 for metric in row["clients"].values())
+    for row in chosen:
+        assert all(sorted(metric["each"]) == sorted(row["accepted"]) for metric in row["clients"].values())
+        assert len(row["accepted"]) == 2
+    assert not any("clients" in row for row in none) and all("global" in row for row in none)
