@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def model_card(
     experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> str:
-    """Model card in Markdown. `base` is the base model's name or path for PEFT; `rows` are those of the round log, if any."""
+    """Model card in Markdown. `base` is the base model's name or path for PEFT; `rows` are the rows of the round log."""
     hub = {} if Path(base).is_dir() else {"base_model": base}
     front = {**hub, "library_name": "peft", "pipeline_tag": "text-classification", "tags": "[lora, federated-learning]"}
     row, data = experiment.method.row, experiment.data

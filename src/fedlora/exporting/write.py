@@ -74,7 +74,7 @@ def to_peft(
 
 
 def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    """Writes a folder that transformers loads without PEFT, in `dtype`. `model` is the unmodified fp32 base; it is modified.
+    """Writes a folder that transformers loads without PEFT, in `dtype`. Modifies `model`, the original fp32 base.
 
     The adapter must not be `unfit`.
     """

@@ -334,7 +334,7 @@ def _missing(path: Path) -> UserError:
 
 
 def _plain(value: Any) -> Any:
-    """The value with NaN and infinity removed, which JSON does not support."""
+    """The value with NaN and infinity replaced by None, as JSON does not support them."""
     match value:
         case Mapping():
             return {key: _plain(item) for key, item in value.items()}

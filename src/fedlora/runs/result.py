@@ -29,7 +29,7 @@ class Result:
     left_out: str = ""
 
     def to_pandas(self) -> Any:
-        """Returns a `pandas.DataFrame` with a row for each round and columns such as `train_loss` or `clients.accuracy.mean`.
+        """Returns a `pandas.DataFrame` with one row per round and columns such as `train_loss` or `clients.accuracy.mean`.
 
         Lists of clients, and mappings of clients to values, are one cell each.
 
