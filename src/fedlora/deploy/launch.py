@@ -38,7 +38,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
 
 
 def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
-    """Runs the folder's experiment with a SuperLink and `count` SuperNodes on this machine, without keys.
+    """Runs the folder's experiment with a SuperLink and at most `count` SuperNodes on this machine, without keys.
 
     A resumed run uses its existing nodes, which hold the clients' states.
 
