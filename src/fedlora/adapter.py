@@ -1,4 +1,4 @@
-"""What a client trains: named factors, and the same as a flat mapping of tensors for the wire."""
+"""Adapters: named factors, and their representation as a flat mapping of tensors in messages."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Dense:
-    """A parameter that is trained as it is, any shape: a weight or a bias of the task head."""
+    """Parameter trained without factorization, of any shape: a weight or a bias of the task head."""
 
     w: Tensor
 
@@ -28,7 +28,7 @@ Kind = TypeVar("Kind", LowRank, ThreeFactor, Heads, Experts, Dense)
 
 @dataclass(frozen=True)
 class Scaling:
-    """PEFT's alpha, and whether it is divided by the rank or by its root (rsLoRA). Without an alpha the scale is 1."""
+    """PEFT's alpha, divided by the rank or, for rsLoRA, by its square root. The scale is 1 without an alpha."""
 
     alpha: float | None = None
     rslora: bool = False
@@ -40,11 +40,11 @@ class Scaling:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What can be adapted in one model, read from it once.
+    """Adaptable modules and parameters of one model, read from it once.
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
-    of single modules, whatever the rank of the client. `weight` reads a module's pretrained weight, fp32 [out, in].
-    `features` is the width of the last layer, `classes` the number of labels. `scaling` gives the `scale`.
+    of individual modules, regardless of the client's rank. `weight` reads a module's pretrained weight, fp32 [out, in].
+    `features` is the width of the last layer, `classes` the number of labels. `scaling` determines `scale`.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -57,32 +57,32 @@ class AdapterSpec:
     scaling: Scaling = Scaling()
 
     def rank(self, module: str, rank: int) -> int:
-        """The rank of `module` for a client of rank `rank`."""
+        """Rank of `module` for a client of rank `rank`."""
         return self.rank_pattern.get(module, rank)
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor between PEFT's `lora_B` and b for factors of `rank` at `module`: b = scale * lora_B, and a = lora_A.
+        """Factor between PEFT's `lora_B` and b for factors of `rank` in `module`: b = scale * lora_B, and a = lora_A.
 
-        With a middle factor too it is b that takes the scale: c = lora_C. A c between trained factors then learns as in
-        (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, whatever alpha is.
+        With a middle factor, b also contains the scale: c = lora_C. A c between trained factors then trains as in
+        (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, independent of alpha.
         """
         return self.scaling.of(rank)
 
     def scales(self, rank: int) -> dict[str, float]:
-        """Each module's scale for a client of rank `rank`."""
+        """Scale of each module for a client of rank `rank`."""
         return {name: self.scale(name, self.rank(name, rank)) for name in self.modules}
 
 
 def pack(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors as `{"module.factor": tensor}`, in the adapter's order."""
+    """Returns the adapter's tensors as `{"module.factor": tensor}`, in the adapter's order."""
     return {f"{name}.{f.name}": getattr(part, f.name) for name, part in adapter.items() for f in fields(part)}
 
 
 def unpack(tensors: Tensors, kind: type[Kind]) -> dict[str, Kind]:
-    """The inverse of `pack`, for an adapter whose parts are all of one kind.
+    """Inverse of `pack`, for an adapter whose parts are all of one kind.
 
     Raises:
-        ValueError: a factor is missing, or a key names none of the kind's factors.
+        ValueError: a factor is missing, or a key does not name a factor of that kind.
     """
     expected = {f.name for f in fields(kind)}
     grouped: dict[str, dict[str, Tensor]] = {}
@@ -96,16 +96,16 @@ def unpack(tensors: Tensors, kind: type[Kind]) -> dict[str, Kind]:
 
 
 def pick(tensors: Tensors, factors: Iterable[str]) -> dict[str, Tensor]:
-    """Only the named factors of a packed adapter: `pick(packed, "b")` keeps every `"module.b"`."""
+    """Selects the named factors of a packed adapter: `pick(packed, "b")` keeps every `"module.b"`."""
     wanted = set(factors)
     return {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] in wanted}
 
 
 def lora_init(spec: AdapterSpec, rank: int, seed: int) -> dict[str, LowRank]:
-    """Factors of update zero: b = 0 [out, rank], a uniform in +-1/sqrt(in) [rank, in] (PEFT's initialisation).
+    """Initial factors with zero update: b = 0 [out, rank], a uniform in +-1/sqrt(in) [rank, in] (PEFT's initialization).
 
-    Each module draws from its own seed, so that equal shapes do not get equal factors; with a larger rank the first rows of
-    `a` are not the same.
+    Each module has its own seed, so that modules of equal shape get different factors; the first rows of `a` change with
+    the rank.
     """
     return {
         name: LowRank(

@@ -1,4 +1,4 @@
-"""What takes a while to make and depends on nothing but its key, kept on disk from run to run."""
+"""Disk cache for expensive results that depend on their key only, shared by all runs."""
 
 import hashlib
 import os
@@ -11,10 +11,10 @@ _DIGEST = 32  # bytes of SHA-256
 
 
 def cached(kind: str, key: Iterable[str], make: Callable[[], bytes]) -> bytes:
-    """The content for this key: from the cache folder if it is there and whole, else made and put there.
+    """Content for this key: read from the cache folder if present and intact, else computed by `make` and stored.
 
     The folder is `$FEDLORA_CACHE`, else `fedlora` in `$XDG_CACHE_HOME` or `~/.cache`; only its owner may read it. Nothing
-    is kept if the variable is empty, or if the folder cannot be written.
+    is stored if the variable is empty, or if the folder is not writable.
     """
     folder = _folder()
     if folder is None:

@@ -1,4 +1,4 @@
-"""The command line: thin, one function for each command."""
+"""Command line: a thin layer with one function per command."""
 
 import signal
 import sys
@@ -320,7 +320,7 @@ def _resume(path: Path, overrides: list[str] | None) -> None:
 
 
 def _follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: str = "run") -> None:
-    """Shows a run while it goes on and its table at the end; when it stops, says how to take it up again."""
+    """Shows the progress of a run and its table at the end; if it stops, prints how to resume it."""
     from fedlora import terminal
 
     console = Console()
@@ -345,9 +345,9 @@ def _follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], comma
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where compiled code that was interrupted says another error for it.
+    """Raises KeyboardInterrupt for Ctrl-C and SIGTERM, also if interrupted compiled code raises another error instead.
 
-    Only the first one counts: from then on both are ignored, so that what has to be put in order is not interrupted too.
+    Only the first signal counts: both are ignored afterwards, so that cleanup is not interrupted.
     """
     stopped = False
 
@@ -382,7 +382,7 @@ def _serve(
     go: Callable[[Path, "Progress"], "Result"],
     again: str,
 ) -> None:
-    """A new run or one that goes on, shown while it does; `again` is the command that takes it up."""
+    """Runs or resumes a run, showing its progress; `again` is the command that resumes it."""
     from fedlora.config import read
     from fedlora.runs import start as runs
 
@@ -400,7 +400,7 @@ def _serve(
 
 
 def _need_flower() -> None:
-    """Checks that Flower is there, and has all files that this command writes be its user's alone."""
+    """Checks that Flower is installed, and makes all files written by this command private to its user."""
     import os
     from importlib.util import find_spec
 
@@ -420,7 +420,7 @@ def _say(message: str, style: str) -> None:
 
 
 def main() -> None:
-    """The `fedlora` command. Exit codes: 0 done, 1 the run had to stop, 2 what was given cannot be used, 130 Ctrl-C."""
+    """The `fedlora` command. Exit codes: 0 success, 1 the run stopped, 2 invalid input, 130 Ctrl-C."""
     try:
         with _interruptible():
             app()

@@ -1,9 +1,9 @@
-"""The errors that a user meets."""
+"""Errors reported to the user."""
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used. The message is one line: what was expected, what came, what to do."""
+    """Invalid user input. The message is one line: what was expected, what was found, what to do."""
 
 
 class RunStopped(Exception):
-    """A run cannot go on; all complete rounds are on disk. The message says why and what to do."""
+    """A run cannot continue; all complete rounds are on disk. The message states the reason and what to do."""

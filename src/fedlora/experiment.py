@@ -1,4 +1,4 @@
-"""From an experiment to a run: the data divided, the model loaded, the rounds, the exported adapters."""
+"""Execution of an experiment: partitioning, model loading, rounds, export of adapters."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,15 +61,15 @@ def run(
 
     Args:
         experiment: the settings; by default `Experiment()`.
-        out: a new folder for the run; by default one in `runs/`.
-        progress: whether progress is shown where standard output is a terminal or a notebook; or callbacks of your own.
+        out: a new folder for the run; by default in `runs/`.
+        progress: whether to show progress if standard output is a terminal or a notebook; or your own callbacks.
         data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
-            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps their fingerprint only.
+            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps only their fingerprint.
         model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run's folder.
-        tokenizer: that of `model`.
+        tokenizer: the tokenizer of `model`.
 
     Raises:
-        UserError: the experiment, the data, the model or the folder cannot be used; nothing was trained.
+        UserError: the experiment, the data, the model or the folder is invalid; nothing was trained.
         RunStopped: the run cannot continue; `resume` continues it after its last complete round.
     """
     experiment = settled(experiment or Experiment())
@@ -92,17 +92,17 @@ def run(
 def resume(
     path: str | Path, progress: bool | Progress = True, overrides: Iterable[str] = (), *, data: Any = None
 ) -> Result:
-    """Continues a run after its last complete round; the result is the same as if it had never stopped.
+    """Resumes a run after its last complete round; the result is identical to that of an uninterrupted run.
 
     Args:
         path: the run's folder.
         progress: as in `run`.
         overrides: more rounds, as in `["rounds=20"]`; no other setting may change.
-        data: the rows that were passed to `run`, if any were: the same ones in the same order.
+        data: the rows passed to `run`, if any, in the same order.
 
     Raises:
-        UserError: the folder holds no run, another process has it, a file in it is damaged, or settings, data or model are
-            not those that the run began with.
+        UserError: not a run directory, locked by another process, a damaged file, or settings, data or model that differ
+            from those with which the run began.
         RunStopped: the run cannot continue.
     """
     if overrides:
@@ -114,14 +114,14 @@ def resume(
 def export(
     path: str | Path, to: Literal["adapter", "merged"], out: str | Path, client: str | None = None
 ) -> Mapping[str, Path]:
-    """Writes the adapter of a run as it stands, as a PEFT folder or merged into the model; returns the folders.
+    """Writes a run's current adapter, as a PEFT folder or merged into the model; returns the folders.
 
-    Of a personal method, every client's adapter is written to a folder of its own, or only that of `client`. The data are
-    not read: labels and clients are those that were kept with the run.
+    For a personal method, each client's adapter, or only that of `client`, is written to a separate folder. The data are
+    not read: labels and clients are taken from the run directory.
 
     Raises:
-        UserError: no such run or client, no complete round yet, a file of the run is damaged, the model is another one,
-            `out` is in use, `to` is merged without a client for a personal method, or the adapter is no fixed matrix.
+        UserError: no such run or client, no complete round yet, a damaged file of the run, a different model, `out` in use,
+            `to` is merged without a client for a personal method, or the adapter depends on the input.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -154,10 +154,10 @@ def export(
 
 
 def check(experiment: Experiment, federated_data: FederatedData) -> None:
-    """Refuses what `Session.make` would refuse, without reading the model's weights.
+    """Checks everything that `Session.make` checks, without reading the model's weights.
 
     Raises:
-        UserError: the model, its tokenizer, the targets, the ranks or the device cannot be used.
+        UserError: invalid model, tokenizer, targets, ranks or device.
     """
     quiet()
     hardware.devices(experiment.train)
@@ -171,10 +171,10 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
 def encoded(
     task: Task, model: Any, tokenizer: Any, federated_data: FederatedData, max_length: int
 ) -> tuple[Encoded, Encoded]:
-    """The training and the test examples as tokens that the model can read.
+    """Tokenizes the training and the test examples for the model.
 
     Raises:
-        UserError: they are too long for the model, or the tokenizer knows none of their words.
+        UserError: they are too long for the model, or the tokenizer has none of their words in its vocabulary.
     """
     train, test = (
         task.encode(tokenizer, rows[:], max_length)
@@ -188,7 +188,7 @@ def encoded(
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a run needs in memory, on a server or on a client."""
+    """In-memory components of a run, on a server or on a client."""
 
     experiment: Experiment
     federated_data: FederatedData
@@ -197,14 +197,14 @@ class Session:
     method: AnyMethod
     tokenizer: Any
     notes: Sequence[str] = ()
-    """What the user should know before the first round."""
+    """Messages for the user before the first round."""
 
     @classmethod
     def make(cls, experiment: Experiment, federated_data: FederatedData) -> "Session":
-        """Loads the model and tokenizes the examples. The bench's experiment says which order of batches `auto` stands for.
+        """Loads the model and tokenizes the examples. The session's experiment has the batch order resolved from `auto`.
 
         Raises:
-            UserError: the model or the device cannot be used, or the model cannot be trained.
+            UserError: invalid model or device, or a model that cannot be trained.
         """
         task, settings = Classification(), experiment.train
         quiet()
@@ -252,14 +252,14 @@ class Session:
 
     @property
     def places(self) -> list[str]:
-        """The names of the modules that carry adapters, and of the parameters that are trained as a whole."""
+        """Names of the adapted modules and of the fully trained parameters."""
         return sorted([*self.adapted.spec.modules, *self.adapted.spec.head])
 
     def on_all_devices(self) -> "Session":
-        """The same, with a process for each device that `train.devices` asks for but the first.
+        """Returns the session with one process per device in `train.devices` after the first.
 
         Raises:
-            UserError: there are not so many.
+            UserError: fewer devices are available.
         """
         assert isinstance(self.trainer, LocalTrainer)
         count = hardware.devices(self.experiment.train)
@@ -274,9 +274,9 @@ class Session:
         return replace(self, trainer=MultiDeviceTrainer(self.trainer, helpers))
 
     def adapters(self, run_state: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
-        """The global adapter under the empty name, or each client's own under its id, after `done` rounds.
+        """Global adapter under the empty name, or each client's adapter under its id, after `done` rounds.
 
-        They stand for all that changed since the model was loaded: base updates are a part of them.
+        They include base updates, and so all changes to the model since it was loaded.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
         client = (
@@ -287,7 +287,7 @@ class Session:
         return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
-        """The backend with the clients' states in the run's folder."""
+        """Simulation backend that stores the clients' states in the run's folder."""
         return SimulationBackend(
             self.method, self.adapted.spec, self.federated_data.clients, folder, self.trainer, self.experiment.seed
         )
@@ -301,10 +301,10 @@ class Session:
     ) -> dict[str, Path]:
         """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
 
-        `rows` are those of the round log, for the adapter's model card.
+        `rows` are the rows of the round log, for the adapter's model card.
 
         Raises:
-            UserError: one of them has no place there; nothing was written.
+            UserError: an adapter cannot be represented in the format; nothing was written.
         """
         for name, adapter in adapters.items():
             if reason := unfit(adapter):
@@ -340,7 +340,7 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memor
 
 
 def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
-    """Writes the adapters at the end of a run, in place of those of an earlier end; returns their folders.
+    """Writes the final adapters of a run, replacing those of an earlier end; returns their folders.
 
     Raises:
         RunStopped: they cannot be written.
@@ -360,10 +360,10 @@ def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder)
 
 
 def require_same(folder: RunFolder, experiment: Experiment, federated_data: FederatedData) -> None:
-    """Nothing, if the run is new, or data and model are those that it began with.
+    """Checks that the run is new, or that data and model are those with which it began.
 
     Raises:
-        UserError: they are not; says what differs.
+        UserError: they differ; names the difference.
     """
     if (manifest := Manifest.find(folder.path)) is not None:
         manifest.require_data(federated_data.fingerprint)
@@ -371,10 +371,10 @@ def require_same(folder: RunFolder, experiment: Experiment, federated_data: Fede
 
 
 def begin(session: Session, folder: RunFolder) -> Manifest:
-    """What the run depends on: written down where it is new, together with the state before the first round.
+    """Returns the manifest of the run; for a new run, writes it and the state before the first round.
 
     Raises:
-        UserError: the run is not new, and its model is adapted in other places.
+        UserError: the run is not new, and its model is adapted in different modules.
     """
     experiment = session.experiment
     if (manifest := Manifest.find(folder.path)) is not None:
@@ -382,7 +382,7 @@ def begin(session: Session, folder: RunFolder) -> Manifest:
         if manifest.experiment["rounds"] != experiment.rounds:
             keep_rounds(folder, experiment)
         return manifest
-    folder.restore()  # refuses a folder that has lost its manifest
+    folder.restore()  # raises if the folder has lost its manifest
     path = {"clients_per_step": session.trainer.clients_per_step, "tokens_in_a_pass": session.trainer.tokens}
     packing = session.adapted.packing
     environment = record(
@@ -401,11 +401,11 @@ def begin(session: Session, folder: RunFolder) -> Manifest:
 
 
 def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend) -> RunState:
-    """Runs the rounds that the folder lacks with the clients of the backend; what the server knows after the last.
+    """Runs the remaining rounds of the folder on the backend; returns the server's state after the last.
 
     Raises:
         UserError: the folder cannot be read.
-        RunStopped: the run cannot go on; all complete rounds are in the folder.
+        RunStopped: the run cannot continue; all complete rounds are in the folder.
     """
     experiment = session.experiment
     for note in session.notes:
@@ -434,7 +434,7 @@ def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Bac
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
-    """The folder of an earlier run, locked, and its experiment."""
+    """Locks and returns the folder of an earlier run, with its experiment."""
     experiment = read_folder(path)
     folder = RunFolder(path)
     try:
@@ -444,7 +444,7 @@ def _opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
 
 
 def with_base_updates(view: Adapter, base_updates: Sequence[Mapping[str, LowRank]]) -> Adapter:
-    """The adapter and the base updates as one adapter, of the numerical rank of their sum."""
+    """Combines the adapter and the base updates in one adapter, of the numerical rank of their sum."""
     return {
         name: part
         if isinstance(part, Dense) or not any(name in base_update for base_update in base_updates)

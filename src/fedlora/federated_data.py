@@ -1,4 +1,4 @@
-"""Who has which examples."""
+"""Assignment of examples to clients."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from fedlora.runs.manifest import Client, DataFingerprint, Examples
 
 @dataclass(frozen=True)
 class FederatedData:
-    """The examples divided among the clients."""
+    """Examples partitioned among the clients."""
 
     labelled_data: LabelledData
     partition: Partition
@@ -29,7 +29,7 @@ class FederatedData:
 
     @cached_property
     def fingerprint(self) -> DataFingerprint:
-        """What tells whether the examples and their division are the same."""
+        """Fingerprint by which changes of the examples or their partition are detected."""
         shares = [[share.client, share.task, share.train, share.held_out] for share in self.partition.shares]
         train, test = self.labelled_data.train, self.labelled_data.test
         return DataFingerprint(
@@ -45,10 +45,10 @@ class FederatedData:
 
     @classmethod
     def make(cls, experiment: Experiment, in_memory: Any = None) -> "FederatedData":
-        """Reads and partitions the data, or rows in memory in place of their source; takes no model.
+        """Reads and partitions the data, or rows in memory in place of their source; does not need the model.
 
         Raises:
-            UserError: the data cannot be read, or not be divided so.
+            UserError: the data cannot be read, or cannot be partitioned as configured.
         """
         labelled_data = load(experiment.data, experiment.seed, in_memory)
         partition = divide(labelled_data.train, experiment.clients, experiment.seed)
@@ -68,7 +68,7 @@ class FederatedData:
 
     @classmethod
     def of_server(cls, experiment: Experiment) -> "FederatedData":
-        """Only the global test set and the names of the labels: the clients have their examples elsewhere.
+        """Reads only the global test set and the label names: the examples are on the clients.
 
         Raises:
             UserError: the data cannot be read.
@@ -78,15 +78,15 @@ class FederatedData:
 
     @classmethod
     def without_examples(cls, labels: Sequence[str], clients: Sequence[ClientInfo]) -> "FederatedData":
-        """Only the names of the labels and the clients: enough for an export."""
+        """Contains only label names and clients: sufficient for an export."""
         return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), clients)
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
-        """One client's own file; no global test set.
+        """Reads one client's own file; without a global test set.
 
         Raises:
-            UserError: the file cannot be read, or has a label that is not among `labels`.
+            UserError: the file cannot be read, or has a label not in `labels`.
         """
         examples = load_own(experiment.data, file, labels, experiment.seed)
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)

@@ -4,16 +4,16 @@ import difflib
 from collections.abc import Iterable
 
 _ALIKE = 0.7
-"""Below that a suggestion is a wild guess: 0.7 still finds a letter too few or too many, or two that changed places."""
+"""Minimum similarity of a suggestion: 0.7 still tolerates a missing, additional or transposed letter."""
 
 
 def closest(word: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word that is most like this one, if one is like it."""
+    """Most similar allowed word, None if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(allowed), n=1, cutoff=_ALIKE)), None)
 
 
 def same_word(word: str, keys: Iterable[str]) -> list[str]:
-    """Our key for another project's word, else the keys of that name in any section."""
+    """Our keys for another project's term, else the keys of that name in any section."""
     return [ALIASES[word]] if word in ALIASES else [key for key in keys if key.rpartition(".")[2] == word]
 
 
@@ -58,4 +58,4 @@ ALIASES = {
     "min_fit_clients": "sampling.min_replies",
     "min_train_nodes": "sampling.min_replies",
 }
-"""Our keys for the words that other projects have for the same thing."""
+"""Our keys for the equivalent terms of other projects."""

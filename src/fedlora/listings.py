@@ -1,4 +1,4 @@
-"""What a person sees without a run: the methods, and the clients of an experiment."""
+"""Tables printed without a run: methods, settings, and the clients of an experiment."""
 
 from collections.abc import Iterable
 
@@ -18,11 +18,11 @@ from fedlora.reference import Setting
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
-"""Columns that the table of clients may take, so that all its numbers can be read."""
+"""Maximum width of the table of clients in columns, so that all its numbers are readable."""
 
 
 def methods(rows: Iterable[Row]) -> Group:
-    """Each method's name and what it does, in one line of at most 80 columns."""
+    """Name and summary of each method, in one line of at most 80 columns."""
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(Text(row.name, "bold"), Text(row.summary))
@@ -30,12 +30,12 @@ def methods(rows: Iterable[Row]) -> Group:
 
 
 def method(row: Row) -> Markdown:
-    """The method's page."""
+    """Page of the method."""
     return Markdown(method_docs.page(row))
 
 
 def settings(entries: Iterable[Setting]) -> Group:
-    """The key, default and summary of each setting."""
+    """Key, default and summary of each setting."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold", max_width=14)
@@ -47,7 +47,7 @@ def settings(entries: Iterable[Setting]) -> Group:
 
 
 def setting(entry: Setting) -> Group:
-    """All there is to say about one setting."""
+    """Full description of one setting."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     facts = {
         "methods": entry.owners if entry.methods else "",
@@ -62,7 +62,7 @@ def setting(entry: Setting) -> Group:
 
 
 def clients(federated_data: FederatedData) -> Group:
-    """Each client's rank, sizes and labels: the count of every label if they are few, else of the most frequent."""
+    """Rank, sizes and labels of each client: counts of all labels if they fit, else of the most frequent ones."""
     labels, partition = federated_data.labelled_data.labels, federated_data.partition
     counts = label_table(federated_data.labelled_data.train, partition, len(labels))
     few = len(labels) <= _FEW_LABELS

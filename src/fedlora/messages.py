@@ -1,4 +1,4 @@
-"""What servers and clients say to each other, and what a method asks of whoever trains for it."""
+"""Messages between server and clients, and a method's requests to the trainer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ S = TypeVar("S")
 class ClientInfo:
     """One data owner: a stable name, the rank of its factors, its number of training examples.
 
-    An owner of several tasks takes part once for each. `task` is the task's name where it is known; it does not travel.
+    An owner of several tasks is one client per task. `task` is the task's name if known; it is not transmitted.
     """
 
     id: str
@@ -30,20 +30,20 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Round:
-    """One round, counted from 0; `attempt` counts its repetitions after too few replies; `seed` is the run's."""
+    """One round, counted from 0; `attempt` counts its repetitions after too few replies; `seed` is the run's seed."""
 
     index: int
     seed: int
     attempt: int = 0
 
     def rng(self, purpose: str, client: str = "") -> torch.Generator:
-        """The generator for one purpose and client in this round, and in no other."""
+        """Random generator specific to one purpose and client in this round."""
         return generator(self.seed, purpose, self.index, client)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from one client. `weight` is its share in the mean before normalisation, usually its examples."""
+    """Reply of one client. `weight` is its unnormalized weight in the mean, usually its number of examples."""
 
     client: ClientInfo
     round: Round
@@ -54,14 +54,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Score:
-    """The means of a task's metrics over a number of examples."""
+    """Means of a task's metrics over a number of examples."""
 
     examples: int
     metrics: Mapping[str, float]
 
 
 class RunningMean:
-    """A weighted mean of mappings of tensors, one at a time: memory for one sum in fp64, whatever the number of terms."""
+    """Incremental weighted mean of mappings of tensors: memory for one fp64 sum, independent of the number of terms."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -69,7 +69,7 @@ class RunningMean:
         self._first: tuple[str, dict[str, torch.Size], dict[str, torch.dtype]] | None = None
 
     def add(self, weight: float, tensors: Tensors, client: str) -> None:
-        """Adds one term; a term of weight 0 changes nothing but is still checked.
+        """Adds one term; a term of weight 0 is checked, but has no effect.
 
         Raises:
             ValueError: names or shapes differ from those of the first term; both clients are named.
@@ -93,10 +93,10 @@ class RunningMean:
         self._total += weight
 
     def mean(self) -> dict[str, Tensor]:
-        """The mean so far, in the dtype of the first term.
+        """Current mean, in the dtype of the first term.
 
         Raises:
-            ValueError: no term had a positive weight.
+            ValueError: no term has a positive weight.
         """
         if self._first is None or self._total <= 0:
             raise ValueError("cannot average: no reply has a positive weight")
@@ -105,7 +105,7 @@ class RunningMean:
 
 
 class Replies:
-    """The accepted replies of a round, ordered by client id. They may come from a stream: read them once."""
+    """Accepted replies of a round, ordered by client id. They may be a stream: iterate once."""
 
     def __init__(self, replies: Iterable[Reply]) -> None:
         self._replies = replies
@@ -114,10 +114,10 @@ class Replies:
         return iter(self._replies)
 
     def mean(self) -> dict[str, Tensor]:
-        """The weighted mean of the uploads, tensor by tensor, in constant memory.
+        """Weighted mean of the uploads, tensor by tensor, in constant memory.
 
         Raises:
-            ValueError: two uploads differ in names or shapes, or there is nothing to average.
+            ValueError: two uploads differ in names or shapes, or no reply has a positive weight.
         """
         running = RunningMean()
         for reply in self:
@@ -127,7 +127,7 @@ class Replies:
 
 @dataclass(frozen=True)
 class Merged(Generic[S]):
-    """What a merge returns: the server's next state, a change of the frozen base if any, and numbers for the round log."""
+    """Result of a merge: the server's next state, an optional base update, and numbers for the round log."""
 
     server: S
     base_update: Mapping[str, LowRank] | None = None
@@ -136,19 +136,20 @@ class Merged(Generic[S]):
 
 @dataclass(frozen=True)
 class Fit:
-    """A request for local training: start here, train these factors, answer with the trained adapter.
+    """Request for local training from `start`; the result is the trained adapter.
 
-    `train` names factors (`b`, `a`, in Tri and Heads also `c` and `s`, in Experts `g`, `w` of Full); the others stay as
-    they are. `epochs` None means the run's own setting. `frozen_extra` are frozen factors that act beside those in `start`.
-    `penalty` is added to the loss of each step; it gets all tensors of the adapter as they are then, as `pack` names them,
-    heads included. It has to be picklable, as it may be computed in another process: a function of a module, or a
-    `functools.partial` of one.
+    `train` names the trained factors (`b`, `a`, `c` of ThreeFactor and Heads, `s` of Heads, `g` of Experts, `w` of Dense);
+    the others are frozen. `epochs` None means the run's setting. `frozen_extra` are frozen factors that act in addition to
+    `start`. `penalty` is added to the loss of each step; its argument has all current tensors of the adapter, named as by
+    `pack`, heads included. It must be picklable, since it may be evaluated in another process: a module-level function, or
+    a `functools.partial` of one.
 
-    `mask` says which entries of `"module.factor"` may move, as a bool tensor that broadcasts to the factor: [1, rank] for
-    b, [rank, 1] for a. The others get no gradient, count in no norm, do not decay, and come back bit for bit; a factor
-    without a mask is trained as a whole. `rates` multiplies the learning rate of a factor in all modules: {"b": 5.0}.
+    `mask` selects the trainable entries of `"module.factor"`, as a bool tensor that broadcasts to the factor: [1, rank] for
+    b, [rank, 1] for a. All other entries get no gradient, are excluded from norms and weight decay, and are returned bit
+    for bit; a factor without a mask is trained whole. `rates` multiplies the learning rate of a factor in all modules:
+    {"b": 5.0}.
 
-    A trainer refuses a request that it cannot honour as a whole, with a ValueError: see `train.requests`.
+    A trainer rejects a request that it does not support completely, with a ValueError: see `train.requests`.
     """
 
     start: Adapter
@@ -160,7 +161,7 @@ class Fit:
     rates: Mapping[str, float] | None = None
 
     def restore(self, trained: Adapter) -> Adapter:
-        """`trained`, with the entries that may not move as they were in `start`, whatever its way through a model."""
+        """Returns `trained` with all masked-out entries reset to their values in `start`, exactly."""
         mask, before = self.mask or {}, pack(self.start)
         moved = {key: x.where(mask[key].to(x.device), before[key]) for key, x in pack(trained).items() if key in mask}
         return {
@@ -171,8 +172,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A request for the gradient of the client's mean training loss at `start`, without dropout: an adapter that has it in
-    place of the factors that `train` names."""
+    """Request for the gradient of the client's mean training loss at `start`, without dropout; the result is an adapter
+    with the gradient in place of the factors in `train`."""
 
     start: Adapter
     train: frozenset[str]
@@ -180,12 +181,12 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Features:
-    """A request for the base model's features of the client's own training examples, as `LabelledFeatures`."""
+    """Request for base-model features of the client's training examples; the result is `LabelledFeatures`."""
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """A client's training examples: what the last layer makes of each, its label's number, and how many labels exist."""
+    """A client's training examples: last-layer features and label index of each, and the number of classes."""
 
     features: Float[Tensor, "examples width"]
     labels: Int[Tensor, " examples"]
@@ -194,7 +195,7 @@ class LabelledFeatures:
 
 @dataclass(frozen=True)
 class FitRequest:
-    """One client's request for training; `step` counts its requests in this round."""
+    """Training request of one client; `step` counts its requests in this round."""
 
     request: Fit
     client: ClientInfo

@@ -1,4 +1,4 @@
-"""What a federated method is: six functions without side effects, cut where the wire is."""
+"""Interface of a federated method: six pure functions, split at the client/server boundary."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -14,53 +14,54 @@ S = TypeVar("S")
 C = TypeVar("C")
 
 Local = Generator[Fit | Gradient | Features, Any, T]
-"""A computation on a client that asks for training, for gradients or for features, and in the end returns a T."""
+"""Client computation that yields requests for training, gradients or features, and returns a T."""
 
 
 @runtime_checkable
 class Method(Protocol[S, C]):
-    """A federated method. S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses.
+    """Federated method. S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses.
 
-    A method is a frozen dataclass of its hyper-parameters. It keeps nothing between calls: every state is passed in and
-    returned. All that crosses the wire is a flat mapping of named tensors.
+    A method is a frozen dataclass of its hyperparameters. It is stateless between calls: every state is passed in and
+    returned. Downloads and uploads are flat mappings of named tensors.
     """
 
     @property
     def rank(self) -> int:
-        """The largest rank a client may have."""
+        """Maximum rank of a client."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> S:
-        """The server's state before the first round."""
+        """Returns the server's state before the first round."""
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> C:
-        """The state of a client that has never taken part. It depends on nothing but the arguments."""
+        """Returns the state of a client that has never participated. It depends on the arguments only."""
 
     def send(self, server: S, client: ClientInfo, rnd: Round) -> Tensors:
-        """On the server: what `client` downloads."""
+        """On the server: returns the download of `client`."""
 
     def view(self, state: C, download: Tensors, client: ClientInfo) -> Adapter:
-        """On the client: the adapter that `client` would use now. The only way to evaluate."""
+        """On the client: returns the adapter that `client` would use now. Evaluation always uses it."""
 
     def work(self, state: C, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[C, Tensors]]:
-        """On the client: one round's work; asks with `fit` and the like, and returns the next state and the upload."""
+        """On the client: one round's work; requests training with `fit` etc., returns the next state and the upload."""
 
     def merge(self, server: S, replies: Replies, rnd: Round) -> Merged[S]:
-        """On the server: the next state from the accepted replies."""
+        """On the server: returns the next state, given the accepted replies."""
 
 
 @runtime_checkable
 class SelectiveUpload(Protocol):
-    """What a method has besides if its clients choose which values they upload: nobody else can know how many those are."""
+    """Optional interface of methods whose clients choose the uploaded values: the server cannot infer their count."""
 
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """On the server: tensors of the shapes that `upload` must have, given the positions that it names.
+        """On the server: returns tensors with the shapes that `upload` must have, given the positions in it.
 
-        `like` is what `client` would upload if training changed nothing; names and dtypes are equal, shapes may not be.
+        `template` is the upload of `client` if training changed nothing; it has the same names and dtypes, but shapes may
+        differ.
 
         Raises:
-            ValueError: the positions are none that an honest client could choose.
+            ValueError: invalid positions, which an honest client cannot choose.
         """
 
 
@@ -76,7 +77,7 @@ def fit(
     mask: Mapping[str, Tensor] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> Local[Adapter]:
-    """Asks for local training from `start` and returns the trained adapter: `trained = yield from fit(start)`.
+    """Requests local training from `start` and returns the trained adapter: `trained = yield from fit(start)`.
 
     See `Fit` for the arguments.
     """
@@ -85,12 +86,12 @@ def fit(
 
 
 def gradient(start: Adapter, train: Iterable[str]) -> Local[Adapter]:
-    """Asks for the gradient of the client's mean loss: `slope = yield from gradient(start, "c")`. See `Gradient`."""
+    """Requests the gradient of the client's mean loss: `slope = yield from gradient(start, "c")`. See `Gradient`."""
     slope: Adapter = yield Gradient(start, frozenset(train))
     return slope
 
 
 def features() -> Local[LabelledFeatures]:
-    """Asks for the client's own training examples as features of the base model: `seen = yield from features()`."""
+    """Requests base-model features of the client's training examples: `seen = yield from features()`."""
     seen: LabelledFeatures = yield Features()
     return seen

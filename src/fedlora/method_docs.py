@@ -1,8 +1,8 @@
-"""The methods' pages, as Markdown: what the table says of each, what its class says, and what others have reported.
+"""Markdown pages of the methods, from the method table, the class docstrings and published results.
 
     python -m fedlora.method_docs docs/methods
 
-writes them as files, with an index.
+writes the pages and an index.
 """
 
 import inspect
@@ -38,7 +38,7 @@ the paper itself may have been copied wrongly. Compare with care:
 
 
 def page(row: Row) -> str:
-    """All there is to say about one method."""
+    """Page of one method."""
     settings = {**row.settings(), "head": row.head, "norms": row.norms, "weights": row.weights}
     parts = [
         f"# {row.name}",
@@ -57,19 +57,19 @@ def page(row: Row) -> str:
 
 
 def index() -> str:
-    """The table of all methods, and how to read it."""
+    """Table of all methods, with an explanation."""
     titles = ["method", "exact", "unequal ranks", "personal", "floats up", "floats down", "single uploads", "secure", "DP"]
     return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
 
 
 def texts() -> dict[str, str]:
-    """File name -> text."""
+    """Maps file names to texts."""
     made = {"README.md": index()} | {f"{name}.md": page(row) for name, row in TABLE.items()}
     return {name: f"{_MADE}\n\n{text}" for name, text in made.items()}
 
 
 def write(folder: Path) -> None:
-    """Writes the index and a page for each method; removes the pages of methods that are gone."""
+    """Writes the index and a page for each method; removes pages of methods that no longer exist."""
     folder.mkdir(parents=True, exist_ok=True)
     made = texts()
     for old in folder.glob("*.md"):
@@ -80,12 +80,12 @@ def write(folder: Path) -> None:
 
 
 def short(answer: str) -> str:
-    """The answer without its reason."""
+    """Returns the value without its explanation."""
     return answer.partition(":")[0]
 
 
 def yes(flag: bool) -> str:
-    """In words."""
+    """Formats a flag as a word."""
     return "yes" if flag else "no"
 
 
@@ -124,7 +124,7 @@ def _floats(formulas: Iterable[str], picked: bool) -> str:
 
 
 def _exceptions(row: Row) -> list[str]:
-    """The laws of the conformance suite that the method does not obey."""
+    """Laws of the conformance suite that the method violates."""
     laws = [f"- {law.removeprefix('test_').replace('_', ' ')}: {reason}" for law, reason in row.known_failures.items()]
     return ["## Laws that do not hold", "\n".join(laws)] if laws else []
 

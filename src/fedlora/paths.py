@@ -1,13 +1,13 @@
-"""Which names stand for places in the file system."""
+"""Paths of models and data in settings."""
 
 from pathlib import Path
 
 
 def is_folder(source: str) -> bool:
-    """Whether a model's source can only be meant as a folder, or is one."""
+    """Whether a model's source is a folder, or has the form of a path."""
     return source.startswith((".", "/", "~")) or Path(source).is_dir()
 
 
 def absolute(name: str) -> str:
-    """The same place, whatever the working directory; a link stays one."""
+    """Absolute form of a path; symbolic links are kept."""
     return str(Path(name).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""Names that others chose, made safe to print: client ids, labels, column and file names, reasons."""
+"""Escaping of untrusted text for printing: client ids, labels, column and file names, reasons."""
 
 import re
 
@@ -7,9 +7,9 @@ _LONGEST = 40  # characters of a quoted name
 
 
 def printable(text: str) -> str:
-    r"""The text with everything that a terminal would act on or hide written as an escape.
+    r"""Escapes all characters that a terminal would interpret or hide.
 
-    Control characters, line ends, bidirectional overrides and lone surrogates, as `repr` does, without its quotes.
+    Covers control characters, line ends, bidirectional overrides and lone surrogates, as `repr` does, without its quotes.
 
     >>> print(printable("a\x1b[2Jb\nÄ\u202e"))
     a\x1b[2Jb\nÄ\u202e
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def quoted(name: object) -> str:
-    """A name from a file or a setting, quoted, escaped and cut to 40 characters: it may be anything."""
+    """Quotes, escapes and truncates to 40 characters an untrusted name from a file or a setting."""
     text = str(name)
     return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 

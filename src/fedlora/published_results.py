@@ -1,4 +1,4 @@
-"""What others have published about the methods, from `reported.toml`."""
+"""Published results of the methods, from `reported.toml`."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedlora.methods import TABLE
 
 Value = Annotated[Decimal, Field(allow_inf_nan=True)]
-"""A figure with the digits of its source; nan where there is none."""
+"""Figure with the digits of its source; nan if the source has no value."""
 
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     about: Annotated[list[str], Field(min_length=1)]
-    """The methods on whose pages it is shown."""
+    """Methods whose pages show the entry."""
     source: str
     read: Literal["paper", "abstract", "code", "secondary"]
-    """Where it was read; secondary: in a text about the paper."""
+    """Type of the source; secondary: a text about the paper."""
     caveat: str = ""
 
 
 class Study(_Entry):
-    """Figures that somebody has published: for each method, one value for each benchmark."""
+    """Published figures: one value per method and benchmark."""
 
     model: str
     metric: str
@@ -46,13 +46,13 @@ class Study(_Entry):
 
 
 class Claim(_Entry):
-    """What somebody has published without a table that could be read."""
+    """Published claim without an accessible table."""
 
     claim: str
 
 
 class Reported(BaseModel):
-    """All of it. `others` has the names of what is no method of the table here."""
+    """All entries. `others` has the display names of methods that are not in the method table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,20 +69,20 @@ class Reported(BaseModel):
         return self
 
     def label(self, name: str) -> str:
-        """How a method or another name is written."""
+        """Display name of a method or of another name."""
         return name if name in TABLE else self.others[name]
 
 
 @cache
 def reported() -> Reported:
-    """The file's entries.
+    """Reads the entries of `reported.toml`.
 
     Raises:
-        ValidationError: an entry is incomplete, or names a method that is not known.
+        ValidationError: an entry is incomplete, or names an unknown method.
     """
     return read(files("fedlora").joinpath("reported.toml").read_text(encoding="utf-8"))
 
 
 def read(text: str) -> Reported:
-    """The entries in a TOML text; see `reported`."""
+    """Parses the entries in a TOML text; see `reported`."""
     return Reported.model_validate(tomllib.loads(text, parse_float=Decimal))

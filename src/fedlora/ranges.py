@@ -1,4 +1,4 @@
-"""The ranges of settings, as annotations: `density: Fraction = 0.25`; and the check of a method's settings against them."""
+"""Ranges of settings as annotations, `density: Fraction = 0.25`, and validation of a method's settings against them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of an int or a float, named as in pydantic. NaN, infinity, bool and text are out of every range."""
+    """Bounds of an int or a float, named as in pydantic. NaN, infinity, bool and text are outside every range."""
 
     gt: int | float | None = None
     ge: int | float | None = None
@@ -23,7 +23,7 @@ class Range:
     le: int | float | None = None
 
     def text(self, kind: type) -> str:
-        """The range in words.
+        """Description of the range in words.
 
         >>> Range(gt=0, le=1).text(float)
         'a number above 0 and at most 1'
@@ -34,7 +34,7 @@ class Range:
         return f"a{' whole' if kind is int else '' if bounded else ' finite'} number {bounds}".rstrip()
 
     def check(self, kind: type, value: Any) -> Any:
-        """The value, as a float where `kind` is float.
+        """Returns the value, as a float if `kind` is float.
 
         Raises:
             PydanticCustomError: it is out of range.
@@ -47,7 +47,7 @@ class Range:
     def _contains(self, value: int | float) -> bool:
         try:
             finite = math.isfinite(value)
-        except OverflowError:  # an int that no float can hold
+        except OverflowError:  # an int beyond the range of float
             finite = False
         return (
             finite
@@ -63,7 +63,7 @@ class Range:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Another setting less `less` as an upper bound: one of the same class, or an experiment's by its dotted name."""
+    """Upper bound: another setting minus `less`, a field of the same class or an experiment's setting by dotted name."""
 
     setting: str
     less: int = 0
@@ -78,10 +78,10 @@ UnitInterval = Annotated[float, Range(ge=0, le=1)]
 
 
 def checked(cls: C) -> C:
-    """The class, to be made a dataclass, whose instances have only values that its annotations allow.
+    """Class decorator, below `@dataclass`, that validates the fields of each instance against their annotations.
 
-    Making one raises a ValueError if a field is out of its range or of another type, see `validated`; a `__post_init__` of
-    its own runs afterwards.
+    Construction raises a ValueError if a field is out of range or of the wrong type, see `validated`; the class's own
+    `__post_init__` runs afterwards.
     """
     own = getattr(cls, "__post_init__", None)
 
@@ -97,10 +97,10 @@ def checked(cls: C) -> C:
 
 
 def validated(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as the fields of that name in `cls` take them.
+    """Converts the values to the types of the fields of that name in `cls`.
 
     Raises:
-        ValueError: one is out of its field's range or of another type; names field, value and what is allowed.
+        ValueError: a value is out of range or of the wrong type; names field, value and allowed values.
     """
     adapters, valid = _adapters(cls), {}
     for name, value in values.items():
@@ -112,7 +112,7 @@ def validated(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_bounds(settings: Any, others: Mapping[str, Any]) -> None:
-    """Holds the fields of `settings` against the `AtMost` in their annotations, as far as `others` has those settings.
+    """Checks the fields of `settings` against the `AtMost` in their annotations, if `others` has the bounding setting.
 
     Raises:
         ValueError: a field is above its bound; names both.
@@ -125,7 +125,7 @@ def check_bounds(settings: Any, others: Mapping[str, Any]) -> None:
 
 
 def found(hint: Any, kind: type[M]) -> Iterator[M]:
-    """The metadata of that kind in an annotation, those inside unions and containers included."""
+    """Metadata of that kind in an annotation, including inside unions and containers."""
     if get_origin(hint) is Annotated:
         yield from (item for item in hint.__metadata__ if isinstance(item, kind))
     for part in get_args(hint):

@@ -1,8 +1,8 @@
-"""The reference of all settings: read from the sections' annotations, defaults and docstrings, written as a page.
+"""Reference of all settings, generated from the sections' annotations, defaults and docstrings.
 
     python -m fedlora.reference docs/settings.md
 
-writes it.
+writes the page.
 """
 
 import ast
@@ -35,15 +35,15 @@ Every setting of `experiment.toml`, with its default. Each can be changed for on
 `experiment.toml` to start from. A setting without a default may be omitted."""
 _OWN = "Settings of single methods, with the names of the methods that have them."
 _COMMON = {"method.rank": "The LoRA rank, the largest that a client may have."}
-"""What a setting does in every method that has no docstring of its own for it."""
+"""Descriptions of settings for methods without a docstring for them."""
 _WORDS: Mapping[Any, str] = {str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its dotted key, its values in words, its default and an example as TOML, and what it does.
+    """One setting: its dotted key, its values in words, its default and an example as TOML, and its description.
 
-    `default` is empty where the setting may be omitted; `methods` are those that have it, where not all do.
+    `default` is empty if the setting may be omitted; `methods` are the methods that have it, if not all.
     """
 
     key: str
@@ -55,23 +55,23 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The TOML table, empty for the top level."""
+        """Name of the TOML table, empty for the top level."""
         return self.key.rpartition(".")[0]
 
     @property
     def summary(self) -> str:
-        """The first sentence."""
+        """First sentence of the description."""
         return self.text.partition(". ")[0].rstrip(".") + "."
 
     @property
     def owners(self) -> str:
-        """The names of `methods`, or of the others where those are fewer."""
+        """Names of `methods`, or of all other methods if those are fewer."""
         others = [name for name in TABLE if name not in self.methods]
         return f"all but {', '.join(others)}" if len(others) < len(self.methods) else ", ".join(self.methods)
 
 
 def settings() -> list[Setting]:
-    """All settings, section by section; the methods' own settings at the end of `method`."""
+    """All settings by section, with the methods' own settings at the end of `method`."""
     entries: list[Setting] = []
     for name, section in sections().items():
         for key, field in section.model_fields.items():
@@ -84,7 +84,7 @@ def settings() -> list[Setting]:
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """Name of the TOML table -> its class; the top level, named "", comes first."""
+    """Maps names of TOML tables to their classes; the top level, named "", is first."""
     kinds = {name: field.annotation for name, field in Experiment.model_fields.items()}
     return {"": Experiment} | {
         name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
@@ -92,10 +92,10 @@ def sections() -> dict[str, type[BaseModel]]:
 
 
 def find(key: str) -> list[Setting]:
-    """The settings of that key, several where methods differ in it, or all settings of the section of that name.
+    """Settings with that key, several if methods differ in it, or all settings of the section of that name.
 
     Raises:
-        UserError: no setting has this key; names the nearest ones.
+        UserError: unknown key; suggests the most similar ones.
     """
     if chosen := [one for one in settings() if key in (one.key, one.section)]:
         return chosen
@@ -116,7 +116,7 @@ def _nearest(key: str, keys: list[str]) -> list[str]:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """Field -> the docstring below it, of the class and those that it inherits from."""
+    """Maps fields of the class and its base classes to the docstrings below them."""
     texts: dict[str, str] = {}
     for part in reversed(cls.__mro__):
         if part.__module__.startswith("fedlora."):
@@ -159,7 +159,7 @@ def _setting(dotted: str, cls: type, field: str, default: Any) -> Setting:
 
 
 def _methods_own() -> list[Setting]:
-    """The settings of single methods; methods for which a setting is the same share one."""
+    """Settings of individual methods; methods with an identical setting share one entry."""
     shared: dict[Setting, list[str]] = {}
     for name, row in TABLE.items():
         for field, default in row.settings().items():
@@ -169,7 +169,7 @@ def _methods_own() -> list[Setting]:
 
 
 def values(hint: Any) -> str:
-    """The values that an annotation allows.
+    """Describes the values allowed by an annotation.
 
     >>> values(list[Annotated[int, Range(ge=1)]] | Literal["auto"] | None)
     'a list, each entry a whole number of at least 1, or "auto"'

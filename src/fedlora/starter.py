@@ -1,4 +1,4 @@
-"""The `experiment.toml` that a new user starts from: the settings that are changed first, each with its description."""
+"""Initial `experiment.toml` for new users: the most frequently changed settings, with descriptions."""
 
 import textwrap
 from itertools import groupby
@@ -41,7 +41,7 @@ _WIDTH = 100
 
 
 def text() -> str:
-    """The file as TOML with comments; its values are the defaults."""
+    """Content of the file, TOML with comments; its values are the defaults."""
     parts = [_INTRO]
     for section, entries in groupby(map(_entry, _KEYS), lambda entry: entry.section):
         if section:
@@ -51,7 +51,7 @@ def text() -> str:
 
 
 def _entry(key: str) -> Setting:
-    """The setting of that key, as the default method has it."""
+    """Setting with that key, in the version of the default method."""
     name = Experiment().method.name
     return next(entry for entry in settings() if entry.key == key and (not entry.methods or name in entry.methods))
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: live progress and the closing table."""
+"""Terminal output of a run: live progress and the final table."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from fedlora.runs.result import Result
 
 
 class Live:
-    """A bar for the round in progress, and a line for each that is complete."""
+    """Progress bar of the current round, and one line per complete round."""
 
     def __init__(self, console: Console, rounds: int) -> None:
         self._console, self._rounds = console, rounds
@@ -37,23 +37,23 @@ class Live:
         self._bar.stop()
 
     def notify(self, message: str) -> None:
-        """Prints the line."""
+        """Prints the message."""
         self._console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """Empties the bar."""
+        """Resets the bar."""
         again = f", attempt {rnd.attempt + 1}" if rnd.attempt else ""
         name = f"round {rnd.index + 1}/{self._rounds}{again}"
         self._bar.reset(self._task, total=len(chosen), description=name)
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
-        """Moves the bar by one client; names a client that is refused."""
+        """Advances the bar by one client; prints the name of a rejected client."""
         self._bar.advance(self._task)
         if rejected is not None:
             self._console.print(Text(printable(f"client {client.id} refused: {rejected}"), "yellow"))
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
-        """One line of the round's main numbers."""
+        """Prints one line with the round's main numbers."""
         seconds = sum(row["seconds"].values())
         parts = [f"round {row['round']}/{self._rounds}", f"loss {row['train_loss']:.3f}", *_scores(row), f"{seconds:.1f} s"]
         self._console.print(Text("  ".join(parts)))
@@ -63,7 +63,7 @@ class Live:
 
 @contextmanager
 def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
-    """The given callbacks, else live progress if it is wanted and standard output is a terminal or a notebook."""
+    """Returns the given callbacks, or live progress if requested and standard output is a terminal or a notebook."""
     console = Console()
     if not isinstance(progress, bool):
         yield progress
@@ -75,7 +75,7 @@ def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
 
 
 def closing(result: Result) -> Table:
-    """The run, a line for each round. Held-out examples are the clients'; the bottom decile is of the clients."""
+    """Final table with one line per round. Held-out examples and the bottom decile refer to the clients."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     first = ("", "", "train", "test", "held-out", "bottom", "", "", "")
     second = ("round", "clients", "loss", "accuracy", "accuracy", "decile", "up", "down", "seconds")
@@ -98,7 +98,7 @@ def closing(result: Result) -> Table:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people, in powers of 1000."""
+    """Human-readable number of bytes, in powers of 1000."""
     amount = float(count)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:

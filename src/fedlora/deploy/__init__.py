@@ -1,1 +1,1 @@
-"""The clients on other machines: the backend over Flower, whose SuperLink and SuperNodes carry the bytes."""
+"""Clients on other machines: the Flower backend, whose messages travel through a SuperLink and SuperNodes."""

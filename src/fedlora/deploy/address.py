@@ -1,4 +1,4 @@
-"""Where a SuperLink listens."""
+"""Address on which a SuperLink listens."""
 
 import ipaddress
 import socket
@@ -9,17 +9,17 @@ from fedlora.errors import UserError
 
 @dataclass(frozen=True)
 class Address:
-    """A host and a port."""
+    """Host and port."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """HOST:PORT.
+        """Parses HOST:PORT.
 
         Raises:
-            UserError: it is not that.
+            UserError: `text` is not a valid address.
         """
         host, _, port = text.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -28,7 +28,7 @@ class Address:
 
     @property
     def loopback(self) -> bool:
-        """Whether it can only be reached from this machine."""
+        """Whether the address is reachable from this machine only."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -36,19 +36,19 @@ class Address:
 
     @property
     def here(self) -> "Address":
-        """Where this machine's own processes reach a server that listens there."""
+        """Address at which processes of this machine connect to a server that listens on this one."""
         return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
 
     def listen(self) -> socket.socket:
-        """A socket that listens there. It is this process's from now on: no other one can have the port.
+        """Opens a socket that listens on the address, and thereby reserves the port for this process.
 
         Raises:
-            UserError: the port is taken, or the address is not one of this machine's.
+            UserError: the port is in use, or the address does not belong to this machine.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of connections that are being closed
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # despite connections in TIME_WAIT
             listening.bind((self.host, self.port))
             listening.listen(2048)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Which nodes are let in."""
+"""Admission of nodes to a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fedlora.version import __version__
 
 @dataclass(frozen=True)
 class NodeAdmission:
-    """Lets in the nodes of this version and this base model whose clients fit the run."""
+    """Accepts nodes that have this version and this base model, and whose clients fit the run."""
 
     base: str
     rank: int
@@ -19,9 +19,9 @@ class NodeAdmission:
     def rejection_reason(
         self, present: HandshakeReply, credential: Credential | None, taken: Mapping[str, str]
     ) -> str | None:
-        """Why this node is not let in, None if it is; `taken` are the clients of the other nodes, and their nodes.
+        """Reason for rejecting this node, None if it is accepted; `taken` maps the clients of other nodes to their nodes.
 
-        `credential` is None where the server has no keys: then a node may bring any client that no other node has.
+        `credential` is None on a server without keys, where a node may register any client that no other node has.
         """
         if (present.protocol, present.version) != (PROTOCOL, __version__):
             return f"has fedlora {present.version}, the server {__version__}; install the same version on both"

@@ -1,4 +1,4 @@
-"""The backend with clients on other nodes: who is there, what each is sent, which answers count. Knows no network."""
+"""Backend for clients on other nodes: registration, task requests, acceptance of results. Independent of the transport."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,43 +32,43 @@ from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.validator import Failed
 
 _HELLO_SECONDS = 600.0
-"""A node loads its model to answer a hello."""
+"""A node loads its model before it replies to the handshake."""
 _NOTICE_SECONDS = 10.0
 _UNDECLARED = 10_000
-"""The most clients of one node on a server without keys, which only its own machine can reach."""
+"""Maximum number of clients per node on a server without keys, which is reachable from its own machine only."""
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """Who carries messages to nodes and back."""
+    """Carries messages to nodes and back."""
 
     def nodes(self) -> Collection[int]:
-        """The nodes that are connected now."""
+        """Nodes that are currently connected."""
 
     def credential(self, node: int) -> Credential | None:
-        """The key with which a connected node was authenticated; None where the server has no keys."""
+        """Key with which a connected node was authenticated; None if the server has no keys."""
 
     def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        """Sends each node its message, to be given up after so many seconds; tickets, and the node of each.
+        """Sends each node its message, which expires after `seconds`; returns message ids and the node of each.
 
         A node reads its messages in the order in which they were sent.
         """
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
-        """The answers that have come, or why there will be none."""
+        """Replies received so far, by message id; a string is the reason why a reply will not arrive."""
 
 
 Kind = Literal["train", "evaluate", "keep"]
 _Found = tuple[Round, ClientResult, "bytes | None"]
-"""The round that a node says it answers, its answer for one client, and that one's upload."""
+"""Round stated in a node's reply, the result of one client, and that client's upload."""
 
 
 @dataclass
 class _Node:
-    """A node that has been let in. `at` is what Flower calls it, until it connects anew.
+    """An accepted node. `at` is its Flower node id, which changes when it reconnects.
 
-    `base_updates` are those that it has said it holds, `coming` those in messages that it has not answered. Its
-    messages may speak of `most` clients.
+    `base_updates` are those that the node reported to hold, `in_flight` those in messages that it has not answered yet.
+    Its messages may refer to at most `most` clients.
     """
 
     at: int
@@ -78,12 +78,12 @@ class _Node:
     in_flight: set[int] = field(default_factory=set)
 
     def expected(self) -> list[int]:
-        """The base updates that it holds once it has read all its messages, which it does in their order."""
+        """Base updates that the node holds once it has read, in order, all messages sent to it."""
         return sorted({*self.base_updates, *self.in_flight})
 
 
 class FlowerBackend:
-    """The backend over a post. Nodes that come later or return are let in between two rounds."""
+    """Backend over a transport. Nodes that connect late or reconnect are accepted between two rounds."""
 
     def __init__(
         self,
@@ -97,9 +97,9 @@ class FlowerBackend:
         notify: Callable[[str], None] = print,
         tensors: int = 2**16,
     ) -> None:
-        """`hello` says what is run; `notify` gets one line about a node that is refused or a client that fails.
+        """`handshake` describes the run; `notify` receives one line for each rejected node and each failed client.
 
-        An upload may have so many `tensors`.
+        `tensors` is the maximum number of tensors in an upload.
         """
         self._transport, self._handshake, self._admission, self._trainer, self._score_check = (
             transport,
@@ -109,16 +109,16 @@ class FlowerBackend:
             scores,
         )
         self._deadline, self._poll, self._notify, self._tensors = deadline, poll, notify, tensors
-        self._nodes: dict[str, _Node] = {}  # by the name of the node's key, or else by the node's own name
+        self._nodes: dict[str, _Node] = {}  # by the name of the node's key, without keys by the node's own name
         self._greeted: set[int] = set()
-        self._pending: dict[str, int] = {}  # hellos
+        self._pending: dict[str, int] = {}  # handshakes: message id -> Flower node id
         self._refused: list[str] = []
 
     def gather(self, count: int, seconds: float) -> None:
-        """Waits until so many clients have come.
+        """Waits until `count` clients have connected.
 
         Raises:
-            RunStopped: they have not within so many seconds; names those that have, and who was refused.
+            RunStopped: fewer connected within `seconds`; names the connected clients and the rejected nodes.
         """
         until = time.monotonic() + seconds
         while len(self.clients()) < count:
@@ -129,26 +129,26 @@ class FlowerBackend:
             time.sleep(self._poll)
 
     def clients(self) -> Sequence[ClientInfo]:
-        """All that have been let in, those included whose node is away."""
+        """All accepted clients, including those whose node is disconnected."""
         self._register()
         return sorted((client for node in self._nodes.values() for client in node.clients), key=lambda client: client.id)
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """As their nodes have told, and what is on its way to them."""
+        """Base updates reported by the clients' nodes, and those in flight to them."""
         return {client.id: node.expected() for node in self._nodes.values() for client in node.clients}
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the server's own base, on which the global test is."""
+        """Changes the server's own base, which the global evaluation uses."""
         self._trainer.merge_into_base(change)
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """The replies in the order of `sent`; whoever has not answered by the deadline has failed. Sends at once."""
+        """Replies in the order of `sent`; a client without a result at the deadline has failed. Sends immediately."""
         return self._replies(self._sent("train", rnd, sent, pending))
 
     def keep(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]) -> None:
-        """Has the clients write the adapter that they would use in round `rnd` to their nodes' folders; tells who did."""
+        """Has clients write the adapter for round `rnd` to their nodes' folders; notifies which clients did."""
         failed = {client.id: found for client, found in self._sent("keep", rnd, sent, pending) if isinstance(found, str)}
         for client, reason in failed.items():
             self._notify(f"client {client} could not keep its adapter: {reason}")
@@ -157,7 +157,7 @@ class FlowerBackend:
         )
 
     def finish(self) -> None:
-        """Tells the connected nodes that the run is finished; does not wait long for one that does not answer."""
+        """Notifies the connected nodes that the run is finished; waits only briefly for their replies."""
         connected = set(self._transport.nodes())
         notice = encode_message(Notice(run=self._handshake.run, state="finished", text="all rounds are complete"))
         messages = {node.at: notice for node in self._nodes.values() if node.at in connected}
@@ -184,7 +184,7 @@ class FlowerBackend:
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """The valid scores that came by the deadline. Sends at once."""
+        """Valid scores that arrived by the deadline. Sends immediately."""
         return self._scores(rnd, self._sent("evaluate", rnd, sent, pending))
 
     def _scores(
@@ -208,7 +208,7 @@ class FlowerBackend:
         sent: Mapping[ClientInfo, Tensors],
         pending: Mapping[ClientInfo, Tensors],
     ) -> Iterator[tuple[ClientInfo, _Found | str]]:
-        """Sends the orders; each client's answer in the order of `sent`, as soon as it is known, or why there is none."""
+        """Sends the task requests; yields each client's result, or the reason for its absence, in the order of `sent`."""
         found: dict[str, _Found | str] = {}
         messages: dict[int, bytes] = {}
         names: dict[int, str] = {}
@@ -242,10 +242,10 @@ class FlowerBackend:
                         time.sleep(self._poll)
             yield client, found.pop(client.id)
         for name in names.values():
-            self._nodes[name].in_flight.clear()  # what is not in an answer by now never came
+            self._nodes[name].in_flight.clear()  # base updates not reported by now did not arrive
 
     def _collect(self, message_ids: dict[str, int], names: Mapping[int, str], found: dict[str, _Found | str]) -> bool:
-        """Takes what has come; whether there was anything. Each client's answer counts once, and only from its own node."""
+        """Collects new replies; whether there were any. A client's result counts once, and only from its own node."""
         messages = self._transport.collect(list(message_ids)) if message_ids else {}
         for ticket, letter in messages.items():
             node = self._nodes[names[message_ids.pop(ticket)]]
@@ -270,7 +270,7 @@ class FlowerBackend:
         sent: Mapping[ClientInfo, Tensors],
         pending: Mapping[ClientInfo, Tensors],
     ) -> bytes:
-        """The message to one node; what several of its clients are sent alike is in it once."""
+        """Encodes the message to one node; a payload shared by several of its clients is included once."""
         payloads: dict[bytes, int] = {}
         tasks = [
             ClientTask(
@@ -287,7 +287,7 @@ class FlowerBackend:
         return encode_message(request, list(payloads))
 
     def _register(self) -> None:
-        """Says hello to nodes that are new, and lets in those that have answered as they should."""
+        """Sends the handshake to new nodes, and registers those whose reply is accepted."""
         connected = set(self._transport.nodes())
         new = connected - self._greeted
         self._greeted = (self._greeted & connected) | new
@@ -298,8 +298,8 @@ class FlowerBackend:
             at = self._pending.pop(ticket)
             reason = self._welcome(at, letter, connected)
             if isinstance(letter, str):
-                self._greeted.discard(at)  # it may have been too busy loading its model: once more
-            elif reason is not None and at in connected:  # not waited for
+                self._greeted.discard(at)  # possibly still loading its model: handshake again
+            elif reason is not None and at in connected:  # its reply is not awaited
                 notice = Notice(run=self._handshake.run, state="rejected", text=reason[:1000])
                 self._transport.send({at: encode_message(notice)}, _NOTICE_SECONDS)
             if reason is not None and f"node {at} refused: {reason}" not in self._refused:
@@ -307,7 +307,7 @@ class FlowerBackend:
                 self._notify(self._refused[-1])
 
     def _welcome(self, at: int, letter: bytes | str, connected: Collection[int]) -> str | None:
-        """Lets a node in, in place of what it was before; or says why not."""
+        """Registers a node, replacing its earlier entry; returns the reason if it is rejected."""
         if isinstance(letter, str):
             return letter
         credential = self._transport.credential(at)
@@ -326,7 +326,7 @@ class FlowerBackend:
         reason = self._admission.rejection_reason(header, credential, taken)
         if reason is None:
             claimed = {person.id for person in header.clients}
-            for node in self._nodes.values():  # of nodes that are gone
+            for node in self._nodes.values():  # of disconnected nodes
                 node.clients = [client for client in node.clients if client.id not in claimed]
             clients = [person.info() for person in header.clients]
             self._nodes[name] = _Node(at, clients, list(header.base_updates), len(clients))
@@ -334,7 +334,7 @@ class FlowerBackend:
 
 
 def _opened(letter: bytes | str, clients: int) -> tuple[Done, list[bytes]] | str:
-    """The answer to an order of a node of so many clients, or why it cannot be used."""
+    """Decodes a node's reply to a task request for at most `clients` clients; a string is the reason if it is invalid."""
     if isinstance(letter, str):
         return letter
     try:

@@ -1,4 +1,4 @@
-"""The Flower ClientApp that an app must name. It answers nothing: `fedlora join` starts nodes, and runs no app."""
+"""The Flower ClientApp that an app must name. It handles no messages: `fedlora join` starts nodes without an app."""
 
 from flwr.clientapp import ClientApp
 

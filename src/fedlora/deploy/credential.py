@@ -1,11 +1,11 @@
-"""What a node's key stands for."""
+"""Credential of a node."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A node's key under its name, and the clients that it was declared for: the only ones that the node may bring."""
+    """Name of a node's key, and the clients declared for it: the only ones that the node may register."""
 
     name: str
     clients: frozenset[str]

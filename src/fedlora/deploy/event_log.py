@@ -1,4 +1,4 @@
-"""What a server tells about a run while it goes on: lines of a file, which whoever shows the progress reads."""
+"""Events of a run in progress: lines of a file that the server writes and the progress display reads."""
 
 import json
 import time
@@ -15,40 +15,40 @@ NAME = "journal.jsonl"
 
 
 class EventLog:
-    """Writes the lines. The last one says how the run ended: done, stopped or unusable."""
+    """Writes the events. The last one states how the run ended: done, stopped or unusable."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / DEPLOY / NAME
         self._file.parent.mkdir(exist_ok=True)
 
     def write(self, **line: Any) -> None:
-        """Adds a line."""
+        """Appends an event."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def notify(self, message: str) -> None:
-        """A line for a person."""
+        """Appends a message for the user."""
         self.write(notified=message)
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """The cohort."""
+        """Appends the cohort."""
         self.write(round=asdict(rnd), chosen=[asdict(client) for client in chosen])
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
-        """One client's answer."""
+        """Appends that a client's result arrived."""
         self.write(answered=asdict(client), rejected=rejected)
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
-        """The round's row."""
+        """Appends the round's row."""
         self.write(row=dict(row))
 
     def ended(self, how: str, why: str = "") -> None:
-        """The end."""
+        """Appends the end of the run."""
         self.write(ended=how, why=why)
 
 
 class Reader:
-    """Reads what a journal has had since it was opened, and shows it."""
+    """Reads the events written since the log was opened, and shows them."""
 
     def __init__(self, run: Path, progress: Progress, say: Any) -> None:
         self._file, self._watch, self._say = run / DEPLOY / NAME, progress, say
@@ -57,7 +57,7 @@ class Reader:
         self._end: tuple[str, str] | None = None
 
     def show(self) -> tuple[str, str] | None:
-        """Shows the new lines; how and why the run ended, if it has, also when it is asked again."""
+        """Shows the new events; returns how and why the run ended, also on later calls, and None while it continues."""
         for line in self._lines():
             self.changed = time.monotonic()
             match line:

@@ -1,4 +1,4 @@
-"""Runs one of Flower's commands so that its requests carry our SuperLink's secret, and no secret is on a command line."""
+"""Runs a Flower command whose requests carry our SuperLink's secret, without a secret on any command line."""
 
 import os
 import subprocess
@@ -15,24 +15,24 @@ _TOKEN = "FEDLORA_TASK_TOKEN"
 
 
 def flower_command(*words: str) -> list[str]:
-    """The command line that runs Flower's command `words` here."""
+    """Command line that runs the Flower command `words` through this module."""
     return [sys.executable, "-m", _MODULE, *words]
 
 
 def main() -> None:
-    """Flower's command of the first argument, with the others."""
+    """Runs the Flower command named by the first argument, with the other arguments."""
     sys.argv = sys.argv[1:]
     send_secret()
     if sys.argv[0] == "flower-superexec":
         _hide_tokens()
     if token := os.environ.pop(_TOKEN, None):
-        sys.argv += ["--token", token]  # of this process alone: the system keeps the command line as it was started
+        sys.argv += ["--token", token]  # in this process only: the system shows the original command line
     (command,) = {found.value: found for found in entry_points(group="console_scripts", name=sys.argv[0])}.values()
     sys.exit(command.load()())
 
 
 def _hide_tokens() -> None:
-    """Has the SuperExec start its processes by this module, with their tokens in the environment."""
+    """Makes the SuperExec start its processes through this module, with their tokens in the environment."""
     from flwr.supercore.superexec.executor import subprocess_executor
 
     def start(command: Sequence[str], **named: Any) -> "subprocess.Popen[bytes]":

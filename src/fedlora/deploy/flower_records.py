@@ -1,4 +1,4 @@
-"""Bytes in a Flower message and out of it."""
+"""Conversion between bytes and Flower records."""
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
@@ -6,15 +6,15 @@ _RECORD, _ARRAY, _TYPE = "fedlora", "message", "fedlora.wire"
 
 
 def packed(content: bytes) -> RecordDict:
-    """One array of bytes, which Flower cuts into pieces where it is large."""
+    """Record with one array of bytes, which Flower splits into chunks if it is large."""
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: Array("uint8", (len(content),), _TYPE, content)})})
 
 
 def unpacked(message: Message) -> bytes:
-    """The inverse of `packed`.
+    """Inverse of `packed`.
 
     Raises:
-        ValueError: the message holds something else.
+        ValueError: the message has any other content.
     """
     records = message.content.array_records
     if list(records) != [_RECORD] or list(records[_RECORD]) != [_ARRAY]:

@@ -1,8 +1,8 @@
-"""What only the processes of one SuperLink may reach, closed to all others by a secret.
+"""Access control for the interfaces of a SuperLink that only its own processes may use, by a secret.
 
-A SuperLink has one port for nodes, for operators and for its own processes, and Flower asks for no login to start a run, to
-register a key or to take over a task. Who reaches these could run a program on the server. So each request for them carries
-a secret that is made for each SuperLink. It is handed on in the environment, which other users cannot read.
+A SuperLink has one port for nodes, operators and its own processes, and Flower requires no authentication to start a run,
+register a key or claim a task. Access to these interfaces would permit running a program on the server. Each such request
+therefore carries a secret, generated for each SuperLink and passed in the environment, which other users cannot read.
 """
 
 import hmac
@@ -16,19 +16,19 @@ Send = Callable[[Scope], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SECRET = "FEDLORA_SUPERLINK_SECRET"
-"""The environment variable."""
+"""Environment variable that holds the secret."""
 HEADER = "fedlora-secret"
 NODES_MAY = "/v1/fleet/"
 
 
 class Guard:
-    """Answers 403 to a request without the secret for anything but what nodes need."""
+    """Responds with 403 to requests without the secret, except for the interfaces that nodes need."""
 
     def __init__(self, app: App, secret: str) -> None:
         self._app, self._secret = app, secret.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handles one request."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and (_for_nodes(scope["path"]) or self._knows(scope))):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -45,7 +45,7 @@ def _for_nodes(path: str) -> bool:
 
 
 def send_secret() -> None:
-    """Has every request of Flower's clients in this process carry the secret of the environment, if there is one."""
+    """Adds the secret in the environment, if any, to every request of Flower's clients in this process."""
     from flwr.supercore.protobuf.client import ProtobufClient
 
     secret, send = os.environ.get(SECRET), ProtobufClient._send

@@ -1,4 +1,4 @@
-"""A node's side of a deployment: a SuperNode. Imports nothing heavy; the worker has the model."""
+"""Node side of a deployment: a SuperNode. Without expensive imports; the worker holds the model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +10,10 @@ from fedlora.errors import UserError
 
 
 def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
-    """A node's files for a server there; none are needed on the loopback.
+    """Credential files of a node for a server at this address; not needed on the loopback.
 
     Raises:
-        UserError: they are needed and not given, or not there.
+        UserError: they are needed but not given, or do not exist.
     """
     given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
     if len(given) < 2 and (given or not server.loopback):
@@ -25,10 +25,10 @@ def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[s
 
 
 def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
-    """Runs a SuperNode until it is interrupted; it connects again when the server was away.
+    """Runs a SuperNode until it is interrupted; it reconnects after the server was unavailable.
 
     Raises:
-        UserError: the settings cannot be used, or the server rejects this node.
+        UserError: the settings are invalid, or the server rejects this node.
     """
     from fedlora.deploy import supernode  # takes a second to import
 
@@ -42,7 +42,7 @@ def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, P
 
 
 def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:
-    """Starts a SuperNode whose worker has this folder; `keys` are the files `ca` and `key`, None: without TLS."""
+    """Starts a SuperNode whose worker uses this folder; `keys` are the files `ca` and `key`, None means without TLS."""
     files = [] if keys is None else [str(keys["key"]), str(keys["ca"])]
     command = ["python", "-m", "fedlora.deploy.supernode", str(folder.resolve()), str(server), *files]
     return Process(command, folder / "flower", folder / "supernode.log")

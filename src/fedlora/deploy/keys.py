@@ -22,28 +22,30 @@ _YEARS = 2
 
 @dataclass(frozen=True)
 class Keys:
-    """The folder.
+    """Folder of keys and certificates.
 
-    ca.crt                       what nodes need to know the server
-    ca.key                       signs; needed again only to renew the server's certificate
-    server.crt, server.key       the server's
-    nodes/NAME.key               a node's; the node needs it, the server does not
-    nodes/NAME.pub, NAME.clients its public key and the clients that it may speak for, one a line; the server needs both
+    ca.crt                       authority's certificate, by which nodes verify the server
+    ca.key                       signing key; needed again only to renew the server's certificate
+    server.crt, server.key       server's certificate and private key
+    nodes/NAME.key               node's private key; needed by the node, not by the server
+    nodes/NAME.pub, NAME.clients its public key and the clients that it may represent, one per line; needed by the server
     """
 
     folder: Path
 
     @property
     def ca(self) -> Path:
-        """The authority's certificate."""
+        """Path of the authority's certificate."""
         return self.folder / "ca.crt"
 
     def nodes(self) -> list[Path]:
-        """The public keys of the nodes that may connect."""
+        """Public key files of the nodes that may connect."""
         return sorted((self.folder / "nodes").glob("*.pub"))
 
     def credentials(self) -> dict[bytes, Credential]:
-        """The public keys, as Flower names nodes by them, and for whom each may speak: by default for its own name.
+        """Maps public keys, in the form in which Flower identifies nodes, to their credentials.
+
+        Without a `.clients` file, a key represents the client of its own name.
 
         Raises:
             UserError: a file is not readable.
@@ -63,10 +65,10 @@ class Keys:
         return frozenset(declared.read_text(encoding="utf-8").splitlines()) if declared.exists() else frozenset({node})
 
     def superlink(self, host: str | None = None) -> list[str]:
-        """The SuperLink's options; `host` is where the server's own processes reach it.
+        """Command-line options of the SuperLink; `host` is the address used by the server's own processes.
 
         Raises:
-            UserError: a file is missing, or the certificate has expired or is not for that host.
+            UserError: a file is missing, or the certificate has expired or is not valid for that host.
         """
         needed = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
         for name in needed.values():
@@ -94,7 +96,7 @@ class Keys:
             raise UserError(f"{path}: is not for {host}, on which the server listens; {again}, one --host for each name")
 
     def make_server(self, hosts: Sequence[str]) -> None:
-        """Makes authority and certificate for these names or addresses, and this machine's loopback; keeps an authority.
+        """Creates a certificate for these names or addresses and the loopback, and an authority unless there is one.
 
         Raises:
             UserError: the folder cannot be written.
@@ -118,12 +120,12 @@ class Keys:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def make_node(self, name: str, clients: Sequence[str] = ()) -> Path:
-        """Makes a node's pair of keys; the private one, which goes to the node and nowhere else.
+        """Creates a node's key pair; returns the private key, which belongs on the node only.
 
-        The node may speak for these clients and no others; without any, for the one of its own name.
+        The node may represent only these clients; if omitted, the client of its own name.
 
         Raises:
-            UserError: there is one of that name, it is none for a file, or another node may speak for one of the clients.
+            UserError: the name exists or is not a valid file name, or another node represents one of the clients.
         """
         clients = list(clients) or [name]
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
@@ -195,7 +197,7 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
 
 
 def _write(path: Path, content: bytes, secret: bool = True) -> None:
-    """Writes the file, which nobody else may ever have been able to read if it is secret."""
+    """Writes the file; a secret file is at no time readable by other users."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""The commands that start a server, or all of Flower on this machine; `join` starts their other end."""
+"""Commands that start a server, or a whole deployment on this machine; `join` starts the nodes of a server."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,10 +19,10 @@ from fedlora.runs.start import read_folder, record, settled
 
 
 def prepare(experiment: Experiment, path: Path) -> None:
-    """Makes the run's folder.
+    """Creates the run's folder.
 
     Raises:
-        UserError: the folder cannot be used, or the experiment does not say how many clients there will be.
+        UserError: the folder cannot be used, or the experiment does not specify the number of clients.
     """
     if experiment.data.task is not None:
         raise UserError("data.task is for one machine: over Flower an owner joins once for each task, with a file for each")
@@ -38,13 +38,13 @@ def prepare(experiment: Experiment, path: Path) -> None:
 
 
 def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
-    """Runs the folder's experiment with a SuperLink and so many SuperNodes on this machine, without keys.
+    """Runs the folder's experiment with a SuperLink and at most `count` SuperNodes on this machine, without keys.
 
-    A run that is resumed has its nodes already, which hold the clients' states.
+    A resumed run uses its existing nodes, which hold the clients' states.
 
     Raises:
         UserError: the experiment or its data cannot be used, or Flower does not start.
-        RunStopped: the run cannot go on.
+        RunStopped: the run cannot continue.
     """
     from fedlora.federated_data import FederatedData  # takes a second to import
 
@@ -63,10 +63,10 @@ def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
 
 
 def needed(address: Address, folder: Path | None) -> Keys | None:
-    """The keys for a server that listens there; none are needed on the loopback.
+    """Keys of a server that listens on this address; not needed on the loopback.
 
     Raises:
-        UserError: they are needed and not given, or incomplete.
+        UserError: they are needed but not given, or incomplete.
     """
     if folder is None:
         if not address.loopback:
@@ -80,11 +80,11 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
 
 
 def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, say: Printer) -> Result:
-    """Runs the folder's experiment with a SuperLink there.
+    """Runs the folder's experiment with a SuperLink on this address.
 
     Raises:
         UserError: the experiment or its data cannot be used, or Flower does not start.
-        RunStopped: the run cannot go on.
+        RunStopped: the run cannot continue.
     """
     server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
     try:
@@ -95,10 +95,10 @@ def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, s
 
 
 def serve_on(path: Path, address: Address, ca: Path | None, progress: Progress, say: Printer) -> Result:
-    """Runs the folder's experiment on a SuperLink of this machine that runs already.
+    """Runs the folder's experiment on a SuperLink that already runs on this machine.
 
     Raises:
         UserError: the experiment or its data cannot be used.
-        RunStopped: the run cannot go on, or there is no SuperLink.
+        RunStopped: the run cannot continue, or no SuperLink is reachable.
     """
     return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, progress, say)

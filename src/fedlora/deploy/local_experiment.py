@@ -1,4 +1,4 @@
-"""The server's experiment as a node runs it: what is read on the node's machine is the node's own choice."""
+"""The server's experiment as run by a node: the node alone chooses the files that are read on its machine."""
 
 import tomllib
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from fedlora.errors import UserError
 
 
 def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Experiment:
-    """The experiment in `text`, with the node's own `data` section: the defaults and the node's overrides.
+    """Parses the experiment in `text`, with the node's own `data` section: the defaults and the node's overrides.
 
-    No file, column or local model that only the server names is used. A node without a file of its own must name the same
-    data as the server, or its clients would have other examples than the server believes.
+    A file, column or local model named by the server alone is never used. A node without a file of its own must name the
+    same data as the server; otherwise its clients would have other examples than the server assumes.
 
     Raises:
-        UserError: the experiment is invalid here, or needs data or a model that this node has not named itself.
+        UserError: the experiment is invalid here, or needs data or a model that the node itself has not named.
     """
     served = tomllib.loads(text)
     table: dict[str, Any] = {key: value for key, value in served.items() if key != "data"}
@@ -41,7 +41,7 @@ def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Exp
 
 
 def _from_elsewhere(model: str) -> bool:
-    """Whether the model is on the hub or inside an installed package, and not a path on this machine."""
+    """Whether the model is on the hub or in an installed package, rather than at a path on this machine."""
     if model.startswith("package:"):
         name, _, folder = model.removeprefix("package:").partition("/")
         inside = PurePosixPath(folder)

@@ -1,4 +1,4 @@
-"""What a node does with the messages it gets: a small simulation of its own clients. It knows nothing of Flower."""
+"""Message handling on a node: a simulation of the node's own clients. Independent of Flower."""
 
 import hashlib
 import json
@@ -44,37 +44,37 @@ from fedlora.runs.folder import RunFolder, client_folder
 from fedlora.version import __version__
 
 _Result = tuple[ClientResult, "bytes | None"]
-"""One client's answer and its upload."""
+"""Result and upload of one client."""
 
 
 @dataclass
 class _Work:
-    """One run on this node."""
+    """State of one run on this node."""
 
     session: Session
     folder: RunFolder
     simulation: SimulationBackend
     base: str
     merged_updates: list[int] = field(default_factory=list)
-    """The rounds whose base updates the model in memory has, in order."""
+    """Rounds whose base updates have been merged into the model in memory, in order."""
 
 
 class Node:
-    """The clients of one machine, around one resident model; what must survive is in the folder.
+    """Clients of one machine, sharing one resident model; persistent state is in the folder.
 
-    name                          this node's own, whatever Flower calls it
-    runs/RUN/hello                the server's hello
-    runs/RUN/clients, base updates       as in a run's folder
-    runs/RUN/adapter/CLIENT       after a run with a personal method, the client's own
+    name                          this node's own name, independent of its Flower node id
+    runs/RUN/hello                the server's handshake
+    runs/RUN/clients, base_updates   as in a run's folder
+    runs/RUN/adapter/CLIENT       the client's adapter, after a run with a personal method
 
-    `notify` gets one line for the node's owner. It alone gets the text of an error: an answer has the code.
+    `notify` receives lines for the node's owner. Only they contain the text of an error: a reply contains its code.
     """
 
     def __init__(self, folder: Path, notify: Callable[[str], None] = print) -> None:
         """Reads the settings.
 
         Raises:
-            UserError: there are none.
+            UserError: the folder has no settings.
         """
         self._folder, self._notify = folder, notify
         self._works: dict[str, _Work] = {}
@@ -85,7 +85,7 @@ class Node:
         self._name = name.read_text()
 
     def reply(self, message: bytes, bundled: bool = False) -> bytes:
-        """The answer to any message; `Refused` to one that cannot be understood or obeyed."""
+        """Returns the reply to any message; `Refused` if it cannot be decoded or executed."""
         try:
             with self._coded(Reason.MESSAGE):
                 header, payloads = decode_message(message, len(self._settings.clients))
@@ -115,7 +115,7 @@ class Node:
 
     @contextmanager
     def _coded(self, otherwise: Reason) -> Iterator[None]:
-        """Any error in here becomes a code; its text is told to the node's owner."""
+        """Converts any error in its body to a code; `notify` receives the text."""
         try:
             yield
         except Declined:
@@ -151,7 +151,7 @@ class Node:
         )
 
     def _work(self, run: str) -> _Work:
-        """The run in memory; loaded from the hello on disk if it is not there."""
+        """The run in memory; loaded from the handshake on disk if necessary."""
         if run not in self._works:
             while len(self._works) >= self._settings.experiments:
                 self._works.pop(next(iter(self._works))).folder.release()
@@ -195,7 +195,7 @@ class Node:
         return work
 
     def _done(self, work: _Work, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
-        """All that the order asks, its clients together; where that fails one by one, so that one's failure is its own."""
+        """Executes a request for all its clients together; if that fails, one by one, so that failures stay separate."""
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for task in request.tasks:
@@ -225,7 +225,7 @@ class Node:
     def _together(
         self, work: _Work, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[str, _Result]]:
-        """The clients' names and results, as each group of them finishes."""
+        """Yields the clients' names and results as each group of clients finishes."""
         rnd = request.round_record.round()
         if request.kind == "keep":
             for client, download in sent.items():
@@ -250,7 +250,7 @@ class Node:
                 yield reply.client.id, (result, encode(reply.upload))
 
     def _base_update(self, work: _Work, payload: bytes) -> None:
-        """Applies the base updates that the model lacks, each once: on disk first, so that a crash loses none."""
+        """Applies missing base updates, each once; writes them to disk first, so that a crash loses none."""
         for index, change in caught_up(decode(payload), work.session.adapted.spec).items():
             if index in work.merged_updates:
                 continue
@@ -264,7 +264,7 @@ class Node:
 
     @contextmanager
     def _caught(self, client: str, found: dict[str, _Result], otherwise: Reason) -> Iterator[None]:
-        """A failure in here is the client's answer."""
+        """Records an error in its body as the client's result."""
         try:
             with self._coded(otherwise):
                 yield
@@ -280,7 +280,7 @@ def _handshake(folder: Path) -> Handshake:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of a model's names, shapes, dtypes and values, as they are before anything is merged into the base."""
+    """Digest of a model's names, shapes, dtypes and values before any base update is merged."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         value = tensor.detach().cpu().contiguous()
@@ -290,7 +290,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _moment(request: TaskRequest, work: _Work) -> str:
-    """What the order asks for, and when in the run."""
+    """Describes the requested task and its round."""
     rounds, index = work.session.experiment.rounds, request.round_record.index
     match request.kind:
         case "train":

@@ -1,4 +1,4 @@
-"""Flower's processes: started so that they are quiet, stay offline and end with whoever started them."""
+"""Flower's processes: started without console output or network services, and ended with their parent."""
 
 import ctypes
 import json
@@ -22,7 +22,7 @@ from fedlora.deploy.guard import NODES_MAY, SECRET
 from fedlora.errors import RunStopped, UserError
 
 Printer = Callable[[str], None]
-"""Who shows a line to a person."""
+"""Shows a line to the user."""
 
 _LIBC = ctypes.CDLL(None)
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -31,8 +31,8 @@ CONNECTION = "fedlora"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """What Flower's processes get: a home of their own, the secret of the SuperLink that it belongs to if that is our own,
-    and no telemetry, look for updates or installing at run time."""
+    """Environment of Flower's processes: a separate home, the secret of its SuperLink if that is our own, and neither
+    telemetry nor update checks nor installation at run time."""
     here, file = str(Path(sys.executable).parent), home / "secret"
     return {
         **os.environ,
@@ -41,16 +41,16 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # of a second that each message waits at most; a whole one otherwise
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # seconds, bounds the delay of a message; the default is 1
         "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
     }
 
 
 class Process:
-    """One long-lived process with its log; it ends when this process ends, however that happens."""
+    """Long-running process with its log; ends when this process ends, for whatever reason."""
 
     def __init__(self, command: Sequence[str], home: Path, log: Path, descriptors: Sequence[int] = ()) -> None:
-        """`descriptors` are handed on to it. What it writes, this user alone can read."""
+        """`descriptors` are inherited by the process. Files that it writes are readable by this user only."""
         private(home)
         self.log = log
         with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -62,26 +62,26 @@ class Process:
                 stderr=file,
                 pass_fds=descriptors,
                 umask=0o077,
-                start_new_session=True,  # a Ctrl-C is for us: we end them in order
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the others in order
                 preexec_fn=_die_with(os.getpid()),
             )
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return self._process.pid
 
     def ended(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Exit code, None while the process runs."""
         return self._process.poll()
 
     def last_words(self) -> str:
-        """The last line of its log that is not empty."""
+        """Last non-empty line of the process's log."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
     def stop(self) -> None:
-        """Asks it to end, and then makes it; what it started ends with it."""
+        """Terminates the process, then kills it if necessary, together with the processes that it started."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -107,10 +107,10 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 def flwr(home: Path, *arguments: str) -> Any:
-    """What the command `flwr ... --format json` says.
+    """Runs `flwr ... --format json` and returns its parsed output.
 
     Raises:
-        RunStopped: it failed, and why.
+        RunStopped: the command failed; states the reason.
     """
     command = flower_command("flwr", *arguments, "--format", "json")
     done = subprocess.run(command, env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -124,13 +124,13 @@ def flwr(home: Path, *arguments: str) -> Any:
 
 
 def private(folder: Path) -> None:
-    """Makes the folder, for this user alone."""
+    """Creates the folder, accessible to this user only."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
 def connection(home: Path, address: Address, ca: Path | None, secret: str | None = None) -> None:
-    """Tells the command `flwr` of this home where the SuperLink is, and its secret if it is our own."""
+    """Configures the `flwr` command of this home with the SuperLink's address, and its secret if it is our own."""
     security: Mapping[str, Any] = {"insecure": True} if ca is None else {"root-certificates": str(ca.resolve())}
     table = {"superlink": {"default": CONNECTION, CONNECTION: {"address": str(address), **security}}}
     private(home)
@@ -142,10 +142,10 @@ def connection(home: Path, address: Address, ca: Path | None, secret: str | None
 
 
 def wait_until_ready(address: Address, ca: Path | None, process: Process, seconds: float = 60.0) -> None:
-    """Waits until the process answers there.
+    """Waits until the process responds at the address.
 
     Raises:
-        UserError: it has ended instead, or does not answer.
+        UserError: the process has ended, or does not respond in time.
     """
     import httpx
 
@@ -161,7 +161,7 @@ def wait_until_ready(address: Address, ca: Path | None, process: Process, second
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """Returns a currently unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

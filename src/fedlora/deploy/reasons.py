@@ -1,4 +1,4 @@
-"""Why a node did not do what it was asked: all that its server is told about a failure."""
+"""Reason codes for a failure on a node: all that its server learns about the failure."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ from fedlora.errors import RunStopped
 
 
 class Reason(StrEnum):
-    """A code. The text of an exception may quote the node's data and never leaves the node; its owner sees it there."""
+    """Reason code. The text of an exception may quote the node's data, so it is shown to the node's owner only."""
 
     MESSAGE = "the node could not read the message"
     HANDSHAKE = "the node has received no handshake for this run"
@@ -25,7 +25,7 @@ class Reason(StrEnum):
 
 
 class Declined(Exception):
-    """A failure under its code; the cause stays on the node. `count` says how many things are affected, 0: not counted."""
+    """Failure with its code; the cause stays on the node. `count` is the number of affected items, 0 if not counted."""
 
     def __init__(self, reason: Reason, count: int = 0) -> None:
         super().__init__(reason.value)
@@ -33,7 +33,7 @@ class Declined(Exception):
 
 
 def reason_for(error: BaseException, otherwise: Reason) -> Reason:
-    """The code of a client's or a node's error, where its kind alone tells."""
+    """Code of a client's or node's error if its type determines one, else `otherwise`."""
     if isinstance(error, RunStopped | OSError):
         return Reason.STORAGE
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch

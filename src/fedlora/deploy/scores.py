@@ -1,23 +1,23 @@
-"""The check of the scores that clients report."""
+"""Validation of the scores that clients report."""
 
 from dataclasses import dataclass
 
 from fedlora.deploy.wire import ClientResult
 from fedlora.messages import ClientInfo
 
-_LARGEST = 1e10  # of a metric: sums over all clients stay finite
+_LARGEST = 1e10  # bound of a metric: keeps sums over all clients finite
 
 
 @dataclass(frozen=True)
 class ScoreCheck:
-    """Knows the task's metrics, and the part of a client's examples that is held out."""
+    """Validates scores by the task's metrics and the held-out fraction of a client's examples."""
 
     metrics: frozenset[str]
     held_out: float
 
     def rejection(self, result: ClientResult, client: ClientInfo) -> str | None:
-        """Why the client's score cannot be used, None if it can: no examples and no metrics, or all metrics of the task."""
-        allowed = self.held_out * (client.examples + 1) / (1 - self.held_out) + 1  # a client's share is rounded
+        """Reason for rejecting a client's score, None if valid: no examples and no metrics, or all metrics of the task."""
+        allowed = self.held_out * (client.examples + 1) / (1 - self.held_out) + 1  # held-out counts are rounded
         if result.examples > (allowed if self.held_out else 0):
             return f"it covers {result.examples} examples; {client.examples} training examples allow at most {allowed:.0f}"
         if result.metrics.keys() != (self.metrics if result.examples else set()):

@@ -1,4 +1,4 @@
-"""One run on the server: the rounds of a folder with the clients of a post. Knows no network."""
+"""One run on the server: the rounds of a folder with the clients of a transport. Independent of the network."""
 
 from pathlib import Path
 from uuid import uuid4
@@ -20,19 +20,19 @@ from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 
 _TENSORS, _TENSORS_PER_MODULE = 1024, 64
-"""Above what any method uploads."""
+"""Limits of an upload, above those of any method."""
 _LET_GO_SECONDS = 60.0
-"""An earlier server of this run, whose SuperLink was killed, needs a moment to notice."""
+"""Seconds for an earlier server of this run to release the folder after its SuperLink was killed."""
 
 
 def serve(path: Path, transport: Transport) -> None:
-    """Runs the rounds that the folder lacks, and writes the adapter; tells its journal and the nodes how it ended.
+    """Runs the remaining rounds of the folder, and writes the adapter; reports the end to the event log and the nodes.
 
-    A personal method's adapters are the clients' own: they are written to the folders of their nodes.
+    The adapters of a personal method belong to the clients, and are written to the folders of their nodes.
 
     Raises:
         UserError: the folder, the data or the model cannot be used.
-        RunStopped: the run cannot go on, because of too few clients, for instance.
+        RunStopped: the run cannot continue, for example because of too few clients.
     """
     event_log = EventLog(path)
     try:
@@ -65,7 +65,7 @@ def serve(path: Path, transport: Transport) -> None:
 
 
 def remote(session: Session, folder: RunFolder, transport: Transport, event_log: EventLog) -> FlowerBackend:
-    """The backend for the rounds that the folder lacks."""
+    """Backend for the remaining rounds of the folder."""
     experiment = session.experiment
     handshake = Handshake(
         protocol=PROTOCOL,

@@ -1,4 +1,4 @@
-"""The Flower ServerApp: one run over the Grid, begun or taken up where its folder says."""
+"""Flower ServerApp: runs or resumes one run directory over the Grid."""
 
 import os
 from pathlib import Path
@@ -16,10 +16,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs what the run's setting `folder`, a path on the server, holds; an error is also in the folder's journal.
+    """Runs the folder in the run setting `folder`, a path on the server; errors are also written to its event log.
 
-    The setting `keys` is the folder of the nodes' keys; empty: the SuperLink has none.
+    The setting `keys` is the folder of the nodes' keys; empty for a SuperLink without keys.
     """
-    end_with(os.getppid())  # a server without its SuperLink would keep the run's folder
+    end_with(os.getppid())  # a server without its SuperLink would keep the run's folder locked
     keys = str(context.run_config["keys"])
     serve(Path(str(context.run_config["folder"])), GridTransport(grid, Keys(Path(keys)).credentials() if keys else None))

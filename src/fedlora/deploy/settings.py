@@ -1,4 +1,4 @@
-"""A node's settings."""
+"""Settings of a node."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ _NAME = "node.json"
 
 
 class Settings(BaseModel):
-    """What the owner of a node decides, in the file `node.json` of its folder.
+    """Settings chosen by a node's owner, in the file `node.json` of the node's folder.
 
-    `clients` are the names of its data owners. With `data`, a file, there is one of them, and all examples are its own;
-    without, they have their parts of the experiment's division. `overrides` are changes of the experiment, as `--set`:
-    they alone name files, columns and paths of this machine (see `local_experiment`).
+    `clients` are the names of its data owners. With `data`, a file, there is exactly one client, with all its examples;
+    without, clients have their parts of the experiment's partition. `overrides` change the experiment like `--set`; only
+    they name files, columns and paths of this machine (see `local_experiment`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,28 +31,28 @@ class Settings(BaseModel):
     rank: int | None = None
     overrides: list[str] = []
     experiments: int = 1
-    """How many experiments are kept in memory at a time."""
+    """Maximum number of experiments kept in memory."""
 
     @classmethod
     def trusting(cls, experiment: "Experiment", clients: Sequence[str], **more: Any) -> "Settings":
-        """The settings of a node whose owner has chosen the data and the model of the experiment."""
+        """Settings of a node whose owner chose the experiment's data and model."""
         data = {key: value for key, value in experiment.data.model_dump().items() if value is not None}
         named = {"model": experiment.model, **{f"data.{key}": value for key, value in data.items()}}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items()]
         return cls(clients=list(clients), overrides=overrides, **more)
 
     def write(self, folder: Path) -> None:
-        """Makes the folder a node's, for its owner alone."""
+        """Writes the settings to the folder, accessible to its owner only."""
         durable.folder(folder)
         folder.chmod(0o700)
         durable.replace(folder / _NAME, self.model_dump_json(indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Settings":
-        """What `write` wrote there.
+        """Reads the settings written by `write`.
 
         Raises:
-            UserError: there is nothing of it.
+            UserError: the folder has no valid settings.
         """
         try:
             return cls.model_validate_json((folder / _NAME).read_bytes())

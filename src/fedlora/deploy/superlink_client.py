@@ -1,4 +1,4 @@
-"""A SuperLink, one of our own or one that runs already, and a run on it from its start to its end."""
+"""A SuperLink, started here or already running, and the execution of a run on it."""
 
 import secrets
 import time
@@ -26,9 +26,9 @@ _STATUS_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class SuperLink:
-    """Where runs can be started. `home` is for our files about it, `process` is None if it is not our own.
+    """SuperLink on which runs can be started. `home` is for our files about it, `process` is None if it is not our own.
 
-    `keys` are those of the nodes; None: a SuperLink that asks nodes for none, or not our own.
+    `keys` are the keys of the nodes; None if the SuperLink requires none, or is not our own.
     """
 
     home: Path
@@ -37,7 +37,7 @@ class SuperLink:
 
     @classmethod
     def start(cls, home: Path, address: Address, keys: Keys | None) -> "SuperLink":
-        """One of our own, which knows the nodes whose keys there are.
+        """Starts a SuperLink that accepts the nodes in `keys`.
 
         Raises:
             UserError: it does not start.
@@ -61,21 +61,21 @@ class SuperLink:
 
     @classmethod
     def running(cls, home: Path, address: Address, ca: Path | None) -> "SuperLink":
-        """One that was started by others. It has to be on this machine: the run's folder is."""
+        """Connects to a SuperLink started elsewhere. It must run on this machine, where the run's folder is."""
         connection(home / "flower", address, ca)
         return cls(home / "flower", None)
 
     def stop(self) -> None:
-        """Ends it and what it started, if it is our own."""
+        """Stops the SuperLink and the processes that it started, if it is our own."""
         if self.process is not None:
             self.process.stop()
 
     def run(self, path: Path, progress: Progress, say: Printer) -> Result:
-        """Runs the folder's experiment to its end, and shows its progress.
+        """Runs the folder's experiment to its end, showing its progress.
 
         Raises:
             UserError: the experiment, its data or its model cannot be used.
-            RunStopped: the run cannot go on, or Flower ended it.
+            RunStopped: the run cannot continue, or Flower ended it.
         """
         reader = Reader(path, progress, say)
         settings = self.home / "settings.toml"
@@ -101,7 +101,7 @@ class SuperLink:
             folder.release()
 
     def _follow(self, run: str, path: Path, reader: Reader) -> tuple[str, str]:
-        """How the run ended and why, as its journal says."""
+        """Waits for the end of the run; returns how and why it ended, from its event log."""
         asked = time.monotonic()
         while (end := reader.show()) is None:
             if not path.is_dir():
@@ -113,7 +113,7 @@ class SuperLink:
                 status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
                 if status.startswith("finished"):
                     if (end := reader.show()) is not None:
-                        return end  # written since it was last read; a reader shows each line once
+                        return end  # written since the last read; a reader shows each event once
                     log = "" if self.process is None else f"; the server's log is {self.process.log}"
                     raise RunStopped(f"Flower says that the run has {status}{log}")
             time.sleep(_POLL)
@@ -121,6 +121,6 @@ class SuperLink:
 
 
 def _status(said: Any) -> str:
-    """The status of the only run that `flwr ls` tells of."""
+    """Status of the only run in the output of `flwr ls`."""
     runs = said.get("runs", [])
     return str(runs[0].get("status", "unknown")) if runs else "unknown"

@@ -1,4 +1,4 @@
-"""Flower's SuperLink behind our guard, on a socket that is open already, with the nodes' keys known before it answers."""
+"""Flower's SuperLink behind our guard, on an already open socket, with the nodes' keys registered before it serves."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from fedlora.deploy.guard import SECRET, Guard
 
 
 def main(descriptor: int, keys: list[Path]) -> None:
-    """The `flower-superlink` command, serving the socket of this descriptor to nodes with these public keys."""
+    """Runs `flower-superlink` on the socket of this descriptor, for nodes with these public keys."""
     command: Any = import_module("flwr.superlink.cli.flower_superlink")  # a function of the package has the same name
     create, superexec = superlink.create_app, command._get_superexec_command
 

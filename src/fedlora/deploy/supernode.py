@@ -1,7 +1,7 @@
-"""A SuperNode: it carries a server's messages to this node's worker, and the worker's answers back.
+"""SuperNode that forwards a server's messages to this node's worker, and the worker's replies to the server.
 
-It speaks Flower's Fleet API, but starts none of Flower's app processes and fetches no app bundle: what a server sends is
-read by the worker of this installation, and is never executed. Nothing listens on this machine but the worker's socket.
+It uses Flower's Fleet API, but starts no Flower app processes and fetches no app bundle: messages are parsed by the worker
+of this installation, and never executed. The worker's socket is the only one that listens on this machine.
 """
 
 import os
@@ -62,15 +62,15 @@ _POLL_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 15.0
 _GIVE_UP_SECONDS = 3 * _HEARTBEAT_SECONDS
-"""After a SuperNode that died, the SuperLink takes two heartbeats to see that its key is not in use."""
+"""After a SuperNode died, the SuperLink takes two heartbeats to detect that its key is not in use."""
 _PUSH_AGAIN_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _SKEW_SECONDS = 5.0
 
 
 def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
-    """Carries messages until it is interrupted; connects again whenever the server was away. Says each change of its state.
+    """Forwards messages until it is interrupted; reconnects after the server was unavailable. Prints each state change.
 
-    `keys` are the files `ca` and `key`; None: without TLS, with a key that is made for this process.
+    `keys` are the files `ca` and `key`; None means without TLS, with a key generated for this process.
 
     Raises:
         UserError: a key file cannot be used, or the server rejects this node.
@@ -111,9 +111,9 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Pri
 
 @contextmanager
 def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Iterator[Node]:
-    """The node while it is connected; its heartbeats are sent meanwhile."""
+    """Provides the connected node, and sends its heartbeats in the background."""
     if registers:
-        with suppress(httpx.HTTPStatusError):  # it may be registered from before
+        with suppress(httpx.HTTPStatusError):  # it may already be registered
             client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
     result = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
     node, over = Node(node_id=result.node_id), threading.Event()
@@ -136,7 +136,7 @@ def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Itera
 
 
 def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Printer) -> None:
-    """Answers one message after the other, until the server does not know this node any more."""
+    """Answers messages one after another, until the server no longer recognizes this node."""
     away = ""
     while True:
         try:
@@ -153,7 +153,7 @@ def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, s
         for envelope, tree in zip(result.messages_list, result.message_object_trees, strict=True):
             try:
                 _answer(client, node, envelope, tree, folder, say)
-            except Exception as error:  # of one message: its run has ended, or it cannot be read
+            except Exception as error:  # concerns one message: its run has ended, or it is not readable
                 say(f"a message of run {envelope.metadata.run_id} was not answered: {_trouble(error)}")
         if not result.messages_list:
             time.sleep(_POLL_SECONDS)
@@ -166,7 +166,7 @@ def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: Objec
     message = inflate_object_from_contents(tree.object_id, contents)
     client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=tree.object_id))
     assert isinstance(message, Message)
-    message.metadata.__dict__["_message_id"] = tree.object_id  # no part of its own content
+    message.metadata.__dict__["_message_id"] = tree.object_id  # not covered by its own content
     try:
         reply = Message(packed(ask(folder, unpacked(message), os.getpid(), say)), reply_to=message)
     except ValueError:
@@ -176,7 +176,7 @@ def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: Objec
         say(str(error))
         reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the node's worker does not answer"), reply_to=message)
     seconds = time.perf_counter() - started
-    for wait in _PUSH_AGAIN_SECONDS:  # the work of hours should not be lost with a connection
+    for wait in _PUSH_AGAIN_SECONDS:  # a lost connection should not discard hours of work
         try:
             return _push(client, node, reply, seconds)
         except httpx.TransportError:
@@ -206,7 +206,7 @@ def _waiting(server: Address, error: httpx.HTTPError) -> str:
 
 
 def _rejection(result: httpx.Response, with_key: bool) -> str | None:
-    """Why the server does not let this node in, None if it does not say so."""
+    """Reason why the server rejects this node, None if the response states no rejection."""
     if result.status_code != httpx.codes.PRECONDITION_FAILED:
         return None
     if not with_key:
@@ -215,7 +215,7 @@ def _rejection(result: httpx.Response, with_key: bool) -> str | None:
 
 
 def _skew(result: httpx.Response) -> str | None:
-    """How far the clocks are apart, None if they are not: the server accepts no request that seems old."""
+    """Describes the clock difference, None if within limits: the server rejects requests that appear old."""
     try:
         there = parsedate_to_datetime(result.headers["date"])
     except (KeyError, ValueError):

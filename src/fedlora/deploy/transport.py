@@ -1,4 +1,4 @@
-"""The post over Flower's Grid."""
+"""Transport over Flower's Grid."""
 
 from collections.abc import Collection, Mapping
 
@@ -20,27 +20,27 @@ _ERRORS = {
 
 
 class GridTransport:
-    """Carries messages through the SuperLink; none is waited for."""
+    """Sends messages through the SuperLink, without blocking for replies."""
 
     def __init__(self, grid: Grid, credentials: Mapping[bytes, Credential] | None = None) -> None:
-        """`credentials` are those of the nodes' public keys; None: a SuperLink without keys."""
+        """`credentials` maps the nodes' public keys to credentials; None for a SuperLink without keys."""
         self._grid, self._credentials = grid, credentials
         self._keys: dict[int, bytes] = {}
 
     def nodes(self) -> Collection[int]:
-        """The SuperNodes that the SuperLink takes for connected."""
+        """SuperNodes that the SuperLink considers connected."""
         infos: list[NodeInfo] = list(self._grid.get_nodes())
         self._keys = {info.node_id: info.public_key for info in infos}
         return list(self._keys)
 
     def credential(self, node: int) -> Credential | None:
-        """The credential of the key that the SuperLink has authenticated; one for no client if the key is not known."""
+        """Credential of the key authenticated by the SuperLink; a credential without clients if the key is unknown."""
         if self._credentials is None:
             return None
         return self._credentials.get(self._keys.get(node, b""), Credential("unknown", frozenset()))
 
     def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        """One message at a time, so that one that cannot be sent stops no other."""
+        """Sends the messages one by one, so that a failure to send one does not affect the others."""
         message_ids: dict[str, int] = {}
         for node, letter in messages.items():
             message = Message(packed(letter), dst_node_id=node, message_type="query", ttl=seconds)
@@ -48,7 +48,7 @@ class GridTransport:
         return message_ids
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
-        """What the SuperLink has for these tickets."""
+        """Replies that the SuperLink has for these message ids."""
         found: dict[str, bytes | str] = {}
         for message in self._grid.pull_messages(list(message_ids)):
             ticket = message.metadata.reply_to_message_id
@@ -60,5 +60,5 @@ class GridTransport:
 
 
 def _error(code: int) -> str:
-    """Flower's error in our words: a node may write anything into its text."""
+    """Our own text for a Flower error code: a node may write arbitrary text into the error."""
     return _ERRORS.get(code, f"Flower's error {code}")

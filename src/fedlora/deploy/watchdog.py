@@ -1,4 +1,4 @@
-"""Processes that end with another one."""
+"""Processes that end together with another process."""
 
 import os
 import select
@@ -6,9 +6,9 @@ import threading
 
 
 def end_with(pid: int) -> None:
-    """Ends this process, whatever it is doing, as soon as that one has ended.
+    """Ends this process, regardless of its activity, as soon as process `pid` has ended.
 
-    Flower's own watch raises a signal, which a process that waits for a server that is gone was seen not to heed.
+    Flower's own watchdog raises a signal, which a process waiting for an unavailable server was observed to ignore.
     """
     try:
         other = os.pidfd_open(pid)

@@ -1,4 +1,4 @@
-"""What server and nodes say to each other, as one byte string: a checked header in JSON, and payloads of tensors."""
+"""Messages between server and nodes: one byte string with a validated JSON header and payloads of tensors."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class _Part(BaseModel):
 
 
 def _few(parts: Any, known: Any) -> Any:
-    """Rejects a list that speaks of more clients than the reader expects, before its parts are made."""
+    """Rejects a list of more clients than the reader expects, before its elements are constructed."""
     if known.context is not None and isinstance(parts, list) and len(parts) > known.context["clients"]:
         raise ValueError(f"{len(parts)} entries, expected at most {known.context['clients']}")
     return parts
@@ -35,7 +35,7 @@ Few = BeforeValidator(_few)
 
 
 class ClientRecord(_Part):
-    """A client, as `ClientInfo`."""
+    """Serializable `ClientInfo`."""
 
     id: Annotated[str, Field(min_length=1, max_length=200)]
     rank: Annotated[int, Field(ge=1, lt=2**31)]
@@ -43,16 +43,16 @@ class ClientRecord(_Part):
 
     @classmethod
     def of(cls, client: ClientInfo) -> "ClientRecord":
-        """The client for the wire."""
+        """Converts from `ClientInfo`."""
         return cls(id=client.id, rank=client.rank, examples=client.examples)
 
     def info(self) -> ClientInfo:
-        """The client for the loop."""
+        """Converts to `ClientInfo`."""
         return ClientInfo(self.id, self.rank, self.examples)
 
 
 class RoundRecord(_Part):
-    """A round, as `Round`."""
+    """Serializable `Round`."""
 
     index: Count
     seed: Annotated[int, Field(ge=0)]
@@ -60,19 +60,19 @@ class RoundRecord(_Part):
 
     @classmethod
     def of(cls, rnd: Round) -> "RoundRecord":
-        """The round for the wire."""
+        """Converts from `Round`."""
         return cls(index=rnd.index, seed=rnd.seed, attempt=rnd.attempt)
 
     def round(self) -> Round:
-        """The round for the loop."""
+        """Converts to `Round`."""
         return Round(self.index, self.seed, self.attempt)
 
 
 class Handshake(_Part):
-    """Server to node: what is run, and how far it has come.
+    """Server to node: the experiment and the number of complete rounds.
 
     `labels` are the class names of the server's data. `server_session_id` is new whenever the server starts or resumes the
-    run, after `done` complete rounds: what an earlier session left of later rounds does not count.
+    run, after `done` complete rounds: state of later rounds from an earlier session is discarded.
     """
 
     kind: Literal["hello"] = "hello"
@@ -86,7 +86,7 @@ class Handshake(_Part):
 
 
 class HandshakeReply(_Part):
-    """Node to server: who is there, on which base model, and which base updates it holds already."""
+    """Node to server: its clients, its base model, and the base updates that it already holds."""
 
     kind: Literal["present"] = "present"
     protocol: int
@@ -98,7 +98,7 @@ class HandshakeReply(_Part):
 
 
 class ClientTask(_Part):
-    """One client's part of an order. `download` and `base_updates` are numbers of payloads."""
+    """One client's part of a task request. `download` and `base_updates` are indices of payloads."""
 
     client: ClientRecord
     download: Count
@@ -106,9 +106,9 @@ class ClientTask(_Part):
 
 
 class TaskRequest(_Part):
-    """Server to node: have these clients work, evaluate, or keep their adapter as it is after the run.
+    """Server to node: have these clients train, evaluate, or save their final adapter.
 
-    `held` are the base updates that the node is believed to hold.
+    `held` are the base updates that the server expects the node to hold.
     """
 
     kind: Literal["train", "evaluate", "keep"]
@@ -119,14 +119,14 @@ class TaskRequest(_Part):
 
 
 class Failure(_Part):
-    """Why there is no result: a code, and how many things are affected if they were counted."""
+    """Reason for a missing result: a code, and the number of affected items if counted."""
 
     reason: Reason
     count: Count = 0
 
     @classmethod
     def of(cls, declined: Declined) -> "Failure":
-        """The failure for the wire."""
+        """Converts from `Declined`."""
         return cls(reason=declined.reason, count=declined.count)
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ class Failure(_Part):
 
 
 class ClientResult(_Part):
-    """One client's result: an upload (the number of a payload) and its weight, or a score, or why there is none."""
+    """One client's result: an upload (index of a payload) and its weight, or a score, or a failure."""
 
     id: str
     upload: Count | None = None
@@ -146,7 +146,7 @@ class ClientResult(_Part):
 
 
 class Done(_Part):
-    """Node to server: the results of an order, and the base updates that the node holds now."""
+    """Node to server: the results of a task request, and the base updates that the node now holds."""
 
     kind: Literal["done"] = "done"
     round_record: RoundRecord
@@ -155,14 +155,14 @@ class Done(_Part):
 
 
 class Refused(_Part):
-    """Node to server: nothing was done, and why."""
+    """Node to server: the message was not executed, and the reason."""
 
     kind: Literal["rejected"] = "rejected"
     failure: Failure
 
 
 class Notice(_Part):
-    """Server to node, for its owner's terminal: the node is rejected, and why; or the run is finished."""
+    """Server to node, for its owner's terminal: the node is rejected, with the reason, or the run is finished."""
 
     kind: Literal["notice"] = "notice"
     run: str
@@ -171,13 +171,13 @@ class Notice(_Part):
 
 
 class Received(_Part):
-    """Node to server: the notice was shown."""
+    """Node to server: acknowledges a notice."""
 
     kind: Literal["received"] = "received"
 
 
 class Batch(_Part):
-    """Several messages in one, each a payload; answered by a bundle of the answers."""
+    """Several messages in one, each a payload; answered by a batch of the replies."""
 
     kind: Literal["bundle"] = "bundle"
 
@@ -186,17 +186,17 @@ Header = Handshake | HandshakeReply | TaskRequest | Done | Refused | Notice | Re
 
 
 class _Frame(_Part):
-    """The header and the sizes of the payloads behind it."""
+    """Header, and the sizes of the payloads that follow it."""
 
     header: Annotated[Header, Field(discriminator="kind")]
     sizes: list[Count]
 
 
 def encode_message(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
-    """A message: magic, digest of the rest, the header's length, the header, the payloads.
+    """Encodes a message: magic, digest of the rest, the header's length, the header, the payloads.
 
     Raises:
-        ValueError: it would be larger than `MOST_BYTES`.
+        ValueError: the message would be larger than `MOST_BYTES`.
     """
     frame = _Frame(header=header, sizes=[len(payload) for payload in payloads]).model_dump_json().encode()
     size = _FIXED + len(frame) + sum(map(len, payloads))
@@ -209,12 +209,12 @@ def encode_message(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
 
 
 def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
-    """The header and the payloads of a message that may speak of so many clients.
+    """Returns the header and the payloads of a message that may refer to at most `clients` clients.
 
-    Time and memory are proportional to the bytes that so many clients need, whatever else the message holds.
+    Time and memory are proportional to the bytes needed for that number of clients, whatever the message contains.
 
     Raises:
-        ValueError: the bytes are no message of this version, are damaged, too large, or speak of more clients.
+        ValueError: not a message of this version, damaged, too large, or with more clients.
     """
     if len(message) > MOST_BYTES:
         raise ValueError(f"a message of {len(message)} bytes is too large, allowed are {MOST_BYTES}")

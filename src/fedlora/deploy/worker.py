@@ -1,4 +1,4 @@
-"""A node's resident worker: it holds the model, the examples and the clients' states, and answers one message at a time."""
+"""Resident worker of a node: holds the model, the examples and the clients' states; answers one message at a time."""
 
 import os
 import socket
@@ -18,9 +18,9 @@ PID = "worker.pid"
 
 
 def main(folder: Path, until: int) -> int:
-    """Answers until the process `until` ends; the exit code. 0 at once if the node has a worker already.
+    """Answers messages until the process `until` ends; returns the exit code, 0 at once if the node already has a worker.
 
-    It listens before it imports what takes seconds, so that whoever started it knows that it is there.
+    It listens before its slow imports, so that the process that started it can connect early.
     """
     try:
         FileLock(folder / LOCK).acquire(timeout=0)

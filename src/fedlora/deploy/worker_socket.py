@@ -1,7 +1,7 @@
-"""Between a node's short-lived processes and its resident worker: a Unix socket. Imports nothing heavy.
+"""Unix socket between a node's SuperNode and its resident worker. Without expensive imports.
 
-A message is its length in eight bytes, and itself. Before its answer the worker may send notes for the node's owner; the
-first byte tells them apart. The socket is in the node's folder, its owner's alone: nobody else can connect.
+A message is preceded by its length in eight bytes. Before its reply, the worker may send notes for the node's owner; the
+first byte distinguishes them. The socket is in the node's folder, accessible to its owner only.
 """
 
 import os
@@ -21,17 +21,17 @@ NOTE, ANSWER = b"n", b"a"
 
 
 class Unreachable(Exception):
-    """There is no worker, and none could be started."""
+    """No worker is running, and starting one failed."""
 
 
 def ask(folder: Path, message: bytes, until: int, say: Callable[[str], None]) -> bytes:
-    """The worker's answer. Starts a worker if there is none, one that ends with the process `until`. `say` gets its notes.
+    """Returns the worker's reply; `say` receives its notes. Starts a worker, which ends with process `until`, if necessary.
 
-    A worker that dies over the message is started again, once: a round's work leaves nothing behind that the same work
-    would find.
+    A worker that crashes on the message is restarted once: an interrupted round leaves no state that would affect its
+    repetition.
 
     Raises:
-        Unreachable: no worker could be started, or it died twice.
+        Unreachable: the worker could not be started, or crashed twice.
     """
     for _ in range(2):
         with _connected(folder, until) as connection:
@@ -52,11 +52,11 @@ def send(connection: socket.socket, message: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """One message.
+    """Receives one message.
 
     Raises:
-        EOFError: the other side went away first.
-        OSError: likewise, or it would be larger than 2 GiB.
+        EOFError: the peer disconnected first.
+        OSError: the connection failed, or the message would be larger than 2 GiB.
     """
     size = int.from_bytes(_exactly(connection, 8), "big")
     if size > _MOST_BYTES:
@@ -66,7 +66,7 @@ def receive(connection: socket.socket) -> bytes:
 
 @contextmanager
 def short_path(folder: Path) -> Iterator[str]:
-    """The socket's path by way of an open descriptor: a socket's path may have 107 bytes, a folder's many more."""
+    """Path of the socket through an open descriptor: a socket's path is limited to 107 bytes, a folder's is not."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/{NAME}"
@@ -88,7 +88,7 @@ def _connected(folder: Path, until: int) -> Iterator[socket.socket]:
             connection.close()
             if worker is None:
                 worker = _start(folder, until)
-            if time.monotonic() > give_up or worker.poll() not in (None, 0):  # 0: another was quicker
+            if time.monotonic() > give_up or worker.poll() not in (None, 0):  # 0: another worker started first
                 raise Unreachable(f"the worker does not start; its last words: {_last_words(folder)}") from None
             time.sleep(0.05)
     with connection:

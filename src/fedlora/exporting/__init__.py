@@ -1,1 +1,1 @@
-"""Adapters for PEFT and merged models."""
+"""Export of PEFT adapters and merged models."""

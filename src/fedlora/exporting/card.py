@@ -1,4 +1,4 @@
-"""The README of an exported adapter: what it is, how it was trained, and how to load it."""
+"""Model card of an exported adapter: description, training, and instructions to load it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def model_card(
     experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> str:
-    """A model card in Markdown. `base` is where PEFT finds the base model; `rows` are those of the round log, if any."""
+    """Model card in Markdown. `base` is the base model's name or path for PEFT; `rows` are the rows of the round log."""
     hub = {} if Path(base).is_dir() else {"base_model": base}
     front = {**hub, "library_name": "peft", "pipeline_tag": "text-classification", "tags": "[lora, federated-learning]"}
     row, data = experiment.method.row, experiment.data
@@ -62,12 +62,12 @@ def model_card(
 
 
 def _public(source: str) -> str:
-    """A source without the folders around it on this machine."""
+    """The source without its parent folders on this machine."""
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What the last rounds with an evaluation found."""
+    """Results of the last rounds with an evaluation."""
     if not rows:
         return {}
     found = {"Rounds": str(rows[-1]["round"]), "Clients in the last round": str(len(rows[-1]["accepted"]))}

@@ -1,4 +1,4 @@
-"""Trained adapters for others: PEFT folders, and whole models with the adapter merged in."""
+"""Export of trained adapters as PEFT folders and as merged models."""
 
 import json
 from collections import Counter
@@ -17,14 +17,14 @@ from fedlora.models.adapted import AdaptedModel, add_to_base
 
 
 def unfit(adapter: Adapter) -> str | None:
-    """Why neither PEFT nor plain transformers have a place for the adapter; None if they have."""
+    """Reason why PEFT and transformers cannot represent the adapter; None if they can."""
     if any(isinstance(part, Experts) for part in adapter.values()):
         return "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
     return None
 
 
 def fixed(part: Factors) -> Product:
-    """The same part, known to add one matrix whatever the input; see `unfit`."""
+    """Narrows the type of a part to an update that does not depend on the input; see `unfit`."""
     assert not isinstance(part, Dense | Experts)
     return part
 
@@ -32,10 +32,10 @@ def fixed(part: Factors) -> Product:
 def to_peft(
     adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
 ) -> None:
-    """A folder that `PeftModel.from_pretrained(base_model, folder)` loads: the same function as the adapter, head included.
+    """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`: the same function as the adapter, head included.
 
-    `adapted` knows the modules; `base` is written down as the base model. Existing files are replaced. PEFT has
-    two factors: a middle one is multiplied into b. The adapter is not `unfit`.
+    `adapted` describes the modules; `base` is recorded as the base model. Existing files are replaced. PEFT has two
+    factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
     """
     from peft import LoraConfig  # takes a second to import
 
@@ -64,7 +64,7 @@ def to_peft(
         fan_in_fan_out=adapted.transposed,
         modules_to_save=list(adapted.head) or None,
     ).save_pretrained(str(folder))
-    config = folder / "adapter_config.json"  # peft keeps the targets as a set, and writes them in any order
+    config = folder / "adapter_config.json"  # peft stores the targets as a set, and writes them in arbitrary order
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(
         json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
@@ -74,9 +74,9 @@ def to_peft(
 
 
 def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    """A folder that plain transformers loads, in `dtype`. `model` is the untouched base in fp32, and is changed.
+    """Writes a folder that transformers loads without PEFT, in `dtype`. Modifies `model`, the original fp32 base.
 
-    The adapter is not `unfit`.
+    The adapter must not be `unfit`.
     """
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():

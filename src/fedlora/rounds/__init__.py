@@ -1,1 +1,1 @@
-"""The rounds: who takes part, what travels, what is kept."""
+"""Federated rounds: client sampling, messages, checkpoints."""

@@ -1,4 +1,4 @@
-"""Changes of the frozen base: which rounds made one, which client has which, and what a client that missed some is sent."""
+"""Base updates, changes of the frozen base: the rounds that made them, their delivery to clients, their encoding."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,34 +13,34 @@ from fedlora.linalg.lowrank import LowRank
 
 @runtime_checkable
 class BaseUpdateStore(Protocol):
-    """Where the base updates are kept."""
+    """Storage of base updates."""
 
     def save_base_update(self, index: int, base_update: Adapter) -> None:
-        """Keeps the base update of the round of this index."""
+        """Saves the base update of the round with this index."""
 
     def base_update(self, index: int) -> Mapping[str, LowRank]:
-        """The base update of the round of this index."""
+        """Loads the base update of the round with this index."""
 
 
 @dataclass(frozen=True)
 class BaseUpdateLog:
-    """The indices of the rounds that changed the base, in order, and how many of them each client has applied."""
+    """Indices of the rounds with a base update, in order, and the number of base updates that each client has applied."""
 
     rounds: tuple[int, ...] = ()
     applied: Mapping[str, int] = field(default_factory=dict)
 
     def pending(self, client: str) -> tuple[int, ...]:
-        """The rounds whose base updates the client must still apply, each once and in this order."""
+        """Rounds whose base updates the client must still apply, each once and in this order."""
         return self.rounds[self.applied.get(client, 0) :]
 
     def delivered(self, clients: Iterable[str]) -> "BaseUpdateLog":
-        """The same after these clients have applied all base updates there are."""
+        """Returns the log after these clients have applied all base updates."""
         if not self.rounds:
             return self
         return replace(self, applied={**self.applied, **dict.fromkeys(clients, len(self.rounds))})
 
     def known(self, held: Mapping[str, Sequence[int]]) -> "BaseUpdateLog":
-        """The same where these clients have told which base updates they hold: all up to the first that they lack."""
+        """Returns the log with the base updates that these clients report to hold, up to the first one missing."""
         if not held or not self.rounds:
             return self
         counts = {
@@ -50,15 +50,15 @@ class BaseUpdateLog:
         return replace(self, applied={**self.applied, **counts})
 
     def added(self, index: int) -> "BaseUpdateLog":
-        """The same with one base update more."""
+        """Returns the log with one more base update."""
         return replace(self, rounds=(*self.rounds, index))
 
 
 def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
-    """The base updates of these rounds for the wire: of each module its factors, or the dense matrix where that is smaller.
+    """Encodes the base updates of these rounds: the factors of each module, or the dense matrix if it is smaller.
 
-    Each base update stays by itself, under its round's index: who has a part of them already applies the rest, and a
-    base that all base updates reached one by one is bit for bit the same as any other.
+    Each base update is separate, under its round's index: a client that has some of them applies the rest, and every base
+    to which all base updates were applied one by one is bit for bit the same.
     """
     tensors: dict[str, Tensor] = {}
     for index, base_update in base_updates.items():
@@ -72,15 +72,15 @@ def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: Ada
 
 
 def base_update_indices(tensors: Tensors) -> set[int]:
-    """The indices of the rounds whose base updates are in what `pending_tensors` made."""
+    """Indices of the rounds whose base updates are in a result of `pending_tensors`."""
     return {int(key.partition("/")[0]) for key in tensors}
 
 
 def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRank]]:
-    """The inverse of `pending_tensors`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
+    """Inverse of `pending_tensors`, in the order of the rounds; a dense matrix w becomes the product of w and 1.
 
     Raises:
-        ValueError: a name or a shape is none of `pending_tensors`.
+        ValueError: a name or a shape was not produced by `pending_tensors`.
     """
     grouped: dict[int, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():

@@ -1,22 +1,22 @@
-"""A SHA-256 inside the very content that it is of, so that one file holds both and is replaced as one."""
+"""SHA-256 embedded in the content that it covers, so that both are replaced in one file operation."""
 
 import hashlib
 import re
 
 EMPTY = {"sha256": "0" * 64}
-"""The first entry of a JSON object in the content; takes the place of the checksum while that is computed."""
+"""First entry of a JSON object in the content; placeholder of the checksum during its computation."""
 
 _ENTRY = re.compile(rb'\\?"sha256\\?": \\?"([0-9a-f]{64})')  # in JSON, or in JSON in a JSON string
 
 
 def sealed(content: bytes) -> bytes:
-    """The content with its checksum in the place of the first `EMPTY`."""
+    """The content with its checksum in place of the first `EMPTY`."""
     start, end = _place(content)
     return content[:start] + _sum(content, start, end) + content[end:]
 
 
 def intact(content: bytes) -> bool:
-    """Whether the content is what `sealed` returned, byte for byte."""
+    """Whether the content equals a result of `sealed`, byte for byte."""
     if _ENTRY.search(content) is None:
         return False
     start, end = _place(content)

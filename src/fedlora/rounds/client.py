@@ -1,4 +1,4 @@
-"""The clients' turns: the method's work, its requests answered by a trainer. The same on one machine and on many."""
+"""Local training of clients: runs the method's work with a trainer. Shared by simulation and deployment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,31 +14,31 @@ from fedlora.rounds.validator import Failed
 
 @runtime_checkable
 class Trainer(Protocol):
-    """Who has the model and the examples."""
+    """Trains and evaluates with the model and the examples."""
 
     @property
     def clients_per_step(self) -> int:
-        """How many clients are best trained at once."""
+        """Preferred number of clients trained at once."""
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
-        """The trained adapters in the order of `asked`, and notes such as the loss. All may be trained together."""
+        """Trained adapters in the order of `asked`, with notes such as the loss. All may be trained together."""
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
-        """The gradient of the client's mean training loss."""
+        """Gradient of the client's mean training loss."""
 
     def features(self, client: ClientInfo) -> LabelledFeatures:
-        """The client's training examples as the base sees them without any adapter."""
+        """Base-model features of the client's training examples, without any adapter."""
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the frozen base for good."""
+        """Merges a base update into the frozen base permanently."""
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> Sequence[Score | None]:
-        """Each adapter on its client's held-out examples; None if it has none."""
+        """Score of each adapter on its client's held-out examples; None for a client without any."""
 
 
 @dataclass(frozen=True)
 class ClientStart:
-    """What a client begins its round with: its state, and what it was sent."""
+    """A client's inputs to a round: its state and its download."""
 
     client: ClientInfo
     state: Any
@@ -47,7 +47,7 @@ class ClientStart:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client has after its work: its next state, its upload, and the notes of its last training."""
+    """A client's outputs of a round: its next state, its upload, and the notes of its last training."""
 
     state: Any
     upload: Tensors
@@ -55,10 +55,10 @@ class LocalResult:
 
 
 def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd: Round) -> list[LocalResult | Failed]:
-    """Runs the method's work of all these clients to its end, in step: trainings that they ask for at a time are answered
-    at once, and questions for gradients and features each by itself.
+    """Runs the method's work of all these clients in lockstep: concurrent fit requests are batched, requests for gradients
+    and features are answered one by one.
 
-    A client whose work ends in values that are not finite has failed, and its state is the one before.
+    A client whose work ends in non-finite values has failed, and keeps its previous state.
     """
     jobs = [method.work(one.state, one.download, one.client, rnd) for one in begun]
     done: dict[int, LocalResult | Failed] = {}
@@ -86,10 +86,10 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
 
 
 def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, client: ClientInfo, trainer: Trainer) -> Fit:
-    """The next training that the job asks for, given the answer to the last.
+    """Next fit request of the job, after it receives the result of the last one.
 
     Raises:
-        TypeError: the job asks for something that no trainer answers.
+        TypeError: the job makes a request that trainers do not support.
     """
     request = job.send(answer)
     while not isinstance(request, Fit):

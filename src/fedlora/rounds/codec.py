@@ -1,4 +1,4 @@
-"""Tensors and states as bytes, in the safetensors format."""
+"""Encoding of tensors and states as bytes, in the safetensors format."""
 
 import json
 import sys
@@ -19,19 +19,19 @@ from fedlora.adapter import Tensors
 from fedlora.rounds import checksum
 
 _HEADER_BYTES = 4096
-_HEADER_BYTES_PER_TENSOR = 1024  # its name, shape, dtype and place
+_HEADER_BYTES_PER_TENSOR = 1024  # its name, shape, dtype and offsets
 
 
 def encode(tensors: Tensors) -> bytes:
-    """A payload: the tensors with their names, shapes, dtypes and order, in one byte string."""
+    """Encodes the tensors with their names, shapes, dtypes and order in one byte string, a payload."""
     ranks = {name: rank for rank, name in enumerate(sorted(tensors))}
-    order = " ".join(str(ranks[name]) for name in tensors)  # safetensors keeps none, and a sum depends on it
+    order = " ".join(str(ranks[name]) for name in tensors)  # safetensors does not keep it, and sums depend on it
     named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # views may share memory
     return save(named, metadata={"order": order})
 
 
 def encoded_size(tensors: Tensors) -> int:
-    """The length of `encode(tensors)`, which the tensors' values have no part in."""
+    """Length of `encode(tensors)`, which does not depend on the tensors' values."""
     return _encoded_size(tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()))
 
 
@@ -41,10 +41,10 @@ def _encoded_size(layout: tuple[tuple[str, torch.dtype, torch.Size], ...]) -> in
 
 
 def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
-    """The inverse of `encode`, for a payload of at most `max_tensors`: more are rejected before any is made.
+    """Inverse of `encode`, for at most `max_tensors` tensors: more are rejected before any is created.
 
     Raises:
-        ValueError: the bytes are no such payload, or have more tensors.
+        ValueError: not a valid payload, or too many tensors.
     """
     size = int.from_bytes(payload[:8], "little")
     if size > _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * max_tensors:
@@ -60,16 +60,16 @@ def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
         raise ValueError(f"not a payload of tensors: {error}") from error
     if sorted(ordered) != names:
         raise ValueError("not a payload of tensors: its order is not one of its names")
-    return {name: tensors[name].clone() for name in ordered}  # aligned as new ones are: products depend on it, too
+    return {name: tensors[name].clone() for name in ordered}  # same alignment as new tensors: products depend on it
 
 
 def encode_state(state: Any, **notes: Any) -> bytes:
-    """A state of a method, and notes that JSON can hold, with a checksum of all of it.
+    """Encodes a method's state, and notes representable in JSON, with a checksum of both.
 
-    A state is made of tensors, numbers, strings, None, sequences, mappings with string keys, frozen dataclasses of these.
+    A state consists of tensors, numbers, strings, None, sequences, mappings with string keys, frozen dataclasses of these.
 
     Raises:
-        TypeError: the state holds something else.
+        TypeError: the state contains any other type.
     """
     structure, tensors = outline(state)
     plan = json.dumps({**checksum.EMPTY, "state": structure, "notes": notes})
@@ -78,20 +78,20 @@ def encode_state(state: Any, **notes: Any) -> bytes:
 
 
 def outline(state: Any) -> tuple[Any, list[Tensor]]:
-    """A state without its tensors, as JSON can hold it, and its tensors in a fixed order.
+    """Structure of a state, representable in JSON, and its tensors in a fixed order.
 
     Raises:
-        TypeError: the state holds something else; see `encode_state`.
+        TypeError: the state contains an unsupported type; see `encode_state`.
     """
     tensors: list[Tensor] = []
     return _plan(state, tensors), tensors
 
 
 def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
-    """The state and the notes in a file of `encode_state`.
+    """Reads the state and the notes from a file written with `encode_state`.
 
     Raises:
-        ValueError: the file is damaged, none of `encode_state`, or of another version of a method.
+        ValueError: the file is damaged, not written with `encode_state`, or from another version of a method.
     """
     content = Path(path).read_bytes()
     if not checksum.intact(content):
@@ -105,7 +105,7 @@ def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _plan(state: Any, tensors: list[Tensor]) -> Any:
-    """The structure of a state as JSON; its tensors are put at the end of `tensors`."""
+    """Structure of a state as JSON; appends its tensors to `tensors`."""
     match state:
         case None | bool() | int() | float() | str():
             return {"value": state}
@@ -142,7 +142,7 @@ def _build(plan: Any, tensor: Any) -> Any:
 
 
 def _dataclass(name: str) -> Any:
-    """The dataclass of that name, in a module of this package or one that is already imported."""
+    """Dataclass of that name, from this package or an already imported module."""
     module, _, qualname = name.partition(":")
     if module.startswith("fedlora."):
         with suppress(ModuleNotFoundError):

@@ -1,4 +1,4 @@
-"""Writes that either happen wholly or not at all, also when the power goes."""
+"""Atomic writes, also on power failure."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from fedlora.errors import RunStopped
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Puts `content` in place of the file, by write, fsync and atomic rename: a crash leaves the old file or the new one.
+    """Replaces the file by write, fsync and atomic rename: a crash leaves either the old or the new file.
 
     Raises:
-        RunStopped: the disk is full or the folder cannot be written; the old file is as it was.
+        RunStopped: the disk is full or the folder cannot be written; the old file is unchanged.
     """
     scratch = path.with_name(path.name + ".partial")
     try:
@@ -29,10 +29,10 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def folder(path: Path) -> None:
-    """Makes the folder if need be.
+    """Creates the folder if necessary.
 
     Raises:
-        RunStopped: it cannot be made.
+        RunStopped: it cannot be created.
     """
     try:
         if not path.is_dir():
@@ -45,14 +45,14 @@ def folder(path: Path) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside this one, which takes its place at the end; nothing of it is left if that is not reached.
+    """Provides a temporary sibling folder, which replaces `folder` on success and is removed on failure.
 
-    What a process that was killed has left there is removed first. Not synced: for what can be written again.
+    Leftovers of a killed process are removed first. Not synced: for reproducible content only.
 
     Raises:
-        OSError: it cannot be written, or the folder is there at the end and not empty.
+        OSError: it cannot be written, or `folder` exists at the end and is not empty.
     """
-    folder = folder.resolve()  # a link stays one
+    folder = folder.resolve()  # keeps symbolic links
     partial = folder.with_name(f".{folder.name}.fedlora-partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,7 +64,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds `content` at the end of the file and syncs it; a crash may leave a part of it.
+    """Appends `content` to the file and syncs it; a crash may leave a part of it.
 
     Raises:
         RunStopped: the disk is full or the file cannot be written.
@@ -87,5 +87,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _stopped(path: Path, error: OSError) -> RunStopped:
-    """The error to raise when `path` cannot be written."""
+    """Error for a failure to write `path`."""
     return RunStopped(f"cannot write {path}: {error.strerror or error}; the last complete round is intact")

@@ -1,4 +1,4 @@
-"""Numbers that are too large: the bound of an upload's entries, the check of a state, and the upload to suspect."""
+"""Overflow: the bound of an upload's entries, the check of a state, and the largest upload as probable cause."""
 
 import math
 from collections.abc import Iterable
@@ -12,28 +12,28 @@ from torch import Tensor
 from fedlora.rounds.codec import outline
 
 LARGEST_ENTRY = 1e10
-"""The largest magnitude that an entry of an upload may have."""
+"""Maximum magnitude of an entry of an upload."""
 
 NOT_FINITE = "NaN or infinite values"
 
 NumericalError = (torch.linalg.LinAlgError, np.linalg.LinAlgError, ArithmeticError)  # type: ignore[attr-defined]
-"""What a method raises on values that are too large, where its results are not just NaN or infinite."""
+"""Errors that methods raise on overflow, where results are not merely NaN or infinite."""
 
 
 def magnitude(tensor: Tensor) -> float:
-    """The largest magnitude of an entry: NaN if there is one, 0 for no entries. In a quarter of the time of `isfinite`."""
+    """Largest magnitude of the entries: NaN if any is NaN, 0 without entries. Takes a quarter of the time of `isfinite`."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def is_finite(state: Any) -> bool:
-    """Whether no tensor in a state (see `codec.encode_state`) has NaN or infinite values."""
+    """Whether all tensors in a state (see `codec.encode_state`) are free of NaN and infinite values."""
     _, tensors = outline(state)
     return all(math.isfinite(magnitude(tensor)) for tensor in tensors if tensor.is_floating_point())
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The accepted upload of a round (counted from 1) that changed most: its client, and by which norm."""
+    """The accepted upload with the largest change in a round (counted from 1): its client, and the norm of the change."""
 
     client: str
     norm: float
@@ -41,9 +41,9 @@ class Largest:
 
 
 def divergence(reasons: Iterable[str | None], last: Largest | None) -> str:
-    """Names the last round's largest upload if half of a cohort or more was refused for what is not finite, else nothing.
+    """Text that names the last round's largest upload if at least half of a cohort was rejected as non-finite, else empty.
 
-    `reasons` says why each client was refused, None for those that were not.
+    `reasons` has the rejection reason of each client, None for accepted ones.
     """
     diverged = [reason is not None and reason.endswith(NOT_FINITE) for reason in reasons]
     if last is None or 2 * sum(diverged) < len(diverged):

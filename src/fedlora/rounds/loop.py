@@ -1,4 +1,4 @@
-"""The round loop: choose, send, gather, merge, evaluate, record. It knows neither methods nor machines."""
+"""Round loop: choose, send, gather, merge, evaluate, record. Independent of methods and of where clients run."""
 
 import math
 import time
@@ -24,43 +24,43 @@ from fedlora.rounds.validator import Failed, UploadValidator, change_norm
 
 @runtime_checkable
 class Backend(Protocol):
-    """Where the clients are: in this process, or on other machines."""
+    """Access to the clients, in this process or on other machines."""
 
     def clients(self) -> Sequence[ClientInfo]:
-        """All that are registered."""
+        """All registered clients."""
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """The indices of the rounds whose base updates a client holds, of those clients that have told."""
+        """Indices of the rounds whose base updates a client holds, for each client that has reported them."""
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the base on which the next turns and evaluation happen here, if it happens here."""
+        """Merges a base update into the local base, which later training and evaluation in this process use."""
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """Has the clients work on what they were sent; their answers, in the order of `sent`.
+        """Trains the clients on their downloads; yields replies and failures in the order of `sent`.
 
-        The answers of an earlier `evaluate` may still be waited for: clients evaluate first.
-        `pending` holds the changes of the base (see `base updates.pending_tensors`) that a client must apply first.
+        The scores of an earlier `evaluate` may still be outstanding: clients evaluate first.
+        `pending` holds the base updates (see `base_updates.pending_tensors`) that a client must apply first.
         """
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """Has the clients evaluate what they would use in round `rnd`; None of those that have no held-out examples."""
+        """Evaluates the adapters that clients would use in round `rnd`; None for clients without held-out examples."""
 
 
 @runtime_checkable
 class GlobalEvaluator(Protocol):
-    """Who has the global test set."""
+    """Evaluates on the global test set."""
 
     def __call__(self, adapter: Adapter) -> Score:
-        """The adapter's score on it."""
+        """Score of the adapter on the global test set."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of all rounds of a run. `evaluator` is None if there is no global model or no global test set."""
+    """Settings of all rounds of a run. `evaluator` is None without a global model or without a global test set."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -74,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the server knows between rounds: the method's state, the changes of the base, the round's largest upload."""
+    """The server's state between rounds: the method's state, the base update log, the round's largest upload."""
 
     server: Any
     base_updates: BaseUpdateLog = field(default_factory=BaseUpdateLog)
@@ -83,7 +83,7 @@ class RunState:
 
 @dataclass
 class _RoundStats:
-    """What is counted while a round goes on, over all its attempts; chosen, accepted, losses and largest are the last's."""
+    """Statistics of a round over all its attempts; chosen, accepted, losses and largest are of the last attempt."""
 
     chosen: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
@@ -103,13 +103,13 @@ class _RoundStats:
 def run_rounds(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, first: int, progress: Progress
 ) -> Iterator[tuple[RunState, dict[str, Any]]]:
-    """The rounds from index `first` on, each as it is complete: what the server knows after it, and its row of the log.
+    """Runs the rounds from index `first`; yields after each the server's state and the row of the round log.
 
-    A round's clients are sent their work before the scores of the round before are asked for: over a network, where
-    messages take long, evaluation and the next training go out together.
+    A round's training requests are sent before the scores of the previous round are collected: over a network with high
+    latency, evaluation and the next training are sent together.
 
     Raises:
-        RunStopped: in none of a round's attempts came enough replies that could be accepted.
+        RunStopped: no attempt of a round received enough valid uploads.
     """
     evaluating: _PendingEvaluation | None = None
     for index in range(first, plan.rounds):
@@ -125,10 +125,10 @@ def run_rounds(
 def one_round(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, index: int, progress: Progress
 ) -> tuple[RunState, dict[str, Any]]:
-    """What the server knows after the round, and the row of the round log.
+    """Runs one round; returns the server's state after it, and the row of the round log.
 
     Raises:
-        RunStopped: in none of the attempts came enough replies that could be accepted.
+        RunStopped: no attempt received enough valid uploads.
     """
     attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
     return _round(plan, backend, store, before, attempt, progress).ended(progress)
@@ -136,7 +136,7 @@ def one_round(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A round whose messages are on their way. `base_updates` are those of the clients before they get them."""
+    """A round whose messages are in flight. `base_updates` is the log before their delivery."""
 
     rnd: Round
     chosen: Sequence[ClientInfo]
@@ -148,7 +148,7 @@ class _Attempt:
 
 @dataclass(frozen=True)
 class _PendingEvaluation:
-    """A round that lacks only its clients' scores, if it has any."""
+    """A round that is complete except for its clients' scores, if it has any."""
 
     after: RunState
     row: dict[str, Any]
@@ -156,7 +156,7 @@ class _PendingEvaluation:
     scores: Iterator[tuple[ClientInfo, Score | None]] | None
 
     def ended(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
-        """What the server knows after the round, and the row."""
+        """Collects the scores; returns the server's state after the round, and the row."""
         row, tally = self.row, self.tally
         started = time.perf_counter()
         if self.scores is not None:
@@ -170,7 +170,7 @@ class _PendingEvaluation:
 def _begin(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
 ) -> _Attempt:
-    """Chooses the cohort, of others than `left_out` if there are any, and sends it its work."""
+    """Chooses the cohort, excluding `left_out` unless no clients remain, and sends the training requests."""
     everybody = backend.clients()
     chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
     sent = {client: plan.method.send(before.server, client, rnd) for client in chosen}
@@ -184,7 +184,7 @@ def _begin(
 def _round(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, progress: Progress
 ) -> _PendingEvaluation:
-    """Merges the first attempt that has enough replies, and has the result evaluated."""
+    """Merges the first attempt with enough replies, and starts the evaluation of the result."""
     tally, index = _RoundStats(), attempt.rnd.index
     while True:
         merged, base_updates = _merged(plan, before, attempt, tally, progress)
@@ -226,8 +226,8 @@ def _round(
 def _merged(
     plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, progress: Progress
 ) -> tuple[Merged[Any] | None, BaseUpdateLog]:
-    """The merge of one cohort, None if too few of its replies were accepted or its result is not finite; and who now has
-    which base updates."""
+    """Merge of one cohort, None if too few replies were accepted or the result is not finite; and the base update log
+    after delivery."""
     progress.round_started(attempt.rnd, attempt.chosen)
     tally.bytes_down += attempt.bytes_down
     tally.chosen, tally.accepted, tally.losses, tally.largest = [client.id for client in attempt.chosen], [], [], None
@@ -284,7 +284,7 @@ def _merged(
 def pending_base_updates(
     spec: AdapterSpec, store: BaseUpdateStore, base_updates: BaseUpdateLog, clients: Sequence[ClientInfo]
 ) -> dict[ClientInfo, Tensors]:
-    """What each client that lacks some base updates must be sent; clients that lack the same ones share the tensors."""
+    """Pending base updates of each client that lacks some; clients that lack the same ones share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for pending in {base_updates.pending(client.id) for client in clients} - {()}:
         made[pending] = pending_tensors({index: store.base_update(index) for index in pending}, spec)
@@ -294,9 +294,9 @@ def pending_base_updates(
 def _evaluated(
     plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
 ) -> _PendingEvaluation:
-    """Evaluates what would be used in the next round: the server at once, the clients when their scores are asked for.
+    """Evaluates the adapters of the next round: on the server immediately, on clients when their scores are collected.
 
-    Base updates that had to be sent for it count as this round's, and are not sent again for the next.
+    Base updates sent for the evaluation are counted in this round, and not sent again in the next.
     """
     started = time.perf_counter()
     rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())
@@ -320,6 +320,6 @@ def _evaluated(
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """Of the finite values: one client may report anything."""
+    """Weighted mean of the finite values: a client may report arbitrary values."""
     finite = [(weight, value) for weight, value in pairs if math.isfinite(value)]
     return sum(weight * value for weight, value in finite) / sum(weight for weight, _ in finite) if finite else math.nan

@@ -1,4 +1,4 @@
-"""Who shows a run's progress."""
+"""Callbacks for the progress of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -11,29 +11,29 @@ class Progress(Protocol):
     """Progress callbacks."""
 
     def notify(self, message: str) -> None:
-        """A line that the user should read before the first round."""
+        """Called with a message for the user, before the first round."""
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """The cohort is known."""
+        """Called when the cohort has been chosen."""
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
-        """One client's answer came; `rejected` is the reason if it is not used."""
+        """Called when a client's reply arrived; `rejected` is the reason if it is not used."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
-        """The round's row, before it is written."""
+        """Called with the round's row, before it is written."""
 
 
 class NullProgress:
-    """Shows no progress."""
+    """Ignores all progress."""
 
     def notify(self, message: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""

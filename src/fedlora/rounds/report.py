@@ -1,4 +1,4 @@
-"""Numbers about many clients in few."""
+"""Summary statistics over clients."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Client sampling."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from fedlora.messages import ClientInfo, Round
 
 
 def choose(clients: Sequence[ClientInfo], fraction: float, rnd: Round) -> list[ClientInfo]:
-    """`cohort_size` of them, uniformly without replacement, in order of their ids.
+    """Samples `cohort_size` clients uniformly without replacement; returns them in order of their ids.
 
     The choice depends on the run's seed, the round and the attempt, not on the order of `clients`.
     """
@@ -21,15 +21,15 @@ def choose(clients: Sequence[ClientInfo], fraction: float, rnd: Round) -> list[C
 
 
 def cohort_size(clients: int, fraction: float) -> int:
-    """How many clients a round has: at least one."""
+    """Number of clients in a round: at least one."""
     return max(1, round(fraction * clients))
 
 
 def check_cohort(clients: int, sampling: Sampling) -> None:
-    """Nothing, if so many clients are enough for a round.
+    """Checks that this number of clients is sufficient for a round.
 
     Raises:
-        UserError: fewer are chosen than must reply.
+        UserError: the cohort is smaller than the minimum number of replies.
     """
     if (cohort := cohort_size(clients, sampling.fraction)) < sampling.min_replies:
         raise UserError(

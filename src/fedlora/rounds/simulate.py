@@ -1,4 +1,4 @@
-"""All clients on one machine, around one resident model."""
+"""Simulation of all clients on one machine, sharing one resident model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from fedlora.rounds.client import ClientStart, Trainer, turns
 from fedlora.rounds.codec import outline
 from fedlora.rounds.validator import Failed
 
-_GROUPS = 4  # that are in memory at once
+_GROUPS = 4  # number of groups in memory at once
 
 
 @runtime_checkable
 class ClientStates(Protocol):
-    """Where the clients' states are between rounds."""
+    """Storage of the clients' states between rounds."""
 
     def client_state(self, client: ClientInfo, before: int) -> Any | None:
-        """The state after the last round of index below `before` that left one."""
+        """State saved in the last round with index below `before`, None if no round saved one."""
 
     def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
-        """Keeps the state after the round of this index."""
+        """Saves the state after the round with this index."""
 
 
 @dataclass(frozen=True)
 class SimulationBackend:
-    """The backend within one process. A client's state is read when it is needed, and written only if it changed."""
+    """Backend within one process. Reads a client's state when it is needed, and writes it only if it changed."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -39,21 +39,21 @@ class SimulationBackend:
     seed: int
 
     def clients(self) -> Sequence[ClientInfo]:
-        """All of them."""
+        """All clients."""
         return self.registered
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """Nothing: what they would hold on machines of their own is only counted."""
+        """Empty: in a simulation the base update log alone tracks the clients' base updates."""
         return {}
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the one base that all share."""
+        """Merges a base update into the base that all clients share."""
         self.trainer.merge_into_base(change)
 
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """The replies, in the order of `sent`, as each group of clients finishes. The base has all base updates already."""
+        """Yields replies in the order of `sent` as groups of clients finish. The base already has all base updates."""
         for some in self._windows(sent):
             begun = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in some]
             for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
@@ -67,19 +67,19 @@ class SimulationBackend:
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """Each client's score before round `rnd`, on its held-out examples; None where it has none."""
+        """Each client's score before round `rnd` on its held-out examples; None for a client without any."""
         for some in self._windows(sent):
             scores = self.trainer.scores([(client, self.view(client, sent[client], rnd)) for client in some])
             yield from zip(some, scores, strict=True)
 
     def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
-        """A few groups' clients at a time: enough to form groups of similar work, few enough to keep in memory."""
+        """Splits clients into windows of a few groups: enough to group similar work, small enough to fit in memory."""
         left, clients_per_step = iter(clients), self.trainer.clients_per_step
         while some := list(islice(left, _GROUPS * clients_per_step if clients_per_step > 1 else 1)):
             yield some
 
     def view(self, client: ClientInfo, download: Tensors, rnd: Round) -> Adapter:
-        """The adapter that the client would use at the start of round `rnd`."""
+        """Adapter that the client would use at the start of round `rnd`."""
         return self.method.view(self._state(client, rnd.index), download, client)
 
     def _state(self, client: ClientInfo, before: int) -> Any:
@@ -88,6 +88,6 @@ class SimulationBackend:
 
 
 def _same(state: Any, after: Any) -> bool:
-    """Whether a state is the one before, with the very same tensors, so that it need not be written."""
+    """Whether a state is unchanged, with identical tensor objects, and need not be written."""
     (plan, before), (planned, now) = outline(state), outline(after)
     return plan == planned and all(x is y for x, y in zip(before, now, strict=True))

@@ -1,4 +1,4 @@
-"""The check of every upload before it can touch the server's state."""
+"""Validation of every upload before it affects the server's state."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 @dataclass(frozen=True)
 class Failed:
-    """A client that gave no reply, and why."""
+    """A client without a reply, and the reason."""
 
     client: ClientInfo
     reason: str
@@ -22,7 +22,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class UploadValidator:
-    """Knows what each chosen client was sent, and so what it must send back."""
+    """Validates uploads against the downloads of the chosen clients, which determine the expected uploads."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -33,7 +33,7 @@ class UploadValidator:
     _seen: set[str] = field(default_factory=set)
 
     def rejection_reason(self, reply: Reply) -> str | None:
-        """Why this reply is refused, in a few words; None if it is accepted. A client can be accepted once in a round."""
+        """Short reason for rejecting this reply; None if accepted. A client is accepted at most once per round."""
         reason = self._identity(reply) or self._content(reply)
         if reason is None:
             self._seen.add(reply.client.id)
@@ -84,9 +84,9 @@ class UploadValidator:
 
 
 def change_norm(upload: Tensors, sent: Tensors) -> float:
-    """Frobenius norm, over all tensors, of the upload minus what was sent under the same name and shape, if any.
+    """Frobenius norm, over all tensors, of the upload minus the download of the same name and shape, if any.
 
-    Tensors of whole numbers name things, and count nothing.
+    Integer tensors are indices, and excluded from the norm.
     """
     total = 0.0
     for name, tensor in upload.items():
@@ -99,9 +99,9 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
 
 
 def _layout(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
-    """An upload of the right names, shapes and dtypes: the method's own work, with a trainer that changes nothing.
+    """Template upload with the expected names, shapes and dtypes: the method's work with a trainer that changes nothing.
 
-    A client's features are not known here: it is played as one without examples.
+    The server does not know a client's features, so the template assumes a client without examples.
     """
     job = method.work(method.init_client(spec, client, rnd.seed), sent, client, rnd)
     nobody = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)

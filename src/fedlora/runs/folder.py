@@ -1,4 +1,4 @@
-"""A run's folder: what survives a crash, and who may write in it."""
+"""Run directory: crash-safe storage with exclusive access."""
 
 import hashlib
 import json
@@ -19,33 +19,33 @@ from fedlora.rounds import checksum, durable
 from fedlora.rounds.codec import decode_state, encode_state
 
 DEPLOY = "deploy"
-"""The folder in a run's folder for what is about a run with clients on other machines."""
+"""Subfolder of a run's folder for files of a deployment."""
 
 MANIFEST = "manifest.json"
 
 
 class RunFolder:
-    """The folder of one run, locked for this process.
+    """Folder of one run, locked for this process.
 
     experiment.toml      the resolved experiment
     model/               the model, if a Python program passed it
-    environment.json     versions, and which way the clients train
-    manifest.json        what the run depends on; is there once the run has begun
+    environment.json     versions, and settings of how clients are trained
+    manifest.json        dependencies of the run; exists once the run has begun
     rounds.jsonl         one row for each complete round
     checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
-    clients/ID/ROUND.safetensors   states of clients that have any
-    base_updates/ROUND.safetensors   changes of the base, for methods that make any
+    clients/ID/ROUND.safetensors   states of stateful clients
+    base_updates/ROUND.safetensors   base updates, for methods that produce them
 
     Rows, client states and base updates are written before the commit; after a crash those of later rounds are
-    written again. States, base updates and the manifest carry a checksum each. The checkpoint tells which of them
-    there must be, and the length and checksum of the rows, so that `restore` finds what is missing or damaged.
+    written again. Each state, each base update and the manifest has a checksum. The checkpoint lists the required files,
+    and the length and checksum of the rows, so that `restore` detects missing or damaged files.
     """
 
     def __init__(self, path: Path, seconds: float = 0.0) -> None:
-        """Locks the folder, which must exist; waits so long for another process to let go of it.
+        """Locks the folder, which must exist; waits up to `seconds` for another process to release it.
 
         Raises:
-            UserError: it does not exist, cannot be written, or another process has it.
+            UserError: it does not exist, cannot be written, or is locked by another process.
         """
         self.path = path
         self.experiment = path / "experiment.toml"
@@ -54,7 +54,7 @@ class RunFolder:
         self._lock = FileLock(path / "lock")
         self._run = ""  # the id in the manifest
         self._length, self._digest = 0, hashlib.sha256()  # of the rows of the complete rounds
-        self._states: dict[str, int] = {}  # client -> the round that left its last state, of complete rounds
+        self._states: dict[str, int] = {}  # client -> complete round that saved its last state
         self._base_updates: list[int] = []  # of complete rounds
         self._new: list[tuple[int, str | None]] = []  # states (round, client) and base updates (round, None) of later ones
         if not path.is_dir():
@@ -67,14 +67,14 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-        self._directory = os.open(path, os.O_RDONLY)  # held open, so that no other folder gets its inode
+        self._directory = os.open(path, os.O_RDONLY)  # held open, so that its inode is not reused
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """A new folder, locked.
+        """Creates and locks a new folder.
 
         Raises:
-            UserError: it has been used before, or cannot be made.
+            UserError: it has been used before, or cannot be created.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -83,14 +83,14 @@ class RunFolder:
         _refuse_if_used(path)
         folder = cls(path)
         try:
-            _refuse_if_used(path)  # another process may have been quicker
+            _refuse_if_used(path)  # another process may have used it meanwhile
         except UserError:
             folder.release()
             raise
         return folder
 
     def release(self) -> None:
-        """Gives the lock back; removes the folder if nothing else was ever written to it."""
+        """Releases the lock; removes the folder if it contains nothing else."""
         unused = self._here() and [entry.name for entry in self.path.iterdir()] == ["lock"]
         if unused:
             (self.path / "lock").unlink()
@@ -103,13 +103,13 @@ class RunFolder:
         """Writes one of the small text files.
 
         Raises:
-            RunStopped: the disk is full, or the folder is not there any more.
+            RunStopped: the disk is full, or the folder no longer exists.
         """
         self.require()
         durable.replace(self.path / name, content.encode())
 
     def require(self) -> None:
-        """Nothing, if the folder is still where it was: it must not be made anew, with a part of the run in it.
+        """Checks that the folder is still in place: it must not be recreated with only a part of the run.
 
         Raises:
             RunStopped: it was moved or removed.
@@ -136,10 +136,10 @@ class RunFolder:
         self.record(MANIFEST, _sealed(manifest))
 
     def commit(self, rounds_done: int, server: Any, row: Mapping[str, Any] | None = None) -> None:
-        """Makes a round complete, or with 0 rounds the state before the first.
+        """Commits a round, or with 0 rounds the state before the first.
 
         Raises:
-            RunStopped: the disk is full; the round before stays complete.
+            RunStopped: the disk is full; the previous round stays complete.
         """
         self.require()
         line = b"" if row is None else (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
@@ -170,9 +170,9 @@ class RunFolder:
         self._new = [new for new in self._new if new[0] >= rounds_done]
 
     def restore(self) -> tuple[int, Any]:
-        """How many rounds are complete, and the server's state after them (None before `begin`); cuts later rows off.
+        """Number of complete rounds, and the server's state after them (None before `begin`); truncates later rows.
 
-        Reads and checks all that the run needs to go on.
+        Reads and checks all files that the run needs to resume.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -205,10 +205,10 @@ class RunFolder:
         return notes["rounds_done"], server
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the complete rounds, after `restore` or `commit`.
+        """Rows of the complete rounds, after `restore` or `commit`.
 
         Raises:
-            UserError: they were changed in between.
+            UserError: they were changed since.
         """
         content = self._complete_rows()
         if hashlib.sha256(content).digest() != self._digest.digest():
@@ -216,10 +216,10 @@ class RunFolder:
         return [json.loads(line) for line in content.splitlines()]
 
     def client_state(self, client: ClientInfo, before: int) -> Any | None:
-        """The client's state after the last round of index below `before` that left one; None if there is none.
+        """Client's state saved in the last round with index below `before`; None if no round saved one.
 
         Raises:
-            UserError: the state is damaged, or is missing although the checkpoint tells of one.
+            UserError: the state is damaged, or missing although listed in the checkpoint.
         """
         found = [index for index in self._saved(client.id) if index < before]
         if self._states.get(client.id, before) < before and self._states[client.id] not in found:
@@ -227,9 +227,9 @@ class RunFolder:
         return _read(self._client_file(client.id, max(found)))[0] if found else None
 
     def save_client(self, client: ClientInfo, index: int, state: Any) -> None:
-        """Writes the client's state after the round of this index; keeps the two before it.
+        """Writes the client's state after the round with this index; keeps the two previous states.
 
-        The round before may not be complete yet, nor will it be if its server dies (see `loop.run_rounds`).
+        The previous round may not be complete yet, and never completes if its server dies (see `loop.run_rounds`).
 
         Raises:
             RunStopped: the disk is full.
@@ -244,7 +244,7 @@ class RunFolder:
             self._client_file(client.id, old).unlink()
 
     def save_base_update(self, index: int, base_update: Adapter) -> None:
-        """Writes a change of the base; it counts once its round is complete.
+        """Writes a base update; it becomes effective once its round is complete.
 
         Raises:
             RunStopped: the disk is full.
@@ -255,16 +255,16 @@ class RunFolder:
         self._new.append((index, None))
 
     def base_update(self, index: int) -> Mapping[str, LowRank]:
-        """The change of the base that the round of this index made."""
+        """Base update of the round with this index."""
         found: Mapping[str, LowRank] = _read(self._fold_file(index))[0]
         return found
 
     def base_updates(self) -> list[int]:
-        """The indices of the rounds that left a base update, in order; those after the last complete round included."""
+        """Indices of the rounds with a base update, in order, including rounds after the last complete one."""
         return sorted(int(file.stem) for file in (self.path / "base_updates").glob("*.safetensors"))
 
     def forget(self, done: int) -> None:
-        """Removes the base updates and the clients' states of all rounds but the first `done`."""
+        """Removes the base updates and the clients' states of all rounds after the first `done`."""
         for file in [*self.path.glob("base_updates/*.safetensors"), *self.path.glob("clients/*/*.safetensors")]:
             if int(file.stem) >= done:
                 file.unlink()
@@ -289,7 +289,7 @@ class RunFolder:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of the run in this folder, None if it has not begun.
+    """Manifest of the run in this folder, None if it has not begun.
 
     Raises:
         UserError: the file is damaged.
@@ -322,7 +322,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _require(path: Path, digest: str) -> None:
-    """Nothing, if the file has this SHA-256."""
+    """Checks that the file has this SHA-256."""
     if not path.exists():
         raise _missing(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -334,7 +334,7 @@ def _missing(path: Path) -> UserError:
 
 
 def _plain(value: Any) -> Any:
-    """The same without NaN and infinity, which JSON does not have."""
+    """The value with NaN and infinity replaced by None, as JSON does not support them."""
     match value:
         case Mapping():
             return {key: _plain(item) for key, item in value.items()}
@@ -344,5 +344,5 @@ def _plain(value: Any) -> Any:
 
 
 def client_folder(client: str) -> str:
-    """A folder's name for a client's id, whatever characters that has."""
+    """Valid folder name for a client's id, which may have any characters."""
     return quote(client, safe=" ").replace(".", "%2E")

@@ -1,4 +1,4 @@
-"""What a run depends on, kept in its folder, so that it resumes and exports as it began or says what has changed."""
+"""Manifest of a run's dependencies, by which resuming and exporting detect changes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ class _Part(BaseModel):
 
 
 class Examples(_Part):
-    """Examples as they are used: how many, and a SHA-256 of all their columns in their order."""
+    """Examples as used: their number, and a SHA-256 of all their columns in order."""
 
     count: int
     digest: str
 
 
 class Client(_Part):
-    """A client, as `ClientInfo`."""
+    """Serializable `ClientInfo`."""
 
     id: str
     rank: int
@@ -33,9 +33,9 @@ class Client(_Part):
 
 
 class DataFingerprint(_Part):
-    """The examples as a run uses them, without any of their content but the labels' names.
+    """Fingerprint of the examples as a run uses them; of their content, it contains only the labels' names.
 
-    `partition` is a digest of the rows that each client has.
+    `partition` is a digest of the rows of each client.
     """
 
     labels: list[str]
@@ -50,10 +50,10 @@ class DataFingerprint(_Part):
 
 
 class Manifest(_Part):
-    """What a run depends on.
+    """Dependencies of a run.
 
-    `experiment` has every setting, None included. `model` has a digest for each file of a local model, or the commit of one
-    on the hub (see `train.fingerprint`). `modules` are the names of what carries adapters or is trained as a whole;
+    `experiment` has every setting, including those that are None. `model` has a digest of each file of a local model, or
+    the commit of a hub model (see `train.fingerprint`). `modules` names adapted modules and fully trained parameters;
     `environment` is the digest of environment.json.
     """
 
@@ -66,10 +66,10 @@ class Manifest(_Part):
 
     @classmethod
     def find(cls, folder: Path) -> "Manifest | None":
-        """That of the run in this folder; None if it has not begun.
+        """Reads the manifest of the run in this folder; None if the run has not begun.
 
         Raises:
-            UserError: it is damaged, or of another version.
+            UserError: it is damaged, or from another version.
         """
         found = read_manifest(folder)
         try:
@@ -79,10 +79,10 @@ class Manifest(_Part):
             raise UserError(f"{folder / MANIFEST}: written by another version of fedlora: {where}") from error
 
     def settings(self) -> Experiment:
-        """The experiment.
+        """Experiment of the run.
 
         Raises:
-            UserError: this version does not know one of its settings.
+            UserError: one of its settings is unknown in this version.
         """
         try:
             return Experiment.model_validate(self.experiment)
@@ -90,10 +90,10 @@ class Manifest(_Part):
             raise UserError(f"the run's settings are not those of this version: {error}") from None
 
     def require_data(self, now: DataFingerprint) -> None:
-        """Nothing, if this is the data that the run began with.
+        """Checks that the data are those with which the run began.
 
         Raises:
-            UserError: it is not; says what differs.
+            UserError: they differ; names the difference.
         """
         was = self.data
         if change := _of_labels(was.labels, now.labels):
@@ -112,10 +112,10 @@ class Manifest(_Part):
             )
 
     def require_model(self, source: str, now: Mapping[str, str]) -> None:
-        """Nothing, if this is the model that the run began with.
+        """Checks that the model is the one with which the run began.
 
         Raises:
-            UserError: it is not; names the file that differs.
+            UserError: it differs; names the file.
         """
         for name in sorted(self.model.keys() | now.keys()):
             if self.model.get(name) != now.get(name):
@@ -123,10 +123,10 @@ class Manifest(_Part):
                 raise UserError(f"model = {source!r} is not that of the run: its {name} {how}")
 
     def require_modules(self, modules: Sequence[str]) -> None:
-        """Nothing, if these are the modules that carry the run's adapters.
+        """Checks that the adapted modules are those of the run.
 
         Raises:
-            UserError: they are not; names one.
+            UserError: they differ; names one.
         """
         if differing := sorted(set(self.modules) ^ set(modules)):
             how = "is no longer adapted or trained" if differing[0] in self.modules else "was not adapted or trained before"
@@ -137,7 +137,7 @@ class Manifest(_Part):
 
 
 def _of_labels(was: Sequence[str], now: Sequence[str]) -> str:
-    """How the labels differ; empty if they do not."""
+    """Describes how the labels differ; empty if they are equal."""
     gone, come = [name for name in was if name not in now], [name for name in now if name not in was]
     if len(gone) == len(come) == 1:
         return f"label {gone[0]!r} of the run is now {come[0]!r}"

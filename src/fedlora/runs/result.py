@@ -1,4 +1,4 @@
-"""What a finished run returns."""
+"""Result of a finished run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.errors import UserError
 
 _BY_CLIENT = ("rejected", "each")
-"""Entries of a row that have client ids as keys."""
+"""Entries of a row whose keys are client ids."""
 
 _ACCURACIES = {"global.accuracy": "test accuracy", "clients.accuracy.mean": "held-out accuracy"}
 
@@ -19,7 +19,7 @@ class Result:
     """A finished run: its folder, its method's name, the rows of its round log, and its adapters.
 
     `adapters` has the PEFT folder of the global adapter under the empty name, or that of each client under the client's id.
-    `left_out` says why adapters are missing, if any are.
+    `left_out` is the reason for missing adapters, if any.
     """
 
     folder: Path
@@ -29,7 +29,7 @@ class Result:
     left_out: str = ""
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with a row for each round and columns such as `train_loss` or `clients.accuracy.mean`.
+        """Returns a `pandas.DataFrame` with one row per round and columns such as `train_loss` or `clients.accuracy.mean`.
 
         Lists of clients, and mappings of clients to values, are one cell each.
 
@@ -39,7 +39,7 @@ class Result:
         return _package("pandas").DataFrame([dict(_flat(row)) for row in self.rows])
 
     def plot(self) -> Any:
-        """New `matplotlib` axes with the training loss by round, and the accuracies on a second scale.
+        """Returns new `matplotlib` axes with the training loss by round, and the accuracies on a second scale.
 
         Raises:
             UserError: matplotlib or pandas is not installed.
@@ -66,7 +66,7 @@ class Result:
 
 
 def _flat(row: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a row by their dotted names."""
+    """Entries of a row by their dotted names."""
     for key, value in row.items():
         if isinstance(value, Mapping) and key not in _BY_CLIENT:
             yield from _flat(value, f"{at}{key}.")
@@ -75,7 +75,7 @@ def _flat(row: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _package(name: str) -> Any:
-    """An imported module that is needed only here."""
+    """Imports a module that is needed only here."""
     try:
         return import_module(name)
     except ImportError:

@@ -1,4 +1,4 @@
-"""A run, as its folder tells of it: what was run, and with which versions."""
+"""Run directory metadata: the experiment and the versions."""
 
 import hashlib
 import importlib.metadata
@@ -34,15 +34,15 @@ _PACKAGES = (
 
 
 def new_folder(experiment: Experiment) -> Path:
-    """The folder that a run gets when none is named: the time and the method."""
+    """Default folder of a run, named by the time and the method."""
     return Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{experiment.method.name}")
 
 
 def read_folder(path: Path) -> Experiment:
-    """The experiment of an earlier run; experiment.toml may have been edited to more rounds, and to nothing else.
+    """Experiment of an earlier run; the only permitted edit of experiment.toml is a larger number of rounds.
 
     Raises:
-        UserError: the folder holds no run, or experiment.toml is not that of the run.
+        UserError: not a run directory, or experiment.toml differs in any other setting.
     """
     file = path / "experiment.toml"
     if not file.is_file():
@@ -55,10 +55,10 @@ def read_folder(path: Path) -> Experiment:
 
 
 def extend(path: Path, overrides: Iterable[str]) -> None:
-    """Gives an earlier run more rounds: overrides as of `--set`, of which only `rounds=N` may change anything.
+    """Increases the rounds of an earlier run: overrides as for `--set`, of which only `rounds=N` may change a setting.
 
     Raises:
-        UserError: no run there, another process has it, or the overrides change anything else.
+        UserError: not a run directory, locked by another process, or the overrides change another setting.
     """
     folder = RunFolder(path)
     try:
@@ -71,7 +71,7 @@ def extend(path: Path, overrides: Iterable[str]) -> None:
 
 
 def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
-    """Writes down how many rounds a run has now. A crash in between leaves an experiment.toml with more of them."""
+    """Records the new number of rounds of a run. A crash may leave only experiment.toml with the larger number."""
     manifest = Manifest.find(folder.path)
     folder.record("experiment.toml", experiment.to_toml())
     if manifest is not None and manifest.experiment["rounds"] != experiment.rounds:
@@ -80,7 +80,7 @@ def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
 
 
 def settled(experiment: Experiment) -> Experiment:
-    """With what `auto` and relative paths stand for here and now: what is resumed elsewhere must compute the same."""
+    """The experiment with `auto` and relative paths resolved, so that a run resumed elsewhere computes the same."""
     data, train = experiment.data, experiment.train
     if train.precision == "auto":
         train = train.model_copy(update={"precision": "bf16" if fast_in_bf16(train.device) else "fp32"})
@@ -92,7 +92,7 @@ def settled(experiment: Experiment) -> Experiment:
 
 
 def record(folder: RunFolder, experiment: Experiment, **found: Any) -> str:
-    """Writes down what is run, with which versions, and what was found out before: which way the clients train.
+    """Records the experiment, the versions, and the values `found` before, which determine how clients are trained.
 
     Returns a digest of the versions' file.
     """
@@ -103,10 +103,10 @@ def record(folder: RunFolder, experiment: Experiment, **found: Any) -> str:
 
 
 def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> int:
-    """The number of rounds in `given`, which is like `saved` otherwise and has no fewer.
+    """Number of rounds in `given`, which must otherwise equal `saved` and have at least as many rounds.
 
     Raises:
-        UserError: they differ; names the first setting that does.
+        UserError: they differ; names the first differing setting.
     """
     was, now = _flat(saved), _flat(given)
     more = isinstance(now.get("rounds"), int) and now["rounds"] >= was["rounds"]
@@ -120,7 +120,7 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def _flat(table: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """The settings by their dotted names, without those that are None."""
+    """Settings by their dotted names, without those that are None."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
@@ -131,7 +131,7 @@ def _flat(table: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    """Versions of what the numbers depend on."""
+    """Versions on which numerical results depend."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
