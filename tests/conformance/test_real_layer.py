@@ -280,7 +280,7 @@ def test_the_rows_together_ask_for_all_that_can_be_asked(games):
     """So that the laws above are about all of it."""
     played = [games(row, ranks) for row, ranks in [*CASES.values(), *MIXED.values()]]
     fits = [request for game in played for request, _ in game.trainer.fits]
-    for name in ("epochs", "beside", "penalty", "mask", "rates"):
+    for name in ("epochs", "frozen_extra", "penalty", "mask", "rates"):
         assert any(getattr(request, name) is not None for request in fits), name
     assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
     kinds = {type(part) for request in fits for part in request.start.values()}

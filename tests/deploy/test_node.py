@@ -398,7 +398,7 @@ BAD_SCORES = {
     "no metric of the task": ({"metrics": {"x": 1.0}}, "metrics are not accuracy, loss"),
     "one metric too few": ({"metrics": {"loss": 1.0}}, "metrics are not accuracy, loss"),
     "a sum that overflows": ({"metrics": {"loss": 1e308, "accuracy": 1e308}}, "beyond 1e+10"),
-    "more examples than declared": ({"examples": 10**6}, "over 1000000 examples"),
+    "more examples than declared": ({"examples": 10**6}, "covers 1000000 examples"),
     "metrics of no examples": ({"examples": 0}, "metrics are not"),
 }
 
