@@ -307,23 +307,24 @@ def test_a_folder_in_use_is_refused_and_stays_as_it_was(finished, tmp_path):
 
 
 def test_what_a_killed_export_left_does_not_block_the_next_one(finished, tmp_path):
-    out, killed = tmp_path / "a" / "out", export_module.save_file
+    folder, out, killed = finished(), tmp_path / "a" / "out", export_module.save_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process removes nothing
         patch.setattr(export_module, "save_file", failing(killed, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            export(finished(), "adapter", out)
+            export(folder, "adapter", out)
     assert not out.exists() and len([*(tmp_path / "a").iterdir()]) == 1
-    export(finished(), "adapter", out)
+    export(folder, "adapter", out)
     assert (out / "adapter_config.json").exists() and [*(tmp_path / "a").iterdir()] == [out]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_an_export_that_fails_leaves_nothing_and_is_one_line(finished, tmp_path, monkeypatch, error):
+    folder = finished()
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(export_module, "save_file", failing(export_module.save_file, error))
     with pytest.raises(UserError, match=r"out: cannot be written: No space left on device$"):
-        export(finished(), "adapter", tmp_path / "out")
+        export(folder, "adapter", tmp_path / "out")
     assert [*tmp_path.iterdir()] == [tmp_path / "out"] and not any((tmp_path / "out").iterdir())
 
 
