@@ -65,6 +65,6 @@ class FLoRA:
         return Merged({}, base_update, {"aggregation_error": ideal.error(base_update)})
 
     def _fresh(self, name: str, part: LowRank, client: ClientInfo, rnd: Round) -> Tensor:
-        """This round's fresh factors, a [rank, in]; with a shared draw, smaller ranks have the first rows of larger ones."""
+        """This round's fresh factors, a [rank, in]; with a shared draw, smaller ranks use the first rows of larger."""
         rng = rnd.rng(f"flora {name}", client.id if self.draw == "client" else "")
         return fresh_rows((max(self.rank, part.rank), part.a.shape[-1]), rng)[: part.rank]
