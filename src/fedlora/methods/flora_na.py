@@ -19,7 +19,7 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FLoRANA:
-    """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimising |product - sum_k w_k b_k a_k| (Frobenius).
+    """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimizing |product - sum_k w_k b_k a_k| (Frobenius).
 
     Law: the error is at most that of averaged factors (p = q = w), where the search starts, and at least that of the best
     fit of the same rank, which costs the same traffic; but the factors stay near the clients'. Exact for clients that share
