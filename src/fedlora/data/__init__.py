@@ -1,1 +1,1 @@
-"""Examples, and their division among clients."""
+"""Examples, and their partition among clients."""

@@ -1,4 +1,4 @@
-"""The columns of CSV text, as RFC 4180 has it and spreadsheets write it."""
+"""Parser for CSV text according to RFC 4180, as spreadsheets write it."""
 
 import csv
 import io
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 
 def columns(text: str) -> dict[str, list[str] | None]:
-    """The columns under the names in the first line; None under a name that several columns have.
+    """The columns by the names in the first line; None for a name that several columns have.
 
-    Empty lines do not count. Columns without a name, as spreadsheets leave them at the end, may be missing in any row.
+    Empty lines are ignored. Trailing columns without a name, which spreadsheets may write, may be missing in any row.
 
     Raises:
-        ValueError: a row of another width, a quote that is never closed, or text after a closing quote; names the line.
+        ValueError: a row of another width, an unclosed quote, or text after a closing quote; names the line.
     """
     rows = _rows(text)
     names = [name.strip() for name in next(rows, (1, []))[1]]
@@ -29,7 +29,7 @@ def columns(text: str) -> dict[str, list[str] | None]:
 
 
 def _rows(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not empty, and the line on which it begins."""
+    """Yields each nonempty row with the line on which it begins."""
     longest = csv.field_size_limit(len(text) + 1)  # the module's own limit is 128 kB
     try:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)

@@ -1,4 +1,4 @@
-"""The checked columns of a table, by our names."""
+"""Validated columns of a table, under this package's names."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ Columns = dict[str, list[Any]]
 
 
 def examples(table: Table, data: config.Data, owners_needed: bool = True) -> Columns:
-    """The columns text, text_pair, label, user and task, where they are asked for, every value checked.
+    """The configured columns among text, text_pair, label, user and task, with all values validated.
 
-    Labels are still names; numbers are replaced by the names that the table has for them.
+    Labels remain names; numbers are replaced by the table's names for them.
 
     Raises:
-        UserError: a column is missing, or a value cannot be used; names the table, the column and the row, not the value.
+        UserError: a column is missing, or a value is invalid; names the table, the column and the row, not the value.
     """
     if not table.names:
         raise UserError(f"{table.origin} has no examples")
@@ -42,17 +42,17 @@ def examples(table: Table, data: config.Data, owners_needed: bool = True) -> Col
 
 
 def where(table: Table, data: config.Data) -> str:
-    """The place of a table's labels, for a message."""
+    """The location of a table's labels, for a message."""
     return _place(table, data.label, "label")
 
 
 def row_of(error: LabelError, labels: Sequence[str], place: str) -> UserError:
-    """The error of a label as that of the first row that has it."""
+    """An error about a label, reported for the first row that has it."""
     return UserError(f"{place}: row {labels.index(error.label) + 1} has a label that {error}")
 
 
 def _by_table(labels: list[str], names: Sequence[str], place: str) -> list[str]:
-    """The labels, numbers replaced by the names that the table has for them."""
+    """The labels, with numbers replaced by the table's names for them."""
     try:
         ids = label_ids([label for label in labels if number(label) is not None], names)
     except LabelError as error:

@@ -1,4 +1,4 @@
-"""Tables in local files: JSON, CSV and Parquet, read without guessing at types."""
+"""Tables in local files: JSON, CSV and Parquet, read without type inference."""
 
 import codecs
 import gzip
@@ -16,17 +16,17 @@ ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parq
 
 
 def looks_local(name: str) -> bool:
-    """Whether a data source can only be meant as a file, or is one."""
+    """Whether a data source is a file, or is written like the path of one."""
     return name.startswith((".", "/", "~")) or name.lower().endswith(ENDINGS) or Path(name).is_file()
 
 
 def columns(path: Path, key: str) -> dict[str, Any]:
-    """The columns of a file as lists of one length, by their names; None under a name that several columns have.
+    """The columns of a file as lists of equal length, by name; None for a name that several columns have.
 
-    Values are as the file has them: from CSV, which has no types, they are text; None where a JSON object lacks a key.
+    Values keep the types of the file: CSV, which has no types, gives text; a key missing in a JSON object gives None.
 
     Raises:
-        UserError: no such file, an unknown ending, or not readable; names the file, the line and `key`, which it came from.
+        UserError: no such file, an unknown extension, or not readable; names the file, the line and the setting `key`.
     """
     if not path.is_file():
         what = "is a folder; name a file in it" if path.is_dir() else "no such file"
@@ -49,7 +49,7 @@ def columns(path: Path, key: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> dict[str, Any]:
-    # not read_table: it takes a folder named `key=value` for a column, and rejects columns of one name
+    # not read_table: it interprets a folder named `key=value` as a column, and rejects duplicate column names
     with parquet.ParquetFile(path) as file:
         table = file.read()
     names = table.column_names
@@ -63,7 +63,7 @@ def _text(path: Path, ending: str) -> str:
         content = gzip.decompress(content)
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
-        text, wrong = content.decode(), content.find(b"\0")  # UTF-16 without its mark is valid, and full of zeros
+        text, wrong = content.decode(), content.find(b"\0")  # UTF-16 without BOM decodes, with zero bytes
     except UnicodeDecodeError as error:
         text, wrong = "", error.start
     if wrong >= 0:

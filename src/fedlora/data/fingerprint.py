@@ -1,4 +1,4 @@
-"""A digest of examples, to tell whether they are the same."""
+"""Digest of examples, for comparing data sets."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ _AT_ONCE = 4096
 
 
 def fingerprint(examples: Dataset) -> str:
-    """The SHA-256 of all columns' names and values, in the order of the rows; some seconds for a million rows."""
+    """The SHA-256 of all columns' names and values, in row order; takes some seconds for a million rows."""
     digest = hashlib.sha256()
     for start in range(0, len(examples), _AT_ONCE):
         digest.update(json.dumps(examples[start : start + _AT_ONCE], sort_keys=True).encode())

@@ -1,16 +1,16 @@
-"""The columns of JSON text: one object a line, an array of objects, or an object of columns."""
+"""Parser for JSON text: one object per line, an array of objects, or an object of columns."""
 
 import json
 from typing import Any
 
 
 def columns(text: str) -> dict[str, list[Any]]:
-    """The columns, all of one length; None where an object lacks a key. Empty lines do not count.
+    """The columns, all of equal length; None for a key missing in an object. Empty lines are ignored.
 
-    An object is one of columns if all its values are arrays, or all are objects of the rows' names, as pandas writes.
+    An object is read as columns if all its values are arrays, or all are objects keyed by row name, as pandas writes.
 
     Raises:
-        ValueError: not JSON, or of another form; names the line.
+        ValueError: not JSON, or an unsupported structure; names the line.
     """
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if len(lines) > 1 and _is_json(lines[0][1]):
@@ -49,7 +49,7 @@ def _is_json(line: str) -> bool:
 
 
 def _parsed(text: str, line: int = 1) -> Any:
-    """The value of a text that begins on this line."""
+    """Parses a text that begins on the given line."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:

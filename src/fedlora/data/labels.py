@@ -1,15 +1,15 @@
-"""Which labels a run has, and which of them an example's is: one rule for all files of a run (docs/data.md)."""
+"""The labels of a run, and the index of each example's label: one rule for all files of a run (docs/data.md)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 
 from fedlora.data.names import is_code, name, number, whole
 
-_MANY = 100  # labels; so many may be rare ones
+_MANY = 100  # labels: up to this number is always plausible
 
 
 class LabelError(ValueError):
-    """A label that cannot be used. The message continues "a label that ..."; `label` itself is data and not in it."""
+    """An invalid label. The message continues "a label that ..."; it omits `label` itself, which is data."""
 
     def __init__(self, label: str, reason: str) -> None:
         super().__init__(reason)
@@ -17,10 +17,10 @@ class LabelError(ValueError):
 
 
 def given_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """Names that were given for the labels, without blanks around them.
+    """The configured label names, stripped of surrounding blanks.
 
     Raises:
-        ValueError: one is empty or cannot be encoded, or two are the same.
+        ValueError: a name is empty or cannot be encoded, or two are equal.
     """
     keys = [name(each) for each in names]
     if not all(keys):
@@ -31,11 +31,11 @@ def given_labels(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def found_labels(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
-    """The labels of examples for which no names were given, in order: numbers by size, else text by code point.
+    """The labels that occur, if no names are configured, sorted: numbers by size, else text by code point.
 
     Raises:
-        LabelError: it is not clear what a label means.
-        ValueError: the training set has one label, or nearly as many as examples.
+        LabelError: a label is ambiguous.
+        ValueError: the training set has one label, or nearly as many labels as examples.
     """
     trained = set(train)
     labels = trained | set(test)
@@ -69,8 +69,8 @@ def found_labels(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
 def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
     """The index of each of these labels among the names.
 
-    A label is the name that it equals. A number is the name that is this number; only where no name is a number, it is
-    itself the index, counted from 0.
+    A label stands for the name that it equals. A number stands for the name that is this number; only if no name is a
+    number, the number is itself the index, counted from 0.
 
     Raises:
         LabelError: a label is not among the names.
@@ -91,7 +91,7 @@ def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
 
 
 def _written_twice(labels: Collection[str]) -> str | None:
-    """A label that is the same number as another one."""
+    """A label that is the same number as another label, written differently; None if there is none."""
     seen = set()
     for label in sorted(labels):
         value = number(label)

@@ -1,4 +1,4 @@
-"""Tables that a Python program passes: lists of mappings, data sets, data frames, and splits of these."""
+"""Tables passed from Python: lists of mappings, data sets, data frames, and splits of these."""
 
 import sys
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def find(rows: Any, test: str | None, label: str) -> tuple[Table, Table | None]:
     """The training table, and the test table if the rows have splits or `test` names a file; see `tables.find`.
 
     Raises:
-        UserError: the rows are of another type, or there is no such split or file.
+        UserError: the rows have an unsupported type, or the split or file does not exist.
     """
     if isinstance(rows, Mapping):  # datasets.DatasetDict is one
         return of_splits(rows, lambda split: _table(rows[split], f"data[{split!r}]", label), test, "data")
@@ -42,7 +42,7 @@ def _table(rows: Any, origin: str, label: str) -> Table:
 
 
 def _of_frame(frame: Any, origin: str) -> Table:
-    """The columns of a data frame, its index left out; missing values are None."""
+    """The columns of a data frame, without its index; missing values are None."""
     names = [str(name) for name in frame.columns]
 
     def column(name: str) -> list[Any] | None:
@@ -55,5 +55,5 @@ def _of_frame(frame: Any, origin: str) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's own type."""
+    """Converts a NumPy scalar to the Python type."""
     return value.item() if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""How labels, owners and tasks are read: the same name from every format (docs/data.md)."""
+"""Reads names of labels, owners and tasks, the same from every format (docs/data.md)."""
 
 import math
 import re
@@ -10,12 +10,12 @@ _LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
 
 
 def name(value: object) -> str:
-    """The name in a cell, without blanks around it; empty where it is missing (null, NaN, or blank).
+    """The name in a cell, stripped of surrounding blanks; empty if it is missing (null, NaN, or blank).
 
-    Booleans are the names `true` and `false`, also where they are text in any capitalization.
+    Booleans are the names `true` and `false`, also as text in any capitalization.
 
     Raises:
-        ValueError: neither text nor a number nor a boolean; the message has the type, not the value.
+        ValueError: the cell is not text, a number or a boolean; the message has the type, not the value.
     """
     if value is None:
         return ""
@@ -32,10 +32,10 @@ def name(value: object) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text itself.
+    """Returns the text unchanged.
 
     Raises:
-        ValueError: it was cut within a character, so that it has half of a surrogate pair and no encoding.
+        ValueError: the text has half of a surrogate pair (it was cut within a character) and cannot be encoded.
     """
     try:
         text.encode()
@@ -45,13 +45,13 @@ def encodable(text: str) -> str:
 
 
 def unified(names: Sequence[str]) -> list[str]:
-    """The names of a column; where all of them are whole numbers, in their usual form: 1.0 and +1 are 1."""
+    """The names of a column; if all are whole numbers, in canonical form: 1.0 and +1 become 1."""
     usual = {each: whole(each) for each in set(names)}
     return [usual[each] or each for each in names] if None not in usual.values() else list(names)
 
 
 def number(name: str) -> Decimal | None:
-    """The value of a name that is a number, however it is written."""
+    """The value of a name that is a number in any notation; None for other names."""
     return Decimal(name) if _NUMBER.fullmatch(name) else None
 
 
@@ -61,7 +61,7 @@ def is_code(name: str) -> bool:
 
 
 def whole(name: str) -> str | None:
-    """The usual form of a name that is a whole number; None for all else, and for codes such as 007."""
+    """The canonical form of a name that is a whole number; None for other names, and for codes such as 007."""
     value = number(name)
     if value is None or is_code(name) or value != value.to_integral_value():
         return None

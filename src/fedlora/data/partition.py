@@ -1,4 +1,4 @@
-"""The division of the training set among the clients."""
+"""Partition of the training set among the clients."""
 
 import warnings
 from collections import defaultdict
@@ -16,7 +16,7 @@ from fedlora.randomness import derive, generator
 
 @dataclass(frozen=True)
 class ClientSplit:
-    """One client's rows of the training set, in ascending order: those it trains on, and those it is evaluated on."""
+    """One client's rows of the training set, in ascending order: its training rows and its held-out rows."""
 
     client: str
     train: tuple[int, ...]
@@ -26,11 +26,11 @@ class ClientSplit:
 
 @dataclass(frozen=True)
 class Partition:
-    """The clients' shares, ordered by client id, and what belongs to no client.
+    """The clients' splits, ordered by client id, and the rows and users assigned to no client.
 
-    Rows are left out by `shards` (the remainder), `pathological` (labels that nobody has) and `natural` (users with fewer
-    than `min_size` examples, or beyond the `count` largest), and with tasks those of which a client has fewer than
-    `min_size`; clients only by `natural`.
+    Rows are omitted by `shards` (the remainder), `pathological` (labels that no client has) and `natural` (users with fewer
+    than `min_size` examples, or beyond the `count` largest), and, with tasks, rows of tasks of which a client has fewer
+    than `min_size`; users only by `natural`.
     """
 
     shares: tuple[ClientSplit, ...]
@@ -39,15 +39,15 @@ class Partition:
 
 
 def divide(train: Dataset, clients: Clients, seed: int) -> Partition:
-    """Which client has which rows of `train`; no row has two clients, and every client has at least `min_size` rows.
+    """The partition of `train`: no row belongs to two clients, and every client has at least `min_size` rows.
 
-    A client's held-out rows are drawn at random for its id, at least one where it has two or more, never all. Numbered
-    clients are "000", "001", ...; those of the natural partition have their user's name. Costs some two milliseconds a
-    client, iid and natural less. Where the examples have tasks, a client's rows of each task are a share of their own,
-    under the name "CLIENT/TASK".
+    A client's held-out rows are drawn at random for its id: at least one if it has two or more rows, never all. Numbered
+    clients are "000", "001", ...; clients of the natural partition have their user's name. Takes some two milliseconds per
+    client, less for iid and natural. If the examples have tasks, a client's rows of each task form a separate split named
+    "CLIENT/TASK".
 
     Raises:
-        UserError: the examples or the labels do not suffice for such a division.
+        UserError: there are too few examples or labels for this partition.
     """
     rows_of = _users(train, clients) if clients.partition == "natural" else _numbered(train, clients, seed)
     users = len(train.unique("user")) if clients.partition == "natural" else len(rows_of)
@@ -60,7 +60,7 @@ def divide(train: Dataset, clients: Clients, seed: int) -> Partition:
 
 
 def label_table(train: Dataset, partition: Partition, labels: int) -> Int[np.ndarray, "clients labels"]:
-    """How many examples each client has of each label, the held-out ones included."""
+    """The number of examples of each label for each client, held-out ones included."""
     label_of = np.asarray(train["label"][:])
     return np.stack(
         [np.bincount(label_of[[*share.train, *share.held_out]], minlength=labels) for share in partition.shares]
@@ -68,7 +68,7 @@ def label_table(train: Dataset, partition: Partition, labels: int) -> Int[np.nda
 
 
 def share(client: str, rows: list[int], held_out: float, seed: int, task: str = "") -> ClientSplit:
-    """These rows as one client's, its held-out ones drawn at random for its id."""
+    """The split of one client's rows; held-out rows are drawn at random for its id."""
     count = min(max(round(held_out * len(rows)), 1), len(rows) - 1) if held_out else 0
     order = torch.randperm(len(rows), generator=generator(seed, "held out", client)).tolist()
     rows = sorted(rows)
@@ -81,7 +81,7 @@ def share(client: str, rows: list[int], held_out: float, seed: int, task: str = 
 
 
 def _by_task(tasks: list[str], rows_of: dict[str, list[int]], min_size: int) -> dict[tuple[str, str], list[int]]:
-    """Each owner's rows of each task, under (OWNER/TASK, task); of tasks of which it has enough."""
+    """Each owner's rows of each task, as {(OWNER/TASK, task): rows}, if there are at least `min_size`."""
     found: dict[tuple[str, str], list[int]] = defaultdict(list)
     for owner, rows in rows_of.items():
         for row in rows:
@@ -95,7 +95,7 @@ def _by_task(tasks: list[str], rows_of: dict[str, list[int]], min_size: int) -> 
 
 
 def _users(train: Dataset, clients: Clients) -> dict[str, list[int]]:
-    """The rows of each user who has at least `min_size`; of the `count` largest, where that is set."""
+    """The rows of each user with at least `min_size` rows; only the `count` largest users if that is set."""
     if "user" not in train.column_names:
         raise UserError("clients.partition = 'natural' needs data.user, the column that names the owner of an example")
     rows_of: dict[str, list[int]] = defaultdict(list)
@@ -121,7 +121,7 @@ def _numbered(train: Dataset, clients: Clients, seed: int) -> dict[str, list[int
     _check_enough(train, clients, count)
     order = torch.randperm(len(train), generator=generator(seed, "row order")).numpy()
     if clients.partition == "iid":
-        parts = np.array_split(order, count)  # as flwr_datasets' IidPartitioner, which takes 20 s for 10,000 clients
+        parts = np.array_split(order, count)  # equals flwr_datasets' IidPartitioner, which takes 20 s for 10,000 clients
     else:
         shuffled = Dataset.from_dict({"row": order, "label": np.asarray(train["label"][:])[order]}).with_format("numpy")
         parts = _parts(shuffled, clients, count, derive(seed, "partition"))
@@ -152,8 +152,8 @@ def _check_enough(train: Dataset, clients: Clients, count: int) -> None:
 
 
 def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[np.ndarray]:
-    """The values of `row` in each partition that flwr_datasets makes of a data set with row and label."""
-    # here, because it imports matplotlib and seaborn: a second of every process
+    """The values of `row` in each partition that flwr_datasets makes of a data set with columns row and label."""
+    # imported here because it imports matplotlib and seaborn, which takes a second
     from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
     partitioner: Partitioner
@@ -164,7 +164,7 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
                 f"lower clients.count or clients.min_size = {clients.min_size}, or change clients.alpha = {clients.alpha}"
             )
         case "pathological":
-            # every label has a client as soon as there are as many clients as labels
+            # every label is assigned to a client if there are at least as many clients as labels
             partitioner = PathologicalPartitioner(count, "label", clients.classes, "first-deterministic", seed=seed)
             advice = f"a label has fewer examples than takers; lower clients.classes = {clients.classes} or clients.count"
         case _:
@@ -173,7 +173,7 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
     partitioner.dataset = shuffled
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one for each failed draw, and those of the library's own dependencies
+            warnings.simplefilter("ignore")  # one per failed draw, and those of the library's dependencies
             return [partitioner.load_partition(i)["row"][:] for i in range(count)]
     except ValueError as error:
         raise UserError(

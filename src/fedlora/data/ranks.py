@@ -1,11 +1,11 @@
-"""Which client has which rank."""
+"""Assignment of ranks to clients."""
 
 import torch
 
 from fedlora.config import RankNames
 from fedlora.randomness import generator
 
-# Percent of the clients with an eighth, a quarter, a half and the whole of the largest rank.
+# Percentages of clients with an eighth, a quarter, a half and the whole of the largest rank.
 _PERCENT: dict[str, tuple[int, int, int, int]] = {
     "uniform": (25, 25, 25, 25),
     "heavy-tail-light": (85, 5, 5, 5),
@@ -19,11 +19,11 @@ def client_ranks(choice: list[int] | RankNames | None, count: int, largest: int,
 
     A distribution has four kinds of clients, with an eighth, a quarter, a half and the whole of `largest`, rounded up.
     uniform: a quarter of the clients each; heavy-tail-light: 85 % have the smallest rank; heavy-tail-strong: 85 % have the
-    largest; normal: a bell over the four. The numbers of clients are these shares up to rounding, not drawn.
+    largest; normal: a bell curve over the four. Client counts are these shares up to rounding; they are not drawn.
 
-    Source: Bai et al. 2024, arXiv:2402.11505, figure 3 (FlexLoRA). The 85 % are its readme's (its code draws 80/10/5/5);
-    the bell is a normal density of deviation 0.7 kinds about the middle. Its kinds are ranks 8, 30, 30 with 200 by module,
-    and 200; halving instead keeps four ranks apart wherever `largest` is 8 or more.
+    Source: Bai et al. 2024, arXiv:2402.11505, figure 3 (FlexLoRA). The 85 % are from its readme (its code draws
+    80/10/5/5); the bell curve is a normal density of deviation 0.7 kinds about the middle. Its kinds are ranks 8, 30, 30
+    with 200 by module, and 200; halving instead gives four different ranks if `largest` is 8 or more.
 
     >>> sorted(client_ranks("uniform", count=4, largest=16, seed=0))
     [2, 4, 8, 16]
@@ -37,7 +37,7 @@ def client_ranks(choice: list[int] | RankNames | None, count: int, largest: int,
 
 
 def _ordered(percent: tuple[int, ...], count: int, largest: int) -> list[int]:
-    """Ascending: client i of `count` has the rank at the quantile (i + 1/2) / count of the distribution."""
+    """Ranks in ascending order: client i of `count` has the rank at the quantile (i + 1/2) / count."""
     ranks = [-(-largest // 8), -(-largest // 4), -(-largest // 2), largest]
     by_percent = [rank for rank, share in zip(ranks, percent, strict=True) for _ in range(share)]
     return [by_percent[(2 * i + 1) * 100 // (2 * count)] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The examples of a run: a training and a test set with integer labels, from wherever the configuration says."""
+"""Loads the examples of a run, a training and a test set with integer labels, from the configured source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from fedlora.randomness import generator
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Training and test examples with the columns text, text_pair, label and user; text_pair and user where asked for.
+    """Training and test examples with the columns text, label, and, if configured, text_pair and user.
 
-    Labels are indices into `labels`. `user` is text; the test set has it only where its source does.
+    Labels are indices into `labels`. `user` is text; the test set has it only if its source does.
     """
 
     train: datasets.Dataset
@@ -29,15 +29,15 @@ class LabelledData:
 
 
 def load(data: config.Data, seed: int, in_memory: Any = None) -> LabelledData:
-    """The examples that `data` describes; the same ones for the same seed.
+    """The examples that `data` describes; deterministic for a given seed.
 
-    Rows in memory take the place of `data.source`. The labels are those in `data.labels`, else those that the hub or a
-    `labels.json` names, else those that occur. Training and test set are checked whole, before `rows` and `test_rows` are
+    Rows in memory replace `data.source`. The labels are those in `data.labels`, else those named by the hub or a
+    `labels.json`, else those that occur. Training and test set are validated completely, before `rows` and `test_rows` are
     drawn.
 
     Raises:
-        UserError: nothing there, not readable, an example without text or label, or a label that is not clear; names the
-            file, the key and the row.
+        UserError: missing or unreadable data, an example without text or label, or an ambiguous label; names the file, the
+            key and the row.
     """
     if in_memory is None and data.source == memory.MEMORY:
         raise UserError(
@@ -69,10 +69,10 @@ def load(data: config.Data, seed: int, in_memory: Any = None) -> LabelledData:
 
 
 def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> datasets.Dataset:
-    """All examples of one client's own file, with the columns of `load`; its labels are among those of the run.
+    """All examples of one client's own file, with the columns of `load` and the labels of the run.
 
     Raises:
-        UserError: not readable, an example without text or label, or a label that the run does not have.
+        UserError: not readable, an example without text or label, or a label that is not a label of the run.
     """
     table, _ = find(file, None, data.label)
     columns = examples(table, data.model_copy(update={"user": None, "task": None}))

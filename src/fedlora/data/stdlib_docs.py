@@ -1,4 +1,4 @@
-"""A data set that every Python brings along: the sentences that document its standard library."""
+"""A data set included in every Python installation: the documentation strings of its standard library."""
 
 import ast
 import os
@@ -11,8 +11,8 @@ _SHORTEST, _LONGEST = 41, 300  # characters
 
 _SKIPPED = frozenset({"__pycache__", "dist-packages", "site-packages", "test", "tests"})
 
-# The contents of the Python library reference, small neighbouring chapters merged; modules removed since Python 3.11 and
-# the pure Python twins (_pydecimal) stand where they belong by subject.
+# The chapters of the Python library reference, with small neighboring chapters merged; modules removed since Python 3.11
+# and the pure Python twins (_pydecimal) are placed by subject.
 _CHAPTERS = {
     "text and binary data": "codecs difflib encodings re rlcompleter sre_compile sre_constants sre_parse string stringprep "
     "struct textwrap",
@@ -45,8 +45,8 @@ _CHAPTER_OF = {module: chapter for chapter, modules in _CHAPTERS.items() for mod
 def examples() -> list[dict[str, str]]:
     """The documentation strings of this Python's standard library: text, label (chapter) and user (module).
 
-    A text is the first paragraph of a module's, class's or function's doc string, if it has 41 to 300 characters; each
-    text comes once. The sources are read and never run, so the result depends on nothing but the version of Python.
+    A text is the first paragraph of a module's, class's or function's docstring, if it has 41 to 300 characters;
+    duplicates are removed. The sources are parsed, never run, so the result depends only on the version of Python.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, dict[str, str]] = {}
@@ -75,7 +75,7 @@ def _module(path: Path) -> str:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """The first paragraph of each doc string in a source file, in the order of the file; nothing if it does not parse."""
+    """Yields the first paragraph of each docstring in a source file, in file order; nothing if the file does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escape sequences in old modules

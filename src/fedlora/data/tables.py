@@ -1,4 +1,4 @@
-"""Tables as their owners keep them: the standard library's sentences, local files, data sets on the hub."""
+"""Raw tables: the standard library's documentation strings, local files, and data sets on the hub."""
 
 import inspect
 import json
@@ -25,10 +25,10 @@ _SHOWN = 10  # columns in a message
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns, nothing checked.
+    """Named columns, not validated.
 
-    `origin` is the key and value that led here, `labels` the names of its labels' numbers if known. `column` gives None for
-    a name that several columns have.
+    `origin` is the setting and value that the table came from, `labels` the label names, by number, if known. `column`
+    returns None for a name that several columns have.
     """
 
     origin: str
@@ -40,7 +40,7 @@ class Table:
 def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
     """The training table, and the test table if the source has one or `test` names one.
 
-    `label` is the column whose names the hub may know.
+    `label` is the column for which the hub may have class names.
 
     Raises:
         UserError: no such file, data set or split, or not readable.
@@ -51,7 +51,7 @@ def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None
 
 
 def choices(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the likeliest one, and those there are, which may be anything."""
+    """The end of a message about an unknown word: the closest valid word, and the valid words, which are untrusted text."""
     names = list(allowed)
     near = closest(word, names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -92,7 +92,7 @@ def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None
     try:
         with _no_progress_bars():
             splits = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # whatever the hub's client, the network or the data set's files raise
+    except Exception as error:  # any error of the hub's client, the network or the data set's files
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise UserError(
             f"data.source = {source!r}: not loaded from the hub: {reason}; for a local file give its path, offline set "
@@ -108,7 +108,7 @@ def of_splits(
     """The split `train`, and the test table: the split or file that `test` names, else the split `test` or `validation`.
 
     Raises:
-        UserError: there is no such split or file.
+        UserError: the split or file does not exist.
     """
 
     def named(split: str, key: str = "") -> Table:
@@ -127,7 +127,7 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
     """The table, which has no splits, and the test table in the file that `test` names.
 
     Raises:
-        UserError: `test` is not a file, or not readable.
+        UserError: `test` does not name a file, or the file is not readable.
     """
     if test is None:
         return train, None
@@ -137,15 +137,15 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
 
 
 def of_dataset(dataset: datasets.Dataset, label: str, origin: str) -> Table:
-    """A data set's columns; the class names of the column `label`, if it has any, are the labels' names.
+    """A data set's columns; the class names of the column `label`, if any, are the label names.
 
     Raises:
-        UserError: two of these names are the same, or one is empty.
+        UserError: two of these names are equal, or one is empty.
     """
     names = getattr(dataset.features.get(label), "names", None)
     if names is None:
         return Table(origin, dataset.column_names, lambda name: dataset[name][:])
-    # a ClassLabel is an index of its names, also where these are numbers; -1 stands for none
+    # a ClassLabel is an index into its names, even if these are numbers; -1 means no label
     name_of = dict(enumerate(names))
     try:
         labels = given_labels(names)

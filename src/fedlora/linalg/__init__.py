@@ -1,1 +1,1 @@
-"""Tensors only: factored matrices and what can be computed with them. Imports nothing else of the package."""
+"""Linear algebra on factored matrices. Operates on tensors only, and imports no other part of the package."""

@@ -1,13 +1,13 @@
-"""Two lists of coefficients, so that (sum_i p_i b_i)(sum_i q_i a_i) comes near a weighted mean of the products b_i a_i.
+"""Coefficients p, q for which (sum_i p_i b_i)(sum_i q_i a_i) approximates a weighted mean of the products b_i a_i.
 
-All is computed with deviations d_i and e_i from the mean factors b and a: the mean product is exactly
-b a + sum_i s_i d_i e_i, so that nothing of the size of b a, next to which the rest may be tiny, is ever subtracted. So the
-precision of the terms is enough for all that is large; what has the size of a single factor or of the coefficients is fp64.
+All computations use deviations d_i and e_i from the mean factors b and a: the mean product is exactly
+b a + sum_i s_i d_i e_i, so that no quantities of the size of b a, which may be far larger than the rest, are subtracted.
+Large arrays therefore keep the precision of the terms; arrays of the size of one factor or of the coefficients are fp64.
 
-The objective is quadratic in p for fixed q and the other way round. For a given p, all that the least-squares problem for q
-needs is the combined b: its product with itself, and with the target, which stays in factors. Beside this a step takes
-in * rank multiplications for each pair of terms. The Gram blocks b_u^T b_v of all pairs, after which no step depends on the
-width, would take as much as `rank` steps, more than are mostly needed, and for many terms more memory than the terms.
+The objective is quadratic in p for fixed q and vice versa. For a given p, the least-squares problem for q needs only the
+combined b: its product with itself, and with the target, which stays factored. In addition a step takes in * rank
+multiplications for each pair of terms. Precomputing the Gram blocks b_u^T b_v of all pairs would make steps independent of
+the width, but costs as much as `rank` steps, more than are usually needed, and for many terms more memory than the terms.
 Source: Nguyen et al. 2025, arXiv:2509.26399.
 """
 
@@ -23,13 +23,13 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.weighted_terms import WORKING, Terms, shared_rank
 
 _FACTORS = 1 << 21  # numbers stacked at once; larger batches gain nothing on a CPU
-_NOISE = 100  # times the precision of the deviations: what of their inner products is rounding
-_SINGULAR = 1e-12  # relative: directions of the coefficients that do not matter to the objective, kept as they are
+_NOISE = 100  # times the precision of the deviations: bound on the rounding of their inner products
+_SINGULAR = 1e-12  # relative: directions of the coefficients that do not affect the objective; they are left unchanged
 
 
 @dataclass(frozen=True)
 class Side:
-    """The b^T or the a of all terms: their mean, an origin less that mean, and each term less it.
+    """The b^T or the a of all terms: their mean, an origin minus that mean, and each term minus the mean.
 
     With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i apart_i, which is
     sum_i c_i term_i if the origin is zero, and otherwise the origin plus sum_i c_i (term_i - origin).
@@ -41,20 +41,20 @@ class Side:
     apart: Float[Tensor, "*batch m rank n"]
 
     def moved(self, coefficients: Tensor) -> Float[Tensor, "*batch rank n"]:
-        """The combination less the mean, in fp64, for coefficients [*batch, m], or [m] for the whole batch."""
+        """The combination minus the mean, in fp64, for coefficients [*batch, m], or [m] for the whole batch."""
         flat = self.apart.flatten(-2)
         terms = torch.matmul(coefficients[..., None, :].to(flat.dtype), flat).reshape(self.mean.shape)
         return (1 - coefficients.sum(-1))[..., None, None] * self.origin + terms
 
     def slopes(self, x: Float[Tensor, "*batch rank n"]) -> Float[Tensor, "*batch m"]:
-        """The inner products of x with how the combination changes with each coefficient."""
+        """Inner products of x with the derivative of the combination by each coefficient."""
         own = torch.matmul(self.apart.flatten(-2), x.to(self.apart.dtype).flatten(-2)[..., None])[..., 0]
         return own.to(WORKING) - (x * self.origin).sum((-2, -1))[..., None]
 
     def curvature(
         self, gram: Float[Tensor, "*batch rank rank"]
     ) -> tuple[Float[Tensor, "*batch m m"], Float[Tensor, "*batch m"]]:
-        """<gram x_i, x_j> for these changes x_i, and how much of each <gram x_i, x_i> may be rounding."""
+        """<gram x_i, x_j> for these derivatives x_i, and a bound on the rounding of each <gram x_i, x_i>."""
         flat = self.apart.flatten(-2)
         own = ((gram.to(flat.dtype)[..., None, :, :] @ self.apart).flatten(-2) @ flat.mT).to(WORKING)
         towards = gram @ self.origin
@@ -66,9 +66,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix to imitate: the mean of b_i a_i with these shares, which add up to 1. `left` has the b^T, `right` the a.
+    """One target matrix: the mean of b_i a_i with these shares, which sum to 1. `left` has the b^T, `right` the a.
 
-    `scalable` says that c times the one side's coefficients and 1/c times the other's give the same product.
+    `scalable`: multiplying one side's coefficients by c and the other's by 1/c leaves the product unchanged.
     """
 
     left: Side
@@ -77,7 +77,7 @@ class Layer:
     scalable: bool
 
     def spread(self) -> LowRank:
-        """The target less the product of the mean factors."""
+        """The target minus the product of the mean factors."""
         b = self.left.apart * self.shares[:, None, None].to(self.left.apart.dtype)
         return LowRank(b=b.flatten(-3, -2).mT, a=self.right.apart.flatten(-3, -2))
 
@@ -87,7 +87,7 @@ class Layer:
         return norm(LowRank(b=torch.cat([means.b, rest.b], -1), a=torch.cat([means.a, rest.a], -2))).square()
 
     def through(self, b: Float[Tensor, "*batch k out"]) -> Float[Tensor, "*batch k in"]:
-        """b times the spread, in fp64."""
+        """b times `spread`, in fp64."""
         left, right = self.left.apart, self.right.apart
         each = b.to(left.dtype) @ left.flatten(-3, -2).mT  # [*batch, k, m * rank]
         shares = self.shares.repeat_interleave(left.shape[-2]).to(left.dtype)
@@ -103,12 +103,12 @@ class Coefficients:
 
 
 def at_once(terms: int, rank: int, width: int) -> int:
-    """For how many matrices to make one layer, each of so many terms of that rank; `width` is out + in."""
+    """The number of matrices to batch into one layer, each of `terms` terms of that rank; `width` is out + in."""
     return max(1, _FACTORS // (terms * rank * width))
 
 
 def linear(terms: Terms) -> Layer:
-    """For coefficients of the factors themselves.
+    """A layer whose coefficients weigh the factors themselves.
 
     Raises:
         ValueError: the ranks differ.
@@ -119,7 +119,7 @@ def linear(terms: Terms) -> Layer:
 
 
 def affine(terms: Terms, origin: LowRank) -> Layer:
-    """For coefficients of the factors' deviations from `origin`, to which they are added.
+    """A layer whose coefficients weigh the factors' deviations from `origin`; the result is added to `origin`.
 
     Raises:
         ValueError: the ranks differ.
@@ -132,14 +132,14 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
 
 
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
-    """From the mean factors, exact least squares for q, then for p, until for every element of the batch a step would add
-    less than a thousandth to what all before have gained, or `sweeps` are done.
+    """Alternating exact least squares for q and p, starting from the mean factors.
 
-    What it would gain is told by the objective's slope, and by its curvature at the step before. A gain below 1e-14 of the
-    squared norm of the mean factors' product ends it too, as it may be rounding.
-    One pair of coefficients for all `layers` together; each element of the batch has its own, unless `shared`. The
-    objective never increases. Where the coefficients are not unique, they stay as near the start as each step allows. Waits
-    for the device a few times a sweep.
+    Stops after `sweeps`, or when for every element of the batch the next step would add less than a thousandth to the gain
+    of all previous steps, as predicted from the objective's slope and its curvature at the previous step. A gain below
+    1e-14 of the squared norm of the mean factors' product, which may be rounding, also stops it.
+    All `layers` share one pair of coefficients; each element of the batch has its own, unless `shared`. The objective never
+    increases. If the coefficients are not unique, they stay as near the start as each step allows. Synchronizes with the
+    device a few times per sweep.
     """
     p = q = _start(layers, shared)
     mirrored = [replace(layer, left=layer.right, right=layer.left) for layer in layers]
@@ -162,14 +162,14 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
         b = [layer.left.moved(p) for layer in layers]
     if not layers[0].scalable:
         return Coefficients(p=p, q=q)
-    # the factors' norms keep the ratio that they have in the mean
+    # the factors' norms keep the ratio of the mean factors' norms
     change = before[0] * _lengths(layers, a, shared) / (before[1] * _lengths(mirrored, b, shared))
     c = change.where(change.isfinite() & (change > 0), 1).sqrt()[..., None]
     return Coefficients(p=p * c, q=q / c)
 
 
 def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rate: float = 1e-2) -> Coefficients:
-    """The published solver: AdamW on multiples of the weights that start at 1, cosine rate down to 1e-4, best iterate."""
+    """The published solver: AdamW on multiples of the weights, from 1, cosine schedule down to 1e-4; the best iterate."""
     start = _start(layers, shared)
     moving = [torch.ones_like(start).requires_grad_() for _ in "pq"]
     optimiser = torch.optim.AdamW(moving, lr=rate)
@@ -203,7 +203,7 @@ def combined(layer: Layer, at: Coefficients) -> LowRank:
 
 
 def _excess(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
-    """How much larger the objective is than that of the mean factors."""
+    """The objective minus that of the mean factors."""
     parts = []
     for layer in layers:
         start, a0, db, da = layer.left.mean, layer.right.mean, layer.left.moved(at.p), layer.right.moved(at.q)
@@ -213,7 +213,7 @@ def _excess(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
 
 
 def _slope(layers: Sequence[Layer], lefts: Sequence[Tensor], rights: Sequence[Tensor], shared: bool) -> Tensor:
-    """Minus half the objective's gradient by q, for what both sides of each layer have moved."""
+    """Minus half the objective's gradient by q, given the displacements of both sides of each layer."""
     slopes = []
     for layer, db, da in zip(layers, lefts, rights, strict=True):
         start, a = layer.left.mean, layer.right.mean + da
@@ -223,7 +223,7 @@ def _slope(layers: Sequence[Layer], lefts: Sequence[Tensor], rights: Sequence[Te
 
 
 def _inverse(layers: Sequence[Layer], lefts: Sequence[Tensor], shared: bool) -> Tensor:
-    """Of half the objective's second derivative by q, [*batch, m, m]; zero in directions that do not matter."""
+    """Pseudo-inverse of half the objective's Hessian by q, [*batch, m, m]; zero in directions without effect."""
     parts = []
     for layer, moved in zip(layers, lefts, strict=True):
         b = layer.left.mean + moved
@@ -238,7 +238,7 @@ def _inverse(layers: Sequence[Layer], lefts: Sequence[Tensor], shared: bool) -> 
 
 
 def _lengths(layers: Sequence[Layer], rights: Sequence[Tensor], shared: bool) -> Tensor:
-    """The norm of the combined a, for what it has moved."""
+    """The norm of the combined a, given its displacement."""
     squares = [(layer.right.mean + moved).square().sum((-2, -1)) for layer, moved in zip(layers, rights, strict=True)]
     return _total(squares, shared, 0).sqrt()
 
@@ -264,7 +264,7 @@ def _side(factors: Sequence[Tensor], origin: Tensor, shares: Tensor) -> Side:
     for i, factor in enumerate(factors):
         apart[..., i, :, :] = factor
     mean = torch.zeros_like(first, dtype=WORKING)
-    for _ in range(2):  # the first mean is only as exact as the terms, which is not enough for those that are close
+    for _ in range(2):  # the first mean has only the terms' precision, which is too little for terms that are close
         part = torch.matmul(shares.to(dtype), apart.flatten(-2)).reshape(mean.shape)
         apart -= part[..., None, :, :]
         mean += part

@@ -1,4 +1,4 @@
-"""Clusters of vectors by their directions: average linkage, and as many clusters as the silhouette says."""
+"""Clustering of vectors by direction: average linkage, with the number of clusters chosen by the silhouette."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from fedlora.linalg.weighted_terms import WORKING
 
 
 def directions(rows: Float[Tensor, "items size"]) -> Float[Tensor, "items size"]:
-    """Each row divided by its norm, in fp64; a row of zeros has no direction and stays."""
+    """Each row divided by its norm, in fp64; a row of zeros has no direction and stays zero."""
     wide = rows.to(WORKING)
     norms = wide.norm(dim=1, keepdim=True)
     return torch.where(norms > 0, wide / norms.clamp_min(1e-300), 0.0)
@@ -19,9 +19,9 @@ def directions(rows: Float[Tensor, "items size"]) -> Float[Tensor, "items size"]
 def distances(
     left: Sequence[Float[Tensor, "items _"]], right: Sequence[Float[Tensor, "others _"]]
 ) -> Float[Tensor, "items others"]:
-    """1 - the mean over several blocks of the inner products: of directions, the mean of 1 - cosine, in [0, 2].
+    """1 - the mean of the inner products over several blocks; for directions, the mean of 1 - cosine, in [0, 2].
 
-    An item without a direction has distance 1 to all. The distance from a mean of directions is the mean of the distances.
+    An item without a direction has distance 1 to all others. The distance to a mean of directions is the mean distance.
     """
     products = torch.stack([x @ y.mT for x, y in zip(left, right, strict=True)])
     return (1 - products.mean(0)).clamp(0, 2)
@@ -34,10 +34,11 @@ def pairwise(blocks: Sequence[Float[Tensor, "items _"]]) -> Float[Tensor, "items
 
 
 def clusters(apart: Float[Tensor, "items items"], most: int, count: int = 0) -> list[int]:
-    """Each item's cluster, numbered in the order of their first items, from average linkage on the distances.
+    """Each item's cluster from average linkage on the distances, numbered in the order of the clusters' first items.
 
-    There are `count` clusters (at most one for each item); if that is 0, the number from 2 to `most` with the largest mean
-    silhouette, the smallest such. A silhouette needs fewer clusters than items: two items are one cluster.
+    There are `count` clusters (at most one for each item). If `count` is 0, it is the number from 2 to `most` with the
+    largest mean silhouette, the smallest of equal ones. A silhouette needs fewer clusters than items, so two items form one
+    cluster.
     """
     items = len(apart)
     if count or min(most, items - 1) < 2:
@@ -47,9 +48,10 @@ def clusters(apart: Float[Tensor, "items items"], most: int, count: int = 0) -> 
 
 
 def silhouette(apart: Float[Tensor, "items items"], labels: Sequence[int]) -> float:
-    """The mean over items of (v - u) / max(u, v), in [-1, 1]: u, v the mean distances to its own and the next cluster.
+    """The mean over items of (v - u) / max(u, v), in [-1, 1]: u, v the mean distances to the own and the nearest other
+    cluster.
 
-    0 where all items are one cluster, or each its own.
+    0 if all items form one cluster, or each its own.
     """
     if not 1 < len(set(labels)) < len(labels):
         return 0.0

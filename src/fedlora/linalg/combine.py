@@ -1,4 +1,4 @@
-"""Exact arithmetic of factored matrices: sums, means, what a mean of factors misses, and norms without a dense matrix."""
+"""Exact arithmetic of factored matrices: sums, means, residuals of factor means, and norms without a dense matrix."""
 
 import math
 
@@ -11,14 +11,14 @@ from fedlora.linalg.weighted_terms import WORKING, Terms, concat_factors, dense,
 
 
 def stack(terms: Terms) -> LowRank:
-    """The sum of the terms, exactly, of rank equal to the sum of the ranks. The weights go into `b` only."""
+    """The exact sum of the terms, whose rank is the sum of their ranks. The weights are applied to `b` only."""
     sizes(terms)
     dtype = terms[0][1].b.dtype
     return _cast(concat_factors(terms, torch.promote_types(dtype, torch.float32)), dtype)
 
 
 def mean(terms: Terms) -> LowRank:
-    """The weighted means of the b and of the a, each on its own: not the mean of the products, see `residual`.
+    """The separate weighted means of the b and of the a; this is not the mean of the products, see `residual`.
 
     Raises:
         ValueError: the ranks differ.
@@ -33,10 +33,10 @@ def mean(terms: Terms) -> LowRank:
 
 
 def residual(terms: Terms) -> LowRank:
-    """The weighted mean of the products minus the product of the mean factors; of rank (number of terms - 1) * rank.
+    """The weighted mean of the products minus the product of the mean factors, of rank (number of terms - 1) * rank.
 
-    It is the covariance sum_i w_i (b_i - b_mean)(a_i - a_mean). The deviations of b add up to zero, so that those of a may
-    be taken from the last a instead of the mean; then the last term vanishes.
+    It is the covariance sum_i w_i (b_i - b_mean)(a_i - a_mean). As the deviations of b sum to zero, those of a may be taken
+    from the last a instead of the mean; then the last term vanishes.
 
     Raises:
         ValueError: the ranks differ.
@@ -53,12 +53,12 @@ def residual(terms: Terms) -> LowRank:
 
 
 def leading(factor: LowRank, rank: int) -> LowRank:
-    """The first `rank` ranks, or all of them where there are fewer."""
+    """The first `rank` ranks, or all of them if there are fewer."""
     return LowRank(b=factor.b[..., :rank], a=factor.a[..., :rank, :])
 
 
 def pad(factor: LowRank, rank: int) -> LowRank:
-    """The same matrix with zero columns in b and zero rows in a up to `rank` ranks; such ranks cannot learn."""
+    """The same matrix zero-padded in b and a to `rank` ranks; the added ranks get no gradient."""
     missing = _missing(factor, rank)
     return LowRank(
         b=torch.constant_pad_nd(factor.b, (0, missing)),
@@ -67,14 +67,14 @@ def pad(factor: LowRank, rank: int) -> LowRank:
 
 
 def widen(factor: LowRank, rank: int, rng: torch.Generator) -> LowRank:
-    """The same matrix with `rank` ranks that can learn: where b and a are both zero, or new, a gets a fresh row."""
+    """The same matrix with `rank` trainable ranks: a gets a fresh row for added ranks and those with zero b and a."""
     wide = pad(factor, rank)
     dead = (wide.b == 0).all(-2) & (wide.a == 0).all(-1)  # [*batch, rank]
     return LowRank(b=wide.b, a=torch.where(dead[..., None], fresh_rows(tuple(wide.a.shape), rng).to(wide.a), wide.a))
 
 
 def fresh_rows(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Rows of a as LoRA starts them: uniform in +-1/sqrt(in), `in` the last axis; on the generator's device, fp32."""
+    """Initial rows of a as in LoRA: uniform in +-1/sqrt(in), `in` the last axis; on the generator's device, fp32."""
     return (2 * torch.rand(shape, generator=rng, device=rng.device) - 1) / math.sqrt(shape[-1])
 
 
@@ -89,9 +89,9 @@ def norm(factor: LowRank) -> Float[Tensor, "*batch"]:
 
 
 def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
-    """The Frobenius distance of `update` from the sum of the terms, over the norm of the sum; NaN where the sum is zero.
+    """The Frobenius distance of `update` from the sum of the terms, relative to the norm of the sum; NaN if that is zero.
 
-    Honest down to 1e-8 for fp32 factors and 1e-15 for fp64 ones (times the cancellation inside the sum).
+    Accurate down to 1e-8 for fp32 factors and 1e-15 for fp64 ones (times the cancellation inside the sum).
     """
     dtype = torch.promote_types(terms[0][1].b.dtype, update.b.dtype)
     wide = [(weight, _cast(factor, dtype)) for weight, factor in terms]
@@ -100,7 +100,7 @@ def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
 
 
 def _norm(terms: Terms) -> Tensor:
-    """In fp64. A Gram matrix halves the digits: enough for fp32 factors, not for fp64 ones, which take a QR."""
+    """The norm in fp64. A Gram matrix halves the digits: enough for fp32 factors; fp64 factors need a QR."""
     out, in_, rank = sizes(terms)
     if rank * (out + in_) >= out * in_:
         return dense(terms).square().sum((-2, -1)).sqrt()

@@ -1,4 +1,4 @@
-"""The best approximation of a sum of products by a matrix of low rank, and the sum's singular value decomposition."""
+"""Best low-rank approximation, and singular value decomposition, of a sum of products."""
 
 from functools import cache
 from typing import Any, Literal
@@ -16,26 +16,26 @@ Split = Literal["left", "balanced"]
 Svd = tuple[Tensor, Tensor, Tensor]
 
 _EIGEN = 5  # the leading eigenvectors of n x n cost about as much as this many n^3 of matrix product (fp64, CPU, n = 800)
-_PARTIAL = 100  # rows from which it pays to compute a part: leading eigenvectors alone, half of a symmetric product
-_SPARE = 8  # ranks carried beyond those asked for: they make the last one asked for converge
-_CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches gain nothing on a CPU and cost memory
+_PARTIAL = 100  # rows from which partial computations pay off: leading eigenvectors only, half of a symmetric product
+_SPARE = 8  # oversampling: extra ranks that make the last requested one converge
+_CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches are no faster on a CPU and cost memory
 _CHUNK_ELSE = 1 << 26
 _DEAD = {torch.float64: 1e-13}  # relative to the largest singular value; smaller ones are rounding
 _DEAD_ELSE = 1e-7
 
 
 def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> LowRank:
-    """The matrix of at most `rank` ranks nearest (Frobenius) to sum_i w_i b_i a_i, as exactly `rank` columns and rows.
+    """The matrix of rank at most `rank` nearest (Frobenius) to sum_i w_i b_i a_i, as exactly `rank` columns and rows.
 
-    `split` says where the singular values go: all into b ("left": a has orthonormal rows) or their square roots into both.
-    Unused ranks get b = 0 and a fresh row in a, drawn from `seed`, so that they can still learn. Factors are unique only up
-    to sign.
+    `split` places the singular values: all in b ("left": a has orthonormal rows), or their square roots in both factors.
+    Unused ranks get b = 0 and a fresh row in a, drawn from `seed`, so that they remain trainable. Factors are unique only
+    up to sign.
 
-    With R the sum of the ranks, nothing of size [out, in] is formed unless R >= min(out, in) or that is cheaper. A block
-    Krylov iteration is tried first where it promises to be cheaper. Its result is taken only if its own bound says that the
-    distance from the sum exceeds the least possible one by no more than 1e-7 of the norm of the sum. Otherwise the exact
-    path is taken: eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors
-    themselves, which wins back the digits that squaring loses. fp64 factors always take `svd`.
+    With R the sum of the ranks, no [out, in] matrix is formed unless R >= min(out, in) or that is cheaper. A block Krylov
+    iteration is tried first if it is expected to be cheaper. Its result is accepted only if its own bound shows that the
+    distance from the sum exceeds the minimum by at most 1e-7 of the norm of the sum. Otherwise the exact path is used:
+    eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors themselves, which
+    restores the digits lost by squaring. fp64 factors always use `svd`.
 
     Raises:
         ValueError: no terms, or terms of different sizes.
@@ -78,8 +78,8 @@ def truncate(matrix: Float[Tensor, "*batch out in"], rank: int, split: Split = "
 def svd(terms: Terms) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch k in"]]:
     """The compact singular value decomposition u, s, vt of the sum, k = min(R, out, in), in fp64.
 
-    Thin QR of the stacked factors, then an SVD of the small core; no digits are lost to squaring. u and vt are orthonormal
-    also where s is zero. Dense once R >= min(out, in).
+    Thin QR of the stacked factors, then an SVD of the small core, so that no digits are lost by squaring. u and vt are
+    orthonormal even where s is zero. Uses the dense matrix if R >= min(out, in).
     """
     out, in_, stacked = sizes(terms)
     if stacked >= min(out, in_):
@@ -92,18 +92,18 @@ def svd(terms: Terms) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*ba
 
 
 def recompress(factor: LowRank, tolerance: float = 1e-6) -> LowRank:
-    """The same matrix, to within `tolerance` of its norm, at the smallest rank that allows it (0 for a zero matrix).
+    """The same matrix, to within `tolerance` of its norm, at the smallest sufficient rank (0 for a zero matrix).
 
-    In a batch, the largest of the ranks needed. Waits for the device, as the shape depends on the values.
+    A batch gets the largest rank needed. Synchronizes with the device, as the shape depends on the values.
     """
     u, s, vt = svd([(1.0, factor)])
-    tail = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: what is lost by keeping only the ranks before
+    tail = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: the error of keeping only the preceding ranks
     rank = int((tail > tolerance * tail[..., :1]).sum(-1).max())
     return _factors(u, s, vt, rank, "left", factor.b.dtype, seed=0)
 
 
 def gram(x: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n n"]:
-    """x x^T. Of what is equal above and below the diagonal, most is computed once: two thirds of the time for n = 800."""
+    """x x^T. Most of the symmetric entries are computed once, which takes two thirds of the time for n = 800."""
     n = x.shape[-2]
     product, step = x.new_empty(*x.shape[:-1], n), max(_PARTIAL, -(-n // 4))
     for i in range(0, n, step):
@@ -114,7 +114,7 @@ def gram(x: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n n"]:
 
 
 def leading_eigenvectors(matrix: Float[Tensor, "*batch n n"], count: int) -> Float[Tensor, "*batch n count"]:
-    """Those of the `count` largest eigenvalues of a symmetric matrix in fp64, in ascending order."""
+    """Eigenvectors of the `count` largest eigenvalues of a symmetric matrix in fp64, in ascending order."""
     n = matrix.shape[-1]
     if n < _PARTIAL or matrix.device.type != "cpu":
         vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors
@@ -129,20 +129,20 @@ def leading_eigenvectors(matrix: Float[Tensor, "*batch n n"], count: int) -> Flo
 
 @cache
 def _blas() -> Any:
-    """numpy's and scipy's BLAS: its threads, after their work, would take the cores from torch's for a while."""
-    import scipy.linalg  # noqa: F401  (what is not loaded yet is not found)
+    """Controller of numpy's and scipy's BLAS, whose idle threads would occupy torch's cores for a while."""
+    import scipy.linalg  # noqa: F401  (libraries not loaded yet are not found)
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")
 
 
 def _at_once(elements: int, device: torch.device) -> int:
-    """How many matrices of so many elements are decomposed together."""
+    """The number of matrices of this many elements to decompose together."""
     return max(1, _CHUNK.get(device.type, _CHUNK_ELSE) // max(1, elements))
 
 
 def _leading_svd(matrix: Matrix, shape: tuple[int, int, int], rank: int) -> Svd:
-    """The `rank` leading singular triples, or as many as there can be; `shape` is (out, in, greatest possible rank)."""
+    """The `rank` leading singular triples, or as many as exist; `shape` is (out, in, maximum rank)."""
     out, in_, stacked = shape
     width = min(rank + _SPARE, out, in_, stacked)
     steps = _affordable_steps(shape, width)
@@ -154,7 +154,7 @@ def _leading_svd(matrix: Matrix, shape: tuple[int, int, int], rank: int) -> Svd:
 
 
 def _gram_basis(matrix: Matrix, shape: tuple[int, int, int], width: int) -> Tensor:
-    """The leading right singular vectors, not orthonormalised, from an eigendecomposition of the smallest Gram matrix."""
+    """The leading right singular vectors, not orthonormalized, from an eigendecomposition of the smallest Gram matrix."""
     if isinstance(matrix, LowRank) and _dense_flops(*shape) < _gram_flops(*shape):
         matrix = matrix.product()
     if isinstance(matrix, Tensor):
@@ -167,7 +167,7 @@ def _gram_basis(matrix: Matrix, shape: tuple[int, int, int], width: int) -> Tens
 
 
 def _root(gram: Tensor) -> Tensor:
-    """root with root root^T = gram, also of a Gram matrix of dependent rows. Waits for the device."""
+    """A root with root root^T = gram, also for dependent rows. Synchronizes with the device."""
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
         values, vectors = torch.linalg.eigh(gram)
@@ -176,14 +176,14 @@ def _root(gram: Tensor) -> Tensor:
 
 
 def _affordable_steps(shape: tuple[int, int, int], width: int) -> int:
-    """Blocks of a Krylov iteration that cost a third of the exact path; 0 if too few to be worth the attempt."""
+    """The number of Krylov blocks that cost a third of the exact path; 0 if too few to be worth trying."""
     out, in_, stacked = shape
     dense_already = stacked >= min(out, in_)
     if dense_already:
         exact, product = _dense_flops(out, in_, 0), out * in_
     else:
         exact, product = min(_gram_flops(*shape), _dense_flops(*shape)), (out + in_) * stacked
-    block = 4 * width * product + 16 * in_ * width**2  # a product with m, one with m^T; orthogonalisation
+    block = 4 * width * product + 16 * in_ * width**2  # a product with m, one with m^T; orthogonalization
     steps = min(exact // (3 * block), min(out, in_, stacked) // (2 * width))
     return steps if steps > 3 else 0
 
@@ -198,7 +198,7 @@ def _dense_flops(out: int, in_: int, stacked: int) -> int:
 
 
 def _factors(u: Tensor, s: Tensor, vt: Tensor, rank: int, split: Split, dtype: torch.dtype, seed: int) -> LowRank:
-    """Factors of exactly `rank` ranks; singular values that are only rounding become dead ranks."""
+    """Factors of exactly `rank` ranks; singular values at rounding level become unused ranks."""
     missing = max(0, rank - s.shape[-1])
     u = torch.constant_pad_nd(u[..., :rank], (0, missing))
     s = torch.constant_pad_nd(s[..., :rank], (0, missing))

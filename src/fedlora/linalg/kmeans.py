@@ -1,4 +1,4 @@
-"""K-means, and how far its groups agree with groups that are known."""
+"""K-means, and agreement of its groups with known groups."""
 
 import warnings
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ from fedlora.linalg.weighted_terms import WORKING
 
 
 def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "points points"]:
-    """Points as far from each other as the given ones, which come in parts, in no more dimensions than there are points.
+    """Points with the same pairwise distances as the given ones, which are split into parts, in at most as many dimensions
+    as points.
 
     K-means and silhouettes depend on distances alone. One pass over the numbers, O(points^2 numbers), in fp64.
     """
@@ -25,9 +26,9 @@ def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "point
 
 
 def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int[Tensor, " points"]:
-    """Each point's group, by the best of ten runs from k-means++; groups are numbered as they first occur.
+    """Each point's group, from the best of ten runs from k-means++; groups are numbered by first occurrence.
 
-    Fewer groups than points come out where points are equal; each point is its own where there are no more points.
+    Equal points may give fewer groups than requested; with no more points than groups, each point is its own group.
     """
     from sklearn.cluster import KMeans  # takes a second to import
     from sklearn.exceptions import ConvergenceWarning
@@ -35,14 +36,14 @@ def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int
     if len(points) <= groups:
         return torch.arange(len(points))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than groups
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups
         found = KMeans(groups, n_init=10, tol=0.0, random_state=seed % 2**32).fit_predict(points.numpy())
     names = {label: i for i, label in enumerate(dict.fromkeys(found.tolist()))}
     return torch.tensor([names[label] for label in found.tolist()])
 
 
 def agreement(groups: Int[Tensor, " points"], known: Int[Tensor, " points"]) -> float:
-    """The part of the points whose group is the known one, if groups are named as well as possible, one name for each."""
+    """The fraction of points in the right group, under the best one-to-one assignment of groups to known groups."""
     from scipy.optimize import linear_sum_assignment  # takes a second to import
 
     table = torch.zeros(int(groups.max()) + 1, int(known.max()) + 1)

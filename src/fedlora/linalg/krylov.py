@@ -1,4 +1,4 @@
-"""Block Krylov iteration: the leading right singular vectors of a matrix that is only multiplied with."""
+"""Block Krylov iteration: leading right singular vectors from matrix products alone."""
 
 import torch
 from jaxtyping import Float
@@ -7,10 +7,10 @@ from torch import Tensor
 from fedlora.linalg.lowrank import LowRank
 
 Matrix = LowRank | Tensor
-"""A matrix that can be multiplied with: factors, or dense."""
+"""A factored or dense matrix."""
 
 _TOLERANCE = 1e-7
-_LEAST_STEPS = 3  # before the rate of convergence is believed
+_LEAST_STEPS = 3  # before the convergence rate is estimated
 
 
 def times(matrix: Matrix, x: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch out k"]:
@@ -24,20 +24,20 @@ def transposed(matrix: Matrix) -> Matrix:
 
 
 def power_step(matrix: Matrix, basis: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch in k"]:
-    """An orthonormal basis of m^T m applied to the given one: errors shrink by the square of the singular values' ratio."""
+    """An orthonormal basis of m^T m applied to `basis`; errors shrink by the squared ratio of singular values."""
     image = torch.linalg.qr(times(matrix, basis)).Q
     back: Tensor = torch.linalg.qr(times(transposed(matrix), image)).Q
     return back
 
 
 def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[Tensor, "*batch in rank"] | None:
-    """The `rank` leading right singular vectors, or None if `steps` blocks of `width` do not suffice to prove them.
+    """The `rank` leading right singular vectors, or None if `steps` blocks of `width` do not suffice to certify them.
 
     With Ritz values t_i and residual norms e_i of m^T m on the Krylov space, the `rank` vectors capture at most
-    sum_{i <= rank} e_i less of |m|^2 than the best ones would, and they miss at least sum_{i > rank} t_i. Both together
-    bound how much farther from m the projection is than the nearest matrix; it has to be below 1e-7 |m|. (A singular vector
-    exactly orthogonal to the start is never seen; for the Gaussian start used here that has probability zero.) Gives up
-    early when the bound does not fall fast enough. Waits for the device once a step.
+    sum_{i <= rank} e_i less of |m|^2 than the best ones, and miss at least sum_{i > rank} t_i. Both together bound the
+    excess distance of the projection from m over that of the nearest matrix, which must be below 1e-7 |m|. (A singular
+    vector exactly orthogonal to the start is never found; for the Gaussian start used here that has probability zero.)
+    Stops early if the bound does not fall fast enough. Synchronizes with the device once per step.
     """
     factor = matrix if isinstance(matrix, Tensor) else matrix.a
     block = torch.randn(factor.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)
@@ -58,7 +58,7 @@ def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[
         if step == steps or (step >= _LEAST_STEPS and excesses[-1] * rate ** (steps - step) > _TOLERANCE):
             return None
         block = images[..., -width:]
-        for _ in range(2):  # once is not enough in floating point
+        for _ in range(2):  # one orthogonalization is not enough in floating point
             block = torch.linalg.qr(block - space @ (space.mT @ block)).Q
         space = torch.cat([space, block], -1)
         images = torch.cat([images, times(transposed(matrix), times(matrix, block))], -1)

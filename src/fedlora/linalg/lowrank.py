@@ -1,4 +1,4 @@
-"""Matrices kept as factors."""
+"""Matrices in factored form."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix b @ a, exactly: no hidden scale. Leading batch axes are allowed and must agree."""
+    """The matrix b @ a, exactly, without a hidden scale. Leading batch axes are allowed and must agree."""
 
     b: Float[Tensor, "*batch out rank"]
     a: Float[Tensor, "*batch rank in"]
@@ -24,7 +24,7 @@ class LowRank:
         return self.b @ self.a
 
     def as_two_factors(self) -> "LowRank":
-        """The same matrix as two factors: these."""
+        """Returns the matrix itself, which has two factors."""
         return self
 
 
@@ -54,7 +54,8 @@ class ThreeFactor:
 class Heads:
     """The matrix sum_i s_i b_i c_i a_i over heads i, exactly: b @ core @ a with the s_i c_i as blocks on core's diagonal.
 
-    b_i are `rank` columns of b next to each other, a_i as many rows of a. Leading batch axes are allowed and must agree.
+    b_i are adjacent columns of b, as many as c_i has, and a_i as many rows of a. Leading batch axes are allowed and must
+    agree.
     """
 
     b: Float[Tensor, "*batch out ranks"]
@@ -64,7 +65,7 @@ class Heads:
 
     @property
     def rank(self) -> int:
-        """Number of columns of `b`, which is the number of rows of `a`: those of all heads together."""
+        """Number of columns of `b`, which is the number of rows of `a`, over all heads."""
         return self.b.shape[-1]
 
     def product(self) -> Float[Tensor, "*batch out in"]:
@@ -78,11 +79,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Experts:
-    """Several low-rank matrices, of which a router gives each input its own mixture: no fixed matrix, hence no product.
+    """Several low-rank matrices and a router that mixes them for each input; as the mixture varies, it has no product.
 
-    x maps to sum_e w_e(x) b_e a_e x. The first expert is b a, the own one; the others are meant to be left as they are. The
-    rows of g are slots, 2 experts - 1: the first `experts` ones all stand for the own expert, the rest for one other each.
-    Leading batch axes are allowed and must agree.
+    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is the client's own; the others are meant to stay frozen. The
+    rows of g are 2 experts - 1 slots: the first `experts` of them all belong to the own expert, each other slot to one
+    other expert. Leading batch axes are allowed and must agree.
     """
 
     b: Float[Tensor, "*batch out rank"]
@@ -93,14 +94,15 @@ class Experts:
 
     @property
     def rank(self) -> int:
-        """That of each expert."""
+        """The rank of each expert."""
         return self.b.shape[-1]
 
     def shares(self, x: Float[Tensor, "*batch rows in"]) -> Float[Tensor, "*batch rows experts"]:
-        """How much each expert counts for each row of x, in at least fp32: 1 in sum, above 0 for the own one, the first.
+        """The weight of each expert for each row of x, in at least fp32; weights sum to 1, and the own, first one is
+        positive.
 
-        The `experts` largest of the softmax over the slots, normalised again (that is: the softmax of these alone), added
-        up for each expert. There is one slot less for the others than is taken, so that the own expert always counts.
+        The `experts` largest entries of the softmax over the slots, normalized again (that is, the softmax of these alone),
+        are summed for each expert. The others have one slot less than are selected, so the own expert always has weight.
         """
         experts = self.others_b.shape[-3] + 1
         logits = x @ self.g.mT
@@ -116,11 +118,11 @@ class Experts:
 
 
 Product = LowRank | ThreeFactor | Heads
-"""Every way to keep one matrix as factors."""
+"""Any factored form of one matrix."""
 
 
 def block_diagonal(blocks: Float[Tensor, "*batch heads rank rank"]) -> Float[Tensor, "*batch ranks ranks"]:
-    """The square matrix with these blocks on its diagonal, in their order, and zeros elsewhere."""
+    """The square matrix with these blocks on its diagonal, in this order, and zeros elsewhere."""
     heads, rank = blocks.shape[-3], blocks.shape[-1]
     one = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
     spread = blocks[..., :, :, None, :] * one[:, None, :, None]  # [*batch, head, row, other head, column]

@@ -1,4 +1,4 @@
-"""Gaussian mixtures of labelled points: a few numbers in place of many points."""
+"""Gaussian mixtures that summarize labeled points."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 COMPONENTS = 3
-"""A group's mixture has so many, or as many as the group has points."""
+"""Components of a group's mixture, but at most as many as the group has points."""
 
 
 @dataclass(frozen=True)
 class Mixtures:
     """Diagonal Gaussian mixtures, one for each group of two points or more.
 
-    `counts` are the points of all groups; the others hold `components(counts)` rows for each group, one after the other.
+    `counts` are the numbers of points of all groups; the other fields hold `components(counts)` rows for each group,
+    concatenated.
     """
 
     counts: Int[Tensor, " groups"]
@@ -25,7 +26,7 @@ class Mixtures:
 
 
 def components(counts: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
-    """How many components the mixtures of groups of so many points have.
+    """The number of components of the mixtures of groups with these numbers of points.
 
     >>> components(torch.tensor([0, 1, 2, 50])).tolist()
     [0, 0, 2, 3]
@@ -34,10 +35,10 @@ def components(counts: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
 
 
 def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " points"], count: int, seed: int) -> Mixtures:
-    """The mixtures that expectation maximisation finds from a k-means start, for groups 0, ..., `count` - 1.
+    """Mixtures for groups 0, ..., `count` - 1, fitted by expectation maximization from a k-means start.
 
-    Settings as in the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, 200 steps at most.
-    Of a group of three points or fewer each is a mean: who has the mixture has the points.
+    Settings as in the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, at most 200 steps.
+    In a group of at most three points each point is a mean, so that the mixture reveals the points.
     """
     from sklearn.exceptions import ConvergenceWarning  # takes a second to import
     from sklearn.mixture import GaussianMixture
@@ -57,7 +58,7 @@ def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " po
 
 
 def flaw(mixtures: Mixtures) -> str | None:
-    """What keeps tensors that anybody may have made from being mixtures; None for mixtures. NaN is not looked for."""
+    """Why untrusted tensors are not valid mixtures; None if they are. NaN is not checked."""
     each, masses = components(mixtures.counts), torch.zeros(len(mixtures.counts), dtype=mixtures.weights.dtype)
     masses = masses.index_add(0, torch.repeat_interleave(each), mixtures.weights)
     if bool((mixtures.weights < 0).any()) or bool(((masses - (each > 0).to(masses)).abs() > 1e-3).any()):

@@ -1,4 +1,4 @@
-"""The leading part of a sum of products from linear questions to each product, so that nobody sees more than sums.
+"""Randomized decomposition of a sum of products from linear sketches of each product, so that only sums are revealed.
 
     omega = probe(in_, width, rng)
     basis = span(sum of w_i * answer_first(f_i, omega))
@@ -7,7 +7,7 @@
         basis = span(sum of w_i * answer_first(f_i, omega))
     fit = finish(sum of w_i * answer_second(f_i, basis), basis, rank)
 
-The result is exact if `width` is at least the rank of the sum; otherwise power iterations bring its error to the least one.
+The result is exact if `width` is at least the rank of the sum; otherwise power iterations reduce its error to the minimum.
 Source: Halko, Martinsson and Tropp 2011, arXiv:0909.4061.
 """
 
@@ -22,29 +22,29 @@ from fedlora.linalg.weighted_terms import WORKING
 
 
 def probe(in_: int, width: int, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Float[Tensor, "in width"]:
-    """The first question: Gaussian columns."""
+    """The first test matrix: Gaussian columns."""
     return torch.randn(in_, width, generator=rng, device=rng.device, dtype=WORKING).to(dtype)
 
 
 def answer_first(factor: LowRank, omega: Float[Tensor, "*batch in width"]) -> Float[Tensor, "*batch out width"]:
-    """b a omega."""
+    """The first sketch, b a omega."""
     return _apply(factor.b, factor.a, omega)
 
 
 def span(answers: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out width"]:
-    """The second question: an orthonormal basis of the summed first answers."""
+    """The second test matrix: an orthonormal basis of the summed first sketches."""
     return orthonormal(answers)
 
 
 def answer_second(factor: LowRank, basis: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch width in"]:
-    """basis^T b a."""
+    """The second sketch, basis^T b a."""
     return _apply(factor.a.mT, factor.b.mT, basis).transpose(-2, -1)
 
 
 def finish(
     answers: Float[Tensor, "*batch width in"], basis: Float[Tensor, "*batch out width"], rank: int, split: Split = "left"
 ) -> LowRank:
-    """The best fit of rank `rank` to basis @ answers, the sum's projection on the basis."""
+    """The best fit of rank `rank` to basis @ answers, the projection of the sum onto the basis."""
     return best_fit([(1.0, LowRank(b=basis, a=answers))], rank, split)
 
 

@@ -1,7 +1,7 @@
-"""Corrections of the mean b that make its product with the mean a imitate the mean of the products, m.
+"""Corrections of the mean b, so that its product with the mean a approximates the mean of the products, m.
 
-Only the columns of m^T that a reaches can be corrected, whatever the strength: a correction of b is never exact unless all
-terms share their a. Of m only `cross` and norms are used, never an [out, in] matrix.
+For any strength, only the part of m in the row space of a can be corrected: a correction of b is never exact unless all
+terms share their a. Only `cross` and norms of m are used, never an [out, in] matrix.
 Source: Bian et al. 2025, arXiv:2411.14961, equation 8.
 """
 
@@ -13,18 +13,18 @@ from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.weighted_terms import WORKING, Terms, concat_factors, shared_rank
 
-_SINGULAR = 1e-13  # relative: eigenvalues of a a^T below are rounding
+_SINGULAR = 1e-13  # relative: smaller eigenvalues of a a^T are rounding
 
 
 def cross(factor: LowRank, a: Float[Tensor, "*batch rank in"]) -> Float[Tensor, "*batch out rank"]:
-    """b (a_own a^T), whose weighted sum over the terms is m a^T: enough for `ridge`, and linear in each product."""
+    """b (a_own a^T), linear in each product; its weighted sum over the terms is m a^T, which `ridge` needs."""
     return _cross(factor, a).to(factor.b.dtype)
 
 
 def ridge(centre: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: float) -> LowRank:
-    """(b + d, a) with the d that minimises |m - (b + d) a|^2 + strength |d|^2, in closed form.
+    """(b + d, a) with the d that minimizes |m - (b + d) a|^2 + strength |d|^2, in closed form.
 
-    `centre` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected on the rows of a,
+    `centre` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected onto the rows of a,
     with the smallest such d.
 
     Raises:
@@ -42,7 +42,7 @@ def ridge(centre: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: 
 
 
 def corrected(terms: Terms, strength: float) -> LowRank:
-    """`ridge` of the terms; the weights are normalised.
+    """`ridge` of the terms, with normalized weights.
 
     Raises:
         ValueError: the ranks differ, or strength is negative.
@@ -57,8 +57,8 @@ def corrected(terms: Terms, strength: float) -> LowRank:
 class CosineLoss:
     """1 - cos(m, x a) + strength |x - b|^2 as a function of x, without a dense matrix.
 
-    With `per_column`, the mean of the cosines of the columns instead of the cosine of the whole. With `squared` False, the
-    penalty is the norm itself. The cosine does not see the size of the product.
+    With `per_column`, the mean of the columns' cosines replaces the cosine of the whole. With `squared` False, the penalty
+    is the norm itself. The cosine is independent of the size of the product.
     """
 
     def __init__(self, terms: Terms, strength: float, per_column: bool = False, squared: bool = True) -> None:
@@ -78,7 +78,7 @@ class CosineLoss:
         return 1 - cosine + self.strength * (apart if self.squared else apart.sqrt())
 
     def gradient(self, x: Float[Tensor, "*batch out rank"]) -> Float[Tensor, "*batch out rank"]:
-        """The loss's derivative by x; that of the unsquared norm is taken as 0 at x = b."""
+        """The derivative of the loss by x; the derivative of the unsquared norm is taken as 0 at x = b."""
         apart = x - self.centre.b
         shared, own = self._overlap(x)
         near, far = _ratio(1.0, self._lengths * own), _ratio(shared, self._lengths * own**3)
@@ -103,9 +103,9 @@ class CosineLoss:
 
 
 def descend(loss: CosineLoss, steps: int, rate: float, start: Float[Tensor, "*batch out rank"] | None = None) -> LowRank:
-    """The mean a and the b that plain gradient descent reaches from `start`, or from the mean b; in fp64.
+    """The mean a, and the b found by plain gradient descent from `start`, or from the mean b; in fp64.
 
-    A random start survives where strength * rate * steps is small: it only decays as (1 - 2 rate strength)^steps.
+    A random start persists if strength * rate * steps is small: it decays only as (1 - 2 rate strength)^steps.
     """
     x = loss.centre.b if start is None else start.to(WORKING)
     for _ in range(steps):
@@ -124,5 +124,5 @@ def _normalised(terms: Terms) -> list[tuple[float, LowRank]]:
 
 
 def _ratio(x: Tensor | float, y: Tensor) -> Tensor:
-    """x / y, and 0 where y is."""
+    """x / y, and 0 where y is 0."""
     return torch.where(y > 0, x / y.where(y > 0, 1), 0)

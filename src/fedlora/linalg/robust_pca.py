@@ -1,4 +1,4 @@
-"""Robust principal components: columns split into a part of low rank and a sparse part."""
+"""Robust PCA: decomposition of columns into a low-rank and a sparse part."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from fedlora.linalg.weighted_terms import WORKING
 
 @dataclass(frozen=True)
 class Parts:
-    """Two matrices that add up to the given one, within the solver's tolerance."""
+    """Two matrices whose sum is the given one, within the solver's tolerance."""
 
     low: Float[Tensor, "*batch n m"]
     sparse: Float[Tensor, "*batch n m"]
@@ -20,11 +20,11 @@ class Parts:
 def robust_pca(
     columns: Float[Tensor, "*batch n m"], sparsity: float | None = None, tolerance: float = 1e-7, steps: int = 1000
 ) -> Parts:
-    """The parts that minimise |low|_nuclear + sparsity |sparse|_1, by alternating directions.
+    """The parts that minimize |low|_nuclear + sparsity |sparse|_1, by alternating directions (ADMM).
 
     `sparsity` defaults to 1/sqrt(max(n, m)). Stops at |columns - low - sparse| <= tolerance |columns|, or after `steps`. A
-    step costs O(n m^2). Waits for the device once every ten steps. With few columns, or dense noise, most of the matrix is
-    called sparse: look at the parts before using them.
+    step costs O(n m^2). Synchronizes with the device every ten steps. With few columns, or dense noise, most of the matrix
+    is classified as sparse: inspect the parts before using them.
     Source: Candes, Li, Ma and Wright 2011, doi:10.1145/1970392.1970395, section 5.
     """
     given = columns.to(WORKING)
@@ -45,12 +45,12 @@ def robust_pca(
 
 
 def shrink(x: Tensor, by: Tensor) -> Tensor:
-    """Every entry moved towards zero by `by`, at most to zero."""
+    """Every entry moved toward zero by `by`, at most to zero (soft thresholding)."""
     return x.sign() * (x.abs() - by).clamp_min(0)
 
 
 def shrink_singular(x: Float[Tensor, "*batch n m"], by: Tensor) -> Float[Tensor, "*batch n m"]:
-    """Every singular value moved towards zero by `by` [*batch, 1, 1], through the m x m Gram matrix: O(n m^2)."""
+    """Every singular value moved toward zero by `by` [*batch, 1, 1], through the m x m Gram matrix: O(n m^2)."""
     values, vectors = torch.linalg.eigh(x.mT @ x)
     singular = values.clamp_min(0).sqrt()[..., None, :]
     kept = torch.where(singular > by, 1 - by / singular.clamp_min(torch.finfo(x.dtype).tiny), 0)

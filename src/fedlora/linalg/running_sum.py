@@ -1,4 +1,4 @@
-"""A sum of products whose terms come one at a time, in memory that does not grow with their number."""
+"""Running sum of products, added one at a time, in memory independent of their number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +11,15 @@ from fedlora.linalg.fit import Split, best_fit, svd, truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.weighted_terms import dense, sizes
 
-_PENDING = 256  # ranks that wait before they are added to a dense matrix: one pass over it for many terms
+_PENDING = 256  # ranks buffered before they are added to a dense matrix, so that one pass over it serves many terms
 
 
 @dataclass(frozen=True)
 class RunningSum:
-    """What has been added so far, in at least fp32: factors while those are smaller than the matrix, then the matrix.
+    """Sum of the terms so far, in at least fp32: as factors while these are smaller than the matrix, then as the matrix.
 
-    With a `budget`, always factors, of at most 2 * budget ranks and those of one term: when there are more, all but the
-    `budget` largest singular values are dropped, and the norm of what was dropped is added to `lost`, a bound on the
+    With a `budget`, always as factors, of at most 2 * budget ranks plus those of one term: beyond that, all but the
+    `budget` largest singular values are dropped, and the norm of the dropped part is added to `lost`, a bound on the
     distance from the true sum.
     """
 
@@ -32,7 +32,7 @@ class RunningSum:
         """The sum with one more term.
 
         Raises:
-            ValueError: the term's sizes, batch axes or dtype differ from those before it.
+            ValueError: the term's sizes, batch axes or dtype differ from those of earlier terms.
         """
         dtype = torch.promote_types(factor.b.dtype, torch.float32)
         grown = (*self.factors, LowRank(b=weight * factor.b.to(dtype), a=factor.a.to(dtype)))
@@ -51,17 +51,17 @@ class RunningSum:
         return replace(self, factors=parts, matrix=matrix, lost=abs(factor) * self.lost)
 
     def select(self, index: Sequence[int]) -> "RunningSum":
-        """The sums at these places of the first batch axis."""
+        """The sums at these indices of the first batch axis."""
         places = list(index)
         parts = tuple(LowRank(b=part.b[places], a=part.a[places]) for part in self.factors)
         lost = self.lost[places] if isinstance(self.lost, Tensor) else self.lost
         return replace(self, factors=parts, matrix=None if self.matrix is None else self.matrix[places], lost=lost)
 
     def best_fit(self, rank: int, scale: float = 1.0, split: Split = "left", seed: int = 0) -> LowRank:
-        """`fit.best_fit` of `scale` times the sum so far, in the dtype it is kept in.
+        """`fit.best_fit` of `scale` times the sum so far, in the dtype of the sum.
 
         Raises:
-            ValueError: nothing was added yet.
+            ValueError: no term was added yet.
         """
         if self.matrix is None:
             return best_fit([(scale, f) for f in self.factors], rank, split, seed)

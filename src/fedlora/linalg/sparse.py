@@ -1,4 +1,4 @@
-"""The largest of many entries, and their positions in as few bytes as both ends can agree on without talking."""
+"""Selection of the largest entries, and a compact encoding of positions whose length both ends can derive."""
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def largest(sizes: Float[Tensor, "total"], count: int) -> Bool[Tensor, "total"]:
-    """Where the `count` largest are; of equal ones the first. NaN counts as the largest. O(total)."""
+    """Mask of the `count` largest entries; among equal ones, the first. NaN counts as the largest. O(total)."""
     if count <= 0:
         return torch.zeros_like(sizes, dtype=torch.bool)
     sizes = sizes.nan_to_num(nan=torch.inf)
@@ -16,7 +16,7 @@ def largest(sizes: Float[Tensor, "total"], count: int) -> Bool[Tensor, "total"]:
 
 
 def position_bytes(count: int, total: int) -> int:
-    """The length of what `pack_positions` returns; it depends on the two numbers alone.
+    """The number of bytes that `pack_positions` returns; it depends only on the two numbers.
 
     >>> position_bytes(3, 4000), position_bytes(3000, 4000), position_bytes(4000, 4000)
     (6, 500, 0)
@@ -27,9 +27,9 @@ def position_bytes(count: int, total: int) -> int:
 
 
 def pack_positions(chosen: Bool[Tensor, "total"]) -> UInt8[Tensor, "length"]:
-    """Which of `total` are chosen: ascending integers of 1, 2, 3 ... bytes or one bit for each, whichever is smaller.
+    """Encodes the chosen positions as ascending integers of 1, 2, 3 ... bytes or as a bit mask, whichever is smaller.
 
-    Lowest byte and lowest bit first. Nothing at all if none or all are chosen.
+    Lowest byte and lowest bit first. Empty if none or all are chosen.
     """
     count, total = int(chosen.sum()), len(chosen)
     length = position_bytes(count, total)
@@ -43,10 +43,10 @@ def pack_positions(chosen: Bool[Tensor, "total"]) -> UInt8[Tensor, "length"]:
 
 
 def unpack_positions(packed: Tensor, count: int, total: int) -> Bool[Tensor, "total"]:
-    """The inverse of `pack_positions`, for bytes that anybody may have made.
+    """The inverse of `pack_positions`, for untrusted bytes.
 
     Raises:
-        ValueError: they do not name exactly `count` different ones out of `total`, or not in the one way there is.
+        ValueError: invalid positions: not exactly `count` different ones out of `total`, or not in the canonical encoding.
     """
     length = position_bytes(count, total)
     if packed.dtype != torch.uint8 or packed.shape != (length,):
@@ -71,5 +71,5 @@ def _as_integers(count: int, total: int) -> bool:
 
 
 def _width(total: int) -> int:
-    """Bytes for one position."""
+    """Number of bytes of one position."""
     return max(1, -(-(total - 1).bit_length() // 8))

@@ -1,4 +1,4 @@
-"""Subspaces of factors: their angles, the ranks that moved, and rotations between factors that span the same space."""
+"""Subspaces of factors: principal angles, changes of ranks, and rotations between factors that span the same space."""
 
 from typing import Literal
 
@@ -13,15 +13,15 @@ Side = Literal["b", "a"]
 
 
 def orthonormal(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n k"]:
-    """An orthonormal basis of a space that contains the columns; k vectors, also where columns are dependent."""
+    """An orthonormal basis of a space that contains the columns; k vectors even if columns are dependent."""
     basis: Tensor = torch.linalg.qr(columns.to(WORKING)).Q
     return basis.to(columns.dtype)
 
 
 def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
-    """k random columns, fp32, each n of them in turn orthonormal; the same on every machine up to rounding.
+    """k random columns, fp32, each successive n of them orthonormal; the same on every machine up to rounding.
 
-    The q of a QR decomposition is unique once r has a positive diagonal, whatever signs the machine prefers.
+    The q of a QR decomposition is unique if r has a positive diagonal, regardless of the library's choice of signs.
     """
     blocks = []
     for start in range(0, k, n):
@@ -34,7 +34,7 @@ def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
 def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m"]:
     """The m = min(j, k) principal angles between the spaces of the columns, in radians, ascending; in fp64.
 
-    Small angles are read from sines, as a cosine near 1 has only half of the digits.
+    Small angles are computed from sines, as a cosine near 1 has only half of the digits.
     Source: Bjoerck and Golub 1973, Numerical methods for computing angles between linear subspaces.
     """
     wide, narrow = (u, v) if u.shape[-1] >= v.shape[-1] else (v, u)
@@ -45,10 +45,10 @@ def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Fl
 
 
 def similarity(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
-    """Linear centred kernel alignment, in [0, 1] and in fp64: |x^T y|^2 / (|x^T x| |y^T y|), Frobenius, columns centred.
+    """Linear centered kernel alignment, in [0, 1] and in fp64: |x^T y|^2 / (|x^T x| |y^T y|), Frobenius, columns centered.
 
-    It is 1 for y = x, and stays if x or y is multiplied by a number, or from the right by an orthogonal matrix; from the
-    left that changes it. Where one has equal rows it is not defined, and 1 is returned: nothing tells them apart.
+    It is 1 for y = x, and invariant if x or y is multiplied by a number, or from the right by an orthogonal matrix, but not
+    from the left. If all rows of x or of y are equal it is undefined, and 1 is returned.
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
     x, y = (z.to(WORKING) - z.to(WORKING).mean(-2, keepdim=True) for z in (x, y))
@@ -57,9 +57,9 @@ def similarity(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -
 
 
 def rank_change(start: LowRank, trained: LowRank, side: Side) -> Float[Tensor, "*batch rank"]:
-    """How much each rank's product moved while only `side` was trained: |db_i| |a_i|, or |b_i| |da_i|; in at least fp32.
+    """The change of each rank's product when only `side` was trained: |db_i| |a_i|, or |b_i| |da_i|; in at least fp32.
 
-    The Frobenius norm of a product of rank one is the product of the norms, so that nothing of size [out, in] is formed.
+    The Frobenius norm of a product of rank one is the product of the norms, so that no [out, in] matrix is formed.
     Source: Koo et al. 2025, arXiv:2410.22815, section 4.2.
     """
     moved_b = trained.b.to(WORKING) - start.b.to(WORKING) if side == "b" else start.b.to(WORKING)
@@ -69,10 +69,10 @@ def rank_change(start: LowRank, trained: LowRank, side: Side) -> Float[Tensor, "
 
 
 def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0, proper: bool = True) -> LowRank:
-    """The same matrix in other factors (b r, r^T a), r orthogonal, with those of `side` near the reference's.
+    """The same matrix in other factors (b r, r^T a), r orthogonal, with the factor `side` near the reference's.
 
-    `strength` 1 minimises the distance to the reference among the proper rotations (with `proper` False: among all
-    orthogonal matrices); smaller ones stop on the way from the identity, 0 changes nothing.
+    `strength` 1 minimizes the distance to the reference among the proper rotations (with `proper` False: among all
+    orthogonal matrices); smaller values interpolate from the identity, 0 changes nothing.
 
     Raises:
         ValueError: the ranks differ, or strength is outside [0, 1].
@@ -95,7 +95,7 @@ def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0
 
 def _nearest_orthogonal(x: Tensor, proper: bool) -> Tensor:
     u, _, vt = torch.linalg.svd(x)
-    if proper:  # the smallest singular value pays for the reflection
+    if proper:  # the reflection is undone at the smallest singular value
         sign = torch.linalg.det(u @ vt)
         vt = torch.cat([vt[..., :-1, :], sign.sign()[..., None, None] * vt[..., -1:, :]], -2)
     return torch.matmul(u, vt)

@@ -1,4 +1,4 @@
-"""How far Gaussian mixtures are from each other: optimal transport between components, then between mixtures."""
+"""Distances between Gaussian mixtures: optimal transport between components, then between mixtures."""
 
 import torch
 from jaxtyping import Float
@@ -21,9 +21,9 @@ def gaussians_apart(
 
 
 def transport_cost(mass: Float[Tensor, " m"], other: Float[Tensor, " n"], cost: Float[Tensor, "m n"]) -> float:
-    """The least cost of carrying one mass to the places of the other, where `cost` is that of a unit; in fp64.
+    """The minimal cost of transporting one mass distribution to the other, with `cost` per unit of mass; in fp64.
 
-    Masses need not add up to 1: only their proportions count.
+    Masses need not sum to 1: only their proportions count.
     """
     import ot  # it and scipy take a second to import
 
@@ -32,9 +32,10 @@ def transport_cost(mass: Float[Tensor, " m"], other: Float[Tensor, " n"], cost: 
 
 
 def mixtures_apart(one: Mixtures, other: Mixtures) -> float:
-    """Optimal transport between groups, by their points, at the cost of optimal transport between their components.
+    """Optimal transport cost between groups, with their points as mass and the transport cost between their components as
+    cost.
 
-    Symmetric up to rounding, 0 for the same mixtures; the costs are squared distances. Infinite where one has no mixture.
+    Symmetric up to rounding, 0 for the same mixtures; the costs are squared distances. Infinite if one has no mixture.
     Solves a small problem for each pair of groups.
     Source: Alvarez-Melis and Fusi 2020, arXiv:2002.02923, with mixtures of Gaussians in place of Gaussians.
     """
@@ -50,10 +51,10 @@ def mixtures_apart(one: Mixtures, other: Mixtures) -> float:
 
 
 def _each(rows: Tensor, mixtures: Mixtures) -> tuple[Tensor, ...]:
-    """The rows of the components, in a tensor for each group that has any."""
+    """The rows of the components, as one tensor for each group that has any."""
     return torch.split(rows, [size for size in components(mixtures.counts).tolist() if size])
 
 
 def _masses(mixtures: Mixtures) -> Tensor:
-    """Points of each group that has a mixture."""
+    """The number of points of each group that has a mixture."""
     return mixtures.counts[components(mixtures.counts) > 0].to(WORKING)

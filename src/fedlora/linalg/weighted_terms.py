@@ -1,4 +1,4 @@
-"""Weighted sums of products, not yet summed: what the other modules of this package compute with."""
+"""Weighted terms of a sum of products, the common input of this package's modules."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ Terms = Sequence[tuple[float, LowRank]]
 """Pairs (w_i, f_i), read as the matrix sum_i w_i b_i a_i. Ranks may differ; sizes and batch axes may not."""
 
 WORKING = torch.float64
-"""What every decomposition, inner product and solve is computed in, whatever the dtype of the factors."""
+"""Data type of every decomposition, inner product and solve, regardless of the factors' data type."""
 
 _BLOCK = 256  # ranks multiplied at once when a dense sum is formed: large enough for BLAS, small enough for memory
 
@@ -51,7 +51,7 @@ def shared_rank(terms: Terms) -> int:
 
 
 def concat_factors(terms: Terms, dtype: torch.dtype) -> LowRank:
-    """The sum as one pair of factors in `dtype`: the weighted b next to each other, the a below each other."""
+    """The sum as one pair of factors in `dtype`: the weighted b concatenated by column, the a by row."""
     _, in_, rank = sizes(terms)
     first = terms[0][1]
     b = torch.empty(*first.b.shape[:-1], rank, dtype=dtype, device=first.b.device)
@@ -67,7 +67,7 @@ def concat_factors(terms: Terms, dtype: torch.dtype) -> LowRank:
 
 
 def dense(terms: Terms, dtype: torch.dtype = WORKING) -> Float[Tensor, "*batch out in"]:
-    """The sum as a matrix, accumulated in `dtype`; beside it only a few hundred ranks are in memory at once."""
+    """The sum as a matrix, accumulated in `dtype`; only a few hundred ranks at a time are held in addition."""
     first = terms[0][1]
     out, in_, _ = sizes(terms)
     batch = first.b.shape[:-2]

@@ -1,4 +1,4 @@
-"""The methods, by name. This table is the only list of names there is."""
+"""Table of the methods by name, the only list of their names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -35,30 +35,30 @@ Weights = Literal["examples", "uniform"]
 
 @dataclass(frozen=True)
 class Row:
-    """One method: how to make it, where it comes from, what it can do.
+    """One method: its constructor, source, traffic and properties.
 
-    `up` and `down` are floats per adapted layer, client and round, in r (the client's rank), in, out; the head comes on
-    top. For a method whose traffic changes with the round they are tuples, repeated. `base_update` is what a client
-    that took part in the round before gets on top of `down` when that round changed the base; also in K, the round's
-    clients, and R, the sum of their ranks. `rank` is the method's, in all three; so are its other settings. E are
-    the experts, which the clients' data decide. `index_counts` and `index_counts_down` tell,
-    for a method that sends chosen values and their positions, how many are chosen out of how many, per layer; the bytes of
-    the positions follow (`linalg.sparse.position_bytes`), and come on top of the floats.
+    `up` and `down` are formulas for floats per adapted layer, client and round, in r (the client's rank), in, out; the head
+    is sent in addition. If traffic depends on the round they are tuples, repeated cyclically. `base_update` is sent in
+    addition to `down`, to a client that participated in the previous round, if that round changed the base; also in K, the
+    round's clients, and R, the sum of their ranks. In all three, `rank` and other settings are the method's; E is the
+    number of experts, which depends on the clients' data. For a method that sends selected values and their positions,
+    `index_counts` and `index_counts_down` are the numbers of selected and of all values, per layer; they determine the
+    bytes of the positions (`linalg.sparse.position_bytes`), which are sent in addition to the floats.
 
-    `once` are the floats, and the bytes of whole numbers, that a client uploads on top of `up` when it takes part for the
-    first time, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
-    number of labels. It is for clients who have all labels.
+    `once` has the floats, and the bytes of integers, that a client uploads in addition to `up` in its first participation,
+    for all layers together; also in `features` and `classes`, the width of the model's last layer and the number of labels.
+    It applies to clients that have all labels.
 
-    `head` "own" is for a method that treats the head itself; it travels with the factors.
+    `head` "own" is for a method that manages the head itself; it is sent with the factors.
 
-    `norms` tells whether the paper trains the layer norms too; they are then a part of the head.
+    `norms`: whether the paper trains the layer norms too; they are then part of the head.
 
-    `weights` are the shares of the clients, in the mean of the factors and of the head alike, unless `method.weights` is
-    set: their examples, or the same for all.
+    `weights` are the clients' weights, in the mean of the factors and of the head, unless `method.weights` is set: by
+    number of examples, or the same for all.
 
-    `exact`, `secure` and `private` are a short answer, which may be followed by a colon and the reason. `secure`: does the
-    sum of all uploads suffice, so that they can be masked; by default that follows from `needs_individual_uploads`.
-    `private`: could noise, in training or on the clipped upload, cover every upload. "open" is not known.
+    `exact`, `secure` and `private` are short answers, optionally followed by a colon and the reason. `secure`: whether the
+    sum of all uploads suffices, so that they can be masked; by default derived from `needs_individual_uploads`.
+    `private`: whether noise, in training or on the clipped upload, can cover every upload. "open" means unknown.
 
     `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks
     only, to the reason.
@@ -87,11 +87,11 @@ class Row:
     fixed_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def secure_sums(self) -> str:
-        """Whether it works with secure aggregation, which shows the server nothing but sums of uploads."""
+        """Whether the method works with secure aggregation, which reveals only sums of uploads to the server."""
         return self.secure or ("no: the server needs each upload by itself" if self.needs_individual_uploads else "yes")
 
     def settings(self) -> dict[str, Any]:
-        """What the user may set, with the defaults."""
+        """The user's settings, with their defaults."""
         return {f.name: f.default for f in fields(self.make) if f.name not in self.fixed_settings}  # type: ignore[arg-type]
 
 

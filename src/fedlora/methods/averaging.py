@@ -1,4 +1,4 @@
-"""Methods that average factors: which travel and which are trained when makes four published methods and a baseline."""
+"""Factor averaging: four published methods and a baseline, which differ in the factors they share and train per round."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ _ALL = frozenset("ba")
 @dataclass(frozen=True)
 @checked
 class FactorAveraging:
-    """Weighted means of b [out, rank] and a [rank, in], each on its own.
+    """Weighted means of b [out, rank] and of a [rank, in], averaged separately.
 
-    `shared` names the factors that travel; the others live on the client, where all start from the run's common seed.
-    `schedule` says what is trained in round 0, 1, ..., and repeats. Only factors that are both shared and trained go up.
+    `shared` names the factors that are sent; the others stay on the client, all initialized from the run's common seed.
+    `schedule` lists the factors trained in rounds 0, 1, ..., and repeats. Only factors both shared and trained are
+    uploaded.
 
     shared "ba", schedule "ba" is FedIT (Zhang et al. 2024, arXiv:2305.05644): the mean of products is not the product of
     means; the aggregate is off by the covariance of the factors.
     shared "b", schedule "b" is FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): a is frozen and common, hence exact.
     shared "ba", schedule "b", "a" is RoLoRA (Chen et al. 2025, arXiv:2502.01755): one factor is common in each round, hence
-    exact. b comes first, since with b = 0 the gradient of a is zero. The round's index, which the server announces, decides
-    what is trained, and both factors come down: a client may have missed rounds.
+    exact. b comes first, since with b = 0 the gradient of a is zero. The round's index, which the server announces, selects
+    the trained factor, and both factors are downloaded, since a client may have missed rounds.
     shared "a", schedule "ba" is FedSA-LoRA (Guo et al. 2025, arXiv:2410.01463): b stays personal; there is no global model.
-    shared "", schedule "ba": nothing travels, and every client trains alone.
+    shared "", schedule "ba": no factors are sent, and every client trains alone.
     """
 
     rank: PositiveInt = 8
@@ -42,16 +43,16 @@ class FactorAveraging:
         return pick(pack(lora_init(spec, self.rank, seed)), self.shared)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
-        """The factors that do not travel."""
+        """The factors that stay on the client."""
         kept = _ALL - set(self.shared)
         return pick(pack(lora_init(spec, self.rank, seed)), kept) if kept else {}
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared factors, the same for everybody."""
+        """The shared factors, the same for all clients."""
         return server
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """Own factors and shared factors together."""
+        """The adapter of personal and shared factors."""
         return unpack({**state, **download}, LowRank)
 
     def work(
@@ -63,9 +64,9 @@ class FactorAveraging:
         return {**state, **pick(trained, train - set(self.shared))}, pick(trained, train & set(self.shared))
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
-        """The weighted mean of what came up; what did not come up stays."""
+        """The weighted mean of the uploaded factors; the others stay unchanged."""
         if set(self.shared) != _ALL:
-            # a common factor that stays home makes the mean exact; a personal one leaves no global model to be evaluated
+            # with a common unshared factor the mean is exact; with a personal one there is no global model to evaluate
             common = _ALL - set(self.shared) - set("".join(self.schedule))
             return Merged({**server, **replies.mean()}, notes={"aggregation_error": 0.0} if common else {})
         means, ideal = RunningMean(), MeanUpdate()

@@ -1,4 +1,4 @@
-"""CE-LoRA: personal factors around a small core, of which each client gets its own mixture."""
+"""CE-LoRA: personal factors around a small core; each client downloads its own mixture of all clients' cores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +20,14 @@ from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 
 _DATA = "data/"
 _ASKED = f"{_DATA}asked"
-_FAR = torch.finfo(torch.float64).max  # the distance from a client without any mixture: states are finite
+_FAR = torch.finfo(torch.float64).max  # the distance to a client without any mixture: states must be finite
 
 
 @dataclass(frozen=True)
 class Cores:
-    """The core that all start from, the last one that each client has sent, and what each has told of its data.
+    """The initial core, each client's last uploaded core, and the mixtures that describe the clients' data.
 
-    `apart` [clients, clients] are the distances of their data, in the order of `data`.
+    `apart` [clients, clients] has the distances between the clients' data, in the order of `data`.
     """
 
     start: Tensors
@@ -39,29 +39,30 @@ class Cores:
 @dataclass(frozen=True)
 @checked
 class CELoRA:
-    """The update is b c a. A client trains all three, keeps b and a, and sends c: rank^2 floats for each module, and back.
+    """The update is b c a. A client trains all three, keeps b and a, and exchanges c: rank^2 floats per module, each way.
 
-    Client i gets back sum_j S_ij c_j over all clients that have ever sent a core, each with its last one: who is absent
-    stays in the mixture. S is `data_weight` (the paper's lambda) times the likeness of the data plus 1 - `data_weight`
-    times that of the cores, each row divided by its sum (`normaliser` "l1"), or its softmax. Without `include_self` a
-    client gets nothing of its own core, unless it is the only one. The numbers of examples do not count. A client that has
-    never sent a core gets the plain mean. Mixing costs O(clients^2 rank^3) for each module and round.
+    Client i downloads sum_j S_ij c_j over all clients that have ever uploaded a core, each with its last one, so absent
+    clients stay in the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data plus
+    1 - `data_weight` times that of the cores, with each row divided by its sum (`normaliser` "l1") or passed through a
+    softmax. Without `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no
+    influence. A client that has never uploaded a core gets the plain mean. Mixing costs O(clients^2 rank^3) per module and
+    round.
 
-    The likeness of cores is the mean over modules of their linear centred kernel alignment, in [0, 1]. The likeness of data
-    is exp(-d_ij / `tau`), `tau` by default the median of d over all pairs of clients. The first time that a client sends a
-    core it sends Gaussian mixtures too, for each label those of its examples' features in the base model, unless
-    `data_weight` is 0; d is the cost of optimal transport between labels, at that between Gaussians
-    (`linalg/transport.py`), and found once for each pair of clients. The mixtures tell much more of a client's examples
-    than its cores do: of a label with three examples or fewer they are the features themselves. `sampling.max_norm` counts
-    them.
+    The similarity of cores is the mean over modules of their linear centered kernel alignment, in [0, 1]. The similarity of
+    data is exp(-d_ij / `tau`), `tau` by default the median of d over all pairs of clients. With its first core a client
+    also uploads Gaussian mixtures of its examples' base-model features, one for each label, unless `data_weight` is 0; d is
+    the cost of optimal transport between labels, with the transport cost between Gaussians as cost
+    (`linalg/transport.py`), and is computed once for each pair of clients. The mixtures reveal much more about a client's
+    examples than its cores do: for a label with at most three examples they are the features themselves.
+    `sampling.max_norm` counts them.
 
     b starts at 0, c at the identity and a with normal entries of deviation `std`: the released code's 1e-3, with which
-    training starts slowly and depends on an optimiser that normalises its steps. Cores mean something to each other only as
-    long as the clients' b and a stay close; hence `shared_a`: all draw the same a. Layer norms are trained too, and stay
-    on the client as the head does.
+    training starts slowly and depends on an optimizer that normalizes its steps. Cores are comparable only while the
+    clients' b and a stay close; hence `shared_a`: all draw the same a. Layer norms are trained too, and stay on the client
+    like the head.
 
-    The server's part is missing in the released code, and the paper's text was not available: the forms of d and S, the
-    defaults of their settings, and absent and new clients are this package's.
+    The server side is missing in the released code, and the paper's text was not available: the forms of d and S, the
+    defaults of their settings, and the treatment of absent and new clients are this package's.
 
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
@@ -84,7 +85,7 @@ class CELoRA:
     """How similarities become weights: divided by their sum (l1), or by softmax."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
-        """The identity, and nobody's core."""
+        """The identity core, without any client's core."""
         return Cores({f"{name}.c": torch.eye(spec.rank(name, self.rank), dtype=spec.dtype) for name in spec.modules})
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class CELoRA:
         return drawn
 
     def send(self, server: Cores, client: ClientInfo, rnd: Round) -> Tensors:
-        """The client's own mixture of cores; beside it an empty tensor that asks for its data's mixtures, if unknown."""
+        """The client's mixture of cores; also an empty tensor that requests its data's mixtures, if unknown."""
         ask = {_ASKED: torch.zeros(0, dtype=torch.uint8)} if self.data_weight and client.id not in server.data else {}
         if not server.last:
             return {**server.start, **ask}
@@ -106,11 +107,11 @@ class CELoRA:
         return {**{key: mixed([server.last[one][key] for one in ids], shares) for key in server.start}, **ask}
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """Its own b and a around the mixture."""
+        """The client's own b and a around the mixture."""
         return unpack({**state, **_split(download)[0]}, ThreeFactor)
 
     def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
-        """Trains all three factors; keeps b and a, uploads c, and mixtures if it is asked for them."""
+        """Trains all three factors; keeps b and a, uploads c, and mixtures if requested."""
         data: Tensors = {}
         if _ASKED in download:
             seen = yield from features()
@@ -122,7 +123,7 @@ class CELoRA:
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """With as many components as there must be for so many examples of each label."""
+        """The template, with the number of components that the numbers of examples of each label require."""
         (cores, expected), (_, came) = _split(template), _split(upload)
         if not expected or came["counts"].shape != expected["counts"].shape:
             return template
@@ -136,7 +137,7 @@ class CELoRA:
         return {**cores, **{_DATA + key: x for key, x in shapes.items()}}
 
     def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
-        """Keeps the cores and mixtures that came; cores are mixed when they are sent."""
+        """Stores the uploaded cores and mixtures; cores are mixed in `send`."""
         came = {reply.client.id: _split(reply.upload) for reply in replies if reply.weight > 0}
         last = {**server.last, **{client: cores for client, (cores, _) in came.items()}}
         if not (new := {client: Mixtures(**data) for client, (_, data) in came.items() if data}):
@@ -145,7 +146,7 @@ class CELoRA:
         return Merged(replace(server, last=last, data=data, apart=_distances(data, server.apart)))
 
     def _shares(self, server: Cores, ids: Sequence[str], one: str) -> Tensor:
-        """The row of S [clients] that belongs to client `one`, in the order of `ids`; it sums to 1."""
+        """The row of S [clients] for client `one`, in the order of `ids`; it sums to 1."""
         alike = (1 - self.data_weight) * _cores_alike([server.last[client] for client in ids], ids.index(one))
         if self.data_weight:
             place = {client: i for i, client in enumerate(server.data)}
@@ -167,7 +168,7 @@ class CELoRA:
 
 
 def median(x: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """The mean of the two middle values where their number is even (`Tensor.median` is the lower one)."""
+    """The median; for an even number of values, the mean of the two middle ones (`Tensor.median` is the lower one)."""
     return (x.median() - (-x).median()) / 2
 
 
@@ -177,25 +178,25 @@ def mixed(cores: Sequence[Tensor], shares: Tensor) -> Tensor:
 
 
 def _cores_alike(cores: Sequence[Tensors], one: int) -> Tensor:
-    """How like core number `one` each is [clients], in [0, 1]."""
+    """The similarity of each core to core number `one` [clients], in [0, 1]."""
     stacked = [torch.stack([core[key] for core in cores]) for key in cores[0]]
     return torch.stack([similarity(c[one].expand_as(c), c) for c in stacked]).mean(0)
 
 
 def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
-    """[clients, clients], of which the first ones are known."""
+    """Distances between all clients' data [clients, clients]; those in `known`, of the first clients, are reused."""
     apart = known.new_zeros(len(data), len(data))
     apart[: len(known), : len(known)] = known
     ids = list(data)
     for j in range(len(known), len(ids)):
         for i in range(j):
-            one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on who came first
+            one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on the order of clients
             apart[i, j] = apart[j, i] = min(mixtures_apart(data[one], data[other]), _FAR)
     return apart
 
 
 def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The cores, and what is about data, under its own names."""
+    """Splits an upload into the cores and the data's mixtures, the latter under their own names."""
     data = {key.removeprefix(_DATA): x for key, x in tensors.items() if key.startswith(_DATA)}
     return {key: x for key, x in tensors.items() if not key.startswith(_DATA)}, data
 

@@ -1,4 +1,4 @@
-"""Ditto: each client trains an adapter of its own that is pulled towards the one that all average."""
+"""Ditto: each client trains a personal adapter with a proximal penalty toward the averaged one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,16 +19,16 @@ from fedlora.ranges import NonNegativeFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class Ditto:
-    """The shared pair as in FedIT, and on each client a whole adapter of its own, which it uses instead.
+    """A shared pair as in FedIT, and on each client a complete personal adapter, which it uses instead.
 
-    In a round a client first trains the shared pair, as in FedIT, bit for bit, and uploads it. Then it trains its own pair
-    with the penalty pull / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, towards the shared pair as it came
-    down; b and a are PEFT's, which are what is trained. Its own pair starts from the first shared pair that it gets; until
-    then it uses the shared one. With `pull` 0 it trains locally and alone; with a pull without bounds it keeps to the
-    shared pair.
+    In a round a client first trains and uploads the shared pair, bit for bit as in FedIT. Then it trains its personal pair
+    with the penalty pull / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, toward the downloaded shared pair;
+    b and a are PEFT's, which are the trained parameters. The personal pair starts from the first shared pair downloaded;
+    until then the client uses the shared one. With `pull` 0 the client trains alone; as `pull` goes to infinity, it stays
+    at the shared pair.
 
-    The paper trains whole models; here the distance is that of the trained factors, not that of the products. A round costs
-    two trainings. A head that is not frozen is trained in both, and not pulled.
+    The paper trains whole models; here the distance is between the trained factors, not between the products. A round costs
+    two trainings. A head that is not frozen is trained in both, without the penalty.
 
     Source: Li et al. 2021, arXiv:2012.04221, Algorithm 1.
     """
@@ -38,11 +38,11 @@ class Ditto:
     """Weight of the penalty that keeps the personal factors near the shared ones; 0: none."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-        """A shared pair of update zero."""
+        """A shared pair with zero update."""
         return self._shared().init_server(spec, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Scaled:
-        """No pair yet."""
+        """Empty: no pair yet."""
         return Scaled({}, spec.scales(self.rank))
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
@@ -50,11 +50,11 @@ class Ditto:
         return server
 
     def view(self, state: Scaled, download: Tensors, client: ClientInfo) -> Adapter:
-        """Its own pair, or the shared one as long as there is none."""
+        """The personal pair, or the shared one until there is one."""
         return state.adapter or unpack(download, LowRank)
 
     def work(self, state: Scaled, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
-        """Trains the shared pair, and uploads it; then its own, with the penalty."""
+        """Trains and uploads the shared pair; then trains the personal pair with the penalty."""
         shared = unpack(download, LowRank)
         trained = _pairs((yield from fit(shared)))
         penalty = partial(_pull, self.pull, state.scales, shared) if self.pull else None

@@ -1,4 +1,4 @@
-"""FedDPA: beside the adapter that all average, each client trains one of its own."""
+"""FedDPA: in addition to the averaged adapter, each client trains a personal one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from fedlora.ranges import PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FedDPA:
-    """The shared pair as in FedIT, and on each client a pair of `personal_rank` that never travels.
+    """A shared pair as in FedIT, and on each client a personal pair of `personal_rank`, which stays on the client.
 
-    In a round a client first trains the shared pair alone, as in FedIT, bit for bit. Then it trains its own pair with the
-    shared one, as it has just trained it, frozen beside it. It uses the sum of its own pair and the mean shared pair; a
-    client that has never taken part uses the shared pair alone. A round costs two trainings. A head that is not frozen is
-    trained in both.
+    In a round a client first trains the shared pair alone, bit for bit as in FedIT. Then it trains its personal pair, with
+    the shared pair that it has just trained as frozen extra factors. It uses the sum of its personal pair and the mean
+    shared pair; a client that has never participated uses the shared pair alone. A round costs two trainings. A head that
+    is not frozen is trained in both.
 
-    This is the paper's FedDPA-T, where both adapters are trained in each round (in FedDPA-F the personal one follows after
-    the last). The paper weighs the two adapters anew for each example, by its likeness to the client's own ones; here both
-    count fully, as an adapter does not see examples. The paper's text was not available for the order within a round and
-    the start of the personal pair: these are this package's.
+    This is the paper's FedDPA-T, where both adapters are trained in each round (in FedDPA-F the personal one is trained
+    after the last round). The paper weighs the two adapters for each example, by its similarity to the client's own
+    examples; here both have full weight, as an adapter does not see examples. The paper's text was not available for the
+    order within a round and the start of the personal pair: these are this package's.
 
     Source: Yang et al. 2024, arXiv:2403.19211.
     """
@@ -38,11 +38,11 @@ class FedDPA:
     """The rank of the personal factors."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-        """A shared pair of update zero."""
+        """A shared pair with zero update."""
         return self._shared().init_server(spec, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """A personal pair of update zero."""
+        """A personal pair with zero update."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal"))
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
@@ -56,7 +56,7 @@ class FedDPA:
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
-        """Trains the shared pair, then the personal one beside it; uploads the shared one."""
+        """Trains the shared pair, then the personal pair with the shared one frozen; uploads the shared one."""
         shared = _pairs((yield from fit(unpack(download, LowRank))))
         return _pairs((yield from fit(state, frozen_extra=shared))), pack(shared)
 

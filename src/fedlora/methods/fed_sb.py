@@ -1,4 +1,4 @@
-"""Fed-SB: clients train a small matrix between two frozen factors that all share."""
+"""Fed-SB: clients train a small matrix between two shared frozen factors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,28 +21,28 @@ from fedlora.ranges import PositiveInt, checked
 class FedSB:
     """The mean c [rank, rank] between b with orthonormal columns and a with orthonormal rows, which never change.
 
-    The mean is exact, and the upload is rank^2 floats for each module. No update leaves the space that b and a span, so
-    that their choice decides what can be learnt. The rank is at most min(out, in): more would add nothing.
+    The mean is exact, and the upload is rank^2 floats per module. All updates lie in the space that b and a span, so their
+    choice determines what can be learned. The rank is at most min(out, in): a larger one would add nothing.
 
     The paper takes b, diag(c) and a from the singular value decomposition of -lr sign(g), g the gradient of the full model
-    summed over the training data in one place, without noise. No place in a federation has that data, hence `init`:
+    summed over the pooled training data, without noise. No participant in a federation has that data, hence `init`:
 
     "weight": the leading singular vectors of the pretrained weight, and c = 0, so that training starts from the pretrained
-    model. This is not the paper's; it is nearly LoRA-XS's (arXiv:2405.17604), which has the singular values in b and a tiny
-    random c. It sees no data.
+    model. This is not the paper's choice; it is close to LoRA-XS (arXiv:2405.17604), which has the singular values in b and
+    a tiny random c. It uses no data.
 
-    "gradient": near to the paper's. In round 0 the clients train b for one epoch, from zero, on a common orthonormal random
-    a; in round 1, a for one epoch, from zero, on an orthonormal basis of the mean b. b, diag(c) and a then are the singular
-    value decomposition of what the second training gave, so that round 2 starts from there. With one step of plain
-    gradient descent the two uploads are -lr g a^T and -lr b^T g, linear in the mean gradient g: a randomised
+    "gradient": close to the paper's. In round 0 the clients train b for one epoch, from zero, on a common orthonormal
+    random a; in round 1, a for one epoch, from zero, on an orthonormal basis of the mean b. Then b, diag(c) and a are the
+    singular value decomposition of the second training's result, from which round 2 starts. With one step of plain
+    gradient descent the two uploads are -lr g a^T and -lr b^T g, linear in the mean gradient g: a randomized
     decomposition of the first step, exact if the rank of g is at most `rank`. It differs from the paper in the step (the
-    run's optimiser over an epoch, not the sign of one sum). The uploads of these two rounds have rank * out and rank * in
-    floats, and whoever must not read single uploads needs no more than their mean.
+    run's optimizer over an epoch, not the sign of one sum). The uploads of these two rounds have rank * out and rank * in
+    floats; their mean suffices, so that secure aggregation remains possible.
 
     "random": random b and a from the run's common seed, and c = 0.
 
-    With "random" only c travels down too. With the others b and a come from the server, as singular vectors differ in sign
-    from machine to machine; they come in every round, as the server keeps no list of who has them.
+    With "random" the download, too, is only c. With the others b and a are sent by the server, as singular vectors differ
+    in sign between machines; they are sent in every round, as the server does not track which clients have them.
 
     The weights are those of the replies; the paper has 1/K, which is the run's setting of uniform weights.
 
@@ -55,7 +55,7 @@ class FedSB:
     (gradient), or chance (random)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
-        """What travels down in the first round.
+        """The download of the first round.
 
         Raises:
             ValueError: `init` is "weight" and the spec cannot read the pretrained weights.
@@ -68,17 +68,17 @@ class FedSB:
         return pack({name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in frames.items()})
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Tensors:
-        """Random b and a, if those are used."""
+        """Random b and a, if `init` is "random"."""
         if self.init != "random":
             return {}
         return pack(_frames(spec, {name: self._rank(spec, name) for name in spec.modules}, seed))
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """All that the server has, the same for everybody."""
+        """The whole server state, the same for all clients."""
         return server
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """The three factors, or two while the gradient is looked at."""
+        """The three factors, or two in the first rounds of "gradient"."""
         return _adapter({**state, **download})
 
     def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
@@ -135,5 +135,5 @@ def _frames(spec: AdapterSpec, ranks: Mapping[str, int], seed: int) -> dict[str,
 
 
 def _second(part: LowRank) -> LowRank:
-    """Where the second of the two trainings starts."""
+    """The start of the second of the two trainings."""
     return LowRank(b=orthonormal(part.b), a=torch.zeros_like(part.a))

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: averaged factors, and what they miss of the mean of the products goes into the base."""
+"""FedEx-LoRA: averages the factors, and merges their residual to the mean of the products into the base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 class FedExLoRA:
     """The adapter becomes (b_mean, a_mean), and the base moves by E = sum_k w_k b_k a_k - b_mean a_mean: together exact.
 
-    E is a covariance of rank at most (K - 1) r for K clients, and travels as factors of that rank, or as the dense matrix
-    where that is smaller. With a `residual_rank` above 0, only the best approximation of that rank goes into the base (the
-    paper's variant for many clients): the merge misses the rest.
+    E is a covariance of rank at most (K - 1) r for K clients, and is sent as factors of that rank, or as the dense matrix
+    if that is smaller. With a `residual_rank` above 0, only the best approximation of that rank is merged into the base
+    (the paper's variant for many clients); the remainder is lost.
 
-    `adapter` "mean" is the published choice. Any other is as exact with the E that belongs to it: "best" is the best fit
-    of rank r to the mean of the products, and only its tail, again of rank (K - 1) r, goes into the base.
+    `adapter` "mean" is the published choice. Any other choice with its own E is as exact: "best" is the best fit of rank r
+    to the mean of the products, and only its tail, again of rank (K - 1) r, is merged into the base.
 
     Weights are those of the replies; paper and code use 1/K, which is the run's setting of uniform weights. All clients
-    have the same rank. The released code adds E transposed to linear layers, which is not done here.
+    have the same rank. The released code adds E transposed to linear layers; this one does not.
 
     Source: Singhal et al. 2025, arXiv:2410.09432, section 4.
     """
@@ -38,18 +38,18 @@ class FedExLoRA:
     """The rank of the residual that is added to the base; 0: the exact residual."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return lora_init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """The adapter; the engine sends the base update."""
+        """The adapter; the round loop sends the base update."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -57,7 +57,7 @@ class FedExLoRA:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The adapter, and as a base update what it lacks of the mean of the products."""
+        """The adapter, and its residual to the mean of the products as a base update."""
         means, ideal, count = RunningMean(), MeanUpdate(), 0
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
@@ -71,7 +71,7 @@ class FedExLoRA:
         return Merged(adapter, base_update, {"aggregation_error": ideal.error(adapter, base_update or {})})
 
     def _residual(self, rest: MeanUpdate, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:
-        """E, or its best approximation; None for one client, whose update the adapter holds."""
+        """E, or its best approximation; None for a single client, whose update is the adapter."""
         most = {name: (count - 1) * part.rank for name, part in server.items()}
         if self.residual_rank:
             most = {name: min(rank, self.residual_rank) for name, rank in most.items()}

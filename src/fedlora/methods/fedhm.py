@@ -1,4 +1,4 @@
-"""FedHM-LoRA: balanced slices of the decomposed mean, for clients of unequal capacity, on LoRA's products."""
+"""FedHM-LoRA: balanced slices of the decomposed mean product, for clients of unequal capacity."""
 
 import math
 from collections.abc import Mapping
@@ -18,16 +18,17 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FedHMLoRA:
-    """The mean of the products is decomposed as u s vt; a client gets the leading ranks of u s^1/2 and s^1/2 vt.
+    """The mean of the products is decomposed as u s vt; a client downloads the leading ranks of u s^1/2 and s^1/2 vt.
 
     FedHM decomposes whole weights, without LoRA; this is its server on updates b a: FlexLoRA with the balanced split and
-    FedHM's weights, which know no number of examples. With g_k = rank / r_k, the factor by which client k is smaller than
-    the largest, a client weighs exp(-g_k / `temperature`), divided by the sum over those that take part ("capacity"; at 1,
-    factors 1, 2, 4, 8 give 0.71, 0.26, 0.04, 0.001), or the same for all ("uniform", the default of the released code).
+    FedHM's weights, which ignore numbers of examples. With g_k = rank / r_k, the factor by which client k is smaller than
+    the largest, a client has weight exp(-g_k / `temperature`), divided by the sum over the participants ("capacity"; at 1,
+    factors 1, 2, 4, 8 give 0.71, 0.26, 0.04, 0.001), or the same as all others ("uniform", the default of the released
+    code).
 
-    Law: without training, singular value j shrinks each round to the weight of the clients whose rank reaches it. With
-    `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever none of
-    that rank takes part; a client alone is then no longer local training.
+    Law: without training, singular value j shrinks each round by the weight of the clients whose rank reaches it. With
+    `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever no
+    client of that rank participates; a single client then no longer equals local training.
 
     Source: Yao et al. 2021, arXiv:2111.14655.
     """
@@ -41,18 +42,18 @@ class FedHMLoRA:
     """Whether the server's factors join the mean when no client of the largest rank takes part."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero at the largest rank."""
+        """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """The best fit of the client's own rank."""
+        """The best fit at the client's rank."""
         return pack(server.leading(client.rank))
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -60,7 +61,7 @@ class FedHMLoRA:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The best fit to the mean of the products; the error is that against this mean, server's share included."""
+        """The best fit to the mean of the products; the error is relative to this mean, with the server's share."""
         ideal, largest = MeanUpdate(), 0
         for reply in replies:
             if reply.weight > 0:
@@ -71,12 +72,12 @@ class FedHMLoRA:
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
     def _plus(self, ideal: MeanUpdate, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[MeanUpdate, int]:
-        """One more client, and the largest rank so far: its clients weigh 1, so that a round's weights never all vanish."""
+        """Adds a client, and updates the largest rank, whose clients have weight 1, so that some weight is positive."""
         if rank > largest:
             ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank
         return ideal.add(self._share(rank, largest), update), largest
 
     def _share(self, rank: int, largest: int) -> float:
-        """The weight of a client over that of one of rank `largest`."""
+        """The weight of a client relative to one of rank `largest`."""
         apart = self.rank / largest - self.rank / rank
         return math.exp(apart / self.temperature) if self.weighting == "capacity" else 1.0

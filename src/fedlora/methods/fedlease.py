@@ -1,4 +1,4 @@
-"""FedLEASE: after a warm-up, clusters of clients share an expert, and route each input through all experts."""
+"""FedLEASE: after a warm-up, each cluster of clients shares an expert, and routes each input through all experts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +26,10 @@ class First:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the server knows: until the clusters are made `first`, and then all the rest.
+    """The server's state: `first` until the clusters exist, then the other fields.
 
-    `members` maps clients to clusters. `downloads` holds what the members of each cluster get: that is the experts, and a
-    copy of the others for each. `centres` maps "module.b" to the mean directions of b of those that made each cluster
-    [clusters, out * rank].
+    `members` maps clients to clusters. `downloads` has the download of each cluster's members: its expert, and a copy of
+    the others. `centres` maps "module.b" to the mean directions of b of each cluster's founders [clusters, out * rank].
     """
 
     first: Mapping[str, First] = field(default_factory=dict)
@@ -44,22 +43,22 @@ class Allocation:
 class FedLEASE:
     """Each cluster of clients trains one expert b a, and a router that mixes in the frozen experts of the others.
 
-    For `warmup_rounds` each client trains a pair of its own, all from the same start, and uploads it. Then the server
-    clusters those that came, once: by the mean over modules of 1 - cosine between their b, with average linkage, into the
-    number of clusters from 2 to `max_experts` with the largest silhouette, or into `experts` of them if that is not 0. A
-    cluster's expert starts at the mean of its members' pairs, and its router at random, as `torch.nn.Linear` does. From
-    then on a client trains its cluster's expert and router (see `linalg.lowrank.Experts`), and uploads both; the server
-    averages them over the members that came. An expert without any stays. With one expert there is no router, and the
-    method is FedIT; also where fewer than three clients came to the warm-up, which have no silhouette.
+    For `warmup_rounds` each client trains its own pair, all from the same start, and uploads it. Then the server clusters
+    the participants once: by the mean over modules of 1 - cosine between their b, with average linkage, into the number of
+    clusters from 2 to `max_experts` with the largest silhouette, or into `experts` clusters if that is not 0. A cluster's
+    expert starts at the mean of its members' pairs, and its router is initialized like `torch.nn.Linear`. From then on a
+    client trains and uploads its cluster's expert and router (see `linalg.lowrank.Experts`); the server averages them over
+    the participating members. An expert without participants is unchanged. With one expert there is no router, and the
+    method is FedIT; so it is if fewer than three clients participate in the warm-up, as they have no silhouette.
 
-    The paper's `warmup_rounds` is one round, the released code's are five. The paper weighs clients equally
-    (`method.weights` "uniform"). In the released code each client goes on from its own pair instead of the mean, with all
-    other experts at zero, and has a random head of its own that is never trained; here the head is personal and trained.
-    All experts must come down each round if the others are to stay current, though the paper counts only the own one.
+    `warmup_rounds` is one in the paper, five in the released code. The paper weighs clients equally (`method.weights`
+    "uniform"). In the released code each client continues from its own pair instead of the mean, with all other experts at
+    zero, and has its own random head that is never trained; here the head is personal and trained. All experts must be
+    downloaded each round to keep the others current, though the paper counts only the own one.
 
-    The paper has all clients take part. Here a client that has not come when the clusters are made trains its own pair in
-    its first round, and joins the cluster whose founders' b are nearest in the mean; its pair counts in no expert. Until
-    then it is evaluated with its own pair. So choose `warmup_rounds` such that enough clients come.
+    In the paper all clients participate. Here a client that is absent until the clusters exist trains its own pair in its
+    first round, and joins the cluster whose founders' b are nearest on average; its pair enters no expert. Until then it
+    is evaluated with its own pair. So choose `warmup_rounds` large enough for most clients to participate.
 
     Source: Wang et al. 2025, NeurIPS, arXiv:2509.15087, and its released code.
     """
@@ -73,29 +72,29 @@ class FedLEASE:
     """The number of clusters; 0: chosen by the silhouette."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Allocation:
-        """Nobody's pair."""
+        """An empty set of pairs."""
         return Allocation()
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
-        """A pair of update zero, the same on every client: directions of b are compared over the same a."""
+        """A pair with zero update, the same on every client, so that directions of b are compared for the same a."""
         return pack(lora_init(spec, self.rank, seed))
 
     def send(self, server: Allocation, client: ClientInfo, rnd: Round) -> Tensors:
-        """Nothing to a client without a cluster; else its expert and router, and the others' experts."""
+        """The client's expert and router and the other experts; empty for a client without a cluster."""
         return server.downloads[server.members[client.id]] if client.id in server.members else {}
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """The experts behind the router, a lone expert, or the client's own pair."""
+        """The experts with their router, a single expert, or the client's own pair."""
         return unpack(download, Experts) if pick(download, "g") else unpack(download or state, LowRank)
 
     def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
-        """Trains and uploads its pair, which it keeps, or its cluster's expert and router."""
+        """Trains and uploads the client's pair, which it keeps, or its cluster's expert and router."""
         factors = "bag" if pick(download, "g") else "ba"
         trained = pick(pack((yield from fit(self.view(state, download, client), factors))), factors)
         return state if download else trained, trained
 
     def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:
-        """Collects pairs; makes the clusters after the warm-up; then averages in each, and lets newcomers join."""
+        """Collects pairs; clusters them after the warm-up; then averages within clusters, and assigns new clients."""
         came = (reply for reply in replies if reply.weight > 0)
         if server.downloads:
             after = _averaged(server, came)
@@ -105,7 +104,7 @@ class FedLEASE:
         return Merged(after, notes={"experts": float(len(after.downloads))} if after.downloads else {})
 
     def _allocated(self, first: Mapping[str, First], rnd: Round) -> Allocation:
-        """The clusters of those that came to the warm-up, and their first experts."""
+        """The clusters of the warm-up's participants, and their initial experts."""
         ids = sorted(first)
         vectors = _directions([first[client].upload for client in ids])
         found = clusters(pairwise(list(vectors.values())), self.max_experts, self.experts)
@@ -121,7 +120,7 @@ class FedLEASE:
 
 
 def _averaged(server: Allocation, replies: Iterable[Reply]) -> Allocation:
-    """Each expert and router at the mean over its present members; who was in no cluster joins the nearest."""
+    """Averages each expert and router over its participating members; assigns new clients to the nearest cluster."""
     means: dict[int, RunningMean] = {}
     members = dict(server.members)
     for reply in replies:
@@ -136,12 +135,12 @@ def _averaged(server: Allocation, replies: Iterable[Reply]) -> Allocation:
 
 
 def _downloads(experts: Sequence[Tensors]) -> tuple[Tensors, ...]:
-    """For each cluster its own expert and router, and the experts of the others in their order, stacked."""
+    """For each cluster its expert and router, and the stacked experts of the others in order."""
     return tuple({**own, **_stacked([*experts[:i], *experts[i + 1 :]])} for i, own in enumerate(experts))
 
 
 def _stacked(experts: Sequence[Tensors]) -> dict[str, Tensor]:
-    """`"module.others_b"` [experts, out, rank] and `"module.others_a"` [experts, rank, in]; nothing for no experts."""
+    """`"module.others_b"` [experts, out, rank] and `"module.others_a"` [experts, rank, in]; empty without experts."""
     found: dict[str, Tensor] = {}
     for key in pick(experts[0], "ba") if experts else ():
         name, _, factor = key.rpartition(".")
@@ -164,6 +163,6 @@ def _directions(uploads: Sequence[Tensors]) -> dict[str, Tensor]:
 
 
 def _nearest(upload: Tensors, centres: Tensors) -> int:
-    """The cluster at the smallest mean distance."""
+    """The cluster with the smallest mean distance."""
     vectors = _directions([upload])
     return int(distances(list(vectors.values()), [centres[key] for key in vectors]).argmin())

@@ -1,4 +1,4 @@
-"""FedLoRU, pFedLoRU and mFedLoRU: averaged factors, whose product goes into the base every few rounds."""
+"""FedLoRU, pFedLoRU and mFedLoRU: averaged factors whose product is merged into the base every few rounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
-_IN_BASE = "in_base"  # an empty tensor of this name says that the base has the factors' product already
+_IN_BASE = "in_base"  # an empty tensor of this name marks that the base already contains the factors' product
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The factors all train, and whether the base has their product already."""
+    """The shared factors, and whether the base already contains their product."""
 
     factors: Mapping[str, LowRank]
     in_base: bool = False
@@ -30,14 +30,14 @@ class Shared:
 @dataclass(frozen=True)
 @checked
 class FedLoRU:
-    """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) the base moves by their product.
+    """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) their product is merged into the base.
 
-    The base thus gains r ranks each time, while the messages keep theirs. With `accumulate` "keep", as in the paper's
-    algorithm, training goes on from the same factors: it starts at base + 2 b a, a jump by b a. With "reinit" it goes on
-    from b = 0 and a fresh a, without a jump. In both, right after an accumulation the base alone is the model to
-    evaluate (the paper's returned model), and hence the adapter adds nothing.
+    Each merge thus adds r ranks to the base, while messages keep rank r. With `accumulate` "keep", as in the paper's
+    algorithm, training continues from the same factors: it starts at base + 2 b a, a jump by b a. With "reinit" it
+    continues from b = 0 and a fresh a, without a jump. In both, right after a merge the base alone is the evaluated
+    model (the paper's returned model), and hence the adapter adds nothing.
 
-    The mean of the factors is inexact, and what it misses stays in the base. The released code starts from a random product
+    The mean of the factors is inexact, and its error persists in the base. The released code starts from a random product
     on a base of zeros; here, from b = 0 on the pretrained base.
 
     Source: Park and Klabjan 2024, arXiv:2409.12371, Algorithm 1 (which calls our b A, and our a B).
@@ -50,20 +50,20 @@ class FedLoRU:
     """After an update of the base, keep the factors (keep) or start from b = 0 and a fresh a (reinit)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Shared:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return Shared(lora_init(spec, self.rank, seed))
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Any:
-        """Nothing."""
+        """Stateless."""
         return None
 
     def send(self, server: Shared, client: ClientInfo, rnd: Round) -> Tensors:
-        """The factors, and a mark if the base has them; the engine sends the base update."""
+        """The factors, and a mark if the base contains them; the round loop sends the base update."""
         mark = {_IN_BASE: torch.empty(0)} if server.in_base else {}
         return {**pack(server.factors), **mark}
 
     def view(self, state: Any, download: Tensors, client: ClientInfo) -> Adapter:
-        """The factors, or no change if the base has them."""
+        """The factors, or a zero update if the base contains them."""
         return _beyond_base(download)
 
     def work(self, state: Any, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
@@ -71,7 +71,7 @@ class FedLoRU:
         return state, pack((yield from fit(_factors(download))))
 
     def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
-        """The mean factors; as a base update too when it is time."""
+        """The mean factors; every `every` rounds also as a base update."""
         means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             trained = self._trained(server, reply.upload)
@@ -86,17 +86,17 @@ class FedLoRU:
         return Merged(Shared({name: _fresh(name, part, rnd) for name, part in mean.items()}), mean, notes)
 
     def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
-        """A client's factors after its work, as far as the server knows them."""
+        """A client's factors after training, as reconstructed by the server."""
         return unpack(upload, LowRank)
 
 
 @dataclass(frozen=True)
 class PFedLoRU(FedLoRU):
-    """FedLoRU, with a pair of `personal_rank` on each client beside the shared one; the personal pair never travels.
+    """FedLoRU with an additional personal pair of `personal_rank`, which stays on the client.
 
-    A client trains its own pair on the model it got, then the shared one beside it. With `personal_rank` 0 this is FedLoRU.
-    A client that has never taken part uses the shared factors alone, the global model. The paper's text was not available
-    for this variant: order and start of the personal pair are this package's.
+    A client trains its personal pair on the downloaded model, then the shared pair with the personal one frozen. With
+    `personal_rank` 0 this is FedLoRU. A client that has never participated uses the shared factors alone, the global model.
+    The paper's text was not available for this variant: order and start of the personal pair are this package's.
 
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
@@ -105,7 +105,7 @@ class PFedLoRU(FedLoRU):
     """The rank of the personal factors; 0: none."""
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """A personal pair of update zero."""
+        """A personal pair with zero update."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal")) if self.personal_rank else {}
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
@@ -116,7 +116,7 @@ class PFedLoRU(FedLoRU):
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
-        """Trains the personal pair beside the shared one, then the other way round; uploads the shared one."""
+        """Trains the personal pair with the shared one frozen, then vice versa; uploads the shared one."""
         shared = _factors(download)
         if state:
             state = _low_rank((yield from fit(state, frozen_extra=shared)))
@@ -125,24 +125,24 @@ class PFedLoRU(FedLoRU):
 
 @dataclass(frozen=True)
 class MFedLoRU(FedLoRU):
-    """FedLoRU, for clients whose own rank r_k is below the server's: they upload their changes of b and of a at rank r_k.
+    """FedLoRU for clients whose rank r_k is below the server's: they upload their changes of b and of a at rank r_k.
 
     The change of b [out, rank] is sent as [out, r_k] and [r_k, rank], that of a [rank, in] as [rank, r_k] and [r_k, in].
     The server adds the mean of the products to b and to a. With r_k = rank this is FedLoRU. The paper trains those inner
-    factors themselves; here the client trains b and a, and sends the best fit to each change: it saves traffic, not
+    factors themselves; here the client trains b and a, and sends the best fit to each change, which saves traffic but not
     training. The paper's formulas for this variant were not available.
 
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
-        """The rank of each module's changes; it never changes."""
+        """The rank of each module's changes; constant."""
         return {name: spec.rank(name, client.rank) for name in spec.modules}
 
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
-        """Trains the factors, and uploads both changes, factorised."""
+        """Trains the factors, and uploads both changes in factored form."""
         start = _factors(download)
         trained = _low_rank((yield from fit(start)))
         changes: dict[str, LowRank] = {}
@@ -164,7 +164,7 @@ def _factors(download: Tensors) -> dict[str, LowRank]:
 
 
 def _beyond_base(download: Tensors) -> dict[str, LowRank]:
-    """What the factors add to the base as it is."""
+    """The update that the factors add to the current base."""
     factors = _factors(download)
     if _IN_BASE not in download:
         return factors

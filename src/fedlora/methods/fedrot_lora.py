@@ -1,4 +1,4 @@
-"""FedRot-LoRA: each client turns its factors towards those it got, so that averaging them cancels less."""
+"""FedRot-LoRA: each client rotates its factors toward the downloaded ones, so that averaging cancels less."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +15,12 @@ from fedlora.ranges import PositiveInt, UnitInterval, checked
 @dataclass(frozen=True)
 @checked
 class FedRotLoRA:
-    """Client k uploads (b_k q, q^T a_k), q orthogonal: the same product, nearest to the factors it got. Else FedIT.
+    """FedIT, except that client k uploads (b_k q, q^T a_k), q orthogonal: the same product, nearest to the download.
 
-    `strength` (lambda in [0, 1]) goes from no rotation, which is FedIT, to the nearest proper one. `align` "alternate"
-    brings a near the reference's in odd rounds and b in even ones, counted from 0 by the server; "a" and "b" stay with one.
-    There is none in round 0, where the reference is still random. With `proper` False q may be a reflection: the released
-    code's default is that, at strength 1. At strength 1/2 a rotation by 180 degrees has no half-way; hence 0.6.
+    `strength` (lambda in [0, 1]) ranges from no rotation, which is FedIT, to the nearest proper one. `align` "alternate"
+    aligns a with the reference in odd rounds and b in even ones, counted from 0 by the server; "a" and "b" always align the
+    same factor. Round 0 has no rotation, as the reference is still random. With `proper` False q may be a reflection, which
+    is the released code's default, at strength 1. At strength 1/2 a rotation by 180 degrees has no midpoint; hence 0.6.
 
     Source: Zhang et al. 2026, arXiv:2602.23638.
     """
@@ -34,22 +34,22 @@ class FedRotLoRA:
     """Whether only rotations are allowed, and no reflections."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return pack(lora_init(spec, self.rank, seed))
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The mean factors, which are the reference too."""
+        """The mean factors, which are also the reference."""
         return server
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, turns them, and uploads them."""
+        """Trains, rotates and uploads both factors."""
         reference = unpack(download, LowRank)
         trained = yield from fit(reference)
         if rnd.index == 0:

@@ -1,4 +1,4 @@
-"""FedRPCA: what clients have in common is averaged; what is sparse and their own is averaged and amplified."""
+"""FedRPCA: averages the common low-rank part of the clients' changes, and amplifies the mean of the sparse part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,15 +27,15 @@ class FedRPCA:
     The server's change is mean(l_k) + beta mean(s_k), for each module; both means have the replies' weights. `beta` 1 is
     FedIT. `beta` None is 1 / e, with e the share |mean(s_k)| / |mean(x_k)|, but at most `beta_max`.
 
-    `columns` says what a column is: b and a, each on its own ("factors"), both in one ("both"), or the product b a
-    ("product"), whose new value is then cut to the rank; b is that of PEFT, without the scale alpha / rank. `sparsity` is
-    the weight of the 1-norm (lambda); None: 1/sqrt(max(n, K)) for K columns of n.
+    `columns` selects the columns: b and a separately ("factors"), both in one ("both"), or the product b a ("product"),
+    whose new value is then truncated to the rank; b is that of PEFT, without the scale alpha / rank. `sparsity` is the
+    weight of the 1-norm (lambda); None: 1/sqrt(max(n, K)) for K columns of n.
 
-    With few clients, or dense noise, robust PCA calls nearly everything sparse and would amplify it all: below
-    `min_clients`, or where more than `max_density` of the sparse entries are not zero, beta is 1. Clients that are
-    identical are not followed exactly from `min_clients` on: the largest entries of what they have in common count as
-    sparse. With normal entries and `beta_max` 3 the server goes too far by 24 % of the change for 4 clients, 15 % for 5, 10
-    % for 6, 4 % for 8, 1 % for 10, and not at all from 15 on. All uploads are in memory together: the split needs every
+    With few clients, or dense noise, robust PCA classifies nearly everything as sparse and would amplify all of it: below
+    `min_clients`, or if more than `max_density` of the sparse entries are not zero, beta is 1. From `min_clients` on,
+    identical clients are not reproduced exactly, because the largest entries of their common change count as sparse. With
+    normal entries and `beta_max` 3 the server overshoots by 24 % of the change for 4 clients, 15 % for 5, 10 % for 6, 4 %
+    for 8, 1 % for 10, and not at all from 15 on. All uploads are in memory at once, since the decomposition needs every
     column.
 
     Source: Jhunjhunwala et al. 2025, arXiv:2506.01194; no code is released, and the abstract fixes neither columns nor beta
@@ -68,18 +68,18 @@ class FedRPCA:
     """The largest number of iterations of robust PCA."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return Scaled.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The factors."""
         return pack(server.adapter)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -138,7 +138,7 @@ class FedRPCA:
 
 
 def _shares(replies: Sequence[Reply]) -> Tensor:
-    """The weights, normalised, in fp64.
+    """The normalized weights, in fp64.
 
     Raises:
         ValueError: no reply has a positive weight.

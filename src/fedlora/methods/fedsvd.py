@@ -1,4 +1,4 @@
-"""FedSVD: clients train b on a common a, which the server makes orthonormal again without changing the product."""
+"""FedSVD: clients train b on a common a, which the server reorthonormalizes without changing the product."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 class FedSVD:
     """The mean b; then, after every `every` rounds, b <- u s and a <- vt of the singular value decomposition b a = u s vt.
 
-    All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is cut. With orthonormal
-    rows in a, noise on b is noise of the same norm on the product, and gradients of b are not stretched by a: clipping for
-    privacy distorts less. b^T b is diagonal, descending. Where the rank exceeds out or in, the rows beyond are zero.
+    All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is truncated. With
+    orthonormal rows in a, noise on b is noise of the same norm on the product, and a does not stretch gradients of b, so
+    that clipping for privacy distorts less. b^T b is diagonal, descending. If the rank exceeds out or in, excess rows are
+    zero.
 
-    The first a is LoRA's random one; `warmup` is the number of rounds that leave it so. With `every` 0 it stays for ever,
-    which is FFA-LoRA.
+    The first a is LoRA's random one; `warmup` is the number of initial rounds that keep it. With `every` 0 it is never
+    changed, which is FFA-LoRA.
 
     Source: Lee et al. 2025, arXiv:2505.12805.
     """
@@ -35,18 +36,18 @@ class FedSVD:
     """The number of first rounds without orthonormalization."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return lora_init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Both factors: a changes too."""
+        """Both factors, since a changes too."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -55,7 +56,7 @@ class FedSVD:
         return state, pick(pack(trained), "b")
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The mean b on the common a, in new factors when it is time."""
+        """The mean b on the common a, reorthonormalized every `every` rounds."""
         kept, means, ideal = pick(pack(server), "a"), RunningMean(), MeanUpdate()
         for reply in replies:
             means.add(reply.weight, reply.upload, reply.client.id)
@@ -68,9 +69,9 @@ class FedSVD:
 
 
 def orthonormalised(factor: LowRank) -> LowRank:
-    """The same matrix in as many ranks: orthonormal rows in a, orthogonal columns in b, by descending norm.
+    """The same matrix at the same rank, with orthonormal rows in a, and orthogonal columns in b by descending norm.
 
-    From thin QR decompositions of the factors: O((out + in) r^2). Rows of a are orthonormal also where b is zero.
+    From thin QR decompositions of the factors: O((out + in) r^2). Rows of a are orthonormal even where b is zero.
     """
     u, s, vt = svd([(1.0, factor)])
     return pad(LowRank(b=(u * s[..., None, :]).to(factor.b), a=vt.to(factor.a)), factor.rank)

@@ -1,4 +1,4 @@
-"""FL-TAC: an adapter for each task of each client, averaged with those that the server takes for the same task's."""
+"""FL-TAC: an adapter for each task of each client, averaged within clusters that the server takes for tasks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,37 +19,37 @@ from fedlora.ranges import AtMost, PositiveInt, Range, checked
 
 @dataclass(frozen=True)
 class Clusters:
-    """The adapter that all start from, the clusters' means, and the number of each client's cluster."""
+    """The initial adapter, the clusters' means, and the number of each client's cluster."""
 
     start: Tensors
     means: tuple[Tensors, ...] = ()
     belongs: Mapping[str, int] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
-    """What `"module.b"` is divided by before adapters are compared: then it is PEFT's."""
+    """Divisor of `"module.b"` that converts it to PEFT's b before adapters are compared."""
 
 
 @dataclass(frozen=True)
 @checked
 class FLTAC:
-    """FedIT within clusters, which k-means finds anew in each round among all adapters that came.
+    """FedIT within clusters, which k-means computes in each round from all uploaded adapters.
 
-    A client with several tasks (`data.task`) takes part as several clients, one for each, with an adapter each; no task's
-    name travels. `tasks` is the number of clusters. By default it is chosen in each round: that of the largest silhouette
-    from 2 to `most_tasks`, and one cluster where no silhouette reaches `apart` (by default what Kaufman and Rousseeuw 1990
-    call no substantial structure). As long as adapters of different tasks have not gone apart, as perhaps in the first
-    round, all are then averaged together; with a number given they are divided by chance. Clusters that differ by chance
-    are hardly ever mended: who starts from different means stays apart, and the silhouette grows while `misclustered`
-    stays. With no more adapters than `tasks`, each is a cluster of its own.
+    A client with several tasks (`data.task`) participates as several clients, one per task, with an adapter each; task
+    names are never sent. `tasks` is the number of clusters. By default it is chosen in each round: the number from 2 to
+    `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `apart` (by default the threshold
+    below which Kaufman and Rousseeuw 1990 see no substantial structure). While adapters of different tasks have not
+    diverged, as perhaps in the first round, all are then averaged together; with a given number they are divided at random.
+    Random clusters are rarely corrected: clients that start from different means stay apart, and the silhouette grows while
+    `misclustered` does not change. With no more adapters than `tasks`, each is its own cluster.
 
-    The vectors are b and a as PEFT has them, without the scale alpha / rank, and the head (head "own"), which is averaged
-    within the cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, of all
-    together. The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
+    The vectors are PEFT's b and a, without the scale alpha / rank, and the head (head "own"), which is averaged within the
+    cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, over the whole
+    vector. The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
 
-    A client that was absent goes where most of its last cluster went, or keeps what it had if none of that took part. One
-    that has never taken part starts from the beginning. The round log has `clusters`, their `silhouette`, and `missing`
-    clusters that came out empty as adapters were equal; where the tasks' names are known, as in a simulation, also
-    `misclustered`, the part of the adapters in a wrong cluster under the best one-to-one naming, and `merged_tasks`,
-    those that are in the majority nowhere.
+    An absent client moves to the cluster with most members of its last cluster, or keeps its last mean if none of them
+    participated. A client that has never participated starts from the initial adapter. The round log has `clusters`, their
+    `silhouette`, and `missing`, the number of clusters left empty by equal adapters; if the tasks' names are known, as in a
+    simulation, also `misclustered`, the fraction of adapters in a wrong cluster under the best one-to-one assignment, and
+    `merged_tasks`, the number of tasks that are a majority in no cluster.
 
     Source: Ping et al. 2024, arXiv:2404.15384, and its released code.
     """
@@ -66,23 +66,23 @@ class FLTAC:
     """The smallest silhouette at which adapters are divided into clusters."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
-        """Factors of update zero and the head; no clusters."""
+        """Factors with zero update, and the head; no clusters."""
         start = pack({**lora_init(spec, self.rank, seed), **{name: Dense(w) for name, w in spec.head.items()}})
         return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing: an adapter lives for a round."""
+        """Stateless: an adapter is used for one round."""
 
     def send(self, server: Clusters, client: ClientInfo, rnd: Round) -> Tensors:
         """The mean of the client's cluster."""
         return server.means[server.belongs[client.id]] if client.id in server.belongs else server.start
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came."""
+        """Downloaded adapter."""
         return {**unpack(pick(download, "ba"), LowRank), **unpack(pick(download, "w"), Dense)}
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains and uploads all of it."""
+        """Trains and uploads the whole adapter."""
         factors = {key.rpartition(".")[2] for key in download}
         return None, pack((yield from fit(self.view(state, download, client), factors)))
 
@@ -120,7 +120,7 @@ def _silhouette(points: Tensor, groups: Tensor) -> float:
 
 
 def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str, int]) -> Clusters:
-    """The new means, and those who were absent with most of their last cluster, or with its last mean."""
+    """The new means, with absent clients assigned to the majority of their last cluster, or to its last mean."""
     belongs, kept = dict(now), list[Tensors](means)
     for group, mean in enumerate(server.means):
         members = [client for client, number in server.belongs.items() if number == group]
@@ -133,7 +133,7 @@ def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str
 
 
 def _diagnosis(came: Sequence[Reply], groups: Tensor) -> dict[str, float]:
-    """How far the clusters are the tasks, if all of these are known."""
+    """Agreement of the clusters with the tasks, if all of these are known."""
     names = [reply.client.task for reply in came]
     if "" in names:
         return {}

@@ -1,4 +1,4 @@
-"""FLASC: only the largest weights go down and only the largest changes come up; the server takes a step with their mean."""
+"""FLASC: sends only the largest weights, and uploads only the largest changes; the server steps along their mean."""
 
 import fractions
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from fedlora.methods.scaled import scaled, unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
 Sizes = Mapping[str, tuple[int, int, int]]
-"""Module -> out, rank, in."""
+"""Module -> (out, rank, in)."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a client knows of the vector: the sizes of its pieces, and each module's scale (see `AdapterSpec.scale`)."""
+    """Shapes of the vector's pieces, and each module's scale (see `AdapterSpec.scale`), as known to a client."""
 
     sizes: Sizes
     scales: Mapping[str, float]
@@ -34,14 +34,14 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class FlascState:
-    """What the server keeps: all P entries, also those it does not send, and what its optimiser remembers of them.
+    """The server's state: all P entries, including those not sent, and the state of its optimizer.
 
-    The adapter's b is PEFT's `lora_B`, on the wire too: the scale would have a say in what is large, and in AdamW's steps.
+    The adapter's b is PEFT's `lora_B`, in messages too: the scale would affect the selection of entries and AdamW's steps.
     """
 
     adapter: Mapping[str, LowRank]
     static: Tensor | None = None
-    """The download mask [P] of all further rounds, if there is one."""
+    """The fixed download mask [P] of all later rounds, if any."""
     steps: int = 0
     first: Tensor | None = None
     second: Tensor | None = None
@@ -50,21 +50,21 @@ class FlascState:
 @dataclass(frozen=True)
 @checked
 class FLASC:
-    """PEFT's b and a of all modules are one vector of P entries, of which floor(density P) travel, chosen over all of it.
+    """PEFT's b and a of all modules form one vector of P entries, of which floor(density P) are sent, chosen globally.
 
-    Down goes the vector with all but its entries of largest magnitude set to zero. Clients train it densely (or, with
-    `train_sent_only`, what they were sent), and upload the largest entries of their change since then. The server's vector,
-    dense, moves along the mean change: a `sgd` step of rate `server_lr`, plainly added at 1, or one of `adamw`. Each factor
-    moves for itself, which is not the mean of the products. The head, where it is averaged, travels densely beside that.
+    The download is the vector with all but its entries of largest magnitude set to zero. Clients train it densely (or, with
+    `train_sent_only`, only the entries that were sent), and upload the largest entries of their change. The server's dense
+    vector moves along the mean change: by an `sgd` step of rate `server_lr`, plain addition at 1, or an `adamw` step. The
+    factors move separately, which is not the mean of the products. The head, if averaged, is sent densely in addition.
 
     All clients train the whole rank. A client of rank r_k below `rank` has less traffic: both densities times r_k / rank.
-    Ranks rank / 4^e are the paper's tiers. What is evaluated is what is sent: the server's vector with the small
+    Ranks rank / 4^e are the paper's tiers. The evaluated model is the one that is sent: the server's vector with its small
     entries zero.
 
-    Clients count equally, as in the released code, unless `method.weights` is "examples". `static_from` keeps the download
-    mask of the round of that index (from 0) ever after: at 0, as in the released code, b is zero and hence never sent. The
-    released AdamW also has a weight decay of 0.01, which shrinks all entries in each round; here `server_decay` is 0. Not
-    here: densities that decay, frozen a.
+    Clients have equal weight, as in the released code, unless `method.weights` is "examples". `static_from` fixes the
+    download mask from the round of that index (from 0) on: at 0, as in the released code, b is zero and hence never sent.
+    The released AdamW also has a weight decay of 0.01, which shrinks all entries in each round; here `server_decay` is 0.
+    Not implemented: decaying densities, frozen a.
 
     Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; densities are this file's choice.
     """
@@ -89,23 +89,23 @@ class FLASC:
     """Whether clients train only the entries that they were sent."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> FlascState:
-        """Factors of update zero."""
+        """Factors with zero update."""
         start = FlascState(lora_init(spec, self.rank, seed))
         return replace(start, static=self._largest(_flat(start.adapter))) if self.static_from == 0 else start
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Shapes:
-        """The shapes of the factors, which what comes down does not tell; they never change."""
+        """The shapes of the factors, which the download does not contain; constant."""
         return Shapes(_sizes(spec, self.rank), spec.scales(self.rank))
 
     def send(self, server: FlascState, client: ClientInfo, rnd: Round) -> Tensors:
-        """The entries of largest magnitude, and their positions; as many of a static mask's as the client's density has."""
+        """The entries of largest magnitude and their positions, or those of a static mask, up to the client's density."""
         vector = _flat(server.adapter)
         sizes = vector.abs() if server.static is None else vector.abs().where(server.static, -1.0)
         chosen = largest(sizes, self._count(self.density_down, client.rank, len(vector)))
         return {"values": vector[chosen], "positions": pack_positions(chosen)}
 
     def view(self, state: Shapes, download: Tensors, client: ClientInfo) -> Adapter:
-        """The entries that came down, zero elsewhere."""
+        """The downloaded entries, zero elsewhere."""
         before, _ = self._received(state.sizes, download, client)
         return scaled(unpack(_shaped(before, state.sizes), LowRank), state.scales)
 
@@ -121,10 +121,10 @@ class FLASC:
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """The same for every choice.
+        """The template, which does not depend on the chosen positions.
 
         Raises:
-            ValueError: the positions are not as many different entries as the client may send.
+            ValueError: the positions are invalid, or not as many as the client may send.
         """
         total = _total(_sizes(spec, self.rank))
         unpack_positions(upload["positions"], self._count(self.density_up, client.rank, total), total)
@@ -151,7 +151,7 @@ class FLASC:
         return Merged(after)
 
     def _step(self, server: FlascState, vector: Tensor, change: Tensor) -> FlascState:
-        """One step of the server's optimiser, whose gradient is minus the mean change; AdamW in the order of torch's."""
+        """A step of the server's optimizer with minus the mean change as gradient; AdamW in torch's order of operations."""
         vector = vector * (1 - self.server_lr * self.server_decay)
         if self.optimizer == "sgd":
             return replace(server, adapter=_adapter(vector + self.server_lr * change, server.adapter))
@@ -164,7 +164,7 @@ class FLASC:
         return FlascState(_adapter(vector, server.adapter), server.static, steps, first, second)
 
     def _received(self, state: Sizes, download: Tensors, client: ClientInfo) -> tuple[Tensor, Tensor]:
-        """The vector that came down, and where it did [P]."""
+        """The downloaded vector [P], and the mask of its sent entries [P]."""
         total = _total(state)
         sent = unpack_positions(download["positions"], self._count(self.density_down, client.rank, total), total)
         return torch.zeros(total, dtype=download["values"].dtype).masked_scatter(sent, download["values"]), sent
@@ -173,7 +173,7 @@ class FLASC:
         return largest(vector.abs(), self._count(self.density_down, self.rank, len(vector)))
 
     def _count(self, density: float, rank: int, total: int) -> int:
-        """floor(density total rank / self.rank), of the density as it is written: 0.29 of 100 are 29."""
+        """floor(density total rank / self.rank), with the density in decimal: 0.29 of 100 are 29."""
         return floor(fractions.Fraction(str(density)) * fractions.Fraction(rank, self.rank) * total)
 
 
@@ -186,7 +186,7 @@ def _total(sizes: Sizes) -> int:
 
 
 def _flat(adapter: Adapter) -> Tensor:
-    """All entries of the factors [P]: b, then a, of one module after the other."""
+    """All entries of the factors [P]: b, then a, module by module."""
     return torch.cat([x.flatten() for x in pack(adapter).values()])
 
 

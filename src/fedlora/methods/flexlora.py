@@ -1,4 +1,4 @@
-"""FlexLoRA and FRA-LoRA: the mean of the products, cut to each client's rank by its singular value decomposition."""
+"""FlexLoRA and FRA-LoRA: the mean of the products, truncated to each client's rank by singular value decomposition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,32 +17,32 @@ from fedlora.ranges import PositiveInt, checked
 
 @dataclass(frozen=True)
 class Sliced:
-    """The server's factors, of which a client gets the leading ranks, and the ranks that are fixed for some modules."""
+    """The server's factors, whose leading ranks a client downloads, and the fixed ranks of some modules."""
 
     adapter: Mapping[str, LowRank]
     fixed: Mapping[str, int]
 
     @staticmethod
     def init(spec: AdapterSpec, rank: int, seed: int) -> "Sliced":
-        """LoRA's own start, at the server's rank."""
+        """LoRA's initialization, at the server's rank."""
         return Sliced(lora_init(spec, rank, seed), spec.rank_pattern)
 
     def leading(self, rank: int) -> dict[str, LowRank]:
-        """What a client of this rank gets."""
+        """The part that a client of this rank downloads."""
         return {name: leading(part, self.fixed.get(name, rank)) for name, part in self.adapter.items()}
 
 
 @dataclass(frozen=True)
 @checked
 class FlexLoRA:
-    """The best approximation of rank r_i to M = sum_k w_k b_k a_k goes to client i; the clients' ranks may differ.
+    """Client i downloads the best approximation of rank r_i to M = sum_k w_k b_k a_k; the clients' ranks may differ.
 
     One decomposition at the server's `rank` serves all clients: the best fit of a smaller rank is its leading part. The
-    merge is exact where `rank` is at least that of M; else it misses the singular values it cuts. Law: without training,
+    merge is exact if `rank` is at least that of M; else it loses the truncated singular values. Law: without training,
     singular value j shrinks each round by the total weight of the clients whose rank reaches it.
 
     `split` puts the singular values into b ("left", as published) or half into each factor ("balanced"). With `upload`
-    "dense", a client sends the product [out, in]: the same result from nothing but a mean of uploads.
+    "dense", a client sends the product [out, in]: the same result, which needs only a mean of uploads.
 
     Source: Bai et al. 2024, arXiv:2402.11505, section 3. The released code never applies unequal ranks; this one does.
     """
@@ -54,18 +54,18 @@ class FlexLoRA:
     """What clients upload: their factors, or the dense product, which needs only sums of uploads."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero at the largest rank."""
+        """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """The best fit of the client's own rank."""
+        """The best fit at the client's rank."""
         return pack(server.leading(client.rank))
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -76,7 +76,7 @@ class FlexLoRA:
         return state, pack({name: Dense(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The best fit of the server's rank to the mean of the products."""
+        """The best fit at the server's rank to the mean of the products."""
         ideal = self._ideal(replies)
         adapter = ideal.best_fit(server.adapter, self.split, derive(rnd.seed, "best_fit", rnd.index))
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
@@ -94,7 +94,7 @@ class FlexLoRA:
 class FRALoRA(FlexLoRA):
     """FlexLoRA's merge for clients of one rank; only the default of `split`, which the paper leaves open, differs.
 
-    The increment is the one since the pretrained weights. The paper describes dense uploads; the factors carry the same
+    The increment is relative to the pretrained weights. The paper describes dense uploads; the factors carry the same
     information in r (out + in) floats, and are the default.
 
     Source: Trautmann et al. 2025, arXiv:2501.06332.

@@ -1,4 +1,4 @@
-"""FLoRA: the clients' factors, stacked, become part of the base, and everybody starts from fresh ones."""
+"""FLoRA: the clients' stacked factors are merged into the base, and all clients restart from fresh factors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,13 @@ from fedlora.ranges import PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FLoRA:
-    """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, whatever the clients' ranks.
+    """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, for any ranks of the clients.
 
-    Each round starts from b = 0 and a random a, which the client draws itself: nothing comes down but the base
-    update. `draw` says whether each client has an a of its own ("client", as in the released code) or all share one
-    ("shared").
+    Each round starts from b = 0 and a random a, which the client draws itself, so that the download is only the base
+    update. With `draw` "client", as in the released code, each client draws its own a; with "shared" all draw the same.
 
-    The base update has the sum of the clients' ranks, or is the dense matrix where that is smaller. The released
-    code puts the weights on a, here they are on b: the product is the same.
+    The rank of the base update is the sum of the clients' ranks, unless the dense matrix is smaller. The released code
+    applies the weights to a, this one to b; the product is the same.
 
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
@@ -35,19 +34,19 @@ class FLoRA:
     """Whether each client draws its own initial a in each round, or all share one."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
-        """Nothing: the base has it all."""
+        """Stateless: all updates are in the base."""
         return {}
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """Factors of update zero, which only say the shapes."""
+        """Factors with zero update, used only for their shapes."""
         return lora_init(spec, client.rank, seed)
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Nothing beside the base update."""
+        """Empty: only the base update is sent."""
         return {}
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return state
 
     def work(
@@ -58,7 +57,7 @@ class FLoRA:
         return state, pack((yield from fit(start)))
 
     def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
-        """The stack, as a base update."""
+        """The stacked factors as a base update."""
         ideal = MeanUpdate()
         for reply in replies:
             ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
@@ -66,6 +65,6 @@ class FLoRA:
         return Merged({}, base_update, {"aggregation_error": ideal.error(base_update)})
 
     def _fresh(self, name: str, part: LowRank, client: ClientInfo, rnd: Round) -> Tensor:
-        """This round's a [rank, in]; with a shared draw, a smaller rank has the first rows of a larger one."""
+        """This round's fresh factors, a [rank, in]; with a shared draw, smaller ranks use the first rows of larger."""
         rng = rnd.rng(f"flora {name}", client.id if self.draw == "client" else "")
         return fresh_rows((max(self.rank, part.rank), part.a.shape[-1]), rng)[: part.rank]

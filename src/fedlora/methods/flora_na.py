@@ -1,4 +1,4 @@
-"""FLoRA-NA: coefficients for the b and for the a, so that their sums' product comes near the mean of the products."""
+"""FLoRA-NA: combines the b and the a with coefficients that make the product approximate the mean of the products."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +19,21 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FLoRANA:
-    """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimising |product - sum_k w_k b_k a_k| (Frobenius).
+    """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimizing |product - sum_k w_k b_k a_k| (Frobenius).
 
     Law: the error is at most that of averaged factors (p = q = w), where the search starts, and at least that of the best
     fit of the same rank, which costs the same traffic; but the factors stay near the clients'. Exact for clients that share
-    a factor up to a multiple: those of common a, and those that differ in size only.
+    a factor up to a multiple: those with a common a, and those that differ only in size.
 
     `form` "linear" is the paper's; "affine", the development code's, weighs the factors' changes since the round's start.
-    `scope` is what shares one p and q: each "layer", or the whole "model" as in the code (the paper leaves it open).
-    `solver` "als" alternates exact least squares; "adamw" is the published search of `steps` steps at `rate`. The weights
-    of target and estimate are the same, and the plain distance is minimised; the code takes uniform ones in the target, and
-    in later versions divides the distance by its least entry.
+    `scope` is the unit with one p and q: each "layer", or the whole "model" as in the code (the paper leaves it open).
+    `solver` "als" alternates exact least squares; "adamw" is the published search of `steps` steps at `rate`. Target and
+    estimate have the same weights, and the plain distance is minimized; the code uses uniform weights in the target, and
+    in later versions divides the distance by its smallest entry.
 
-    Unequal ranks are zero-padded (no paper covers them): the merge obeys the law above at the server's rank. What a
-    smaller client gets is the leading part, no fit of its own. Ranks beyond those of all clients of a round take no part in
-    the fit, and start again from b = 0. The search needs all uploads at once: its memory grows with the clients.
+    Unequal ranks are zero-padded (no paper covers them): the merge obeys the law above at the server's rank. A smaller
+    client downloads the leading part, without a separate fit. Ranks beyond those of all clients of a round are excluded
+    from the fit, and restart from b = 0. The search needs all uploads at once: its memory grows with the clients.
 
     Source: Nguyen et al. 2025, arXiv:2509.26399.
     """
@@ -51,18 +51,18 @@ class FLoRANA:
     """The learning rate of `adamw`."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero at the largest rank."""
+        """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """The leading part of the client's own rank."""
+        """The leading part at the client's rank."""
         return pack(server.leading(client.rank))
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -70,7 +70,7 @@ class FLoRANA:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The clients' factors, combined with the coefficients that fit best."""
+        """The clients' factors, combined with the best-fitting coefficients."""
         uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies if reply.weight > 0]
         ideal = MeanUpdate()
         for weight, update in uploads:
@@ -84,7 +84,7 @@ class FLoRANA:
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
     def _fitted(self, groups: Sequence["_Group"]) -> Iterator[LowRank]:
-        """For each group, b [module, out, rank] and a [module, rank, in]."""
+        """The combined b [module, out, rank] and a [module, rank, in] of each group."""
         layers = map(self._layer, groups)
         if self.scope == "layer":
             yield from (combined(layer, self._solve([layer], shared=False)) for layer in layers)
@@ -111,7 +111,7 @@ class _Group:
 
 
 def _groups(names: Sequence[str], uploads: Sequence[tuple[float, Updates]], server: Updates) -> Iterator[_Group]:
-    """Modules of one shape, as many as are solved together."""
+    """Groups of modules of one shape that are solved together."""
     rank = max(update[name].rank for _, update in uploads for name in names)
     out, in_ = server[names[0]].b.shape[-2], server[names[0]].a.shape[-1]
     size = at_once(len(uploads), rank, out + in_)

@@ -1,4 +1,4 @@
-"""FRLoRA: every round starts from the principal part of the pretrained weights, and what it changes goes into the base."""
+"""FRLoRA: every round starts from the principal part of the pretrained weights, and merges its change into the base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FRLoRA:
-    """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base less b_0 a_0.
+    """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base minus b_0 a_0.
 
-    The base moves by b_mean a_mean - b_0 a_0, of rank 2 r, and the factors go back to (b_0, a_0). Between rounds the
+    The base moves by b_mean a_mean - b_0 a_0, of rank 2 r, and the factors return to (b_0, a_0). Between rounds the
     adapter adds nothing, so that a round starts from exactly the model that was evaluated; after t rounds the base
-    has changed by a rank of at most (t + 1) r. The mean of the factors is inexact, and what it misses stays in the base.
+    has changed by a rank of at most (t + 1) r. The mean of the factors is inexact, and its error persists in the base.
 
-    The paper trains both factors; with `train_a` False, as in the released code, b alone is trained and sent: then the
-    merge is exact. The server makes (b_0, a_0) and sends them, as singular vectors differ in sign from machine to machine.
+    The paper trains both factors; with `train_a` False, as in the released code, only b is trained and sent, which makes
+    the merge exact. The server computes and sends (b_0, a_0), as singular vectors differ in sign between machines.
     `scale_in_init` c splits w = u s vt into b_0 = u (c s)^1/2 and a_0 = (s / c)^1/2 vt. The released code has the scale of
     the model's LoRA layers as c, which gives PEFT's "pissa" factors; the paper has 1. The product is the same.
 
@@ -57,18 +57,18 @@ class FRLoRA:
         return principal
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Where training starts, the same in each round; the engine sends the base update."""
+        """The start of training, the same in each round; the round loop sends the base update."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """No change: the base has it all."""
+        """A zero update: all changes are in the base."""
         return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in unpack(download, LowRank).items()}
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains the principal part beside its negative, and uploads what was trained."""
+        """Trains the principal part, with its negative as frozen extra factors, and uploads the trained factors."""
         train = "ba" if self.train_a else "b"
         start = unpack(download, LowRank)
         trained = yield from fit(start, train, frozen_extra=_negative(start))

@@ -1,4 +1,4 @@
-"""FSLoRA: in each round a client trains a random part of the ranks of each module, scaled up so that it is unbiased."""
+"""FSLoRA: in each round a client trains a random subset of each module's ranks, scaled to be unbiased."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
-_CHANGE = "change/"  # a change is no new value of the factor of that name
+_CHANGE = "change/"  # marks a change of the factor of that name, not a new value
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,25 @@ _CHANGE = "change/"  # a change is no new value of the factor of that name
 class FSLoRA:
     """Client k trains b s_k a, with s_k = rank / r_k on a random r_k-subset of the diagonal, else 0: E[s_k] = 1.
 
-    The subset is drawn anew for each round, client and module, from the run's seed: both sides know it, and it costs no
-    traffic. The client trains the slice ((rank / r_k) b[:, subset], a[subset]) as an adapter of rank r_k. With the scale
+    The subset is drawn for each round, client and module from the run's seed; both sides derive it, so it costs no traffic.
+    The client trains the slice ((rank / r_k) b[:, subset], a[subset]) as an adapter of rank r_k. With the scale
     alpha / rank that is exactly SGD, or AdamW, on the columns of b and the rows of a in the sketched model: the `lora_B`
-    of the slice is that of b, as (alpha / rank) (rank / r_k) = alpha / r_k. With rsLoRA the slice computes the same, but
-    its `lora_B` is larger by (rank / r_k)^1/2, and moves too slowly: `scaling` "rslora-sgd" gives b the rate rank / r_k,
-    "rslora-adamw" the root of it, and they are equal again (AdamW without decay and up to its epsilon). A module whose rank
-    is fixed for all clients is trained as a whole; that rate is not meant for it.
+    of the slice is that of b, as (alpha / rank) (rank / r_k) = alpha / r_k. With rsLoRA the slice computes the same output,
+    but its `lora_B` is larger by (rank / r_k)^1/2 and changes too slowly: `scaling` "rslora-sgd" gives b the rate
+    rank / r_k, "rslora-adamw" its square root, which restores equality (AdamW without decay and up to its epsilon). A
+    module whose rank is fixed for all clients is trained as a whole; that rate is not intended for it.
 
-    The server adds the mean change, zeros where a client trained nothing; no division by how many did, as rank / r_k makes
-    up for it. Clients count equally, as in the released code, unless `method.weights` is "examples". The mean is that of
-    the factors.
+    The server adds the mean change, with zeros for untrained ranks and without dividing by the number of clients that
+    trained a rank, as rank / r_k compensates for it. Clients have equal weight, as in the released code, unless
+    `method.weights` is "examples". The mean is that of the factors.
 
-    `download` "all" sends the whole adapter, as the paper charges for, and the client is evaluated with it. "slice"
-    sends the slice of the round alone, which is all that training needs; a client is then evaluated with a random
+    `download` "all" sends the whole adapter, which is the traffic that the paper counts, and the client is evaluated with
+    it. "slice" sends only the slice of the round, which suffices for training; a client is then evaluated with a random
     sketch of the model.
 
-    Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are rebuilt from its code and reviews. The
-    released script compares parameter names so that no sketch is ever applied, and steps with AdamW on the server; neither
-    is done here.
+    Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are reconstructed from its code and reviews. The
+    released script compares parameter names such that no sketch is ever applied, and uses AdamW on the server; this one
+    does neither.
     """
 
     rank: PositiveInt = 8
@@ -52,11 +52,11 @@ class FSLoRA:
     """Correction of b's learning rate: plain, or rslora-sgd and rslora-adamw for `lora.rslora` with that optimizer."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero at the largest rank."""
+        """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
-        """How many ranks of each module the client trains; it never changes."""
+        """The number of ranks of each module that the client trains; constant."""
         return {name: spec.rank(name, client.rank) for name in spec.modules}
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
@@ -67,13 +67,13 @@ class FSLoRA:
         return pack(sliced(server.adapter, kept, client, rnd))
 
     def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
-        """Trains the slice, and uploads by how much it has changed."""
+        """Trains the slice, and uploads its change."""
         start = unpack(download, LowRank)
         if self.download == "all":
             start = sliced(start, state, client, rnd)
@@ -83,7 +83,7 @@ class FSLoRA:
         return state, {_CHANGE + key: x - before[key] for key, x in trained.items()}
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The adapter plus the mean of the changes in their places; the error is against the mean of the trained slices."""
+        """The adapter plus the mean of the scattered changes; the error is relative to the mean of the trained slices."""
         means, ideal = RunningMean(), MeanUpdate()
         for reply in replies:
             change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
@@ -96,7 +96,7 @@ class FSLoRA:
 
 
 def subset(module: str, rank: int, kept: int, client: ClientInfo, rnd: Round) -> Int64[Tensor, "kept"]:
-    """The ranks that the client trains in this round, in ascending order: every subset of the size is equally likely."""
+    """The ranks that the client trains in this round, in ascending order; all subsets of this size are equally likely."""
     return torch.randperm(rank, generator=rnd.rng(f"sketch {module}", client.id))[:kept].sort().values
 
 

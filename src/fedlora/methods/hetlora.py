@@ -1,4 +1,4 @@
-"""HetLoRA: clients of unequal ranks get leading slices, prune their own rank, and are averaged with zeros, by norm."""
+"""HetLoRA: clients of unequal ranks train leading slices, prune their rank, and are zero-padded and averaged by norm."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from fedlora.methods.ideal import MeanUpdate
 from fedlora.methods.scaled import unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveInt, checked
 
-_SMOOTH = 1e-12  # under the root of the tail's norms, which have no gradient at 0
-_LEAST = 1e-30  # a weight for updates of norm zero: it counts only where all are zero, and then all count equally
+_SMOOTH = 1e-12  # added under the square root of the tail's norms, which have no gradient at 0
+_LEAST = 1e-30  # weight of updates of norm zero: it matters only if all are zero, which then have equal weight
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The ranks that a client has not pruned, and how PEFT scales factors of a rank."""
+    """The remaining rank of each module after pruning, and PEFT's scaling of factors by rank."""
 
     ranks: Mapping[str, int]
     scaling: Scaling
@@ -34,21 +34,21 @@ class Kept:
 @dataclass(frozen=True)
 @checked
 class HetLoRA:
-    """b and a, each on its own, averaged over clients of ranks r_k <= r after padding with zeros.
+    """b and a, averaged separately over clients of ranks r_k <= r after zero-padding.
 
-    Client k weighs as the Frobenius norm of its update b_k a_k, whatever its number of examples: per module with
+    Client k is weighted by the Frobenius norm of its update b_k a_k, regardless of its number of examples: per module with
     `norm_scope` "layer", or one norm over all modules with "model". Inexact twice: factors are averaged, and a component
     that only clients of total weight c have shrinks to c^2 of its product in every round.
 
-    A component that no client of the round has loses its product, and gets b = 0 and a fresh row in a, to learn again.
+    A component that no client of the round has loses its product, and restarts from b = 0 and a fresh row in a.
 
-    A client's tail are its components from floor(gamma r_k) on. The loss gets `tail_penalty` (lambda) times the product of
-    the norms of the tail's columns of PEFT's `lora_B` and rows of `lora_A`, summed over modules. If that sum is smaller
-    after training than before, the client drops its tail for good: its rank only falls, and not below `min_rank`. That rank
-    is its own state; on the wire every client keeps the shapes of the rank it has registered with, zeros in place of what
-    was pruned.
+    A client's tail consists of its components from floor(gamma r_k) on. The loss gets `tail_penalty` (lambda) times the
+    product of the norms of the tail's columns of PEFT's `lora_B` and rows of `lora_A`, summed over modules. If that sum is
+    smaller after training than before, the client drops its tail permanently: its rank only decreases, and not below
+    `min_rank`. That rank is client state; messages keep the shapes of the rank that the client registered with, with zeros
+    for pruned components.
 
-    Source: Cho et al. 2024, arXiv:2401.06432; where it is silent (norm scope, gamma, lambda), re-implementations.
+    Source: Cho et al. 2024, arXiv:2401.06432; for details it leaves open (norm scope, gamma, lambda), re-implementations.
     """
 
     rank: PositiveInt = 8
@@ -62,15 +62,15 @@ class HetLoRA:
     """Whether clients are weighted by the norm of their update for each layer, or of the whole model."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero at the largest rank."""
+        """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Kept:
-        """The rank of each module, nothing pruned."""
+        """The rank of each module, without pruning."""
         return Kept({name: spec.rank(name, client.rank) for name in spec.modules}, spec.scaling)
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """The leading components, as many as the client has registered with."""
+        """The leading components, up to the client's registered rank."""
         return pack(server.leading(client.rank))
 
     def view(self, state: Kept, download: Tensors, client: ClientInfo) -> Adapter:
@@ -92,7 +92,7 @@ class HetLoRA:
         return state, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
 
     def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The norm-weighted means of the padded factors; the error is that against the products' mean of these weights."""
+        """The norm-weighted means of the padded factors; the error is relative to the products' mean with these weights."""
         means = {name: RunningMean() for name in server.adapter}
         ideals = {name: MeanUpdate() for name in server.adapter}
         for reply in replies:
@@ -105,7 +105,7 @@ class HetLoRA:
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
 
     def _weighted(self, reply: Reply) -> dict[str, tuple[float, LowRank]]:
-        """Each module's weight and factors; a client that counts for nothing keeps its weight of zero."""
+        """Each module's weight and factors; a client of reply weight zero keeps weight zero."""
         parts = unpack(reply.upload, LowRank)
         sizes = {name: float(norm(part)) for name, part in parts.items()}
         if self.norm_scope == "model":
@@ -116,7 +116,7 @@ class HetLoRA:
         return {name: leading(part, state.ranks[name]) for name, part in unpack(download, LowRank).items()}
 
     def _kept(self, rank: int) -> int:
-        """The rank without the tail; the rank itself where it may not fall."""
+        """The rank without the tail; the rank itself if it may not decrease."""
         return min(rank, max(self.min_rank, math.floor(self.gamma * rank + 1e-9)))
 
 
@@ -125,7 +125,7 @@ def _penalty(strength: float, kept: Mapping[str, int], scales: Mapping[str, floa
 
 
 def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
-    """The norms of the columns of b and of the rows of a from `kept` on, multiplied, and summed over modules."""
+    """The product of the norms of the columns of b and of the rows of a from `kept` on, summed over modules."""
     norms = [
         (part.b[:, kept[name] :].square().sum() + _SMOOTH).sqrt() * (part.a[kept[name] :].square().sum() + _SMOOTH).sqrt()
         for name, part in adapter.items()
@@ -134,5 +134,5 @@ def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
 
 
 def _joined(ideals: Mapping[str, MeanUpdate]) -> MeanUpdate:
-    """One of total weight 1 from those of single modules, which have weights of their own."""
+    """One mean update of total weight 1 from those of single modules, whose weights differ."""
     return MeanUpdate(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)

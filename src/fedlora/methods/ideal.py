@@ -1,4 +1,4 @@
-"""What every merge is measured against: the weighted mean of the clients' updates, module by module."""
+"""The reference for every merge: the weighted mean of the clients' updates, module by module."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.weighted_terms import dense
 
 Updates = Mapping[str, LowRank]
-"""Module name -> factors of an update, of a part of it, or of a base update."""
+"""Module name -> factors of an update, of part of one, or of a base update."""
 
 
 def alike(adapter: Updates) -> tuple[tuple[str, ...], ...]:
-    """The modules' names, those of equal shape together: what one call of linear algebra can take as a batch."""
+    """The modules' names grouped by shape, so that one call of linear algebra can process a group as a batch."""
     groups: dict[tuple[int, int, int], list[str]] = {}
     for name, part in adapter.items():
         groups.setdefault((part.b.shape[-2], part.a.shape[-1], part.rank), []).append(name)
@@ -39,11 +39,11 @@ def unbatch(factor: LowRank, names: Sequence[str], dtype: torch.dtype) -> dict[s
 
 @dataclass(frozen=True)
 class MeanUpdate:
-    """M = sum_k w_k b_k a_k / sum_k w_k for each module, from clients that come one at a time; ranks may differ.
+    """M = sum_k w_k b_k a_k / sum_k w_k for each module, accumulated one client at a time; ranks may differ.
 
-    Kept as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
+    Stored as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
     at least fp32. `sums` has one batch for each of `groups`: modules of equal shape, and of equal rank in each update so
-    far, so that nothing is padded.
+    far, so that no padding is needed.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -52,7 +52,7 @@ class MeanUpdate:
 
     @staticmethod
     def of(mean: Mapping[str, Tensor]) -> "MeanUpdate":
-        """The one whose matrices [out, in] are known."""
+        """The mean update with the given matrices [out, in]."""
         groups: dict[torch.Size, list[str]] = {}
         for name, matrix in mean.items():
             groups.setdefault(matrix.shape, []).append(name)
@@ -61,7 +61,7 @@ class MeanUpdate:
         return MeanUpdate(tuple(map(tuple, groups.values())), sums, 1.0)
 
     def add(self, weight: float, update: Updates) -> "MeanUpdate":
-        """The same with one more client."""
+        """The mean update with one more client."""
         known = list(zip(self.groups, self.sums, strict=True)) or [(tuple(update), RunningSum())]
         groups, grown = list[tuple[str, ...]](), list[RunningSum]()
         for names, total in known:
@@ -72,18 +72,18 @@ class MeanUpdate:
         return MeanUpdate(tuple(groups), tuple(grown), self.weight + weight)
 
     def times(self, factor: float) -> "MeanUpdate":
-        """The same M, in which all clients so far weigh `factor` times as much."""
+        """The same M, with the weight of all clients so far multiplied by `factor`."""
         return MeanUpdate(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
 
     def subtract(self, part: Updates) -> "MeanUpdate":
-        """M minus what a merge has already realised of it."""
+        """M minus the part that a merge has already applied."""
         return replace(self.add(-self.weight, part), weight=self.weight) if part else self
 
     def best_fit(self, template: Updates, split: Split = "left", seed: int = 0) -> dict[str, LowRank]:
-        """The matrices nearest to M of the ranks and the dtype of `like`; see `linalg.fit.best_fit`.
+        """The matrices nearest to M with the ranks and the dtype of `template`; see `linalg.fit.best_fit`.
 
         Raises:
-            ValueError: there is no client of positive weight.
+            ValueError: no client has a positive weight.
         """
         self._check()
         found: dict[str, LowRank] = {}
@@ -93,12 +93,12 @@ class MeanUpdate:
         return {name: leading(found[name], part.rank) for name, part in template.items()}
 
     def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
-        """M as a base update: the clients' factors side by side, or the best fit of `ranks`, exact where M has no more.
+        """M as a base update: the clients' concatenated factors, or the best fit of `ranks`, exact if M has no more.
 
-        Where the matrix is smaller than such factors, the matrix itself beside an identity.
+        If the matrix is smaller than such factors, the factors are the matrix and an identity.
 
         Raises:
-            ValueError: there is no client of positive weight.
+            ValueError: no client has a positive weight.
         """
         self._check()
         found: dict[str, LowRank] = {}
@@ -115,9 +115,9 @@ class MeanUpdate:
         return found
 
     def error(self, *parts: Updates) -> float:
-        """How far the sum of `parts` is from M: Frobenius, over all modules, relative to M; 0 where M is zero.
+        """The distance of the sum of `parts` from M: Frobenius, over all modules, relative to M; 0 if M is zero.
 
-        Honest down to the rounding of fp32, or of fp64 for fp64 factors.
+        Accurate down to the rounding of fp32, or of fp64 for fp64 factors.
         """
         rest = self
         for part in parts:
@@ -135,14 +135,14 @@ class MeanUpdate:
 
 
 def _norm(total: RunningSum) -> Tensor:
-    """[module]."""
+    """Norms [module]."""
     if total.matrix is None:
         return norm(stack([(1.0, factor) for factor in total.factors]))
     return _dense(total).square().sum((-2, -1)).sqrt()
 
 
 def _dense(total: RunningSum) -> Tensor:
-    """[module, out, in]."""
+    """Dense matrices [module, out, in]."""
     if total.matrix is None:
         return dense([(1.0, factor) for factor in total.factors], total.factors[0].b.dtype)
     if not total.factors:
@@ -157,7 +157,7 @@ def _shape(total: RunningSum) -> tuple[int, int]:
 
 
 def _beside_identity(matrix: Tensor) -> LowRank:
-    """The same [module, out, in] as factors of the smaller of its sizes."""
+    """The matrix [module, out, in] and an identity as factors, of rank min(out, in)."""
     *_, out, in_ = matrix.shape
     one = torch.eye(min(out, in_), dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1)
     return LowRank(b=matrix, a=one) if in_ <= out else LowRank(b=one, a=matrix)

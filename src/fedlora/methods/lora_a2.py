@@ -1,4 +1,4 @@
-"""LoRA-A2: b and a are trained in alternate rounds, and of the trained factor only the ranks that matter to each client."""
+"""LoRA-A2: trains b and a in alternate rounds, and only the ranks of the trained factor that matter to each client."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,21 +24,21 @@ Side = Literal["b", "a"]
 @dataclass(frozen=True)
 @checked
 class LoRAA2:
-    """Client k trains and uploads r_k ranks per module on average, wherever in the model they move most.
+    """Client k trains and uploads r_k ranks per module on average, chosen over the whole model by how much they change.
 
-    Even rounds (from 0) train b, odd ones a: with b = 0, training a first would be in vain. The other factor is common to
-    all, hence the merge is exact. A client first trains all ranks for `probe_epochs`, and scores rank i of a module by the
-    norm of the change of its product: |db_i| |a_i| or |b_i| |da_i|. Then it starts again with the r_k N ranks of the
-    highest scores, among the `rank` N of all N modules; of equal scores those of earlier modules come first. It uploads
-    their changes, and which they are. A client with r_k = `rank` needs no probe: then this is RoLoRA.
+    Even rounds (from 0) train b, odd ones a: with b = 0, training a first would have no effect. The other factor is common
+    to all, hence the merge is exact. A client first trains all ranks for `probe_epochs`, and scores rank i of a module by
+    the norm of the change of its product: |db_i| |a_i| or |b_i| |da_i|. Then it restarts with the r_k N ranks of the
+    highest scores, among the `rank` N of all N modules; ties go to earlier modules. It uploads their changes and positions.
+    A client with r_k = `rank` needs no probe: then this is RoLoRA.
 
-    The budget counts ranks, not floats: ranks of wide modules cost more, and scores are not normalised by the sizes.
-    `b_rate` is the learning rate of b over that of a, after LoRA+. Under Adam one epoch moves all columns of b by similar
-    amounts, so that the rows of a decide in early rounds. A head that is not frozen is trained by the probe as well.
+    The budget counts ranks, not floats: ranks of wide modules cost more, and scores are not normalized by the sizes.
+    `b_rate` is the ratio of the learning rates of b and a, as in LoRA+. With Adam, one epoch changes all columns of b by
+    similar amounts, so that the rows of a determine early choices. A head that is not frozen is also trained by the probe.
 
     Left open by the paper: the probe's learning rate (here the training's), the rank in the scale alpha / r (here `rank`),
     the rank of its main table (16 fits the traffic it reports). It divides by the examples of all clients; here, by those
-    of the clients that took part. Which ranks a client chooses depends on its data: noise on the values does not hide it.
+    of the participants. A client's choice of ranks depends on its data: noise on the values does not hide it.
 
     Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2; where the text reverses the rounds, the algorithm.
     """
@@ -50,25 +50,25 @@ class LoRAA2:
     """The learning rate of b relative to that of a."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
-        """The modules in their order, and each one's part in the budget; it never changes."""
+        """The modules in order, and each one's share of the budget; constant."""
         return _budget(spec, client)
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """All ranks of both factors: a client may have missed rounds."""
+        """All ranks of both factors, since a client may have missed rounds."""
         return pack(server.adapter)
 
     def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, int], Tensors]]:
-        """Probes, chooses, trains the chosen ranks from the start again, and uploads their changes."""
+        """Probes, selects ranks, trains them from the downloaded adapter, and uploads their changes."""
         received = unpack(download, LowRank)
         start, side, rates = {name: received[name] for name in state}, _side(rnd), {"b": self.b_rate}
         ranks, budget = [part.rank for part in start.values()], sum(state.values())
@@ -88,7 +88,7 @@ class LoRAA2:
         """As many changes as the chosen ranks have entries.
 
         Raises:
-            ValueError: the client has not chosen as many ranks as it may.
+            ValueError: the client has not chosen exactly its number of ranks.
         """
         ranks = [spec.rank(name, self.rank) for name in spec.modules]
         chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, client).values()), sum(ranks)), ranks)
@@ -108,7 +108,7 @@ class LoRAA2:
 
 
 def score(before: LowRank, after: LowRank, side: Side) -> Float[Tensor, "rank"]:
-    """The Frobenius norm by which each rank's part of the product has changed; one factor changed, so it is two norms."""
+    """The Frobenius norm of the change of each rank's product, which is a product of two norms, as one factor changed."""
     b, a = (after.b - before.b, before.a) if side == "b" else (before.b, after.a - before.a)
     norms: Tensor = vector_norm(b, dim=0) * vector_norm(a, dim=1)
     return norms
@@ -128,7 +128,7 @@ def _rows(part: LowRank, side: Side) -> Tensor:
 
 
 def _dense(upload: Tensors, server: Sliced, side: Side, client: ClientInfo) -> dict[str, Tensor]:
-    """The changes of this round's factor in their places, zeros elsewhere."""
+    """The changes of this round's factor at their positions, zeros elsewhere."""
     ranks = [part.rank for part in server.adapter.values()]
     budget = sum(server.fixed.get(name, client.rank) for name in server.adapter)
     chosen = torch.split(unpack_positions(upload["positions"], budget, sum(ranks)), ranks)

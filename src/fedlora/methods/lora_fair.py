@@ -1,4 +1,4 @@
-"""LoRA-FAIR: averaged factors, with b corrected on the server so that the product imitates the mean of the products."""
+"""LoRA-FAIR: averages the factors, and corrects b so that the product approximates the mean of the products."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,21 +21,21 @@ from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class LoRAFAIR:
-    """The adapter becomes (b_mean + d, a_mean) with the d that minimises S(M, (b_mean + d) a_mean) + strength |d|^2.
+    """The adapter becomes (b_mean + d, a_mean) with the d that minimizes S(M, (b_mean + d) a_mean) + strength |d|^2.
 
-    M = sum_k w_k b_k a_k. All are of PEFT's factors, without the scale alpha / rank. Law: what of M lies outside the rows
-    of a_mean is out of reach, whatever d; so the merge is exact only if the clients share their a, and d = 0 then, as it is
-    for identical clients and for an infinite strength.
+    M = sum_k w_k b_k a_k. All use PEFT's factors, without the scale alpha / rank. Law: no d can reproduce the part of M
+    outside the row space of a_mean; so the merge is exact only if the clients share their a, and then d = 0, as for
+    identical clients and for an infinite strength.
 
     `loss` is S. "ridge" is the squared distance, solved in closed form. "cos", the paper's (equation 8), is one minus the
     cosine of the two matrices, and "cos_col" the mean over their columns, as in code derived from the authors'; both are
-    minimised by `steps` gradient steps at `rate`. Neither sees the size of the product, and at a fixed rate a small b can
-    grow severalfold while its direction improves, which is why they are not the default; where the loss ends above its
-    start, b_mean stays.
+    minimized by `steps` gradient steps at `rate`. Neither depends on the size of the product, and at a fixed rate a small b
+    can grow severalfold while its direction improves, so they are not the default; if the final loss exceeds the initial
+    one, b_mean is kept.
 
-    `strength` is the paper's lambda; the derived code's 1.0 hardly moves b. `norm` "l2" does not square |d| (the paper
-    may be read either way); ridge always does. `init` "xavier" is the derived code's random start instead of b_mean; it is
-    not forgotten where strength is small, and whatever it ends at is taken. All clients have the same rank. Needs all
+    `strength` is the paper's lambda; the derived code's 1.0 hardly changes b. `norm` "l2" does not square |d| (the paper
+    can be read either way); ridge always does. `init` "xavier" is the derived code's random start instead of b_mean; its
+    influence persists if strength is small, and its result is always used. All clients have the same rank. Needs all
     uploads at once, in memory that grows with the clients.
 
     Source: Bian et al. 2025, arXiv:2411.14961, section 4.
@@ -58,18 +58,18 @@ class LoRAFAIR:
     """The learning rate of the gradient steps."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Scaled:
-        """Factors of update zero."""
+        """Factors with zero update."""
         return Scaled.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Nothing."""
+        """Stateless."""
 
     def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter."""
         return pack(server.adapter)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """What came down."""
+        """Downloaded adapter."""
         return unpack(download, LowRank)
 
     def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
@@ -77,7 +77,7 @@ class LoRAFAIR:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
-        """The averaged factors, b corrected."""
+        """The averaged factors with corrected b."""
         ideal, uploads, found = MeanUpdate(), list[tuple[float, Updates]](), dict[str, LowRank]()
         for reply in replies:
             update = unpack(reply.upload, LowRank)

@@ -1,4 +1,4 @@
-"""RAVAN: several frozen random heads in each module, each with a small trained core; weak clients train fewer of them."""
+"""RAVAN: several frozen random heads in each module, each with a small trained core; small clients train fewer heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,19 +21,19 @@ _SUM = torch.float64
 
 @dataclass(frozen=True)
 class Cores:
-    """The c of all heads, `"module.c"` [heads, head_rank, head_rank]; `fixed` are the ranks that are no client's own."""
+    """The c of all heads, `"module.c"` [heads, head_rank, head_rank]; `fixed` has the ranks common to all clients."""
 
     c: Tensors
     fixed: Mapping[str, int]
 
     def trains(self, client: ClientInfo) -> dict[str, int]:
-        """How many heads of each module the client trains."""
+        """The number of heads of each module that the client trains."""
         return {name: self.fixed.get(name, client.rank) for name in map(_module, self.c)}
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """b and a of all heads, the same on every client, and how many heads of each module this one trains."""
+    """b and a of all heads, the same on every client, and the number of heads of each module that this client trains."""
 
     factors: Tensors
     trains: Mapping[str, int]
@@ -45,19 +45,19 @@ class Ravan:
     """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
 
     `rank` is the number of heads, and a client's own rank the number of heads it trains in each module: at least one, at
-    most all. A module whose rank is fixed is trained as a whole. It trains their c_i and s_i while the other heads act
-    frozen beside them, and uploads the products s_i c_i. Each head becomes the mean over those that trained it, which is
-    exact, with s_i back at 1; a head that nobody trained stays. The attainable rank is rank * head_rank with rank *
-    head_rank^2 trained numbers (and the s_i).
+    most all. A module whose rank is fixed is trained as a whole. The client trains the heads' c_i and s_i, with the other
+    heads as frozen extra factors, and uploads the products s_i c_i. Each head becomes the mean over the clients that
+    trained it, which is exact, with s_i reset to 1; an untrained head is unchanged. The attainable rank is
+    rank * head_rank with rank * head_rank^2 trained parameters (plus the s_i).
 
-    Which heads: with `choose` "random" the server draws them for each client, round and module; with "weight" it takes
-    those of the largest norm of c_i, equal ones (as in the first round, when all are zero) in random order. With "gradient"
-    the client takes those where the gradient of its loss by c_i has the largest norm, which costs one more pass over its
-    examples; the numbers of the heads then travel up instead of down, and tell something of the data.
+    `choose` selects the heads. With "random" the server draws them for each client, round and module; with "weight" it
+    takes those with the largest norm of c_i, ties (as in the first round, when all are zero) in random order. With
+    "gradient" the client takes those whose gradient of the loss by c_i has the largest norm, which costs one more pass over
+    its examples; the numbers of the heads are then uploaded instead of downloaded, and leak information about the data.
 
-    `init` "normal" draws b_i and a_i such that their columns and rows have length one in the mean; "orthogonal" makes those
-    of all heads of a module orthonormal, as far as its sizes allow. They come from the run's common seed on each client.
-    The paper's text was not available: the variances and that "weight" and "gradient" take the largest are this
+    `init` "normal" draws b_i and a_i such that their columns and rows have length one on average; "orthogonal" makes those
+    of all heads of a module orthonormal, as far as its sizes allow. Each client draws them from the run's common seed.
+    The paper's text was not available: the variances, and taking the largest in "weight" and "gradient", are this
     package's.
 
     Source: Raje et al. 2025, NeurIPS, arXiv:2506.05568.
@@ -74,7 +74,7 @@ class Ravan:
     """The frozen factors: with normal entries, or orthonormal."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
-        """The cores, zero."""
+        """Zero cores."""
         shapes = {name: (spec.rank(name, self.rank), self.head_rank, self.head_rank) for name in spec.modules}
         cores = {f"{name}.c": torch.zeros(shape, dtype=spec.dtype) for name, shape in shapes.items()}
         return Cores(cores, spec.rank_pattern)
@@ -89,17 +89,17 @@ class Ravan:
         return Frozen(drawn, {name: spec.rank(name, client.rank) for name in spec.modules})
 
     def send(self, server: Cores, client: ClientInfo, rnd: Round) -> Tensors:
-        """All cores, and which heads this client is to train unless it chooses itself."""
+        """All cores, and the heads that this client trains, unless it chooses them itself."""
         if self.choose == "gradient":
             return server.c
         return {**server.c, "heads": _packed(server.c, self._told(server, client, rnd))}
 
     def view(self, state: Frozen, download: Tensors, client: ClientInfo) -> Adapter:
-        """All heads."""
+        """The adapter of all heads."""
         return _heads(state, download)
 
     def work(self, state: Frozen, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Tensors]]:
-        """Trains c and s of its heads beside the others, and uploads s c."""
+        """Trains c and s of the client's heads, with the others frozen, and uploads s c."""
         heads, cores = _heads(state, download), pick(download, "c")
         if chooses := self.choose == "gradient":
             own = yield from _steepest(heads, state.trains)
@@ -117,10 +117,10 @@ class Ravan:
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """As `like`: each client has its number of heads in every module.
+        """The template: each client has a fixed number of heads in every module.
 
         Raises:
-            ValueError: the client has chosen otherwise.
+            ValueError: the client has chosen another number of heads.
         """
         if self.choose == "gradient":
             cores = self.init_server(spec, rnd.seed)
@@ -149,7 +149,7 @@ class Ravan:
         return Merged(replace(server, c=merged), notes={"aggregation_error": 0.0} if complete else {})
 
     def _told(self, server: Cores, client: ClientInfo, rnd: Round) -> dict[str, Tensor]:
-        """Module -> the numbers of the heads that the server has the client train, ascending."""
+        """Module -> the numbers of the heads that the server selects for the client, ascending."""
         found, trains = dict[str, Tensor](), server.trains(client)
         for key, c in server.c.items():
             order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", client.id))
@@ -160,7 +160,7 @@ class Ravan:
         return found
 
     def _columns(self, n: int, k: int, rng: torch.Generator) -> Tensor:
-        """[n, k]"""
+        """Frozen columns [n, k]."""
         return frame(n, k, rng) if self.init == "orthogonal" else torch.randn(n, k, generator=rng) / n**0.5
 
 
@@ -168,7 +168,7 @@ def own_heads(cores: Tensors, packed: Tensor, trains: Mapping[str, int]) -> dict
     """Module -> the numbers of the heads that the client trains, ascending; `cores` has the c of all heads.
 
     Raises:
-        ValueError: they are not as many in each module as the client trains.
+        ValueError: their number in a module differs from the number that the client trains.
     """
     totals = {_module(key): len(c) for key, c in sorted(cores.items())}
     counts = [trains[name] for name in totals]
@@ -179,7 +179,7 @@ def own_heads(cores: Tensors, packed: Tensor, trains: Mapping[str, int]) -> dict
 
 
 def _packed(cores: Tensors, own: Mapping[str, Tensor]) -> Tensor:
-    """The positions of these heads among all heads of all modules, these in order of name: tensors may travel in any."""
+    """Packed positions of these heads among all heads of all modules, sorted by name, as tensors have no fixed order."""
     marks = []
     for key, c in sorted(cores.items()):
         marks.append(torch.zeros(len(c), dtype=torch.bool).index_fill(0, own[_module(key)], True))
@@ -187,7 +187,7 @@ def _packed(cores: Tensors, own: Mapping[str, Tensor]) -> Tensor:
 
 
 def _steepest(heads: Mapping[str, Heads], trains: Mapping[str, int]) -> Local[dict[str, Tensor]]:
-    """Module -> the numbers of the heads by whose core the client's loss has the largest gradient, ascending."""
+    """Module -> the numbers of the heads whose core has the largest gradient of the client's loss, ascending."""
     if all(trains[name] >= len(part.s) for name, part in heads.items()):
         return {name: torch.arange(len(part.s)) for name, part in heads.items()}
     slopes = yield from gradient(heads, "c")
@@ -196,7 +196,7 @@ def _steepest(heads: Mapping[str, Heads], trains: Mapping[str, int]) -> Local[di
 
 
 def chosen(part: Heads, heads: Tensor) -> Heads:
-    """The matrix of these heads alone."""
+    """The matrix of only these heads."""
     count, rank = part.c.shape[:2]
     columns = part.b.reshape(-1, count, rank)[:, heads]  # [out, these heads, head_rank]
     rows = part.a.reshape(count, rank, -1)[heads]  # [these heads, head_rank, in]
@@ -204,14 +204,14 @@ def chosen(part: Heads, heads: Tensor) -> Heads:
 
 
 def others(part: Heads, heads: Tensor) -> Heads:
-    """The matrix of all heads but these."""
+    """The matrix of all other heads."""
     left_out = torch.ones(len(part.s), dtype=torch.bool)
     left_out[heads] = False
     return chosen(part, left_out.nonzero().flatten())
 
 
 def _heads(state: Frozen, download: Tensors) -> dict[str, Heads]:
-    """All heads of each module, every scalar 1."""
+    """All heads of each module, with every scalar 1."""
     drawn = state.factors
     return {
         (name := _module(key)): Heads(b=drawn[f"{name}.b"], c=c, s=c.new_ones(len(c)), a=drawn[f"{name}.a"])

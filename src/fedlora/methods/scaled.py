@@ -1,4 +1,4 @@
-"""Factors as PEFT has them: what a paper defines on `lora_A` and `lora_B` must not depend on alpha / rank."""
+"""Conversion to PEFT's factors: quantities that papers define on `lora_A` and `lora_B` must not depend on alpha / rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from fedlora.linalg.lowrank import LowRank
 
 @dataclass(frozen=True)
 class Scaled:
-    """The server's factors, and each module's scale, which is a part of b: see `AdapterSpec.scale`."""
+    """The server's factors, and each module's scale, which is part of b; see `AdapterSpec.scale`."""
 
     adapter: Mapping[str, LowRank]
     scales: Mapping[str, float]
 
     @staticmethod
     def init(spec: AdapterSpec, rank: int, seed: int) -> "Scaled":
-        """LoRA's own start."""
+        """LoRA's initialization."""
         return Scaled(lora_init(spec, rank, seed), spec.scales(rank))
 
 

@@ -1,1 +1,1 @@
-"""Transformers models and the places of the factors in them."""
+"""Transformers models with LoRA layers, and their tokenizers."""

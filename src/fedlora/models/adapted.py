@@ -1,4 +1,4 @@
-"""LoRA factors into a transformer and back. Classes of modules are known here, in `layers` and in `targets` alone."""
+"""Moves LoRA factors into a transformer and back. Only this file, `layers` and `targets` know classes of modules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -19,7 +19,7 @@ from fedlora.models.targets import find_targets, within
 
 
 class AdaptedModel:
-    """A frozen model with a place for LoRA factors at each target module. The model is changed in place, once."""
+    """A frozen model whose target modules are wrapped in LoRA layers. The model is changed in place, once."""
 
     def __init__(
         self,
@@ -31,10 +31,10 @@ class AdaptedModel:
         head: Iterable[str] = (),
         precision: torch.dtype = torch.float32,
     ) -> None:
-        """Finds the targets and wraps them; freezes everything. `head` names the modules of the task head, and others that
-        are to be trained as they are.
+        """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
+        that are trained without LoRA.
 
-        The base computes in `precision`. Factors and heads keep their own; what is merged into the base adds up in fp32.
+        The base computes in `precision`. Factors and heads keep their own; base updates are accumulated in fp32.
 
         Raises:
             UserError: as `find_targets`.
@@ -49,9 +49,9 @@ class AdaptedModel:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.present)
             setattr(model.get_submodule(parent), last, self.layers[name])
-        self._merged_apart: dict[str, LowRank] = {}  # base updates of modules whose own weight cannot be changed
-        self._pretrained: dict[str, Tensor] = {}  # weights as they were before the first base update
-        self._exact: dict[str, Tensor] = {}  # fp32 weights, base updates included, of a base that computes in less
+        self._merged_apart: dict[str, LowRank] = {}  # base updates of modules whose weight cannot be changed
+        self._pretrained: dict[str, Tensor] = {}  # weights before the first base update
+        self._exact: dict[str, Tensor] = {}  # fp32 weights, base updates included, of a base in lower precision
         head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if within(n, self.head)}
         if precision != torch.float32:
             self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
@@ -78,13 +78,13 @@ class AdaptedModel:
         train: Iterable[str] = (),
         frozen_extra: Sequence[Mapping[str, LowRank] | None] = (),
     ) -> list[nn.Parameter]:
-        """Puts the clients' adapters into the model, and frozen factors beside them; returns what is named in `train`.
+        """Loads the clients' adapters, and their frozen extra factors, into the model; returns the parameters in `train`.
 
         All adapters have the same `form`. Parameters have a leading client axis; smaller ranks are padded with zeros in b
         and a, which get no gradient and stay zero.
 
         Raises:
-            ValueError: a part that the model has no place for: see `check_adapter`.
+            ValueError: a part does not fit the model, see `check_adapter`.
         """
         for adapter in adapters:
             check_adapter(self.spec, adapter)
@@ -126,7 +126,7 @@ class AdaptedModel:
         return trained
 
     def keep(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Goes on with these of the loaded clients only; pairs of each parameter as it was and as it is now."""
+        """Drops all loaded clients but these; returns pairs (old parameter, new parameter)."""
         pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         index = torch.tensor(clients)
 
@@ -159,7 +159,7 @@ class AdaptedModel:
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
     def tensors(self, client: int, like: Adapter) -> dict[str, Tensor]:
-        """A loaded client's whole adapter as it is now, packed: gradients flow. `like` has its shapes."""
+        """A loaded client's whole current adapter, packed and differentiable. `like` has its shapes."""
         found: dict[str, Tensor] = {}
         for key, x in pack(like).items():
             name, _, factor = key.rpartition(".")
@@ -170,10 +170,10 @@ class AdaptedModel:
         return found
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Adds the products to the base for good, in fp32; beside the base where its weight is quantised.
+        """Merges the products into the base permanently, in fp32; a quantized weight gets them as separate factors.
 
         Raises:
-            ValueError: a part that the base has no place for: see `check_update`.
+            ValueError: a part does not fit the base, see `check_update`.
         """
         check_update(self.spec, change, "change of the base")
         for name, part in change.items():
@@ -190,11 +190,11 @@ class AdaptedModel:
                 self._merged_apart[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
-        """A loaded client's adapter as it is now: trained factors new, the others those of its `start`."""
+        """A loaded client's current adapter: the trained factors from the model, the others from `start`."""
         return self._read(client, start, train, lambda x: x, lambda b, scale: b * scale)
 
     def gradient(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
-        """The same with the gradients of the trained factors in place of these."""
+        """As `read`, with each trained factor replaced by its gradient."""
         return self._read(client, start, train, lambda x: x.grad, lambda b, scale: b / scale)
 
     def _read(
@@ -205,7 +205,7 @@ class AdaptedModel:
         of: Callable[[Tensor], Tensor | None],
         scaled: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Factors]:
-        """`of` each trained parameter; what is of b as a function of what is of `lora_B`, and the factor between them."""
+        """Applies `of` to each trained parameter, and converts the result from `lora_B` to b: scaled(result, scale)."""
 
         def own(x: Tensor) -> Tensor:
             found = of(x)
@@ -227,21 +227,21 @@ class AdaptedModel:
 
 
 def form(adapter: Adapter) -> frozenset[tuple[str, type, int]]:
-    """What adapters have in common that are loaded together: names, kinds, how many experts, the rank of a head; ranks
-    and numbers of heads may differ."""
+    """Structure that adapters loaded together must share: names, kinds, number of experts, rank of a head. Ranks and
+    numbers of heads may differ."""
     return frozenset((name, type(part), _blocks(part)) for name, part in adapter.items())
 
 
 def _blocks(part: Factors) -> int:
-    """The size of what padding with zeros at the end would put in the wrong place."""
+    """Size of the block structure, which zero-padding at the end would misalign; 0 for parts without one."""
     return len(part.g) if isinstance(part, Experts) else part.c.shape[-1] if isinstance(part, Heads) else 0
 
 
 def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
-    """A copy of a module's own weight, fp32 on the CPU, whichever way round the module stores it.
+    """A copy of a module's weight as [out, in], fp32 on the CPU, whether or not the module stores it transposed.
 
     Raises:
-        UserError: the weight is quantised.
+        UserError: the weight is quantized.
     """
     weight = base.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -250,7 +250,7 @@ def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
-    """Adds a change to a module's own weight, in fp32, whichever way round the module stores it."""
+    """Adds a change to a module's weight, in fp32, whether or not the module stores it transposed."""
     weight = base.weight
     assert isinstance(weight, Tensor) and weight.is_floating_point(), "a quantised weight cannot be changed"
     change = delta.mT if isinstance(base, Conv1D) else delta
@@ -258,18 +258,18 @@ def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
 
 
 def set_base(base: nn.Module, weight: Float[Tensor, "out in"]) -> None:
-    """Puts a weight into a module, rounded to its precision, whichever way round the module stores it."""
+    """Sets a module's weight, rounded to its precision, whether or not the module stores it transposed."""
     assert isinstance(base.weight, Tensor)
     base.weight.data.copy_(weight.mT if isinstance(base, Conv1D) else weight)
 
 
 def _is_dense(base: nn.Module) -> bool:
-    """Whether the module's own weight can be read and changed."""
+    """Whether the module's weight can be read and changed."""
     return isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point()
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Several clients' tensors along a new first axis, with zeros at the ends of the smaller ones."""
+    """The clients' tensors stacked along a new first axis, zero-padded at the end to the largest."""
     largest = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
     stacked = tensors[0].new_zeros(len(tensors), *largest)
     for own, x in zip(stacked, tensors, strict=True):

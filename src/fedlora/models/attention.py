@@ -1,4 +1,4 @@
-"""Torch's attention, taken apart: what intercepts it may need the weights themselves, or a part of the rows."""
+"""Torch's attention in separate steps, for interceptors that need the attention weights or a subset of the rows."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 class Attention(NamedTuple):
     """A call of `scaled_dot_product_attention`: query [rows, heads, queries, size], key and value [rows, heads or fewer,
-    keys, size]; where those have fewer heads, groups of heads share one."""
+    keys, size]; with fewer key heads, groups of query heads share one."""
 
     query: Tensor
     key: Tensor
@@ -25,7 +25,7 @@ class Attention(NamedTuple):
         return functional.scaled_dot_product_attention(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def weights(self) -> Tensor:
-        """[rows, heads, queries, keys], before dropout, as torch defines them: zeros for a query without any key."""
+        """Attention weights [rows, heads, queries, keys] before dropout, as in torch: zeros for a query without any key."""
         query, key = self.query, self._of_each_head(self.key)
         scores = (query * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)) @ key.mT
         if self.is_causal:
@@ -40,7 +40,7 @@ class Attention(NamedTuple):
         return scores.softmax(-1)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The result with these weights."""
+        """The attention output for these weights."""
         return weights @ self._of_each_head(self.value)
 
     def _of_each_head(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to the clients, so that it does not matter who is trained in the same step."""
+"""Dropout with per-client masks, so that a client's result does not depend on the others in its step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,28 +16,28 @@ _LEVELS = 1 << 8  # a mask entry takes one random byte
 
 
 class ClientDropout(TorchFunctionMode):
-    """Within it, every dropout of a model in training draws each client's mask from the client's own generator.
+    """Context in which every dropout of a model in training draws each client's mask from the client's own generator.
 
-    The first axis of what is dropped out holds the clients' runs of rows, all as long as the longest, or, flattened, the
-    tokens of these rows; of several clients, any other tensor is an error. A client's mask has the shape that it would have
-    if the client were alone: its own rows, its own longest example. Inputs are [rows, length, ...], attention weights
-    [rows, heads, length, length]; two axes hold no length. What is in the packed form gets the masks that it would get
-    padded. The probability is rounded to a multiple of 2^-8, and what is kept is scaled up to match. Attention with dropout
-    is computed in the open, since the masks inside a fused kernel are not to be had.
+    The first axis of the input holds the clients' runs of rows, padded to the longest run, or, flattened, the tokens of
+    these rows; with several clients, any other tensor is an error. A client's mask has the same shape as if the client were
+    alone: its own rows, its own longest example. Inputs are [rows, length, ...], attention weights
+    [rows, heads, length, length]; with two axes there is no length. Packed tensors get the same masks as padded ones. The
+    probability is rounded to a multiple of 2^-8, and kept entries are scaled up to match. Attention with dropout is
+    computed unfused, since the masks inside a fused kernel are not accessible.
     """
 
     def __init__(self, packing: Packing | None = None, p: float | None = None) -> None:
-        """`p` stands for all probabilities that are not 0."""
+        """`p` replaces all nonzero probabilities; None leaves them."""
         super().__init__()
         self._packing, self._p = packing, p
         self._generators: Sequence[torch.Generator] = ()
         self._sizes: Sequence[tuple[int, int]] = ()
 
     def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
-        """Whose rows the model sees next: for each client its generator, the length of its longest row, its rows."""
+        """Sets the clients of the next pass: for each its generator, and (length of its longest row, number of rows)."""
         self._generators, self._sizes = generators, sizes
 
-    @no_type_check  # called for everything that torch does
+    @no_type_check  # called for every torch operation
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -63,7 +63,7 @@ class ClientDropout(TorchFunctionMode):
         return call.weighted(self._dropout(call.weights(), call.dropout_p))
 
     def _mask(self, shape: torch.Size, level: int, device: torch.device) -> Tensor:
-        """1 where an entry is kept, else 0. Bytes, not bools: those take many times as long to multiply with."""
+        """1 for kept entries, else 0; as bytes, because multiplying with bools takes many times as long."""
         layout = None if self._packing is None else self._packing.inside
         if layout is None:
             masks = self._padded(shape, device)
@@ -79,7 +79,7 @@ class ClientDropout(TorchFunctionMode):
         return masks.ge_(level - _LEVELS // 2)
 
     def _padded(self, shape: Sequence[int], device: torch.device, cut: bool = False) -> Tensor:
-        """Random int8 for the clients' rows. What lies outside a client's own shape is not set if it will be `cut` off."""
+        """Random int8 for the clients' rows. With `cut`, entries outside a client's own shape are left unset."""
         if len(self._generators) == 1:
             return _bytes(shape, self._generators[0]).to(device)
         longest, run = max(length for length, _ in self._sizes), max(rows for _, rows in self._sizes)
@@ -105,19 +105,19 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """The product."""
+        """x * mask * scale."""
         ctx.save_for_backward(mask)
         ctx.scale = scale
         return x * mask.to(x.dtype).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The same product of the gradient."""
+        """gradient * mask * scale."""
         (mask,) = ctx.saved_tensors
         return gradient * mask.to(gradient.dtype).mul_(ctx.scale), None, None
 
 
 def _bytes(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random int8 of the whole range."""
+    """Random int8, uniform over the whole range."""
     words = torch.empty((math.prod(shape) + 7) // 8, dtype=torch.int64, device=generator.device)
     return words.random_(-(2**63), None, generator=generator).view(torch.int8)[: math.prod(shape)].view(list(shape))

@@ -1,4 +1,4 @@
-"""Which model a source stands for: a fingerprint of its files."""
+"""Fingerprints that identify the files of a model."""
 
 import hashlib
 from pathlib import Path
@@ -9,18 +9,18 @@ from fedlora.errors import UserError
 from fedlora.models.loading import locate
 
 _READ = (".safetensors", ".json", ".txt", ".model")
-"""Endings of the files that determine weights, configuration and tokenizer."""
+"""Extensions of the files that determine weights, configuration and tokenizer."""
 
 _WHOLE = 2**30
 
 
 def fingerprint(source: str) -> dict[str, str]:
-    """The SHA-256 of each file of a local model by the file's name, or `commit` and the commit of a model on the hub.
+    """The SHA-256 of each file of a local model by file name, or {"commit": commit} for a model on the hub.
 
-    Of a file of more than 1 GiB only the first MiB, which has the names, shapes and places of its tensors, and the size.
+    For a file larger than 1 GiB, only its size and its first MiB, with the tensors' names, shapes and offsets, are hashed.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model does not exist.
     """
     path = locate(source)
     if not Path(path).is_dir():
@@ -42,7 +42,7 @@ def _digest(path: Path) -> str:
 
 def _commit(name: str) -> str:
     try:
-        found = cached_file(name, "config.json")  # in a folder that the commit names
+        found = cached_file(name, "config.json")  # its folder is named after the commit
     except (OSError, ValueError) as error:
         raise UserError(f"model = {name!r} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from error
     return Path(str(found)).parent.name

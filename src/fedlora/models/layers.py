@@ -1,4 +1,4 @@
-"""The layers that carry the clients' own factors and heads, each client's run of rows through its own."""
+"""Layers with per-client factors and heads; each client's run of rows passes through that client's parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +12,18 @@ from fedlora.linalg.lowrank import Experts, LowRank, block_diagonal
 from fedlora.models.packing import Packing
 
 FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
-"""All that a `LoraLayer` may have."""
+"""All factors that a `LoraLayer` can have."""
 
 
 @dataclass
 class ClientLayout:
-    """Which of the loaded clients have rows in the input; None: all of them. And how their rows lie in it."""
+    """The loaded clients that have rows in the input (`index` None: all), and how their rows are laid out in it."""
 
     index: Tensor | None = None
     packing: Packing | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """The part of [clients, *shape] that belongs to them."""
+        """The entries of [clients, *shape] for these clients."""
         return x if self.index is None else x[self.index]
 
     def runs(self, x: Tensor, clients: int) -> Tensor:
@@ -33,20 +33,20 @@ class ClientLayout:
         return x.reshape(clients, -1, *x.shape[1:])
 
     def back(self, runs: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `runs`, also of flattened ones, in the shape of `like` but for its width."""
+        """The inverse of `runs`, also for flattened input, in the shape of `like` except for its last axis."""
         if self.packing is not None and self.packing.inside is not None:
             return self.packing.inside.gather(runs).view(*like.shape[:-1], -1)
         return runs.reshape(*like.shape[:-1], -1)
 
 
 class LoraLayer(nn.Module):
-    """Any module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it is that module.
+    """A module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it equals that module.
 
     Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
     the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
 
-    With `c` [clients, rank, rank] between the two it is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
-    `s` [clients, heads] the middle is block-diagonal, of blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
+    With `c` [clients, rank, rank] the update is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
+    `s` [clients, heads] the middle is block-diagonal with blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
     `others_a` the update is that of `Experts`: `g` sees the input before dropout, the experts see it after. `others_b` is
     not scaled.
     """
@@ -65,10 +65,10 @@ class LoraLayer(nn.Module):
         self.others_b: nn.Parameter | None = None
         self.others_a: nn.Parameter | None = None
         self.fixed: list[LowRank] = []
-        """Frozen factors that act beside the trained ones, with a client axis or common to all."""
+        """Frozen extra factors, applied in addition to the trained ones; with a client axis or common to all."""
 
     def __getattr__(self, name: str) -> Any:
-        """What else the base has: some models read their layers' weights, of which they want to know the dtype."""
+        """Other attributes of the base: some models read their layers' weights to learn the dtype."""
         return _also(self, name)
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
@@ -86,14 +86,14 @@ class LoraLayer(nn.Module):
         return self._plus_product(y, dropped, of(self.a), of(self.b), of(self.scale), self._middle())
 
     def _middle(self) -> Tensor | None:
-        """[clients, rank, rank] of those present."""
+        """The middle factor [clients, rank, rank] of the present clients."""
         if self.c is None:
             return None
         c = self.present.of(self.c)
         return c if self.s is None else block_diagonal(self.present.of(self.s)[..., None, None] * c)
 
     def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
-        """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts: one pass through each of them."""
+        """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts, in one product for all experts."""
         runs = self.present.runs(x, len(experts.g)).flatten(1, -2)
         shares = experts.shares(runs)  # [clients, rows of one client * rest, experts]
         pair = experts.concat_factors()
@@ -116,9 +116,9 @@ class LoraLayer(nn.Module):
 
 
 class PerClientLayer(nn.Module):
-    """A linear module of the task head, or any other, with the clients' own parameters, [clients, *shape] in `own`.
+    """A module, such as a linear one of the task head, with per-client parameters [clients, *shape] in `own`.
 
-    Without them, it is that module.
+    Without them it equals that module.
     """
 
     def __init__(self, base: nn.Module, present: ClientLayout) -> None:
@@ -128,13 +128,13 @@ class PerClientLayer(nn.Module):
         self.own: dict[str, nn.Parameter] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """What else the base has."""
+        """Other attributes of the base."""
         return _also(self, name)
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """Each client's run of rows through the module with the client's parameters, in their dtype.
+        """Applies the module to each client's run of rows with the client's parameters, in their dtype.
 
-        A linear module's result stays in that dtype, as the loss is computed in it; any other's goes on through the base.
+        A linear module's result stays in that dtype, as the loss is computed in it; others return the input's dtype.
         """
         if not self.own:
             y: Tensor = self.base(x)
@@ -152,7 +152,7 @@ class PerClientLayer(nn.Module):
 
 
 def _also(layer: nn.Module, name: str) -> Any:
-    """An attribute of a layer, or else of its base, as from PEFT's layers."""
+    """An attribute of a layer, or else of its base, as in PEFT's layers."""
     try:
         return nn.Module.__getattr__(layer, name)
     except AttributeError:

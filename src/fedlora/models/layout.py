@@ -1,4 +1,4 @@
-"""Where the tokens of a pass are: padded, one after the other, by client, and in buckets of similar length."""
+"""Index maps between the layouts of a pass's tokens: padded, packed, by client, and in buckets of similar length."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-_NEAR = 0.75  # of the longest example of a bucket: shorter ones get a bucket of their own
+_NEAR = 0.75  # fraction of the longest example of a bucket: shorter examples go to another bucket
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Examples of similar length, whose attention is computed together: their rows [n], and the longest one's length."""
+    """Examples of similar length whose attention is computed together: their rows [n], and the longest length."""
 
     rows: Tensor
     longest: int
@@ -23,10 +23,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token of a pass is in the packed form [1, tokens, ...], and in three others: padded [rows, longest, ...],
-    by client [clients, tokens of the client with the most, ...], and in the buckets one after the other [places, ...].
+    """Position of each token of a pass in the packed form [1, tokens, ...] and in three others: padded
+    [rows, longest, ...], by client [clients, tokens of the largest client, ...], and concatenated buckets [places, ...].
 
-    `first` is the layout of the examples' first tokens alone, which are at `at_first`, and has no buckets.
+    `first` is the layout of the examples' first tokens alone, which are at `at_first`; it has no buckets.
     """
 
     packed: tuple[int, int]
@@ -41,8 +41,8 @@ class Layout:
 
     @staticmethod
     def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
-        """The layout for each client's run of examples of these lengths; 0: a filler, which the packed form leaves out, and
-        which is not longer than the longest."""
+        """The layout for each client's run of examples of these lengths. Length 0 marks a filler row: the packed form omits
+        it, and it is no longer than the longest example."""
         clients, run = lengths.shape
         of_row = lengths.flatten()
         longest, most = int(of_row.max()), int(lengths.sum(1).max())
@@ -90,11 +90,11 @@ class Layout:
         return _taken(x.flatten(0, 1), self.at_padded)[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[1, tokens, ...] to [rows, longest, ...]; zeros where an example is shorter."""
+        """[1, tokens, ...] to [rows, longest, ...]; shorter examples are zero-padded."""
         return _placed(x[0], self.at_padded, *self.padded)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[1, tokens, ...] to [clients, most tokens, ...]; zeros where a client has fewer."""
+        """[1, tokens, ...] to [clients, most tokens, ...]; clients with fewer tokens are zero-padded."""
         return _placed(x[0], self.at_client, *self.by_client)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -121,14 +121,14 @@ class Layout:
         return _taken(flat, self.at_bucket).transpose(0, 1)[None]
 
     def squares(self, x: Tensor) -> list[Tensor]:
-        """Of what belongs to pairs of tokens [rows or 1, heads or 1, longest, longest], each bucket's part."""
+        """Each bucket's part of a tensor over pairs of tokens [rows or 1, heads or 1, longest, longest]."""
         rows = [bucket.rows if len(x) > 1 else 0 for bucket in self.buckets]
         cut = [slice(bucket.longest) for bucket in self.buckets]
         return [x[..., own, own][row] for row, own in zip(rows, cut, strict=True)]
 
 
 class _Take(torch.autograd.Function):
-    """Some of the rows of x, each at most once."""
+    """Selects rows of x, each at most once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor) -> Tensor:
@@ -139,12 +139,12 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Zeros where nothing was taken."""
+        """The gradient at the selected rows, zero elsewhere."""
         return _placed(gradient, ctx.saved_tensors[0], ctx.size), None
 
 
 class _Place(torch.autograd.Function):
-    """The rows of x at places of a zero tensor; the inverse of `_Take`."""
+    """Writes the rows of x into a zero tensor; the inverse of `_Take`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor, size: int) -> Tensor:
@@ -154,7 +154,7 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """What is at the places."""
+        """The gradient at the written rows."""
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 

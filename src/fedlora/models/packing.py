@@ -1,4 +1,4 @@
-"""Examples one after the other instead of padded to the longest: a transformer's blocks then compute real tokens only."""
+"""Packed examples: concatenated instead of padded to the longest, so that transformer blocks compute real tokens only."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,34 +14,34 @@ from torch.overrides import TorchFunctionMode
 from fedlora.models.attention import Attention
 from fedlora.models.layout import Layout
 
-# What oneDNN compiles for a shape it keeps, and so does ideep, which torch calls it through: each for a thousand shapes
-# unless told, up to half a megabyte a shape. Ours seldom recur in another step.
+# oneDNN caches the kernel compiled for each shape, and so does ideep, through which torch calls it: by default for a
+# thousand shapes each, at up to half a megabyte a shape. Packed shapes seldom recur in another step.
 os.environ |= {key: os.environ.get(key, "64") for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
 
 
 class Packing(TorchFunctionMode):
-    """A model's blocks, made to compute a pass's tokens in the packed form.
+    """Mode in which a model's blocks compute a pass's tokens in the packed form.
 
-    The model is called with padded inputs. Before each block, what has an entry for each token is packed; after the last
-    one, its output is padded again: embeddings and head notice nothing. Within the mode, attention is computed bucket by
-    bucket, with the model's own mask cut to the bucket. This needs one list of blocks that go through torch's
-    `scaled_dot_product_attention` and otherwise treat each token alone; `try_out` sees whether that is so.
+    The model is called with padded inputs. Before each block, tensors with an entry per token are packed; the output of the
+    last block is padded again, so that embeddings and head are unaffected. Attention is computed bucket by bucket, with the
+    model's own mask cut to the bucket. This needs a single list of blocks that call torch's
+    `scaled_dot_product_attention` and otherwise process each token independently; `try_out` tests that.
 
-    What comes in the last block after its attention is computed for each example's first token alone, if nothing else is
-    read later. This needs a block of which the modules add up what they are given, not the block itself: tried out too.
+    After the attention of the last block, only each example's first token is computed, if no later code reads other tokens.
+    This needs a block whose residual sums are computed by its submodules, not by the block itself; that is tested too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.inside: Layout | None = None
-        """The layout of what is being computed; None: it is padded."""
+        """The layout of the packed tokens inside the blocks; None outside the blocks and in the padded form."""
         self._layout: Layout | None = None
         self.works = False
         """Whether the packed form is used."""
         self.narrows = False
-        """Whether the last block goes on with the first tokens alone."""
-        self._last = self._attended = False  # the last block is computed; and its attention is done
-        self._trying = False  # what is not computed is NaN, so that whoever reads it is found out, however little it weighs
+        """Whether the last block continues with the first tokens alone after its attention."""
+        self._last = self._attended = False  # the last block is running; its attention is done
+        self._trying = False  # uncomputed entries are NaN, so that any use is detected
         self._blocks = _blocks(model)
         for block in self._blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -49,14 +49,14 @@ class Packing(TorchFunctionMode):
             self._blocks[-1].register_forward_hook(self._leave)
 
     def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
-        """Uses the packed form from now on if a call gives the same as in the padded form, [rows, width]; narrows if it
-        does so too. What the call gives is all that may be asked of the model later."""
+        """Enables the packed form if `call` returns the same [rows, width] as in the padded form, and narrowing if that
+        does too. The result of `call` must cover every later use of the model."""
         self.works = self.narrows = False
         if not self._blocks:
             return
         try:
             expected = call()
-        except Exception:  # it is for the padded form to say what is wrong
+        except Exception:  # the padded form reports the error
             return
         for module in self._blocks[-1].modules():
             if module is not self._blocks[-1]:
@@ -66,7 +66,7 @@ class Packing(TorchFunctionMode):
             try:
                 with self.of(lengths, expected.device):
                     apart = (call() - expected).norm() / expected.norm()
-            except Exception:  # whatever an architecture raises that is built otherwise
+            except Exception:  # any error of an architecture that does not fit
                 continue
             finally:
                 self._trying = False
@@ -75,7 +75,7 @@ class Packing(TorchFunctionMode):
 
     @contextmanager
     def of(self, lengths: Int[Tensor, "clients run"], device: torch.device) -> Iterator[Layout | None]:
-        """For calls of the model with examples of these lengths, 0 for a filler; None if they are computed padded."""
+        """Packs calls of the model with examples of these lengths (0: filler); yields None if they are computed padded."""
         if not self.works:
             yield None
             return
@@ -84,7 +84,7 @@ class Packing(TorchFunctionMode):
             with self:
                 yield self._layout
         finally:
-            self._layout = self.inside = None  # also where a block has failed
+            self._layout = self.inside = None  # also after a block has failed
             self._attended = False
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -108,7 +108,7 @@ class Packing(TorchFunctionMode):
             padded[:, 1:] = float("nan")
         return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
-    @no_type_check  # called for everything that torch does
+    @no_type_check  # called for every torch operation
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -119,7 +119,7 @@ class Packing(TorchFunctionMode):
 
 
 def _attention(layout: Layout, call: Attention) -> Tensor:
-    """[1, heads, tokens, size]. The dropout of all weights is one call, on all buckets' weights one after the other."""
+    """Attention output [1, heads, tokens, size]. Dropout is one call on the concatenated weights of all buckets."""
     split = [layout.split(x) for x in (call.query, call.key, call.value)]
     masks = [None] * len(layout.buckets) if call.attn_mask is None else layout.squares(call.attn_mask)
     each = [
@@ -135,7 +135,7 @@ def _attention(layout: Layout, call: Attention) -> Tensor:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks in order; none if there are several lists of them, or none."""
+    """The model's blocks in order; empty unless the model has exactly one list of them."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes two seconds to import
 
     lists = [
@@ -148,7 +148,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _packed(x: Any, layout: Layout) -> Any:
-    """With all tensors packed that have an entry for each token."""
+    """Packs all tensors that have an entry for each token."""
     rows, longest = layout.padded
 
     def pack(x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def _packed(x: Any, layout: Layout) -> Any:
 
 
 def _first(x: Any, layout: Layout) -> Any:
-    """With only the first tokens in all tensors in the packed form."""
+    """Reduces all packed tensors to the first tokens."""
     return _each_tensor(x, lambda one: layout.narrow(one) if tuple(one.shape[:2]) == layout.packed else one)
 
 

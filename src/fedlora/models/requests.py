@@ -1,4 +1,4 @@
-"""The check of a client's request against what the model and the trainer can honour, before anything is trained."""
+"""Validates a client's request against the model and the trainer before training starts."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fedlora.messages import Fit, Gradient
 
 
 def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
-    """Refuses a request that names what the adapter or the model does not have, or has a value that cannot be meant.
+    """Rejects a request that names parts missing from the adapter or the model, or that has an invalid value.
 
     Raises:
         ValueError: names the field, and the module and the factor where there is one.
@@ -43,11 +43,11 @@ def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
 
 
 def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
-    """Refuses an adapter of which the model would ignore a part, or compute another update than the part's.
+    """Rejects an adapter with a part that the model would ignore, or whose update it would compute differently.
 
     Raises:
-        ValueError: a module or parameter that the model does not have, a kind of part that no layer computes, or a factor
-            of a shape that its module cannot have; names them.
+        ValueError: an unknown module or parameter, a kind of part that no layer supports, or a factor whose shape does not
+            fit its module; names them.
     """
     for name, part in adapter.items():
         if name not in (spec.head if isinstance(part, Dense) else spec.modules):
@@ -56,7 +56,7 @@ def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
 
 
 def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -> None:
-    """Refuses a change of the base, or factors that act beside the adapter, that the model would ignore or change.
+    """Rejects a base update, or frozen extra factors, that the model would ignore or compute differently.
 
     Raises:
         ValueError: as `check_adapter`, and a part of another kind than LowRank.
@@ -70,7 +70,7 @@ def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -
 
 
 def _shapes(spec: AdapterSpec, name: str, part: Factors) -> dict[str, tuple[int, ...]]:
-    """What the shape of each factor must be. The type has to be the very one: a kind derived from it computes otherwise."""
+    """The required shape of each factor. The type must match exactly: a subclass would compute another update."""
     if type(part) is Dense:
         return {"w": tuple(spec.head[name].shape)}
     if type(part) not in (LowRank, ThreeFactor, Heads, Experts) or isinstance(part, Dense):

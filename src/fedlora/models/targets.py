@@ -1,4 +1,4 @@
-"""Which modules of a model get LoRA factors, and which make up its head."""
+"""Selection of the modules that get LoRA factors, and of those that make up the head."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from fedlora.errors import UserError
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear-like module: nn.Linear, GPT-2's Conv1D, quantised linears; None for any other."""
+    """(out, in) of a linear-like module: nn.Linear, GPT-2's Conv1D, quantized linears; None for any other."""
     if isinstance(module, Conv1D):
         in_, out = module.weight.shape  # stored transposed
         return int(out), int(in_)
@@ -23,11 +23,12 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 def find_targets(
     model: nn.Module, targets: Sequence[str] | str | None, rank_pattern: Mapping[str, int], head: Iterable[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """The linear modules outside the head that PEFT would match, with their sizes (out, in); and the ranks fixed for some.
+    """The linear modules outside the head that PEFT would match, with their sizes (out, in), and the ranks fixed by
+    `rank_pattern`.
 
     Raises:
-        UserError: a target or a key of the pattern matches none, or there is no default for the architecture; names what
-            there is.
+        UserError: a target or a key of the pattern matches no module, or the architecture has no default; names the
+            available modules.
     """
     head = tuple(head)
     sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, head)}
@@ -44,7 +45,7 @@ def find_targets(
 
 
 def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], rank: int) -> None:
-    """Refuses ranks that no product of a module's size can have.
+    """Rejects ranks that exceed a module's size.
 
     Raises:
         UserError: a fixed rank, or `rank` where none is fixed, is above min(out, in).
@@ -59,7 +60,7 @@ def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], 
 
 
 def head_modules(model: nn.Module, new: Iterable[str]) -> tuple[str, ...]:
-    """The modules that make up the task head: all that lie outside the base model, and those in it that are new, a pooler.
+    """The modules of the task head: all outside the base model, and new ones inside it, such as a pooler.
 
     `new` names the parameters that the checkpoint lacks.
     """
@@ -76,13 +77,13 @@ def head_modules(model: nn.Module, new: Iterable[str]) -> tuple[str, ...]:
 
 
 def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
-    """The normalisations with parameters that lie outside the head: LayerNorm, RMSNorm and their like."""
+    """The normalization modules with parameters outside the head, such as LayerNorm and RMSNorm."""
     norms = (n for n, m in model.named_modules() if type(m).__name__.endswith("Norm") and any(True for _ in m.parameters()))
     return tuple(name for name in norms if not within(name, head))
 
 
 def _match(names: Iterable[str], targets: Sequence[str] | str) -> list[str]:
-    """The names that PEFT would match: a full regular expression, or names and ends of names."""
+    """The names that PEFT would match: by a regular expression for the whole name, or by names and name suffixes."""
     if isinstance(targets, str):
         try:
             return [name for name in names if re.fullmatch(targets, name)]
@@ -102,7 +103,7 @@ def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> 
 
 
 def _pattern_rank(name: str, pattern: Mapping[str, int]) -> int | None:
-    """PEFT's rule for rank_pattern: the first key that matches the name or its end, as a regular expression."""
+    """PEFT's rule for rank_pattern: the first key that matches the name or a suffix of it, as a regular expression."""
     for key, rank in pattern.items():
         try:
             if re.match(rf"(.*\.)?({key})$", name):
@@ -117,5 +118,5 @@ def _ends(sizes: Iterable[str]) -> str:
 
 
 def within(name: str, modules: Iterable[str]) -> bool:
-    """Whether it is one of the modules or lies in one."""
+    """Whether `name` is one of the modules or inside one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -1,4 +1,4 @@
-"""A model's tokenizer: checked against the model, given a token to pad with, and its tokens kept from run to run."""
+"""Tokenizer setup: checks it against the model, sets its pad token, and caches tokens between runs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -12,14 +12,14 @@ from torch import Tensor
 from fedlora.cache import cached
 from fedlora.errors import UserError
 
-_PROBES = ("a", "\u0378")  # the second is no character of any script: unknown to every vocabulary but those of bytes
+_PROBES = ("a", "\u0378")  # the second is an unassigned code point: unknown to every vocabulary except those of bytes
 
 
 def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
-    """Makes tokenizer and model config agree on a pad token, and a special token that is written out in a text a text.
+    """Makes tokenizer and model config agree on a pad token, and encodes special tokens written in a text as plain text.
 
     Raises:
-        UserError: there is no tokenizer, it has tokens that the model lacks, or none to pad with.
+        UserError: the tokenizer is missing, has tokens that the model lacks, or has no usable pad token.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     vocabulary = tokenizer.get_vocab()
@@ -43,27 +43,27 @@ def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
 
 
 def reads_last_token(model: Any) -> bool:
-    """Whether the head reads the last token that is not the config's pad token, as those of decoders do."""
-    return hasattr(model, "score")  # so transformers calls the heads of these models
+    """Whether the head reads the last token that is not the config's pad token, as heads of decoders do."""
+    return hasattr(model, "score")  # the name of these heads in transformers
 
 
 def positions(model: Any) -> int | None:
-    """The longest input in tokens that the model has positions for; None if there is no limit."""
+    """The model's maximum input length in tokens; None if unlimited."""
     config = model.config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None)
-    if not stated or stated < 0 or not getattr(config, "position_biased_input", True):  # XLNet says -1; DeBERTa-v3
+    if not stated or stated < 0 or not getattr(config, "position_biased_input", True):  # -1: XLNet; False: DeBERTa-v3
         return None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.weight.shape[0]) - int(module.padding_idx) - 1  # RoBERTa counts from behind the pad token
+            return int(module.weight.shape[0]) - int(module.padding_idx) - 1  # RoBERTa counts from the pad token's id
     return int(stated)
 
 
 def check_lengths(lengths: Tensor, max_length: int, limit: int | None) -> None:
-    """Refuses examples without a token or beyond the model's positions, given as their lengths [examples].
+    """Rejects empty examples and those longer than the model's positions, given their lengths [examples].
 
     Raises:
-        UserError: some are empty, or have more than `limit` tokens, which `max_length` did not cut off.
+        UserError: some are empty, or still have more than `limit` tokens after truncation to `max_length`.
     """
     if empty := int((lengths == 0).sum()):
         raise UserError(f"{empty} of {len(lengths)} examples are empty for the model's tokenizer; remove them")
@@ -75,10 +75,10 @@ def check_lengths(lengths: Tensor, max_length: int, limit: int | None) -> None:
 
 
 def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
-    """Refuses a tokenizer to which all texts, given as the model's inputs, are unknown words.
+    """Rejects a tokenizer that maps all texts, given as the model's inputs, to unknown words.
 
     Raises:
-        UserError: there is nothing but special tokens.
+        UserError: all tokens are special tokens.
     """
     unread = torch.tensor([*tokenizer.all_special_ids, *_blank(tokenizer)])
     if features and torch.isin(features["input_ids"], unread).all():
@@ -86,9 +86,9 @@ def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
 
 
 def kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
-    """The model's inputs, example after example, and in `starts` where each begins and the last one ends.
+    """The model's inputs, concatenated over the examples, and in `starts` the bounds of the examples.
 
-    From the cache where the tokenizer can say what it is.
+    Cached if the tokenizer can be serialized.
     """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return _tokens(tokenizer, texts, max_length)
@@ -107,18 +107,18 @@ def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict
 
 
 def _forget_lengths(tokenizer: Any) -> None:
-    """Undoes what a call leaves behind, so that the tokenizer is saved the same whatever it was used for."""
+    """Resets truncation and padding set by a call, so that the saved tokenizer does not depend on earlier calls."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
         backend.no_padding()
 
 
 def _pad_token(source: str, tokenizer: Any, config: Any, size: int, special: set[int], last: bool) -> int:
-    """The id to pad with.
+    """The pad token's id.
 
-    Where the head looks for the last token that is not padding, it must be an id that the model's config has already, or
-    one that no text ends with: with eos after each text and padding with eos the head would read the token before it, and
-    the last one wherever the config of the base model has no pad id.
+    If the head reads the last token that is not padding, this must be the id already in the model's config, or one that no
+    text ends with. Otherwise, with eos both after each text and as padding, the head would read the token before eos, or
+    the last token if the config of the base model has no pad id.
     """
     own = getattr(config, "pad_token_id", None)
     if last and _valid(own, size):
@@ -140,13 +140,13 @@ def _pad_token(source: str, tokenizer: Any, config: Any, size: int, special: set
 
 
 def _split_special_tokens(tokenizer: Any) -> None:
-    """Makes a special token that stands in a text a text; the saved tokenizer does the same."""
+    """Makes the tokenizer encode special tokens written in a text as plain text; the saved tokenizer does the same."""
     from tokenizers.normalizers import Replace, Sequence
 
     tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         return
-    for token in tokenizer.special_tokens_map.values():  # which a Unigram model has among its pieces: split up before
+    for token in tokenizer.special_tokens_map.values():  # a Unigram model may have them as pieces: split them beforehand
         whole = isinstance(token, str) and len(token) > 1 and tokenizer(token, add_special_tokens=False)["input_ids"]
         if whole and tokenizer.convert_tokens_to_ids(token) in whole:
             split = Replace(token, f"{token[0]} {token[1:]}")
@@ -154,13 +154,13 @@ def _split_special_tokens(tokenizer: Any) -> None:
 
 
 def _blank(tokenizer: Any) -> list[int]:
-    """The id by which SentencePiece marks the start of a word, which may stand alone before an unknown one."""
+    """The id of SentencePiece's word-start mark, which may stand alone before an unknown word; empty if there is none."""
     vocabulary = tokenizer.get_vocab()
     return [vocabulary["\u2581"]] if "\u2581" in vocabulary else []
 
 
 def _embeddings(model: Any) -> int:
-    """How many token ids the model has an embedding for."""
+    """The number of token ids that have an embedding."""
     try:
         return len(model.get_input_embeddings().weight)
     except (NotImplementedError, AttributeError):  # CANINE embeds hashes of characters

@@ -1,1 +1,1 @@
-"""What a model is fine-tuned for."""
+"""Tasks that a model can be fine-tuned for."""

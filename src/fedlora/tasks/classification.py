@@ -1,4 +1,4 @@
-"""Tasks: how examples become batches, what the loss and the metrics are."""
+"""The task interface (encoding, losses, metrics), and text classification."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fedlora.models.tokenizers import kept_tokens, reads_last_token
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids: for each model input one flat tensor and a common table of where each example starts."""
+    """Examples as token ids: a flat tensor for each model input, and the common offsets at which examples start."""
 
     features: Mapping[str, Int[Tensor, " tokens"]]
     starts: Int[Tensor, " bounds"]
@@ -26,7 +26,7 @@ class Encoded:
         return len(self.starts) - 1
 
     def lengths(self) -> Int[Tensor, " examples"]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return self.starts.diff()
 
     def batch(self, rows: Int[Tensor, " rows"], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -41,10 +41,10 @@ class Encoded:
 
 @runtime_checkable
 class Task(Protocol):
-    """What the trainer needs to know about a kind of problem."""
+    """Interface between the trainer and a task."""
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model, its tokenizer, and what its weights on disk were."""
+        """The model, its tokenizer, and facts about its weights on disk."""
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
         """The model without its weights, and its tokenizer."""
@@ -59,11 +59,11 @@ class Task(Protocol):
         """Each metric of each example of a batch [rows]; a score is their mean."""
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the last layer makes of each example of a batch [rows, width]."""
+        """Last-layer features of each example of a batch [rows, width]."""
 
 
 class Classification:
-    """A label for a text or a pair of texts. `metrics` are the names of what `evaluate` gives."""
+    """Classification of texts or pairs of texts. `metrics` are the names of the metrics that `evaluate` returns."""
 
     metrics = ("accuracy", "loss")
 
@@ -72,11 +72,11 @@ class Classification:
         return load_classifier(source, labels, seed)
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
-        """The same without its weights; see `outline_classifier`."""
+        """The same model without its weights; see `outline_classifier`."""
         return outline_classifier(source, labels)
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
-        """Columns `text`, `label` and, for pairs, `text_pair`; longer examples are cut to `max_length` tokens."""
+        """Encodes the columns `text`, `label` and, for pairs, `text_pair`, truncated to `max_length` tokens."""
         if not len(columns["text"]):
             return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
@@ -85,11 +85,11 @@ class Classification:
         return Encoded(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """Cross-entropies, in fp32."""
+        """Cross-entropy of each example, in fp32."""
         return functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
 
     def evaluate(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Correct or not, and the cross-entropy."""
+        """Accuracy (0 or 1) and cross-entropy of each example."""
         logits = model(**inputs).logits.float()
         return {
             "accuracy": (logits.argmax(-1) == targets).float(),
@@ -97,8 +97,8 @@ class Classification:
         }
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The last layer where the head reads it: at the first token, [CLS]; at the last token of decoders, padding aside;
-        at the last eos of encoder-decoders."""
+        """Last-layer features at the token that the head reads: the first token, [CLS]; the last non-padding token of
+        decoders; the last eos of encoder-decoders."""
         whole: Any = model
         found: list[Tensor] = []
         hook = whole.base_model.register_forward_hook(lambda *call: found.append(call[-1][0]))
@@ -117,5 +117,5 @@ class Classification:
 
 
 def _last(which: Bool[Tensor, "rows longest"]) -> Int[Tensor, " rows"]:
-    """The place of the last true entry of each row; 0 where there is none."""
+    """The index of the last true entry of each row; 0 if there is none."""
     return (which * torch.arange(which.shape[1], device=which.device)).argmax(1)

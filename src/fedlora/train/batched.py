@@ -1,4 +1,4 @@
-"""Training many clients' adapters in one forward and backward pass over the one resident model."""
+"""Training of many clients' adapters in one forward and backward pass of the shared model."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from fedlora.train.batches import concat_factors, epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training on the examples `rows` [rows]; `seed` is its own, `shared_order_seed` that of all."""
+    """One client's training on the examples `rows` [rows]; `seed` is the client's, `shared_order_seed` common to all."""
 
     request: Fit
     rows: Tensor
@@ -26,15 +26,15 @@ class Job:
     shared_order_seed: int
 
     def epochs(self, settings: Train) -> int:
-        """As requested, else the run's."""
+        """The requested number of epochs, else the run's."""
         return settings.epochs if self.request.epochs is None else self.request.epochs
 
     def steps(self, settings: Train) -> int:
-        """Batches in all epochs."""
+        """Number of batches in all epochs."""
         return self.epochs(settings) * -(-len(self.rows) // settings.batch_size)
 
     def batches(self, lengths: Tensor, settings: Train) -> Iterator[Tensor]:
-        """Rows of the examples, one batch after the other."""
+        """Yields the rows of each batch."""
         order = generator(self.seed, "order")
         for i in range(self.epochs(settings)):
             places = epoch(
@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training gave: the adapter, the mean loss over its last epoch, the steps taken."""
+    """Result of one training: the adapter, the mean loss over its last epoch, the number of steps."""
 
     adapter: Adapter
     loss: float
@@ -57,7 +57,7 @@ class Trained:
 
 
 def in_common(request: Fit) -> Hashable:
-    """What the requests of one step have in common: factors to train, form, rates, modules with factors beside."""
+    """Properties that requests trained in one step must share: trained factors, form, rates, modules with frozen extras."""
     return (
         request.train,
         form(request.start),
@@ -75,13 +75,13 @@ def train_together(
     tokens: int,
     dropout: float | None = None,
 ) -> list[Trained]:
-    """Trains each client as its request says, with a fresh optimiser, as if it were alone.
+    """Trains each client according to its request, with a fresh optimizer, as if it were alone.
 
-    All requests have the same `in_common`. One step takes the next batch of every client
-    that still has one; factors, heads and optimiser states have a client axis. The base computes the batches together, in
-    passes of up to `tokens` (padding included) with batches of similar length; one batch is never cut. The order of a
-    client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
-    `dropout` stands for all probabilities of the model and the LoRA layers that are not 0.
+    All requests have the same `in_common`. One step takes the next batch of every client that still has one; factors, heads
+    and optimizer states have a client axis. The base processes the batches in micro-batches of at most `tokens` (padding
+    included) with batches of similar length; a single batch is never split. The order of a client's examples and its
+    dropout depend on its own seeds alone. The last batch of an epoch may be smaller. `dropout` replaces all nonzero
+    probabilities of the model and the LoRA layers.
     """
     assert len({in_common(job.request) for job in jobs}) == 1, "requests of several kinds cannot be trained together"
     train = jobs[0].request.train
@@ -142,7 +142,7 @@ def train_together(
 
 
 def passes(sizes: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]]:
-    """Which batches, each (length of its longest example, examples), go through the model together: similar lengths."""
+    """Indices of the batches in each micro-batch, grouped by length; `sizes` are (length of longest example, examples)."""
     some: list[int] = []
     for place in sorted(range(len(sizes)), key=lambda p: sizes[p]):
         wide, run = sizes[place][0], max(sizes[p][1] for p in (*some, place))
@@ -154,7 +154,7 @@ def passes(sizes: Sequence[tuple[int, int]], tokens: int) -> Iterator[list[int]]
 
 
 def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Encoded, start: Adapter) -> int:
-    """What a training pass keeps for its backward pass, for each token of the longest example; 1 where there is none."""
+    """Bytes that a training pass stores for its backward pass, per token of the longest example; 1 without examples."""
     if len(examples) == 0:
         return 1
     (parameter, *_) = adapted.load([start], "ba")
@@ -176,7 +176,7 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Encoded, start:
 
 
 def _optimizer(named: Mapping[str, nn.Parameter], rates: Mapping[str, float], settings: Train) -> torch.optim.Optimizer:
-    """Elementwise, so that a client axis changes nothing; with one group of parameters for each factor."""
+    """An elementwise optimizer, so that a client axis changes nothing, with one parameter group for each factor."""
     factors: dict[str, list[nn.Parameter]] = {}
     for key, parameter in named.items():
         factors.setdefault(_factor(key), []).append(parameter)
@@ -188,7 +188,7 @@ def _optimizer(named: Mapping[str, nn.Parameter], rates: Mapping[str, float], se
 
 @dataclass(frozen=True)
 class _Masked:
-    """A parameter, where it may not move, and what it is there, all [clients, *shape]."""
+    """A parameter, the mask of its fixed entries, and their values, all [clients, *shape]."""
 
     parameter: nn.Parameter
     fixed: Tensor
@@ -209,14 +209,14 @@ class _Masked:
             self.parameter.grad.masked_fill_(self.fixed, 0)
 
     def put_back(self) -> None:
-        """What weight decay has moved."""
+        """Restores the fixed entries, which weight decay has changed."""
         self.parameter.data.copy_(self.before.where(self.fixed, self.parameter.data))
 
 
 def _go_on(
     optimizer: torch.optim.Optimizer, masked: Sequence[_Masked], adapted: AdaptedModel, clients: list[int]
 ) -> list[_Masked]:
-    """With these of the loaded clients only, in the optimiser's state and the masks too."""
+    """Drops all loaded clients but these, also from the optimizer's state and the masks; returns the masks."""
     index = torch.tensor(clients)
     new = dict(adapted.keep(clients))
     for group in optimizer.param_groups:
@@ -239,7 +239,7 @@ def _factor(key: str) -> str:
 
 
 def _clip(optimizer: torch.optim.Optimizer, norm: float) -> None:
-    """Scales each client's gradient down to the norm."""
+    """Clips each client's gradient to the norm."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # [clients]
     scale = (norm / (norms + 1e-6)).clamp(max=1)

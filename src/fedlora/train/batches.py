@@ -1,4 +1,4 @@
-"""Which examples go together in a step."""
+"""Composition of batches."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-_POOL = 32  # batches that are sorted together: enough to save nearly all padding, few enough to mix the examples
+_POOL = 32  # batches sorted together: enough to avoid nearly all padding, few enough to mix the examples
 
 
 def epoch(
@@ -16,12 +16,12 @@ def epoch(
     rng: torch.Generator,
     shared_order_seed: torch.Generator,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """One pass over the rows in random order, cut into batches of row numbers; one batch may be smaller.
+    """One pass over the rows in random order, split into batches of row numbers; one batch may be smaller.
 
-    With `by_length`, examples of similar length come together: a pool of 32 batches is sorted by length before it is cut,
-    and the batches are shuffled. Which examples meet is still random, but no longer independent of their length. The
-    shuffling takes `shared_order_seed` and not `rng`: clients with equally many rows meet short and long batches at the
-    same time, which saves padding when they are trained together.
+    With `by_length`, batches have examples of similar length: a pool of 32 batches is sorted by length before it is split,
+    and the batches are shuffled. The composition of batches is still random, but no longer independent of length. The
+    shuffle uses `shared_order_seed` instead of `rng`, so that clients with equally many rows have short and long batches at
+    the same time, which saves padding when they are trained together.
     """
     order = torch.randperm(len(lengths), generator=rng)
     if not by_length:
@@ -37,8 +37,8 @@ def epoch(
 def concat_factors(
     batches: Sequence[Int[Tensor, " _"]],
 ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "batches longest"]]:
-    """Batches of several clients as equally long runs, and which of the rows are real. The shorter batches are filled up
-    with one of the real rows, so that no filler is the longest example."""
+    """Batches of several clients as runs of equal length, and a mask of the real rows. Shorter batches are filled with a
+    real row, so that no filler is the longest example."""
     run = max(len(batch) for batch in batches)
     filler = next(batch[:1] for batch in batches if len(batch))
     filled = [torch.cat([batch, filler.expand(run - len(batch))]) for batch in batches]

@@ -1,4 +1,4 @@
-"""Several devices of one machine: a process and a model for each, and requests answered by all of them at once."""
+"""Training on several devices of one machine, with a process and a model for each; requests are distributed over them."""
 
 import io
 import pickle
@@ -20,10 +20,10 @@ from fedlora.train.local import LocalTrainer
 
 
 class TrainerProcess:
-    """A trainer in a process of its own, which ends when this object or this process does."""
+    """A trainer in a separate process, which ends when this object or this process does."""
 
     def __init__(self, name: str, make: Callable[..., LocalTrainer], *arguments: Any) -> None:
-        """Starts to make the trainer there: `make(*arguments)`, of which all must be picklable. Does not wait."""
+        """Starts the process, which calls `make(*arguments)`; all of these must be picklable. Does not wait."""
         self._name = name
         context = get_context("spawn")
         self._line, theirs = context.Pipe()
@@ -32,7 +32,7 @@ class TrainerProcess:
         theirs.close()
 
     def ask(self, call: str, *arguments: Any) -> None:
-        """Begins a call of the trainer; each is followed by `answer`.
+        """Starts a call of the trainer's method; each call must be followed by `answer`.
 
         Raises:
             RunStopped: the process has ended.
@@ -43,7 +43,7 @@ class TrainerProcess:
             raise self._ended() from error
 
     def answer(self) -> Any:
-        """What the call gave. What it raised is raised here.
+        """The result of the call; an exception of the call is raised again.
 
         Raises:
             RunStopped: the process has ended.
@@ -62,19 +62,19 @@ class TrainerProcess:
 
 
 class MultiDeviceTrainer:
-    """A trainer for each device: one here, the others in helpers. Which client is trained where changes only rounding."""
+    """One trainer per device: one in this process, the others in their own. Placement of clients affects only rounding."""
 
     def __init__(self, here: LocalTrainer, helpers: Sequence[TrainerProcess]) -> None:
         self._here, self._helpers = here, helpers
 
     @property
     def clients_per_step(self) -> int:
-        """How many clients are best trained at once: on all devices."""
+        """Clients per step, summed over all devices."""
         return self._here.clients_per_step * (1 + len(self._helpers))
 
     @property
     def tokens(self) -> int:
-        """Of a pass on one device."""
+        """Tokens of a micro-batch on one device."""
         return self._here.tokens
 
     @property
@@ -109,7 +109,7 @@ class MultiDeviceTrainer:
         self._with_answers(lambda: self._here.merge_into_base(change))
 
     def _shared(self, call: str, asked: Sequence[Any], works: Sequence[int], *more: Any) -> list[Any]:
-        """The call with a part of what is asked on each device, in the order of `asked`."""
+        """Distributes the requests over the devices, and returns the results in the order of `asked`."""
         parts = shares(works, 1 + len(self._helpers))
         for helper, part in zip(self._helpers, parts[1:], strict=True):
             helper.ask(call, [asked[i] for i in part], *more)
@@ -118,7 +118,7 @@ class MultiDeviceTrainer:
         return [found[i] for i in range(len(asked))]
 
     def _with_answers(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:
-        """What the call here gives, and what those of all helpers have given: none is left open where one has failed."""
+        """The results of the call here and of all other processes. All are awaited, even if one has failed."""
         found: list[Any] = []
         failed: list[Exception] = []
         for call in (here, *(helper.answer for helper in self._helpers)):
@@ -132,7 +132,7 @@ class MultiDeviceTrainer:
 
 
 def shares(works: Sequence[int], devices: int) -> list[list[int]]:
-    """Which jobs each device gets, so that the most that one has to do is little: the largest first, to whom has least."""
+    """Indices of the jobs for each device, balanced by assigning the longest job first, to the least loaded device."""
     parts: list[list[int]] = [[] for _ in range(devices)]
     totals = [0] * devices
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
@@ -143,8 +143,8 @@ def shares(works: Sequence[int], devices: int) -> list[list[int]]:
 
 
 def _help(line: Connection, make: Callable[..., LocalTrainer], arguments: tuple[Any, ...]) -> None:
-    """Answers calls until the line is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that asks, whose end ends this one
+    """Executes calls until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, whose end ends this one
     trainer = make(*arguments)
     while True:
         try:
@@ -153,13 +153,13 @@ def _help(line: Connection, make: Callable[..., LocalTrainer], arguments: tuple[
             return
         try:
             answer = _pickled((getattr(trainer, call)(*given), None))
-        except Exception as error:  # whoever asked decides what it means
+        except Exception as error:  # handled by the caller
             answer = _pickled((None, error))
         line.send_bytes(answer)
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as their bytes: torch would share memory, with an open file for each tensor."""
+    """Pickles tensors as bytes: torch would share memory, with an open file for each tensor."""
 
     def reducer_override(self, x: Any) -> Any:
         if type(x) is not torch.Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation an adapter on examples it was not trained on."""
+"""Evaluation of adapters on examples that they were not trained on."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ from fedlora.train.batches import concat_factors
 def score(
     adapted: AdaptedModel, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
 ) -> list[Score]:
-    """Each adapter's metrics on its own examples, given as rows [rows]; the model computes them together.
+    """Each adapter's metrics on its own examples, given as rows [rows]; the adapters share forward passes.
 
-    The examples are taken in order of length to save padding, `batch_size` in one pass.
+    The examples are processed in order of length to save padding, `batch_size` in one pass.
     """
     adapted.load([adapter for _, adapter in asked])
     adapted.model.eval()

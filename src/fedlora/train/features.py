@@ -1,4 +1,4 @@
-"""Examples as the untouched base model sees them."""
+"""Features of examples in the base model without adapters."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def features(
 ) -> Float[Tensor, "rows width"]:
     """The task's features of the examples, in the order of `rows`, without any adapter or dropout, fp32 on the CPU.
 
-    The examples are taken in order of length to save padding, `batch_size` in one pass.
+    The examples are processed in order of length to save padding, `batch_size` in one pass.
     """
     found = torch.zeros(len(rows), adapted.spec.features)
     lengths = examples.lengths()[rows]
@@ -31,7 +31,7 @@ def features(
 
 
 def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> None:
-    """Packs examples from now on if the model's features and losses are then the same, but for rounding: see `Packing`."""
+    """Enables packing if it leaves the model's features and losses unchanged up to rounding; see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
     examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
     adapted.load([])

@@ -13,7 +13,7 @@ from fedlora.tasks.classification import Encoded, Task
 def gradient(
     adapted: AdaptedModel, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], request: Gradient, batch_size: int
 ) -> Adapter:
-    """What the request asks for, over the examples `rows`, `batch_size` in one pass, in order of length."""
+    """The requested gradient over the examples `rows`, processed in order of length, `batch_size` in one pass."""
     adapted.load([request.start], request.train)
     adapted.model.eval()
     device, lengths = next(adapted.model.parameters()).device, examples.lengths()[rows]

@@ -1,4 +1,4 @@
-"""What this machine computes on."""
+"""Devices of this machine and their numeric precision."""
 
 import torch
 
@@ -10,7 +10,7 @@ def device(choice: str) -> torch.device:
     """The device of `train.device`.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is not available.
     """
     if choice == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,10 +21,10 @@ def device(choice: str) -> torch.device:
 
 
 def devices(train: Train) -> int:
-    """How many are to train at once.
+    """The number of devices to train on.
 
     Raises:
-        UserError: there are not so many.
+        UserError: fewer devices are available.
     """
     wanted = train.devices
     if device(train.device).type != "cuda":
@@ -53,7 +53,7 @@ def fast_in_bf16(choice: str) -> bool:
     """Whether the device of `train.device` has instructions for bf16.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is not available.
     """
     if device(choice).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,4 +1,4 @@
-"""Whether clients that are trained in one step get what each of them gets alone: tried, since it depends on the model."""
+"""Tests whether clients trained in one step get the same results as each of them alone, which depends on the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ from fedlora.train.batched import Job, train_together
 from fedlora.train.evaluate import score
 
 _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
-"""In each example of each client."""
+"""Number of words in each example of each client."""
 _VOCABULARY = ("the", "first", "of", "many", "words", "that", "some", "people", "said", "here", "was", "right")
 _RATE = 2.0**14
-"""Of a step so long that the gradient can be read off its end."""
+"""Learning rate of a step large enough to recover the gradient from its result."""
 
 
 def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> int:
     """`train.clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
 
-    That happens where the first axis of a tensor is not the rows, of which each client has a run. It is tried with two to
-    four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is not used
-    from now on if it gives something else than the padded one.
+    That happens if the first axis of a tensor is not the axis of rows, in which each client has a run. The test uses two to
+    four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is disabled
+    if its results differ from those of the padded form.
 
     Raises:
-        UserError: not even one client alone can be trained.
+        UserError: a single client cannot be trained.
     """
     trial, packs = _Trial.of(adapted, task, tokenizer, settings), adapted.packing.works
     each = [[job] for job in trial.jobs]
@@ -41,7 +41,7 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, set
     adapted.packing.works = False
     try:
         alone = [trial.results(one)[0] for one in each]
-    except Exception as error:  # whatever an architecture raises
+    except Exception as error:  # any error of the architecture
         kind = getattr(getattr(adapted.model, "config", None), "model_type", type(adapted.model).__name__)
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"models of type {kind!r} cannot be trained here: {type(error).__name__}: {reason}") from error
@@ -55,7 +55,7 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, set
 
 @dataclass(frozen=True)
 class _Trial:
-    """Four clients with one batch each, and strong adapters and heads of their own."""
+    """Four clients with one batch each, and with different, large adapters and heads."""
 
     adapted: AdaptedModel
     task: Task
@@ -77,8 +77,8 @@ class _Trial:
         return _Trial(adapted, task, examples, jobs, settings.model_copy(update=step))
 
     def results(self, group: Sequence[Job]) -> list[Mapping[str, Tensor]]:
-        """For each client its losses in training and in evaluation, and its gradients."""
-        with torch.random.fork_rng(devices=[]):  # no model should draw from it, but for all to see
+        """Each client's losses in training and in evaluation, and its gradients."""
+        with torch.random.fork_rng(devices=[]):  # the seed differs by group, so that a model that uses it is detected
             torch.manual_seed(len(group))
             trained = train_together(self.adapted, self.task, self.examples, group, self.settings, 1 << 20, dropout=0.5)
         asked = [(job.rows, job.request.start) for job in group]
@@ -91,7 +91,7 @@ class _Trial:
         return found
 
     def agrees(self, alone: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[Job]], tolerance: float) -> bool:
-        """Whether the clients of each group get together what they get alone."""
+        """Whether the clients of each group get the same results together as alone."""
         try:
             return all(
                 _apart(one, alone[job.seed]) < tolerance
@@ -103,7 +103,7 @@ class _Trial:
 
 
 def _start(adapted: AdaptedModel, client: int) -> Adapter:
-    """An adapter that changes what the base gives by as much as that is, and a head unlike the others'."""
+    """An adapter whose output is as large as the base's, and a head that differs between clients."""
     rng, start = generator(client, "independence"), dict[str, Any]()
     for name, part in lora_init(adapted.spec, 1 + client % 2, client).items():
         start[name] = LowRank((torch.randn(part.b.shape, generator=rng) / 2).to(part.b), part.a)
@@ -113,7 +113,7 @@ def _start(adapted: AdaptedModel, client: int) -> Adapter:
 
 
 def _apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of a tensor; of one that is small beside the others, relative to those."""
+    """The largest relative difference of a tensor; for small tensors, relative to the others' size."""
     norms = {key: x.double().norm() for key, x in expected.items()}
     least = torch.stack(list(norms.values())).square().mean().sqrt() / 20
     relative = {key: (found[key].double() - x).norm() / max(norms[key], least) for key, x in expected.items()}

@@ -1,4 +1,4 @@
-"""The trainer of one machine: all clients' examples around one resident model."""
+"""Trainer of one process: all clients' examples, and one model."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fedlora.train.gradient import gradient
 
 @dataclass(frozen=True)
 class LocalTrainer:
-    """Answers the clients' requests, up to `together` clients in one step, up to `tokens` in one pass through the model.
+    """Executes the clients' requests, at most `clients_per_step` clients in one step and `tokens` in one micro-batch.
 
     `rows` and `held_out` are each client's rows of `examples`.
     """
@@ -38,10 +38,10 @@ class LocalTrainer:
     tokens: int = 1 << 11
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
-        """The trained adapters, and each one's `loss`, in the order of `asked`.
+        """The trained adapters, each with its `loss`, in the order of `asked`.
 
         Raises:
-            ValueError: a request cannot be honoured (see `check_request`); nothing was trained.
+            ValueError: a request is invalid (see `check_request`); nothing was trained.
         """
         for one in asked:
             check_request(self.adapted.spec, one.request)
@@ -54,31 +54,31 @@ class LocalTrainer:
         return [found[i] for i in range(len(asked))]
 
     def steps(self, asked: FitRequest) -> int:
-        """How many batches the request takes."""
+        """The number of batches of the request."""
         return Job(asked.request, self.rows[asked.client.id], 0, 0).steps(self.settings)
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """The gradient of the client's mean training loss.
 
         Raises:
-            ValueError: the request cannot be honoured.
+            ValueError: the request is invalid.
         """
         check_request(self.adapted.spec, request)
         rows = self.rows[client.id]
         return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
 
     def features(self, client: ClientInfo) -> LabelledFeatures:
-        """The client's training examples as the base sees them without any adapter."""
+        """Base-model features of the client's training examples, without any adapter."""
         rows = self.rows[client.id]
         seen = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
         return LabelledFeatures(seen, self.examples.targets[rows], self.adapted.spec.classes)
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Changes the resident base for good."""
+        """Merges a base update into the model, permanently."""
         self.adapted.merge_into_base(change)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
-        """Each adapter on its client's held-out examples, if there are any."""
+        """The score of each adapter on its client's held-out examples; None if the client has none."""
         able = [i for i, (client, _) in enumerate(asked) if len(self.held_out[client.id])]
         found: dict[int, Score] = {}
         for some in self._alike(able, [form(asked[i][1]) for i in able]):
@@ -87,7 +87,7 @@ class LocalTrainer:
         return [found.get(i) for i in range(len(asked))]
 
     def evaluate(self, adapter: Adapter) -> Score:
-        """The adapter on the global test set."""
+        """The score of the adapter on the global test set."""
         return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.eval_batch_size)[0]
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:
@@ -95,12 +95,12 @@ class LocalTrainer:
         return Job(asked.request, self.rows[asked.client.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
-        """Which jobs go together: those that train the same factors, the longest first."""
+        """Groups of jobs for one step: those with the same `in_common`, the longest first."""
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
         return self._alike(order, [in_common(jobs[i].request) for i in order])
 
     def _alike(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
-        """Groups of equal keys, of at most `together`, each in the given order."""
+        """Groups of equal keys, at most `clients_per_step` each, in the given order."""
         alike: dict[Hashable, list[int]] = {}
         for i, key in zip(order, keys, strict=True):
             alike.setdefault(key, []).append(i)
