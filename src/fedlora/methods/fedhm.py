@@ -26,8 +26,8 @@ class FedHMLoRA:
     factors 1, 2, 4, 8 give 0.71, 0.26, 0.04, 0.001), or the same as all others ("uniform", the default of the released
     code).
 
-    Law: without training, singular value j shrinks each round by the weight of the clients whose rank reaches it. With
-    `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever no
+    Law: without training, singular value j is multiplied each round by the weight of the clients whose rank reaches it.
+    With `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever no
     client of that rank participates; a single client then no longer equals local training.
 
     Source: Yao et al. 2021, arXiv:2111.14655.

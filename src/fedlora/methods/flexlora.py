@@ -39,7 +39,7 @@ class FlexLoRA:
 
     One decomposition at the server's `rank` serves all clients: the best fit of a smaller rank is its leading part. The
     merge is exact if `rank` is at least that of M; else it loses the truncated singular values. Law: without training,
-    singular value j shrinks each round by the total weight of the clients whose rank reaches it.
+    singular value j is multiplied each round by the total weight of the clients whose rank reaches it.
 
     `split` puts the singular values into b ("left", as published) or half into each factor ("balanced"). With `upload`
     "dense", a client sends the product [out, in]: the same result, which needs only a mean of uploads.
