@@ -164,7 +164,7 @@ class Some:
 
 def test_a_whole_number_for_a_float_becomes_one():
     assert Some(part=1).seen == "1.0" and isinstance(build({"train": {"lr": 1}}).train.lr, float)
-    assert isinstance(build({"method": {"name": "ditto", "pull": 1}}).method.make().pull, float)
+    assert isinstance(build({"method": {"name": "ditto", "prox_weight": 1}}).method.make().prox_weight, float)
 
 
 def test_a_class_of_its_own_checks_runs_them_after_the_ranges():

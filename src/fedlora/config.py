@@ -25,7 +25,12 @@ from fedlora.ranges import (
     validated,
 )
 
-_REMOVED = {"by_examples": "weights = 'examples' or 'uniform'"}
+_REMOVED = {
+    "by_examples": "weights = 'examples' or 'uniform'",
+    "pull": "prox_weight",
+    "apart": "min_silhouette",
+}
+"""Settings of methods in earlier releases."""
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
 
 
@@ -129,7 +134,7 @@ class MethodChoice(BaseModel):
     name: str = "fedit"
     """The method; `fedlora methods` lists them."""
     head: Head | None = None
-    """The task head: frozen, averaged, local (trained, stays on the client), or own (handled by the method; fl-tac alone).
+    """The task head: frozen, averaged, local (trained, stays on the client), or method-managed (fl-tac alone).
     If omitted, as in the method's paper.
 
     Example: "averaged"
@@ -172,8 +177,10 @@ class MethodChoice(BaseModel):
                 raise ValueError(
                     f"{self.name} has no setting {key!r}{_other_key(key, [*row.settings(), 'head', 'norms', 'weights'])}"
                 )
-        if self.head == "own" and row.head != "own":
-            raise ValueError(f"head = 'own': {self.name} does not treat the head itself; allowed: frozen, averaged, local")
+        if self.head == "method-managed" and row.head != "method-managed":
+            raise ValueError(
+                f"head = 'method-managed': {self.name} does not treat the head itself; allowed: frozen, averaged, local"
+            )
         try:
             self.make()
         except ValueError as error:

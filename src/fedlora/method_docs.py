@@ -96,7 +96,7 @@ def _facts(row: Row) -> dict[str, str]:
         "personal models": yes(row.personal),
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
-        **({} if row.once[0] == "0" else {"floats up once, for all layers together": f"`{row.once[0]}`"}),
+        **({} if row.first_upload[0] == "0" else {"floats up once, for all layers together": f"`{row.first_upload[0]}`"}),
         "floats of a base update": "none" if row.base_update == "0" else f"`{row.base_update}`",
         "server needs single uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),

@@ -106,7 +106,7 @@ def test_a_client_of_weight_zero_changes_nothing(row, ranks):
 @every_row
 def test_factors_and_head_are_averaged_with_the_same_weights(row, ranks):
     """A client with nearly all the weight is as good as alone: in its factors, and in its head."""
-    row = replace(row, head="own" if row.head == "own" else "averaged")
+    row = replace(row, head="method-managed" if row.head == "method-managed" else "averaged")
     method, server, replies, states = round_of_replies(row, ranks)
     first, rnd = replies[0], replies[0].round
     rest = [replace(reply, weight=1e-9) for reply in replies[1:]]
@@ -132,11 +132,11 @@ def test_rounds_without_the_largest_client_still_teach_every_rank(row, ranks):
 @every_row
 def test_alpha_is_no_more_than_the_unit_of_the_updates(row, ranks):
     """With alpha and all targets four times as large PEFT's factors see the same problem, and so do penalties on them."""
-    once, fourfold = (
+    first_upload, fourfold = (
         run_rounds(row, people(ranks), rounds=PERIOD, trainer=Witness(toy(spec=in_unit(unit), unit=unit)))
         for unit in (1.0, 4.0)
     )
-    for client, weights in once.weights.items():
+    for client, weights in first_upload.weights.items():
         wanted = {name: (4 if name in SPEC.modules else 1) * x for name, x in weights.items()}
         assert_close(fourfold.weights[client], wanted)
 
@@ -198,7 +198,7 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     """Floats of the factors and bytes of positions; the head is the row's rule and comes on top. All clients take part."""
     clients = people(ranks)
     game = whole_game(row.name, ranks)
-    head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head in ("averaged", "own") else 0
+    head = sum(x.numel() for x in game.trainer.spec.head.values()) if row.head in ("averaged", "method-managed") else 0
     settings = {key: x for key, x in {**row.settings(), **row.fixed_settings}.items() if isinstance(x, int | float)}
     everybody = {"K": len(clients), **settings, "rank": toy_method(row).rank}
     everybody |= {"features": game.trainer.spec.features, "classes": game.trainer.spec.classes}
@@ -211,8 +211,8 @@ def test_traffic_is_what_the_row_declares(row, ranks):
         sizes = [{"out": out, "in_": in_, **ranks_of(name, client)} for name, (out, in_) in SPEC.modules.items()]
         return math.floor(sum(evaluate(formula, **{**everybody, **each}) for each in sizes))
 
-    def once(r: int) -> list[int]:
-        return [int(evaluate(formula, **everybody)) if r == 0 else 0 for formula in row.once]
+    def first_upload(r: int) -> list[int]:
+        return [int(evaluate(formula, **everybody)) if r == 0 else 0 for formula in row.first_upload]
 
     def positions(picked: tuple[str, str] | None) -> set[int]:
         return {position_bytes(floats(picked[0], client), floats(picked[1], client)) if picked else 0 for client in clients}
@@ -220,7 +220,7 @@ def test_traffic_is_what_the_row_declares(row, ranks):
     for r in range(ROUNDS):
         base_update = row.base_update if r - 1 in game.progress.base_updates.rounds else "0"
         up, down = row.up[r % len(row.up)], row.down[r % len(row.down)]
-        first_floats, first_bytes = once(r)
+        first_floats, first_bytes = first_upload(r)
         assert game.backend.floats_up[r] == {floats(up, client) + first_floats + head for client in clients}
         assert game.backend.floats_down[r] == {
             floats(down, client) + floats(base_update, client) + head for client in clients

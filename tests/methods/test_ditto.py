@@ -33,31 +33,31 @@ def run_rounds(m: Any, rounds: int, client: list[ClientInfo] = CLIENTS) -> tuple
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.1])
-def test_the_shared_pair_is_fedits_bit_for_bit(pull):
-    one, other = run_rounds(Ditto(rank=2, pull=pull), 4)[0][-1], run_rounds(FactorAveraging(rank=2), 4)[0][-1]
+def test_the_shared_pair_is_fedits_bit_for_bit(prox_weight):
+    one, other = run_rounds(Ditto(rank=2, prox_weight=prox_weight), 4)[0][-1], run_rounds(FactorAveraging(rank=2), 4)[0][-1]
     assert one.server.keys() == other.server.keys() and one.notes == other.notes
     assert all(torch.equal(one.server[key], other.server[key]) for key in one.server)
 
 
 def test_without_a_pull_a_client_trains_as_if_it_were_alone():
     together, alone = (
-        run_rounds(Ditto(rank=2, pull=0.0), 4)[1],
-        run_rounds(Ditto(rank=2, pull=0.0), 4, CLIENTS[-1:])[1],
+        run_rounds(Ditto(rank=2, prox_weight=0.0), 4)[1],
+        run_rounds(Ditto(rank=2, prox_weight=0.0), 4, CLIENTS[-1:])[1],
     )
     one, other = together.client_state(CLIENTS[-1], 4), alone.client_state(CLIENTS[-1], 4)
     assert all(
         torch.equal(one.adapter[n].b, other.adapter[n].b) and torch.equal(one.adapter[n].a, other.adapter[n].a)
         for n in SPEC.modules
     )
-    pulled = run_rounds(Ditto(rank=2, pull=0.1), 4)[1].client_state(CLIENTS[-1], 4)
+    pulled = run_rounds(Ditto(rank=2, prox_weight=0.1), 4)[1].client_state(CLIENTS[-1], 4)
     assert not any(torch.equal(one.adapter[name].b, pulled.adapter[name].b) for name in SPEC.modules)
 
 
 def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down():
-    """The distance falls as 1 / pull; lr * pull is 1/2, so that gradient descent comes to rest."""
+    """The distance falls as 1 / prox_weight; lr * prox_weight is 1/2, so that gradient descent comes to rest."""
     apart = []
-    for pull in (50.0, 500.0):
-        m, trainer, rnd = Ditto(rank=2, pull=pull), ToyTrainer(lr=0.05 / pull, steps=20), Round(0, 0)
+    for prox_weight in (50.0, 500.0):
+        m, trainer, rnd = Ditto(rank=2, prox_weight=prox_weight), ToyTrainer(lr=0.05 / prox_weight, steps=20), Round(0, 0)
         shared = factors(2, "shared", spec=SPEC)
         job = m.work(m.init_client(SPEC, CLIENTS[0], 0), pack(shared), CLIENTS[0], rnd)
         own, _ = trainer.fit_one(job.send(next(job).start), CLIENTS[0])
@@ -67,7 +67,7 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
 
 
 def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_since():
-    m, client, rnd = Ditto(rank=2, pull=3.0), CLIENTS[0], Round(0, 0)
+    m, client, rnd = Ditto(rank=2, prox_weight=3.0), CLIENTS[0], Round(0, 0)
     download, state = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
     job = m.work(Scaled(state, SPEC.scales(2)), download, client, rnd)
     first = next(job)
@@ -103,7 +103,7 @@ def test_the_pull_is_on_the_factors_of_peft_whatever_alpha_is():
         factors(2, "shared", spec=SPEC),
         factors(2, "own", spec=SPEC),
     )
-    m, scales = Ditto(rank=2, pull=3.0), spec.scales(2)
+    m, scales = Ditto(rank=2, prox_weight=3.0), spec.scales(2)
     job = m.work(Scaled(state, scales), pack(download), CLIENTS[0], Round(0, 0))
     second = job.send(next(job).start)
     assert_close(second.penalty(pack(state)), 1.5 * distance(unscaled(state, scales), unscaled(download, scales)))

@@ -109,8 +109,8 @@ def test_the_order_of_clients_does_not_matter():
 
 def test_clients_that_move_twice_as_far_move_the_server_twice_as_far():
     clients = planted()[0]
-    once, twice = (moved(merge(FedRPCA(RANK), [add((c, one)) for one in clients])) for c in (1.0, 2.0))
-    assert_same(twice, add((2.0, once)), rounding=1e-5)
+    first_upload, twice = (moved(merge(FedRPCA(RANK), [add((c, one)) for one in clients])) for c in (1.0, 2.0))
+    assert_same(twice, add((2.0, first_upload)), rounding=1e-5)
 
 
 @pytest.mark.parametrize(("count", "close"), [(1, 1e-12), (2, 1e-12), (3, 1e-12), (10, 0.05)])

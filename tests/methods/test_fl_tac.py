@@ -99,7 +99,7 @@ def test_adapters_are_compared_as_peft_has_them_whatever_alpha_is(alpha):
     assert belongs["0"] == belongs["1"] != belongs["2"] == belongs["3"]
 
 
-@pytest.mark.parametrize("rule", ["own", "averaged"])
+@pytest.mark.parametrize("rule", ["method-managed", "averaged"])
 def test_one_task_is_fedit(rule):
     found = []
     for m in (with_head(FLTAC(rank=RANK, tasks=1), rule), with_head(FactorAveraging(rank=RANK), "averaged")):
@@ -189,7 +189,10 @@ def test_no_name_of_a_task_travels():
     ("given", "words"),
     [
         ({"name": "fl-tac", "tasks": 0}, ["tasks = 0"]),
-        ({"name": "fedit", "head": "own"}, ["head = 'own'", "fedit", "allowed: frozen, averaged, local"]),
+        (
+            {"name": "fedit", "head": "method-managed"},
+            ["head = 'method-managed'", "fedit", "allowed: frozen, averaged, local"],
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(given, words):

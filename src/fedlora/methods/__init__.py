@@ -29,7 +29,7 @@ from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.ravan import Ravan
 
-Head = Literal["frozen", "averaged", "local", "own"]
+Head = Literal["frozen", "averaged", "local", "method-managed"]
 Weights = Literal["examples", "uniform"]
 
 
@@ -45,11 +45,11 @@ class Row:
     `index_counts` and `index_counts_down` are the numbers of selected and of all values, per layer; they determine the
     bytes of the positions (`linalg.sparse.position_bytes`), which are sent in addition to the floats.
 
-    `once` has the floats, and the bytes of integers, that a client uploads in addition to `up` in its first participation,
-    for all layers together; also in `features` and `classes`, the width of the model's last layer and the number of labels.
-    It applies to clients that have all labels.
+    `first_upload` has the floats, and the bytes of integers, that a client uploads in addition to `up` in its first
+    participation, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
+    number of labels. It applies to clients that have all labels.
 
-    `head` "own" is for a method that manages the head itself; it is sent with the factors.
+    `head` "method-managed" is for a method that manages the head itself; it is sent with the factors.
 
     `norms`: whether the paper trains the layer norms too; they are then part of the head.
 
@@ -80,7 +80,7 @@ class Row:
     secure: str = ""
     private: str = "open"
     base_update: str = "0"
-    once: tuple[str, str] = ("0", "0")
+    first_upload: tuple[str, str] = ("0", "0")
     index_counts: tuple[str, str] | None = None
     index_counts_down: tuple[str, str] | None = None
     known_failures: Mapping[str, str] = field(default_factory=dict)
@@ -414,7 +414,7 @@ _ROWS = (
         up=("r * r",),
         down=("r * r",),
         norms=True,
-        once=("3 * classes * (1 + 2 * features)", "8 * classes"),
+        first_upload=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,
         needs_individual_uploads=True,
@@ -426,7 +426,7 @@ _ROWS = (
         paper="Ping et al. 2024, arXiv:2404.15384",
         summary="an adapter for each task; averages adapters within clusters",
         exact="no: off by the covariance of the factors within a cluster",
-        head="own",
+        head="method-managed",
         personal=True,
         needs_individual_uploads=True,
         private="yes: noise on each adapter, of which an owner of several tasks sends several",

@@ -22,10 +22,10 @@ class Ditto:
     """A shared pair as in FedIT, and on each client a complete personal adapter, which it uses instead.
 
     In a round a client first trains and uploads the shared pair, bit for bit as in FedIT. Then it trains its personal pair
-    with the penalty pull / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, toward the downloaded shared pair;
-    b and a are PEFT's, which are the trained parameters. The personal pair starts from the first shared pair downloaded;
-    until then the client uses the shared one. With `pull` 0 the client trains alone; as `pull` goes to infinity, it stays
-    at the shared pair.
+    with the penalty prox_weight / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, toward the downloaded shared
+    pair; b and a are PEFT's, which are the trained parameters. The personal pair starts from the first shared pair
+    downloaded; until then the client uses the shared one. With `prox_weight` 0 the client trains alone; as `prox_weight`
+    goes to infinity, it stays at the shared pair.
 
     The paper trains whole models; here the distance is between the trained factors, not between the products. A round costs
     two trainings. A head that is not frozen is trained in both, without the penalty.
@@ -34,7 +34,7 @@ class Ditto:
     """
 
     rank: PositiveInt = 8
-    pull: NonNegativeFloat = 0.1
+    prox_weight: NonNegativeFloat = 0.1
     """Weight of the penalty that keeps the personal factors near the shared ones; 0: none."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ class Ditto:
         """Trains and uploads the shared pair; then trains the personal pair with the penalty."""
         shared = unpack(download, LowRank)
         trained = _pairs((yield from fit(shared)))
-        penalty = partial(_pull, self.pull, state.scales, shared) if self.pull else None
+        penalty = partial(_proximal, self.prox_weight, state.scales, shared) if self.prox_weight else None
         own = _pairs((yield from fit(state.adapter or shared, penalty=penalty)))
         return replace(state, adapter=own), pack(trained)
 
@@ -69,7 +69,7 @@ class Ditto:
         return FactorAveraging(self.rank)
 
 
-def _pull(strength: float, scales: Mapping[str, float], shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
+def _proximal(strength: float, scales: Mapping[str, float], shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
     return strength / 2 * distance(unscaled(unpack(pick(live, "ba"), LowRank), scales), unscaled(shared, scales))
 
 

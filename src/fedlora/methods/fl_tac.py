@@ -35,15 +35,16 @@ class FLTAC:
 
     A client with several tasks (`data.task`) participates as several clients, one per task, with an adapter each; task
     names are never sent. `tasks` is the number of clusters. By default it is chosen in each round: the number from 2 to
-    `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `apart` (by default the threshold
-    below which Kaufman and Rousseeuw 1990 see no substantial structure). While adapters of different tasks have not
-    diverged, as perhaps in the first round, all are then averaged together; with a given number they are divided at random.
-    Random clusters are rarely corrected: clients that start from different means stay apart, and the silhouette grows while
+    `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default the
+    threshold below which Kaufman and Rousseeuw 1990 see no substantial structure). While adapters of different tasks
+    have not diverged, as perhaps in the first round, all are then averaged together; with a given number they are
+    divided at random. Random clusters are rarely corrected: clients that start from different means stay apart, and the silhouette grows while
     `misclustered` does not change. With no more adapters than `tasks`, each is its own cluster.
 
-    The vectors are PEFT's b and a, without the scale alpha / rank, and the head (head "own"), which is averaged within the
-    cluster like the factors. Under another head rule they are b and a alone. Distances are Euclidean, over the whole
-    vector. The means are weighted by examples as in the released code; the paper's are not: `method.weights` "uniform".
+    The vectors are PEFT's b and a, without the scale alpha / rank, and the head (head "method-managed"), which is
+    averaged within the cluster like the factors. Under another head rule they are b and a alone. Distances are
+    Euclidean, over the whole vector. The means are weighted by examples as in the released code; the paper's are not:
+    `method.weights` "uniform".
 
     An absent client moves to the cluster with most members of its last cluster, or keeps its last mean if none of them
     participated. A client that has never participated starts from the initial adapter. The round log has `clusters`, their
@@ -62,7 +63,7 @@ class FLTAC:
     """
     most_tasks: PositiveInt = 8
     """The largest number of clusters where `tasks` is omitted."""
-    apart: Annotated[float, Range(ge=-1, le=1)] = 0.25
+    min_silhouette: Annotated[float, Range(ge=-1, le=1)] = 0.25
     """The smallest silhouette at which adapters are divided into clusters."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Clusters:
@@ -112,7 +113,7 @@ class FLTAC:
         tried = [kmeans(points, number, seed) for number in range(2, min(self.most_tasks, len(points) - 1) + 1)]
         best = max(tried, key=lambda groups: _silhouette(points, groups), default=None)
         together = torch.zeros(len(points), dtype=torch.long)
-        return together if best is None or _silhouette(points, best) < self.apart else best
+        return together if best is None or _silhouette(points, best) < self.min_silhouette else best
 
 
 def _silhouette(points: Tensor, groups: Tensor) -> float:

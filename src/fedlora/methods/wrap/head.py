@@ -15,8 +15,8 @@ _MARK = "head/"
 
 
 def with_head(method: AnyMethod, rule: Head) -> AnyMethod:
-    """The method with the head by the rule; "own" is for methods that treat the head themselves."""
-    return method if rule == "own" else HeadRule(method, rule)
+    """The method with the head by the rule; "method-managed" is for methods that treat the head themselves."""
+    return method if rule == "method-managed" else HeadRule(method, rule)
 
 
 @dataclass(frozen=True)
