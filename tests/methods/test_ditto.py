@@ -32,7 +32,7 @@ def run_rounds(m: Any, rounds: int, client: list[ClientInfo] = CLIENTS) -> tuple
     return merged, states
 
 
-@pytest.mark.parametrize("pull", [0.0, 0.1])
+@pytest.mark.parametrize("prox_weight", [0.0, 0.1])
 def test_the_shared_pair_is_fedits_bit_for_bit(prox_weight):
     one, other = run_rounds(Ditto(rank=2, prox_weight=prox_weight), 4)[0][-1], run_rounds(FactorAveraging(rank=2), 4)[0][-1]
     assert one.server.keys() == other.server.keys() and one.notes == other.notes

@@ -38,8 +38,9 @@ class FLTAC:
     `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default the
     threshold below which Kaufman and Rousseeuw 1990 see no substantial structure). While adapters of different tasks
     have not diverged, as perhaps in the first round, all are then averaged together; with a given number they are
-    divided at random. Random clusters are rarely corrected: clients that start from different means stay apart, and the silhouette grows while
-    `misclustered` does not change. With no more adapters than `tasks`, each is its own cluster.
+    divided at random. Random clusters are rarely corrected: clients that start from different means stay apart, and
+    the silhouette grows while `misclustered` does not change. With no more adapters than `tasks`, each is its own
+    cluster.
 
     The vectors are PEFT's b and a, without the scale alpha / rank, and the head (head "method-managed"), which is
     averaged within the cluster like the factors. Under another head rule they are b and a alone. Distances are
