@@ -81,8 +81,8 @@ class Heads:
 class Experts:
     """Several low-rank matrices and a router that mixes them for each input; as the mixture varies, it has no product.
 
-    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is the client's own; the others are meant to stay frozen. The
-    rows of g are 2 experts - 1 slots: the first `experts` of them all belong to the own expert, each other slot to one
+    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is trained; the others are meant to stay frozen. The
+    rows of g are 2 experts - 1 slots: the first `experts` of them all belong to the trained expert, each other slot to one
     other expert. Leading batch axes are allowed and must agree.
     """
 
