@@ -76,7 +76,7 @@ def test_the_live_output_prints_hostile_clients_and_reasons_escaped():
     printed = io.StringIO()
     live = Live(Console(file=printed, width=300), rounds=1)
     live.answered(ClientInfo(HOSTILE, 1, 1), f"the reason {HOSTILE}")
-    assert printed.getvalue() == f"client {ESCAPED} refused: the reason {ESCAPED}\n"
+    assert printed.getvalue() == f"client {ESCAPED} rejected: the reason {ESCAPED}\n"
 
 
 def test_a_note_of_the_server_is_printed_escaped(capsys):

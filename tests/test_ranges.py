@@ -144,10 +144,12 @@ def test_a_setting_above_what_another_allows_is_refused_before_anything_loads(ov
 
 
 def test_a_bound_by_another_setting_includes_the_bound_itself():
-    build({}, ["method.name=flasc", "method.static_from=4"])
-    build({}, ["method.name=fedlease", "method.warmup_rounds=5", "method.experts=10"])
-    build({}, ["method.name=fl-tac", "method.tasks=40", "data.task=task"])  # each client has tasks of its own
-    build({}, ["method.name=hetlora", "method.rank=9", "method.min_rank=9"])
+    assert build({}, ["method.name=flasc", "method.static_from=4"]).rounds == 5
+    lease = build({}, ["method.name=fedlease", "method.warmup_rounds=5", "method.experts=10"])
+    assert (lease.rounds, lease.clients.size) == (5, 10)
+    tasks = build({}, ["method.name=fl-tac", "method.tasks=40", "data.task=task"])  # each client has tasks of its own
+    assert tasks.clients.size is None or tasks.clients.size < 40
+    assert build({}, ["method.name=hetlora", "method.rank=9", "method.min_rank=9"]).method.rank == 9
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the commands import what they need: torch takes seconds, an
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-deploy = typer.Typer(no_args_is_help=True, help="Run over Flower, on this machine for trying it out.")
+deploy = typer.Typer(no_args_is_help=True, help="Run over Flower on this machine, for local testing.")
 app.add_typer(deploy, name="deploy")
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: method.rank=4")]
@@ -55,7 +55,7 @@ def run(
     out: Out = None,
     resume: Resume = None,
 ) -> None:
-    """Run an experiment, or go on with one that stopped."""
+    """Run an experiment, or resume one."""
     if resume is not None:
         _check_resumed(file, out)
         _resume(resume, overrides)
@@ -68,12 +68,12 @@ def run(
 @deploy.command("local")
 def deploy_local(
     file: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)] = None,
-    clients: Annotated[int, typer.Option(help="How many SuperNodes; clients.count, where that is not set.")] = 4,
+    clients: Annotated[int, typer.Option(help="Number of SuperNodes; the default of clients.count.")] = 4,
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = None,
 ) -> None:
-    """Run an experiment over Flower, with server and clients in processes of this machine, to try it out."""
+    """Run an experiment over Flower, with server and clients in processes on this machine."""
     from fedlora.config import read
 
     _need_flower()
@@ -152,9 +152,9 @@ def serve(
 def join(
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")],
     client: Annotated[list[str], typer.Option(help="The name of the data owner; with --data, one.")],
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its examples; none: its part of the division.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Its examples; by default its partition.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where the node keeps its state; by default nodes/CLIENT.")] = None,
-    rank: Annotated[int | None, typer.Option(help="The client's rank; none: method.rank.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The client's rank; by default method.rank.")] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="This node's private key.")] = None,
     ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's ca.crt.")] = None,
     overrides: Overrides = None,

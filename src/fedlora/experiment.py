@@ -279,10 +279,10 @@ class Session:
         They include base updates, and so all changes to the model since it was loaded.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
-        client = (
+        clients = (
             self.federated_data.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
         )
-        views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in client}
+        views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in clients}
         base_updates = [folder.base_update(index) for index in run_state.base_updates.rounds]
         return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 

@@ -50,7 +50,7 @@ class Live:
         """Advances the bar by one client; prints the name of a rejected client."""
         self._bar.advance(self._task)
         if rejected is not None:
-            self._console.print(Text(printable(f"client {client.id} refused: {rejected}"), "yellow"))
+            self._console.print(Text(printable(f"client {client.id} rejected: {rejected}"), "yellow"))
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """Prints one line with the round's main numbers."""
