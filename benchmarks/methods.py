@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlora.config import DEMO, build
 from fedlora.experiment import run
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 START, END = "<!-- results: written by benchmarks/methods.py -->\n", "<!-- end of results -->"

@@ -20,7 +20,7 @@ from transformers import BertConfig
 from fedlora import Experiment, cli, experiment, reference, run
 from fedlora.config import read
 from fedlora.errors import UserError
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 
@@ -196,7 +196,7 @@ def test_methods_are_filtered_by_what_they_can_do(filters, wanted, command):
 
 
 def test_filters_that_no_method_passes_say_so(command, monkeypatch):
-    monkeypatch.setattr("fedlora.methods.TABLE", {"fedit": TABLE["fedit"]})
+    monkeypatch.setattr("fedlora.methods.table.TABLE", {"fedit": TABLE["fedit"]})
     assert command("methods", "--personal") == (0, "no method has all of these properties\n", "")
 
 

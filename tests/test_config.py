@@ -8,7 +8,7 @@ import tomli_w
 
 from fedlora.config import DEMO, Experiment, build, read
 from fedlora.errors import UserError
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 
 FULL: dict[str, Any] = {
     "model": "some/model",

@@ -21,7 +21,7 @@ from fedlora.errors import UserError
 from fedlora.experiment import Session, _opened, export
 from fedlora.exporting import write as export_module
 from fedlora.federated_data import FederatedData
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.runs.start import read_folder
 from tiers import fast
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from fedlora import method_docs
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.published_results import read, reported
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "methods"

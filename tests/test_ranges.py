@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from fedlora.config import Experiment, build
 from fedlora.errors import UserError
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, Fraction, NonNegativeInt, PositiveInt, Range, checked, validated
 
 INF, NAN = math.inf, math.nan

@@ -8,7 +8,7 @@ import pytest
 
 from fedlora import run
 from fedlora.config import build
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 
 BANKING77 = Path(__file__).resolve().parents[2] / "shared" / "data" / "banking77"
 INTENTS = (0, 11, 33, 51, 63)

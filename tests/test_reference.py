@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from fedlora import reference
 from fedlora.config import Experiment, build
 from fedlora.errors import UserError
-from fedlora.methods import TABLE
 from fedlora.methods.fedloru import FedLoRU, PFedLoRU
+from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, PositiveFloat, PositiveInt
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "settings.md"

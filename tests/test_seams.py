@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedlora
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 
 ROOT = Path(fedlora.__file__).parent
 
@@ -71,6 +71,12 @@ def test_imports_between_folders_run_one_way():
     while free := {folder for folder, needed in needs.items() if not needed}:
         needs = {folder: needed - free for folder, needed in needs.items() if folder not in free}
     assert not needs, f"folders that need each other: {needs}"
+
+
+@pytest.mark.parametrize("folder", sorted(file.parent.relative_to(ROOT).as_posix() for file in ROOT.rglob("*/__init__.py")))
+def test_the_init_file_of_a_folder_holds_its_docstring_alone(folder):
+    code = ast.parse((ROOT / folder / "__init__.py").read_text())
+    assert ast.get_docstring(code) and len(code.body) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fedlora.config import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.method import AnyMethod
-from fedlora.methods import Row
+from fedlora.methods.row import Row
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.requests import check_request, check_update
 from fedlora.randomness import generator

@@ -249,7 +249,7 @@ def methods(
     """List the methods, or describe one."""
     from fedlora import listings
     from fedlora.config import build
-    from fedlora.methods import TABLE
+    from fedlora.methods.table import TABLE
 
     if name is not None:
         if secure or mixed_ranks or personal:

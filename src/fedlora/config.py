@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 from fedlora.errors import UserError
 from fedlora.hints import closest, same_word
 from fedlora.method import AnyMethod
-from fedlora.methods import TABLE, Head, Row, Weights
+from fedlora.methods.row import Head, Row, Weights
+from fedlora.methods.table import TABLE
 from fedlora.ranges import (
     AtMost,
     Fraction,

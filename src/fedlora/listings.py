@@ -12,7 +12,7 @@ from rich.text import Text
 from fedlora import method_docs
 from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
-from fedlora.methods import Row
+from fedlora.methods.row import Row
 from fedlora.printable import printable
 from fedlora.reference import Setting
 

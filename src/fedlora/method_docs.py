@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedlora.methods import TABLE, Row
+from fedlora.methods.row import Row
+from fedlora.methods.table import TABLE
 from fedlora.published_results import Claim, Study, reported
 
 _MADE = "<!-- written by scripts/pages -->"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 
 Value = Annotated[Decimal, Field(allow_inf_nan=True)]
 """Figure with the digits of its source; nan if the source has no value."""

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from fedlora.config import Experiment, MethodChoice
 from fedlora.errors import UserError
 from fedlora.hints import closest, same_word
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, Range, found
 
 _INTRO = """\

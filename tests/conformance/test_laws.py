@@ -14,7 +14,8 @@ import torch
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
 from fedlora.messages import ClientInfo, FitRequest, Merged, Replies, Reply, Round
-from fedlora.methods import TABLE, Row
+from fedlora.methods.row import Row
+from fedlora.methods.table import TABLE
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import RunState, one_round

@@ -22,7 +22,7 @@ from fedlora.experiment import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
-from fedlora.methods import Row
+from fedlora.methods.row import Row
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
 from fedlora.rounds.loop import RunState, one_round

@@ -21,7 +21,7 @@ from fedlora.deploy.processes import CONNECTION, flwr, free_port
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.superlink_client import SuperLink
 from fedlora.experiment import run
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs.folder import DEPLOY
 

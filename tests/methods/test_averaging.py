@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from fedlora.adapter import pick
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
-from fedlora.methods import TABLE
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.table import TABLE
 from fedlora.rounds.client import ClientStart, turns
 from fedlora.rounds.simulate import SimulationBackend
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from fedlora.adapter import Adapter, AdapterSpec, pack, unpack
 from fedlora.linalg.lowrank import LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
-from fedlora.methods import TABLE
 from fedlora.methods.fed_sb import FedSB, decomposed
+from fedlora.methods.table import TABLE
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from fedlora.adapter import Tensors, lora_init, pack, pick
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
-from fedlora.methods import TABLE
 from fedlora.methods.fedlease import Allocation, FedLEASE
+from fedlora.methods.table import TABLE
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.validator import UploadValidator
 

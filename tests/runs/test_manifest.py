@@ -15,7 +15,7 @@ from fedlora.config import build
 from fedlora.data.fingerprint import fingerprint
 from fedlora.errors import UserError
 from fedlora.experiment import export
-from fedlora.methods import TABLE
+from fedlora.methods.table import TABLE
 from fedlora.runs.manifest import Client, DataFingerprint, Examples, Manifest
 from fedlora.runs.start import extend, read_folder
 

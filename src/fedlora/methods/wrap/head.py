@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors
 from fedlora.messages import ClientInfo, Features, Gradient, Merged, Replies, Reply, Round, RunningMean
 from fedlora.method import AnyMethod, Local, SelectiveUpload
-from fedlora.methods import Head
+from fedlora.methods.row import Head
 
 _MARK = "head/"
 

@@ -1,0 +1,72 @@
+"""One row of the table of methods."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from fedlora.method import AnyMethod
+
+Head = Literal["frozen", "averaged", "local", "method-managed"]
+Weights = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its constructor, source, traffic and properties.
+
+    `up` and `down` are formulas for floats per adapted layer, client and round, in r (the client's rank), in, out; the head
+    is sent in addition. If traffic depends on the round they are tuples, repeated cyclically. `base_update` is sent in
+    addition to `down`, to a client that participated in the previous round, if that round changed the base; also in K, the
+    round's clients, and R, the sum of their ranks. In all three, `rank` and other settings are the method's; E is the
+    number of experts, which depends on the clients' data. For a method that sends selected values and their positions,
+    `index_counts` and `index_counts_down` are the numbers of selected and of all values, per layer; they determine the
+    bytes of the positions (`linalg.sparse.position_bytes`), which are sent in addition to the floats.
+
+    `first_upload` has the floats, and the bytes of integers, that a client uploads in addition to `up` in its first
+    participation, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
+    number of labels. It applies to clients that have all labels.
+
+    `head` "method-managed" is for a method that manages the head itself; it is sent with the factors.
+
+    `norms`: whether the paper trains the layer norms too; they are then part of the head.
+
+    `weights` are the clients' weights, in the mean of the factors and of the head, unless `method.weights` is set: by
+    number of examples, or the same for all.
+
+    `exact`, `secure` and `private` are short answers, optionally followed by a colon and the reason. `secure`: whether the
+    sum of all uploads suffices, so that they can be masked; by default derived from `needs_individual_uploads`.
+    `private`: whether noise, in training or on the clipped upload, can cover every upload. "open" means unknown.
+
+    `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks
+    only, to the reason.
+    """
+
+    name: str
+    make: Callable[..., AnyMethod]
+    paper: str
+    summary: str
+    exact: str
+    up: tuple[str, ...] = ("r * (out + in)",)
+    down: tuple[str, ...] = ("r * (out + in)",)
+    head: Head = "averaged"
+    norms: bool = False
+    weights: Weights = "examples"
+    personal: bool = False
+    mixed_ranks: bool = False
+    needs_individual_uploads: bool = False
+    secure: str = ""
+    private: str = "open"
+    base_update: str = "0"
+    first_upload: tuple[str, str] = ("0", "0")
+    index_counts: tuple[str, str] | None = None
+    index_counts_down: tuple[str, str] | None = None
+    known_failures: Mapping[str, str] = field(default_factory=dict)
+    fixed_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def secure_sums(self) -> str:
+        """Whether the method works with secure aggregation, which reveals only sums of uploads to the server."""
+        return self.secure or ("no: the server needs each upload by itself" if self.needs_individual_uploads else "yes")
+
+    def settings(self) -> dict[str, Any]:
+        """The user's settings, with their defaults."""
+        return {f.name: f.default for f in fields(self.make) if f.name not in self.fixed_settings}  # type: ignore[arg-type]
