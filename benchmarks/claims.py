@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import Experiment, build
+from fedlora.config.experiment import Experiment, build
 from fedlora.experiment import run
 from fedlora.federated_data import FederatedData
 from fedlora.models.loading import quiet

@@ -27,7 +27,8 @@ from typing import Any
 import flwr
 import tomli_w
 
-from fedlora.config import DEMO, build
+from fedlora.config.experiment import build
+from fedlora.config.reading import DEMO
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import DEMO, build
+from fedlora.config.experiment import build
+from fedlora.config.reading import DEMO
 from fedlora.experiment import run
 from fedlora.methods.table import TABLE
 

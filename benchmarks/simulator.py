@@ -64,7 +64,7 @@ WORKS = {
 
 
 def experiment(files: list[str], work: Work, seed: int, clients_per_step: int, precision: str = "fp32") -> Any:
-    from fedlora.config import build
+    from fedlora.config.experiment import build
 
     train, test = files
     return build(

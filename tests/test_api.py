@@ -20,7 +20,8 @@ from rich.console import Console
 
 import fedlora
 from fedlora import Experiment, Result, RunStopped, UserError, export, resume, run, terminal
-from fedlora.config import Data, build
+from fedlora.config.experiment import build
+from fedlora.config.sections import Data
 from fedlora.data.memory import find
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress

@@ -17,8 +17,9 @@ import tomli_w
 import torch
 from transformers import BertConfig
 
-from fedlora import Experiment, cli, experiment, reference, run
-from fedlora.config import read
+from fedlora import Experiment, cli, experiment, run
+from fedlora.config import reference
+from fedlora.config.experiment import read
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.tasks.classification import Classification

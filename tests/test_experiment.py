@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.experiment import Session, run
 from fedlora.federated_data import FederatedData

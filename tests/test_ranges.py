@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from pydantic import BaseModel
 
-from fedlora.config import Experiment, build
+from fedlora.config.experiment import Experiment, build
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, Fraction, NonNegativeInt, PositiveInt, Range, checked, validated

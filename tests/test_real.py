@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora import run
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.methods.table import TABLE
 
 BANKING77 = Path(__file__).resolve().parents[2] / "shared" / "data" / "banking77"

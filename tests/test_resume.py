@@ -18,7 +18,7 @@ import torch
 
 from fedlora import cli
 from fedlora import experiment as runs
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.exporting import write as export
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.tasks.classification import Classification

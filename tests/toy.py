@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
-from fedlora.config import Evaluate, Sampling
+from fedlora.config.sections import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.method import AnyMethod

@@ -17,14 +17,14 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
 
 if TYPE_CHECKING:
-    from fedlora.config import Experiment
+    from fedlora.config.experiment import Experiment
     from fedlora.experiment import export, resume, run
     from fedlora.runs.result import Result
 
 __all__ = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "export", "resume", "run"]
 
 _HOMES = {
-    "Experiment": "config",
+    "Experiment": "config.experiment",
     "Result": "runs.result",
     "export": "experiment",
     "resume": "experiment",

@@ -74,7 +74,7 @@ def deploy_local(
     resume: Resume = None,
 ) -> None:
     """Run an experiment over Flower, with server and clients in processes on this machine."""
-    from fedlora.config import read
+    from fedlora.config.experiment import read
 
     _need_flower()
     from fedlora.deploy import launch as flower
@@ -111,7 +111,7 @@ def serve(
     ca: Annotated[Path | None, typer.Option(metavar="FILE", help="That SuperLink's ca.crt.")] = None,
 ) -> None:
     """Run an experiment with clients on other machines: a Flower SuperLink, and the run."""
-    from fedlora.config import read
+    from fedlora.config.experiment import read
 
     _need_flower()
     from fedlora.deploy import launch as flower
@@ -209,7 +209,7 @@ def demo(overrides: Overrides = None, out: Out = None) -> None:
 @app.command()
 def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False)] = Path("experiment.toml")) -> None:
     """Write an experiment file with comments, experiment.toml by default, to be changed and run."""
-    from fedlora import starter
+    from fedlora.config import starter
 
     try:
         with file.open("x", encoding="utf-8") as new:
@@ -226,7 +226,7 @@ def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, partition, model and device without training; print the clients."""
     from fedlora import experiment as experiments
     from fedlora import listings
-    from fedlora.config import read
+    from fedlora.config.experiment import read
     from fedlora.federated_data import FederatedData
 
     experiment = read(file, overrides or ())
@@ -248,7 +248,7 @@ def methods(
 ) -> None:
     """List the methods, or describe one."""
     from fedlora import listings
-    from fedlora.config import build
+    from fedlora.config.experiment import build
     from fedlora.methods.table import TABLE
 
     if name is not None:
@@ -269,7 +269,8 @@ def methods(
 @app.command()
 def settings(key: Annotated[str | None, typer.Argument(metavar="[KEY]", show_default=False)] = None) -> None:
     """List the settings of an experiment, or describe one of them or a section."""
-    from fedlora import listings, reference
+    from fedlora import listings
+    from fedlora.config import reference
 
     console = Console()
     if key is None:
@@ -293,7 +294,8 @@ def export(
 
 
 def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> None:
-    from fedlora.config import DEMO, build, read
+    from fedlora.config.experiment import build, read
+    from fedlora.config.reading import DEMO
 
     experiment = build(DEMO, overrides or ()) if file is None else read(file, overrides or ())
     from fedlora.experiment import run
@@ -383,7 +385,7 @@ def _serve(
     again: str,
 ) -> None:
     """Runs or resumes a run, showing its progress; `again` is the command that resumes it."""
-    from fedlora.config import read
+    from fedlora.config.experiment import read
     from fedlora.runs import start as runs
 
     if resume is not None:

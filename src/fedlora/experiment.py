@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from fedlora.adapter import Adapter, Dense, Scaling, lora_init
-from fedlora.config import Experiment
+from fedlora.config.experiment import Experiment
 from fedlora.data.memory import MEMORY
 from fedlora.errors import RunStopped, UserError
 from fedlora.exporting.card import model_card

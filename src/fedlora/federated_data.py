@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fedlora.config import Data, Experiment
+from fedlora.config.experiment import Experiment
+from fedlora.config.sections import Data
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks

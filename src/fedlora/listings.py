@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora import method_docs
+from fedlora.config.reference import Setting
 from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods.row import Row
 from fedlora.printable import printable
-from fedlora.reference import Setting
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.config import Evaluate, Sampling
+from fedlora.config.sections import Evaluate, Sampling
 from fedlora.messages import ClientInfo, Reply, Round
 from fedlora.rounds.codec import encode_state, outline
 from fedlora.rounds.loop import Plan, RunState, one_round

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
-from fedlora.config import Lora, Train
+from fedlora.config.sections import Lora, Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit

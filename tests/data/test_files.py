@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedlora.config import Data
+from fedlora.config.sections import Data
 from fedlora.data.files import columns, looks_local
 from fedlora.data.sources import load
 from fedlora.errors import UserError

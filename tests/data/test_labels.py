@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
-from fedlora.config import Data
+from fedlora.config.sections import Data
 from fedlora.data.labels import found_labels
 from fedlora.data.sources import load, load_own
 from fedlora.errors import UserError

@@ -3,7 +3,7 @@ import pytest
 from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner
 
-from fedlora.config import Clients
+from fedlora.config.sections import Clients
 from fedlora.data.partition import divide, label_table
 from fedlora.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
-from fedlora.config import Data
+from fedlora.config.sections import Data
 from fedlora.data.sources import load
 from fedlora.errors import UserError
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy.node import Node
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.settings import Settings

@@ -11,7 +11,7 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from fedlora import cli
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy import keys as keys_module
 from fedlora.deploy import launch as deploy
 from fedlora.deploy import superlink_client as link

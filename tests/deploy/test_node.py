@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy import server, wire
 from fedlora.deploy.admission import NodeAdmission

@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node

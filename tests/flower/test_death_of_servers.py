@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready

@@ -12,7 +12,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node

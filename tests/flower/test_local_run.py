@@ -6,7 +6,7 @@ import signal
 import pytest
 import tomli_w
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.experiment import run
 
 from lives import alive_in, event_log, fedlora, table, until

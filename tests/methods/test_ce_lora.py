@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.linalg.mixture import Mixtures
 from fedlora.linalg.subspace import frame

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import Dense, Scaling, lora_init, pack
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round

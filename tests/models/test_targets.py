@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, Dense, lora_init
-from fedlora.config import Lora
+from fedlora.config.sections import Lora
 from fedlora.errors import UserError
 from fedlora.exporting.write import to_peft
 from fedlora.linalg.lowrank import LowRank

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_validator import MEMBERS, METHOD, SPEC, Answers, NoFolds, Watched, equal, only, run_rounds, upload
 
 from fedlora.adapter import Adapter
-from fedlora.config import Evaluate, Sampling
+from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging

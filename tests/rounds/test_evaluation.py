@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora.config import Evaluate
+from fedlora.config.sections import Evaluate
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.rounds.loop import RunState, run_rounds
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.adapter import AdapterSpec
-from fedlora.config import Evaluate, Sampling
+from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.method import fit

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedlora import resume, run
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.data.fingerprint import fingerprint
 from fedlora.errors import UserError
 from fedlora.experiment import export

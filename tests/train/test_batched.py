@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, Dense, Tensors, lora_init, pack, pick, unpack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.config import build
+from fedlora.config.experiment import build
 from fedlora.errors import RunStopped, UserError
 from fedlora.experiment import run
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, shares

@@ -9,7 +9,7 @@ import transformers
 from torch.testing import assert_close
 
 from fedlora.adapter import lora_init
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.messages import ClientInfo
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.tasks.classification import Classification, Encoded

@@ -7,7 +7,7 @@ import torch
 from test_batched import jobs, session  # noqa: F401  (a fixture)
 
 from fedlora.adapter import Dense, pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Heads, LowRank
 from fedlora.messages import ClientInfo, Gradient
 from fedlora.models.layers import LoraLayer

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.adapter import Adapter, Dense, Scaling, lora_init, pack
-from fedlora.config import Train, build
+from fedlora.config.experiment import build
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.errors import UserError
 from fedlora.experiment import run

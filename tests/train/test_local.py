@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, Dense, lora_init, pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fedlora.adapter import pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.layout import Layout

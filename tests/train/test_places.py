@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_batched import TASK, jobs
 
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling

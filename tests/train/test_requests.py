@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging

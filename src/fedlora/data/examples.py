@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fedlora import config
+from fedlora.config.sections import Data
 from fedlora.data.labels import LabelError, label_ids
 from fedlora.data.names import encodable, name, number, unified
 from fedlora.data.tables import Table, choices
@@ -13,7 +13,7 @@ from fedlora.printable import quoted
 Columns = dict[str, list[Any]]
 
 
-def examples(table: Table, data: config.Data, owners_needed: bool = True) -> Columns:
+def examples(table: Table, data: Data, owners_needed: bool = True) -> Columns:
     """The configured columns among text, text_pair, label, user and task, with all values validated.
 
     Labels remain names; numbers are replaced by the table's names for them.
@@ -41,7 +41,7 @@ def examples(table: Table, data: config.Data, owners_needed: bool = True) -> Col
     return columns
 
 
-def where(table: Table, data: config.Data) -> str:
+def where(table: Table, data: Data) -> str:
     """The location of a table's labels, for a message."""
     return _place(table, data.label, "label")
 

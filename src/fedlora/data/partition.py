@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Int
 
-from fedlora.config import Clients
+from fedlora.config.sections import Clients
 from fedlora.errors import UserError
 from fedlora.randomness import derive, generator
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.config import RankNames
+from fedlora.config.sections import RankNames
 from fedlora.randomness import generator
 
 # Percentages of clients with an eighth, a quarter, a half and the whole of the largest rank.

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import torch
 
-from fedlora import config
+from fedlora.config.sections import Data
 from fedlora.data import memory
 from fedlora.data.examples import Columns, examples, row_of, where
 from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
@@ -28,7 +28,7 @@ class LabelledData:
     labels: tuple[str, ...]
 
 
-def load(data: config.Data, seed: int, in_memory: Any = None) -> LabelledData:
+def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
     """The examples that `data` describes; deterministic for a given seed.
 
     Rows in memory replace `data.source`. The labels are those in `data.labels`, else those named by the hub or a
@@ -68,7 +68,7 @@ def load(data: config.Data, seed: int, in_memory: Any = None) -> LabelledData:
     )
 
 
-def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> datasets.Dataset:
+def load_own(data: Data, file: str, labels: Sequence[str], seed: int) -> datasets.Dataset:
     """All examples of one client's own file, with the columns of `load` and the labels of the run.
 
     Raises:
@@ -80,7 +80,7 @@ def load_own(data: config.Data, file: str, labels: Sequence[str], seed: int) -> 
     return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
 
 
-def _given(data: config.Data) -> tuple[str, ...] | None:
+def _given(data: Data) -> tuple[str, ...] | None:
     try:
         return given_labels(data.labels) if data.labels else None
     except ValueError as error:

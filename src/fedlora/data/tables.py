@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 
 from fedlora.cache import cached
+from fedlora.config.hints import closest
 from fedlora.data import files, stdlib_docs
 from fedlora.data.labels import given_labels
 from fedlora.errors import UserError
-from fedlora.hints import closest
 from fedlora.printable import quoted
 
 STDLIB_DOCS = "stdlib-docs"

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedlora.config import Experiment
+from fedlora.config.experiment import Experiment
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node
 from fedlora.deploy.keys import Keys

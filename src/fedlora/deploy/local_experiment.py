@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fedlora.config import Experiment, build
+from fedlora.config.experiment import Experiment, build
 from fedlora.data.files import looks_local
 from fedlora.errors import UserError
 

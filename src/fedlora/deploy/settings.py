@@ -11,7 +11,7 @@ from fedlora.errors import UserError
 from fedlora.rounds import durable
 
 if TYPE_CHECKING:  # takes seconds to import
-    from fedlora.config import Experiment
+    from fedlora.config.experiment import Experiment
 
 _NAME = "node.json"
 

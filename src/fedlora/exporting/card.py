@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import Experiment
+from fedlora.config.experiment import Experiment
 from fedlora.version import __version__
 
 _LOAD = """\

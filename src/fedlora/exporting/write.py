@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedlora.adapter import Adapter, Dense, Factors
-from fedlora.config import Lora
+from fedlora.config.sections import Lora
 from fedlora.linalg.lowrank import Experts, Product
 from fedlora.models.adapted import AdaptedModel, add_to_base
 

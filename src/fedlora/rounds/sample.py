@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.config import Sampling
+from fedlora.config.sections import Sampling
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Round
 

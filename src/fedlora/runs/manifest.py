@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedlora.config import Experiment
+from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.runs.folder import MANIFEST, read_manifest

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fedlora.config import Experiment, build, read_table
+from fedlora.config.experiment import Experiment, build
+from fedlora.config.reading import read_table
 from fedlora.data.files import looks_local
 from fedlora.errors import UserError
 from fedlora.paths import absolute, is_folder

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, form
 from fedlora.models.dropout import ClientDropout

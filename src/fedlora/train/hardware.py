@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.errors import UserError
 
 

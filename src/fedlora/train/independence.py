@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Dense, lora_init, pack
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapter import Adapter
-from fedlora.config import Train
+from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
 from fedlora.models.adapted import AdaptedModel, form

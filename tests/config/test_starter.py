@@ -3,8 +3,8 @@
 import re
 import tomllib
 
-from fedlora import starter
-from fedlora.config import Experiment, build
+from fedlora.config import starter
+from fedlora.config.experiment import Experiment, build
 
 UNCOMMENTED = re.sub(r"^#(?=\w+ = )", "", starter.text(), flags=re.MULTILINE)
 

@@ -1,6 +1,6 @@
 """Reference of all settings, generated from the sections' annotations, defaults and docstrings.
 
-    python -m fedlora.reference docs/settings.md
+    python -m fedlora.config.reference docs/settings.md
 
 writes the page.
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
-
-from fedlora.config import Experiment, MethodChoice
+from fedlora.config.experiment import Experiment
+from fedlora.config.hints import closest, same_word
+from fedlora.config.method_choice import MethodChoice
+from fedlora.config.sections import sections
 from fedlora.errors import UserError
-from fedlora.hints import closest, same_word
 from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, Range, found
 
@@ -73,22 +73,14 @@ class Setting:
 def settings() -> list[Setting]:
     """All settings by section, with the methods' own settings at the end of `method`."""
     entries: list[Setting] = []
-    for name, section in sections().items():
+    for name, section in sections(Experiment).items():
         for key, field in section.model_fields.items():
             dotted = f"{name}.{key}" if name else key
-            if dotted not in sections():
+            if dotted not in sections(Experiment):
                 entries.append(_setting(dotted, section, key, field.default))
         if section is MethodChoice:
             entries += _methods_own()
     return entries
-
-
-def sections() -> dict[str, type[BaseModel]]:
-    """Maps names of TOML tables to their classes; the top level, named "", is first."""
-    kinds = {name: field.annotation for name, field in Experiment.model_fields.items()}
-    return {"": Experiment} | {
-        name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
-    }
 
 
 def find(key: str) -> list[Setting]:
@@ -139,7 +131,7 @@ def _own_docstrings(cls: type) -> dict[str, str]:
 def page() -> str:
     """The reference as Markdown."""
     entries, parts = settings(), [_INTRO]
-    for name, section in sections().items():
+    for name, section in sections(Experiment).items():
         inside = [one for one in entries if one.section == name]
         parts += [
             f"## `[{name}]`" if name else "## Top level",

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import BaseModel
 
-from fedlora import reference
-from fedlora.config import Experiment, build
+from fedlora.config import reference
+from fedlora.config.experiment import Experiment, build
 from fedlora.errors import UserError
 from fedlora.methods.fedloru import FedLoRU, PFedLoRU
 from fedlora.methods.table import TABLE
 from fedlora.ranges import AtMost, PositiveFloat, PositiveInt
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "settings.md"
+COMMITTED = Path(__file__).parents[2] / "docs" / "settings.md"
 ENTRIES = reference.settings()
 
 

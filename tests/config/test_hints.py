@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import _all_keys, build
+from fedlora.config.experiment import Experiment, build
+from fedlora.config.hints import ALIASES
+from fedlora.config.sections import all_keys
 from fedlora.errors import UserError
-from fedlora.hints import ALIASES
 
 
 def hint(table: dict[str, Any]) -> str:
@@ -45,7 +46,7 @@ def test_a_key_far_from_all_allowed_ones_gets_their_list(key):
 
 
 def test_every_word_of_another_project_leads_to_a_key_that_exists():
-    assert set(ALIASES.values()) <= set(_all_keys())
+    assert set(ALIASES.values()) <= set(all_keys(Experiment))
 
 
 def test_a_long_value_is_cut():

@@ -17,6 +17,32 @@ def same_word(word: str, keys: Iterable[str]) -> list[str]:
     return [ALIASES[word]] if word in ALIASES else [key for key in keys if key.rpartition(".")[2] == word]
 
 
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message about a word that is not allowed: the closest allowed one, else all of them."""
+    allowed = list(allowed)
+    if near := closest(word, allowed):
+        return f"; did you mean {near!r}?"
+    return f"; allowed: {', '.join(allowed)}" if allowed else ""
+
+
+def other_key(key: str, allowed: Iterable[str], everywhere: Iterable[str]) -> str:
+    """The end of a message about a key that is not allowed where it stands.
+
+    Suggests our key for another project's word, else the keys of that name among those of all sections, `everywhere`, else
+    the closest allowed one.
+    """
+    keys = same_word(key, everywhere)
+    return f"; did you mean {' or '.join(map(repr, keys))}?" if keys else nearest(key, allowed)
+
+
+class UnknownKey(ValueError):
+    """A key that its section does not have, raised where the other sections' keys are not known."""
+
+    def __init__(self, message: str, key: str, allowed: Iterable[str]) -> None:
+        super().__init__(message)
+        self.key, self.allowed = key, allowed
+
+
 ALIASES = {
     # earlier releases
     "together": "train.clients_per_step",

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedlora.config import DEMO, Experiment, build, read
+from fedlora.config.experiment import Experiment, build, read
+from fedlora.config.reading import DEMO
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 
@@ -126,7 +127,7 @@ def test_mixed_ranks_are_refused_for_methods_that_cannot(name, ranks):
 
 @pytest.mark.parametrize("override", ["rounds", "=3", "train.=3"])
 def test_an_override_that_is_none_is_refused(override):
-    with pytest.raises(UserError, match=f"--set '{override}': "):
+    with pytest.raises(UserError, match=f"^--set '{override}': "):
         build({}, [override])
 
 

@@ -3,8 +3,8 @@
 import textwrap
 from itertools import groupby
 
-from fedlora.config import Experiment
-from fedlora.reference import Setting, settings
+from fedlora.config.experiment import Experiment
+from fedlora.config.reference import Setting, settings
 
 _KEYS = (
     "model",

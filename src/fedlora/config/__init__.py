@@ -1,0 +1,1 @@
+"""The settings of an experiment: their sections and checks, files, messages and reference."""

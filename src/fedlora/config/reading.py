@@ -1,0 +1,59 @@
+"""Tables of settings, nothing checked: read from TOML, changed by overrides, and the built-in one."""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import UserError
+
+DEMO: Mapping[str, Any] = {
+    "data": {"source": "stdlib-docs", "rows": 2500},
+    "train": {"lr": 3e-3, "max_length": 64, "precision": "auto"},
+}
+"""The table of the built-in experiment: small enough for two cores and three minutes."""
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables in a TOML file, nothing checked.
+
+    Raises:
+        UserError: no such file, or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}") from error
+
+
+def overridden(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of the table, with `section.key=value` overrides applied to it in their order.
+
+    Raises:
+        UserError: an override has no key or no value, or goes through a value that is not a table.
+    """
+    changed = dict(table)
+    for override in overrides:
+        _apply(changed, override)
+    return changed
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.strip().split(".")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected KEY=VALUE, for example method.rank=4")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    for parent in parents:
+        inner = table.get(parent, {})  # copied before it is changed: the caller's table stays as it is
+        if isinstance(inner, str) and parent == "data":
+            inner = {"source": inner}
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {parent} is not a table")
+        table[parent] = table = {**inner}
+    table[key] = value

@@ -1,0 +1,223 @@
+"""The sections of an experiment, but for `method`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+
+RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
+
+
+class Section(BaseModel):
+    """A table of `experiment.toml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Data(Section):
+    """Where the examples are, and what their columns are called. `data = "FILE"` sets `data.source` alone."""
+
+    source: str = "stdlib-docs"
+    """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
+    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names the numbers in it (docs/data.md). `none`: a
+    server without examples, which needs `data.labels`. `memory`: the rows that a Python program passes (docs/python.md)."""
+    test: str | None = None
+    """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
+    has one, else a random part of the examples.
+
+    Example: "test.jsonl"
+    """
+    test_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
+    """The fraction of the examples that is set aside as the test set, where there is no other."""
+    text: str = "text"
+    """The column with the text."""
+    text_pair: str | None = None
+    """The column with a second text, for tasks on pairs. If omitted, there is one text.
+
+    Example: "question"
+    """
+    label: str = "label"
+    """The column with the label."""
+    user: str | None = None
+    """The column that names the owner of an example; the natural partition needs it.
+
+    Example: "branch"
+    """
+    task: str | None = None
+    """The column that names the task of an example. A client takes part once for each of its tasks, as CLIENT/TASK. If
+    omitted, there is one task.
+
+    Example: "kind"
+    """
+    rows: PositiveInt | None = None
+    """The number of training examples to use, drawn at random. If omitted, all.
+
+    Example: 1000
+    """
+    test_rows: PositiveInt | None = None
+    """The number of test examples to use, drawn at random. If omitted, all.
+
+    Example: 200
+    """
+    labels: list[str] | None = None
+    """The labels' names, in the order of their numbers. If omitted, those that the data name, else those that occur in the
+    training and the test set (docs/data.md).
+
+    Example: ["negative", "positive"]
+    """
+
+
+class Clients(Section):
+    """How the examples are divided among the clients."""
+
+    count: PositiveInt | None = None
+    """The number of clients. If omitted, 10; in the natural partition, one for each user. A number there keeps the users
+    with the most examples.
+
+    Example: 20
+    """
+    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
+    """How the examples are partitioned. iid: at random. dirichlet: label shares drawn for each client. pathological: a few
+    labels per client. shards: pieces of label-sorted data. natural: by the column `data.user`."""
+    alpha: PositiveFloat = 0.5
+    """Concentration of the dirichlet partition: the smaller, the more the clients' labels differ."""
+    min_size: PositiveInt = 2
+    """The number of examples that every client must have, held-out ones included."""
+    classes: PositiveInt = 2
+    """The number of labels per client in the pathological partition."""
+    shards: PositiveInt = 2
+    """The number of shards per client in the shards partition."""
+    held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    """The fraction of each client's examples that is held out for its evaluation."""
+    ranks: list[PositiveInt] | RankNames | None = None
+    """Each client's LoRA rank: a list with one rank per client, or a named distribution up to `method.rank`. If omitted,
+    `method.rank` for all. Other ranks need a method for mixed ranks.
+
+    Example: "uniform"
+    """
+
+    @property
+    def size(self) -> int | None:
+        """How many clients there will be, if that does not depend on the data."""
+        return self.count if self.count is not None or self.partition == "natural" else 10
+
+
+class Lora(Section):
+    """Which modules get LoRA factors, and how these are scaled."""
+
+    alpha: PositiveFloat = 16.0
+    """PEFT's `lora_alpha`: the update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Dropout probability on the input of the factors."""
+    targets: list[str] | str | None = None
+    """The modules to adapt: a list of names or ends of names, or one regular expression, or "all-linear". If omitted,
+    PEFT's defaults for the architecture.
+
+    Example: ["query", "value"]
+    """
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Fixed ranks for single modules: name, end of a name, or regular expression = rank.
+
+    Example: { "layer.0.attention.self.query" = 4 }
+    """
+
+
+class Train(Section):
+    """The training on each client."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer of the local training; its state is new in each round."""
+    lr: PositiveFloat = 1e-3
+    """The learning rate of the local training."""
+    weight_decay: NonNegativeFloat = 0.0
+    """The optimizer's weight decay."""
+    clip_norm: PositiveFloat | None = None
+    """The largest gradient norm; larger gradients are scaled down to it. If omitted, gradients are not clipped.
+
+    Example: 1.0
+    """
+    epochs: PositiveInt = 1
+    """The number of passes over a client's examples in each round."""
+    batch_size: PositiveInt = 8
+    """Training examples per batch."""
+    batches: Literal["auto", "random", "by-length"] = "auto"
+    """How batches are drawn. random: at random. by-length: of similar length, which saves padding and costs accuracy. auto:
+    at random where the model avoids padding (see `train.packed`), else by length."""
+    packed: bool = True
+    """Whether to avoid padding, where the model allows it. Results change by rounding at most."""
+    clients_per_step: PositiveInt = 16
+    """The number of clients trained in one step. Results change by rounding at most. It is 1 for models in which clients
+    would influence each other, which is tested at load."""
+    activation_memory_mb: PositiveInt = 256
+    """Activation memory of one forward and backward pass, in MB. A step of many clients takes several passes."""
+    max_length: PositiveInt = 128
+    """Tokens per example; longer examples are truncated."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """The precision in which the frozen base computes; factors, heads, optimizer and base updates are fp32. auto: bf16
+    where the processor has matrix instructions for it. Without them bf16 is up to a hundred times slower than fp32."""
+    device: str = "auto"
+    """The device: `auto`, `cpu`, `cuda` or `cuda:1`."""
+    devices: PositiveInt | Literal["auto"] = 1
+    """The number of devices that train clients at once, each with its own process and model. auto: all GPUs, or one CPU.
+    Results change by rounding at most. Processes on the CPU share its cores."""
+
+
+class Sampling(Section):
+    """Which clients take part in a round, and which uploads are accepted."""
+
+    fraction: Fraction = 1.0
+    """The fraction of the clients chosen for each round, at least one client."""
+    min_replies: Annotated[PositiveInt, AtMost("clients.count")] = 1
+    """The number of accepted uploads that a round needs; with fewer it is repeated with other clients."""
+    attempts: PositiveInt = 3
+    """The number of times that a round is tried before the run stops."""
+    max_norm: PositiveFloat | None = None
+    """The largest Frobenius norm, over all tensors, of an upload's change from the download; larger uploads are rejected.
+    If omitted, any finite norm is accepted.
+
+    Example: 10.0
+    """
+    max_examples: PositiveInt = 1_000_000
+    """The largest number of examples that a client may report, as they are its weight in the mean; uploads with more are
+    rejected."""
+
+
+class Evaluate(Section):
+    """When, and on which clients, the model is evaluated."""
+
+    every: PositiveInt = 1
+    """The number of rounds between evaluations; the last round is always evaluated."""
+    clients: Literal["all", "chosen", "none"] = "all"
+    """The clients that are evaluated on their held-out examples: all, those whose uploads the round accepted, or none."""
+    batch_size: PositiveInt = 64
+    """Examples per batch of an evaluation."""
+
+
+class Deploy(Section):
+    """How long a server waits for clients on other machines."""
+
+    deadline: PositiveFloat = 3600.0
+    """Seconds until a round continues without the clients that have not replied (see `sampling.min_replies`)."""
+    wait: PositiveFloat = 600.0
+    """Seconds in which `clients.count` clients must connect, or the run stops."""
+    poll: PositiveFloat = 0.5
+    """Seconds between two checks for replies."""
+
+
+def sections(experiment: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Maps names of TOML tables to their classes; the top level, named "", is first."""
+    kinds = {name: field.annotation for name, field in experiment.model_fields.items()}
+    return {"": experiment} | {
+        name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+
+
+def all_keys(experiment: type[BaseModel]) -> list[str]:
+    """All keys that an experiment has with every method, each with its section."""
+    keys = [
+        f"{name}.{key}" if name else key for name, section in sections(experiment).items() for key in section.model_fields
+    ]
+    return ["method.rank", *keys]
