@@ -127,6 +127,16 @@ def test_nothing_is_pickled_but_what_the_processes_of_one_run_say_to_each_other(
     assert files == {"train/devices.py"}
 
 
+def test_importing_a_module_neither_reads_nor_writes_the_environment():
+    for file in imports(""):
+        at_import = [
+            n for n in ast.parse((ROOT / file).read_text()).body if not isinstance(n, ast.FunctionDef | ast.ClassDef)
+        ]
+        assert not any(
+            word in ast.unparse(node) for node in at_import for word in ("os.environ", "os.getenv", "os.putenv")
+        ), file
+
+
 def test_only_the_spec_divides_by_a_rank():
     for file in imports(""):
         divisions = [n for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.BinOp)]

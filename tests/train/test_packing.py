@@ -1,5 +1,6 @@
 """Examples one after the other give what padded ones give."""
 
+import os
 from typing import Any
 
 import pytest
@@ -227,3 +228,14 @@ def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():
     assert not layout.unpack(x)[2, 11:].any() and not layout.unpack(x)[3].any()
     for form in (lambda x: layout.pack(layout.unpack(x)), layout.spread, lambda x: layout.join(layout.split(x[:, None]))):
         assert torch.autograd.gradcheck(form, (x,))
+
+
+def test_kernel_caches_are_limited_unless_the_user_has_chosen_their_size(monkeypatch):
+    keys = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for chosen, expected in ((None, "64"), ("7", "7")):
+        for key in keys:
+            monkeypatch.setenv(key, chosen or "")
+            if chosen is None:
+                monkeypatch.delenv(key)
+        Packing(nn.Linear(1, 1))
+        assert [os.environ[key] for key in keys] == [expected, expected]

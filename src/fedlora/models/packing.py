@@ -14,10 +14,6 @@ from torch.overrides import TorchFunctionMode
 from fedlora.models.attention import Attention
 from fedlora.models.layout import Layout
 
-# oneDNN caches the kernel compiled for each shape, and so does ideep, through which torch calls it: by default for a
-# thousand shapes each, at up to half a megabyte a shape. Packed shapes seldom recur in another step.
-os.environ |= {key: os.environ.get(key, "64") for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
-
 
 class Packing(TorchFunctionMode):
     """Mode in which a model's blocks compute a pass's tokens in the packed form.
@@ -33,6 +29,7 @@ class Packing(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        _limit_kernel_caches()
         self.inside: Layout | None = None
         """The layout of the packed tokens inside the blocks; None outside the blocks and in the padded form."""
         self._layout: Layout | None = None
@@ -116,6 +113,16 @@ class Packing(TorchFunctionMode):
             self._attended = self.narrows and self._last
             return _attention(self.inside, Attention(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+
+def _limit_kernel_caches() -> None:
+    """Sets two limits of this process, unless the user has; they hold if nothing was computed in it before.
+
+    oneDNN caches the kernel compiled for each shape, and so does ideep, through which torch calls it: by default for a
+    thousand shapes each, at up to half a megabyte a shape. Packed shapes seldom recur in another step.
+    """
+    for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(key, "64")
 
 
 def _attention(layout: Layout, call: Attention) -> Tensor:
