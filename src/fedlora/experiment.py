@@ -160,7 +160,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
         UserError: invalid model, tokenizer, targets, ranks or device.
     """
     quiet()
-    hardware.devices(experiment.train)
+    hardware.devices(experiment.train.device, experiment.train.devices)
     task = Classification()
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora = experiment.lora
@@ -225,7 +225,7 @@ class Session:
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.packed:
             try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
-        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, settings)
+        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, settings.clients_per_step, settings.max_length)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
@@ -243,7 +243,10 @@ class Session:
             settings.activation_memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
-        notes = [*([slow] if (slow := hardware.slow_precision(settings)) else []), *checkpoint.notes]
+        notes = [
+            *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
+            *checkpoint.notes,
+        ]
         if clients_per_step < settings.clients_per_step:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
@@ -262,7 +265,7 @@ class Session:
             UserError: fewer devices are available.
         """
         assert isinstance(self.trainer, LocalTrainer)
-        count = hardware.devices(self.experiment.train)
+        count = hardware.devices(self.experiment.train.device, self.experiment.train.devices)
         if count == 1:
             return self
         if hardware.device(self.experiment.train.device).type == "cuda":
@@ -309,14 +312,14 @@ class Session:
         for name, adapter in adapters.items():
             if reason := unfit(adapter):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
-        labels, lora = self.federated_data.labelled_data.labels, self.experiment.lora
+        labels, dropout = self.federated_data.labelled_data.labels, self.experiment.lora.dropout
         base = locate(self.experiment.model)
         if Path(base).is_dir():
             base = str(Path(base).resolve())
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
             if to == "adapter":
-                to_peft(adapter, folders[name], lora, base, self.adapted, labels, self.tokenizer)
+                to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer)
                 pad = self.tokenizer.pad_token_id
                 card = model_card(self.experiment, base, pad, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")

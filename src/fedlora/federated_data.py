@@ -58,7 +58,7 @@ class FederatedData:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
         if long := [share.client for share in partition.shares if len(client_folder(share.client)) > 200]:
             raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
-        check_cohort(count, experiment.sampling)
+        check_cohort(count, experiment.sampling.fraction, experiment.sampling.min_replies)
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
         shares = zip(partition.shares, ranks, strict=True)
         clients = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]

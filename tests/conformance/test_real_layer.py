@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
-from fedlora.config.sections import Lora, Train
+from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.experiment import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
@@ -261,8 +261,8 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
             continue
         adapter = with_base_updates(view, base_updates)
         expected, inputs = logits_of(game, view)
-        lora, source, tokenizer = Lora(alpha=ALPHA, dropout=0.0), game.loaded.source, game.loaded.tokenizer
-        to_peft(adapter, tmp_path / client, lora, source, local.adapted, LABELS, tokenizer)
+        source, tokenizer = game.loaded.source, game.loaded.tokenizer
+        to_peft(adapter, tmp_path / client, 0.0, source, local.adapted, LABELS, tokenizer)
         plain, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)  # the head has to come out of the folder
         in_peft = peft.PeftModel.from_pretrained(plain.double(), tmp_path / client).eval()
         untouched, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)

@@ -126,13 +126,13 @@ def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(he
     assert share("scores", [1, 2, 3], [3, 2, 1]) == [1, 102, 103]
 
 
-def test_devices_that_are_not_there_are_refused(home, monkeypatch):
-    assert devices(experiment(home, "fedit", devices="auto").train) == 1  # one CPU
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    assert devices("cpu", "auto") == 1  # one CPU
     monkeypatch.setattr("fedlora.train.hardware.device", lambda choice: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices(experiment(home, "fedit", device="cuda", devices="auto").train) == 2
-    assert devices(experiment(home, "fedit", device="cuda:1", devices="auto").train) == 1
+    assert devices("cuda", "auto") == 2
+    assert devices("cuda:1", "auto") == 1
     with pytest.raises(UserError, match=r"train\.devices = 3: this machine has 2"):
-        devices(experiment(home, "fedit", device="cuda", devices=3).train)
+        devices("cuda", 3)
     with pytest.raises(UserError, match=r"'cuda:1' is one device; for train\.devices = 2 say 'cuda'"):
-        devices(experiment(home, "fedit", device="cuda:1", devices=2).train)
+        devices("cuda:1", 2)

@@ -76,7 +76,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
     """Unequal ranks, rows and lengths, dropout in the model and the LoRA layers, three steps, and evaluation."""
     adapted, task = adapted_of(kind, torch.float64), Exact()
     try:
-        most = safe_clients_per_step(adapted, task, tokenizer_of(kind), Train(clients_per_step=4))
+        most = safe_clients_per_step(adapted, task, tokenizer_of(kind), 4, 128)
     except UserError as error:
         assert kind in REFUSED and f"type {kind!r} cannot be trained here: " in str(error) and "\n" not in str(error)
         return
@@ -102,7 +102,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
 @pytest.mark.parametrize("kind", fast(ORDINARY, "bert", "llama"))
 def test_ordinary_models_train_clients_together_without_padding(kind, precision):
     adapted = adapted_of(kind, precision)
-    assert safe_clients_per_step(adapted, Classification(), tokenizer_of(kind), Train(clients_per_step=9)) == 9
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of(kind), 9, 128) == 9
     assert adapted.packing.works
     assert all(layer.b is None for layer in adapted.layers.values())  # the model is as it was
 
@@ -114,9 +114,9 @@ def test_a_weak_influence_of_other_clients_is_found(precision, packed):
     hook = adapted.model.bert.encoder.layer[0].intermediate.register_forward_hook(
         lambda _module, _args, y: y + 0.3 * y.roll(1, 1 if y.shape[0] == 1 else 0)
     )
-    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(clients_per_step=4)) == 1
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 4, 128) == 1
     hook.remove()
-    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train(clients_per_step=4)) == 4
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 4, 128) == 4
 
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
 
     adapted.model.register_forward_pre_hook(fail)
     with pytest.raises(UserError, match=r"type 'bert' cannot be trained here: RuntimeError: shapes differ$"):
-        safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), Train())
+        safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 16, 128)
 
 
 class Heard(NullProgress):

@@ -48,14 +48,14 @@ def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
         empty = datasets.Dataset.from_dict({"text": [], "label": []})
-        return LabelledData(empty, empty, _given(data) or ())
+        return LabelledData(empty, empty, _given(data.labels) or ())
     if in_memory is None:
         table, test_table = find(data.source, data.test, data.label)
     else:
         table, test_table = memory.find(in_memory, data.test, data.label)
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
-    names = _given(data) or table.labels or _found(train["label"], place, test.get("label", []), test_place)
+    names = _given(data.labels) or table.labels or _found(train["label"], place, test.get("label", []), test_place)
     train["label"] = _label_ids(train["label"], names, place)
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
@@ -80,9 +80,9 @@ def load_own(data: Data, file: str, labels: Sequence[str], seed: int) -> dataset
     return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
 
 
-def _given(data: Data) -> tuple[str, ...] | None:
+def _given(labels: list[str] | None) -> tuple[str, ...] | None:
     try:
-        return given_labels(data.labels) if data.labels else None
+        return given_labels(labels) if labels else None
     except ValueError as error:
         raise UserError(f"data.labels: {error}") from None
 

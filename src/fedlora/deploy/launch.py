@@ -28,7 +28,7 @@ def prepare(experiment: Experiment, path: Path) -> None:
         raise UserError("data.task is for one machine: over Flower an owner joins once for each task, with a file for each")
     if (count := experiment.clients.size) is None:
         raise UserError("clients.count must say for how many clients the server waits")
-    check_cohort(count, experiment.sampling)
+    check_cohort(count, experiment.sampling.fraction, experiment.sampling.min_replies)
     folder = RunFolder.create(path)
     private(path)
     try:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedlora.adapter import Adapter, Dense, Factors
-from fedlora.config.sections import Lora
 from fedlora.linalg.lowrank import Experts, Product
 from fedlora.models.adapted import AdaptedModel, add_to_base
 
@@ -30,15 +29,17 @@ def fixed(part: Factors) -> Product:
 
 
 def to_peft(
-    adapter: Adapter, folder: Path, lora: Lora, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
+    adapter: Adapter, folder: Path, dropout: float, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
 ) -> None:
     """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`: the same function as the adapter, head included.
 
-    `adapted` describes the modules; `base` is recorded as the base model. Existing files are replaced. PEFT has two
-    factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
+    `adapted` describes the modules and their scaling; `base` and `dropout` are recorded. Existing files are replaced. PEFT
+    has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
     """
     from peft import LoraConfig  # takes a second to import
 
+    scaling = adapted.spec.scaling
+    assert scaling.alpha is not None, "the scale must be one that PEFT can compute"
     factors = {name: fixed(part).as_two_factors() for name, part in adapter.items() if not isinstance(part, Dense)}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Dense)}
@@ -56,9 +57,9 @@ def to_peft(
         base_model_name_or_path=base,
         inference_mode=True,
         r=common,
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rslora,
-        lora_dropout=lora.dropout,
+        lora_alpha=scaling.alpha,
+        use_rslora=scaling.rslora,
+        lora_dropout=dropout,
         target_modules=sorted(factors),
         rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
         fan_in_fan_out=adapted.transposed,

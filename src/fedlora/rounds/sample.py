@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fedlora.config.sections import Sampling
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Round
 
@@ -25,14 +24,14 @@ def cohort_size(clients: int, fraction: float) -> int:
     return max(1, round(fraction * clients))
 
 
-def check_cohort(clients: int, sampling: Sampling) -> None:
-    """Checks that this number of clients is sufficient for a round.
+def check_cohort(clients: int, fraction: float, min_replies: int) -> None:
+    """Checks that this number of clients is sufficient for a round, by `sampling.fraction` and `sampling.min_replies`.
 
     Raises:
         UserError: the cohort is smaller than the minimum number of replies.
     """
-    if (cohort := cohort_size(clients, sampling.fraction)) < sampling.min_replies:
+    if (cohort := cohort_size(clients, fraction)) < min_replies:
         raise UserError(
-            f"sampling.min_replies = {sampling.min_replies}: only {cohort} of {clients} clients are chosen for a round; "
+            f"sampling.min_replies = {min_replies}: only {cohort} of {clients} clients are chosen for a round; "
             "lower it, or raise sampling.fraction"
         )

@@ -1,8 +1,9 @@
 """Devices of this machine and their numeric precision."""
 
+from typing import Literal
+
 import torch
 
-from fedlora.config.sections import Train
 from fedlora.errors import UserError
 
 
@@ -20,28 +21,27 @@ def device(choice: str) -> torch.device:
         raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
 
 
-def devices(train: Train) -> int:
-    """The number of devices to train on.
+def devices(choice: str, wanted: int | Literal["auto"]) -> int:
+    """The number of devices to train on, by `train.device` and `train.devices`.
 
     Raises:
         UserError: fewer devices are available.
     """
-    wanted = train.devices
-    if device(train.device).type != "cuda":
+    if device(choice).type != "cuda":
         return 1 if wanted == "auto" else wanted
     there = torch.cuda.device_count()
-    if ":" in train.device:
+    if ":" in choice:
         if wanted not in (1, "auto"):
-            raise UserError(f"train.device = {train.device!r} is one device; for train.devices = {wanted} say 'cuda'")
+            raise UserError(f"train.device = {choice!r} is one device; for train.devices = {wanted} say 'cuda'")
         return 1
     if wanted != "auto" and wanted > there:
         raise UserError(f"train.devices = {wanted}: this machine has {there}")
     return there if wanted == "auto" else wanted
 
 
-def slow_precision(train: Train) -> str | None:
-    """A warning if the device has no instructions for `train.precision`; None if it has."""
-    if train.precision != "bf16" or fast_in_bf16(train.device):
+def slow_precision(precision: str, choice: str) -> str | None:
+    """A warning if the device of `train.device` has no instructions for `train.precision`; None if it has."""
+    if precision != "bf16" or fast_in_bf16(choice):
         return None
     return (
         "train.precision = 'bf16': this processor has no bf16 instructions and emulates them, up to a hundred times slower "

@@ -23,10 +23,12 @@ _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
 _VOCABULARY = ("the", "first", "of", "many", "words", "that", "some", "people", "said", "here", "was", "right")
 _RATE = 2.0**14
 """Learning rate of a step large enough to recover the gradient from its result."""
+_STEP = Train(optimizer="sgd", lr=_RATE, weight_decay=0.0, clip_norm=None, epochs=1, batch_size=8)
+"""One step with all examples of a client."""
 
 
-def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> int:
-    """`train.clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
+def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, clients_per_step: int, max_length: int) -> int:
+    """`clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
 
     That happens if the first axis of a tensor is not the axis of rows, in which each client has a run. The test uses two to
     four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is disabled
@@ -35,9 +37,9 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, set
     Raises:
         UserError: a single client cannot be trained.
     """
-    trial, packs = _Trial.of(adapted, task, tokenizer, settings), adapted.packing.works
+    trial, packs = _Trial.of(adapted, task, tokenizer, max_length), adapted.packing.works
     each = [[job] for job in trial.jobs]
-    groups = [trial.jobs[:n] for n in range(2, min(settings.clients_per_step, len(each)) + 1)]
+    groups = [trial.jobs[:n] for n in range(2, min(clients_per_step, len(each)) + 1)]
     adapted.packing.works = False
     try:
         alone = [trial.results(one)[0] for one in each]
@@ -50,7 +52,7 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, set
         if tried and trial.agrees(alone, tried, tolerance):
             break
     adapted.load([])
-    return settings.clients_per_step if tried is groups else 1
+    return clients_per_step if tried is groups else 1
 
 
 @dataclass(frozen=True)
@@ -61,26 +63,24 @@ class _Trial:
     task: Task
     examples: Encoded
     jobs: Sequence[Job]
-    settings: Train
 
     @staticmethod
-    def of(adapted: AdaptedModel, task: Task, tokenizer: Any, settings: Train) -> "_Trial":
+    def of(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> "_Trial":
         words = [n for own in _WORDS for n in own]
         texts = [" ".join(_VOCABULARY[(5 * i + j) % len(_VOCABULARY)] for j in range(n)) for i, n in enumerate(words)]
         labels = [i % max(adapted.spec.classes, 1) for i in range(len(texts))]
-        examples = task.encode(tokenizer, {"text": texts, "label": labels}, settings.max_length)
+        examples = task.encode(tokenizer, {"text": texts, "label": labels}, max_length)
         rows = torch.split(torch.arange(len(texts)), [len(own) for own in _WORDS])
         jobs = [
             Job(Fit(_start(adapted, i), frozenset("baw")), own, seed=i, shared_order_seed=0) for i, own in enumerate(rows)
         ]
-        step = {"optimizer": "sgd", "lr": _RATE, "weight_decay": 0.0, "clip_norm": None, "epochs": 1, "batch_size": 8}
-        return _Trial(adapted, task, examples, jobs, settings.model_copy(update=step))
+        return _Trial(adapted, task, examples, jobs)
 
     def results(self, group: Sequence[Job]) -> list[Mapping[str, Tensor]]:
         """Each client's losses in training and in evaluation, and its gradients."""
         with torch.random.fork_rng(devices=[]):  # the seed differs by group, so that a model that uses it is detected
             torch.manual_seed(len(group))
-            trained = train_together(self.adapted, self.task, self.examples, group, self.settings, 1 << 20, dropout=0.5)
+            trained = train_together(self.adapted, self.task, self.examples, group, _STEP, 1 << 20, dropout=0.5)
         asked = [(job.rows, job.request.start) for job in group]
         evaluated = score(self.adapted, self.task, self.examples, asked, len(self.examples))
         found: list[Mapping[str, Tensor]] = []
