@@ -19,7 +19,6 @@ from transformers import BertConfig
 
 from fedlora import Experiment, cli, experiment, run
 from fedlora.config import reference
-from fedlora.config.experiment import read
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.tasks.classification import Classification
@@ -237,7 +236,7 @@ def test_a_setting_that_does_not_exist_is_rejected(command):
 def test_init_writes_an_experiment_with_all_defaults_and_overwrites_nothing(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert command("init") == (0, "experiment.toml\n", "")
-    assert read(tmp_path / "experiment.toml") == Experiment()
+    assert Experiment.load(tmp_path / "experiment.toml") == Experiment()
     (tmp_path / "experiment.toml").write_text("mine")
     assert_refused(command("init"), "experiment.toml: already exists")
     assert (tmp_path / "experiment.toml").read_text() == "mine"

@@ -74,16 +74,16 @@ def deploy_local(
     resume: Resume = None,
 ) -> None:
     """Run an experiment over Flower, with server and clients in processes on this machine."""
-    from fedlora.config.experiment import read
+    from fedlora.config.experiment import Experiment
 
     _need_flower()
     from fedlora.deploy import launch as flower
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
-            experiment = read(file, overrides or ())
+            experiment = Experiment.load(file, overrides or ())
             if experiment.clients.count is None:
-                experiment = read(file, [*(overrides or ()), f"clients.count={clients}"])
+                experiment = Experiment.load(file, [*(overrides or ()), f"clients.count={clients}"])
             flower.prepare(experiment, path)
 
     _serve(
@@ -111,7 +111,7 @@ def serve(
     ca: Annotated[Path | None, typer.Option(metavar="FILE", help="That SuperLink's ca.crt.")] = None,
 ) -> None:
     """Run an experiment with clients on other machines: a Flower SuperLink, and the run."""
-    from fedlora.config.experiment import read
+    from fedlora.config.experiment import Experiment
 
     _need_flower()
     from fedlora.deploy import launch as flower
@@ -119,7 +119,7 @@ def serve(
 
     def ready(path: Path) -> None:
         if resume is None and file is not None:
-            flower.prepare(read(file, overrides or ()), path)
+            flower.prepare(Experiment.load(file, overrides or ()), path)
 
     if superlink is not None:
         running = Address.parse(superlink)
@@ -226,10 +226,10 @@ def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, partition, model and device without training; print the clients."""
     from fedlora import experiment as experiments
     from fedlora import listings
-    from fedlora.config.experiment import read
+    from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
 
-    experiment = read(file, overrides or ())
+    experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)
     experiments.check(experiment, federated_data)
     console = Console()
@@ -294,10 +294,10 @@ def export(
 
 
 def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> None:
-    from fedlora.config.experiment import build, read
+    from fedlora.config.experiment import Experiment, build
     from fedlora.config.reading import DEMO
 
-    experiment = build(DEMO, overrides or ()) if file is None else read(file, overrides or ())
+    experiment = build(DEMO, overrides or ()) if file is None else Experiment.load(file, overrides or ())
     from fedlora.experiment import run
     from fedlora.runs.start import new_folder
 
@@ -385,7 +385,7 @@ def _serve(
     again: str,
 ) -> None:
     """Runs or resumes a run, showing its progress; `again` is the command that resumes it."""
-    from fedlora.config.experiment import read
+    from fedlora.config.experiment import Experiment
     from fedlora.runs import start as runs
 
     if resume is not None:
@@ -396,7 +396,7 @@ def _serve(
     elif file is None:
         raise UserError("an experiment file is needed, or --resume RUN_DIR")
     else:
-        path = out or runs.new_folder(read(file, overrides or ()))
+        path = out or runs.new_folder(Experiment.load(file, overrides or ()))
         ready(path)
     _follow(path, runs.read_folder(path).rounds, lambda progress: go(path, progress), again)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedlora.config.experiment import Experiment, build, read
+from fedlora.config.experiment import Experiment, build
 from fedlora.config.reading import DEMO
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
@@ -35,8 +35,8 @@ def test_a_written_experiment_reads_back_as_the_same(table, tmp_path):
     experiment = build(table)
     path = tmp_path / "experiment.toml"
     path.write_text(experiment.to_toml(), encoding="utf-8")
-    assert read(path) == experiment
-    assert read(path).to_toml() == experiment.to_toml()
+    assert Experiment.load(path) == experiment
+    assert Experiment.load(path).to_toml() == experiment.to_toml()
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -44,11 +44,12 @@ def test_every_method_with_all_its_settings_written_out_reads_back_as_the_same(n
     experiment = build({"method": {"name": name, **TABLE[name].settings(), "rank": 3}})
     path = tmp_path / "experiment.toml"
     path.write_text(experiment.to_toml(), encoding="utf-8")
-    assert read(path).method.make() == experiment.method.make() == TABLE[name].make(**TABLE[name].fixed_settings, rank=3)
+    expected = TABLE[name].make(**TABLE[name].fixed_settings, rank=3)
+    assert Experiment.load(path).method.make() == experiment.method.make() == expected
 
 
 def test_an_empty_file_is_the_default_experiment(tmp_path):
-    assert read(saved(tmp_path, {})) == Experiment()
+    assert Experiment.load(saved(tmp_path, {})) == Experiment()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_data_may_be_the_source_alone():
 def test_a_refusal_names_the_file_the_key_the_value_and_what_is_allowed(table, parts, tmp_path):
     path = saved(tmp_path, table)
     with pytest.raises(UserError) as rejected:
-        read(path)
+        Experiment.load(path)
     message = str(rejected.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     assert [part for part in parts if part not in message] == []

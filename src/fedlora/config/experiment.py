@@ -90,29 +90,20 @@ class Experiment(Section):
         """The experiment in a TOML file, with overrides such as `["method.rank=4"]`, which are those of `--set`.
 
         Raises:
-            UserError: no such file, not TOML, an unknown setting, or a value that is not allowed.
+            UserError: no such file, not TOML, an unknown setting, or a value that is not allowed; names file and key.
         """
-        return read(Path(path), overrides)
+        return build(read_table(Path(path)), overrides, origin=str(path))
 
     def to_toml(self) -> str:
         """The experiment as a file, every default written out but None, which TOML does not have."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Experiment:
-    """The experiment in a TOML file, with `table.key=value` overrides applied to it.
-
-    Raises:
-        UserError: no such file, no TOML, an unknown key, or a value that is not allowed; names file, key and value.
-    """
-    return build(read_table(path), overrides, origin=str(path))
-
-
 def build(table: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "experiment") -> Experiment:
-    """The experiment in a nested mapping; see `read`.
+    """The experiment in a nested mapping, with overrides as in `Experiment.load`.
 
     Raises:
-        UserError: an unknown key or a value that is not allowed.
+        UserError: an unknown setting, or a value that is not allowed; the message begins with `origin`.
     """
     changed = overridden(table, overrides)
     try:
