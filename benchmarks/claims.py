@@ -23,8 +23,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fedlora.api import run
 from fedlora.config.experiment import Experiment, build
-from fedlora.experiment import run
 from fedlora.federated_data import FederatedData
 from fedlora.models.loading import quiet
 from fedlora.runs.start import settled

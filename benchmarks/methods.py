@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.config.reading import DEMO
-from fedlora.experiment import run
 from fedlora.methods.table import TABLE
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -90,7 +90,7 @@ def experiment(files: list[str], work: Work, seed: int, clients_per_step: int, p
 
 def product(files: list[str], work: Work, seed: int, clients_per_step: int, precision: str = "fp32") -> dict[str, float]:
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
-    from fedlora.experiment import run
+    from fedlora.api import run
     from fedlora.federated_data import FederatedData
     from fedlora.runs.start import settled
     from fedlora.train import local

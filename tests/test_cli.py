@@ -17,7 +17,7 @@ import tomli_w
 import torch
 from transformers import BertConfig
 
-from fedlora import Experiment, cli, experiment, run
+from fedlora import Experiment, api, cli, run
 from fedlora.config import reference
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
@@ -333,7 +333,7 @@ def test_an_interrupt_that_compiled_code_took_for_a_bad_file_is_still_an_interru
         except KeyboardInterrupt:
             raise UserError("the run is damaged") from None
 
-    monkeypatch.setattr(experiment, "resume", resume)
+    monkeypatch.setattr(api, "resume", resume)
     code, _, errors = command("run", "--resume", by_python)
     assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
 
@@ -350,7 +350,7 @@ def test_of_five_interrupts_the_first_counts_and_the_others_disturb_nothing(by_p
                 os.kill(os.getpid(), number)
             request.append("put in order")
 
-    monkeypatch.setattr(experiment, "resume", resume)
+    monkeypatch.setattr(api, "resume", resume)
     code, _, errors = command("run", "--resume", by_python)
     assert (code, errors) == (130, f"interrupted; go on with: fedlora run --resume {by_python}\n")
     assert request == ["put in order"]
@@ -358,7 +358,7 @@ def test_of_five_interrupts_the_first_counts_and_the_others_disturb_nothing(by_p
 
 
 def test_an_interrupt_of_any_command_is_one_line(by_python, command, monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment, "export", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(api, "export", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     code, _, errors = command("export", by_python, tmp_path / "out")
     assert (code, errors.strip().splitlines()[-1]) == (130, "interrupted")
     assert "Traceback" not in errors

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora import Experiment, run
+from fedlora.api import export
 from fedlora.errors import UserError
-from fedlora.experiment import Session, _opened, export
 from fedlora.exporting import write as export_module
 from fedlora.federated_data import FederatedData
 from fedlora.methods.table import TABLE
-from fedlora.runs.start import read_folder
+from fedlora.runs.start import opened, read_folder
+from fedlora.session import Session
 from tiers import fast
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_rows
@@ -104,7 +105,7 @@ LORA = {"distilbert": {"targets": ["q_lin", "lin1"]}}
 
 def own_logits(folder: Path) -> dict[str, Tensor]:
     """What the run's own views compute: the global one under the empty name, or each client's."""
-    with _opened(folder) as (run_folder, experiment):
+    with opened(folder) as (run_folder, experiment):
         done, server = run_folder.restore()
         session = Session.make(experiment, FederatedData.make(experiment))
         found = {}
@@ -146,7 +147,7 @@ def by_its_card(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 def untrained(folder: Path) -> Tensor:
     """What a base with the head of the run's seed computes."""
-    with _opened(folder) as (_, experiment):
+    with opened(folder) as (_, experiment):
         session = Session.make(experiment, FederatedData.make(experiment))
         return logits(session.adapted.model, session.tokenizer)
 

@@ -16,8 +16,7 @@ import pytest
 import tomli_w
 import torch
 
-from fedlora import cli
-from fedlora import experiment as runs
+from fedlora import api, cli
 from fedlora.config.experiment import build
 from fedlora.exporting import write as export
 from fedlora.rounds.codec import decode_state, encode_state
@@ -81,13 +80,13 @@ def live(path, table, at_sync=0, at_loss=0, at_export=0, after_loading=None):
     local.train_together = with_deadly_steps(local.train_together, at_loss)
     export.save_file = deadly(export.save_file, at_export)
     if after_loading is not None:
-        timer, rounds = threading.Timer(after_loading, os.kill, (os.getpid(), signal.SIGKILL)), runs.rounds
+        timer, rounds = threading.Timer(after_loading, os.kill, (os.getpid(), signal.SIGKILL)), api.rounds
         timer.daemon = True
-        runs.rounds = lambda *given: (timer.start(), rounds(*given))[1]
+        api.rounds = lambda *given: (timer.start(), rounds(*given))[1]
     if (path / "experiment.toml").exists():
-        runs.resume(path)
+        api.resume(path)
     else:
-        runs.run(build(table), path)
+        api.run(build(table), path)
 
 
 def deadly(function: Callable[..., Any], at: int, before: Callable[..., None] = lambda *_: None) -> Callable[..., Any]:

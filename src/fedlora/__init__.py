@@ -17,8 +17,8 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
 
 if TYPE_CHECKING:
+    from fedlora.api import export, resume, run
     from fedlora.config.experiment import Experiment
-    from fedlora.experiment import export, resume, run
     from fedlora.runs.result import Result
 
 __all__ = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "export", "resume", "run"]
@@ -26,9 +26,9 @@ __all__ = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "ex
 _HOMES = {
     "Experiment": "config.experiment",
     "Result": "runs.result",
-    "export": "experiment",
-    "resume": "experiment",
-    "run": "experiment",
+    "export": "api",
+    "resume": "api",
+    "run": "api",
 }
 
 

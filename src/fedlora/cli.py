@@ -224,14 +224,14 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=Fal
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, partition, model and device without training; print the clients."""
-    from fedlora import experiment as experiments
     from fedlora import listings
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
+    from fedlora.session import check as check_experiment
 
     experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)
-    experiments.check(experiment, federated_data)
+    check_experiment(experiment, federated_data)
     console = Console()
     console.width = max(console.width, listings.CLIENTS_WIDTH)
     console.print(listings.clients(federated_data))
@@ -287,7 +287,7 @@ def export(
     client: Annotated[str | None, typer.Option(help="Only this client's, of a personal method.")] = None,
 ) -> None:
     """Write the adapter of a run for use elsewhere."""
-    from fedlora.experiment import export as write
+    from fedlora.api import export as write
 
     for folder in write(run_dir, to, out, client).values():
         print(printable(str(folder)))
@@ -298,7 +298,7 @@ def _run(file: Path | None, overrides: list[str] | None, out: Path | None) -> No
     from fedlora.config.reading import DEMO
 
     experiment = build(DEMO, overrides or ()) if file is None else Experiment.load(file, overrides or ())
-    from fedlora.experiment import run
+    from fedlora.api import run
     from fedlora.runs.start import new_folder
 
     path = out or new_folder(experiment)
@@ -313,7 +313,7 @@ def _check_resumed(file: Path | None, out: Path | None) -> None:
 
 
 def _resume(path: Path, overrides: list[str] | None) -> None:
-    from fedlora.experiment import resume
+    from fedlora.api import resume
     from fedlora.runs.start import extend, read_folder
 
     if overrides:

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
-from fedlora.experiment import with_base_updates
+from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from fedlora.api import export, run
 from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy import server, wire
@@ -31,12 +32,13 @@ from fedlora.deploy.wire import (
 )
 from fedlora.deploy.wire import decode_message as unseal_for
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Session, export, rounds, run
 from fedlora.federated_data import FederatedData
+from fedlora.lifecycle import rounds
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs.folder import RunFolder
+from fedlora.session import Session
 from fedlora.train import local
 from fedlora.version import __version__
 from tiers import fast

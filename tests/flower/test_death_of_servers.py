@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
 from fedlora.deploy.settings import Settings
-from fedlora.experiment import run
 
 from lives import alive_in, command_of, event_log, fedlora, rows_in, table, until
 from wired import assert_same_runs, furnish

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
@@ -20,7 +21,6 @@ from fedlora.deploy.join import start_node
 from fedlora.deploy.processes import CONNECTION, flwr, free_port
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.superlink_client import SuperLink
-from fedlora.experiment import run
 from fedlora.methods.table import TABLE
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs.folder import DEPLOY

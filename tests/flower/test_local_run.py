@@ -6,8 +6,8 @@ import signal
 import pytest
 import tomli_w
 
+from fedlora.api import run
 from fedlora.config.experiment import build
-from fedlora.experiment import run
 
 from lives import alive_in, event_log, fedlora, table, until
 from wired import assert_same_runs, furnish

@@ -9,11 +9,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import experiment
 from fedlora.deploy.server import serve
 from fedlora.deploy.transport import GridTransport
 from fedlora.deploy.watchdog import end_with
 from fedlora.deploy.wire import Batch, decode_message, encode_message
+from fedlora.session import Session
 
 app = ServerApp()
 
@@ -90,13 +90,13 @@ def main(grid: Grid, context: Context) -> None:
     post = GridTransport(grid)
     while len(post.nodes()) < 4:
         threading.Event().wait(0.5)
-    one_at_a_time, make = threading.Lock(), experiment.Session.make
+    one_at_a_time, make = threading.Lock(), Session.make
 
     def made(*arguments):  # loading a model draws from the one global generator
         with one_at_a_time:
             return make(*arguments)
 
-    experiment.Session.make = made
+    Session.make = made
     together = Together(post, len(folders))
 
     def played(path):

@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 from fedlora import resume, run
+from fedlora.api import export
 from fedlora.config.experiment import build
 from fedlora.data.fingerprint import fingerprint
 from fedlora.errors import UserError
-from fedlora.experiment import export
 from fedlora.methods.table import TABLE
 from fedlora.runs.manifest import Client, DataFingerprint, Examples, Manifest
 from fedlora.runs.start import extend, read_folder

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import run
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, shares
 from fedlora.train.hardware import devices
 from fedlora.train.local import LocalTrainer

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.adapter import Adapter, Dense, Scaling, lora_init, pack
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.errors import UserError
-from fedlora.experiment import run
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel

@@ -32,7 +32,7 @@ from fedlora.deploy.wire import (
     decode_message,
     encode_message,
 )
-from fedlora.experiment import Session, with_base_updates
+from fedlora.exporting.base_updates import with_base_updates
 from fedlora.federated_data import FederatedData
 from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
@@ -41,6 +41,7 @@ from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed
 from fedlora.runs.folder import RunFolder, client_folder
+from fedlora.session import Session
 from fedlora.version import __version__
 
 _Result = tuple[ClientResult, "bytes | None"]

@@ -10,12 +10,13 @@ from fedlora.deploy.node import fingerprint
 from fedlora.deploy.scores import ScoreCheck
 from fedlora.deploy.wire import PROTOCOL, Handshake
 from fedlora.errors import RunStopped, UserError
-from fedlora.experiment import Session, begin, finish, require_same, rounds
 from fedlora.federated_data import FederatedData
+from fedlora.lifecycle import begin, finish, require_same, rounds
 from fedlora.messages import Round
 from fedlora.rounds.loop import RunState, pending_base_updates
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.start import read_folder, settled
+from fedlora.session import Session
 from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 

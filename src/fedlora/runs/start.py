@@ -4,7 +4,8 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def read_folder(path: Path) -> Experiment:
         return build(given, origin=str(file))
     rounds = _more_rounds(str(file), manifest.experiment, given)
     return manifest.settings().model_copy(update={"rounds": rounds})
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
+    """Locks and returns the folder of an earlier run, with its experiment."""
+    experiment = read_folder(path)
+    folder = RunFolder(path)
+    try:
+        yield folder, experiment
+    finally:
+        folder.release()
 
 
 def extend(path: Path, overrides: Iterable[str]) -> None:

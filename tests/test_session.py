@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.errors import UserError
-from fedlora.experiment import Session, run
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs.start import settled
+from fedlora.session import Session
 from fedlora.train import hardware
 
 from tiny import tiny_rows

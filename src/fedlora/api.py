@@ -1,0 +1,148 @@
+"""Python interface: `run`, `resume` and `export`."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from fedlora.config.experiment import Experiment
+from fedlora.data.memory import MEMORY
+from fedlora.errors import UserError
+from fedlora.exporting.write import unfit
+from fedlora.federated_data import FederatedData
+from fedlora.lifecycle import finish, require_same, rounds
+from fedlora.models import model_copy
+from fedlora.models.fingerprint import fingerprint
+from fedlora.rounds.durable import replacing
+from fedlora.rounds.progress import Progress
+from fedlora.runs.folder import DEPLOY, RunFolder
+from fedlora.runs.manifest import Manifest
+from fedlora.runs.result import Result
+from fedlora.runs.start import extend, new_folder, opened, settled
+from fedlora.session import Session
+from fedlora.terminal import shown
+
+
+def run(
+    experiment: Experiment | None = None,
+    out: str | Path | None = None,
+    progress: bool | Progress = True,
+    *,
+    data: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+) -> Result:
+    """Runs an experiment from its first round to its exported adapters.
+
+    Args:
+        experiment: the settings; by default `Experiment()`.
+        out: a new folder for the run; by default in `runs/`.
+        progress: whether to show progress if standard output is a terminal or a notebook; or your own callbacks.
+        data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
+            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps only their fingerprint.
+        model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run's folder.
+        tokenizer: the tokenizer of `model`.
+
+    Raises:
+        UserError: the experiment, the data, the model or the folder is invalid; nothing was trained.
+        RunStopped: the run cannot continue; `resume` continues it after its last complete round.
+    """
+    experiment = settled(experiment or Experiment())
+    if data is not None:
+        source = experiment.data.model_copy(update={"source": MEMORY})
+        experiment = experiment.model_copy(update={"data": source})
+    folder = RunFolder.create(Path(out) if out is not None else new_folder(experiment))
+    saved_model = folder.path / "model"
+    try:
+        if model is not None or tokenizer is not None:
+            experiment = experiment.model_copy(update={"model": model_copy.save(model, tokenizer, saved_model)})
+        with shown(experiment.rounds, progress) as callbacks:
+            return _run(experiment, folder, callbacks, data)
+    finally:
+        if not folder.experiment.exists():
+            shutil.rmtree(saved_model, ignore_errors=True)
+        folder.release()
+
+
+def resume(
+    path: str | Path, progress: bool | Progress = True, overrides: Iterable[str] = (), *, data: Any = None
+) -> Result:
+    """Resumes a run after its last complete round; the result is identical to that of an uninterrupted run.
+
+    Args:
+        path: the run's folder.
+        progress: as in `run`.
+        overrides: more rounds, as in `["rounds=20"]`; no other setting may change.
+        data: the rows passed to `run`, if any, in the same order.
+
+    Raises:
+        UserError: not a run directory, locked by another process, a damaged file, or settings, data or model that differ
+            from those with which the run began.
+        RunStopped: the run cannot continue.
+    """
+    if overrides:
+        extend(Path(path), overrides)
+    with opened(Path(path)) as (folder, experiment), shown(experiment.rounds, progress) as callbacks:
+        return _run(experiment, folder, callbacks, data)
+
+
+def export(
+    path: str | Path, to: Literal["adapter", "merged"], out: str | Path, client: str | None = None
+) -> Mapping[str, Path]:
+    """Writes a run's current adapter, as a PEFT folder or merged into the model; returns the folders.
+
+    For a personal method, each client's adapter, or only that of `client`, is written to a separate folder. The data are
+    not read: labels and clients are taken from the run directory.
+
+    Raises:
+        UserError: no such run or client, no complete round yet, a damaged file of the run, a different model, `out` in use,
+            `to` is merged without a client for a personal method, or the adapter depends on the input.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; choose another directory")
+    with opened(Path(path)) as (folder, experiment):
+        done, run_state = folder.restore()
+        manifest = Manifest.find(folder.path)
+        if not done or manifest is None:
+            raise UserError(f"{path}: has no complete round yet; there is nothing to export")
+        if experiment.method.row.personal and (folder.path / DEPLOY).exists():
+            raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
+        manifest.require_model(experiment.model, fingerprint(experiment.model))
+        session = Session.make(
+            experiment, FederatedData.without_examples(manifest.data.labels, manifest.data.client_infos())
+        )
+        manifest.require_modules(session.places)
+        adapters = session.adapters(run_state, folder, done)
+        if client is not None:
+            if client not in adapters:
+                raise UserError(f"{client!r}: no such client with an adapter of its own; there are {_some(adapters)}")
+            adapters = {"": adapters[client]}
+        if to == "merged" and len(adapters) > 1:
+            raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
+        try:
+            with replacing(out) as partial:
+                written = session.write(adapters, partial, to, folder.rows())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        return {name: out / found.relative_to(partial) for name, found in written.items()}
+
+
+def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memory: Any) -> Result:
+    federated_data = FederatedData.make(experiment, in_memory)
+    require_same(folder, experiment, federated_data)
+    session = Session.make(experiment, federated_data).on_all_devices()
+    run_state = rounds(session, folder, progress, session.simulation(folder))
+    adapters = session.adapters(run_state, folder, experiment.rounds)
+    reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
+    left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
+    able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
+    written = finish(session, able, folder)
+    return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    first = [name or "the global one" for name in list(names)[:5]]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,217 @@
+"""A run's components in memory: data, adapted model, trainer and method."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fedlora.adapter import Adapter, Scaling, lora_init
+from fedlora.config.experiment import Experiment
+from fedlora.errors import UserError
+from fedlora.exporting.base_updates import with_base_updates
+from fedlora.exporting.card import model_card
+from fedlora.exporting.write import to_merged, to_peft, unfit
+from fedlora.federated_data import FederatedData
+from fedlora.messages import ClientInfo, Round
+from fedlora.method import AnyMethod
+from fedlora.methods.wrap.head import with_head
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.loading import locate, quiet
+from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
+from fedlora.models.tokenizers import check_known, check_lengths, positions
+from fedlora.rounds.loop import RunState
+from fedlora.rounds.simulate import SimulationBackend
+from fedlora.runs.folder import RunFolder, client_folder
+from fedlora.tasks.classification import Classification, Encoded, Task
+from fedlora.train import hardware
+from fedlora.train.batched import bytes_per_token
+from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
+from fedlora.train.features import try_packing
+from fedlora.train.independence import safe_clients_per_step
+from fedlora.train.local import LocalTrainer
+
+
+@dataclass(frozen=True)
+class Session:
+    """In-memory components of a run, on a server or on a client."""
+
+    experiment: Experiment
+    federated_data: FederatedData
+    adapted: AdaptedModel
+    trainer: LocalTrainer | MultiDeviceTrainer
+    method: AnyMethod
+    tokenizer: Any
+    notes: Sequence[str] = ()
+    """Messages for the user before the first round."""
+
+    @classmethod
+    def make(cls, experiment: Experiment, federated_data: FederatedData) -> "Session":
+        """Loads the model and tokenizes the examples. The session's experiment has the batch order resolved from `auto`.
+
+        Raises:
+            UserError: invalid model or device, or a model that cannot be trained.
+        """
+        task, settings = Classification(), experiment.train
+        quiet()
+        device = hardware.device(settings.device)
+        model, tokenizer, checkpoint = task.load(experiment.model, federated_data.labelled_data.labels, experiment.seed)
+        model.to(device)
+        head = head_modules(model, checkpoint.new)
+        examples, test = encoded(task, model, tokenizer, federated_data, settings.max_length)
+        adapted = AdaptedModel(
+            model,
+            Scaling(experiment.lora.alpha, experiment.lora.rslora),
+            experiment.lora.targets,
+            experiment.lora.dropout,
+            experiment.lora.rank_pattern,
+            head + (norm_modules(model, head) if experiment.method.with_norms else ()),
+            torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        )
+        check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
+        if settings.packed:
+            try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
+        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, settings.clients_per_step, settings.max_length)
+        if settings.batches == "auto":
+            settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
+            experiment = experiment.model_copy(update={"train": settings})
+        kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
+        trainer = LocalTrainer(
+            adapted,
+            task,
+            examples,
+            {share.client: torch.as_tensor(share.train) for share in federated_data.partition.shares},
+            {share.client: torch.as_tensor(share.held_out) for share in federated_data.partition.shares},
+            test,
+            settings,
+            experiment.evaluate.batch_size,
+            clients_per_step,
+            settings.activation_memory_mb * 1_000_000 // kept,
+        )
+        method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+        notes = [
+            *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
+            *checkpoint.notes,
+        ]
+        if clients_per_step < settings.clients_per_step:
+            notes.append(
+                "clients are trained one at a time: together, they would not get what each gets alone in this model"
+            )
+        return cls(experiment, federated_data, adapted, trainer, method, tokenizer, notes)
+
+    @property
+    def places(self) -> list[str]:
+        """Names of the adapted modules and of the fully trained parameters."""
+        return sorted([*self.adapted.spec.modules, *self.adapted.spec.head])
+
+    def on_all_devices(self) -> "Session":
+        """Returns the session with one process per device in `train.devices` after the first.
+
+        Raises:
+            UserError: fewer devices are available.
+        """
+        assert isinstance(self.trainer, LocalTrainer)
+        count = hardware.devices(self.experiment.train.device, self.experiment.train.devices)
+        if count == 1:
+            return self
+        if hardware.device(self.experiment.train.device).type == "cuda":
+            names, threads = [f"cuda:{i}" for i in range(1, count)], torch.get_num_threads()
+        else:
+            names, threads = ["cpu"] * (count - 1), max(1, torch.get_num_threads() // count)
+        torch.set_num_threads(threads)
+        helpers = [TrainerProcess(name, _trainer, self.experiment, self.federated_data, name, threads) for name in names]
+        return replace(self, trainer=MultiDeviceTrainer(self.trainer, helpers))
+
+    def adapters(self, run_state: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
+        """Global adapter under the empty name, or each client's adapter under its id, after `done` rounds.
+
+        They include base updates, and so all changes to the model since it was loaded.
+        """
+        simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
+        clients = (
+            self.federated_data.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
+        )
+        views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in clients}
+        base_updates = [folder.base_update(index) for index in run_state.base_updates.rounds]
+        return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
+
+    def simulation(self, folder: RunFolder) -> SimulationBackend:
+        """Simulation backend that stores the clients' states in the run's folder."""
+        return SimulationBackend(
+            self.method, self.adapted.spec, self.federated_data.clients, folder, self.trainer, self.experiment.seed
+        )
+
+    def write(
+        self,
+        adapters: Mapping[str, Adapter],
+        out: Path,
+        to: Literal["adapter", "merged"],
+        rows: Sequence[Mapping[str, Any]] = (),
+    ) -> dict[str, Path]:
+        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
+
+        `rows` are the rows of the round log, for the adapter's model card.
+
+        Raises:
+            UserError: an adapter cannot be represented in the format; nothing was written.
+        """
+        for name, adapter in adapters.items():
+            if reason := unfit(adapter):
+                raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
+        labels, dropout = self.federated_data.labelled_data.labels, self.experiment.lora.dropout
+        base = locate(self.experiment.model)
+        if Path(base).is_dir():
+            base = str(Path(base).resolve())
+        folders = {name: out / client_folder(name) if name else out for name in adapters}
+        for name, adapter in adapters.items():
+            if to == "adapter":
+                to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer)
+                pad = self.tokenizer.pad_token_id
+                card = model_card(self.experiment, base, pad, labels, rows)
+                (folders[name] / "README.md").write_text(card, encoding="utf-8")
+            else:
+                model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
+                to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
+        return folders
+
+
+def check(experiment: Experiment, federated_data: FederatedData) -> None:
+    """Checks everything that `Session.make` checks, without reading the model's weights.
+
+    Raises:
+        UserError: invalid model, tokenizer, targets, ranks or device.
+    """
+    quiet()
+    hardware.devices(experiment.train.device, experiment.train.devices)
+    task = Classification()
+    model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
+    lora = experiment.lora
+    check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)
+    encoded(task, model, tokenizer, federated_data, experiment.train.max_length)
+
+
+def encoded(
+    task: Task, model: Any, tokenizer: Any, federated_data: FederatedData, max_length: int
+) -> tuple[Encoded, Encoded]:
+    """Tokenizes the training and the test examples for the model.
+
+    Raises:
+        UserError: they are too long for the model, or the tokenizer has none of their words in its vocabulary.
+    """
+    train, test = (
+        task.encode(tokenizer, rows[:], max_length)
+        for rows in (federated_data.labelled_data.train, federated_data.labelled_data.test)
+    )
+    for examples in (train, test):
+        check_lengths(examples.lengths(), max_length, positions(model))
+    check_known(train.features, tokenizer)
+    return train, test
+
+
+def _trainer(experiment: Experiment, federated_data: FederatedData, device: str, threads: int) -> LocalTrainer:
+    torch.set_num_threads(threads)
+    train = experiment.train.model_copy(update={"device": device})
+    trainer = Session.make(experiment.model_copy(update={"train": train}), federated_data).trainer
+    assert isinstance(trainer, LocalTrainer)
+    return trainer
