@@ -354,7 +354,7 @@ def test_a_folder_that_is_no_run_has_nothing_to_export(tmp_path):
 
 @pytest.mark.parametrize("name", fast(["fedit", *PERSONAL], "fedit", "ditto"))
 def test_an_unknown_client_is_refused_and_nothing_is_written(name, finished, tmp_path):
-    with pytest.raises(UserError, match="'nobody': no such client"):
+    with pytest.raises(UserError, match="'nobody': no client with this name has an adapter; available: "):
         export(finished(method={"name": name, "rank": 4}), "adapter", tmp_path / "out", client="nobody")
     assert not (tmp_path / "out").exists()
 

@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 from rich.console import Console
 
-from fedlora import cli
+from fedlora.cli.main import main
+from fedlora.cli.progress import note
 from fedlora.messages import ClientInfo
 from fedlora.printable import printable, quoted
 from fedlora.terminal import Live
@@ -40,7 +41,7 @@ def command(monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
             sys.exit(0)
         return stopped.value.code or 0, "".join(capsys.readouterr())
 
@@ -80,5 +81,5 @@ def test_the_live_output_prints_hostile_clients_and_reasons_escaped():
 
 
 def test_a_note_of_the_server_is_printed_escaped(capsys):
-    cli._note(f"client {HOSTILE} joins")
+    note(f"client {HOSTILE} joins")
     assert capsys.readouterr().out == f"client {ESCAPED} joins\n"

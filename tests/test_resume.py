@@ -16,7 +16,8 @@ import pytest
 import tomli_w
 import torch
 
-from fedlora import api, cli
+from fedlora import api
+from fedlora.cli.main import main
 from fedlora.config.experiment import build
 from fedlora.exporting import write as export
 from fedlora.rounds.codec import decode_state, encode_state
@@ -264,7 +265,7 @@ def fedlora(output, *arguments):
     """The command in a fork; its exit code is the process's, what it says goes to a file."""
     sys.argv = ["fedlora", *map(str, arguments)]
     sys.stdout = sys.stderr = output.open("w")
-    cli.main()
+    main()
 
 
 @pytest.mark.slow
@@ -281,7 +282,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_
         time.sleep(0.01)
     _, said = real.communicate()
     assert real.returncode == 130 and 1 <= len(rows.read_bytes().splitlines()) < 20
-    assert said.strip() == f"interrupted; go on with: fedlora run --resume {path}"
+    assert said.strip() == f"interrupted; resume with: fedlora run --resume {path}"
 
     assert ended(fedlora, tmp_path / "said", "run", file, "--out", path) == 2
     assert f"error: {path}: is not empty; go on with --resume {path}" in (tmp_path / "said").read_text()

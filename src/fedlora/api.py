@@ -118,7 +118,7 @@ def export(
         adapters = session.adapters(run_state, folder, done)
         if client is not None:
             if client not in adapters:
-                raise UserError(f"{client!r}: no such client with an adapter of its own; there are {_some(adapters)}")
+                raise UserError(f"{client!r}: no client with this name has an adapter; available: {_some(adapters)}")
             adapters = {"": adapters[client]}
         if to == "merged" and len(adapters) > 1:
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
@@ -144,5 +144,5 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memor
 
 
 def _some(names: Mapping[str, Any]) -> str:
-    first = [name or "the global one" for name in list(names)[:5]]
+    first = [name or "the global adapter (without --client)" for name in list(names)[:5]]
     return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

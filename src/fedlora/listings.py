@@ -26,7 +26,7 @@ def methods(rows: Iterable[Row]) -> Group:
     table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(Text(row.name, "bold"), Text(row.summary))
-    return Group(table, Text("\nAll about one of them: fedlora methods NAME"))
+    return Group(table, Text("\nDetails of a method: fedlora methods NAME"))
 
 
 def method(row: Row) -> Markdown:
@@ -43,7 +43,7 @@ def settings(entries: Iterable[Setting]) -> Group:
     for entry in entries:
         owners = f"{entry.owners}: " if entry.methods else ""
         table.add_row(*map(Text, (entry.key, entry.default, owners + entry.summary)))
-    return Group(table, Text("All about one of them, or a section: fedlora settings KEY"))
+    return Group(table, Text("Details of a setting or section: fedlora settings KEY"))
 
 
 def setting(entry: Setting) -> Group:

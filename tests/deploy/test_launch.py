@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
-from fedlora import cli
+from fedlora.cli.main import app
 from fedlora.config.experiment import build
 from fedlora.deploy import keys as keys_module
 from fedlora.deploy import launch as deploy
@@ -106,9 +106,9 @@ def test_a_key_speaks_for_the_clients_that_it_was_made_for_and_by_default_for_it
 def test_clients_are_declared_for_one_node_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process, which goes on
     make = [str(word) for word in ("keys", tmp_path / "keys", "--client", "x", "--client", "y", "--node", "a")]
-    rejected = CliRunner().invoke(cli.app, [*make, "--node", "b"])
+    rejected = CliRunner().invoke(app, [*make, "--node", "b"])
     assert isinstance(rejected.exception, UserError) and "exactly one --node" in str(rejected.exception)
-    assert CliRunner().invoke(cli.app, make).exit_code == 0
+    assert CliRunner().invoke(app, make).exit_code == 0
     assert [one.clients for one in Keys(tmp_path / "keys").credentials().values()] == [{"x", "y"}]
 
 

@@ -39,5 +39,5 @@ def interrupted(process, path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; go on with: fedlora " in said
-    return shlex.split(said.partition("go on with: fedlora ")[2])
+    assert "interrupted; resume with: fedlora " in said
+    return shlex.split(said.partition("resume with: fedlora ")[2])

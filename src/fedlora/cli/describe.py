@@ -1,0 +1,80 @@
+"""Commands that train nothing: init, check, methods, settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedlora.cli.arguments import File, Overrides
+from fedlora.errors import UserError
+from fedlora.printable import printable
+
+
+def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=False)] = Path("experiment.toml")) -> None:
+    """Write an experiment file with the most common settings and comments; by default experiment.toml."""
+    from fedlora.config import starter
+
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(starter.text())
+    except FileExistsError:
+        raise UserError(f"{file}: already exists; give the name of a new file: fedlora init FILE") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    print(printable(str(file)))
+
+
+def check(file: File, overrides: Overrides = None) -> None:
+    """Check an experiment, its data, model and device without training, and list its clients."""
+    from fedlora import listings
+    from fedlora.config.experiment import Experiment
+    from fedlora.federated_data import FederatedData
+    from fedlora.session import check as check_experiment
+
+    experiment = Experiment.load(file, overrides or ())
+    federated_data = FederatedData.make(experiment)
+    check_experiment(experiment, federated_data)
+    console = Console()
+    console.width = max(console.width, listings.CLIENTS_WIDTH)
+    console.print(listings.clients(federated_data))
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False)] = None,
+    secure: Annotated[bool, typer.Option("--secure", help="Only methods that work with secure aggregation.")] = False,
+    mixed_ranks: Annotated[
+        bool, typer.Option("--mixed-ranks", help="Only methods for clients with different ranks.")
+    ] = False,
+    personal: Annotated[bool, typer.Option("--personal", help="Only methods with personal models.")] = False,
+) -> None:
+    """List the methods, or describe one."""
+    from fedlora import listings
+    from fedlora.config.experiment import build
+    from fedlora.methods.table import TABLE
+
+    if name is not None:
+        if secure or mixed_ranks or personal:
+            raise UserError(f"methods {name}: expected a NAME or filters, found both; leave out one of them")
+        Console().print(listings.method(build({"method": {"name": name}}).method.row))
+        return
+    rows = [
+        row
+        for row in TABLE.values()
+        if (not secure or row.secure_sums().startswith("yes"))
+        and (not mixed_ranks or row.mixed_ranks)
+        and (not personal or row.personal)
+    ]
+    Console().print(listings.methods(rows) if rows else "no method has all of these properties")
+
+
+def settings(key: Annotated[str | None, typer.Argument(metavar="[KEY]", show_default=False)] = None) -> None:
+    """List the settings of an experiment, or describe one setting or section."""
+    from fedlora import listings
+    from fedlora.config import reference
+
+    console = Console()
+    if key is None:
+        console.print(listings.settings(reference.settings()))
+    else:
+        console.print(*map(listings.setting, reference.find(key)))
