@@ -19,11 +19,12 @@ import transformers
 from rich.console import Console
 
 import fedlora
-from fedlora import Experiment, Result, RunStopped, UserError, export, resume, run, terminal
+from fedlora import Experiment, Result, RunStopped, UserError, export, resume, run
 from fedlora.config.experiment import build
 from fedlora.config.sections import Data
 from fedlora.data.memory import find
 from fedlora.federated_data import FederatedData
+from fedlora.report import terminal
 from fedlora.rounds.progress import NullProgress
 
 from wired import furnish, problem

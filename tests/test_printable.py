@@ -12,7 +12,7 @@ from fedlora.cli.main import main
 from fedlora.cli.progress import note
 from fedlora.messages import ClientInfo
 from fedlora.printable import printable, quoted
-from fedlora.terminal import Live
+from fedlora.report.terminal import Live
 
 HOSTILE = "[red]x[/] :smile: \x1b[2J\x9b31m\r\n\u202e\u2066\x07é"
 ESCAPED = r"[red]x[/] :smile: \x1b[2J\x9b31m\r\n\u202e\u2066\x07é"

@@ -15,6 +15,7 @@ from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import finish, require_same, rounds
 from fedlora.models import model_copy
 from fedlora.models.fingerprint import fingerprint
+from fedlora.report.terminal import shown
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import DEPLOY, RunFolder
@@ -22,7 +23,6 @@ from fedlora.runs.manifest import Manifest
 from fedlora.runs.result import Result
 from fedlora.runs.start import extend, new_folder, opened, settled
 from fedlora.session import Session
-from fedlora.terminal import shown
 
 
 def run(

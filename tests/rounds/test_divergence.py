@@ -15,12 +15,12 @@ from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.report.terminal import Live
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
 from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
-from fedlora.terminal import Live
 
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 

@@ -27,17 +27,17 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=Fal
 
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, model and device without training, and list its clients."""
-    from fedlora import listings
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
+    from fedlora.report import tables
     from fedlora.session import check as check_experiment
 
     experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)
     check_experiment(experiment, federated_data)
     console = Console()
-    console.width = max(console.width, listings.CLIENTS_WIDTH)
-    console.print(listings.clients(federated_data))
+    console.width = max(console.width, tables.CLIENTS_WIDTH)
+    console.print(tables.clients(federated_data))
 
 
 def methods(
@@ -49,14 +49,14 @@ def methods(
     personal: Annotated[bool, typer.Option("--personal", help="Only methods with personal models.")] = False,
 ) -> None:
     """List the methods, or describe one."""
-    from fedlora import listings
     from fedlora.config.experiment import build
     from fedlora.methods.table import TABLE
+    from fedlora.report import tables
 
     if name is not None:
         if secure or mixed_ranks or personal:
             raise UserError(f"methods {name}: expected a NAME or filters, found both; leave out one of them")
-        Console().print(listings.method(build({"method": {"name": name}}).method.row))
+        Console().print(tables.method(build({"method": {"name": name}}).method.row))
         return
     rows = [
         row
@@ -65,16 +65,16 @@ def methods(
         and (not mixed_ranks or row.mixed_ranks)
         and (not personal or row.personal)
     ]
-    Console().print(listings.methods(rows) if rows else "no method has all of these properties")
+    Console().print(tables.methods(rows) if rows else "no method has all of these properties")
 
 
 def settings(key: Annotated[str | None, typer.Argument(metavar="[KEY]", show_default=False)] = None) -> None:
     """List the settings of an experiment, or describe one setting or section."""
-    from fedlora import listings
     from fedlora.config import reference
+    from fedlora.report import tables
 
     console = Console()
     if key is None:
-        console.print(listings.settings(reference.settings()))
+        console.print(tables.settings(reference.settings()))
     else:
-        console.print(*map(listings.setting, reference.find(key)))
+        console.print(*map(tables.setting, reference.find(key)))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: Sequence[str] = ("run",)) -> None:
     """Shows the progress of a run and its table at the end; if it stops, prints how `command` resumes it."""
-    from fedlora import terminal
+    from fedlora.report import terminal
 
     console = Console()
     again = f"resume with: {shlex.join(['fedlora', *command, '--resume', str(path)])}"

@@ -17,8 +17,8 @@ from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
 from fedlora.rounds.progress import Progress
-from fedlora.rounds.report import summary
 from fedlora.rounds.sample import choose
+from fedlora.rounds.score_summary import summary
 from fedlora.rounds.validator import Failed, UploadValidator, change_norm
 
 

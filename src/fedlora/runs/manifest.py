@@ -53,7 +53,7 @@ class Manifest(_Part):
     """Dependencies of a run.
 
     `experiment` has every setting, including those that are None. `model` has a digest of each file of a local model, or
-    the commit of a hub model (see `train.fingerprint`). `modules` names adapted modules and fully trained parameters;
+    the commit of a hub model (see `models.fingerprint`). `modules` names adapted modules and fully trained parameters;
     `environment` is the digest of environment.json.
     """
 

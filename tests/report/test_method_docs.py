@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fedlora import method_docs
 from fedlora.methods.table import TABLE
-from fedlora.published_results import read, reported
+from fedlora.report import method_docs
+from fedlora.report.published_results import read, reported
 
-COMMITTED = Path(__file__).parents[1] / "docs" / "methods"
+COMMITTED = Path(__file__).parents[2] / "docs" / "methods"
 
 STUDY = """
 [others]

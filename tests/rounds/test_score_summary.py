@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from fedlora.messages import Score
-from fedlora.rounds.report import summary
+from fedlora.rounds.score_summary import summary
 
 SCORES = {f"{i:02}": Score(metrics={"accuracy": i / 40, "loss": 3.0 - i / 10}, examples=1 + i % 4) for i in range(20)}
 

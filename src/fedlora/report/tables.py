@@ -9,12 +9,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import method_docs
 from fedlora.config.reference import Setting
 from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods.row import Row
 from fedlora.printable import printable
+from fedlora.report import method_docs
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120

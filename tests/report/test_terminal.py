@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from fedlora.messages import ClientInfo, Round
+from fedlora.report.terminal import Live, closing, size
 from fedlora.runs.result import Result
-from fedlora.terminal import Live, closing, size
 
 ROW = {
     "round": 3,

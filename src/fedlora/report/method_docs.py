@@ -1,6 +1,6 @@
 """Markdown pages of the methods, from the method table, the class docstrings and published results.
 
-    python -m fedlora.method_docs docs/methods
+    python -m fedlora.report.method_docs docs/methods
 
 writes the pages and an index.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedlora.methods.row import Row
 from fedlora.methods.table import TABLE
-from fedlora.published_results import Claim, Study, reported
+from fedlora.report.published_results import Claim, Study, reported
 
 _MADE = "<!-- written by scripts/pages -->"
 _READ = {

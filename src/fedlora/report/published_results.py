@@ -1,4 +1,4 @@
-"""Published results of the methods, from `reported.toml`."""
+"""Published results of the methods, from `published_results.toml`."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -75,12 +75,12 @@ class Reported(BaseModel):
 
 @cache
 def reported() -> Reported:
-    """Reads the entries of `reported.toml`.
+    """Reads the entries of `published_results.toml`.
 
     Raises:
         ValidationError: an entry is incomplete, or names an unknown method.
     """
-    return read(files("fedlora").joinpath("reported.toml").read_text(encoding="utf-8"))
+    return read(files("fedlora.report").joinpath("published_results.toml").read_text(encoding="utf-8"))
 
 
 def read(text: str) -> Reported:
