@@ -1,10 +1,10 @@
-"""Aggregation in factored form against the dense formulas: time, peak memory and error, as a markdown table.
+"""Factored aggregation compared with dense formulas: time, peak memory and error, as a Markdown table.
 
     python benchmarks/aggregation.py [--quick] [--write docs/benchmarks/aggregation.md]
 
 Each measurement runs in its own process. Memory is the highest resident size during a first repetition minus the size
-before it (Linux, glibc), with every block above 1 MiB returned to the system when freed, so that no measurement profits
-from what another has left behind; the given factors are not counted. Time is the median of the repetitions that follow,
+before it (Linux, glibc), with every block above 1 MiB returned to the system when freed, so that measurements do
+not affect each other; the given factors are not counted. Time is the median of the repetitions that follow,
 with freed blocks kept, as on a server that merges many modules in every round.
 """
 
@@ -213,7 +213,7 @@ def sixty_four() -> str:
         best_fit(terms, 16)
         seconds += time.perf_counter() - start
         peaks.append(resident("VmHWM") - before)
-    return f"64 modules 4096 x 4096, rank 16, 50 terms, one after the other: {seconds:.1f} s, at most {max(peaks):.0f} MB."
+    return f"64 modules 4096 x 4096, rank 16, 50 terms, sequentially: {seconds:.1f} s, peak memory {max(peaks):.0f} MB."
 
 
 def report(quick: bool) -> str:
@@ -234,17 +234,16 @@ def report(quick: bool) -> str:
         rows.append(row(Case("coefficients", *shape), Case("dense coefficients", *shape, repetitions=1)))
     return "\n".join(
         [
-            "# Aggregation: factored against dense",
+            "# Factored aggregation compared with dense formulas",
             "",
             f"Made by `benchmarks/aggregation.py{' --quick' if quick else ''}`: torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads, {platform.machine()}, fp32 factors, load average at the start "
             f"{os.getloadavg()[0]:.1f}.",
             "",
             "Common: all terms started from the same factors and moved half as far at random; independent: no common part, "
-            "a flat spectrum. The dense formulas are timed once; of 4096 x 4096 one module is timed. Of the dense "
-            "ridge (1000 steps of SGD) and the dense coefficients (200 steps of AdamW) only a fiftieth of the steps is "
-            "run, scaled up. MB is peak memory above the given factors. Error is the relative distance from the "
-            "sum of the products.",
+            "a flat spectrum. The dense formulas are timed once, and for 4096 x 4096 only one module. The times of the "
+            "dense ridge (1000 steps of SGD) and the dense coefficients (200 steps of AdamW) are extrapolated from 1/50 of "
+            "the steps. MB is peak memory without the given factors. Error is relative to the sum of the products.",
             "",
             "| modules | rank | terms | step | s | dense s | ratio | MB | dense MB | error | dense error |",
             "|---|---|---|---|---|---|---|---|---|---|---|",

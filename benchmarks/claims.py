@@ -5,9 +5,9 @@
 
 30 clients under Dirichlet labels, MiniLM; within a claim the same rounds, epochs, alpha and head for all. The learning
 rate of each line is the best of three on the clients' held-out examples, never on the test set, found with the first
-seed. What is evaluated on held-out examples is searched with a further seed, which is not reported. Every run is kept in a
-file of JSON Lines and not repeated, so that an interrupted claim goes on where it was; delete the file after a change of
-the methods. The defaults are small, 800 of 10,003 rows and 6 rounds, so that a claim takes no hour on two cores.
+seed. Methods evaluated on held-out examples are searched with an additional seed, which is not reported. Every run is
+saved in a JSON Lines file and not repeated, so that an interrupted claim resumes; delete the file after a change of the
+methods. The defaults are small, 800 of 10,003 rows and 6 rounds, so that a claim takes less than an hour on two cores.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Claim:
-    """What somebody says, and the cases to try it on, in groups: each is compared with the first of its group."""
+    """A published claim and the cases that test it, in groups: each case is compared with the first of its group."""
 
     says: str
     groups: tuple[tuple[Case, ...], ...]
@@ -68,8 +68,8 @@ def case(name: str, rank: int, label: str = "", ranks: int | str | None = None, 
 
 CLAIMS = {
     "a": Claim(
-        "LoRA-A2 at rank 1 and 2 is more accurate than FedIT and FFA-LoRA at that rank, the more so the more the clients "
-        "differ, at a small part of the uploads of full fine-tuning (Koo et al. 2025).",
+        "LoRA-A2 at rank 1 and 2 is more accurate than FedIT and FFA-LoRA at that rank, especially if the clients' data "
+        "differ, with a small fraction of the upload of full fine-tuning (Koo et al. 2025).",
         tuple(
             (
                 case("fedit", rank),
@@ -80,23 +80,24 @@ CLAIMS = {
         ),
     ),
     "b": Claim(
-        "FlexLoRA, where each client has the rank it can afford, is better than FedIT at the rank that the weakest client "
-        "can afford (Bai et al. 2024).",
+        "FlexLoRA with the rank that each client can afford is better than FedIT with the rank that the weakest client can "
+        "afford (Bai et al. 2024).",
         ((case("fedit", 1), case("flexlora", 8, "flexlora, ranks 1, 2, 4, 8", ranks="uniform"), case("fedit", 8)),),
     ),
     "c": Claim(
-        "Averaging b and a separately is off by an error that FRA-LoRA, FLoRA, FedEx-LoRA and FLoRA-NA avoid or lower.",
+        "Averaging b and a separately has an aggregation error, which FRA-LoRA, FLoRA, FedEx-LoRA and FLoRA-NA avoid or "
+        "reduce.",
         (tuple(case(name, 4) for name in ("fedit", "fra-lora", "flora", "fedex-lora", "flora-na")),),
         by_round=True,
     ),
     "d": Claim(
-        "CE-LoRA uploads a small part of FedIT's bytes, and its personal models are better than those of clients that "
-        "train alone (Li et al. 2025).",
+        "CE-LoRA uploads a small fraction of FedIT's bytes, and its personal models are better than those of local "
+        "training (Li et al. 2025).",
         ((case("local-only", 8), case("ce-lora", 8), case("fedit", 8, head="local")),),
         personal=True,
     ),
     "e": Claim(
-        "FSLoRA with a part of the ranks on each client comes close to training all of them (Fang et al. 2025).",
+        "FSLoRA with a part of the ranks on each client is nearly as accurate as with all ranks (Fang et al. 2025).",
         (
             (
                 case("fslora", 16, "fslora, all of 16 ranks"),
@@ -110,7 +111,7 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Session:
-    """Runs experiments, each once: what the file has already is not run again."""
+    """Runs each experiment once: those already in the file are not repeated."""
 
     files: tuple[str, str]
     rounds: int
@@ -221,7 +222,7 @@ def tried(session: Session, claim: Claim, seeds: Sequence[int]) -> Iterator[tupl
 
 
 def mean_and_spread(values: Sequence[float], style: str = ".3f", sign: str = "") -> str:
-    """The standard deviation between seeds behind the mean."""
+    """Mean and standard deviation over the seeds."""
     if not values:
         return "-"
     return f"{statistics.mean(values):{sign}{style}}" + (
@@ -234,9 +235,11 @@ def table(alpha: float, found: Sequence[Found], full: int) -> list[str]:
     first = found[0]
     of = "held-out accuracy" if first.personal else "test accuracy"
     lines = [
-        f"Dirichlet {alpha}; minus, above: against {first.case.label}, seed by seed.",
+        f"Dirichlet {alpha}. Difference, and number of seeds with a higher accuracy: relative to {first.case.label}, per "
+        "seed.",
         "",
-        f"| method | {of} | minus | above | held-out at each lr | lr | aggregation error | MB up | MB down | up, of full |",
+        f"| method | {of} | difference | higher | held-out at each lr | lr | aggregation error | MB up | MB down | "
+        "upload vs. full model |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
@@ -261,7 +264,7 @@ def table(alpha: float, found: Sequence[Found], full: int) -> list[str]:
 
 
 def by_round(found: Sequence[Found], rounds: int) -> list[str]:
-    """The aggregation error as the rounds go on."""
+    """Aggregation error by round."""
     at = sorted({1, 2, max(1, rounds // 2), rounds})
     lines = [f"| aggregation error after round | {' | '.join(map(str, at))} |", "|---" * (len(at) + 1) + "|"]
     lines += [f"| {one.case.label} | {' | '.join(mean_and_spread(one.errors(i), '.1e') for i in at)} |" for one in found]
@@ -276,19 +279,19 @@ def report(name: str, session: Session, seeds: Sequence[int]) -> str:
     for alpha, found in tried(session, claim, seeds):
         lines += table(alpha, found, full)
         lines += by_round(found, session.rounds) if claim.by_round else []
-    train, searched = any_one.train, "a further seed" if claim.personal else f"seed {seeds[0]}"
+    train, searched = any_one.train, "an additional seed" if claim.personal else f"seed {seeds[0]}"
     size = (
         f"{session.rows} training rows, a fifth of them held out; {session.test_rows} test rows; {CLIENTS} clients, all in "
         f"each of {session.rounds} rounds of {train.epochs} epoch; batches of {train.batch_size}, {train.optimizer}, alpha "
         f"{ALPHA:g}, {train.precision}; lr of {', '.join(map(str, RATES))}, searched with {searched}; means ± standard "
-        f"deviations over seeds {', '.join(map(str, seeds))}. Traffic is that of all rounds with the first seed, the head "
-        f"included, which is {'local' if claim.personal else 'averaged'} for all."
+        f"deviations over the seeds {', '.join(map(str, seeds))}. Traffic: all rounds with the first seed, including the "
+        f"head, which is {'local' if claim.personal else 'averaged'} for all methods."
     )
-    return "\n".join([f"## Claim {name}", "", claim.says, "", f"Here: {size}", "", *lines])
+    return "\n".join([f"## Claim {name}", "", claim.says, "", f"Setup: {size}", "", *lines])
 
 
 def bytes_of_the_model(experiment: Experiment) -> int:
-    """What a client would upload in full fine-tuning."""
+    """Upload of a client in full fine-tuning."""
     labels = FederatedData.make(experiment).labelled_data.labels
     quiet()
     model, _, _ = Classification().load(experiment.model, labels, experiment.seed)
@@ -296,9 +299,9 @@ def bytes_of_the_model(experiment: Experiment) -> int:
 
 
 def put(file: Path, name: str, text: str) -> None:
-    """Puts the claim's section into the file, in place of an older one."""
+    """Writes the claim's section into the file, replacing an older one."""
     start, end = f"<!-- claim {name} -->\n", f"<!-- end of claim {name} -->\n"
-    title = "# Claims of published methods, tried\n\nWritten by `benchmarks/claims.py`.\n\n"
+    title = "# Claims of published methods, tested\n\nWritten by `benchmarks/claims.py`.\n\n"
     before, found, rest = (file.read_text(encoding="utf-8") if file.exists() else title).partition(start)
     after = rest.partition(end)[2] if found else ""
     file.parent.mkdir(parents=True, exist_ok=True)

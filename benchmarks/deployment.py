@@ -1,13 +1,13 @@
-"""What a deployed round takes beyond the nodes' work, and how much of that is Flower's.
+"""Overhead of a deployed round beyond the nodes' work, and Flower's share of it.
 
     python benchmarks/deployment.py [--nodes 4] [--rounds 8] [--set KEY=VALUE ...] [--write]
 
-`fedlora demo`, cut short, with a SuperLink and SuperNodes on this machine, one client each: with the clients'
-evaluation after every round, and without. Then an app that does nothing (`benchmarks/echo`) carries as many messages
-of the same size over another SuperLink and as many of Flower's own SuperNodes, which start a process for each. A
-round is the time from one row of the log to the next; work is what the workers say that they needed for it, the slowest
-node's. The first round, before which nodes load the model, and the last, after which there is nothing to send, are left
-out. With --write the page docs/benchmarks/deployment.md is written.
+A shortened `fedlora demo` with a SuperLink and SuperNodes on this machine, one client each, with and without the clients'
+evaluation after every round. Then an app that only echoes (`benchmarks/echo`) sends as many messages of the same size over
+another SuperLink and as many of Flower's own SuperNodes, which start a process for each message. A round is the time from
+one row of the log to the next; work is the time logged by the worker of the slowest node. The first round, before which
+nodes load the model, and the last, after which nothing is sent, are excluded. With --write the page
+docs/benchmarks/deployment.md is written.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SAID = re.compile(r"^(\d+) bytes answered with (\d+) in ([\d.]+) s$", re.MULTILI
 
 
 class Clock(NullProgress):
-    """Notes when rows come."""
+    """Records the time and size of each round."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -87,7 +87,7 @@ def worked(log: str, evaluated: bool) -> list[float]:
 
 
 def floor(home: Path, nodes: int, rounds: int, messages: int, size: int) -> list[float]:
-    """Seconds of the rounds of the app that does nothing."""
+    """Seconds of the rounds of the app that only echoes."""
     address, file = Address("127.0.0.1", free_port()), home / "ends.json"
     with ExitStack() as stack:
         link = SuperLink.start(home / "link", address, None)
@@ -134,15 +134,17 @@ def main() -> None:
     rows = [line(name, given.nodes, given.rounds, [*given.set, *more], messages) for name, more, messages in cases]
     text = "\n".join(
         [
-            "# What a deployed round takes beyond its work",
+            "# Overhead of a deployed round",
             "",
-            f"Made by `benchmarks/deployment.py`: flwr {flwr.__version__}, {given.nodes} SuperNode(s) and the SuperLink on "
-            f"one machine with {os.cpu_count()} cores ({platform.machine()}), load average at the start {load:.1f}.",
+            f"Made by `benchmarks/deployment.py`: flwr {flwr.__version__}, {given.nodes} "
+            f"SuperNode{'s' * (given.nodes != 1)} and the SuperLink on one machine with {os.cpu_count()} cores "
+            f"({platform.machine()}), load average at the start {load:.1f}.",
             "",
-            f"Seconds: the median of {given.rounds - 2} rounds, and the range. Work is the slowest node's; beyond is the "
-            "rest of the round. Flower alone is an app that does nothing but send back as many messages of the same size.",
+            f"Seconds: the median of {given.rounds - 2} rounds, and the range. Work: training and evaluation on the "
+            "slowest node. Overhead: the rest of the round. Flower alone: an app that only echoes as many messages of the "
+            "same size.",
             "",
-            "| round | whole | work | beyond | Flower alone |",
+            "| round | total | work | overhead | Flower alone |",
             "|---|---|---|---|---|",
             *rows,
             "",

@@ -1,9 +1,9 @@
-"""The built-in experiment with one method after the other: accuracy, spread between clients, traffic.
+"""The built-in experiment with each method: accuracy, spread between clients, traffic.
 
     python benchmarks/methods.py [--methods fedit ffa-lora ...] [--seeds 0 1 2] [--write]
 
-Every run is `fedlora demo` with another `method.name`, at the same learning rate: a look at the machinery, not a ranking of
-methods, which would need a search for each. With --write the table replaces the one in README.md.
+Every run is `fedlora demo` with another `method.name`, at the same learning rate. This is not a ranking of methods,
+which would need a search for each. With --write the table replaces the one in README.md.
 """
 
 import argparse
@@ -64,9 +64,10 @@ def main() -> None:
             f"`{' --set '.join(['fedlora demo', *given.set])}` with another method: {setup.clients.size} clients, "
             f"Dirichlet {setup.clients.alpha}, rank "
             f"{setup.method.rank}, {setup.rounds} rounds of {setup.train.epochs} epoch, lr {setup.train.lr} for all (not "
-            f"searched), {len(given.seeds)} seed(s). Test: the last round's model on the global test set; held-out: on the "
-            "clients' own, with the mean of the bottom decile of them. Aggregation error: distance of the merge from the "
-            "weighted mean of the clients' updates, relative, mean over the rounds. Traffic: all rounds.",
+            f"searched), {len(given.seeds)} seed{'s' * (len(given.seeds) != 1)}. Test: the last round's model on the "
+            "global test set; held-out: on the clients' own examples; bottom decile: mean over the 10 % of clients with "
+            "the lowest accuracy. Aggregation error: relative error of the aggregate, mean over the rounds. Traffic: all "
+            "rounds.",
             "",
             "| method | head | test accuracy | held-out accuracy | bottom decile | aggregation error | MB up | MB down |",
             "|---|---|---|---|---|---|---|---|",

@@ -1,20 +1,21 @@
-"""Seconds and memory of a simulated round, against loops written by hand with PyTorch and PEFT for the same work.
+"""Time and memory of a simulated round, compared with a hand-written PyTorch + PEFT loop and other frameworks.
 
-    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--parts W1 W2 learn scale]
+    python benchmarks/simulator.py TRAIN.jsonl.gz TEST.jsonl.gz [--repeats 3] [--parts W1 W2 accuracy scale]
                                    [--peers flower=PYTHON flower-afresh=PYTHON pfl=PYTHON]
                                    [--write docs/benchmarks/simulator.md]
 
 Work W1: 2,000 rows, 20 clients of 100 (IID), all of them in each of 3 rounds, 1 epoch, batch 8, rank 8 and alpha 16 on
 query and value, AdamW with lr 1e-3, 64 tokens at most. Work W2: 1,000 clients of 8 rows, 100 of them in each of 5
-rounds, one step each. All sides but the floor take batches in random order. By hand: client after client, padded to the
-longest. Floor: the same rows in batches of 128 sorted by length, one adapter, nothing federated. Factors and head are
-averaged. Learn: W1 with lr 3e-2 and alpha 1 for as many rounds as it takes to learn, over seeds. Scale: 100 clients of
-one row in each of 20 rounds, chosen from 100 and from 10,000. Every measurement is a process of its own; the sides take
-turns. Peers are other frameworks, each with the Python of an environment of its own (see `peers`); their memory is that
-of all their processes, shared pages counted once.
+rounds, one step each. Batches are in random order, except in the non-federated baseline. Hand-written baseline: one
+client after the other, padded to the longest row. Non-federated baseline: the same rows in batches of 128 sorted by
+length, with one adapter. Factors and head are averaged. Accuracy: W1 with lr 3e-2 and alpha 1 for 24 rounds, over
+seeds. Scale: 100 clients of one row in each of 20 rounds, chosen from 100 and from 10,000. Every measurement runs in
+its own process; a repetition measures every side once. Peers are other frameworks, each with the Python of its own
+environment (see `peers`); their memory is that of all their processes, shared pages counted once.
 
-Of peak: the multiply-adds of the model's linear layers for the tokens of a round, padding left out, forward and backward
-to their inputs (frozen weights need no more), over those of square matrix products of the same precision in the same time.
+Share of peak: the multiply-adds of the model's linear layers for the tokens of a round, without padding, forward and
+backward to their inputs (frozen weights need no more), relative to square matrix products of the same precision in the
+same time.
 """
 
 import argparse
@@ -57,7 +58,7 @@ class Work:
 WORKS = {
     "W1": Work(20, 2000, 20, 3),
     "W2": Work(1000, 8000, 100, 5),
-    "learn": Work(20, 2000, 20, 24, lr=3e-2, alpha=1.0),
+    "accuracy": Work(20, 2000, 20, 24, lr=3e-2, alpha=1.0),
     "100 clients": Work(100, 100, 100, 20),
     "10,000 clients": Work(10_000, 10_000, 100, 20),
 }
@@ -181,14 +182,14 @@ def by_hand(files: list[str], work: Work, seed: int, large: bool = False, precis
     return {"seconds": statistics.median(seconds), "accuracy": given.accuracy(model)}
 
 
-HAND, BATCHED = "loop by hand, PyTorch + PEFT", "fedlora, 16 clients in a step, bf16"
+HAND, BATCHED = "hand-written baseline, PyTorch + PEFT", "fedlora, 16 clients in a step, bf16"
 SIDES: dict[str, Any] = {
     HAND: by_hand,
     "fedlora, one client at a time": lambda *given: product(*given, 1),
     "fedlora, 16 clients in a step": lambda *given: product(*given, 16),
     BATCHED: lambda *given: product(*given, 16, "bf16"),
-    "floor": lambda *given: by_hand(*given, large=True),
-    "floor, all in bf16": lambda *given: by_hand(*given, large=True, precision="bfloat16"),
+    "non-federated, large sorted batches": lambda *given: by_hand(*given, large=True),
+    "non-federated, large sorted batches, bf16": lambda *given: by_hand(*given, large=True, precision="bfloat16"),
 }
 
 
@@ -248,14 +249,17 @@ def peak(precision: str) -> float:
 
 
 def speed(work: str, files: list[str], repeats: int, pythons: Mapping[str, str]) -> list[str]:
-    """Medians; ratios are those of each turn to the loop by hand and to the matrix products of the same turn."""
+    """Medians over repetitions; relative speed and share of peak are computed within each repetition."""
     sides, turns, peaks = [*measured(SIDES), *pythons], [], []
     for _ in range(repeats):
         peaks.append({precision: peak(precision) for precision in ("float32", "bfloat16")})
         turns.append({side: measure(side, work, files, python=pythons.get(side, "")) for side in sides})
-    flops, titles = needed(files, WORKS[work]), ("seconds a round", "samples/s", "times the loop by hand", "of peak")
+    flops, titles = (
+        needed(files, WORKS[work]),
+        ("seconds per round", "samples/s", "speed relative to baseline", "share of peak"),
+    )
     lines = [
-        f"| {work} | {' | '.join(titles)} | outside steps | peak memory | test accuracy |",
+        f"| {work} | {' | '.join(titles)} | time outside steps | peak memory | test accuracy |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
@@ -280,20 +284,20 @@ def speed(work: str, files: list[str], repeats: int, pythons: Mapping[str, str])
     return [*lines, ""]
 
 
-def learn(files: list[str], seeds: Sequence[int]) -> list[str]:
+def accuracy(files: list[str], seeds: Sequence[int]) -> list[str]:
     """Test accuracy for each seed."""
-    work = WORKS["learn"]
+    work = WORKS["accuracy"]
     head = f"| test accuracy after {work.rounds} rounds | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |"
     lines = [head, "|---" * (len(seeds) + 2) + "|"]
     for side in measured((HAND, "fedlora, 16 clients in a step", BATCHED)):
-        found = [measure(side, "learn", files, seed)["accuracy"] for seed in seeds]
-        each = " | ".join(f"{accuracy:.3f}" for accuracy in (*found, statistics.mean(found)))
+        found = [measure(side, "accuracy", files, seed)["accuracy"] for seed in seeds]
+        each = " | ".join(f"{one:.3f}" for one in (*found, statistics.mean(found)))
         lines.append(f"| {side} | {each} |")
     return [*lines, ""]
 
 
 def scale(files: list[str]) -> list[str]:
-    lines = ["| 100 clients a round, chosen from | seconds a round | start-up, imports included | peak memory |"]
+    lines = ["| 100 clients per round, chosen from | seconds per round | start-up, imports included | peak memory |"]
     lines += ["|---|---|---|---|"]
     for work in ("100 clients", "10,000 clients"):
         found = measure(measured(("fedlora, 16 clients in a step", BATCHED))[-1], work, files)
@@ -302,7 +306,7 @@ def scale(files: list[str]) -> list[str]:
 
 
 def processor() -> str:
-    """What the numbers depend on most."""
+    """Threads and instruction set, on which the numbers depend most."""
     import torch
 
     return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
@@ -314,10 +318,10 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--parts", nargs="+", choices=["W1", "W2", "learn", "scale"], default=["W1", "W2", "learn", "scale"]
+        "--parts", nargs="+", choices=["W1", "W2", "accuracy", "scale"], default=["W1", "W2", "accuracy", "scale"]
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of learn")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME=PYTHON", help=f"out of {', '.join(PEERS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the part accuracy")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME=PYTHON", help=f"available: {', '.join(PEERS)}")
     parser.add_argument("--write", type=Path, help="write the tables to this file")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -332,14 +336,20 @@ def main() -> None:
     parts = {
         "W1": lambda: speed("W1", files, given.repeats, pythons),
         "W2": lambda: speed("W2", files, given.repeats, pythons),
-        "learn": lambda: learn(files, given.seeds),
+        "accuracy": lambda: accuracy(files, given.seeds),
         "scale": lambda: scale(files),
     }
     lines = [line for part in given.parts for line in parts[part]()]
-    text = "\n".join([f"Made by `benchmarks/simulator.py`, {given.repeats} turns, {processor()}.", "", *lines])
+    text = "\n".join(
+        [
+            f"Made by `benchmarks/simulator.py`, {given.repeats} repetition{'s' * (given.repeats != 1)}, {processor()}.",
+            "",
+            *lines,
+        ]
+    )
     print(text)
     if given.write:
-        given.write.write_text(f"# The simulator against loops by hand\n\n{text}\n", encoding="utf-8")
+        given.write.write_text(f"# The simulator compared with hand-written loops\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
