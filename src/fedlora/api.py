@@ -12,9 +12,10 @@ from fedlora.data.memory import MEMORY
 from fedlora.errors import UserError
 from fedlora.exporting.write import unfit
 from fedlora.federated_data import FederatedData
-from fedlora.lifecycle import finish, require_same, rounds
+from fedlora.lifecycle import begin, finish, require_same, rounds
 from fedlora.models import model_copy
 from fedlora.models.fingerprint import fingerprint
+from fedlora.printable import listed
 from fedlora.report.terminal import shown
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.progress import Progress
@@ -118,7 +119,8 @@ def export(
         adapters = session.adapters(run_state, folder, done)
         if client is not None:
             if client not in adapters:
-                raise UserError(f"{client!r}: no client with this name has an adapter; available: {_some(adapters)}")
+                names = [name or "the global adapter (without --client)" for name in adapters]
+                raise UserError(f"{client!r}: no client with this name has an adapter; available: {listed(names, 5)}")
             adapters = {"": adapters[client]}
         if to == "merged" and len(adapters) > 1:
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
@@ -134,15 +136,10 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memor
     federated_data = FederatedData.make(experiment, in_memory)
     require_same(folder, experiment, federated_data)
     session = Session.make(experiment, federated_data).on_all_devices()
-    run_state = rounds(session, folder, progress, session.simulation(folder))
+    run_state = rounds(session, folder, progress, session.simulation(folder), begin(session, folder))
     adapters = session.adapters(run_state, folder, experiment.rounds)
     reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
     able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
     written = finish(session, able, folder)
     return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    first = [name or "the global adapter (without --client)" for name in list(names)[:5]]
-    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,12 +33,27 @@ def require_same(folder: RunFolder, experiment: Experiment, federated_data: Fede
         manifest.require_model(experiment.model, fingerprint(experiment.model))
 
 
-def begin(session: Session, folder: RunFolder) -> Manifest:
-    """Returns the manifest of the run; for a new run, writes it and the state before the first round.
+@dataclass(frozen=True)
+class Start:
+    """Start of the remaining rounds: the run's manifest, its complete rounds, and the server's state after them."""
+
+    manifest: Manifest
+    done: int
+    run_state: RunState
+
+
+def begin(session: Session, folder: RunFolder) -> Start:
+    """Restores the run from its folder; for a new run, first writes the manifest and the state before the first round.
 
     Raises:
-        UserError: the run is not new, and its model is adapted in different modules.
+        UserError: a file is missing or damaged, or the run's model was adapted in different modules.
     """
+    manifest = _manifest(session, folder)
+    done, run_state = folder.restore()
+    return Start(manifest, done, run_state)
+
+
+def _manifest(session: Session, folder: RunFolder) -> Manifest:
     experiment = session.experiment
     if (manifest := Manifest.find(folder.path)) is not None:
         manifest.require_modules(session.places)
@@ -62,19 +78,16 @@ def begin(session: Session, folder: RunFolder) -> Manifest:
     return manifest
 
 
-def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend) -> RunState:
-    """Runs the remaining rounds of the folder on the backend; returns the server's state after the last.
+def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend, start: Start) -> RunState:
+    """Runs the rounds after `start` on the backend; returns the server's state after the last.
 
     Raises:
-        UserError: the folder cannot be read.
         RunStopped: the run cannot continue; all complete rounds are in the folder.
     """
     experiment = session.experiment
     for note in session.notes:
         progress.notify(note)
-    begin(session, folder)
-    run_state: RunState
-    done, run_state = folder.restore()
+    run_state = start.run_state
     method, spec = session.method, session.adapted.spec
     plan = Plan(
         method,
@@ -88,7 +101,7 @@ def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Bac
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))
-    for after, row in run_rounds(plan, backend, folder, run_state, done, progress):
+    for after, row in run_rounds(plan, backend, folder, run_state, start.done, progress):
         folder.commit(row["round"], after, row)
         run_state = after
     return run_state

@@ -1,6 +1,7 @@
-"""Escaping of untrusted text for printing: client ids, labels, column and file names, reasons."""
+"""Names and untrusted texts in messages: client ids, labels, column and file names, reasons."""
 
 import re
+from collections.abc import Sequence
 
 _UNPRINTABLE = re.compile(r"[^ -~]")
 _LONGEST = 40  # characters of a quoted name
@@ -21,6 +22,15 @@ def quoted(name: object) -> str:
     """Quotes, escapes and truncates to 40 characters an untrusted name from a file or a setting."""
     text = str(name)
     return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names and the number of the others, for a message.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _escape(character: str) -> str:

@@ -129,7 +129,7 @@ def test_a_hub_data_set_is_evaluated_on_its_test_split_or_else_its_validation_sp
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused_with_those_there_are(hub):
     hub["films", None] = DatasetDict({"train": Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})})
-    assert "no split 'tests'; there are: 'train'" in rejection_reason(source="films", test="tests")
+    assert "no split 'tests'; available: 'train'" in rejection_reason(source="films", test="tests")
 
 
 def test_an_unreachable_hub_is_one_line_with_the_way_out(monkeypatch):

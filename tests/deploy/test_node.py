@@ -33,7 +33,7 @@ from fedlora.deploy.wire import (
 from fedlora.deploy.wire import decode_message as unseal_for
 from fedlora.errors import RunStopped, UserError
 from fedlora.federated_data import FederatedData
-from fedlora.lifecycle import rounds
+from fedlora.lifecycle import begin, rounds
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.progress import NullProgress
@@ -108,9 +108,10 @@ def serve(what, folder, hand, server_session_id="1", count=4, said=None):
     lock = RunFolder(folder)
     try:
         session = Session.make(what, FederatedData.of_server(what))
-        remote = make_remote(what, session, hand, server_session_id, lock.restore()[0], said)
+        start = begin(session, lock)
+        remote = make_remote(what, session, hand, server_session_id, start.done, said)
         remote.gather(count, 0.5)
-        return rounds(session, lock, NullProgress(), remote)
+        return rounds(session, lock, NullProgress(), remote, start)
     finally:
         lock.release()
 

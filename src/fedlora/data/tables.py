@@ -17,7 +17,7 @@ from fedlora.config.hints import closest
 from fedlora.data import files, stdlib_docs
 from fedlora.data.labels import given_labels
 from fedlora.errors import UserError
-from fedlora.printable import quoted
+from fedlora.printable import listed, quoted
 
 STDLIB_DOCS = "stdlib-docs"
 _SHOWN = 10  # columns in a message
@@ -54,10 +54,8 @@ def choices(word: str, allowed: Iterable[str]) -> str:
     """The end of a message about an unknown word: the closest valid word, and the valid words, which are untrusted text."""
     names = list(allowed)
     near = closest(word, names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (
-        f"; did you mean {quoted(near)}?" if near else ";"
-    ) + f" there are: {', '.join(map(quoted, names[:_SHOWN]))}{more}"
+    hint = f"; did you mean {quoted(near)}?" if near else ";"
+    return f"{hint} available: {listed(list(map(quoted, names)), _SHOWN)}"
 
 
 def _stdlib_docs() -> Table:

@@ -11,7 +11,7 @@ from fedlora.deploy.scores import ScoreCheck
 from fedlora.deploy.wire import PROTOCOL, Handshake
 from fedlora.errors import RunStopped, UserError
 from fedlora.federated_data import FederatedData
-from fedlora.lifecycle import begin, finish, require_same, rounds
+from fedlora.lifecycle import Start, begin, finish, require_same, rounds
 from fedlora.messages import Round
 from fedlora.rounds.loop import RunState, pending_base_updates
 from fedlora.runs.folder import RunFolder
@@ -43,9 +43,10 @@ def serve(path: Path, transport: Transport) -> None:
             federated_data = FederatedData.of_server(experiment)
             require_same(folder, experiment, federated_data)
             session = Session.make(experiment, federated_data)
-            backend = remote(session, folder, transport, event_log)
+            start = begin(session, folder)
+            backend = remote(session, start, transport, event_log)
             backend.gather(experiment.clients.size or 1, experiment.deploy.wait)
-            run_state = rounds(session, folder, event_log, backend)
+            run_state = rounds(session, folder, event_log, backend, start)
             if experiment.method.row.personal:
                 _keep(session, folder, backend, run_state)
             else:
@@ -65,17 +66,17 @@ def serve(path: Path, transport: Transport) -> None:
     event_log.ended("done")
 
 
-def remote(session: Session, folder: RunFolder, transport: Transport, event_log: EventLog) -> FlowerBackend:
-    """Backend for the remaining rounds of the folder."""
+def remote(session: Session, start: Start, transport: Transport, event_log: EventLog) -> FlowerBackend:
+    """Backend for the rounds after `start`."""
     experiment = session.experiment
     handshake = Handshake(
         protocol=PROTOCOL,
         version=__version__,
-        run=begin(session, folder).id,
+        run=start.manifest.id,
         experiment=experiment.to_toml(),
         labels=list(session.federated_data.labelled_data.labels),
         server_session_id=uuid4().hex,
-        done=folder.restore()[0],
+        done=start.done,
     )
     admission = NodeAdmission(fingerprint(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
     scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)

@@ -9,6 +9,7 @@ import torch
 from fedlora.adapter import AdapterSpec, Tensors
 from fedlora.messages import ClientInfo, Features, LabelledFeatures, Reply, Round
 from fedlora.method import AnyMethod, SelectiveUpload
+from fedlora.printable import listed
 from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 
@@ -57,9 +58,9 @@ class UploadValidator:
     def _content(self, reply: Reply) -> str | None:
         expected = _layout(self.method, self.spec, reply.client, self.sent[reply.client], self.rnd)
         if missing := expected.keys() - reply.upload.keys():
-            return f"lacks {_some(missing)}"
+            return f"lacks {listed(sorted(missing), 1)}"
         if extra := reply.upload.keys() - expected.keys():
-            return f"sent unexpected {_some(extra)}"
+            return f"sent unexpected {listed(sorted(extra), 1)}"
         for name, tensor in reply.upload.items():
             if tensor.dtype != expected[name].dtype:
                 return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
@@ -112,11 +113,6 @@ def _layout(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tens
     except StopIteration as done:
         upload: Tensors = done.value[1]
         return upload
-
-
-def _some(names: set[str]) -> str:
-    first, *rest = sorted(names)
-    return first + (f" and {len(rest)} more" if rest else "")
 
 
 def _name(rnd: Round) -> str:

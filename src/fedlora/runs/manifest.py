@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
+from fedlora.printable import listed
 from fedlora.runs.folder import MANIFEST, read_manifest
 
 
@@ -142,11 +143,9 @@ def _of_labels(was: Sequence[str], now: Sequence[str]) -> str:
     if len(gone) == len(come) == 1:
         return f"label {gone[0]!r} of the run is now {come[0]!r}"
     if gone or come:
-        parts = [f"{word} {_some(names)}" for word, names in (("without", gone), ("with", come)) if names]
+        parts = [
+            f"{word} {listed(list(map(repr, names)), 3)}" for word, names in (("without", gone), ("with", come)) if names
+        ]
         return f"it has {len(was)} labels, there are now {len(now)}, {' and '.join(parts)}"
     moved = next((i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b), None)
     return "" if moved is None else f"label {was[moved]!r} was number {moved} and is now number {now.index(was[moved])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
