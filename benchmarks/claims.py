@@ -27,7 +27,7 @@ from fedlora.api import run
 from fedlora.config.experiment import Experiment, build
 from fedlora.federated_data import FederatedData
 from fedlora.models.loading import quiet
-from fedlora.runs.start import settled
+from fedlora.runs.start import resolve_settings
 from fedlora.tasks.classification import Classification
 
 CLIENTS = 30
@@ -125,7 +125,7 @@ class Session:
         """One run."""
         train, test = self.files
         own = one.table()
-        return settled(
+        return resolve_settings(
             build(
                 {
                     "data": {"source": train, "test": test, "rows": self.rows, "test_rows": self.test_rows},

@@ -82,7 +82,7 @@ def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> t
 
 def worked(log: str, evaluated: bool) -> list[float]:
     """A node's seconds for each round, its training and its evaluation."""
-    _, *seconds, _ = [float(found[2]) for found in SAID.findall(log)]  # without the hello and the end
+    _, *seconds, _ = [float(found[2]) for found in SAID.findall(log)]  # without the handshake and the end
     return [sum(some) for some in zip(seconds[::2], seconds[1::2], strict=True)] if evaluated else seconds
 
 

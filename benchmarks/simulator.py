@@ -93,10 +93,10 @@ def product(files: list[str], work: Work, seed: int, clients_per_step: int, prec
     """The package. `outside` is the part of a round's time that is not spent in training steps."""
     from fedlora.api import run
     from fedlora.federated_data import FederatedData
-    from fedlora.runs.start import settled
+    from fedlora.runs.start import resolve_settings
     from fedlora.train import local
 
-    setup = settled(experiment(files, work, seed, clients_per_step, precision))
+    setup = resolve_settings(experiment(files, work, seed, clients_per_step, precision))
     FederatedData.make(setup)
     ready, steps, train_together = time.perf_counter() - STARTED, 0.0, local.train_together
 

@@ -285,7 +285,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_that_command_finishes_the_
     assert said.strip() == f"interrupted; resume with: fedlora run --resume {path}"
 
     assert ended(fedlora, tmp_path / "said", "run", file, "--out", path) == 2
-    assert f"error: {path}: is not empty; go on with --resume {path}" in (tmp_path / "said").read_text()
+    assert f"error: {path}: is not empty; resume with --resume {path}" in (tmp_path / "said").read_text()
     assert ended(fedlora, tmp_path / "said", "run", "--resume", path) == 0
     assert "round 20/20" in (tmp_path / "said").read_text()
     assert ended(live, tmp_path / "whole", table) == 0

@@ -12,7 +12,7 @@ from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
-from fedlora.runs.start import settled
+from fedlora.runs.start import resolve_settings
 from fedlora.session import Session
 from fedlora.train import hardware
 
@@ -54,7 +54,7 @@ def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_
 def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):
     run(experiment(home, precision="auto"), tmp_path / "run")
     written = tomllib.loads((tmp_path / "run/experiment.toml").read_text())["train"]["precision"]
-    assert written == settled(experiment(home, precision="auto")).train.precision in ("fp32", "bf16")
+    assert written == resolve_settings(experiment(home, precision="auto")).train.precision in ("fp32", "bf16")
 
 
 @pytest.mark.parametrize(("packed", "order"), [(True, "random"), (False, "by-length")])

@@ -22,7 +22,7 @@ from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import DEPLOY, RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.runs.result import Result
-from fedlora.runs.start import extend, new_folder, opened, settled
+from fedlora.runs.start import extend, new_folder, opened, resolve_settings
 from fedlora.session import Session
 
 
@@ -50,7 +50,7 @@ def run(
         UserError: the experiment, the data, the model or the folder is invalid; nothing was trained.
         RunStopped: the run cannot continue; `resume` continues it after its last complete round.
     """
-    experiment = settled(experiment or Experiment())
+    experiment = resolve_settings(experiment or Experiment())
     if data is not None:
         source = experiment.data.model_copy(update={"source": MEMORY})
         experiment = experiment.model_copy(update={"data": source})

@@ -16,7 +16,7 @@ from fedlora.data.sources import LabelledData, load, load_own
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.rounds.sample import check_cohort
-from fedlora.runs.folder import client_folder
+from fedlora.runs.client_folder import client_folder
 from fedlora.runs.manifest import Client, DataFingerprint, Examples
 
 

@@ -23,7 +23,8 @@ from fedlora.models.targets import check_ranks, find_targets, head_modules, norm
 from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.rounds.loop import RunState
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.runs.folder import RunFolder, client_folder
+from fedlora.runs.client_folder import client_folder
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks.classification import Classification, Encoded, Task
 from fedlora.train import hardware
 from fedlora.train.batched import bytes_per_token

@@ -80,7 +80,7 @@ def test_an_out_folder_in_use_is_refused_and_stays_as_it_was(place, command, tmp
 
 
 def test_an_out_folder_that_cannot_be_made_is_refused(place, command):
-    assert_refused(command("run", place / "good.toml", "--out", place / "rows.jsonl" / "x"), "cannot be made", "--out")
+    assert_refused(command("run", place / "good.toml", "--out", place / "rows.jsonl" / "x"), "cannot be created", "--out")
 
 
 @pytest.mark.parametrize("name", ["model", "no-such", "rows.jsonl"])

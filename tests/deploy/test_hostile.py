@@ -15,7 +15,7 @@ from fedlora.deploy.wire import (
     ClientTask,
     Handshake,
     HandshakeReply,
-    Refused,
+    Rejected,
     RoundRecord,
     TaskRequest,
     decode_message,
@@ -93,7 +93,7 @@ HOSTILE = {
 def test_a_hostile_experiment_is_answered_with_a_code_and_its_reason_is_told_to_the_owner(home, tmp_path, name):
     owner = Owner(home, tmp_path / "node", overrides=[] if "model" in HOSTILE[name] else [f"model={home / 'bert'}"])
     result = owner.handshake(home, **HOSTILE[name])
-    assert isinstance(result, Refused) and result.failure.reason in Reason
+    assert isinstance(result, Rejected) and result.failure.reason in Reason
     assert silent(owner.raw)
     assert owner.told and len(owner.told[-1]) > len(result.failure.reason.value)
 
@@ -107,7 +107,7 @@ def test_columns_that_the_server_names_are_not_read(home, tmp_path):
 def test_columns_are_those_that_the_node_names(home, tmp_path):
     owner = Owner(home, tmp_path / "node", overrides=[f"model={home / 'bert'}", "data.text=no such column"])
     result = owner.handshake(home)
-    assert isinstance(result, Refused) and result.failure.reason is Reason.DATA and silent(owner.raw)
+    assert isinstance(result, Rejected) and result.failure.reason is Reason.DATA and silent(owner.raw)
     assert "no such column" in owner.told[-1] and "diagnosis" in owner.told[-1]
 
 
@@ -115,7 +115,7 @@ def test_a_file_that_only_the_server_names_is_not_read_by_a_node_without_a_file(
     source = {"data": {"source": str(home / "clinic.jsonl")}, "clients": {"count": 1, "partition": "iid"}}
     owner = Owner(home, tmp_path / "node", data=None)
     result = owner.handshake(home, **source)
-    assert isinstance(result, Refused) and result.failure.reason is Reason.EXPERIMENT and silent(owner.raw)
+    assert isinstance(result, Rejected) and result.failure.reason is Reason.EXPERIMENT and silent(owner.raw)
     assert "--set data.source=" in owner.told[-1]
 
 
@@ -130,12 +130,18 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
         "garbage": ({}, client, [os.urandom(200)]),
         "for another client": ({}, stranger, [encode({})]),
         "without payloads": ({}, client, []),
-        "base updates": ({"held": [3, 4]}, client, [encode({})]),
+        "base updates": ({"expected_base_updates": [3, 4]}, client, [encode({})]),
     }
     change, client, payloads = request[name]
-    table = {"kind": "train", "run": "r", "round_record": RoundRecord(index=0, seed=0, attempt=0), "held": [], **change}
+    table = {
+        "kind": "train",
+        "run": "r",
+        "round_record": RoundRecord(index=0, seed=0, attempt=0),
+        "expected_base_updates": [],
+        **change,
+    }
     result = owner.ask(TaskRequest(**table, tasks=[ClientTask(client=client, download=0)]), payloads)
-    failure = result.failure if isinstance(result, Refused) else result.results[0].failure
+    failure = result.failure if isinstance(result, Rejected) else result.results[0].failure
     assert failure is not None and silent(owner.raw)
     assert name != "base updates" or (failure.reason is Reason.BASE_UPDATES and failure.count == 2)
 
@@ -144,5 +150,5 @@ def test_a_hostile_order_is_answered_with_a_code(home, tmp_path, name):
 def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message):
     owner = Owner(home, tmp_path / "node")
     result = decode_message(owner.node.reply(message), 1)[0]
-    assert isinstance(result, Refused) and result.failure.reason is Reason.MESSAGE
+    assert isinstance(result, Rejected) and result.failure.reason is Reason.MESSAGE
     assert len(owner.told) == 1

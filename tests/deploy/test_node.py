@@ -14,7 +14,7 @@ from fedlora.deploy import server, wire
 from fedlora.deploy.admission import NodeAdmission
 from fedlora.deploy.backend import FlowerBackend
 from fedlora.deploy.credential import Credential
-from fedlora.deploy.node import Node, fingerprint
+from fedlora.deploy.node import Node
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.scores import ScoreCheck
 from fedlora.deploy.settings import Settings
@@ -26,14 +26,15 @@ from fedlora.deploy.wire import (
     Failure,
     Handshake,
     HandshakeReply,
-    Refused,
+    Rejected,
     TaskRequest,
     encode_message,
 )
-from fedlora.deploy.wire import decode_message as unseal_for
+from fedlora.deploy.wire import decode_message as decode_for
 from fedlora.errors import RunStopped, UserError
 from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import begin, rounds
+from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.finite import NOT_FINITE
 from fedlora.rounds.progress import NullProgress
@@ -48,7 +49,7 @@ from wired import CLIENTS, assert_same_runs, furnish, known, problem, rows_of
 
 
 def decode_message(message):
-    return unseal_for(message, 100)
+    return decode_for(message, 100)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def experiment(home, method="fedit", *overrides, **more):
 
 @dataclass
 class Hand:
-    """A post that carries messages by hand; `spoil` may change an answer, and nodes may be unplugged."""
+    """A transport within the process; `spoil` may change a reply, and nodes may be disconnected."""
 
     nodes_by_number: dict[int, Node]
     spoil: object = None
@@ -77,21 +78,21 @@ class Hand:
     def credential(self, node: int) -> Credential | None:
         return None if self.credentials is None else self.credentials[node]
 
-    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        tickets = {}
-        for at, letter in letters.items():
-            ticket = f"{len(self.carried)}"
-            result = self.nodes_by_number[at].reply(letter)
-            self.carried.append((at, letter, result))
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        message_ids = {}
+        for flower_id, message in messages.items():
+            message_id = f"{len(self.carried)}"
+            result = self.nodes_by_number[flower_id].reply(message)
+            self.carried.append((flower_id, message, result))
             if self.spoil is not None:
-                result = self.spoil(at, letter, result)
+                result = self.spoil(flower_id, message, result)
             if result is not None:
-                self.results[ticket] = result
-            tickets[ticket] = at
-        return tickets
+                self.results[message_id] = result
+            message_ids[message_id] = flower_id
+        return message_ids
 
-    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
-        return {ticket: self.results.pop(ticket) for ticket in list(tickets) if ticket in self.results}
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
+        return {message_id: self.results.pop(message_id) for message_id in list(message_ids) if message_id in self.results}
 
 
 def make_nodes(what, folder, groups=(CLIENTS[:2], CLIENTS[2:])):
@@ -103,14 +104,14 @@ def make_nodes(what, folder, groups=(CLIENTS[:2], CLIENTS[2:])):
 
 
 def serve(what, folder, hand, server_session_id="1", count=4, said=None):
-    """The run over the post, taken up where its folder says."""
+    """Runs the remaining rounds of the folder over the transport."""
     folder.mkdir(exist_ok=True)
     lock = RunFolder(folder)
     try:
         session = Session.make(what, FederatedData.of_server(what))
         start = begin(session, lock)
         remote = make_remote(what, session, hand, server_session_id, start.done, said)
-        remote.gather(count, 0.5)
+        remote.wait_for_clients(count, 0.5)
         return rounds(session, lock, NullProgress(), remote, start)
     finally:
         lock.release()
@@ -127,10 +128,12 @@ def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
         done=done,
     )
     row = what.method.row
-    door = NodeAdmission(fingerprint(session.adapted.model), what.method.rank, row.mixed_ranks)
-    tell = [] if said is None else said
+    admission = NodeAdmission(weights_digest(session.adapted.model), what.method.rank, row.mixed_ranks)
+    lines = [] if said is None else said
     check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
-    return FlowerBackend(hand, handshake, door, session.trainer, check, what.deploy.deadline, what.deploy.poll, tell.append)
+    return FlowerBackend(
+        hand, handshake, admission, session.trainer, check, what.deploy.deadline, what.deploy.poll, lines.append
+    )
 
 
 @pytest.mark.parametrize("method", fast(["fedit", "fedsa-lora", "flora", "ce-lora"], "flora"))
@@ -178,11 +181,11 @@ def test_a_node_trains_and_evaluates_its_clients_in_one_step(home, tmp_path, mon
     assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
 
 
-def counted(function, sizes, at):
+def counted(function, sizes, place):
     """The function, which notes how many there are in its argument at this place."""
 
     def noting(*arguments):
-        sizes.append(len(arguments[at]))
+        sizes.append(len(arguments[place]))
         return function(*arguments)
 
     return noting
@@ -244,10 +247,10 @@ def test_a_run_taken_up_again_after_its_server_died_before_a_commit_is_bit_for_b
 
 
 class Late(Hand):
-    """A post that brings no score before the next round's work has been sent."""
+    """A transport that brings no score before the next round's work has been sent."""
 
-    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
-        requests = {str(i): decode_message(letter)[0] for i, (_, letter, _) in enumerate(self.carried)}
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
+        requests = {str(i): decode_message(message)[0] for i, (_, message, _) in enumerate(self.carried)}
         worked = {
             request.round_record.index
             for request in requests.values()
@@ -255,11 +258,11 @@ class Late(Hand):
         }
         early = {
             t
-            for t in tickets
+            for t in message_ids
             if isinstance(o := requests[t], TaskRequest) and o.kind == "evaluate" and o.round_record.index not in worked
         }
         last = max(worked, default=0) == 2
-        return super().collect(tickets if last else [t for t in tickets if t not in early])
+        return super().collect(message_ids if last else [t for t in message_ids if t not in early])
 
 
 @pytest.mark.slow
@@ -272,19 +275,21 @@ def test_the_next_rounds_work_is_on_its_way_before_the_scores_are_in(home, tmp_p
 
 @dataclass
 class Leaky(Hand):
-    """A post that loses the messages of one kind to one node in one round."""
+    """A transport that loses the messages of one kind to one node in one round."""
 
     lost: tuple[int, str, int] = (0, "", 0)
 
-    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        headers = {at: decode_message(letter)[0] for at, letter in letters.items()}
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        headers = {flower_id: decode_message(message)[0] for flower_id, message in messages.items()}
         gone = {
-            at
-            for at, o in headers.items()
-            if isinstance(o, TaskRequest) and (at, o.kind, o.round_record.index) == self.lost
+            flower_id
+            for flower_id, o in headers.items()
+            if isinstance(o, TaskRequest) and (flower_id, o.kind, o.round_record.index) == self.lost
         }
-        tickets = super().send({at: letter for at, letter in letters.items() if at not in gone}, seconds)
-        return tickets | {f"lost {at}": at for at in gone}
+        message_ids = super().send(
+            {flower_id: message for flower_id, message in messages.items() if flower_id not in gone}, seconds
+        )
+        return message_ids | {f"lost {flower_id}": flower_id for flower_id in gone}
 
 
 @pytest.mark.slow
@@ -304,8 +309,8 @@ def test_a_node_whose_folder_was_lost_is_sent_every_base_update_again(home, tmp_
     what = experiment(home, "flora", rounds=4)
     nodes = make_nodes(what, tmp_path, (CLIENTS,))
 
-    def loses(at, letter, result):
-        header, _ = decode_message(letter)
+    def loses(flower_id, message, result):
+        header, _ = decode_message(message)
         if (
             isinstance(header, TaskRequest)
             and header.kind == "train"
@@ -369,16 +374,16 @@ BAD = {
     ),
     "cut": (lambda header, payloads: encode_message(header, payloads)[:-3], "damaged"),
     "replay": (of_another_round, "replies to round 8"),
-    "another's name": (of_another_client, "does not mention it"),
+    "another's name": (of_another_client, "missing in its node's reply"),
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),
     "rejected": (
-        lambda header, payloads: encode_message(Refused(failure=Failure(reason=Reason.DATA))),
+        lambda header, payloads: encode_message(Rejected(failure=Failure(reason=Reason.DATA))),
         "data cannot be used",
     ),
-    "a strange kind": (lambda header, payloads: encode_message(Batch()), "answers 'bundle'"),
+    "a strange kind": (lambda header, payloads: encode_message(Batch()), "replied with 'batch'"),
     "Flower's error": (lambda header, payloads: "Flower says: gone", "gone"),
-    "silence": (lambda header, payloads: None, "no answer within"),
+    "silence": (lambda header, payloads: None, "no reply within"),
 }
 
 
@@ -386,9 +391,9 @@ BAD = {
 def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     bad, reason = BAD[name]
 
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, payloads = decode_message(result)
-        return bad(header, payloads) if at == 1 and isinstance(header, Done) and payloads else result
+        return bad(header, payloads) if flower_id == 1 and isinstance(header, Done) and payloads else result
 
     what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
@@ -410,9 +415,9 @@ BAD_SCORES = {
 def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     change, reason = BAD_SCORES[name]
 
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, payloads = decode_message(result)
-        if at != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].metrics:
             return result
         results = [result.model_copy(update=change) for result in header.results]
         return encode_message(header.model_copy(update={"results": results}), payloads)
@@ -424,9 +429,9 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
 
 
 def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, _ = decode_message(result)
-        if at != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].metrics:
             return result
         frame = wire._Frame(header=header, sizes=[]).model_dump_json().encode()
         number = f'"examples":{header.results[0].examples}'.encode()
@@ -445,30 +450,30 @@ def test_a_key_speaks_only_for_the_clients_that_it_was_made_for(home, tmp_path):
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS[:2], CLIENTS[2:])))
     hand.credentials = {1: Credential("a", frozenset(CLIENTS[:2])), 2: Credential("b", frozenset({"002"}))}
-    with pytest.raises(RunStopped, match="of 4 clients, 000, 001 came"):
+    with pytest.raises(RunStopped, match=r"expected 4 clients .* connected: 000, 001; "):
         serve(what, tmp_path / "run", hand, said=said)
-    assert len(said) == 1 and said[0].startswith("node 2 refused")
+    assert len(said) == 1 and said[0].startswith("node 2 rejected")
     hand.credentials[2] = Credential("b", frozenset(CLIENTS[1:]))
     serve(what, tmp_path / "again", hand, server_session_id="2")
 
 
 def test_a_thousand_clients_of_one_key_are_not_accepted(home, tmp_path):
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, _ = decode_message(result)
         many = [ClientRecord(id=f"{i}", rank=2, examples=9) for i in range(1000)]
         return encode_message(header.model_copy(update={"clients": many})) if isinstance(header, HandshakeReply) else result
 
     what, said = experiment(home), []
     hand = Hand(make_nodes(what, tmp_path, (CLIENTS,)), spoil, credentials={1: Credential("a", frozenset(CLIENTS))})
-    with pytest.raises(RunStopped, match="none came"):
+    with pytest.raises(RunStopped, match="connected: none"):
         serve(what, tmp_path / "run", hand, said=said)
     assert "1000 entries, expected at most 4" in said[0]
 
 
 def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it_gives(home, tmp_path):
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, _ = decode_message(result)
-        same = {"node": "same", "clients": [ClientRecord(id=CLIENTS[2 * at - 2], rank=2, examples=9)]}
+        same = {"node": "same", "clients": [ClientRecord(id=CLIENTS[2 * flower_id - 2], rank=2, examples=9)]}
         return encode_message(header.model_copy(update=same)) if isinstance(header, HandshakeReply) else result
 
     what = experiment(home)
@@ -476,7 +481,7 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
     hand.credentials = {1: Credential("a", frozenset({"000"})), 2: Credential("b", frozenset({"002"}))}
     session = Session.make(what, FederatedData.of_server(what))
     remote = make_remote(what, session, hand)
-    remote.gather(2, 0.5)
+    remote.wait_for_clients(2, 0.5)
     assert [client.id for client in remote.clients()] == ["000", "002"]
 
 
@@ -486,15 +491,17 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
         ({"version": "0"}, "has fedlora 0"),
         ({"base": "f" * 64}, "another base model"),
         ({"clients": [ClientRecord(id="000", rank=5, examples=3)]}, "has rank 5"),
-        ({"clients": [ClientRecord(id="002", rank=2, examples=3)]}, "already there"),
-        ({"clients": [ClientRecord(id="000", rank=2, examples=3)] * 2}, "two clients of one name"),
+        ({"clients": [ClientRecord(id="002", rank=2, examples=3)]}, "already registered"),
+        ({"clients": [ClientRecord(id="000", rank=2, examples=3)] * 2}, "two clients with the same name"),
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_with_its_reason(home, tmp_path, change, reason):
-    def spoil(at, letter, result):
+    def spoil(flower_id, message, result):
         header, _ = decode_message(result)
         return (
-            encode_message(header.model_copy(update=change)) if at == 2 and isinstance(header, HandshakeReply) else result
+            encode_message(header.model_copy(update=change))
+            if flower_id == 2 and isinstance(header, HandshakeReply)
+            else result
         )
 
     said = []
@@ -524,8 +531,8 @@ def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
     serve(what, tmp_path / "run", hand)
     carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_eval": [0, 0]}
-    for _, letter, result in hand.carried:
-        header, payloads = decode_message(letter)
+    for _, message, result in hand.carried:
+        header, payloads = decode_message(message)
         if isinstance(header, TaskRequest) and header.kind == "train":
             carried["bytes_down"][header.round_record.index] += sum(map(len, payloads))
             carried["bytes_up"][header.round_record.index] += sum(map(len, decode_message(result)[1]))

@@ -13,36 +13,36 @@ from fedlora.deploy.wire import (
     ClientTask,
     Done,
     Failure,
-    Refused,
+    Rejected,
     RoundRecord,
     TaskRequest,
     encode_message,
 )
-from fedlora.deploy.wire import decode_message as unseal_for
+from fedlora.deploy.wire import decode_message as decode_for
 from fedlora.messages import ClientInfo
 
-WHEN = RoundRecord(index=3, seed=1, attempt=0)
-ORDER = TaskRequest(
+ROUND = RoundRecord(index=3, seed=1, attempt=0)
+REQUEST = TaskRequest(
     kind="train",
     run="r",
-    round_record=WHEN,
-    held=[0, 2],
+    round_record=ROUND,
+    expected_base_updates=[0, 2],
     tasks=[ClientTask(client=ClientRecord(id="a/é", rank=2, examples=7), download=0, base_updates=1)],
 )
 PAYLOADS = [b"", b"\x00" * 5, random.Random(0).randbytes(3000)]
 
 
 def decode_message(message):
-    return unseal_for(message, 100)
+    return decode_for(message, 100)
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        ORDER,
+        REQUEST,
         Batch(),
-        Refused(failure=Failure(reason=Reason.DATA, count=3)),
-        Done(round_record=WHEN, base_updates=[], results=[ClientResult(id="a")]),
+        Rejected(failure=Failure(reason=Reason.DATA, count=3)),
+        Done(round_record=ROUND, base_updates=[], results=[ClientResult(id="a")]),
     ],
 )
 def test_what_is_sealed_is_unsealed(header):
@@ -56,7 +56,7 @@ def test_the_name_of_a_clients_task_stays_at_home_and_the_client_is_the_same():
 
 def test_a_loss_that_is_no_number_arrives_as_it_is():
     done = Done(
-        round_record=WHEN,
+        round_record=ROUND,
         base_updates=[],
         results=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})],
     )
@@ -65,7 +65,7 @@ def test_a_loss_that_is_no_number_arrives_as_it_is():
 
 
 def test_any_damage_gives_one_clear_error():
-    rng, message = random.Random(0), encode_message(ORDER, PAYLOADS)
+    rng, message = random.Random(0), encode_message(REQUEST, PAYLOADS)
     for _ in range(3000):
         bad = bytearray(message)
         match rng.randrange(5):
@@ -98,9 +98,9 @@ def forged(frame, payloads=b""):
         b"{}",
         b"[" * 100_000,
         b'{"header": {"kind": "other"}, "sizes": []}',
-        b'{"header": {"kind": "bundle"}, "sizes": [-1]}',
-        b'{"header": {"kind": "bundle"}, "sizes": [9999999999999999999999]}',
-        b'{"header": {"kind": "bundle", "more": 1}, "sizes": []}',
+        b'{"header": {"kind": "batch"}, "sizes": [-1]}',
+        b'{"header": {"kind": "batch"}, "sizes": [9999999999999999999999]}',
+        b'{"header": {"kind": "batch", "more": 1}, "sizes": []}',
         b'{"header": {"kind": "rejected", "failure": {"reason": 1}}, "sizes": []}',
         b"\xff\xfe",
     ],
@@ -128,16 +128,16 @@ def test_more_answers_than_clients_cost_memory_in_proportion_to_the_message(coun
     message = many_answers(count)
     tracemalloc.start()
     with pytest.raises(ValueError, match="a message whose header") as error:
-        unseal_for(message, 1)
+        decode_for(message, 1)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50 * 2**20 and len(str(error.value)) < 200
 
 
 def test_a_message_may_speak_of_as_many_clients_as_are_expected():
-    assert len(unseal_for(many_answers(3), 3)[0].results) == 3
+    assert len(decode_for(many_answers(3), 3)[0].results) == 3
     with pytest.raises(ValueError, match="3 entries, expected at most 2"):
-        unseal_for(many_answers(3), 2)
+        decode_for(many_answers(3), 2)
 
 
 def test_a_header_said_to_be_larger_than_the_message_is_not_believed():
@@ -147,9 +147,9 @@ def test_a_header_said_to_be_larger_than_the_message_is_not_believed():
 
 
 def test_a_message_above_the_limit_is_neither_sealed_nor_unsealed(monkeypatch):
-    message = encode_message(ORDER, PAYLOADS)
-    monkeypatch.setattr(wire, "MOST_BYTES", len(message) - 1)
-    for rejected in (lambda: encode_message(ORDER, PAYLOADS), lambda: decode_message(message)):
+    message = encode_message(REQUEST, PAYLOADS)
+    monkeypatch.setattr(wire, "MAX_BYTES", len(message) - 1)
+    for rejected in (lambda: encode_message(REQUEST, PAYLOADS), lambda: decode_message(message)):
         with pytest.raises(ValueError, match="too large"):
             rejected()
 

@@ -13,7 +13,7 @@ from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
-from fedlora.deploy.processes import CONNECTION, Process, connection, flwr, free_port, wait_until_ready
+from fedlora.deploy.processes import CONNECTION, Process, flwr, free_port, wait_until_ready, write_connection
 from fedlora.deploy.settings import Settings
 
 from lives import alive_in, command_of, event_log, fedlora, rows_in, table, until
@@ -59,7 +59,7 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
         by_hand.mkdir()
         (by_hand / "experiment.toml").write_text(file.read_text())
         (tmp_path / "settings.toml").write_text(tomli_w.dumps({"folder": str(by_hand)}))
-        connection(tmp_path / "operator", address, None)
+        write_connection(tmp_path / "operator", address, None)
         flwr(tmp_path / "operator", "run", str(APP), CONNECTION, "--run-config", str(tmp_path / "settings.toml"))
         _, err = third.communicate(timeout=400)
         assert third.returncode == 0, err

@@ -85,16 +85,16 @@ def test_only_nodes_whose_keys_the_server_has_get_in_and_the_others_owners_are_t
         skewed = ["python", "-c", SKEWED, str(tmp_path / "skewed"), str(address), str(key), str(keys.ca)]
         late = Process(skewed, tmp_path / "skewed", tmp_path / "skewed.log")
         stack.callback(late.stop)
-        assert refused_without_key(address, keys.ca)
+        assert rejected_without_key(address, keys.ca)
         assert said(early, "waiting for the server") and said(early, "connected to")
         assert said(borrower, "connected to")
-        assert said(stranger, "rejected because it does not know this node's key")
-        assert said(elsewhere, "its certificate is not accepted: unable to get local issuer certificate")
+        assert said(stranger, "rejected because this node's key is not registered there")
+        assert said(elsewhere, "its certificate is not valid: unable to get local issuer certificate")
         assert said(late, "this machine's clock is 360")  # the server tells whole seconds, and is asked a little later
         assert re.search(r"clock is 360[0-9] s ahead of the server's", late.log.read_text())
         server.run(path, NullProgress(), print)
         assert rows_of(path)[0]["accepted"] == ["000"]
-        assert said(borrower, "rejected: its key 'other' was not made for client '000'")
+        assert said(borrower, "rejected: its key 'other' is not for client '000'")
         assert said(early, "round 1 of 1: training") and said(early, "finished")
         assert "connected to" not in elsewhere.log.read_text() + stranger.log.read_text() + late.log.read_text()
         server.stop()
@@ -102,10 +102,10 @@ def test_only_nodes_whose_keys_the_server_has_get_in_and_the_others_owners_are_t
         (tmp_path / "keys" / "nodes" / "good.pub").unlink()
         again = SuperLink.start(tmp_path / "server", address, keys)
         stack.callback(again.stop)
-        assert said(node("revoked", key, keys.ca), "rejected because it does not know this node's key")
+        assert said(node("revoked", key, keys.ca), "rejected because this node's key is not registered there")
 
 
-def refused_without_key(address, ca):
+def rejected_without_key(address, ca):
     """Whether a node with a key that it has made itself is neither registered nor let in."""
     private, public = generate_key_pairs()
     made = public_key_to_bytes(public)

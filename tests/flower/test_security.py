@@ -16,7 +16,7 @@ from fedlora.deploy.address import Address
 from fedlora.deploy.guard import HEADER
 from fedlora.deploy.join import start_node
 from fedlora.deploy.keys import Keys
-from fedlora.deploy.processes import CONNECTION, connection, flwr, free_port
+from fedlora.deploy.processes import CONNECTION, flwr, free_port, write_connection
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.superlink_client import SuperLink
 from fedlora.errors import RunStopped
@@ -97,7 +97,7 @@ def test_an_app_from_elsewhere_is_not_run_by_a_node(place, tmp_path):
 
 def test_without_the_secret_nobody_on_the_servers_machine_starts_a_run_or_takes_a_task(place, tmp_path):
     _, address, _, _ = place
-    connection(tmp_path / "other", address, None)
+    write_connection(tmp_path / "other", address, None)
     with pytest.raises(RunStopped):
         flwr(tmp_path / "other", "run", str(APP), CONNECTION)
     for path in ("control/start-run", "control/register-node", "runtime/acquire-task", "runtime/pull-messages"):

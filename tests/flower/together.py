@@ -1,4 +1,4 @@
-"""A ServerApp that plays the runs of many folders in lockstep: all share the messages, which Flower carries slowly."""
+"""A ServerApp that executes the runs of many folders in lockstep: all share the messages, which Flower carries slowly."""
 
 import os
 import threading
@@ -9,8 +9,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora.deploy.grid_transport import GridTransport
 from fedlora.deploy.server import serve
-from fedlora.deploy.transport import GridTransport
 from fedlora.deploy.watchdog import end_with
 from fedlora.deploy.wire import Batch, decode_message, encode_message
 from fedlora.session import Session
@@ -19,10 +19,10 @@ app = ServerApp()
 
 
 class Together:
-    """A post for so many runs, each in a thread: what they send at the same time goes to a node as one message."""
+    """A transport for several runs, each in a thread: what they send at the same time goes to a node as one message."""
 
-    def __init__(self, post: GridTransport, runs: int) -> None:
-        self._transport, self._nodes = post, list(post.nodes())
+    def __init__(self, transport: GridTransport, runs: int) -> None:
+        self._transport, self._nodes = transport, list(transport.nodes())
         self._lock = threading.Condition()
         self._playing, self._arrived, self._flushed = runs, 0, 0
         self._waiting: list[tuple[int, bytes, float]] = []
@@ -36,17 +36,17 @@ class Together:
     def credential(self, node: int) -> None:
         """The federation has no keys."""
 
-    def send(self, letters: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        tickets = {}
+    def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
+        message_ids = {}
         with self._lock:
-            for node, letter in letters.items():
-                tickets[str(len(self._waiting) + self._count)] = node
-                self._waiting.append((node, letter, seconds))
+            for node, message in messages.items():
+                message_ids[str(len(self._waiting) + self._count)] = node
+                self._waiting.append((node, message, seconds))
             self._arrived += 1
             before = self._flushed
             self._flush_if_all()
             self._lock.wait_for(lambda: self._flushed > before)
-        return tickets
+        return message_ids
 
     def leave(self) -> None:
         """One run less, which has ended."""
@@ -62,33 +62,39 @@ class Together:
 
     def _flush(self) -> None:
         for node in self._nodes:
-            state = [(self._count + i, letter) for i, (at, letter, _) in enumerate(self._waiting) if at == node]
+            state = [
+                (self._count + i, message) for i, (flower_id, message, _) in enumerate(self._waiting) if flower_id == node
+            ]
             if not state:
                 continue
-            bundle = encode_message(Batch(), [letter for _, letter in state])
+            batch = encode_message(Batch(), [message for _, message in state])
             seconds = max(seconds for _, _, seconds in self._waiting)
-            for ticket in self._transport.send({node: bundle}, seconds):
-                self._sent[ticket] = (node, [i for i, _ in state])
+            for message_id in self._transport.send({node: batch}, seconds):
+                self._sent[message_id] = (node, [i for i, _ in state])
         self._count += len(self._waiting)
         self._waiting.clear()
 
-    def collect(self, tickets: Collection[str]) -> Mapping[str, bytes | str]:
+    def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
         with self._lock:
             due = self._sent and time.monotonic() - self._looked > 0.5
-            for ticket, bundle in (self._transport.collect(list(self._sent)) if due else {}).items():
-                _, numbers = self._sent.pop(ticket)
-                parts = [bundle] * len(numbers) if isinstance(bundle, str) else decode_message(bundle, 1)[1]
+            for message_id, batch in (self._transport.collect(list(self._sent)) if due else {}).items():
+                _, numbers = self._sent.pop(message_id)
+                parts = [batch] * len(numbers) if isinstance(batch, str) else decode_message(batch, 1)[1]
                 self._answers |= dict(zip(numbers, parts, strict=True))
             self._looked = time.monotonic() if due else self._looked
-            return {ticket: self._answers.pop(int(ticket)) for ticket in tickets if int(ticket) in self._answers}
+            return {
+                message_id: self._answers.pop(int(message_id))
+                for message_id in message_ids
+                if int(message_id) in self._answers
+            }
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     end_with(os.getppid())
     folders = sorted(path for path in Path(str(context.run_config["folder"])).iterdir() if path.is_dir())
-    post = GridTransport(grid)
-    while len(post.nodes()) < 4:
+    transport = GridTransport(grid)
+    while len(transport.nodes()) < 4:
         threading.Event().wait(0.5)
     one_at_a_time, make = threading.Lock(), Session.make
 
@@ -97,7 +103,7 @@ def main(grid: Grid, context: Context) -> None:
             return make(*arguments)
 
     Session.make = made
-    together = Together(post, len(folders))
+    together = Together(transport, len(folders))
 
     def played(path):
         try:

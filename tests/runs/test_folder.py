@@ -16,7 +16,8 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
 from fedlora.rounds.codec import encode_state
-from fedlora.runs.folder import RunFolder, client_folder
+from fedlora.runs.client_folder import client_folder
+from fedlora.runs.folder import RunFolder
 
 from forks import ended, pipe, started
 
@@ -101,7 +102,7 @@ def fill_the_disk(path, what, limit):
 
 def test_a_folder_that_was_used_before_is_refused(tmp_path):
     folder_with(tmp_path / "run", 1).release()
-    with pytest.raises(UserError, match=r"is not empty; go on with --resume .*run, or choose another"):
+    with pytest.raises(UserError, match=r"is not empty; resume with --resume .*run, or choose another"):
         RunFolder.create(tmp_path / "run")
 
 
@@ -117,7 +118,7 @@ def test_a_folder_that_is_not_there_or_cannot_be_made_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such run directory"):
         RunFolder(tmp_path / "nothing")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot be made"):
+        with pytest.raises(UserError, match="cannot be created"):
             RunFolder.create(path)
 
 
@@ -129,7 +130,7 @@ def test_a_folder_in_which_nothing_was_written_is_removed_and_can_be_made_again(
 
 def test_a_folder_in_use_is_refused_to_others_in_this_process_until_it_is_released(tmp_path):
     folder = folder_with(tmp_path / "run", 1)
-    with pytest.raises(UserError, match="another process is running"):
+    with pytest.raises(UserError, match="locked by another process"):
         RunFolder(tmp_path / "run")
     folder.release()
     RunFolder(tmp_path / "run").release()
@@ -140,7 +141,7 @@ def test_a_folder_in_use_by_another_process_is_refused_until_that_is_killed(tmp_
     receiving, sending = pipe()
     holder = started(hold, tmp_path / "run", sending)
     assert receiving.recv() == tmp_path / "run"
-    with pytest.raises(UserError, match="another process is running"):
+    with pytest.raises(UserError, match="locked by another process"):
         RunFolder(tmp_path / "run")
     holder.kill()
     holder.join()

@@ -23,7 +23,7 @@ class Address:
         """
         host, _, port = text.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"{text!r} is no address; expected HOST:PORT, for example server.example.org:9092")
+            raise UserError(f"{text!r} is not a valid address; expected HOST:PORT, for example server.example.org:9092")
         return cls(host.strip("[]"), int(port))
 
     @property
@@ -53,7 +53,9 @@ class Address:
             listening.listen(2048)
         except OSError as error:
             listening.close()
-            raise UserError(f"cannot listen on {self}: {error.strerror or error}; choose another with --listen") from None
+            raise UserError(
+                f"cannot listen on {self}: {error.strerror or error}; choose another address with --listen"
+            ) from None
         return listening
 
     def __str__(self) -> str:

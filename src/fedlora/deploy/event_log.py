@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import DEPLOY
 
-NAME = "journal.jsonl"
+NAME = "events.jsonl"
 
 
 class EventLog:
@@ -50,9 +50,9 @@ class EventLog:
 class Reader:
     """Reads the events written since the log was opened, and shows them."""
 
-    def __init__(self, run: Path, progress: Progress, say: Any) -> None:
-        self._file, self._watch, self._say = run / DEPLOY / NAME, progress, say
-        self._at = self._file.stat().st_size if self._file.exists() else 0
+    def __init__(self, run: Path, progress: Progress, notify: Callable[[str], None]) -> None:
+        self._file, self._progress, self._notify = run / DEPLOY / NAME, progress, notify
+        self._offset = self._file.stat().st_size if self._file.exists() else 0
         self.changed = time.monotonic()
         self._end: tuple[str, str] | None = None
 
@@ -62,13 +62,13 @@ class Reader:
             self.changed = time.monotonic()
             match line:
                 case {"notified": message}:
-                    self._say(message)
+                    self._notify(message)
                 case {"round": rnd, "chosen": chosen}:
-                    self._watch.round_started(Round(**rnd), [ClientInfo(**client) for client in chosen])
+                    self._progress.round_started(Round(**rnd), [ClientInfo(**client) for client in chosen])
                 case {"answered": client, "rejected": rejected}:
-                    self._watch.answered(ClientInfo(**client), rejected)
+                    self._progress.answered(ClientInfo(**client), rejected)
                 case {"row": row}:
-                    self._watch.round_ended(row)
+                    self._progress.round_ended(row)
                 case {"ended": how, "why": why}:
                     self._end = how, why
         return self._end
@@ -77,8 +77,8 @@ class Reader:
         if not self._file.exists():
             return
         with self._file.open("rb") as file:
-            file.seek(self._at)
+            file.seek(self._offset)
             for line in file:
                 if line.endswith(b"\n"):
-                    self._at += len(line)
+                    self._offset += len(line)
                     yield json.loads(line)

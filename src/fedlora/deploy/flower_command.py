@@ -36,9 +36,9 @@ def _hide_tokens() -> None:
     from flwr.supercore.superexec.executor import subprocess_executor
 
     def start(command: Sequence[str], **named: Any) -> "subprocess.Popen[bytes]":
-        at = command.index("--token")
-        without = [*command[:at], *command[at + 2 :]]
-        return subprocess.Popen(flower_command(*without), env={**os.environ, _TOKEN: command[at + 1]}, **named)
+        option = command.index("--token")
+        without = [*command[:option], *command[option + 2 :]]
+        return subprocess.Popen(flower_command(*without), env={**os.environ, _TOKEN: command[option + 1]}, **named)
 
     subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined,assignment]
 

@@ -5,13 +5,13 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 _RECORD, _ARRAY, _TYPE = "fedlora", "message", "fedlora.wire"
 
 
-def packed(content: bytes) -> RecordDict:
+def to_record(content: bytes) -> RecordDict:
     """Record with one array of bytes, which Flower splits into chunks if it is large."""
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: Array("uint8", (len(content),), _TYPE, content)})})
 
 
-def unpacked(message: Message) -> bytes:
-    """Inverse of `packed`.
+def from_record(message: Message) -> bytes:
+    """Inverse of `to_record`.
 
     Raises:
         ValueError: the message has any other content.

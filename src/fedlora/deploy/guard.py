@@ -18,7 +18,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 SECRET = "FEDLORA_SUPERLINK_SECRET"
 """Environment variable that holds the secret."""
 HEADER = "fedlora-secret"
-NODES_MAY = "/v1/fleet/"
+NODE_PATHS = "/v1/fleet/"
 
 
 class Guard:
@@ -29,19 +29,21 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and (_for_nodes(scope["path"]) or self._knows(scope))):
+        if scope["type"] == "lifespan" or (
+            scope["type"] == "http" and (_for_nodes(scope["path"]) or self._has_secret(scope))
+        ):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"only for the processes of this server\n"})
 
-    def _knows(self, scope: Scope) -> bool:
+    def _has_secret(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == HEADER.encode()]
         return len(given) == 1 and hmac.compare_digest(given[0], self._secret)
 
 
 def _for_nodes(path: str) -> bool:
-    return path.startswith(NODES_MAY) and ".." not in path
+    return path.startswith(NODE_PATHS) and ".." not in path
 
 
 def send_secret() -> None:

@@ -17,14 +17,14 @@ def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[s
     """
     given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
     if len(given) < 2 and (given or not server.loopback):
-        raise UserError(f"--server {server} needs --key (this node's, from fedlora keys) and --ca (the server's ca.crt)")
+        raise UserError(f"--server {server} requires --key (this node's, from fedlora keys) and --ca (the server's ca.crt)")
     for path in given.values():
         if not path.is_file():
             raise UserError(f"{path}: no such file")
     return given or None
 
 
-def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
+def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, notify: Printer) -> None:
     """Runs a SuperNode until it is interrupted; it reconnects after the server was unavailable.
 
     Raises:
@@ -33,12 +33,12 @@ def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, P
     from fedlora.deploy import supernode  # takes a second to import
 
     if settings.data is not None and len(settings.clients) != 1:
-        raise UserError("--data is one client's; give one --client, or start one node for each")
+        raise UserError("--data is the file of one client; pass one --client, or start one node for each client")
     if settings.data is not None and not Path(settings.data).is_file():
         raise UserError(f"{settings.data}: no such file")
     settings.write(folder)
-    say(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
-    supernode.run(folder, server, keys, say)
+    notify(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
+    supernode.run(folder, server, keys, notify)
 
 
 def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.deploy.credential import Credential
-from fedlora.deploy.processes import private
+from fedlora.deploy.processes import make_private
 from fedlora.errors import UserError
 
 _YEARS = 2
@@ -73,13 +73,13 @@ class Keys:
         needed = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
         for name in needed.values():
             if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder}: has no {name}; make it with: fedlora keys {self.folder} --host NAME")
+                raise UserError(f"{self.folder}: has no {name}; create it with: fedlora keys {self.folder} --host NAME")
         self._check_certificate(host)
         options = [word for option, name in needed.items() for word in (option, str((self.folder / name).resolve()))]
         return [*options, "--enable-supernode-auth"]
 
     def _check_certificate(self, host: str | None) -> None:
-        path, again = self.folder / "server.crt", f"make a new one with: fedlora keys {self.folder} --host NAME"
+        path, again = self.folder / "server.crt", f"create a new one with: fedlora keys {self.folder} --host NAME"
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())
             names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -93,7 +93,9 @@ class Keys:
         if not first <= now <= last:
             raise UserError(f"{path}: is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, today is {now:%Y-%m-%d}; {again}")
         if host is not None and _name(host) not in list(names):
-            raise UserError(f"{path}: is not for {host}, on which the server listens; {again}, one --host for each name")
+            raise UserError(
+                f"{path}: is not valid for {host}, on which the server listens; {again}, with one --host for each name"
+            )
 
     def make_server(self, hosts: Sequence[str]) -> None:
         """Creates a certificate for these names or addresses and the loopback, and an authority unless there is one.
@@ -102,7 +104,7 @@ class Keys:
             UserError: the folder cannot be written.
         """
         try:
-            private(self.folder)
+            make_private(self.folder)
             authority, certificate = self._authority()
             key = ec.generate_private_key(ec.SECP384R1())
             names = [_name(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"])]
@@ -129,17 +131,17 @@ class Keys:
         """
         clients = list(clients) or [name]
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise UserError(f"{name!r} is no name for a node; use letters, digits, '-', '_' and '.'")
+            raise UserError(f"{name!r} is not a valid node name; use letters, digits, '-', '_' and '.'")
         path = self.folder / "nodes" / f"{name}.key"
         if path.exists() or path.with_suffix(".pub").exists():
-            raise UserError(f"{path}: there is a key of that name already; revoke it by removing {name}.pub")
+            raise UserError(f"{path}: a key with this name already exists; revoke it by removing {name}.pub")
         if invalid := [client for client in clients if not client or len(client.splitlines()) != 1 or len(client) > 200]:
-            raise UserError(f"{invalid[0]!r} is no name for a client; use one line of at most 200 characters")
+            raise UserError(f"{invalid[0]!r} is not a valid client name; use one line of at most 200 characters")
         for other in self.nodes():
             if shared := sorted(self._clients(other.stem) & set(clients)):
-                raise UserError(f"client {shared[0]!r} belongs to node {other.stem!r} already; a client has one node")
+                raise UserError(f"client {shared[0]!r} already belongs to node {other.stem!r}; each client has one node")
         for folder in (self.folder, path.parent):
-            private(folder)
+            make_private(folder)
         _write(path.with_name(f"{name}.clients"), "".join(f"{client}\n" for client in clients).encode())
         key = ec.generate_private_key(ec.SECP384R1())
         public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)

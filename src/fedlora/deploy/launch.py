@@ -7,7 +7,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node
 from fedlora.deploy.keys import Keys
-from fedlora.deploy.processes import Printer, free_port, private
+from fedlora.deploy.processes import Printer, free_port, make_private
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.superlink_client import SuperLink
 from fedlora.errors import UserError
@@ -15,7 +15,7 @@ from fedlora.rounds.progress import Progress
 from fedlora.rounds.sample import check_cohort
 from fedlora.runs.folder import DEPLOY, RunFolder
 from fedlora.runs.result import Result
-from fedlora.runs.start import read_folder, record, settled
+from fedlora.runs.start import read_folder, record, resolve_settings
 
 
 def prepare(experiment: Experiment, path: Path) -> None:
@@ -25,19 +25,21 @@ def prepare(experiment: Experiment, path: Path) -> None:
         UserError: the folder cannot be used, or the experiment does not specify the number of clients.
     """
     if experiment.data.task is not None:
-        raise UserError("data.task is for one machine: over Flower an owner joins once for each task, with a file for each")
+        raise UserError(
+            "data.task is supported on one machine only; over Flower, start one node for each task, with its own file"
+        )
     if (count := experiment.clients.size) is None:
-        raise UserError("clients.count must say for how many clients the server waits")
+        raise UserError("clients.count is missing; set it to the number of clients for which the server waits")
     check_cohort(count, experiment.sampling.fraction, experiment.sampling.min_replies)
     folder = RunFolder.create(path)
-    private(path)
+    make_private(path)
     try:
-        record(folder, settled(experiment))
+        record(folder, resolve_settings(experiment))
     finally:
         folder.release()
 
 
-def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
+def local(path: Path, count: int, progress: Progress, notify: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink and at most `count` SuperNodes on this machine, without keys.
 
     A resumed run uses its existing nodes, which hold the clients' states.
@@ -49,17 +51,17 @@ def local(path: Path, count: int, progress: Progress, say: Printer) -> Result:
     from fedlora.federated_data import FederatedData  # takes a second to import
 
     experiment = read_folder(path)
-    members = [client.id for client in FederatedData.make(experiment).clients]
+    clients = [client.id for client in FederatedData.make(experiment).clients]
     home, address = path.resolve() / DEPLOY, Address("127.0.0.1", free_port())
-    count = len([*home.glob("node*")]) or min(count, len(members))
+    count = len([*home.glob("node*")]) or min(count, len(clients))
     with ExitStack() as stack:
         server = SuperLink.start(home, address, None)
         stack.callback(server.stop)
         for i in range(count):
             node = home / f"node{i}"
-            Settings.trusting(experiment, members[i::count]).write(node)
+            Settings.trusting(experiment, clients[i::count]).write(node)
             stack.callback(start_node(node, address, None).stop)
-        return server.run(path, progress, say)
+        return server.run(path, progress, notify)
 
 
 def needed(address: Address, folder: Path | None) -> Keys | None:
@@ -70,16 +72,18 @@ def needed(address: Address, folder: Path | None) -> Keys | None:
     """
     if folder is None:
         if not address.loopback:
-            raise UserError(f"--listen {address} can be reached from other machines and needs --keys (see fedlora keys)")
+            raise UserError(
+                f"--listen {address} is reachable from other machines, which requires --keys (see fedlora keys)"
+            )
         return None
     keys = Keys(folder)
     keys.superlink()
     if not keys.credentials():
-        raise UserError(f"{folder}: has no node's key, so nobody could connect; see fedlora keys")
+        raise UserError(f"{folder}: has no node keys, so no node could connect; create one with fedlora keys")
     return keys
 
 
-def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, say: Printer) -> Result:
+def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, notify: Printer) -> Result:
     """Runs the folder's experiment with a SuperLink on this address.
 
     Raises:
@@ -88,17 +92,17 @@ def serve(path: Path, address: Address, keys: Keys | None, progress: Progress, s
     """
     server = SuperLink.start(path.resolve() / DEPLOY, address, keys)
     try:
-        say(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
-        return server.run(path, progress, say)
+        notify(f"listening on {address}" + ("" if keys is None else f" for {len(keys.nodes())} nodes with keys"))
+        return server.run(path, progress, notify)
     finally:
         server.stop()
 
 
-def serve_on(path: Path, address: Address, ca: Path | None, progress: Progress, say: Printer) -> Result:
+def serve_on(path: Path, address: Address, ca: Path | None, progress: Progress, notify: Printer) -> Result:
     """Runs the folder's experiment on a SuperLink that already runs on this machine.
 
     Raises:
         UserError: the experiment or its data cannot be used.
         RunStopped: the run cannot continue, or no SuperLink is reachable.
     """
-    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, progress, say)
+    return SuperLink.running(path.resolve() / DEPLOY, address, ca).run(path, progress, notify)

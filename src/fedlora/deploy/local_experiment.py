@@ -22,22 +22,22 @@ def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Exp
     served = tomllib.loads(text)
     table: dict[str, Any] = {key: value for key, value in served.items() if key != "data"}
     origin = "the server's experiment"
-    state, theirs = build(table, overrides, origin), build(served, (), origin)
+    local, theirs = build(table, overrides, origin), build(served, (), origin)
     named = any(override.partition("=")[0].strip() == "model" for override in overrides)
-    if not named and not _from_elsewhere(state.model):
-        raise UserError(f"the server's model is the path {state.model!r}; allow a path with --set model=PATH")
-    if own_file and (state.data.text_pair is None) != (theirs.data.text_pair is None):
+    if not named and not _from_elsewhere(local.model):
+        raise UserError(f"the server's model is the path {local.model!r}; allow a path with --set model=PATH")
+    if own_file and (local.data.text_pair is None) != (theirs.data.text_pair is None):
         raise UserError(
             "the server's experiment reads pairs of texts; name the second column with --set data.text_pair=COLUMN"
-            if state.data.text_pair is None
-            else "the server's experiment reads single texts; leave data.text_pair out"
+            if local.data.text_pair is None
+            else "the server's experiment reads single texts; remove data.text_pair"
         )
     if not own_file:
-        ours, other = state.data.model_dump(), theirs.data.model_dump()
+        ours, other = local.data.model_dump(), theirs.data.model_dump()
         if differing := [key for key in ours if ours[key] != other[key]]:
             wanted = " ".join(f"--set data.{key}={other[key]!r}" for key in differing)
-            raise UserError(f"the server's data are not those of this node; if you agree to them, join with {wanted}")
-    return state
+            raise UserError(f"the server's data differ from this node's; to accept them, join with {wanted}")
+    return local
 
 
 def _from_elsewhere(model: str) -> bool:

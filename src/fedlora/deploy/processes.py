@@ -18,7 +18,8 @@ import tomli_w
 
 from fedlora.deploy.address import Address
 from fedlora.deploy.flower_command import flower_command
-from fedlora.deploy.guard import NODES_MAY, SECRET
+from fedlora.deploy.guard import NODE_PATHS, SECRET
+from fedlora.deploy.log_file import last_log_line
 from fedlora.errors import RunStopped, UserError
 
 Printer = Callable[[str], None]
@@ -33,16 +34,16 @@ CONNECTION = "fedlora"
 def environment(home: Path) -> dict[str, str]:
     """Environment of Flower's processes: a separate home, the secret of its SuperLink if that is our own, and neither
     telemetry nor update checks nor installation at run time."""
-    here, file = str(Path(sys.executable).parent), home / "secret"
+    scripts, secret = str(Path(sys.executable).parent), home / "secret"
     return {
         **os.environ,
-        **({SECRET: file.read_text()} if file.exists() else {}),
+        **({SECRET: secret.read_text()} if secret.exists() else {}),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # seconds, bounds the delay of a message; the default is 1
-        "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
     }
 
 
@@ -51,7 +52,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], home: Path, log: Path, descriptors: Sequence[int] = ()) -> None:
         """`descriptors` are inherited by the process. Files that it writes are readable by this user only."""
-        private(home)
+        make_private(home)
         self.log = log
         with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             self._process = subprocess.Popen(
@@ -74,11 +75,6 @@ class Process:
     def ended(self) -> int | None:
         """Exit code, None while the process runs."""
         return self._process.poll()
-
-    def last_words(self) -> str:
-        """Last non-empty line of the process's log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
     def stop(self) -> None:
         """Terminates the process, then kills it if necessary, together with the processes that it started."""
@@ -115,25 +111,25 @@ def flwr(home: Path, *arguments: str) -> Any:
     command = flower_command("flwr", *arguments, "--format", "json")
     done = subprocess.run(command, env=environment(home), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     try:
-        said = json.loads(done.stdout)
+        output = json.loads(done.stdout)
     except ValueError:
-        said = {"success": False, "error-message": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-    if done.returncode or not said.get("success", True):
-        raise RunStopped(f"flwr {arguments[0]}: {said.get('error-message', said)}")
-    return said
+        output = {"success": False, "error-message": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+    if done.returncode or not output.get("success", True):
+        raise RunStopped(f"flwr {arguments[0]}: {output.get('error-message', output)}")
+    return output
 
 
-def private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Creates the folder, accessible to this user only."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
-def connection(home: Path, address: Address, ca: Path | None, secret: str | None = None) -> None:
+def write_connection(home: Path, address: Address, ca: Path | None, secret: str | None = None) -> None:
     """Configures the `flwr` command of this home with the SuperLink's address, and its secret if it is our own."""
     security: Mapping[str, Any] = {"insecure": True} if ca is None else {"root-certificates": str(ca.resolve())}
     table = {"superlink": {"default": CONNECTION, CONNECTION: {"address": str(address), **security}}}
-    private(home)
+    make_private(home)
     (home / "config.toml").write_text(tomli_w.dumps(table))
     (home / "secret").unlink(missing_ok=True)
     if secret is not None:
@@ -153,16 +149,18 @@ def wait_until_ready(address: Address, ca: Path | None, process: Process, second
     verify = True if ca is None else ssl.create_default_context(cafile=ca)
     while True:
         with suppress(httpx.TransportError):
-            httpx.get(f"{scheme}://{address}{NODES_MAY}", verify=verify, timeout=5.0, trust_env=False)
+            httpx.get(f"{scheme}://{address}{NODE_PATHS}", verify=verify, timeout=5.0, trust_env=False)
             return
         if process.ended() is not None or time.monotonic() > until:
-            raise UserError(f"Flower does not start on {address}: {process.last_words()}; its log is {process.log}")
+            raise UserError(
+                f"Flower does not start on {address}; last log line: {last_log_line(process.log)}; its log is {process.log}"
+            )
         time.sleep(0.1)
 
 
 def free_port() -> int:
     """Returns a currently unused port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
         return port

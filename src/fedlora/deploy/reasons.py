@@ -1,5 +1,7 @@
 """Reason codes for a failure on a node: all that its server learns about the failure."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 from fedlora.errors import RunStopped
@@ -16,7 +18,7 @@ class Reason(StrEnum):
     CLIENTS = "the node's clients are not in its data"
     BASE_UPDATES = "the node lacks base updates"
     CLIENT = "the node has no such client"
-    DOWNLOAD = "the client could not read what it was sent"
+    DOWNLOAD = "the client could not read its download"
     WORK = "the client's work failed"
     DIVERGED = "the client's work ended in NaN or infinite values"
     MEMORY = "the client ran out of memory"
@@ -24,7 +26,7 @@ class Reason(StrEnum):
     INTERNAL = "the node failed"
 
 
-class Declined(Exception):
+class NodeFailure(Exception):
     """Failure with its code; the cause stays on the node. `count` is the number of affected items, 0 if not counted."""
 
     def __init__(self, reason: Reason, count: int = 0) -> None:
@@ -32,9 +34,24 @@ class Declined(Exception):
         self.reason, self.count = reason, count
 
 
-def reason_for(error: BaseException, otherwise: Reason) -> Reason:
-    """Code of a client's or node's error if its type determines one, else `otherwise`."""
+@contextmanager
+def coded_errors(default: Reason, notify: Callable[[str], None]) -> Iterator[None]:
+    """Converts any error in its body to a `NodeFailure`, of reason `default` unless its type determines the reason.
+
+    `notify` receives the text of the error.
+    """
+    try:
+        yield
+    except NodeFailure:
+        raise
+    except Exception as error:
+        reason = _reason(error, default)
+        notify(f"{reason.value}: {type(error).__name__}: {' '.join(str(error).split())}")
+        raise NodeFailure(reason) from None
+
+
+def _reason(error: BaseException, default: Reason) -> Reason:
     if isinstance(error, RunStopped | OSError):
         return Reason.STORAGE
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
-    return Reason.MEMORY if memory else otherwise
+    return Reason.MEMORY if memory else default

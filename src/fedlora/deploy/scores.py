@@ -15,7 +15,7 @@ class ScoreCheck:
     metrics: frozenset[str]
     held_out: float
 
-    def rejection(self, result: ClientResult, client: ClientInfo) -> str | None:
+    def rejection_reason(self, result: ClientResult, client: ClientInfo) -> str | None:
         """Reason for rejecting a client's score, None if valid: no examples and no metrics, or all metrics of the task."""
         allowed = self.held_out * (client.examples + 1) / (1 - self.held_out) + 1  # held-out counts are rounded
         if result.examples > (allowed if self.held_out else 0):

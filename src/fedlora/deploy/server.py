@@ -4,26 +4,27 @@ from pathlib import Path
 from uuid import uuid4
 
 from fedlora.deploy.admission import NodeAdmission
-from fedlora.deploy.backend import FlowerBackend, Transport
+from fedlora.deploy.backend import FlowerBackend
 from fedlora.deploy.event_log import EventLog
-from fedlora.deploy.node import fingerprint
 from fedlora.deploy.scores import ScoreCheck
+from fedlora.deploy.transport import Transport
 from fedlora.deploy.wire import PROTOCOL, Handshake
 from fedlora.errors import RunStopped, UserError
 from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import Start, begin, finish, require_same, rounds
 from fedlora.messages import Round
+from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.loop import RunState, pending_base_updates
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.start import read_folder, settled
+from fedlora.runs.start import read_folder, resolve_settings
 from fedlora.session import Session
 from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 
-_TENSORS, _TENSORS_PER_MODULE = 1024, 64
+_MAX_TENSORS, _MAX_TENSORS_PER_MODULE = 1024, 64
 """Limits of an upload, above those of any method."""
-_LET_GO_SECONDS = 60.0
-"""Seconds for an earlier server of this run to release the folder after its SuperLink was killed."""
+_LOCK_SECONDS = 60.0
+"""Seconds to wait for an earlier server of this run to release the folder after its SuperLink was killed."""
 
 
 def serve(path: Path, transport: Transport) -> None:
@@ -37,18 +38,18 @@ def serve(path: Path, transport: Transport) -> None:
     """
     event_log = EventLog(path)
     try:
-        experiment = settled(read_folder(path))
-        folder = RunFolder(path, _LET_GO_SECONDS)
+        experiment = resolve_settings(read_folder(path))
+        folder = RunFolder(path, _LOCK_SECONDS)
         try:
             federated_data = FederatedData.of_server(experiment)
             require_same(folder, experiment, federated_data)
             session = Session.make(experiment, federated_data)
             start = begin(session, folder)
-            backend = remote(session, start, transport, event_log)
-            backend.gather(experiment.clients.size or 1, experiment.deploy.wait)
+            backend = flower_backend(session, start, transport, event_log)
+            backend.wait_for_clients(experiment.clients.size or 1, experiment.deploy.wait)
             run_state = rounds(session, folder, event_log, backend, start)
             if experiment.method.row.personal:
-                _keep(session, folder, backend, run_state)
+                _save_adapters(session, folder, backend, run_state)
             else:
                 finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
             backend.finish()
@@ -66,7 +67,7 @@ def serve(path: Path, transport: Transport) -> None:
     event_log.ended("done")
 
 
-def remote(session: Session, start: Start, transport: Transport, event_log: EventLog) -> FlowerBackend:
+def flower_backend(session: Session, start: Start, transport: Transport, event_log: EventLog) -> FlowerBackend:
     """Backend for the rounds after `start`."""
     experiment = session.experiment
     handshake = Handshake(
@@ -78,10 +79,12 @@ def remote(session: Session, start: Start, transport: Transport, event_log: Even
         server_session_id=uuid4().hex,
         done=start.done,
     )
-    admission = NodeAdmission(fingerprint(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks)
+    admission = NodeAdmission(
+        weights_digest(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks
+    )
     scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
     spec, settings = session.adapted.spec, experiment.deploy
-    tensors = _TENSORS + _TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
+    max_tensors = _MAX_TENSORS + _MAX_TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
     return FlowerBackend(
         transport,
         handshake,
@@ -91,13 +94,13 @@ def remote(session: Session, start: Start, transport: Transport, event_log: Even
         settings.deadline,
         settings.poll,
         event_log.notify,
-        tensors,
+        max_tensors,
     )
 
 
-def _keep(session: Session, folder: RunFolder, backend: FlowerBackend, after: RunState) -> None:
+def _save_adapters(session: Session, folder: RunFolder, backend: FlowerBackend, after: RunState) -> None:
     clients, rnd = backend.clients(), Round(session.experiment.rounds, session.experiment.seed)
     sent = {client: session.method.send(after.server, client, rnd) for client in clients}
-    backend.keep(
+    backend.save_adapters(
         rnd, sent, pending_base_updates(session.adapted.spec, folder, after.base_updates.known(backend.held()), clients)
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora.deploy.grid_transport import GridTransport
 from fedlora.deploy.keys import Keys
 from fedlora.deploy.server import serve
-from fedlora.deploy.transport import GridTransport
 from fedlora.deploy.watchdog import end_with
 
 app = ServerApp()

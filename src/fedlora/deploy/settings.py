@@ -57,4 +57,4 @@ class Settings(BaseModel):
         try:
             return cls.model_validate_json((folder / _NAME).read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no settings of a node there; fedlora join makes them") from error
+            raise UserError(f"{folder}: has no valid node settings; create them with fedlora join") from error

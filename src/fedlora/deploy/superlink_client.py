@@ -13,7 +13,8 @@ import tomli_w
 from fedlora.deploy.address import Address
 from fedlora.deploy.event_log import Reader
 from fedlora.deploy.keys import Keys
-from fedlora.deploy.processes import CONNECTION, Printer, Process, connection, flwr, private, wait_until_ready
+from fedlora.deploy.log_file import last_log_line
+from fedlora.deploy.processes import CONNECTION, Printer, Process, flwr, make_private, wait_until_ready, write_connection
 from fedlora.errors import RunStopped, UserError
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import RunFolder
@@ -45,8 +46,8 @@ class SuperLink:
         here, ca = address.here, None if keys is None else keys.ca
         options = ["--insecure"] if keys is None else keys.superlink(here.host)
         nodes = "" if keys is None else str(keys.folder.resolve() / "nodes")
-        private(home)
-        connection(home / "flower", here, ca, secrets.token_hex(32))
+        make_private(home)
+        write_connection(home / "flower", here, ca, secrets.token_hex(32))
         with address.listen() as listening:
             command = ["python", "-m", "fedlora.deploy.superlink_guard", str(listening.fileno()), nodes]
             command += ["--host", here.host, "--port", str(here.port), "--disable-runtime-dependency-installation"]
@@ -62,7 +63,7 @@ class SuperLink:
     @classmethod
     def running(cls, home: Path, address: Address, ca: Path | None) -> "SuperLink":
         """Connects to a SuperLink started elsewhere. It must run on this machine, where the run's folder is."""
-        connection(home / "flower", address, ca)
+        write_connection(home / "flower", address, ca)
         return cls(home / "flower", None)
 
     def stop(self) -> None:
@@ -70,14 +71,14 @@ class SuperLink:
         if self.process is not None:
             self.process.stop()
 
-    def run(self, path: Path, progress: Progress, say: Printer) -> Result:
+    def run(self, path: Path, progress: Progress, notify: Printer) -> Result:
         """Runs the folder's experiment to its end, showing its progress.
 
         Raises:
             UserError: the experiment, its data or its model cannot be used.
             RunStopped: the run cannot continue, or Flower ended it.
         """
-        reader = Reader(path, progress, say)
+        reader = Reader(path, progress, notify)
         settings = self.home / "settings.toml"
         keys = "" if self.keys is None else str(self.keys.folder.resolve())
         settings.write_text(tomli_w.dumps({"folder": str(path.resolve()), "keys": keys}))
@@ -107,7 +108,9 @@ class SuperLink:
             if not path.is_dir():
                 raise RunStopped(f"{path}: the run directory was moved or removed; move it back, or resume it where it is")
             if self.process is not None and self.process.ended() is not None:
-                raise RunStopped(f"the SuperLink ended: {self.process.last_words()}; its log is {self.process.log}")
+                raise RunStopped(
+                    f"the SuperLink ended; last log line: {last_log_line(self.process.log)}; its log is {self.process.log}"
+                )
             if time.monotonic() - max(reader.changed, asked) > _STATUS_SECONDS:
                 asked = time.monotonic()
                 status = _status(flwr(self.home, "ls", CONNECTION, "--run-id", run))
@@ -115,12 +118,12 @@ class SuperLink:
                     if (end := reader.show()) is not None:
                         return end  # written since the last read; a reader shows each event once
                     log = "" if self.process is None else f"; the server's log is {self.process.log}"
-                    raise RunStopped(f"Flower says that the run has {status}{log}")
+                    raise RunStopped(f"Flower reports that the run has {status}{log}")
             time.sleep(_POLL)
         return end
 
 
-def _status(said: Any) -> str:
+def _status(output: Any) -> str:
     """Status of the only run in the output of `flwr ls`."""
-    runs = said.get("runs", [])
+    runs = output.get("runs", [])
     return str(runs[0].get("status", "unknown")) if runs else "unknown"

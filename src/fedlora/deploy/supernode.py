@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -51,23 +51,22 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedlora.deploy.address import Address
-from fedlora.deploy.flower_records import packed, unpacked
+from fedlora.deploy.flower_records import from_record, to_record
+from fedlora.deploy.processes import Printer
 from fedlora.deploy.worker_socket import Unreachable, ask
 from fedlora.errors import UserError
 from fedlora.printable import printable
 
-Printer = Callable[[str], None]
-
 _POLL_SECONDS = 0.5
-_LONGEST_WAIT_SECONDS = 5.0
+_MAX_WAIT_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 15.0
 _GIVE_UP_SECONDS = 3 * _HEARTBEAT_SECONDS
 """After a SuperNode died, the SuperLink takes two heartbeats to detect that its key is not in use."""
-_PUSH_AGAIN_SECONDS = (1.0, 5.0, 15.0, 60.0)
+_PUSH_RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _SKEW_SECONDS = 5.0
 
 
-def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Printer) -> None:
+def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, notify: Printer) -> None:
     """Forwards messages until it is interrupted; reconnects after the server was unavailable. Prints each state change.
 
     `keys` are the files `ca` and `key`; None means without TLS, with a key generated for this process.
@@ -81,85 +80,86 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, say: Pri
         NodeAuthHttpInterceptor(private, public),
     ]
     ca = None if keys is None else _read(keys["ca"])
-    state, refused_since, wait = f"waiting for the server at {server}", None, _POLL_SECONDS
-    say(state)
+    state, rejected_since, wait = f"waiting for the server at {server}", None, _POLL_SECONDS
+    notify(state)
     with FleetHttpClient.from_server_address(str(server), keys is None, ca, interceptors) as client:
         while True:
             before = state
             try:
-                with _activated(client, public_key_to_bytes(public), registers=keys is None) as node:
-                    say(f"connected to {server}")
-                    state, refused_since, wait = "connected", None, _POLL_SECONDS
-                    _carry(client, node, server, folder, say)
+                with _activate(client, public_key_to_bytes(public), registers=keys is None) as node:
+                    notify(f"connected to {server}")
+                    state, rejected_since, wait = "connected", None, _POLL_SECONDS
+                    _forward_messages(client, node, server, folder, notify)
             except httpx.TransportError as error:
                 state = _waiting(server, error)
             except httpx.HTTPStatusError as error:
                 if state == "connected":
-                    state = f"{server} does not know this node any more; connecting again"
+                    state = f"{server} no longer recognizes this node; reconnecting"
                 elif reason := _rejection(error.response, keys is not None):
-                    refused_since = refused_since or time.monotonic()
-                    if time.monotonic() - refused_since > _GIVE_UP_SECONDS:
+                    rejected_since = rejected_since or time.monotonic()
+                    if time.monotonic() - rejected_since > _GIVE_UP_SECONDS:
                         raise UserError(f"{server} rejected this node: {reason}") from None
-                    state = f"rejected because {reason}; trying again for {_GIVE_UP_SECONDS:g} s"
+                    state = f"rejected because {reason}; retrying for {_GIVE_UP_SECONDS:g} s"
                 else:
                     state = _waiting(server, error)
             if state != before:
-                say(state)
+                notify(state)
             time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+            wait = min(2 * wait, _MAX_WAIT_SECONDS)
 
 
 @contextmanager
-def _activated(client: FleetHttpClient, public: bytes, registers: bool) -> Iterator[Node]:
+def _activate(client: FleetHttpClient, public: bytes, registers: bool) -> Iterator[Node]:
     """Provides the connected node, and sends its heartbeats in the background."""
     if registers:
         with suppress(httpx.HTTPStatusError):  # it may already be registered
             client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
-    result = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
-    node, over = Node(node_id=result.node_id), threading.Event()
+    activated = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=_HEARTBEAT_SECONDS))
+    node, disconnected = Node(node_id=activated.node_id), threading.Event()
 
-    def beat() -> None:
-        while not over.wait(_HEARTBEAT_SECONDS / 3):
+    def send_heartbeats() -> None:
+        while not disconnected.wait(_HEARTBEAT_SECONDS / 3):
             with suppress(httpx.HTTPError):
                 client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=_HEARTBEAT_SECONDS))
 
-    beating = threading.Thread(target=beat, daemon=True)
-    beating.start()
+    threading.Thread(target=send_heartbeats, daemon=True).start()
     try:
         yield node
     finally:
-        over.set()
+        disconnected.set()
         with suppress(httpx.HTTPError):
             client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
             if registers:
                 client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
 
 
-def _carry(client: FleetHttpClient, node: Node, server: Address, folder: Path, say: Printer) -> None:
+def _forward_messages(client: FleetHttpClient, node: Node, server: Address, folder: Path, notify: Printer) -> None:
     """Answers messages one after another, until the server no longer recognizes this node."""
-    away = ""
+    unreachable = ""
     while True:
         try:
-            result = client.PullMessages(PullMessagesRequest(node=node))
+            pulled = client.PullMessages(PullMessagesRequest(node=node))
         except httpx.TransportError as error:
-            before, away = away, _waiting(server, error)
-            if away != before:
-                say(away)
-            time.sleep(_LONGEST_WAIT_SECONDS)
+            before, unreachable = unreachable, _waiting(server, error)
+            if unreachable != before:
+                notify(unreachable)
+            time.sleep(_MAX_WAIT_SECONDS)
             continue
-        if away:
-            say(f"connected to {server}")
-            away = ""
-        for envelope, tree in zip(result.messages_list, result.message_object_trees, strict=True):
+        if unreachable:
+            notify(f"connected to {server}")
+            unreachable = ""
+        for envelope, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
             try:
-                _answer(client, node, envelope, tree, folder, say)
+                _answer(client, node, envelope, tree, folder, notify)
             except Exception as error:  # concerns one message: its run has ended, or it is not readable
-                say(f"a message of run {envelope.metadata.run_id} was not answered: {_trouble(error)}")
-        if not result.messages_list:
+                notify(f"a message of run {envelope.metadata.run_id} has no reply: {_describe(error)}")
+        if not pulled.messages_list:
             time.sleep(_POLL_SECONDS)
 
 
-def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, say: Printer) -> None:
+def _answer(
+    client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, notify: Printer
+) -> None:
     run_id, started = envelope.metadata.run_id, time.perf_counter()
     pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
     contents = pull_objects([part.object_id for part in iterate_object_tree(tree)], pull)
@@ -168,15 +168,15 @@ def _answer(client: FleetHttpClient, node: Node, envelope: Envelope, tree: Objec
     assert isinstance(message, Message)
     message.metadata.__dict__["_message_id"] = tree.object_id  # not covered by its own content
     try:
-        reply = Message(packed(ask(folder, unpacked(message), os.getpid(), say)), reply_to=message)
+        reply = Message(to_record(ask(folder, from_record(message), os.getpid(), notify)), reply_to=message)
     except ValueError:
-        say(f"rejected: run {run_id} is of an app that is not fedlora; this node runs none but its own installation")
-        reply = Message(Error(ErrorCode.INVALID_FAB, "this node runs fedlora alone"), reply_to=message)
+        notify(f"rejected: run {run_id} is of an app other than fedlora; this node runs only its own installation")
+        reply = Message(Error(ErrorCode.INVALID_FAB, "this node runs fedlora only"), reply_to=message)
     except Unreachable as error:
-        say(str(error))
-        reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the node's worker does not answer"), reply_to=message)
+        notify(str(error))
+        reply = Message(Error(ErrorCode.CLIENT_APP_CRASHED, "the node's worker is not responding"), reply_to=message)
     seconds = time.perf_counter() - started
-    for wait in _PUSH_AGAIN_SECONDS:  # a lost connection should not discard hours of work
+    for wait in _PUSH_RETRY_SECONDS:  # a lost connection should not discard hours of work
         try:
             return _push(client, node, reply, seconds)
         except httpx.TransportError:
@@ -202,37 +202,37 @@ def _push(client: FleetHttpClient, node: Node, reply: Message, seconds: float) -
 
 def _waiting(server: Address, error: httpx.HTTPError) -> str:
     skew = _skew(error.response) if isinstance(error, httpx.HTTPStatusError) else None
-    return f"waiting for the server at {server}: {skew or _trouble(error)}"
+    return f"waiting for the server at {server}: {skew or _describe(error)}"
 
 
-def _rejection(result: httpx.Response, with_key: bool) -> str | None:
+def _rejection(response: httpx.Response, with_key: bool) -> str | None:
     """Reason why the server rejects this node, None if the response states no rejection."""
-    if result.status_code != httpx.codes.PRECONDITION_FAILED:
+    if response.status_code != httpx.codes.PRECONDITION_FAILED:
         return None
     if not with_key:
-        return "it asks for a key; join with --key and --ca"
-    return "it does not know this node's key, or another node with this key is connected"
+        return "it requires a key; join with --key and --ca"
+    return "this node's key is not registered there, or another node with this key is connected"
 
 
-def _skew(result: httpx.Response) -> str | None:
+def _skew(response: httpx.Response) -> str | None:
     """Describes the clock difference, None if within limits: the server rejects requests that appear old."""
     try:
-        there = parsedate_to_datetime(result.headers["date"])
+        server_time = parsedate_to_datetime(response.headers["date"])
     except (KeyError, ValueError):
         return None
-    apart = (datetime.now(UTC) - there).total_seconds()
-    if abs(apart) < _SKEW_SECONDS:
+    skew = (datetime.now(UTC) - server_time).total_seconds()
+    if abs(skew) < _SKEW_SECONDS:
         return None
-    return f"this machine's clock is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} the server's; set the clock"
+    return f"this machine's clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's; set the clock"
 
 
-def _trouble(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        return f"it answers {error.response.status_code}"
+        return f"it responds with status {error.response.status_code}"
     text = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        why = text.partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
-        return f"its certificate is not accepted: {why or text}"
+        reason = text.partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
+        return f"its certificate is not valid: {reason or text}"
     return text or type(error).__name__
 
 
@@ -240,9 +240,9 @@ def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurveP
     try:
         key = load_ssh_private_key(_read(path), None)
     except ValueError as error:
-        raise UserError(f"{path}: is not a private key of fedlora keys: {error}") from None
+        raise UserError(f"{path}: is not a private key made by fedlora keys: {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise UserError(f"{path}: is not a private key of fedlora keys")
+        raise UserError(f"{path}: is not a private key made by fedlora keys")
     return key, key.public_key()
 
 

@@ -1,64 +1,26 @@
-"""Transport over Flower's Grid."""
+"""Interface through which the server exchanges messages with nodes."""
 
 from collections.abc import Collection, Mapping
-
-from flwr.app import Message
-from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
+from typing import Protocol, runtime_checkable
 
 from fedlora.deploy.credential import Credential
-from fedlora.deploy.flower_records import packed, unpacked
-
-_ERRORS = {
-    ErrorCode.MESSAGE_UNAVAILABLE: "its node did not take the message in time",
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its node's answer came too late",
-    ErrorCode.NODE_UNAVAILABLE: "its node is not connected any more",
-    ErrorCode.INVALID_FAB: "its node runs no other app than its own fedlora",
-    ErrorCode.CLIENT_APP_CRASHED: "its node's worker does not answer",
-}
 
 
-class GridTransport:
-    """Sends messages through the SuperLink, without blocking for replies."""
-
-    def __init__(self, grid: Grid, credentials: Mapping[bytes, Credential] | None = None) -> None:
-        """`credentials` maps the nodes' public keys to credentials; None for a SuperLink without keys."""
-        self._grid, self._credentials = grid, credentials
-        self._keys: dict[int, bytes] = {}
+@runtime_checkable
+class Transport(Protocol):
+    """Carries messages to nodes and replies back. Nodes are identified by their Flower node id."""
 
     def nodes(self) -> Collection[int]:
-        """SuperNodes that the SuperLink considers connected."""
-        infos: list[NodeInfo] = list(self._grid.get_nodes())
-        self._keys = {info.node_id: info.public_key for info in infos}
-        return list(self._keys)
+        """Nodes that are currently connected."""
 
     def credential(self, node: int) -> Credential | None:
-        """Credential of the key authenticated by the SuperLink; a credential without clients if the key is unknown."""
-        if self._credentials is None:
-            return None
-        return self._credentials.get(self._keys.get(node, b""), Credential("unknown", frozenset()))
+        """Key with which a connected node was authenticated; None if the server has no keys."""
 
     def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
-        """Sends the messages one by one, so that a failure to send one does not affect the others."""
-        message_ids: dict[str, int] = {}
-        for node, letter in messages.items():
-            message = Message(packed(letter), dst_node_id=node, message_type="query", ttl=seconds)
-            message_ids |= {ticket: node for ticket in self._grid.push_messages([message]) if ticket}
-        return message_ids
+        """Sends each node its message, which expires after `seconds`; returns message ids and the node of each.
+
+        A node reads its messages in the order in which they were sent.
+        """
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
-        """Replies that the SuperLink has for these message ids."""
-        found: dict[str, bytes | str] = {}
-        for message in self._grid.pull_messages(list(message_ids)):
-            ticket = message.metadata.reply_to_message_id
-            try:
-                found[ticket] = _error(message.error.code) if message.has_error() else unpacked(message)
-            except ValueError as error:
-                found[ticket] = str(error)
-        return found
-
-
-def _error(code: int) -> str:
-    """Our own text for a Flower error code: a node may write arbitrary text into the error."""
-    return _ERRORS.get(code, f"Flower's error {code}")
+        """Replies received so far, by message id; a string is the reason why a reply will not arrive."""

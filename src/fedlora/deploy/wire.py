@@ -6,16 +6,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
-from fedlora.deploy.reasons import Declined, Reason
+from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.messages import ClientInfo, Round
 
-PROTOCOL = 2
-MOST_BYTES = 2**31 - 1
+PROTOCOL = 3
+MAX_BYTES = 2**31 - 1
 _MAGIC = b"fedlora\x01"
 _DIGEST = 16
 _FIXED = len(_MAGIC) + _DIGEST + 8
 _HEADER_BYTES = 2**20  # an experiment, a list of labels, the indices of some 100,000 base updates
 _HEADER_BYTES_PER_CLIENT = 2**12
+
+Kind = Literal["train", "evaluate", "save_adapter"]
+"""Tasks that a server requests of clients."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -24,14 +27,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
-def _few(parts: Any, known: Any) -> Any:
+def _at_most_clients(entries: Any, info: Any) -> Any:
     """Rejects a list of more clients than the reader expects, before its elements are constructed."""
-    if known.context is not None and isinstance(parts, list) and len(parts) > known.context["clients"]:
-        raise ValueError(f"{len(parts)} entries, expected at most {known.context['clients']}")
-    return parts
+    if info.context is not None and isinstance(entries, list) and len(entries) > info.context["clients"]:
+        raise ValueError(f"{len(entries)} entries, expected at most {info.context['clients']}")
+    return entries
 
 
-Few = BeforeValidator(_few)
+LimitedToClients = BeforeValidator(_at_most_clients)
 
 
 class ClientRecord(_Part):
@@ -75,7 +78,7 @@ class Handshake(_Part):
     run, after `done` complete rounds: state of later rounds from an earlier session is discarded.
     """
 
-    kind: Literal["hello"] = "hello"
+    kind: Literal["handshake"] = "handshake"
     protocol: int
     version: str
     run: str
@@ -88,12 +91,12 @@ class Handshake(_Part):
 class HandshakeReply(_Part):
     """Node to server: its clients, its base model, and the base updates that it already holds."""
 
-    kind: Literal["present"] = "present"
+    kind: Literal["handshake_reply"] = "handshake_reply"
     protocol: int
     version: str
     node: str
     base: str
-    clients: Annotated[list[ClientRecord], Few]
+    clients: Annotated[list[ClientRecord], LimitedToClients]
     base_updates: list[Count]
 
 
@@ -108,14 +111,14 @@ class ClientTask(_Part):
 class TaskRequest(_Part):
     """Server to node: have these clients train, evaluate, or save their final adapter.
 
-    `held` are the base updates that the server expects the node to hold.
+    `expected_base_updates` are those that the server expects the node to hold.
     """
 
-    kind: Literal["train", "evaluate", "keep"]
+    kind: Kind
     run: str
     round_record: RoundRecord
-    held: list[Count]
-    tasks: Annotated[list[ClientTask], Few]
+    expected_base_updates: list[Count]
+    tasks: Annotated[list[ClientTask], LimitedToClients]
 
 
 class Failure(_Part):
@@ -125,8 +128,8 @@ class Failure(_Part):
     count: Count = 0
 
     @classmethod
-    def of(cls, declined: Declined) -> "Failure":
-        """Converts from `Declined`."""
+    def of(cls, declined: NodeFailure) -> "Failure":
+        """Converts from `NodeFailure`."""
         return cls(reason=declined.reason, count=declined.count)
 
     def __str__(self) -> str:
@@ -151,10 +154,10 @@ class Done(_Part):
     kind: Literal["done"] = "done"
     round_record: RoundRecord
     base_updates: list[Count]
-    results: Annotated[list[ClientResult], Few]
+    results: Annotated[list[ClientResult], LimitedToClients]
 
 
-class Refused(_Part):
+class Rejected(_Part):
     """Node to server: the message was not executed, and the reason."""
 
     kind: Literal["rejected"] = "rejected"
@@ -179,10 +182,10 @@ class Received(_Part):
 class Batch(_Part):
     """Several messages in one, each a payload; answered by a batch of the replies."""
 
-    kind: Literal["bundle"] = "bundle"
+    kind: Literal["batch"] = "batch"
 
 
-Header = Handshake | HandshakeReply | TaskRequest | Done | Refused | Notice | Received | Batch
+Header = Handshake | HandshakeReply | TaskRequest | Done | Rejected | Notice | Received | Batch
 
 
 class _Frame(_Part):
@@ -196,13 +199,13 @@ def encode_message(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
     """Encodes a message: magic, digest of the rest, the header's length, the header, the payloads.
 
     Raises:
-        ValueError: the message would be larger than `MOST_BYTES`.
+        ValueError: the message would be larger than `MAX_BYTES`.
     """
     frame = _Frame(header=header, sizes=[len(payload) for payload in payloads]).model_dump_json().encode()
     size = _FIXED + len(frame) + sum(map(len, payloads))
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         raise ValueError(
-            f"a message of {size} bytes is too large, allowed are {MOST_BYTES}; use more nodes or smaller ranks"
+            f"a message of {size} bytes is too large, allowed are {MAX_BYTES}; use more nodes or smaller ranks"
         )
     rest = b"".join([len(frame).to_bytes(8, "big"), frame, *payloads])
     return _MAGIC + _digest(rest) + rest
@@ -216,8 +219,8 @@ def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
     Raises:
         ValueError: not a message of this version, damaged, too large, or with more clients.
     """
-    if len(message) > MOST_BYTES:
-        raise ValueError(f"a message of {len(message)} bytes is too large, allowed are {MOST_BYTES}")
+    if len(message) > MAX_BYTES:
+        raise ValueError(f"a message of {len(message)} bytes is too large, allowed are {MAX_BYTES}")
     if message[: len(_MAGIC)] != _MAGIC or len(message) < _FIXED:
         raise ValueError("not a message of this version of fedlora")
     rest = memoryview(message)[_FIXED - 8 :]
@@ -234,10 +237,10 @@ def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
         raise ValueError(f"a message whose header cannot be read: {where}: {first['msg']}") from None
     if 8 + length + sum(frame.sizes) != len(rest):
         raise ValueError("a message whose payloads are not as long as its header says")
-    payloads, at = [], 8 + length
+    payloads, start = [], 8 + length
     for size in frame.sizes:
-        payloads.append(bytes(rest[at : at + size]))
-        at += size
+        payloads.append(bytes(rest[start : start + size]))
+        start += size
     return frame.header, payloads
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedlora.deploy.watchdog import end_with
-from fedlora.deploy.worker_socket import ANSWER, NOTE, receive, send, short_path
+from fedlora.deploy.worker_socket import NOTE, REPLY, receive, send, short_path
 from fedlora.printable import printable
 
 LOCK = "worker.lock"
@@ -37,11 +37,11 @@ def main(folder: Path, until: int) -> int:
     from fedlora.models.loading import quiet
 
     quiet()
-    asking: list[socket.socket] = []
+    connections: list[socket.socket] = []
 
     def notify(line: str) -> None:
         print(printable(line), flush=True)
-        for connection in asking:
+        for connection in connections:
             with suppress(OSError):
                 send(connection, NOTE + line.encode(errors="replace"))
 
@@ -51,15 +51,15 @@ def main(folder: Path, until: int) -> int:
         with connection:
             try:
                 message, started = receive(connection), time.perf_counter()
-                asking.append(connection)
+                connections.append(connection)
                 result = node.reply(message)
                 seconds = time.perf_counter() - started
                 print(f"{len(message)} bytes answered with {len(result)} in {seconds:.3f} s", flush=True)
-                send(connection, ANSWER + result)
+                send(connection, REPLY + result)
             except (OSError, EOFError) as error:
-                print(f"whoever asked went away: {error}", file=sys.stderr, flush=True)
+                print(f"client disconnected: {error}", file=sys.stderr, flush=True)
             finally:
-                asking.clear()
+                connections.clear()
 
 
 if __name__ == "__main__":

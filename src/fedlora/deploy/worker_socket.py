@@ -13,19 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedlora.deploy.log_file import last_log_line
+
 NAME = "worker.sock"
 LOG = "worker.log"
 _START_SECONDS = 120.0
-_MOST_BYTES = 2**31
-NOTE, ANSWER = b"n", b"a"
+_MAX_BYTES = 2**31
+NOTE, REPLY = b"n", b"r"
 
 
 class Unreachable(Exception):
     """No worker is running, and starting one failed."""
 
 
-def ask(folder: Path, message: bytes, until: int, say: Callable[[str], None]) -> bytes:
-    """Returns the worker's reply; `say` receives its notes. Starts a worker, which ends with process `until`, if necessary.
+def ask(folder: Path, message: bytes, until: int, notify: Callable[[str], None]) -> bytes:
+    """Returns the worker's reply; `notify` receives its notes. If necessary, starts a worker, which ends with process
+    `until`.
 
     A worker that crashes on the message is restarted once: an interrupted round leaves no state that would affect its
     repetition.
@@ -38,11 +41,11 @@ def ask(folder: Path, message: bytes, until: int, say: Callable[[str], None]) ->
             try:
                 send(connection, message)
                 while (frame := receive(connection))[:1] == NOTE:
-                    say(frame[1:].decode(errors="replace"))
+                    notify(frame[1:].decode(errors="replace"))
                 return frame[1:]
             except (OSError, EOFError):
                 continue
-    raise Unreachable(f"the worker died twice over one message; its last words: {_last_words(folder)}")
+    raise Unreachable(f"the worker crashed twice on one message; last log line: {last_log_line(folder / LOG)}")
 
 
 def send(connection: socket.socket, message: bytes) -> None:
@@ -59,8 +62,8 @@ def receive(connection: socket.socket) -> bytes:
         OSError: the connection failed, or the message would be larger than 2 GiB.
     """
     size = int.from_bytes(_exactly(connection, 8), "big")
-    if size > _MOST_BYTES:
-        raise OSError(f"a message of {size} bytes")
+    if size > _MAX_BYTES:
+        raise OSError(f"a message of {size} bytes is too large")
     return _exactly(connection, size)
 
 
@@ -89,7 +92,7 @@ def _connected(folder: Path, until: int) -> Iterator[socket.socket]:
             if worker is None:
                 worker = _start(folder, until)
             if time.monotonic() > give_up or worker.poll() not in (None, 0):  # 0: another worker started first
-                raise Unreachable(f"the worker does not start; its last words: {_last_words(folder)}") from None
+                raise Unreachable(f"the worker does not start; last log line: {last_log_line(folder / LOG)}") from None
             time.sleep(0.05)
     with connection:
         yield connection
@@ -110,8 +113,3 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
             raise EOFError("the connection ended within a message")
         received += count
     return bytes(parts)
-
-
-def _last_words(folder: Path) -> str:
-    lines = (folder / LOG).read_text(errors="replace").splitlines() if (folder / LOG).exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "none")

@@ -10,7 +10,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.printable import listed
-from fedlora.runs.folder import MANIFEST, read_manifest
+from fedlora.runs.manifest_file import MANIFEST, read_manifest
 
 
 class _Part(BaseModel):

@@ -92,7 +92,7 @@ def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
         folder.change(manifest.model_copy(update={"experiment": settings}).model_dump())
 
 
-def settled(experiment: Experiment) -> Experiment:
+def resolve_settings(experiment: Experiment) -> Experiment:
     """The experiment with `auto` and relative paths resolved, so that a run resumed elsewhere computes the same."""
     data, train = experiment.data, experiment.train
     if train.precision == "auto":

@@ -1,0 +1,189 @@
+"""One run on a node: a simulation of the node's own clients, and the execution of task requests."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora.adapter import Tensors
+from fedlora.deploy.local_experiment import local_experiment
+from fedlora.deploy.reasons import NodeFailure, Reason, coded_errors
+from fedlora.deploy.settings import Settings
+from fedlora.deploy.wire import ClientResult, Done, Failure, Handshake, TaskRequest
+from fedlora.exporting.base_updates import with_base_updates
+from fedlora.federated_data import FederatedData
+from fedlora.messages import ClientInfo, Round
+from fedlora.models.weights_digest import weights_digest
+from fedlora.rounds.base_updates import caught_up
+from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import Failed
+from fedlora.runs.folder import RunFolder
+from fedlora.session import Session
+
+_Result = tuple[ClientResult, "bytes | None"]
+"""Result and upload of one client."""
+
+
+@dataclass
+class NodeRun:
+    """A run in memory. `base` is the digest of the base model before any base update.
+
+    `merged_updates` are the rounds whose base updates have been merged into the model in memory, in order.
+    """
+
+    session: Session
+    folder: RunFolder
+    simulation: SimulationBackend
+    base: str
+    notify: Callable[[str], None]
+    merged_updates: list[int] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, handshake: Handshake, path: Path, settings: Settings, notify: Callable[[str], None]) -> "NodeRun":
+        """Loads data and model, and merges the base updates in the folder `path`.
+
+        Raises:
+            NodeFailure: the experiment, the data or the model cannot be used here.
+        """
+        with coded_errors(Reason.EXPERIMENT, notify):
+            experiment = local_experiment(handshake.experiment, settings.overrides, settings.data is not None)
+        with coded_errors(Reason.DATA, notify):
+            if settings.data is None:
+                federated_data = FederatedData.make(experiment)
+            else:
+                rank = settings.rank or experiment.method.rank
+                federated_data = FederatedData.of_client(
+                    experiment, settings.clients[0], settings.data, rank, handshake.labels
+                )
+            labels = list(federated_data.labelled_data.labels)
+            if labels != handshake.labels:
+                raise ValueError(f"the labels here are {labels}, the server's {handshake.labels}")
+        clients = [client for client in federated_data.clients if client.id in settings.clients]
+        if unknown := sorted(set(settings.clients) - {client.id for client in clients}):
+            notify(f"the experiment's partition has no client {unknown[0]!r}")
+            raise NodeFailure(Reason.CLIENTS, len(unknown))
+        with coded_errors(Reason.MODEL, notify):
+            session = Session.make(experiment, federated_data).on_all_devices()
+        base = weights_digest(session.adapted.model)
+        folder = RunFolder(path)
+        simulation = SimulationBackend(
+            session.method, session.adapted.spec, clients, folder, session.trainer, experiment.seed
+        )
+        run = cls(session, folder, simulation, base, notify)
+        for index in folder.base_updates():
+            session.trainer.merge_into_base(folder.base_update(index))
+            run.merged_updates.append(index)
+        return run
+
+    def release(self) -> None:
+        """Releases the run's folder."""
+        self.folder.release()
+
+    def clients(self) -> Sequence[ClientInfo]:
+        """This node's clients."""
+        return self.simulation.registered
+
+    def require_base_updates(self, expected: Sequence[int]) -> None:
+        """Checks that these base updates have been merged.
+
+        Raises:
+            NodeFailure: some have not.
+        """
+        if missing := set(expected) - set(self.merged_updates):
+            self.notify(f"this node lacks the base updates of the rounds {sorted(i + 1 for i in missing)}")
+            raise NodeFailure(Reason.BASE_UPDATES, len(missing))
+
+    def describe(self, request: TaskRequest) -> str:
+        """Describes the requested task and its round."""
+        rounds, index = self.session.experiment.rounds, request.round_record.index
+        match request.kind:
+            case "train":
+                return f"round {index + 1} of {rounds}: training"
+            case "evaluate":
+                return f"round {index} of {rounds}: evaluating"
+        return "after the last round: writing the adapter"
+
+    def execute(self, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
+        """Executes a request for all its clients together; if that fails, one by one, so that failures stay separate."""
+        found: dict[str, _Result] = {}
+        sent: dict[ClientInfo, Tensors] = {}
+        for task in request.tasks:
+            with self._caught(task.client.id, found, Reason.DOWNLOAD):
+                client = task.client.info()
+                if client not in self.clients():
+                    raise NodeFailure(Reason.CLIENT)
+                if task.base_updates is not None:
+                    self._apply_base_updates(payloads[task.base_updates])
+                sent[client] = decode(payloads[task.download])
+        with suppress(Exception):
+            found.update(self._results(request, sent))
+        for client in sent:
+            if client.id not in found:
+                with self._caught(client.id, found, Reason.WORK):
+                    found.update(self._results(request, {client: sent[client]}))
+        results: list[ClientResult] = []
+        uploads: list[bytes] = []
+        for task in request.tasks:
+            result, upload = found[task.client.id]
+            if upload is not None:
+                result = result.model_copy(update={"upload": len(uploads)})
+                uploads.append(upload)
+            results.append(result)
+        return Done(round_record=request.round_record, base_updates=self.merged_updates, results=results), uploads
+
+    def _results(self, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+        """Yields the clients' names and results as each group of clients finishes."""
+        rnd = request.round_record.round()
+        match request.kind:
+            case "train":
+                return self._train(rnd, sent)
+            case "evaluate":
+                return self._evaluate(rnd, sent)
+        return self._save_adapters(rnd, sent)
+
+    def _train(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+        for reply in self.simulation.train_clients(rnd, sent, {}):
+            if isinstance(reply, Failed):
+                self.notify(f"client {reply.client.id}: {reply.reason}")
+                yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
+                continue
+            result = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
+            yield reply.client.id, (result, encode(reply.upload))
+
+    def _evaluate(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+        for client, score in self.simulation.evaluate(rnd, sent, {}):
+            result = ClientResult(id=client.id)
+            if score is not None:
+                result = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
+            yield client.id, (result, None)
+
+    def _save_adapters(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+        for client, download in sent.items():
+            view = with_base_updates(
+                self.simulation.view(client, download, rnd), [self.folder.base_update(i) for i in self.merged_updates]
+            )
+            self.session.write({client.id: view}, self.folder.path / "adapter", "adapter")
+            yield client.id, (ClientResult(id=client.id), None)
+
+    def _apply_base_updates(self, payload: bytes) -> None:
+        """Applies missing base updates, each once; writes them to disk first, so that a crash loses none."""
+        for index, change in caught_up(decode(payload), self.session.adapted.spec).items():
+            if index in self.merged_updates:
+                continue
+            if self.merged_updates and index < self.merged_updates[-1]:
+                raise ValueError(
+                    f"the base update of round {index + 1} came after that of round {self.merged_updates[-1] + 1}"
+                )
+            self.folder.save_base_update(index, change)
+            self.simulation.merge_into_base(change)
+            self.merged_updates.append(index)
+
+    @contextmanager
+    def _caught(self, client: str, found: dict[str, _Result], default: Reason) -> Iterator[None]:
+        """Records an error in its body as the client's result."""
+        try:
+            with coded_errors(default, self.notify):
+                yield
+        except NodeFailure as failure:
+            found[client] = ClientResult(id=client, failure=Failure.of(failure)), None

@@ -1,0 +1,73 @@
+"""Log of a run's rounds, one row for each, in a JSON Lines file."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.rounds import durable
+from fedlora.runs.damage import damaged
+
+
+@dataclass(frozen=True)
+class RowLog:
+    """The first `length` bytes of the file, and the state of their SHA-256; the file may have more after a crash."""
+
+    path: Path
+    length: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+
+    def append(self, row: Mapping[str, Any] | None) -> "RowLog":
+        """Writes a row, if any; returns the log with it.
+
+        Raises:
+            RunStopped: the disk is full.
+        """
+        line = b"" if row is None else (json.dumps(_without_nan(row), allow_nan=False) + "\n").encode()
+        sha256 = self.sha256.copy()
+        sha256.update(line)
+        if line:
+            durable.append(self.path, line)
+        return RowLog(self.path, self.length + len(line), sha256)
+
+    @classmethod
+    def restore(cls, path: Path, length: int, digest: str) -> "RowLog":
+        """Truncates the file to `length` bytes, which must have this SHA-256.
+
+        Raises:
+            UserError: rows are missing or changed.
+        """
+        content = path.read_bytes()[:length] if path.exists() else b""
+        log = cls(path, length, hashlib.sha256(content))
+        if log.sha256.hexdigest() != digest:
+            raise log._damaged()
+        if path.exists() and path.stat().st_size > length:
+            durable.replace(path, content)
+        return log
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows.
+
+        Raises:
+            UserError: the file was changed since.
+        """
+        content = self.path.read_bytes()[: self.length] if self.path.exists() else b""
+        if hashlib.sha256(content).digest() != self.sha256.digest():
+            raise self._damaged()
+        return [json.loads(line) for line in content.splitlines()]
+
+    def _damaged(self) -> Exception:
+        return damaged(f"{self.path}: the rows of the complete rounds are missing or changed")
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with NaN and infinity replaced by None, as JSON does not support them."""
+    match value:
+        case Mapping():
+            return {key: _without_nan(item) for key, item in value.items()}
+        case float() if not math.isfinite(value):
+            return None
+    return value
