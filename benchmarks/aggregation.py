@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedlora.linalg import fit
-from fedlora.linalg.als import alternate, at_once, combined, linear
+from fedlora.linalg.als import alternate, batch_size, combined, linear
 from fedlora.linalg.combine import mean, relative_error
 from fedlora.linalg.fit import best_fit
 from fedlora.linalg.lowrank import LowRank
@@ -63,7 +63,7 @@ def one_by_one(modules: int, terms: Terms, compute: Callable[[Terms], LowRank]) 
 
 def coefficients(case: Case, terms: Terms) -> LowRank:
     """As FLoRA-NA calls it: so many modules at a time."""
-    size = at_once(case.terms, case.rank, 2 * case.width)
+    size = batch_size(case.terms, case.rank, 2 * case.width)
     layers = (
         linear([(w, LowRank(b=f.b[i : i + size], a=f.a[i : i + size])) for w, f in terms])
         for i in range(0, case.modules, size)
@@ -86,16 +86,16 @@ def dense_best_fit(terms: Terms, rank: int) -> LowRank:
 
 def dense_correction(terms: Terms, steps: int) -> LowRank:
     """Gradient descent on 1 - cosine + 0.01 |d|^2, as in the codes derived from the official one."""
-    target, centre = dense_sum(terms), mean(terms)
-    d = torch.zeros_like(centre.b, requires_grad=True)
+    target, center = dense_sum(terms), mean(terms)
+    d = torch.zeros_like(center.b, requires_grad=True)
     optimiser = torch.optim.SGD([d], lr=0.01)
     for _ in range(steps):
-        product = (centre.b + d) @ centre.a
+        product = (center.b + d) @ center.a
         loss = 1 - torch.cosine_similarity(product.flatten(), target.flatten(), 0) + 0.01 * d.square().sum()
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
-    return LowRank(b=(centre.b + d).detach(), a=centre.a)
+    return LowRank(b=(center.b + d).detach(), a=center.a)
 
 
 def dense_coefficients(terms: Terms, steps: int) -> LowRank:

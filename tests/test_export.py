@@ -110,7 +110,7 @@ def own_logits(folder: Path) -> dict[str, Tensor]:
         session = Session.make(experiment, FederatedData.make(experiment))
         found = {}
         for client, adapter in session.adapters(server, run_folder, done).items():
-            session.adapted.load([adapter])
+            session.adapted.load_clients([adapter])
             found[client] = logits(session.adapted.model, session.tokenizer)
         return found
 

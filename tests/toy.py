@@ -76,7 +76,7 @@ class ToyTrainer:
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Adds to the base for good."""
-        check_update(self.spec, change, "change of the base")
+        check_update(self.spec, change, "base update")
         for name, part in change.items():
             self.base[name] = self.base.get(name, 0) + part.product()
 
@@ -265,7 +265,7 @@ def products(adapter: Adapter) -> dict[str, Tensor]:
 def _matrix(part: Factors) -> Tensor:
     """What the part makes of each unit vector: that is its matrix, if it has one."""
     if isinstance(part, Experts):
-        shares = part.shares(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
+        shares = part.weights(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
         pair = part.concat_factors()
         return pair.b @ (shares.to(part.a.dtype).mT * pair.a)
     return part.w if isinstance(part, Dense) else part.product()

@@ -61,7 +61,7 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
             keep_rounds(folder, experiment)
         return manifest
     folder.restore()  # raises if the folder has lost its manifest
-    path = {"clients_per_step": session.trainer.clients_per_step, "tokens_in_a_pass": session.trainer.tokens}
+    path = {"clients_per_step": session.trainer.clients_per_step, "tokens_in_a_pass": session.trainer.max_tokens}
     packing = session.adapted.packing
     environment = record(
         folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(session.notes)

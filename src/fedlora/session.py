@@ -27,11 +27,11 @@ from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.classification import Classification, Encoded, Task
 from fedlora.train import hardware
-from fedlora.train.batched import bytes_per_token
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
 from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.local import LocalTrainer
+from fedlora.train.micro_batches import bytes_per_token
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ def logits_of(game: Game, view: Adapter) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the test set by the view in the layers that train it; and the inputs."""
     local = game.trainer.inner
     inputs, _ = local.test.batch(torch.arange(len(local.test)), torch.device("cpu"))
-    local.adapted.load([view])
+    local.adapted.load_clients([view])
     with torch.no_grad():
         return local.adapted.model.eval()(**inputs).logits, inputs
 

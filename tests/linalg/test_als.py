@@ -159,8 +159,8 @@ def test_each_element_of_a_batch_has_its_own_pair():
 
 def test_the_norms_of_the_factors_keep_their_ratio():
     terms = uneven(5)
-    found, centre = solved(terms), mean(terms)
-    torch.testing.assert_close(found.b.norm() / found.a.norm(), centre.b.norm() / centre.a.norm())
+    found, center = solved(terms), mean(terms)
+    torch.testing.assert_close(found.b.norm() / found.a.norm(), center.b.norm() / center.a.norm())
 
 
 def test_zero_terms_give_zero_and_no_nan():

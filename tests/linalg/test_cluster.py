@@ -82,35 +82,35 @@ def test_the_distance_from_a_mean_of_directions_is_the_mean_of_the_distances():
 @pytest.mark.parametrize("seed", range(3))
 def test_clusters_are_those_of_average_linkage(seed, count):
     apart = pairwise([directions(drawn(7, 4, seed=seed))])
-    found = clusters(apart, most=2, count=count)
+    found = clusters(apart, max_count=2, count=count)
     assert {frozenset(i for i in range(7) if found[i] == label) for label in found} == linked(apart, count)
 
 
 @pytest.mark.parametrize("groups", [[0, 0, 1, 1], [0, 1, 0, 2, 2, 1, 2], [0, 1, 2, 3, 3, 2, 1, 0, 0]])
 def test_planted_groups_are_found_and_numbered_in_the_order_of_their_first_items(groups):
-    assert clusters(planted(groups), most=4) == groups
+    assert clusters(planted(groups), max_count=4) == groups
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_number_of_clusters_has_the_largest_silhouette(seed):
     apart = pairwise([directions(drawn(9, 3, seed=seed))])
-    score = {k: plain_silhouette(apart, clusters(apart, most=2, count=k)) for k in (2, 3, 4, 5)}
-    found = clusters(apart, most=5)
+    score = {k: plain_silhouette(apart, clusters(apart, max_count=2, count=k)) for k in (2, 3, 4, 5)}
+    found = clusters(apart, max_count=5)
     assert max(found) + 1 == max(score, key=score.__getitem__)
     assert silhouette(apart, found) == pytest.approx(max(score.values()))
 
 
 def test_no_more_clusters_are_made_than_allowed_and_fewer_than_items():
     apart = planted([0, 1, 2, 3, 3, 2, 1, 0])
-    assert max(clusters(apart, most=3)) == 2
-    assert max(clusters(planted([0, 1, 2]), most=4)) == 1
-    assert clusters(planted([0, 1]), most=4) == [0, 0] and clusters(planted([0]), most=4) == [0]
+    assert max(clusters(apart, max_count=3)) == 2
+    assert max(clusters(planted([0, 1, 2]), max_count=4)) == 1
+    assert clusters(planted([0, 1]), max_count=4) == [0, 0] and clusters(planted([0]), max_count=4) == [0]
 
 
 def test_a_given_number_of_clusters_is_made_as_far_as_there_are_items():
-    assert clusters(planted([0, 1]), most=4, count=2) == [0, 1]
-    assert clusters(planted([0, 1]), most=4, count=3) == [0, 1]
-    assert clusters(planted([0, 1, 2, 2]), most=4, count=1) == [0, 0, 0, 0]
+    assert clusters(planted([0, 1]), max_count=4, count=2) == [0, 1]
+    assert clusters(planted([0, 1]), max_count=4, count=3) == [0, 1]
+    assert clusters(planted([0, 1, 2, 2]), max_count=4, count=1) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])

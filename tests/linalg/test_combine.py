@@ -79,8 +79,8 @@ def test_the_residual_of_m_terms_has_m_minus_one_times_the_rank():
 
 def test_the_residual_is_the_covariance_of_the_factors():
     terms = random_terms((3,) * 4)
-    centre = mean(terms)
-    covariance = sum(w * (f.b - centre.b) @ (f.a - centre.a) for w, f in terms)
+    center = mean(terms)
+    covariance = sum(w * (f.b - center.b) @ (f.a - center.a) for w, f in terms)
     assert apart(residual(terms).product(), covariance) < 1e-13
 
 
@@ -99,8 +99,8 @@ def test_the_residual_of_one_term_has_no_rank():
 
 def test_the_residual_of_nearly_equal_terms_keeps_its_digits():
     terms = drifted_terms(5, 3, drift=1e-4, dtype=torch.float32)
-    centre = mean([(w, LowRank(b=f.b.double(), a=f.a.double())) for w, f in terms])
-    covariance = sum(w * (f.b - centre.b) @ (f.a - centre.a) for w, f in terms)
+    center = mean([(w, LowRank(b=f.b.double(), a=f.a.double())) for w, f in terms])
+    covariance = sum(w * (f.b - center.b) @ (f.a - center.a) for w, f in terms)
     assert apart(residual(terms).product(), covariance) < 1e-6
 
 

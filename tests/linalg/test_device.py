@@ -13,7 +13,7 @@ from fedlora.linalg.als import affine, alternate, combined, descend, linear, obj
 from fedlora.linalg.combine import inner, mean, norm, relative_error, residual, stack, widen
 from fedlora.linalg.fit import best_fit, recompress, svd, truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.randomized_svd import answer_first, answer_second, finish, probe, span
+from fedlora.linalg.randomized_svd import first_sketch, fit_from_sketch, gaussian_matrix, range_basis, second_sketch
 from fedlora.linalg.robust_pca import robust_pca
 from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.subspace import align, angles, rank_change, similarity
@@ -30,9 +30,9 @@ def terms(count: int) -> Terms:
 
 
 def queried() -> Any:
-    omega = probe(22, 6, torch.Generator().manual_seed(0)).to("meta").expand(2, -1, -1)
-    basis = span(answer_first(factor(), omega))
-    return finish(answer_second(factor(), basis), basis, 4)
+    omega = gaussian_matrix(22, 6, torch.Generator().manual_seed(0)).to("meta").expand(2, -1, -1)
+    basis = range_basis(first_sketch(factor(), omega))
+    return fit_from_sketch(second_sketch(factor(), basis), basis, 4)
 
 
 def streamed(count: int, budget: int | None = None) -> LowRank:

@@ -57,7 +57,7 @@ def experts(batch: tuple[int, ...], others: int) -> Experts:
 @pytest.mark.parametrize("others", [1, 3])
 def test_shares_are_the_largest_of_the_softmax_normalised_again_and_added_up_by_expert(others, batch):
     part, x, count = experts(batch, others), drawn(*batch, 40, 7), others + 1
-    found, slots = part.shares(x), (x @ part.g.mT).softmax(-1)
+    found, slots = part.weights(x), (x @ part.g.mT).softmax(-1)
     for share, slot in zip(found.flatten(0, -2), slots.flatten(0, -2), strict=True):
         kept = torch.where(slot >= slot.sort().values[-count], slot, 0.0)
         kept = kept / kept.sum()
@@ -68,7 +68,7 @@ def test_shares_are_the_largest_of_the_softmax_normalised_again_and_added_up_by_
 def test_shares_add_up_to_one_and_the_own_expert_always_counts(lean):
     part, x = experts((), 3), drawn(500, 7).abs()
     part.g[4:] += lean  # towards the others
-    shares = part.shares(x)
+    shares = part.weights(x)
     assert_close(shares.sum(-1), torch.ones(500, dtype=torch.float64))
     assert (shares[:, 0] > 0).all() and (shares >= 0).all()
     assert lean < 30 or shares[:, 0].mean() < 0.01

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, flaw
+from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, validation_error
 
 SIZES = (1, 40, 0, 2, 3, 25)
 
@@ -30,7 +30,7 @@ def test_groups_of_fewer_than_two_points_have_no_mixture_and_none_has_more_than_
     found = fit_mixtures(*drawn(), len(SIZES), 0)
     assert found.counts.tolist() == list(SIZES)
     assert [len(part.weights) for part in parts(found)] == [0, 3, 0, 2, 3, 3]
-    assert found.means.dtype == torch.float32 and flaw(found) is None
+    assert found.means.dtype == torch.float32 and validation_error(found) is None
 
 
 def test_a_mixture_has_the_mean_and_the_variance_of_its_points():
@@ -51,7 +51,7 @@ def test_who_has_the_mixture_of_three_points_has_the_points():
 
 def test_equal_points_are_no_trouble():
     found = fit_mixtures(torch.ones(9, 4), torch.zeros(9, dtype=torch.long), 1, 0)
-    assert flaw(found) is None
+    assert validation_error(found) is None
     assert_close(found.weights @ found.means, torch.ones(4))
 
 
@@ -68,4 +68,4 @@ def test_nobodys_points_have_the_shapes_of_everybodys():
 @pytest.mark.parametrize(("key", "factor"), [("weights", -1.0), ("weights", 1.1), ("variances", -1.0)])
 def test_a_flaw_is_found(key, factor):
     found = fit_mixtures(*drawn(), len(SIZES), 0)
-    assert flaw(replace(found, **{key: vars(found)[key] * factor})) is not None
+    assert validation_error(replace(found, **{key: vars(found)[key] * factor})) is not None

@@ -3,19 +3,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedlora.linalg.randomized_svd import answer_first, answer_second, finish, probe, span
+from fedlora.linalg.randomized_svd import first_sketch, fit_from_sketch, gaussian_matrix, range_basis, second_sketch
 
 from twins import IN, apart, drifted_terms, random_terms, total, truncated
 
 
 def ask(terms, rank, width, iterations):
     dtype = terms[0][1].b.dtype
-    omega = probe(IN, width, torch.Generator().manual_seed(0), dtype)
+    omega = gaussian_matrix(IN, width, torch.Generator().manual_seed(0), dtype)
     for _ in range(iterations + 1):
-        basis = span(sum(w * answer_first(f, omega) for w, f in terms))
-        answers = sum(w * answer_second(f, basis) for w, f in terms)
+        basis = range_basis(sum(w * first_sketch(f, omega) for w, f in terms))
+        answers = sum(w * second_sketch(f, basis) for w, f in terms)
         omega = answers.mT
-    return finish(answers, basis, rank)
+    return fit_from_sketch(answers, basis, rank)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
@@ -38,4 +38,4 @@ def test_power_iterations_do_not_hurt():
 
 def test_answers_are_the_dense_products():
     (_, factor), basis = random_terms((3,), batch=(2,))[0], torch.randn(30, 4).double().expand(2, -1, -1)
-    assert apart(answer_second(factor, basis), basis.mT @ factor.product()) < 1e-13
+    assert apart(second_sketch(factor, basis), basis.mT @ factor.product()) < 1e-13

@@ -13,23 +13,23 @@ def shared_a(terms):
 
 
 def dense_loss(terms, x, strength, per_column, squared):
-    centre, m = mean(terms), total(terms)
-    product = x @ centre.a
+    center, m = mean(terms), total(terms)
+    product = x @ center.a
     cosine = (
         torch.nn.functional.cosine_similarity(m, product, 0).mean()
         if per_column
         else (m * product).sum() / m.norm() / product.norm()
     )
-    distance = (x - centre.b).norm()
+    distance = (x - center.b).norm()
     return 1 - cosine + strength * (distance**2 if squared else distance)
 
 
 @pytest.mark.parametrize("strength", [1e-6, 0.1, 10.0])
 def test_ridge_is_the_dense_minimiser(strength):
     terms = random_terms((3, 3, 3), batch=(2,))
-    centre, m = mean(terms), total(terms)
-    a = torch.cat([centre.a, strength**0.5 * torch.eye(3, dtype=torch.float64).expand(2, -1, -1)], -1)
-    wanted = torch.cat([m, strength**0.5 * centre.b], -1)
+    center, m = mean(terms), total(terms)
+    a = torch.cat([center.a, strength**0.5 * torch.eye(3, dtype=torch.float64).expand(2, -1, -1)], -1)
+    wanted = torch.cat([m, strength**0.5 * center.b], -1)
     dense = torch.linalg.lstsq(a.mT, wanted.mT).solution.mT
     assert apart(corrected(terms, strength).b, dense) < 1e-11
 
@@ -61,9 +61,9 @@ def test_a_common_a_makes_the_mean_exact_and_kept(strength):
 @pytest.mark.parametrize("strength", [0.0, 0.01, 1.0])
 def test_the_correction_never_raises_the_penalised_error(strength):
     terms = random_terms((3, 3, 3))
-    centre, found, m = mean(terms), corrected(terms, strength), total(terms)
-    before = (m - centre.product()).square().sum()
-    after = (m - found.product()).square().sum() + strength * (found.b - centre.b).square().sum()
+    center, found, m = mean(terms), corrected(terms, strength), total(terms)
+    before = (m - center.product()).square().sum()
+    after = (m - found.product()).square().sum() + strength * (found.b - center.b).square().sum()
     assert after <= before
 
 
@@ -75,9 +75,9 @@ def test_the_correction_never_beats_the_best_fit():
 
 def test_sums_of_crosses_in_a_second_pass_give_the_same_correction():
     terms = random_terms((3, 3, 3))
-    centre = mean(terms)
-    summed = sum(w * cross(f, centre.a) for w, f in terms)
-    assert apart(ridge(centre, summed, 0.1).b, corrected(terms, 0.1).b) < 1e-13
+    center = mean(terms)
+    summed = sum(w * cross(f, center.a) for w, f in terms)
+    assert apart(ridge(center, summed, 0.1).b, corrected(terms, 0.1).b) < 1e-13
 
 
 def test_a_mean_a_with_dependent_rows_is_corrected_without_blowing_up():

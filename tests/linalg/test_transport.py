@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.linalg.mixture import Mixtures, components
-from fedlora.linalg.transport import gaussians_apart, mixtures_apart, transport_cost
+from fedlora.linalg.transport import gaussian_distances, mixture_distance, transport_cost
 
 
 def drawn(seed: int, *counts: int, width: int = 5) -> Mixtures:
@@ -37,7 +37,7 @@ def root(matrix: Tensor) -> Tensor:
 
 def test_gaussians_are_as_far_apart_as_their_dense_covariances_say():
     one, other = drawn(0, 3), drawn(1, 2)
-    found = gaussians_apart(one.means, one.variances, other.means, other.variances)
+    found = gaussian_distances(one.means, one.variances, other.means, other.variances)
     for i in range(3):
         for j in range(2):
             x, y = one.variances[i].double().diag(), other.variances[j].double().diag()
@@ -54,20 +54,20 @@ def test_a_transport_is_as_cheap_as_the_cheapest_way_to_carry_grains(mass, other
 
 def test_mixtures_are_as_far_apart_as_two_nested_transports_say():
     one, other = drawn(0, 4, 0, 2), drawn(1, 2, 1, 2, 2)
-    cost = gaussians_apart(one.means, one.variances, other.means, other.variances)
+    cost = gaussian_distances(one.means, one.variances, other.means, other.variances)
     grains = {2: [1, 3], 3: [1, 2, 1]}
     rows, columns = [3, 2], [2, 2, 2]
     between = torch.tensor(
         [[by_grains(grains[len(block)], grains[block.shape[1]], block) for block in strip.split(columns, 1)]
          for strip in cost.split(rows)], dtype=torch.float64
     )  # fmt: skip
-    assert mixtures_apart(one, other) == pytest.approx(by_grains([4, 2], [2, 2, 2], between), rel=1e-9)
+    assert mixture_distance(one, other) == pytest.approx(by_grains([4, 2], [2, 2, 2], between), rel=1e-9)
 
 
 def test_the_distance_is_symmetric_and_zero_for_the_same_mixtures():
     one, other = drawn(0, 4, 7, 2), drawn(1, 3, 1, 2)
-    assert mixtures_apart(one, other) == pytest.approx(mixtures_apart(other, one), rel=1e-12)
-    assert mixtures_apart(one, other) > 1 and mixtures_apart(one, one) == 0
+    assert mixture_distance(one, other) == pytest.approx(mixture_distance(other, one), rel=1e-12)
+    assert mixture_distance(one, other) > 1 and mixture_distance(one, one) == 0
 
 
 def test_the_names_of_groups_and_the_number_of_points_do_not_matter():
@@ -75,8 +75,8 @@ def test_the_names_of_groups_and_the_number_of_points_do_not_matter():
     swapped = Mixtures(one.counts.flip(0), *(x.roll(3, 0) for x in (one.weights, one.means, one.variances)))
     many = replace(one, counts=one.counts * 10)
     for same in (swapped, many):
-        assert mixtures_apart(same, other) == pytest.approx(mixtures_apart(one, other), rel=1e-12)
+        assert mixture_distance(same, other) == pytest.approx(mixture_distance(one, other), rel=1e-12)
 
 
 def test_who_has_no_mixture_is_infinitely_far_away():
-    assert mixtures_apart(drawn(0, 1, 0), drawn(1, 3, 5)) == math.inf == mixtures_apart(drawn(1, 3, 5), drawn(0, 1, 1))
+    assert mixture_distance(drawn(0, 1, 0), drawn(1, 3, 5)) == math.inf == mixture_distance(drawn(1, 3, 5), drawn(0, 1, 1))

@@ -12,7 +12,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.table import TABLE
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
@@ -57,7 +57,7 @@ def trained_products(m: FactorAveraging, server: Any, states: MemoryStates, inde
     trainer, rnd = Recorder(), Round(index, 0)
     for client in CLIENTS:
         state = states.client_state(client, index) or m.init_client(trainer.spec, client, 0)
-        turns(m, trainer, [ClientStart(client, state, m.send(server, client, rnd))], rnd)
+        train_clients(m, trainer, [ClientStart(client, state, m.send(server, client, rnd))], rnd)
     views = [products(trainer.last[client.id]) for client in CLIENTS]
     return {name: [view[name] for view in views] for name in views[0]}
 

@@ -14,11 +14,11 @@ from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.linalg.mixture import Mixtures
 from fedlora.linalg.subspace import frame
-from fedlora.linalg.transport import mixtures_apart
+from fedlora.linalg.transport import mixture_distance
 from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
 from fedlora.methods.ce_lora import CELoRA, Cores, median
 from fedlora.methods.wrap.head import HeadRule
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import UploadValidator
 
@@ -97,7 +97,7 @@ def told(trainer: Any = None, m: CELoRA = BOTH) -> tuple[Reply, Any]:
     """What a client uploads the first time, and what it was sent."""
     client, rnd = CLIENTS[0], Round(0, 0)
     download = m.send(m.init_server(SPEC, 0), client, rnd)
-    done = turns(m, trainer or Recorder(), [ClientStart(client, m.init_client(SPEC, client, 0), download)], rnd)[0]
+    done = train_clients(m, trainer or Recorder(), [ClientStart(client, m.init_client(SPEC, client, 0), download)], rnd)[0]
     return Reply(client, rnd, done.upload, float(client.examples)), download
 
 
@@ -296,7 +296,7 @@ def test_distances_are_those_of_the_mixtures_in_whatever_order_clients_come():
         places = torch.tensor([list(server.data).index(client) for client in "012"])
         found.append(server.apart[places][:, places])
     assert torch.equal(*found) and torch.equal(found[0], found[0].T) and not found[0].diagonal().any()
-    assert found[0][0, 2] == mixtures_apart(server.data["0"], server.data["2"]) > 0.01
+    assert found[0][0, 2] == mixture_distance(server.data["0"], server.data["2"]) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_each_round_after_the_warm_up_notes_how_many_experts_there_are():
 
 def test_what_a_client_computes_depends_on_the_input_by_its_router():
     part = METHOD.view({}, warm().downloads[0], WHO[0])["layer.2.q"]
-    shares = part.shares(torch.randn(50, 7, generator=torch.Generator().manual_seed(0)))
+    shares = part.weights(torch.randn(50, 7, generator=torch.Generator().manual_seed(0)))
     assert_close(shares.sum(-1), torch.ones(50))
     assert (shares[:, 0] > 0).all() and shares.std(0).min() > 0.01
 

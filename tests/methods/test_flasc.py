@@ -14,7 +14,7 @@ from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positio
 from fedlora.messages import ClientInfo, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flasc import FLASC, FlascState
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.validator import UploadValidator
 
@@ -39,7 +39,9 @@ def keep_largest(vector: Tensor, count: int) -> Tensor:
 
 def run_rounds(m: Any, server: Any, client: ClientInfo, rnd: Round = RND) -> tuple[Reply, Recorder]:
     trainer = Recorder()
-    done = turns(m, trainer, [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd)[0]
+    done = train_clients(
+        m, trainer, [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd
+    )[0]
     return Reply(client, rnd, done.upload, 1.0), trainer
 
 

@@ -8,7 +8,7 @@ import torch
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
 from fedlora.methods.flora import FLoRA
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 
 from toy import Recorder, ToyTrainer, toy_clients
 from uploads import ROUND, SPEC, dense, mean_product, merged_by, off, replies_of_ranks, update
@@ -56,7 +56,7 @@ def test_fresh_factors_are_new_in_each_round_and_shared_only_if_so_set(draw, com
 def test_with_a_shared_draw_identical_clients_are_as_one():
     method, trainer = FLoRA(rank=3, draw="shared"), Recorder(ToyTrainer(skew=0.0))
     for client in toy_clients(3):
-        turns(method, trainer, [ClientStart(client, method.init_client(trainer.spec, client, 0), {})], ROUND)
+        train_clients(method, trainer, [ClientStart(client, method.init_client(trainer.spec, client, 0), {})], ROUND)
     for name in trainer.spec.modules:
         one, *others = (trainer.weights[client][name] for client in trainer.weights)
         assert all(torch.equal(one, other) for other in others)

@@ -14,7 +14,7 @@ from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.fslora import FSLoRA, sliced, subset
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 
 from toy import SPEC, ToyTrainer, toy_clients
 from uploads import factors
@@ -27,9 +27,9 @@ def replies(m: Any, server: Any, clients: list[ClientInfo], rnd: Round = RND) ->
     done = [
         (
             client,
-            turns(m, ToyTrainer(), [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd)[
-                0
-            ],
+            train_clients(
+                m, ToyTrainer(), [ClientStart(client, m.init_client(SPEC, client, 0), m.send(server, client, rnd))], rnd
+            )[0],
         )
         for client in clients
     ]

@@ -15,7 +15,7 @@ from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positio
 from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.lora_a2 import LoRAA2, score
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.rounds.codec import decode, encode
 from fedlora.rounds.validator import UploadValidator
 
@@ -39,7 +39,9 @@ def requests(client: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[li
 
     asked: list[Fit] = []
     trainer = Listening()
-    done = turns(M, trainer, [ClientStart(client, M.init_client(SPEC, client, 0), M.send(server, client, rnd))], rnd)[0]
+    done = train_clients(
+        M, trainer, [ClientStart(client, M.init_client(SPEC, client, 0), M.send(server, client, rnd))], rnd
+    )[0]
     return asked, Reply(client, rnd, done.upload, float(client.examples)), trainer
 
 
@@ -184,7 +186,7 @@ def test_a_fixed_rank_counts_in_the_budget_as_it_is():
     spec = AdapterSpec(SPEC.modules, SPEC.head, rank_pattern={MODULES[0]: 3})
     m, client = LoRAA2(rank=RANK), ClientInfo("0", 2, 10)
     server = m.init_server(spec, 0)
-    done = turns(
+    done = train_clients(
         m,
         ToyTrainer(spec),
         [ClientStart(client, m.init_client(spec, client, 0), m.send(server, client, ROUNDS["b"]))],

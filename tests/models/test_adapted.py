@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, Dense, Factors, lora_init
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
-from fedlora.models.adapted import AdaptedModel, Scaling, add_to_base, dense_weight
+from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.models.base_weights import add_to_weight, dense_weight
 from fedlora.models.layers import LoraLayer
 from fedlora.models.targets import head_modules, norm_modules
 
@@ -99,7 +100,7 @@ def test_forward_and_gradients_are_those_of_pefts_layer(rslora, pattern, dropout
     net, targets, x = Net(), ["first", "second", "last"], torch.randn(6, 7)
     adapted = AdaptedModel(copy.deepcopy(net), Scaling(16.0, rslora), targets, dropout, pattern)
     adapter = moved(adapted)
-    adapted.load([adapter], "ba")
+    adapted.load_clients([adapter], "ba")
     config = peft.LoraConfig(
         r=4, lora_alpha=16, use_rslora=rslora, target_modules=targets, lora_dropout=dropout, rank_pattern=pattern
     )
@@ -121,7 +122,7 @@ def test_a_transformer_in_training_mode_gives_the_logits_and_gradients_it_gives_
     model, ids = classifier(kind), torch.randint(1, 40, (3, 5))
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), dropout=0.2, head=head_modules(model, ()))
     adapter = moved(adapted)
-    adapted.load([adapter], "ba")
+    adapted.load_clients([adapter], "ba")
     twin = in_peft(model, adapter, peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, lora_dropout=0.2))
     logits = []
     for each in (adapted.model, twin):
@@ -142,7 +143,7 @@ def test_a_model_that_reads_its_layers_weights_is_adapted_as_in_peft():
     head = head_modules(model, ())
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), "all-linear", head=head)
     adapter = moved(adapted)
-    adapted.load([adapter], "ba")
+    adapted.load_clients([adapter], "ba")
     assert any(name.endswith(".wo") for name in adapter)
     layer = next(iter(adapted.layers.values()))
     assert layer.weight is layer.base.weight and layer.out_features == layer.base.out_features
@@ -161,7 +162,7 @@ def test_a_model_that_reads_its_layers_weights_is_adapted_as_in_peft():
 
 
 class Int8Linear(nn.Module):
-    """A quantised layer of which nothing is known but its sizes and what it computes."""
+    """A quantized layer of which nothing is known but its sizes and what it computes."""
 
     def __init__(self, like: nn.Linear) -> None:
         super().__init__()
@@ -178,12 +179,12 @@ class Int8Linear(nn.Module):
         return functional.linear(x, self.weight * self.step)
 
 
-def test_a_quantised_layer_is_adapted_like_the_dense_one_it_stands_for():
-    quantised = Int8Linear(nn.Linear(7, 12))
-    pair = [AdaptedModel(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantised, quantised.dense())]
+def test_a_quantized_layer_is_adapted_like_the_dense_one_it_stands_for():
+    quantized = Int8Linear(nn.Linear(7, 12))
+    pair = [AdaptedModel(nn.Sequential(layer), Scaling(16.0), "all-linear") for layer in (quantized, quantized.dense())]
     x, adapter = torch.randn(3, 7), moved(pair[0])
     for adapted in pair:
-        adapted.load([adapter], "ba")
+        adapted.load_clients([adapter], "ba")
         adapted.model(x).square().sum().backward()
     assert pair[0].spec.modules == pair[1].spec.modules
     assert_close(pair[0].model(x), pair[1].model(x), rtol=1e-6, atol=1e-6)
@@ -195,12 +196,12 @@ def test_factors_of_several_clients_give_each_client_what_its_own_would(rest):
     adapted = AdaptedModel(Net(), Scaling(16.0), "all-linear")
     needs_individual_uploads = [moved(adapted, seed=seed) for seed in range(3)]
     x = torch.randn(3, 2, *rest, 7)
-    adapted.load(needs_individual_uploads, "ba")
+    adapted.load_clients(needs_individual_uploads, "ba")
     together = adapted.model(x.flatten(0, 1))
     together.square().sum().backward()
     found = [own_gradients(adapted, i) for i in range(3)]
     for i, single in enumerate(needs_individual_uploads):
-        adapted.load([single], "ba")
+        adapted.load_clients([single], "ba")
         alone = adapted.model(x[i])
         alone.square().sum().backward()
         assert_close(together.unflatten(0, (3, 2))[i], alone)
@@ -245,7 +246,7 @@ def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, trai
     adapted = AdaptedModel(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
     start = middled(adapted, kind)
     leaves = {n: {k: v.clone().requires_grad_(k in train) for k, v in vars(part).items()} for n, part in start.items()}
-    trained = adapted.load([start], train)
+    trained = adapted.load_clients([start], train)
     found, expected = adapted.model(x), dense(net, x, {name: kind(**tensors) for name, tensors in leaves.items()})
     assert_close(found, expected)
     found.square().sum().backward()
@@ -257,12 +258,12 @@ def test_a_middle_factor_computes_and_learns_as_the_dense_matrix_does(kind, trai
 
 def assert_each_as_alone(adapted: AdaptedModel, needs_individual_uploads: list[Adapter], x: Tensor, train: str) -> None:
     """Outputs and gradients of clients loaded together, for x [clients, rows, ...], are those of each by itself."""
-    adapted.load(needs_individual_uploads, train)
+    adapted.load_clients(needs_individual_uploads, train)
     outputs = adapted.model(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     outputs.square().sum().backward()
     found = [gradients_of_the_factors(adapted, client) for client in range(len(needs_individual_uploads))]
     for i, single in enumerate(needs_individual_uploads):
-        adapted.load([single], train)
+        adapted.load_clients([single], train)
         alone = adapted.model(x[i])
         alone.square().sum().backward()
         assert_close(outputs[i], alone)
@@ -288,7 +289,7 @@ def test_alpha_scales_how_a_middle_factor_learns_only_between_trained_factors(al
     """One step of gradient descent: c on frozen outer factors moves alike for all alpha, b moves by (alpha / rank)^2."""
     adapted, x = AdaptedModel(Net().double(), Scaling(alpha), ["first", "second", "last"]), torch.randn(6, 7).double()
     start = middled(adapted, ThreeFactor)
-    adapted.load([start], "bc")
+    adapted.load_clients([start], "bc")
     adapted.model(x).square().sum().backward()
     plain = {f"{n}.{k}": v for n, part in start.items() for k, v in vars(part).items()}
     leaves = {key: value.clone().requires_grad_() for key, value in plain.items()}
@@ -311,12 +312,12 @@ def adapted_net(adapted: AdaptedModel) -> Net:
 def test_an_adapter_without_a_middle_leaves_none_of_an_earlier_one():
     adapted, x = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
     two = {name: part.as_two_factors() for name, part in middled(adapted, ThreeFactor, seed=1).items()}
-    adapted.load([two])
+    adapted.load_clients([two])
     expected = adapted.model(x)
     for kind in (Heads, ThreeFactor):
-        adapted.load([middled(adapted, kind)])
+        adapted.load_clients([middled(adapted, kind)])
         assert not torch.equal(adapted.model(x), expected)
-    adapted.load([two])
+    adapted.load_clients([two])
     assert torch.equal(adapted.model(x), expected)
 
 
@@ -325,7 +326,7 @@ def test_an_adapter_without_a_middle_leaves_none_of_an_earlier_one():
 def test_reading_after_loading_keeps_untrained_factors_beside_a_middle(kind, train):
     adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
     start = middled(adapted, kind)
-    adapted.load([start], train)
+    adapted.load_clients([start], train)
     after = adapted.read(0, start, train)
     for name, part in start.items():
         assert type(after[name]) is kind
@@ -357,7 +358,7 @@ def test_a_pass_for_each_expert_computes_and_learns_as_one_for_each_slot_and_exp
     adapted = AdaptedModel(copy.deepcopy(net), Scaling(24.0), ["first", "second", "last"])
     start = routed(adapted, others=others)
     leaves = {n: {k: v.clone().requires_grad_(k in "bag") for k, v in vars(part).items()} for n, part in start.items()}
-    adapted.load([start], "bag")
+    adapted.load_clients([start], "bag")
     found, expected = adapted.model(x), x
     for name, activation in (("first", torch.tanh), ("second", torch.tanh), ("last", nn.Identity())):
         update = pass_by_pass(Experts(**leaves[name]), expected, expected)
@@ -374,7 +375,7 @@ def test_the_router_sees_the_input_before_dropout_and_the_experts_after():
     base, x = nn.Linear(7, 12).double(), torch.randn(6, 5, 7).double()
     adapted = AdaptedModel(nn.Sequential(copy.deepcopy(base)), Scaling(24.0), "all-linear", dropout=0.4)
     start = routed(adapted)
-    adapted.load([start])
+    adapted.load_clients([start])
     torch.manual_seed(3)
     found = adapted.model.train()(x)
     torch.manual_seed(3)
@@ -397,7 +398,7 @@ def test_experts_of_several_clients_give_each_client_what_its_own_would(rest):
 def test_reading_experts_after_loading_keeps_what_was_not_trained(train):
     adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
     start = routed(adapted)
-    adapted.load([start], train)
+    adapted.load_clients([start], train)
     after = adapted.read(0, start, train)
     for name, part in start.items():
         assert type(after[name]) is Experts
@@ -409,18 +410,18 @@ def test_reading_experts_after_loading_keeps_what_was_not_trained(train):
 def test_experts_leave_nothing_to_an_adapter_without_any():
     adapted, x = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"]), torch.randn(6, 7).double()
     two = {name: LowRank(part.b, part.a) for name, part in routed(adapted).items()}
-    adapted.load([two])
+    adapted.load_clients([two])
     expected = adapted.model(x)
-    adapted.load([routed(adapted)])
+    adapted.load_clients([routed(adapted)])
     assert not torch.equal(adapted.model(x), expected)
-    adapted.load([two])
+    adapted.load_clients([two])
     assert torch.equal(adapted.model(x), expected)
 
 
 def test_different_numbers_of_experts_are_not_loaded_together():
     adapted = AdaptedModel(Net().double(), Scaling(24.0), ["first", "second", "last"])
-    with pytest.raises(AssertionError, match="several forms"):
-        adapted.load([routed(adapted, others=1), routed(adapted, others=2)])
+    with pytest.raises(AssertionError, match="several structures"):
+        adapted.load_clients([routed(adapted, others=1), routed(adapted, others=2)])
 
 
 def test_without_factors_the_layer_is_its_base():
@@ -470,7 +471,7 @@ def test_an_architecture_without_a_default_is_refused_with_the_names_there_are()
 def test_reading_after_loading_gives_the_adapter_and_untouched_factors_as_the_same_objects(train):
     adapted = AdaptedModel(Net(), Scaling(16.0, rslora=True), ["first", "second"], rank_pattern={"first": 3}, head=["last"])
     start = {**moved(adapted, rank=5), **{name: Dense(torch.randn_like(w)) for name, w in adapted.spec.head.items()}}
-    adapted.load([start], train)
+    adapted.load_clients([start], train)
     after = adapted.read(0, start, train)
     assert list(after) == list(start)
     for name, part in start.items():
@@ -485,7 +486,7 @@ def test_training_changes_factors_and_head_and_no_bit_of_the_rest():
     before = [parameter.clone() for parameter in kept]
     adapted = AdaptedModel(net, Scaling(16.0), ["first", "second"], head=["last"])
     start = {**moved(adapted), **{name: Dense(w) for name, w in adapted.spec.head.items()}}
-    trained = adapted.load([start], "baw")
+    trained = adapted.load_clients([start], "baw")
     net(torch.randn(4, 7)).square().sum().backward()
     torch.optim.SGD(trained, lr=0.1).step()
     assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
@@ -498,13 +499,13 @@ def test_training_changes_factors_and_head_and_no_bit_of_the_rest():
 def test_a_change_of_the_base_adds_its_product_with_the_input(layer):
     x, delta = torch.randn(4, 7), torch.randn(12, 7)
     before = layer(x)
-    add_to_base(layer, delta)
+    add_to_weight(layer, delta)
     assert_close(layer(x), before + x @ delta.mT)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_base_updates_and_factors_beside_add_their_products_with_the_input(quantised):
-    layers = [Int8Linear(nn.Linear(7, 12)) if quantised else nn.Linear(7, 12), Conv1D(5, 12)]
+@pytest.mark.parametrize("quantized", [False, True])
+def test_base_updates_and_factors_beside_add_their_products_with_the_input(quantized):
+    layers = [Int8Linear(nn.Linear(7, 12)) if quantized else nn.Linear(7, 12), Conv1D(5, 12)]
     adapted, x = AdaptedModel(nn.Sequential(*layers), Scaling(16.0), "all-linear"), torch.randn(4, 7)
     one, two, three = (moved(adapted, seed=seed) for seed in range(3))
     dense = {name: sum(each[name].product() for each in (one, two, three)) for name in one}
@@ -512,7 +513,7 @@ def test_base_updates_and_factors_beside_add_their_products_with_the_input(quant
     expected = layers[1](middle) + middle @ dense["1"].mT
     adapted.merge_into_base(one)
     adapted.merge_into_base(two)
-    adapted.load([{}], frozen_extra=[three])
+    adapted.load_clients([{}], frozen_extra=[three])
     assert_close(adapted.model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -540,8 +541,8 @@ def test_the_pretrained_weight_is_read_out_by_in_whatever_was_folded_since(name)
     assert_close(adapted.spec.weight(name), stored.mT if name == "second" else stored, rtol=0, atol=0)
 
 
-def test_the_weight_of_a_quantised_layer_is_not_read_as_if_it_were_dense():
-    with pytest.raises(UserError, match="quantised"):
+def test_the_weight_of_a_quantized_layer_is_not_read_as_if_it_were_dense():
+    with pytest.raises(UserError, match="quantized"):
         AdaptedModel(nn.Sequential(Int8Linear(nn.Linear(7, 12))), Scaling(16.0), "all-linear").spec.weight("0")
 
 
@@ -574,7 +575,7 @@ def test_each_clients_layer_norms_are_those_of_a_model_of_its_own(kind, count, p
     assert len(norms) == count
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), head=[*head, *norms], precision=precision)
     clients = [{n: Dense(w + 0.3 * torch.randn_like(w)) for n, w in adapted.spec.head.items()} for _ in range(2)]
-    trained = adapted.load(clients, "w")
+    trained = adapted.load_clients(clients, "w")
     assert len(trained) == len(adapted.spec.head) and any(name.startswith(norms[0]) for name in adapted.spec.head)
     ids = torch.randint(1, 40, (4, 6))
     found = adapted.model.eval()(input_ids=ids).logits

@@ -66,7 +66,7 @@ def test_a_checkpoint_may_lack_a_pooler_but_no_other_part_of_its_base_model(pool
         assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(load_classifier(str(tmp_path), LABELS, 0)[2].new)
         return
     with pytest.raises(
-        UserError, match=r"weights do not fit config.json: 4 parameters .* such as bert.encoder.layer.1.output"
+        UserError, match=r"weights do not match config.json: 4 parameters .* such as bert.encoder.layer.1.output"
     ):
         load_classifier(str(tmp_path), LABELS, 0)
 
@@ -107,10 +107,10 @@ def no_package(folder: Path) -> None:
     ("damage", "message"),
     [
         (no_weights, "is damaged: it has no safetensors header"),
-        (pointer, "is a git-lfs pointer, not the weights; fetch them with git lfs pull"),
-        (cut, "is damaged: it has [0-9]+ bytes instead of [0-9]+; fetch it again"),
-        (lost_shard, "is missing; fetch it again"),
-        (own_code, "needs Python code of its own, which is never run"),
+        (pointer, "is a git-lfs pointer, not the weights; download them with git lfs pull"),
+        (cut, "is damaged: it has [0-9]+ bytes instead of [0-9]+; download it again"),
+        (lost_shard, "is missing; download it again"),
+        (own_code, "requires remote code, which is not supported"),
         (no_head, "no sequence classification head for 'clip'"),
         (no_package, "cannot be loaded: .*aqlm"),
     ],

@@ -66,7 +66,7 @@ def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_compute
     plain, before = copy.deepcopy(model), logits(model)
     adapted = AdaptedModel(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
     adapter = moved(adapted)
-    adapted.load([adapter])
+    adapted.load_clients([adapter])
     own, tokenizer = logits(adapted.model), tiny_tokenizer("<unk>")
     to_peft(adapter, tmp_path, 0.0, "base", adapted, LABELS, tokenizer)
     assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), own, rtol=1e-4, atol=1e-5)
@@ -77,7 +77,7 @@ def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_compute
 def test_every_parameter_of_the_head_moves_the_loss(kind):
     model = model_of(kind).eval()
     adapted = AdaptedModel(model, Scaling(8.0), targets(model), head=head_modules(model, ()))
-    trained = adapted.load([moved(adapted)], "w")
+    trained = adapted.load_clients([moved(adapted)], "w")
     ids = torch.tensor([[9, 8, 7, 3]])
     nn.functional.cross_entropy(adapted.model(input_ids=ids).logits, torch.tensor([1])).backward()
     assert len(trained) == len(adapted.spec.head) and all(x.grad is not None and x.grad.any() for x in trained)
@@ -101,7 +101,7 @@ def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_mi
         ({"targets": "quer(y"}, r"lora.targets = 'quer\(y' is not a regular expression"),
         (
             {"targets": "no_such"},
-            "lora.targets: 'no_such' matches no linear module; the model has dense, key, query, value",
+            "lora.targets: 'no_such' matches no linear module; available: dense, key, query, value",
         ),
         ({"targets": ["query", "valeu"]}, "lora.targets: 'valeu' matches no linear module"),
         ({"targets": ["classifier"]}, "lora.targets: 'classifier' matches no linear module"),

@@ -112,7 +112,7 @@ def test_a_pad_token_beyond_the_embeddings_is_not_used(pad, tmp_path):
 @pytest.mark.parametrize(
     ("special", "added", "pad", "message"),
     [
-        (("<unk>",), [], None, "no token to pad with"),
+        (("<unk>",), [], None, "no usable pad token"),
         (("<unk>", "<s>"), ["gazebo", "pergola"], None, "2 tokens beyond the model's 96 embeddings, such as 'gazebo'"),
         (("<unk>", "<s>"), [], 5, "pad_token_id = 5 in config.json is an ordinary token of the tokenizer, 'bak'"),
     ],
@@ -139,7 +139,7 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(config, tmp_path):
 def test_texts_of_unknown_words_alone_are_refused(tmp_path):
     _, tokenizer, _ = load_classifier(str(tiny_bert(tmp_path)), LABELS, 0)
     check_known(encoded(tokenizer, ["qqq", f"qqq {WORDS[0]}"]).features, tokenizer)
-    with pytest.raises(UserError, match="knows no word in any of the texts"):
+    with pytest.raises(UserError, match="has none of the texts"):
         check_known(encoded(tokenizer, ["qqq", "qqq qq"]).features, tokenizer)
 
 

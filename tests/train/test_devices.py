@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.errors import RunStopped, UserError
-from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, shares
+from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, balance
 from fedlora.train.hardware import devices
 from fedlora.train.local import LocalTrainer
 
@@ -47,7 +47,7 @@ def test_a_run_on_two_devices_is_that_on_one_and_leaves_no_process(home, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("works", "count", "expected"),
+    ("costs", "count", "expected"),
     [
         ([5, 1, 4, 2], 2, [[0, 1], [2, 3]]),
         ([3, 3, 3], 2, [[0, 2], [1]]),
@@ -56,8 +56,8 @@ def test_a_run_on_two_devices_is_that_on_one_and_leaves_no_process(home, tmp_pat
         ([9, 1, 1, 1, 1, 1, 1], 3, [[0], [1, 3, 5], [2, 4, 6]]),
     ],
 )
-def test_the_work_is_shared_out_evenly(works, count, expected):
-    assert shares(works, count) == expected
+def test_the_work_is_shared_out_evenly(costs, count, expected):
+    assert balance(costs, count) == expected
 
 
 class Stub:
@@ -78,12 +78,12 @@ class Stub:
 
 
 @pytest.fixture(scope="module")
-def helper():
+def process():
     return TrainerProcess("the other one", Stub, 100)
 
 
 @pytest.mark.slow
-def test_a_helper_answers_with_what_its_trainer_gives_or_raises(helper):
+def test_a_process_answers_with_what_its_trainer_gives_or_raises(process):
     sent = [
         torch.randn(2, 3),
         torch.tensor(1),
@@ -91,33 +91,33 @@ def test_a_helper_answers_with_what_its_trainer_gives_or_raises(helper):
         torch.tensor([True]),
         torch.ones(2, dtype=torch.bfloat16),
     ]
-    helper.ask("scores", sent)
-    for one, back in zip(sent, helper.answer(), strict=True):
+    process.start_call("scores", sent)
+    for one, back in zip(sent, process.result(), strict=True):
         assert_close(back, one + 100)
         assert back.dtype == (one + 100).dtype
-    helper.ask("scores", ["fail"])
+    process.start_call("scores", ["fail"])
     with pytest.raises(ValueError, match="fails at 100"):
-        helper.answer()
-    helper.ask("scores", [1])
-    assert helper.answer() == [101]
+        process.result()
+    process.start_call("scores", [1])
+    assert process.result() == [101]
 
 
 @pytest.mark.slow
-def test_a_helper_that_dies_stops_the_run_and_is_named():
-    helper = TrainerProcess("the other one", Stub, 100)
-    helper.ask("scores", ["die"])
-    with pytest.raises(RunStopped, match="the process for the other one has ended with exit code -9"):
-        helper.answer()
-    with pytest.raises(RunStopped, match="the other one has ended"):
-        helper.ask("scores", [1])
-        helper.answer()
+def test_a_process_that_dies_stops_the_run_and_is_named():
+    process = TrainerProcess("the other one", Stub, 100)
+    process.start_call("scores", ["die"])
+    with pytest.raises(RunStopped, match="the process for the other one ended with exit code -9"):
+        process.result()
+    with pytest.raises(RunStopped, match="the other one ended"):
+        process.start_call("scores", [1])
+        process.result()
 
 
 @pytest.mark.slow
-def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(helper):
+def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(process):
     here = create_autospec(LocalTrainer, instance=True)
     here.scores.side_effect = Stub(0).scores
-    both = MultiDeviceTrainer(here, [helper])
+    both = MultiDeviceTrainer(here, [process])
     share = both._shared
     with pytest.raises(ValueError, match="fails at 0"):
         share("scores", ["fail", 1], [2, 1])
@@ -132,7 +132,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices("cuda", "auto") == 2
     assert devices("cuda:1", "auto") == 1
-    with pytest.raises(UserError, match=r"train\.devices = 3: this machine has 2"):
+    with pytest.raises(UserError, match=r"train\.devices = 3: only 2 are available"):
         devices("cuda", 3)
-    with pytest.raises(UserError, match=r"'cuda:1' is one device; for train\.devices = 2 say 'cuda'"):
+    with pytest.raises(UserError, match=r"'cuda:1' is one device; for train\.devices = 2, set train\.device = 'cuda'"):
         devices("cuda:1", 2)

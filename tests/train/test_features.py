@@ -42,7 +42,7 @@ def model(request, tmp_path_factory):
 def test_features_are_the_last_layer_at_the_first_token_or_the_last_of_a_model_that_looks_back(model):
     examples, rows = encoded(), torch.tensor([5, 1, 2, 6])
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), dropout=0.5, head=["classifier", "score"])
-    adapted.load([{n: replace(p, b=p.b + 1) for n, p in lora_init(adapted.spec, 2, 0).items()}])
+    adapted.load_clients([{n: replace(p, b=p.b + 1) for n, p in lora_init(adapted.spec, 2, 0).items()}])
     found = features(adapted, Classification(), examples, rows, batch_size=3)
     place = 0 if model.config.model_type == "bert" else -1
     for own, row in zip(found, rows.tolist(), strict=True):

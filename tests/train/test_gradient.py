@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_batched import jobs, session  # noqa: F401  (a fixture)
 
 from fedlora.adapter import Dense, pack
 from fedlora.config.sections import Train
@@ -14,6 +13,8 @@ from fedlora.models.layers import LoraLayer
 from fedlora.tasks.classification import Classification
 from fedlora.train.batched import train_together
 from fedlora.train.local import LocalTrainer
+
+from batched_jobs import jobs, session  # noqa: F401  (a fixture)
 
 TASK = Classification()
 WHO = ClientInfo("x", 3, 5)

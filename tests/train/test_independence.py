@@ -20,10 +20,11 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.targets import head_modules
 from fedlora.rounds.progress import NullProgress
 from fedlora.tasks.classification import Classification, Encoded
-from fedlora.train.batched import Job, train_together
+from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 from fedlora.train.independence import safe_clients_per_step
+from fedlora.train.job import Job
 from tiers import fast
 
 from architectures import CONFIGS, model_of, tokenizer_of
@@ -78,7 +79,7 @@ def test_clients_get_together_what_each_gets_alone_or_are_not_trained_together(k
     try:
         most = safe_clients_per_step(adapted, task, tokenizer_of(kind), 4, 128)
     except UserError as error:
-        assert kind in REFUSED and f"type {kind!r} cannot be trained here: " in str(error) and "\n" not in str(error)
+        assert kind in REFUSED and f"type {kind!r} cannot be trained: " in str(error) and "\n" not in str(error)
         return
     assert most == 4 or (most == 1 and kind not in ORDINARY)
     examples, some = examples_of(kind, tmp_path), jobs(adapted)
@@ -127,7 +128,7 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
             raise RuntimeError("shapes differ\nand more")
 
     adapted.model.register_forward_pre_hook(fail)
-    with pytest.raises(UserError, match=r"type 'bert' cannot be trained here: RuntimeError: shapes differ$"):
+    with pytest.raises(UserError, match=r"type 'bert' cannot be trained: RuntimeError: shapes differ$"):
         safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 16, 128)
 
 

@@ -20,9 +20,10 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Classification, Encoded
-from fedlora.train.batched import Job, Trained, train_together
+from fedlora.train.batched import train_together
 from fedlora.train.batches import epoch
 from fedlora.train.evaluate import score
+from fedlora.train.job import Job, Trained
 from fedlora.train.local import LocalTrainer
 
 from tiny import LABELS, tiny_bert, tiny_rows
@@ -109,7 +110,7 @@ def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
 
 def answered(setup: Setup, request: Fit, settings: Train, seed: int = SEED) -> Trained:
     job = Job(request, ROWS, seed, PACE)
-    return train_together(setup.adapted, TASK, setup.examples, [job], settings, tokens=1000)[0]
+    return train_together(setup.adapted, TASK, setup.examples, [job], settings, max_tokens=1000)[0]
 
 
 def trained(setup: Setup, train: str, settings: Train, seed: int = SEED) -> Trained:

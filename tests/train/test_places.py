@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_batched import TASK, jobs
 
+from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
-from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.train import batched
+from fedlora.train.batched import train_together
 from fedlora.train.features import try_packing
 
+from batched_jobs import TASK, jobs
 from tiny import LABELS, tiny_bert, tiny_rows
 
 
@@ -35,15 +35,15 @@ def test_steps_wait_for_nothing_from_the_device_but_transformers_own_question(tm
         asked.append(x.shape)
         return torch.tensor(False)
 
-    def read(adapted: AdaptedModel, place: int, request: Fit) -> Any:
+    def read(adapted: AdaptedModel, client: int, start: Adapter, train: Any) -> Adapter:
         assert all(x.device.type == "meta" for layer in adapted.layers.values() for x in (layer.a, layer.b))
-        return request.start
+        return start
 
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": make())  # there is none for meta
     monkeypatch.setattr(torch.Tensor, "all", whether_all)
-    monkeypatch.setattr(batched, "_read", read)  # what is read when a client has ended
+    monkeypatch.setattr(AdaptedModel, "read", read)  # what is read when a client has ended
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: torch.zeros(x.shape))  # the losses at the very end
     settings = Train(batch_size=4, optimizer="sgd", clip_norm=1.0)
-    trained = batched.train_together(adapted, TASK, examples, some, settings, 100_000)
+    trained = train_together(adapted, TASK, examples, some, settings, 100_000)
     assert [one.steps for one in trained] == [job.steps(settings) for job in some]
     assert len(asked) == max(one.steps for one in trained)

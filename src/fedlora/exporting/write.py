@@ -12,7 +12,8 @@ from torch import nn
 
 from fedlora.adapter import Adapter, Dense, Factors
 from fedlora.linalg.lowrank import Experts, Product
-from fedlora.models.adapted import AdaptedModel, add_to_base
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.base_weights import add_to_weight
 
 
 def unfit(adapter: Adapter) -> str | None:
@@ -85,6 +86,6 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype:
             if isinstance(part, Dense):
                 parameters[name].copy_(part.w)
             else:
-                add_to_base(model.get_submodule(name), fixed(part).product().float())
+                add_to_weight(model.get_submodule(name), fixed(part).product().float())
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

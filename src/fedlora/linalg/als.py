@@ -31,32 +31,32 @@ _SINGULAR = 1e-12  # relative: directions of the coefficients that do not affect
 class Side:
     """The b^T or the a of all terms: their mean, an origin minus that mean, and each term minus the mean.
 
-    With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i apart_i, which is
+    With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i deviation_i, which is
     sum_i c_i term_i if the origin is zero, and otherwise the origin plus sum_i c_i (term_i - origin).
-    `apart` has the terms' own dtype, but at least fp32; the others are fp64.
+    `deviations` has the terms' own dtype, but at least fp32; the others are fp64.
     """
 
     mean: Float[Tensor, "*batch rank n"]
     origin: Float[Tensor, "*batch rank n"]
-    apart: Float[Tensor, "*batch m rank n"]
+    deviations: Float[Tensor, "*batch m rank n"]
 
-    def moved(self, coefficients: Tensor) -> Float[Tensor, "*batch rank n"]:
+    def displacement(self, coefficients: Tensor) -> Float[Tensor, "*batch rank n"]:
         """The combination minus the mean, in fp64, for coefficients [*batch, m], or [m] for the whole batch."""
-        flat = self.apart.flatten(-2)
+        flat = self.deviations.flatten(-2)
         terms = torch.matmul(coefficients[..., None, :].to(flat.dtype), flat).reshape(self.mean.shape)
         return (1 - coefficients.sum(-1))[..., None, None] * self.origin + terms
 
     def slopes(self, x: Float[Tensor, "*batch rank n"]) -> Float[Tensor, "*batch m"]:
         """Inner products of x with the derivative of the combination by each coefficient."""
-        own = torch.matmul(self.apart.flatten(-2), x.to(self.apart.dtype).flatten(-2)[..., None])[..., 0]
+        own = torch.matmul(self.deviations.flatten(-2), x.to(self.deviations.dtype).flatten(-2)[..., None])[..., 0]
         return own.to(WORKING) - (x * self.origin).sum((-2, -1))[..., None]
 
     def curvature(
         self, gram: Float[Tensor, "*batch rank rank"]
     ) -> tuple[Float[Tensor, "*batch m m"], Float[Tensor, "*batch m"]]:
         """<gram x_i, x_j> for these derivatives x_i, and a bound on the rounding of each <gram x_i, x_i>."""
-        flat = self.apart.flatten(-2)
-        own = ((gram.to(flat.dtype)[..., None, :, :] @ self.apart).flatten(-2) @ flat.mT).to(WORKING)
+        flat = self.deviations.flatten(-2)
+        own = ((gram.to(flat.dtype)[..., None, :, :] @ self.deviations).flatten(-2) @ flat.mT).to(WORKING)
         towards = gram @ self.origin
         mixed = self.slopes(towards)  # <gram origin, x_i>
         both = (towards * self.origin).sum((-2, -1))[..., None, None]
@@ -66,32 +66,32 @@ class Side:
 
 @dataclass(frozen=True)
 class Layer:
-    """One target matrix: the mean of b_i a_i with these shares, which sum to 1. `left` has the b^T, `right` the a.
+    """One target matrix: the mean of b_i a_i with these weights, which sum to 1. `left` has the b^T, `right` the a.
 
     `scalable`: multiplying one side's coefficients by c and the other's by 1/c leaves the product unchanged.
     """
 
     left: Side
     right: Side
-    shares: Float[Tensor, " m"]
+    weights: Float[Tensor, " m"]
     scalable: bool
 
-    def spread(self) -> LowRank:
+    def residual(self) -> LowRank:
         """The target minus the product of the mean factors."""
-        b = self.left.apart * self.shares[:, None, None].to(self.left.apart.dtype)
-        return LowRank(b=b.flatten(-3, -2).mT, a=self.right.apart.flatten(-3, -2))
+        b = self.left.deviations * self.weights[:, None, None].to(self.left.deviations.dtype)
+        return LowRank(b=b.flatten(-3, -2).mT, a=self.right.deviations.flatten(-3, -2))
 
     def size(self) -> Float[Tensor, "*batch"]:
         """The squared norm of the target."""
-        means, rest = LowRank(b=self.left.mean.mT, a=self.right.mean), self.spread()
+        means, rest = LowRank(b=self.left.mean.mT, a=self.right.mean), self.residual()
         return norm(LowRank(b=torch.cat([means.b, rest.b], -1), a=torch.cat([means.a, rest.a], -2))).square()
 
-    def through(self, b: Float[Tensor, "*batch k out"]) -> Float[Tensor, "*batch k in"]:
-        """b times `spread`, in fp64."""
-        left, right = self.left.apart, self.right.apart
+    def times_residual(self, b: Float[Tensor, "*batch k out"]) -> Float[Tensor, "*batch k in"]:
+        """b times `residual`, in fp64."""
+        left, right = self.left.deviations, self.right.deviations
         each = b.to(left.dtype) @ left.flatten(-3, -2).mT  # [*batch, k, m * rank]
-        shares = self.shares.repeat_interleave(left.shape[-2]).to(left.dtype)
-        return torch.matmul(each * shares, right.flatten(-3, -2)).to(WORKING)
+        weights = self.weights.repeat_interleave(left.shape[-2]).to(left.dtype)
+        return torch.matmul(each * weights, right.flatten(-3, -2)).to(WORKING)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Coefficients:
     q: Float[Tensor, "*batch m"]
 
 
-def at_once(terms: int, rank: int, width: int) -> int:
+def batch_size(terms: int, rank: int, width: int) -> int:
     """The number of matrices to batch into one layer, each of `terms` terms of that rank; `width` is out + in."""
     return max(1, _FACTORS // (terms * rank * width))
 
@@ -125,10 +125,10 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
         ValueError: the ranks differ.
     """
     shared_rank([*terms, (0.0, origin)])
-    shares = torch.tensor([weight for weight, _ in terms], dtype=WORKING, device=origin.b.device)
-    shares = shares / shares.sum()
-    left = _side([factor.b.mT for _, factor in terms], origin.b.mT, shares)
-    return Layer(left, _side([factor.a for _, factor in terms], origin.a, shares), shares, scalable=False)
+    weights = torch.tensor([weight for weight, _ in terms], dtype=WORKING, device=origin.b.device)
+    weights = weights / weights.sum()
+    left = _side([factor.b.mT for _, factor in terms], origin.b.mT, weights)
+    return Layer(left, _side([factor.a for _, factor in terms], origin.a, weights), weights, scalable=False)
 
 
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
@@ -143,7 +143,7 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
     """
     p = q = _start(layers, shared)
     mirrored = [replace(layer, left=layer.right, right=layer.left) for layer in layers]
-    b, a = ([layer.right.moved(p) for layer in some] for some in (mirrored, layers))
+    b, a = ([layer.right.displacement(p) for layer in some] for some in (mirrored, layers))
     before = _lengths(mirrored, b, shared), _lengths(layers, a, shared)
     inverse: Tensor | None = None
     least = 1e-14 * (before[0] * before[1]).square()
@@ -155,11 +155,11 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
         inverse = _inverse(layers, b, shared)
         q = q + (step := _times(inverse, slope))
         gained = gained + (slope * step).sum(-1)
-        a = [layer.right.moved(q) for layer in layers]
+        a = [layer.right.displacement(q) for layer in layers]
         slope = _slope(mirrored, a, b, shared)
         p = p + (step := _times(_inverse(mirrored, a, shared), slope))
         gained = gained + (slope * step).sum(-1)
-        b = [layer.left.moved(p) for layer in layers]
+        b = [layer.left.displacement(p) for layer in layers]
     if not layers[0].scalable:
         return Coefficients(p=p, q=q)
     # the factors' norms keep the ratio of the mean factors' norms
@@ -172,8 +172,8 @@ def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rat
     """The published solver: AdamW on multiples of the weights, from 1, cosine schedule down to 1e-4; the best iterate."""
     start = _start(layers, shared)
     moving = [torch.ones_like(start).requires_grad_() for _ in "pq"]
-    optimiser = torch.optim.AdamW(moving, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-4)
+    optimizer = torch.optim.AdamW(moving, lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-4)
     best = Coefficients(p=start, q=start)
     size = _total([layer.size() for layer in layers], shared, 0).clamp_min(torch.finfo(WORKING).tiny)
     least = torch.full_like(size, float("inf"))
@@ -183,22 +183,22 @@ def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rat
         better = (loss < least)[..., None]
         least = torch.minimum(least, loss).detach()
         best = Coefficients(p=torch.where(better, now.p, best.p).detach(), q=torch.where(better, now.q, best.q).detach())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.autograd.backward((loss / size).sum())
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return best
 
 
 def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -> Float[Tensor, "*batch"]:
     """The squared Frobenius distance from the targets, summed over the layers (and over the batch if `shared`)."""
-    spread = _total([norm(layer.spread()).square() for layer in layers], shared, 0)
-    return spread + _excess(layers, at, shared)
+    residual = _total([norm(layer.residual()).square() for layer in layers], shared, 0)
+    return residual + _excess(layers, at, shared)
 
 
 def combined(layer: Layer, at: Coefficients) -> LowRank:
     """The combined factors, in fp64."""
-    b, a = layer.left.mean + layer.left.moved(at.p), layer.right.mean + layer.right.moved(at.q)
+    b, a = layer.left.mean + layer.left.displacement(at.p), layer.right.mean + layer.right.displacement(at.q)
     return LowRank(b=b.mT.contiguous(), a=a)
 
 
@@ -206,9 +206,9 @@ def _excess(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
     """The objective minus that of the mean factors."""
     parts = []
     for layer in layers:
-        start, a0, db, da = layer.left.mean, layer.right.mean, layer.left.moved(at.p), layer.right.moved(at.q)
+        start, a0, db, da = layer.left.mean, layer.right.mean, layer.left.displacement(at.p), layer.right.displacement(at.q)
         b, a = torch.cat([start, db], -2), torch.cat([da, a0 + da], -2)  # the product's change is b^T a
-        parts.append((a * ((b @ b.mT) @ a - 2 * layer.through(b))).sum((-2, -1)))
+        parts.append((a * ((b @ b.mT) @ a - 2 * layer.times_residual(b))).sum((-2, -1)))
     return _total(parts, shared, 0)
 
 
@@ -218,15 +218,15 @@ def _slope(layers: Sequence[Layer], lefts: Sequence[Tensor], rights: Sequence[Te
     for layer, db, da in zip(layers, lefts, rights, strict=True):
         start, a = layer.left.mean, layer.right.mean + da
         b = start + db
-        slopes.append(layer.right.slopes(layer.through(b) - (b @ start.mT) @ da - (b @ db.mT) @ a))
+        slopes.append(layer.right.slopes(layer.times_residual(b) - (b @ start.mT) @ da - (b @ db.mT) @ a))
     return _total(slopes, shared, 1)
 
 
 def _inverse(layers: Sequence[Layer], lefts: Sequence[Tensor], shared: bool) -> Tensor:
     """Pseudo-inverse of half the objective's Hessian by q, [*batch, m, m]; zero in directions without effect."""
     parts = []
-    for layer, moved in zip(layers, lefts, strict=True):
-        b = layer.left.mean + moved
+    for layer, displacement in zip(layers, lefts, strict=True):
+        b = layer.left.mean + displacement
         parts.append(layer.right.curvature(b @ b.mT))
     matrix, noise = _total([x for x, _ in parts], shared, 2), _total([x for _, x in parts], shared, 1)
     least = torch.maximum(noise, _SINGULAR * matrix.diagonal(dim1=-2, dim2=-1))
@@ -239,7 +239,9 @@ def _inverse(layers: Sequence[Layer], lefts: Sequence[Tensor], shared: bool) -> 
 
 def _lengths(layers: Sequence[Layer], rights: Sequence[Tensor], shared: bool) -> Tensor:
     """The norm of the combined a, given its displacement."""
-    squares = [(layer.right.mean + moved).square().sum((-2, -1)) for layer, moved in zip(layers, rights, strict=True)]
+    squares = [
+        (layer.right.mean + displacement).square().sum((-2, -1)) for layer, displacement in zip(layers, rights, strict=True)
+    ]
     return _total(squares, shared, 0).sqrt()
 
 
@@ -254,18 +256,18 @@ def _total(per_layer: Sequence[Tensor], shared: bool, own_axes: int) -> Tensor:
 
 
 def _start(layers: Sequence[Layer], shared: bool) -> Tensor:
-    return layers[0].shares.expand(*(() if shared else layers[0].left.mean.shape[:-2]), -1)
+    return layers[0].weights.expand(*(() if shared else layers[0].left.mean.shape[:-2]), -1)
 
 
-def _side(factors: Sequence[Tensor], origin: Tensor, shares: Tensor) -> Side:
+def _side(factors: Sequence[Tensor], origin: Tensor, weights: Tensor) -> Side:
     first = factors[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
-    apart = torch.empty(*first.shape[:-2], len(factors), *first.shape[-2:], dtype=dtype, device=first.device)
+    deviations = torch.empty(*first.shape[:-2], len(factors), *first.shape[-2:], dtype=dtype, device=first.device)
     for i, factor in enumerate(factors):
-        apart[..., i, :, :] = factor
+        deviations[..., i, :, :] = factor
     mean = torch.zeros_like(first, dtype=WORKING)
     for _ in range(2):  # the first mean has only the terms' precision, which is too little for terms that are close
-        part = torch.matmul(shares.to(dtype), apart.flatten(-2)).reshape(mean.shape)
-        apart -= part[..., None, :, :]
+        part = torch.matmul(weights.to(dtype), deviations.flatten(-2)).reshape(mean.shape)
+        deviations -= part[..., None, :, :]
         mean += part
-    return Side(mean, origin.to(WORKING) - mean, apart)
+    return Side(mean, origin.to(WORKING) - mean, deviations)

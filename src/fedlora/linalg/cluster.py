@@ -11,9 +11,9 @@ from fedlora.linalg.weighted_terms import WORKING
 
 def directions(rows: Float[Tensor, "items size"]) -> Float[Tensor, "items size"]:
     """Each row divided by its norm, in fp64; a row of zeros has no direction and stays zero."""
-    wide = rows.to(WORKING)
-    norms = wide.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, wide / norms.clamp_min(1e-300), 0.0)
+    fp64 = rows.to(WORKING)
+    norms = fp64.norm(dim=1, keepdim=True)
+    return torch.where(norms > 0, fp64 / norms.clamp_min(1e-300), 0.0)
 
 
 def distances(
@@ -33,21 +33,21 @@ def pairwise(blocks: Sequence[Float[Tensor, "items _"]]) -> Float[Tensor, "items
     return ((found + found.mT) / 2).fill_diagonal_(0)
 
 
-def clusters(apart: Float[Tensor, "items items"], most: int, count: int = 0) -> list[int]:
+def clusters(distance_matrix: Float[Tensor, "items items"], max_count: int, count: int = 0) -> list[int]:
     """Each item's cluster from average linkage on the distances, numbered in the order of the clusters' first items.
 
-    There are `count` clusters (at most one for each item). If `count` is 0, it is the number from 2 to `most` with the
+    There are `count` clusters (at most one for each item). If `count` is 0, it is the number from 2 to `max_count` with the
     largest mean silhouette, the smallest of equal ones. A silhouette needs fewer clusters than items, so two items form one
     cluster.
     """
-    items = len(apart)
-    if count or min(most, items - 1) < 2:
-        return _linked(apart, max(1, min(count, items)))
-    divisions = [_linked(apart, k) for k in range(2, min(most, items - 1) + 1)]
-    return max(divisions, key=lambda labels: silhouette(apart, labels))
+    items = len(distance_matrix)
+    if count or min(max_count, items - 1) < 2:
+        return _linked(distance_matrix, max(1, min(count, items)))
+    divisions = [_linked(distance_matrix, k) for k in range(2, min(max_count, items - 1) + 1)]
+    return max(divisions, key=lambda labels: silhouette(distance_matrix, labels))
 
 
-def silhouette(apart: Float[Tensor, "items items"], labels: Sequence[int]) -> float:
+def silhouette(distance_matrix: Float[Tensor, "items items"], labels: Sequence[int]) -> float:
     """The mean over items of (v - u) / max(u, v), in [-1, 1]: u, v the mean distances to the own and the nearest other
     cluster.
 
@@ -57,14 +57,18 @@ def silhouette(apart: Float[Tensor, "items items"], labels: Sequence[int]) -> fl
         return 0.0
     from sklearn.metrics import silhouette_score  # takes a second to import
 
-    return float(silhouette_score(apart.numpy(), labels, metric="precomputed"))
+    return float(silhouette_score(distance_matrix.numpy(), labels, metric="precomputed"))
 
 
-def _linked(apart: Tensor, count: int) -> list[int]:
+def _linked(distance_matrix: Tensor, count: int) -> list[int]:
     if count == 1:
-        return [0] * len(apart)
+        return [0] * len(distance_matrix)
     from sklearn.cluster import AgglomerativeClustering  # takes a second to import
 
-    found = AgglomerativeClustering(count, metric="precomputed", linkage="average").fit_predict(apart.numpy()).tolist()
+    found = (
+        AgglomerativeClustering(count, metric="precomputed", linkage="average")
+        .fit_predict(distance_matrix.numpy())
+        .tolist()
+    )
     numbers = {label: i for i, label in enumerate(dict.fromkeys(found))}
     return [numbers[label] for label in found]

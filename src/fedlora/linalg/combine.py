@@ -26,9 +26,9 @@ def mean(terms: Terms) -> LowRank:
     shared_rank(terms)
     first = terms[0][1]
     b, a = torch.zeros_like(first.b, dtype=WORKING), torch.zeros_like(first.a, dtype=WORKING)
-    for share, (_, factor) in zip(_shares(terms), terms, strict=True):
-        b += share * factor.b.to(WORKING)
-        a += share * factor.a.to(WORKING)
+    for weight, (_, factor) in zip(_normalized_weights(terms), terms, strict=True):
+        b += weight * factor.b.to(WORKING)
+        a += weight * factor.a.to(WORKING)
     return _cast(LowRank(b=b, a=a), first.b.dtype)
 
 
@@ -43,13 +43,13 @@ def residual(terms: Terms) -> LowRank:
     """
     shared_rank(terms)
     last = _cast(terms[-1][1], WORKING)
-    apart = [
-        (share, LowRank(b=f.b.to(WORKING) - last.b, a=f.a.to(WORKING) - last.a))
-        for share, (_, f) in zip(_shares(terms), terms, strict=True)
+    deviations = [
+        (weight, LowRank(b=f.b.to(WORKING) - last.b, a=f.a.to(WORKING) - last.a))
+        for weight, (_, f) in zip(_normalized_weights(terms), terms, strict=True)
     ]
-    centre = mean(apart).b
-    centred = [(share, LowRank(b=f.b - centre, a=f.a)) for share, f in apart]
-    return _cast(leading(concat_factors(centred, WORKING), (len(terms) - 1) * last.rank), terms[0][1].b.dtype)
+    center = mean(deviations).b
+    centered = [(weight, LowRank(b=f.b - center, a=f.a)) for weight, f in deviations]
+    return _cast(leading(concat_factors(centered, WORKING), (len(terms) - 1) * last.rank), terms[0][1].b.dtype)
 
 
 def leading(factor: LowRank, rank: int) -> LowRank:
@@ -115,7 +115,7 @@ def _inner(u: LowRank, v: LowRank) -> Tensor:
     return torch.sum((u.b.mT @ v.b) * (u.a @ v.a.mT), (-2, -1))
 
 
-def _shares(terms: Terms) -> list[float]:
+def _normalized_weights(terms: Terms) -> list[float]:
     total = math.fsum(weight for weight, _ in terms)
     if not total > 0:
         raise ValueError(f"expected weights with a positive sum, got {[weight for weight, _ in terms]}")

@@ -52,7 +52,7 @@ def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> L
 
     batch = first.shape[:-2]
     flat = [(w, LowRank(b=f.b.reshape(-1, *f.b.shape[-2:]), a=f.a.reshape(-1, *f.a.shape[-2:]))) for w, f in terms]
-    size = _at_once(min(stacked * (out + in_), out * in_), first.device)
+    size = _batch_size(min(stacked * (out + in_), out * in_), first.device)
     parts = [
         decompose([(w, LowRank(b=f.b[i : i + size], a=f.a[i : i + size])) for w, f in flat])
         for i in range(0, batch.numel(), size)
@@ -70,7 +70,7 @@ def truncate(matrix: Float[Tensor, "*batch out in"], rank: int, split: Split = "
             return tuple(torch.linalg.svd(chunk, full_matrices=False))
         return _leading_svd(chunk.to(WORKING), (out, in_, min(out, in_)), rank)
 
-    parts = [decompose(chunk) for chunk in torch.split(matrix.reshape(-1, out, in_), _at_once(out * in_, matrix.device))]
+    parts = [decompose(chunk) for chunk in torch.split(matrix.reshape(-1, out, in_), _batch_size(out * in_, matrix.device))]
     u, s, vt = (torch.cat(x).reshape(*batch, *x[0].shape[1:]) for x in zip(*parts, strict=True))
     return _factors(u, s, vt, rank, split, matrix.dtype, seed)
 
@@ -136,7 +136,7 @@ def _blas() -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _at_once(elements: int, device: torch.device) -> int:
+def _batch_size(elements: int, device: torch.device) -> int:
     """The number of matrices of this many elements to decompose together."""
     return max(1, _CHUNK.get(device.type, _CHUNK_ELSE) // max(1, elements))
 

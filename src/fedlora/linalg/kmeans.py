@@ -18,8 +18,8 @@ def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "point
     """
     gram = torch.zeros((), dtype=WORKING)
     for x in parts:
-        centred = x.to(WORKING) - x.to(WORKING).mean(0)
-        gram = gram + centred @ centred.mT
+        centered = x.to(WORKING) - x.to(WORKING).mean(0)
+        gram = gram + centered @ centered.mT
     values, vectors = torch.linalg.eigh(gram)
     points: Tensor = vectors * values.clamp(min=0).sqrt()
     return points

@@ -97,7 +97,7 @@ class Experts:
         """The rank of each expert."""
         return self.b.shape[-1]
 
-    def shares(self, x: Float[Tensor, "*batch rows in"]) -> Float[Tensor, "*batch rows experts"]:
+    def weights(self, x: Float[Tensor, "*batch rows in"]) -> Float[Tensor, "*batch rows experts"]:
         """The weight of each expert for each row of x, in at least fp32; weights sum to 1, and the own, first one is
         positive.
 
@@ -125,5 +125,5 @@ def block_diagonal(blocks: Float[Tensor, "*batch heads rank rank"]) -> Float[Ten
     """The square matrix with these blocks on its diagonal, in this order, and zeros elsewhere."""
     heads, rank = blocks.shape[-3], blocks.shape[-1]
     one = torch.eye(heads, dtype=blocks.dtype, device=blocks.device)
-    spread = blocks[..., :, :, None, :] * one[:, None, :, None]  # [*batch, head, row, other head, column]
-    return spread.reshape(*blocks.shape[:-3], heads * rank, heads * rank)
+    blocked = blocks[..., :, :, None, :] * one[:, None, :, None]  # [*batch, head, row, other head, column]
+    return blocked.reshape(*blocks.shape[:-3], heads * rank, heads * rank)

@@ -57,7 +57,7 @@ def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " po
     return Mixtures(counts, torch.cat(weights), torch.cat(means), torch.cat(variances))
 
 
-def flaw(mixtures: Mixtures) -> str | None:
+def validation_error(mixtures: Mixtures) -> str | None:
     """Why untrusted tensors are not valid mixtures; None if they are. NaN is not checked."""
     each, masses = components(mixtures.counts), torch.zeros(len(mixtures.counts), dtype=mixtures.weights.dtype)
     masses = masses.index_add(0, torch.repeat_interleave(each), mixtures.weights)

@@ -1,11 +1,11 @@
 """Randomized decomposition of a sum of products from linear sketches of each product, so that only sums are revealed.
 
-    omega = probe(in_, width, rng)
-    basis = span(sum of w_i * answer_first(f_i, omega))
+    omega = gaussian_matrix(in_, width, rng)
+    basis = range_basis(sum of w_i * first_sketch(f_i, omega))
     for each power iteration:
-        omega = (sum of w_i * answer_second(f_i, basis)).mT
-        basis = span(sum of w_i * answer_first(f_i, omega))
-    fit = finish(sum of w_i * answer_second(f_i, basis), basis, rank)
+        omega = (sum of w_i * second_sketch(f_i, basis)).mT
+        basis = range_basis(sum of w_i * first_sketch(f_i, omega))
+    fit = fit_from_sketch(sum of w_i * second_sketch(f_i, basis), basis, rank)
 
 The result is exact if `width` is at least the rank of the sum; otherwise power iterations reduce its error to the minimum.
 Source: Halko, Martinsson and Tropp 2011, arXiv:0909.4061.
@@ -21,31 +21,33 @@ from fedlora.linalg.subspace import orthonormal
 from fedlora.linalg.weighted_terms import WORKING
 
 
-def probe(in_: int, width: int, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Float[Tensor, "in width"]:
+def gaussian_matrix(
+    in_: int, width: int, rng: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "in width"]:
     """The first test matrix: Gaussian columns."""
     return torch.randn(in_, width, generator=rng, device=rng.device, dtype=WORKING).to(dtype)
 
 
-def answer_first(factor: LowRank, omega: Float[Tensor, "*batch in width"]) -> Float[Tensor, "*batch out width"]:
+def first_sketch(factor: LowRank, omega: Float[Tensor, "*batch in width"]) -> Float[Tensor, "*batch out width"]:
     """The first sketch, b a omega."""
     return _apply(factor.b, factor.a, omega)
 
 
-def span(answers: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out width"]:
+def range_basis(sketch: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch out width"]:
     """The second test matrix: an orthonormal basis of the summed first sketches."""
-    return orthonormal(answers)
+    return orthonormal(sketch)
 
 
-def answer_second(factor: LowRank, basis: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch width in"]:
+def second_sketch(factor: LowRank, basis: Float[Tensor, "*batch out width"]) -> Float[Tensor, "*batch width in"]:
     """The second sketch, basis^T b a."""
     return _apply(factor.a.mT, factor.b.mT, basis).transpose(-2, -1)
 
 
-def finish(
-    answers: Float[Tensor, "*batch width in"], basis: Float[Tensor, "*batch out width"], rank: int, split: Split = "left"
+def fit_from_sketch(
+    sketch: Float[Tensor, "*batch width in"], basis: Float[Tensor, "*batch out width"], rank: int, split: Split = "left"
 ) -> LowRank:
-    """The best fit of rank `rank` to basis @ answers, the projection of the sum onto the basis."""
-    return best_fit([(1.0, LowRank(b=basis, a=answers))], rank, split)
+    """The best fit of rank `rank` to basis @ sketch, the projection of the sum onto the basis."""
+    return best_fit([(1.0, LowRank(b=basis, a=sketch))], rank, split)
 
 
 def _apply(left: Tensor, right: Tensor, x: Tensor) -> Tensor:

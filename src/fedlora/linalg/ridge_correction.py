@@ -21,10 +21,10 @@ def cross(factor: LowRank, a: Float[Tensor, "*batch rank in"]) -> Float[Tensor, 
     return _cross(factor, a).to(factor.b.dtype)
 
 
-def ridge(centre: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: float) -> LowRank:
+def ridge(center: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: float) -> LowRank:
     """(b + d, a) with the d that minimizes |m - (b + d) a|^2 + strength |d|^2, in closed form.
 
-    `centre` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected onto the rows of a,
+    `center` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected onto the rows of a,
     with the smallest such d.
 
     Raises:
@@ -32,13 +32,13 @@ def ridge(centre: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: 
     """
     if strength < 0:
         raise ValueError(f"expected strength >= 0, got {strength}")
-    b, a = centre.b.to(WORKING), centre.a.to(WORKING)
+    b, a = center.b.to(WORKING), center.a.to(WORKING)
     gram = a @ a.mT
     values, vectors = torch.linalg.eigh(gram)
     divisor = values + strength
     inverse = torch.where(values > _SINGULAR * values[..., -1:], 1 / divisor, 0)
     step = (crosses.to(WORKING) - b @ gram) @ vectors
-    return LowRank(b=(b + (step * inverse[..., None, :]) @ vectors.mT).to(centre.b.dtype), a=centre.a)
+    return LowRank(b=(b + (step * inverse[..., None, :]) @ vectors.mT).to(center.b.dtype), a=center.a)
 
 
 def corrected(terms: Terms, strength: float) -> LowRank:
@@ -47,11 +47,11 @@ def corrected(terms: Terms, strength: float) -> LowRank:
     Raises:
         ValueError: the ranks differ, or strength is negative.
     """
-    centre = mean(terms)
-    crosses = torch.zeros_like(centre.b, dtype=WORKING)
-    for weight, factor in _normalised(terms):
-        crosses += weight * _cross(factor, centre.a)
-    return ridge(centre, crosses, strength)
+    center = mean(terms)
+    crosses = torch.zeros_like(center.b, dtype=WORKING)
+    for weight, factor in _normalized(terms):
+        crosses += weight * _cross(factor, center.a)
+    return ridge(center, crosses, strength)
 
 
 class CosineLoss:
@@ -62,39 +62,39 @@ class CosineLoss:
     """
 
     def __init__(self, terms: Terms, strength: float, per_column: bool = False, squared: bool = True) -> None:
-        total = concat_factors(_normalised(terms), WORKING)
-        self.centre = mean([(w, LowRank(b=f.b.to(WORKING), a=f.a.to(WORKING))) for w, f in terms])
+        total = concat_factors(_normalized(terms), WORKING)
+        self.center = mean([(w, LowRank(b=f.b.to(WORKING), a=f.a.to(WORKING))) for w, f in terms])
         self.strength, self.per_column, self.squared = strength, per_column, squared
         self._total = total
         lengths = ((total.b.mT @ total.b @ total.a) * total.a).sum(-2).clamp_min(0)  # [*batch, in], squared
         self._lengths = (lengths if per_column else lengths.sum(-1, keepdim=True)).sqrt()
-        self._cross = total.b @ (total.a @ self.centre.a.mT)
+        self._cross = total.b @ (total.a @ self.center.a.mT)
 
     def value(self, x: Float[Tensor, "*batch out rank"]) -> Float[Tensor, "*batch"]:
         """The loss at x."""
-        apart = (x - self.centre.b).square().sum((-2, -1))
+        deviation = (x - self.center.b).square().sum((-2, -1))
         shared, own = self._overlap(x)
         cosine = _ratio(shared, self._lengths * own).mean(-1)
-        return 1 - cosine + self.strength * (apart if self.squared else apart.sqrt())
+        return 1 - cosine + self.strength * (deviation if self.squared else deviation.sqrt())
 
     def gradient(self, x: Float[Tensor, "*batch out rank"]) -> Float[Tensor, "*batch out rank"]:
         """The derivative of the loss by x; the derivative of the unsquared norm is taken as 0 at x = b."""
-        apart = x - self.centre.b
+        deviation = x - self.center.b
         shared, own = self._overlap(x)
         near, far = _ratio(1.0, self._lengths * own), _ratio(shared, self._lengths * own**3)
         if self.per_column:
-            a, in_ = self.centre.a, x.new_tensor(self.centre.a.shape[-1])
+            a, in_ = self.center.a, x.new_tensor(self.center.a.shape[-1])
             towards = self._total.b @ (self._total.a @ (a * near[..., None, :]).mT) / in_
             away = x @ ((a * far[..., None, :]) @ a.mT) / in_
         else:
             towards = self._cross * near[..., None]
-            away = x @ (self.centre.a @ self.centre.a.mT) * far[..., None]
-        length = apart.square().sum((-2, -1), keepdim=True).sqrt()
-        return away - towards + self.strength * (2 * apart if self.squared else _ratio(apart, length))
+            away = x @ (self.center.a @ self.center.a.mT) * far[..., None]
+        length = deviation.square().sum((-2, -1), keepdim=True).sqrt()
+        return away - towards + self.strength * (2 * deviation if self.squared else _ratio(deviation, length))
 
     def _overlap(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """<m, x a> and |x a|, [*batch, 1], or per column, [*batch, in]."""
-        a = self.centre.a
+        a = self.center.a
         if not self.per_column:
             shared = (self._cross * x).sum((-2, -1))[..., None]
             return shared, ((x.mT @ x) * (a @ a.mT)).sum((-2, -1))[..., None].clamp_min(0).sqrt()
@@ -107,17 +107,17 @@ def descend(loss: CosineLoss, steps: int, rate: float, start: Float[Tensor, "*ba
 
     A random start persists if strength * rate * steps is small: it decays only as (1 - 2 rate strength)^steps.
     """
-    x = loss.centre.b if start is None else start.to(WORKING)
+    x = loss.center.b if start is None else start.to(WORKING)
     for _ in range(steps):
         x = x - rate * loss.gradient(x)
-    return LowRank(b=x, a=loss.centre.a)
+    return LowRank(b=x, a=loss.center.a)
 
 
 def _cross(factor: LowRank, a: Tensor) -> Tensor:
     return torch.matmul(factor.b.to(WORKING), factor.a.to(WORKING) @ a.mT.to(WORKING))
 
 
-def _normalised(terms: Terms) -> list[tuple[float, LowRank]]:
+def _normalized(terms: Terms) -> list[tuple[float, LowRank]]:
     shared_rank(terms)
     total = sum(weight for weight, _ in terms)
     return [(weight / total, factor) for weight, factor in terms]

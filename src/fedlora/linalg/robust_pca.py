@@ -31,15 +31,15 @@ def robust_pca(
     n, m = given.shape[-2:]
     weight = sparsity if sparsity is not None else max(n, m) ** -0.5
     total = given.abs().sum((-2, -1), keepdim=True)
-    pull = n * m / (4 * total.where(total > 0, 1))
+    penalty = n * m / (4 * total.where(total > 0, 1))
     bound = tolerance * torch.linalg.matrix_norm(given)
     sparse = dual = torch.zeros_like(given)
     for step in range(steps):
-        low = shrink_singular(given - sparse + dual / pull, 1 / pull)
-        sparse = shrink(given - low + dual / pull, weight / pull)
-        gap = given - low - sparse
-        dual = dual + pull * gap
-        if step % 10 == 9 and bool((torch.linalg.matrix_norm(gap) <= bound).all()):
+        low = shrink_singular(given - sparse + dual / penalty, 1 / penalty)
+        sparse = shrink(given - low + dual / penalty, weight / penalty)
+        residual = given - low - sparse
+        dual = dual + penalty * residual
+        if step % 10 == 9 and bool((torch.linalg.matrix_norm(residual) <= bound).all()):
             break
     return Parts(low=low.to(columns.dtype), sparse=sparse.to(columns.dtype))
 

@@ -8,7 +8,7 @@ from fedlora.linalg.mixture import Mixtures, components
 from fedlora.linalg.weighted_terms import WORKING
 
 
-def gaussians_apart(
+def gaussian_distances(
     means: Float[Tensor, "m width"],
     variances: Float[Tensor, "m width"],
     other_means: Float[Tensor, "n width"],
@@ -31,7 +31,7 @@ def transport_cost(mass: Float[Tensor, " m"], other: Float[Tensor, " n"], cost: 
     return float(ot.emd2(*masses, cost.to(WORKING).numpy(), check_marginals=False))
 
 
-def mixtures_apart(one: Mixtures, other: Mixtures) -> float:
+def mixture_distance(one: Mixtures, other: Mixtures) -> float:
     """Optimal transport cost between groups, with their points as mass and the transport cost between their components as
     cost.
 
@@ -41,7 +41,7 @@ def mixtures_apart(one: Mixtures, other: Mixtures) -> float:
     """
     if not len(one.weights) or not len(other.weights):
         return float("inf")
-    cost = gaussians_apart(one.means, one.variances, other.means, other.variances)
+    cost = gaussian_distances(one.means, one.variances, other.means, other.variances)
     own, others, strips = _each(one.weights, one), _each(other.weights, other), _each(cost, one)
     between = [
         [transport_cost(v, w, block.mT) for w, block in zip(others, _each(strip.mT, other), strict=True)]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.lowrank import ThreeFactor
-from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, flaw
+from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, validation_error
 from fedlora.linalg.subspace import similarity
-from fedlora.linalg.transport import mixtures_apart
+from fedlora.linalg.transport import mixture_distance
 from fedlora.messages import ClientInfo, Merged, Replies, Round
 from fedlora.method import Local, features, fit
 from fedlora.randomness import generator
@@ -132,7 +132,7 @@ class CELoRA:
             raise ValueError(f"examples of each label that do not add up to its {client.examples}")
         total = int(components(counts).sum())
         shapes = {key: x if key == "counts" else x.new_empty(total, *x.shape[1:]) for key, x in expected.items()}
-        if all(came[key].shape == x.shape for key, x in shapes.items()) and (reason := flaw(Mixtures(**came))):
+        if all(came[key].shape == x.shape for key, x in shapes.items()) and (reason := validation_error(Mixtures(**came))):
             raise ValueError(reason)
         return {**cores, **{_DATA + key: x for key, x in shapes.items()}}
 
@@ -191,7 +191,7 @@ def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
     for j in range(len(known), len(ids)):
         for i in range(j):
             one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on the order of clients
-            apart[i, j] = apart[j, i] = min(mixtures_apart(data[one], data[other]), _FAR)
+            apart[i, j] = apart[j, i] = min(mixture_distance(data[one], data[other]), _FAR)
     return apart
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
-from fedlora.linalg.als import Coefficients, Layer, affine, alternate, at_once, combined, descend, linear
+from fedlora.linalg.als import Coefficients, Layer, affine, alternate, batch_size, combined, descend, linear
 from fedlora.linalg.combine import leading, widen
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.weighted_terms import Terms
@@ -114,7 +114,7 @@ def _groups(names: Sequence[str], uploads: Sequence[tuple[float, Updates]], serv
     """Groups of modules of one shape that are solved together."""
     rank = max(update[name].rank for _, update in uploads for name in names)
     out, in_ = server[names[0]].b.shape[-2], server[names[0]].a.shape[-1]
-    size = at_once(len(uploads), rank, out + in_)
+    size = batch_size(len(uploads), rank, out + in_)
     for some in (names[i : i + size] for i in range(0, len(names), size)):
         terms = [(weight, batch(update, some, rank)) for weight, update in uploads]
         yield _Group(some, terms, leading(batch(server, some), rank))

@@ -95,10 +95,10 @@ class LoRAFAIR:
             return corrected(terms, self.strength)
         loss = CosineLoss(terms, self.strength, self.loss == "cos_col", self.norm == "l2sq")
         if self.init == "xavier":
-            return descend(loss, self.steps, self.rate, loss.centre.b + _xavier(loss.centre.b, rng))
+            return descend(loss, self.steps, self.rate, loss.center.b + _xavier(loss.center.b, rng))
         found = descend(loss, self.steps, self.rate)
-        better = loss.value(found.b) < loss.value(loss.centre.b)  # [module]
-        return LowRank(b=torch.where(better[:, None, None], found.b, loss.centre.b), a=found.a)
+        better = loss.value(found.b) < loss.value(loss.center.b)  # [module]
+        return LowRank(b=torch.where(better[:, None, None], found.b, loss.center.b), a=found.a)
 
 
 def _xavier(template: Tensor, rng: torch.Generator) -> Tensor:

@@ -1,20 +1,19 @@
-"""Moves LoRA factors into a transformer and back. Only this file, `layers` and `targets` know classes of modules."""
+"""Moves LoRA factors into a transformer and back. Only this file, `base_weights`, `layers` and `targets` know
+classes of modules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, Scaling, pack
-from fedlora.errors import UserError
-from fedlora.linalg.combine import stack
-from fedlora.linalg.fit import recompress
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, Product
+from fedlora.linalg.lowrank import Experts, LowRank, Product
+from fedlora.models.base_weights import BaseWeights
 from fedlora.models.layers import FACTORS, ClientLayout, LoraLayer, PerClientLayer
 from fedlora.models.packing import Packing
 from fedlora.models.requests import check_adapter, check_update
+from fedlora.models.structure import structure
 from fedlora.models.targets import find_targets, within
 
 
@@ -43,36 +42,33 @@ class AdaptedModel:
         self.head = tuple(head)
         sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
         self.packing = Packing(model)
-        self.present = ClientLayout(packing=self.packing)
+        self.client_layout = ClientLayout(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
         for name in sizes:
             parent, _, last = name.rpartition(".")
-            self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.present)
+            self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.client_layout)
             setattr(model.get_submodule(parent), last, self.layers[name])
-        self._merged_apart: dict[str, LowRank] = {}  # base updates of modules whose weight cannot be changed
-        self._pretrained: dict[str, Tensor] = {}  # weights before the first base update
-        self._exact: dict[str, Tensor] = {}  # fp32 weights, base updates included, of a base in lower precision
+        self._base = BaseWeights({name: layer.base for name, layer in self.layers.items()}, precision)
         head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if within(n, self.head)}
         if precision != torch.float32:
-            self._exact = {n: dense_weight(layer.base) for n, layer in self.layers.items() if _is_dense(layer.base)}
             model.to(precision)
-        self._own: dict[str, PerClientLayer] = {}
+        self._per_client: dict[str, PerClientLayer] = {}
         for name in {n.rpartition(".")[0]: None for n in head_parameters}:
             parent, _, last = name.rpartition(".")
-            self._own[name] = PerClientLayer(model.get_submodule(name), self.present)
-            setattr(model.get_submodule(parent), last, self._own[name])
+            self._per_client[name] = PerClientLayer(model.get_submodule(name), self.client_layout)
+            setattr(model.get_submodule(parent), last, self._per_client[name])
         config = getattr(model, "config", None)
         self.spec = AdapterSpec(
             modules=sizes,
             head=head_parameters,
             rank_pattern=ranks,
-            weight=self._weight,
+            weight=self._base.pretrained,
             features=getattr(config, "hidden_size", 0),
             classes=getattr(config, "num_labels", 0),
             scaling=scaling,
         )
 
-    def load(
+    def load_clients(
         self,
         adapters: Sequence[Adapter],
         train: Iterable[str] = (),
@@ -80,36 +76,38 @@ class AdaptedModel:
     ) -> list[nn.Parameter]:
         """Loads the clients' adapters, and their frozen extra factors, into the model; returns the parameters in `train`.
 
-        All adapters have the same `form`. Parameters have a leading client axis; smaller ranks are padded with zeros in b
-        and a, which get no gradient and stay zero.
+        All adapters have the same `structure`. Parameters have a leading client axis; smaller ranks are padded with zeros
+        in b and a, which get no gradient and stay zero.
 
         Raises:
             ValueError: a part does not fit the model, see `check_adapter`.
         """
         for adapter in adapters:
             check_adapter(self.spec, adapter)
-        assert len({form(adapter) for adapter in adapters}) <= 1, "adapters of several forms cannot be loaded together"
+        assert len({structure(adapter) for adapter in adapters}) <= 1, (
+            "adapters of several structures cannot be loaded together"
+        )
         assert len({frozenset(parts or ()) for parts in frozen_extra}) <= 1, (
-            "factors beside go to the same modules of all clients"
+            "frozen extra factors belong to the same modules for all clients"
         )
         train, trained = frozenset(train), []
-        self.present.index = None
+        self.client_layout.index = None
         for name, layer in self.layers.items():
             for factor in FACTORS:
                 setattr(layer, factor, None)
             device = _device(layer.base)
-            layer.fixed = [self._merged_apart[name]] if name in self._merged_apart else []
-            if own := [parts[name] for parts in frozen_extra if parts and name in parts]:
-                layer.fixed.append(LowRank(b=_padded([x.b for x in own]), a=_padded([x.a for x in own])))
-            layer.fixed = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.fixed]
-        for own_layer in self._own.values():
-            own_layer.own = {}
+            layer.frozen_extra = [self._base.separate[name]] if name in self._base.separate else []
+            if extra := [parts[name] for parts in frozen_extra if parts and name in parts]:
+                layer.frozen_extra.append(LowRank(b=_padded([x.b for x in extra]), a=_padded([x.a for x in extra])))
+            layer.frozen_extra = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.frozen_extra]
+        for head_layer in self._per_client.values():
+            head_layer.per_client = {}
         for name, part in adapters[0].items() if adapters else ():
             if isinstance(part, Dense):
                 module, _, key = name.rpartition(".")
-                device = _device(self._own[module].base)
+                device = _device(self._per_client[module].base)
                 stacked = torch.stack([_full(adapter[name]).w for adapter in adapters]).to(device)
-                parameter = self._own[module].own[key] = nn.Parameter(stacked, requires_grad="w" in train)
+                parameter = self._per_client[module].per_client[key] = nn.Parameter(stacked, requires_grad="w" in train)
                 trained += [parameter] if "w" in train else []
             else:
                 layer = self.layers[name]
@@ -117,7 +115,7 @@ class AdaptedModel:
                 scales = [self.spec.scale(name, part.rank) for part in parts]
                 layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
                 for factor in vars(part):
-                    each = [vars(own)[factor] for own in parts]
+                    each = [vars(one)[factor] for one in parts]
                     if factor == "b":
                         each = [b / scale for b, scale in zip(each, scales, strict=True)]
                     parameter = nn.Parameter(_padded(each).to(device), requires_grad=factor in train)
@@ -125,48 +123,46 @@ class AdaptedModel:
                     trained += [parameter] if factor in train else []
         return trained
 
-    def keep(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Drops all loaded clients but these; returns pairs (old parameter, new parameter)."""
+    def select_clients(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Unloads all clients but these; returns pairs (old parameter, new parameter)."""
         pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         index = torch.tensor(clients)
 
-        def cut(x: nn.Parameter) -> nn.Parameter:
+        def select(x: nn.Parameter) -> nn.Parameter:
             pairs.append((x, nn.Parameter(x.data[index.to(x.device)], x.requires_grad)))
             return pairs[-1][1]
 
         for layer in self.layers.values():
-            for i, part in enumerate(layer.fixed):
+            for i, part in enumerate(layer.frozen_extra):
                 if part.b.ndim == 3:
-                    layer.fixed[i] = LowRank(part.b[index.to(part.b.device)], part.a[index.to(part.a.device)])
+                    layer.frozen_extra[i] = LowRank(part.b[index.to(part.b.device)], part.a[index.to(part.a.device)])
             if layer.a is not None:
                 layer.scale = layer.scale[index.to(layer.scale.device)]
             for factor in FACTORS:
-                if (own := getattr(layer, factor)) is not None:
-                    setattr(layer, factor, cut(own))
-        for own_layer in self._own.values():
-            own_layer.own = {key: cut(x) for key, x in own_layer.own.items()}
+                if (x := getattr(layer, factor)) is not None:
+                    setattr(layer, factor, select(x))
+        for head_layer in self._per_client.values():
+            head_layer.per_client = {key: select(x) for key, x in head_layer.per_client.items()}
         return pairs
-
-    def _weight(self, name: str) -> Tensor:
-        """The module's weight before any base update."""
-        if name in self._pretrained:
-            return self._pretrained[name]
-        return self._exact[name].clone() if name in self._exact else dense_weight(self.layers[name].base)
 
     @property
     def transposed(self) -> bool:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
-    def tensors(self, client: int, like: Adapter) -> dict[str, Tensor]:
-        """A loaded client's whole current adapter, packed and differentiable. `like` has its shapes."""
+    def tensors(self, client: int, template: Adapter) -> dict[str, Tensor]:
+        """A loaded client's whole current adapter, packed and differentiable. `template` has its shapes."""
         found: dict[str, Tensor] = {}
-        for key, x in pack(like).items():
+        for key, x in pack(template).items():
             name, _, factor = key.rpartition(".")
             module, _, parameter = name.rpartition(".")
-            own = getattr(self.layers[name], factor) if name in self.layers else self._own[module].own[parameter]
-            cut = own[client][tuple(slice(size) for size in x.shape)]
-            found[key] = cut * self.layers[name].scale[client] if factor == "b" else cut
+            stacked = (
+                getattr(self.layers[name], factor)
+                if name in self.layers
+                else self._per_client[module].per_client[parameter]
+            )
+            own = stacked[client][tuple(slice(size) for size in x.shape)]
+            found[key] = own * self.layers[name].scale[client] if factor == "b" else own
         return found
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
@@ -175,19 +171,8 @@ class AdaptedModel:
         Raises:
             ValueError: a part does not fit the base, see `check_update`.
         """
-        check_update(self.spec, change, "change of the base")
-        for name, part in change.items():
-            base = self.layers[name].base
-            if _is_dense(base):
-                self._pretrained.setdefault(name, self._weight(name))
-                if name in self._exact:
-                    self._exact[name] += part.product().float().cpu()
-                    set_base(base, self._exact[name])
-                else:
-                    add_to_base(base, part.product().float())
-            else:
-                parts = [self._merged_apart[name]] if name in self._merged_apart else []
-                self._merged_apart[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
+        check_update(self.spec, change, "base update")
+        self._base.merge(change)
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's current adapter: the trained factors from the model, the others from `start`."""
@@ -216,7 +201,9 @@ class AdaptedModel:
         for name, part in start.items():
             if isinstance(part, Dense):
                 module, _, key = name.rpartition(".")
-                adapter[name] = Dense(_copy(own(self._own[module].own[key]), part.w)) if "w" in train else part
+                adapter[name] = (
+                    Dense(_copy(own(self._per_client[module].per_client[key]), part.w)) if "w" in train else part
+                )
             else:
                 layer, new = self.layers[name], dict(vars(part))
                 for factor in train & new.keys():
@@ -224,48 +211,6 @@ class AdaptedModel:
                     new[factor] = _copy(scaled(x, layer.scale[client]) if factor == "b" else x, new[factor])
                 adapter[name] = type(part)(**new)
         return adapter
-
-
-def form(adapter: Adapter) -> frozenset[tuple[str, type, int]]:
-    """Structure that adapters loaded together must share: names, kinds, number of experts, rank of a head. Ranks and
-    numbers of heads may differ."""
-    return frozenset((name, type(part), _blocks(part)) for name, part in adapter.items())
-
-
-def _blocks(part: Factors) -> int:
-    """Size of the block structure, which zero-padding at the end would misalign; 0 for parts without one."""
-    return len(part.g) if isinstance(part, Experts) else part.c.shape[-1] if isinstance(part, Heads) else 0
-
-
-def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
-    """A copy of a module's weight as [out, in], fp32 on the CPU, whether or not the module stores it transposed.
-
-    Raises:
-        UserError: the weight is quantized.
-    """
-    weight = base.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise UserError("this method reads the pretrained weights and cannot read quantised ones; choose another model")
-    return (weight.mT if isinstance(base, Conv1D) else weight).detach().float().cpu().clone()
-
-
-def add_to_base(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:
-    """Adds a change to a module's weight, in fp32, whether or not the module stores it transposed."""
-    weight = base.weight
-    assert isinstance(weight, Tensor) and weight.is_floating_point(), "a quantised weight cannot be changed"
-    change = delta.mT if isinstance(base, Conv1D) else delta
-    weight.data.copy_((weight.data.float() + change.to(weight.device)).to(weight.dtype))
-
-
-def set_base(base: nn.Module, weight: Float[Tensor, "out in"]) -> None:
-    """Sets a module's weight, rounded to its precision, whether or not the module stores it transposed."""
-    assert isinstance(base.weight, Tensor)
-    base.weight.data.copy_(weight.mT if isinstance(base, Conv1D) else weight)
-
-
-def _is_dense(base: nn.Module) -> bool:
-    """Whether the module's weight can be read and changed."""
-    return isinstance(base, nn.Linear | Conv1D) and base.weight.is_floating_point()
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:

@@ -88,7 +88,7 @@ class ClientDropout(TorchFunctionMode):
             return self._padded((rows, longest, shape[1]), device, cut).flatten(0, 1)
         if shape[0] != rows:
             raise ValueError(
-                f"a tensor {list(shape)} is dropped out, whose first axis is not the {rows} rows of the clients"
+                f"dropout of a tensor {list(shape)}: expected the {rows} rows of the clients on its first axis"
             )
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         drawn = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)

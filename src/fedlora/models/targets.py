@@ -36,10 +36,10 @@ def find_targets(
     names = list(sizes) if wanted == "all-linear" else _match(sizes, wanted)
     listed = targets if isinstance(targets, list) else []
     if lost := [one for one in listed if not _match(sizes, [one])] or ([] if names else [wanted]):
-        raise UserError(f"lora.targets: {lost[0]!r} matches no linear module; the model has {_ends(sizes)}")
+        raise UserError(f"lora.targets: {lost[0]!r} matches no linear module; available: {_ends(sizes)}")
     for key in rank_pattern:
         if not any(_pattern_rank(name, {key: 1}) for name in names):
-            raise UserError(f"lora.rank_pattern: {key!r} matches no target module; the targets are {_ends(names)}")
+            raise UserError(f"lora.rank_pattern: {key!r} matches no target module; available: {_ends(names)}")
     ranks = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern)) is not None}
     return {name: sizes[name] for name in names}, ranks
 
@@ -98,7 +98,7 @@ def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     if targets is None:
-        raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, out of {_ends(sizes)}")
+        raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, available: {_ends(sizes)}")
     return targets
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from fedlora.cache import cached
 from fedlora.errors import UserError
 
-_PROBES = ("a", "\u0378")  # the second is an unassigned code point: unknown to every vocabulary except those of bytes
+_TEST_TEXTS = ("a", "\u0378")  # the second is an unassigned code point: unknown to every vocabulary except those of bytes
 
 
-def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
+def set_up_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
     """Makes tokenizer and model config agree on a pad token, and encodes special tokens written in a text as plain text.
 
     Raises:
@@ -24,7 +24,7 @@ def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
     vocabulary = tokenizer.get_vocab()
     if special.union(_blank(tokenizer)).issuperset(vocabulary.values()):
-        raise UserError(f"model = {source!r} has no tokenizer: save one there with tokenizer.save_pretrained")
+        raise UserError(f"model = {source!r} has no tokenizer; save one there with tokenizer.save_pretrained")
     size = _embeddings(model)
     beyond = {token: i for token, i in vocabulary.items() if i >= size and i not in special}
     if beyond:
@@ -39,7 +39,7 @@ def settle_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     if not _valid(getattr(config, "pad_token_id", None), size):
         config.pad_token_id = pad
-    _forget_lengths(tokenizer)
+    _reset_lengths(tokenizer)
 
 
 def reads_last_token(model: Any) -> bool:
@@ -82,10 +82,10 @@ def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
     """
     unread = torch.tensor([*tokenizer.all_special_ids, *_blank(tokenizer)])
     if features and torch.isin(features["input_ids"], unread).all():
-        raise UserError("the tokenizer knows no word in any of the texts; check that it belongs to the model")
+        raise UserError("the tokenizer has none of the texts' words in its vocabulary; check that it belongs to the model")
 
 
-def kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
+def cached_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
     """The model's inputs, concatenated over the examples, and in `starts` the bounds of the examples.
 
     Cached if the tokenizer can be serialized.
@@ -100,13 +100,13 @@ def kept_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> 
 
 def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
     found = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=True, verbose=False)
-    _forget_lengths(tokenizer)
+    _reset_lengths(tokenizer)
     lengths = [len(ids) for ids in found["input_ids"]]
     flat = {name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found}
     return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
 
 
-def _forget_lengths(tokenizer: Any) -> None:
+def _reset_lengths(tokenizer: Any) -> None:
     """Resets truncation and padding set by a call, so that the saved tokenizer does not depend on earlier calls."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()
@@ -128,13 +128,13 @@ def _pad_token(source: str, tokenizer: Any, config: Any, size: int, special: set
             f"model = {source!r}: pad_token_id = {own} in config.json is an ordinary token of the tokenizer, "
             f"{tokenizer.convert_ids_to_tokens(own)!r}; set it to the id of a special token"
         )
-    probes = [tokenizer(*texts)["input_ids"] for one in _PROBES for texts in ((one,), (one, one))]
-    ends = {ids[-1] for ids in probes if ids and last}
+    test_ids = [tokenizer(*texts)["input_ids"] for one in _TEST_TEXTS for texts in ((one,), (one, one))]
+    ends = {ids[-1] for ids in test_ids if ids and last}
     for pad in (tokenizer.pad_token_id, tokenizer.eos_token_id, *tokenizer.all_special_ids, *sorted(special)):
         if _valid(pad, size) and pad not in ends:
             return int(pad)
     raise UserError(
-        f"model = {source!r}: the tokenizer has no token to pad with; add one with "
+        f"model = {source!r}: the tokenizer has no usable pad token; add one with "
         "tokenizer.add_special_tokens({'pad_token': '[PAD]'}) and model.resize_token_embeddings(len(tokenizer)), save both"
     )
 

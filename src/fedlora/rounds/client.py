@@ -54,13 +54,15 @@ class LocalResult:
     notes: Mapping[str, float]
 
 
-def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd: Round) -> list[LocalResult | Failed]:
+def train_clients(
+    method: AnyMethod, trainer: Trainer, starts: Sequence[ClientStart], rnd: Round
+) -> list[LocalResult | Failed]:
     """Runs the method's work of all these clients in lockstep: concurrent fit requests are batched, requests for gradients
     and features are answered one by one.
 
     A client whose work ends in non-finite values has failed, and keeps its previous state.
     """
-    jobs = [method.work(one.state, one.download, one.client, rnd) for one in begun]
+    jobs = [method.work(one.state, one.download, one.client, rnd) for one in starts]
     done: dict[int, LocalResult | Failed] = {}
     replies: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
     step = 0
@@ -68,21 +70,21 @@ def turns(method: AnyMethod, trainer: Trainer, begun: Sequence[ClientStart], rnd
         asked: dict[int, FitRequest] = {}
         for i, (adapter, notes) in replies.items():
             try:
-                asked[i] = FitRequest(_next_fit(jobs[i], adapter, begun[i].client, trainer), begun[i].client, step)
+                asked[i] = FitRequest(_next_fit(jobs[i], adapter, starts[i].client, trainer), starts[i].client, step)
             except StopIteration as end:
                 state, upload = end.value
                 finite = is_finite((state, upload))
                 done[i] = (
                     LocalResult(state, upload, notes)
                     if finite
-                    else Failed(begun[i].client, f"its work ended in {NOT_FINITE}")
+                    else Failed(starts[i].client, f"its work ended in {NOT_FINITE}")
                 )
             except NumericalError as error:
                 kind = type(error).__name__.lstrip("_")
-                done[i] = Failed(begun[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
+                done[i] = Failed(starts[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
         replies = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         step += 1
-    return [done[i] for i in range(len(begun))]
+    return [done[i] for i in range(len(starts))]
 
 
 def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, client: ClientInfo, trainer: Trainer) -> Fit:

@@ -152,17 +152,17 @@ class _PendingEvaluation:
 
     after: RunState
     row: dict[str, Any]
-    tally: _RoundStats
+    stats: _RoundStats
     scores: Iterator[tuple[ClientInfo, Score | None]] | None
 
     def ended(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
         """Collects the scores; returns the server's state after the round, and the row."""
-        row, tally = self.row, self.tally
+        row, stats = self.row, self.stats
         started = time.perf_counter()
         if self.scores is not None:
             row = row | {"clients": summary({client.id: score for client, score in self.scores if score is not None})}
-        tally.seconds["evaluate"] += time.perf_counter() - started
-        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in tally.seconds.items()}}
+        stats.seconds["evaluate"] += time.perf_counter() - started
+        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in stats.seconds.items()}}
         progress.round_ended(row)
         return self.after, row
 
@@ -185,82 +185,82 @@ def _round(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, progress: Progress
 ) -> _PendingEvaluation:
     """Merges the first attempt with enough replies, and starts the evaluation of the result."""
-    tally, index = _RoundStats(), attempt.rnd.index
+    stats, index = _RoundStats(), attempt.rnd.index
     while True:
-        merged, base_updates = _merged(plan, before, attempt, tally, progress)
+        merged, base_updates = _merged(plan, before, attempt, stats, progress)
         if merged is not None:
             break
         before = replace(before, base_updates=base_updates)
         if attempt.rnd.attempt + 1 == plan.sampling.attempts:
-            reasons = "; ".join(f"{client}: {reason}" for client, reason in tally.rejected.items())
-            cause = f"; {text}" if (text := tally.divergence(before.largest)) else ""
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in stats.rejected.items())
+            cause = f"; {text}" if (text := stats.divergence(before.largest)) else ""
             raise RunStopped(
                 f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
                 f"(sampling.min_replies) accepted and merged ({reasons}){cause}; the rounds before are complete"
             )
         again = Round(index, plan.seed, attempt.rnd.attempt + 1)
-        attempt = _begin(plan, backend, store, before, again, tally.left_out)
+        attempt = _begin(plan, backend, store, before, again, stats.left_out)
     row: dict[str, Any] = {
         "round": index + 1,
         "attempts": attempt.rnd.attempt + 1,
-        "chosen": tally.chosen,
-        "accepted": tally.accepted,
-        "rejected": tally.rejected,
-        "bytes_up": tally.bytes_up,
-        "bytes_down": tally.bytes_down,
-        "train_loss": _weighted_mean(tally.losses),
-        **({"largest_upload": {"client": found.client, "norm": found.norm}} if (found := tally.largest) else {}),
-        **({"diverged": text} if (text := tally.divergence(before.largest)) else {}),
+        "chosen": stats.chosen,
+        "accepted": stats.accepted,
+        "rejected": stats.rejected,
+        "bytes_up": stats.bytes_up,
+        "bytes_down": stats.bytes_down,
+        "train_loss": _weighted_mean(stats.losses),
+        **({"largest_upload": {"client": found.client, "norm": found.norm}} if (found := stats.largest) else {}),
+        **({"diverged": text} if (text := stats.divergence(before.largest)) else {}),
         **merged.notes,
     }
-    after = RunState(merged.server, base_updates, tally.largest)
+    after = RunState(merged.server, base_updates, stats.largest)
     if merged.base_update is not None:
         store.save_base_update(index, merged.base_update)
         backend.merge_into_base(merged.base_update)
         after = replace(after, base_updates=base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _PendingEvaluation(after, row, tally, None)
-    return _evaluated(plan, backend, store, after, row, tally)
+        return _PendingEvaluation(after, row, stats, None)
+    return _evaluated(plan, backend, store, after, row, stats)
 
 
 def _merged(
-    plan: Plan, before: RunState, attempt: _Attempt, tally: _RoundStats, progress: Progress
+    plan: Plan, before: RunState, attempt: _Attempt, stats: _RoundStats, progress: Progress
 ) -> tuple[Merged[Any] | None, BaseUpdateLog]:
     """Merge of one cohort, None if too few replies were accepted or the result is not finite; and the base update log
     after delivery."""
     progress.round_started(attempt.rnd, attempt.chosen)
-    tally.bytes_down += attempt.bytes_down
-    tally.chosen, tally.accepted, tally.losses, tally.largest = [client.id for client in attempt.chosen], [], [], None
+    stats.bytes_down += attempt.bytes_down
+    stats.chosen, stats.accepted, stats.losses, stats.largest = [client.id for client in attempt.chosen], [], [], None
     answered: list[str] = []
 
     def accepted() -> Iterator[Reply]:
         while True:
             started = time.perf_counter()
             answer = next(attempt.replies, None)
-            tally.seconds["train"] += time.perf_counter() - started
+            stats.seconds["train"] += time.perf_counter() - started
             if answer is None:
                 return
             rejected = answer.reason if isinstance(answer, Failed) else attempt.validator.rejection_reason(answer)
             progress.answered(answer.client, rejected)
             if isinstance(answer, Reply):
                 answered.append(answer.client.id)
-                tally.bytes_up += encoded_size(answer.upload)
+                stats.bytes_up += encoded_size(answer.upload)
             if rejected is not None or isinstance(answer, Failed):
-                tally.rejected[answer.client.id] = str(rejected)
+                stats.rejected[answer.client.id] = str(rejected)
                 continue
             norm = change_norm(answer.upload, attempt.validator.sent[answer.client])
-            if tally.largest is None or norm > tally.largest.norm:
-                tally.largest = Largest(answer.client.id, norm, attempt.rnd.index + 1)
+            if stats.largest is None or norm > stats.largest.norm:
+                stats.largest = Largest(answer.client.id, norm, attempt.rnd.index + 1)
             weight = 1.0 if plan.uniform_weights else answer.weight
-            tally.accepted.append(answer.client.id)
-            tally.losses.append((weight, answer.notes.get("loss", float("nan"))))
+            stats.accepted.append(answer.client.id)
+            stats.losses.append((weight, answer.notes.get("loss", float("nan"))))
             yield Reply(answer.client, answer.round, answer.upload, weight, answer.notes)
 
     replies = accepted()
     first = next(replies, None)
     if first is None:
         return None, attempt.base_updates.delivered(answered)
-    trained, started = tally.seconds["train"], time.perf_counter()
+    trained, started = stats.seconds["train"], time.perf_counter()
     merged: Merged[Any] | None = None
     try:
         merged = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
@@ -269,15 +269,15 @@ def _merged(
         failure = type(error).__name__.lstrip("_")
         for _ in replies:  # the rest of the cohort
             pass
-    tally.seconds["merge"] += time.perf_counter() - started - (tally.seconds["train"] - trained)
-    if failure and tally.largest is not None:
-        client = next(client for client in attempt.chosen if client.id == tally.largest.client)
-        tally.rejected[client.id] = (
-            f"merging ended in {failure}, and its upload changed most: by the norm {tally.largest.norm:.4g}"
+    stats.seconds["merge"] += time.perf_counter() - started - (stats.seconds["train"] - trained)
+    if failure and stats.largest is not None:
+        client = next(client for client in attempt.chosen if client.id == stats.largest.client)
+        stats.rejected[client.id] = (
+            f"merging ended in {failure}, and its upload changed most: by the norm {stats.largest.norm:.4g}"
         )
-        tally.left_out.add(client.id)
-        progress.answered(client, tally.rejected[client.id])
-    enough = not failure and len(tally.accepted) >= plan.sampling.min_replies
+        stats.left_out.add(client.id)
+        progress.answered(client, stats.rejected[client.id])
+    enough = not failure and len(stats.accepted) >= plan.sampling.min_replies
     return (merged if enough else None), attempt.base_updates.delivered(answered)
 
 
@@ -292,7 +292,7 @@ def pending_base_updates(
 
 
 def _evaluated(
-    plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], tally: _RoundStats
+    plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], stats: _RoundStats
 ) -> _PendingEvaluation:
     """Evaluates the adapters of the next round: on the server immediately, on clients when their scores are collected.
 
@@ -308,15 +308,15 @@ def _evaluated(
         row = row | {"global": {**score.metrics, "examples": score.examples}}
     if plan.evaluate.clients != "none":
         everybody = sorted(backend.clients(), key=lambda client: client.id)
-        evaluated = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(tally.accepted)]
+        evaluated = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(stats.accepted)]
         sent = {client: plan.method.send(after.server, client, rnd) for client in evaluated}
         pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
         scores = backend.evaluate(rnd, sent, pending)
         bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
         row = row | {"bytes_eval": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
         base_updates = base_updates.delivered(client.id for client in evaluated)
-    tally.seconds["evaluate"] += time.perf_counter() - started
-    return _PendingEvaluation(replace(after, base_updates=base_updates), row, tally, scores)
+    stats.seconds["evaluate"] += time.perf_counter() - started
+    return _PendingEvaluation(replace(after, base_updates=base_updates), row, stats, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

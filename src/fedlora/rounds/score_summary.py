@@ -22,10 +22,10 @@ def _spread(each: Mapping[str, float], scores: Mapping[str, Score], name: str) -
     examples = sum(score.examples for score in scores.values())
     worst_first = sorted(each.values(), reverse=name in LOWER_IS_BETTER)
     tenth = worst_first[: max(1, len(each) // 10)]
-    centre = sum(each.values()) / len(each)
+    center = sum(each.values()) / len(each)
     return {
         "mean": sum(each[client] * score.examples for client, score in scores.items()) / examples,
         "worst_decile": sum(tenth) / len(tenth),
-        "spread": math.sqrt(sum((value - centre) ** 2 for value in each.values()) / len(each)),
+        "spread": math.sqrt(sum((value - center) ** 2 for value in each.values()) / len(each)),
         "each": dict(each),
     }

@@ -9,7 +9,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.method import AnyMethod
-from fedlora.rounds.client import ClientStart, Trainer, turns
+from fedlora.rounds.client import ClientStart, Trainer, train_clients
 from fedlora.rounds.codec import outline
 from fedlora.rounds.validator import Failed
 
@@ -54,9 +54,9 @@ class SimulationBackend:
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
         """Yields replies in the order of `sent` as groups of clients finish. The base already has all base updates."""
-        for some in self._windows(sent):
-            begun = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in some]
-            for before, done in zip(begun, turns(self.method, self.trainer, begun, rnd), strict=True):
+        for window in self._windows(sent):
+            starts = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in window]
+            for before, done in zip(starts, train_clients(self.method, self.trainer, starts, rnd), strict=True):
                 if isinstance(done, Failed):
                     yield done
                     continue
@@ -68,15 +68,15 @@ class SimulationBackend:
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
         """Each client's score before round `rnd` on its held-out examples; None for a client without any."""
-        for some in self._windows(sent):
-            scores = self.trainer.scores([(client, self.view(client, sent[client], rnd)) for client in some])
-            yield from zip(some, scores, strict=True)
+        for window in self._windows(sent):
+            scores = self.trainer.scores([(client, self.view(client, sent[client], rnd)) for client in window])
+            yield from zip(window, scores, strict=True)
 
     def _windows(self, clients: Iterable[ClientInfo]) -> Iterator[list[ClientInfo]]:
         """Splits clients into windows of a few groups: enough to group similar work, small enough to fit in memory."""
         left, clients_per_step = iter(clients), self.trainer.clients_per_step
-        while some := list(islice(left, _GROUPS * clients_per_step if clients_per_step > 1 else 1)):
-            yield some
+        while window := list(islice(left, _GROUPS * clients_per_step if clients_per_step > 1 else 1)):
+            yield window
 
     def view(self, client: ClientInfo, download: Tensors, rnd: Round) -> Adapter:
         """Adapter that the client would use at the start of round `rnd`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.models.loading import Checkpoint, load_classifier, outline_classifier
-from fedlora.models.tokenizers import kept_tokens, reads_last_token
+from fedlora.models.tokenizers import cached_tokens, reads_last_token
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Classification:
         if not len(columns["text"]):
             return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
-        features = kept_tokens(tokenizer, texts, max_length)
+        features = cached_tokens(tokenizer, texts, max_length)
         starts, padding = features.pop("starts"), {"input_ids": tokenizer.pad_token_id}
         return Encoded(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
 

@@ -34,12 +34,12 @@ def epoch(
         yield batches[i]
 
 
-def concat_factors(
+def collate_clients(
     batches: Sequence[Int[Tensor, " _"]],
 ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "batches longest"]]:
     """Batches of several clients as runs of equal length, and a mask of the real rows. Shorter batches are filled with a
     real row, so that no filler is the longest example."""
-    run = max(len(batch) for batch in batches)
+    longest = max(len(batch) for batch in batches)
     filler = next(batch[:1] for batch in batches if len(batch))
-    filled = [torch.cat([batch, filler.expand(run - len(batch))]) for batch in batches]
-    return torch.cat(filled), torch.arange(run) < torch.tensor([len(batch) for batch in batches])[:, None]
+    filled = [torch.cat([batch, filler.expand(longest - len(batch))]) for batch in batches]
+    return torch.cat(filled), torch.arange(longest) < torch.tensor([len(batch) for batch in batches])[:, None]

@@ -26,30 +26,30 @@ class TrainerProcess:
         """Starts the process, which calls `make(*arguments)`; all of these must be picklable. Does not wait."""
         self._name = name
         context = get_context("spawn")
-        self._line, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_help, args=(theirs, make, arguments), daemon=True)
+        self._connection, remote_end = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_serve_calls, args=(remote_end, make, arguments), daemon=True)
         self._process.start()
-        theirs.close()
+        remote_end.close()
 
-    def ask(self, call: str, *arguments: Any) -> None:
-        """Starts a call of the trainer's method; each call must be followed by `answer`.
+    def start_call(self, call: str, *arguments: Any) -> None:
+        """Starts a call of the trainer's method; each call must be followed by `result`.
 
         Raises:
             RunStopped: the process has ended.
         """
         try:
-            self._line.send_bytes(_pickled((call, arguments)))
+            self._connection.send_bytes(_pickled((call, arguments)))
         except OSError as error:
             raise self._ended() from error
 
-    def answer(self) -> Any:
+    def result(self) -> Any:
         """The result of the call; an exception of the call is raised again.
 
         Raises:
             RunStopped: the process has ended.
         """
         try:
-            found, error = pickle.loads(self._line.recv_bytes())
+            found, error = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as ended:
             raise self._ended() from ended
         if error is not None:
@@ -58,24 +58,24 @@ class TrainerProcess:
 
     def _ended(self) -> RunStopped:
         self._process.join(1)
-        return RunStopped(f"the process for {self._name} has ended with exit code {self._process.exitcode}")
+        return RunStopped(f"the process for {self._name} ended with exit code {self._process.exitcode}")
 
 
 class MultiDeviceTrainer:
     """One trainer per device: one in this process, the others in their own. Placement of clients affects only rounding."""
 
-    def __init__(self, here: LocalTrainer, helpers: Sequence[TrainerProcess]) -> None:
-        self._here, self._helpers = here, helpers
+    def __init__(self, here: LocalTrainer, processes: Sequence[TrainerProcess]) -> None:
+        self._here, self._processes = here, processes
 
     @property
     def clients_per_step(self) -> int:
         """Clients per step, summed over all devices."""
-        return self._here.clients_per_step * (1 + len(self._helpers))
+        return self._here.clients_per_step * (1 + len(self._processes))
 
     @property
-    def tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of a micro-batch on one device."""
-        return self._here.tokens
+        return self._here.max_tokens
 
     @property
     def test(self) -> Encoded:
@@ -84,11 +84,11 @@ class MultiDeviceTrainer:
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """As `LocalTrainer.fit`."""
-        return self._shared("fit", asked, [self._here.steps(one) for one in asked], rnd)
+        return self._distribute("fit", asked, [self._here.steps(one) for one in asked], rnd)
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """As `LocalTrainer.scores`."""
-        return self._shared("scores", asked, [len(self._here.held_out[client.id]) for client, _ in asked])
+        return self._distribute("scores", asked, [len(self._here.held_out[client.id]) for client, _ in asked])
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """As `LocalTrainer.gradient`."""
@@ -104,24 +104,24 @@ class MultiDeviceTrainer:
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Changes the base on every device."""
-        for helper in self._helpers:
-            helper.ask("merge_into_base", change)
-        self._with_answers(lambda: self._here.merge_into_base(change))
+        for process in self._processes:
+            process.start_call("merge_into_base", change)
+        self._all_results(lambda: self._here.merge_into_base(change))
 
-    def _shared(self, call: str, asked: Sequence[Any], works: Sequence[int], *more: Any) -> list[Any]:
+    def _distribute(self, call: str, asked: Sequence[Any], costs: Sequence[int], *more: Any) -> list[Any]:
         """Distributes the requests over the devices, and returns the results in the order of `asked`."""
-        parts = shares(works, 1 + len(self._helpers))
-        for helper, part in zip(self._helpers, parts[1:], strict=True):
-            helper.ask(call, [asked[i] for i in part], *more)
-        state, answers = self._with_answers(lambda: getattr(self._here, call)([asked[i] for i in parts[0]], *more))
-        found = {i: x for part, own in zip(parts, [state, *answers], strict=True) for i, x in zip(part, own, strict=True)}
+        parts = balance(costs, 1 + len(self._processes))
+        for process, part in zip(self._processes, parts[1:], strict=True):
+            process.start_call(call, [asked[i] for i in part], *more)
+        here, others = self._all_results(lambda: getattr(self._here, call)([asked[i] for i in parts[0]], *more))
+        found = {i: x for part, own in zip(parts, [here, *others], strict=True) for i, x in zip(part, own, strict=True)}
         return [found[i] for i in range(len(asked))]
 
-    def _with_answers(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    def _all_results(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:
         """The results of the call here and of all other processes. All are awaited, even if one has failed."""
         found: list[Any] = []
         failed: list[Exception] = []
-        for call in (here, *(helper.answer for helper in self._helpers)):
+        for call in (here, *(process.result for process in self._processes)):
             try:
                 found.append(call())
             except Exception as error:  # raised below
@@ -131,31 +131,31 @@ class MultiDeviceTrainer:
         return found[0], found[1:]
 
 
-def shares(works: Sequence[int], devices: int) -> list[list[int]]:
+def balance(costs: Sequence[int], devices: int) -> list[list[int]]:
     """Indices of the jobs for each device, balanced by assigning the longest job first, to the least loaded device."""
     parts: list[list[int]] = [[] for _ in range(devices)]
     totals = [0] * devices
-    for i in sorted(range(len(works)), key=lambda i: -works[i]):
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = totals.index(min(totals))
         parts[least].append(i)
-        totals[least] += works[i]
+        totals[least] += costs[i]
     return [sorted(part) for part in parts]
 
 
-def _help(line: Connection, make: Callable[..., LocalTrainer], arguments: tuple[Any, ...]) -> None:
+def _serve_calls(connection: Connection, make: Callable[..., LocalTrainer], arguments: tuple[Any, ...]) -> None:
     """Executes calls until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, whose end ends this one
     trainer = make(*arguments)
     while True:
         try:
-            call, given = pickle.loads(line.recv_bytes())
+            call, values = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            answer = _pickled((getattr(trainer, call)(*given), None))
+            result = _pickled((getattr(trainer, call)(*values), None))
         except Exception as error:  # handled by the caller
-            answer = _pickled((None, error))
-        line.send_bytes(answer)
+            result = _pickled((None, error))
+        connection.send_bytes(result)
 
 
 class _Pickler(pickle.Pickler):

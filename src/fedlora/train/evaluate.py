@@ -8,7 +8,7 @@ from fedlora.adapter import Adapter
 from fedlora.messages import Score
 from fedlora.models.adapted import AdaptedModel
 from fedlora.tasks.classification import Encoded, Task
-from fedlora.train.batches import concat_factors
+from fedlora.train.batches import collate_clients
 
 
 def score(
@@ -18,17 +18,17 @@ def score(
 
     The examples are processed in order of length to save padding, `batch_size` in one pass.
     """
-    adapted.load([adapter for _, adapter in asked])
+    adapted.load_clients([adapter for _, adapter in asked])
     adapted.model.eval()
     device = next(adapted.model.parameters()).device
     lengths = examples.lengths()
     sorted_rows = [rows[lengths[rows].argsort(stable=True)] for rows, _ in asked]
-    run, most = max(1, batch_size // len(asked)), max(len(rows) for rows, _ in asked)
+    rows_per_adapter, max_rows = max(1, batch_size // len(asked)), max(len(rows) for rows, _ in asked)
     sums: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        for start in range(0, most, run):
-            batches = [rows[start : start + run] for rows in sorted_rows]
-            rows, real = concat_factors(batches)
+        for start in range(0, max_rows, rows_per_adapter):
+            batches = [rows[start : start + rows_per_adapter] for rows in sorted_rows]
+            rows, real = collate_clients(batches)
             inputs, targets = examples.batch(rows, device)
             with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
                 evaluated = task.evaluate(adapted.model, inputs, targets)

@@ -19,7 +19,7 @@ def features(
     """
     found = torch.zeros(len(rows), adapted.spec.features)
     lengths = examples.lengths()[rows]
-    adapted.load([])
+    adapted.load_clients([])
     adapted.model.eval()
     device = next(adapted.model.parameters()).device
     with torch.inference_mode():
@@ -34,14 +34,14 @@ def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: i
     """Enables packing if it leaves the model's features and losses unchanged up to rounding; see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
     examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
-    adapted.load([])
+    adapted.load_clients([])
     adapted.model.eval()
     parameter = next(adapted.model.parameters())
     inputs, targets = examples.batch(torch.arange(len(texts)), parameter.device)
 
     def outputs() -> Tensor:
-        seen = task.features(adapted.model, inputs)
-        return torch.cat([seen, task.losses(adapted.model, inputs, targets)[:, None].to(seen)], 1)
+        found = task.features(adapted.model, inputs)
+        return torch.cat([found, task.losses(adapted.model, inputs, targets)[:, None].to(found)], 1)
 
     with torch.inference_mode():
         adapted.packing.try_out(outputs, examples.lengths().view(2, -1), torch.finfo(parameter.dtype).eps ** 0.5)

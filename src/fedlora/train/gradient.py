@@ -14,7 +14,7 @@ def gradient(
     adapted: AdaptedModel, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], request: Gradient, batch_size: int
 ) -> Adapter:
     """The requested gradient over the examples `rows`, processed in order of length, `batch_size` in one pass."""
-    adapted.load([request.start], request.train)
+    adapted.load_clients([request.start], request.train)
     adapted.model.eval()
     device, lengths = next(adapted.model.parameters()).device, examples.lengths()[rows]
     for places in torch.split(lengths.argsort(stable=True), batch_size):

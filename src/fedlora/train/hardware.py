@@ -18,7 +18,7 @@ def device(choice: str) -> torch.device:
     try:
         return torch.empty(0, device=choice).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device = {choice!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"train.device = {choice!r} is not available: {str(error).splitlines()[0]}") from error
 
 
 def devices(choice: str, wanted: int | Literal["auto"]) -> int:
@@ -29,14 +29,16 @@ def devices(choice: str, wanted: int | Literal["auto"]) -> int:
     """
     if device(choice).type != "cuda":
         return 1 if wanted == "auto" else wanted
-    there = torch.cuda.device_count()
+    available = torch.cuda.device_count()
     if ":" in choice:
         if wanted not in (1, "auto"):
-            raise UserError(f"train.device = {choice!r} is one device; for train.devices = {wanted} say 'cuda'")
+            raise UserError(
+                f"train.device = {choice!r} is one device; for train.devices = {wanted}, set train.device = 'cuda'"
+            )
         return 1
-    if wanted != "auto" and wanted > there:
-        raise UserError(f"train.devices = {wanted}: this machine has {there}")
-    return there if wanted == "auto" else wanted
+    if wanted != "auto" and wanted > available:
+        raise UserError(f"train.devices = {wanted}: only {available} are available")
+    return available if wanted == "auto" else wanted
 
 
 def slow_precision(precision: str, choice: str) -> str | None:
@@ -45,7 +47,7 @@ def slow_precision(precision: str, choice: str) -> str | None:
         return None
     return (
         "train.precision = 'bf16': this processor has no bf16 instructions and emulates them, up to a hundred times slower "
-        "than fp32; 'auto' would choose fp32 here"
+        "than fp32; set train.precision = 'auto' to use fp32"
     )
 
 

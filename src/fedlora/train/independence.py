@@ -15,8 +15,9 @@ from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Encoded, Task
-from fedlora.train.batched import Job, train_together
+from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
+from fedlora.train.job import Job
 
 _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
 """Number of words in each example of each client."""
@@ -46,12 +47,12 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, cli
     except Exception as error:  # any error of the architecture
         kind = getattr(getattr(adapted.model, "config", None), "model_type", type(adapted.model).__name__)
         reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"models of type {kind!r} cannot be trained here: {type(error).__name__}: {reason}") from error
+        raise UserError(f"models of type {kind!r} cannot be trained: {type(error).__name__}: {reason}") from error
     tolerance = torch.finfo(next(adapted.model.parameters()).dtype).eps ** 0.4
     for tried, adapted.packing.works in ((groups, packs), (groups, False), (each, packs), (each, False)):
         if tried and trial.agrees(alone, tried, tolerance):
             break
-    adapted.load([])
+    adapted.load_clients([])
     return clients_per_step if tried is groups else 1
 
 
@@ -84,9 +85,9 @@ class _Trial:
         asked = [(job.rows, job.request.start) for job in group]
         evaluated = score(self.adapted, self.task, self.examples, asked, len(self.examples))
         found: list[Mapping[str, Tensor]] = []
-        for (_, start), one, seen in zip(asked, trained, evaluated, strict=True):
+        for (_, start), one, measured in zip(asked, trained, evaluated, strict=True):
             before, after = pack(start), pack(one.adapter)
-            losses = {"loss": torch.tensor(one.loss), "evaluated": torch.tensor(seen.metrics["loss"])}
+            losses = {"loss": torch.tensor(one.loss), "evaluated": torch.tensor(measured.metrics["loss"])}
             found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
         return found
 
@@ -94,7 +95,7 @@ class _Trial:
         """Whether the clients of each group get the same results together as alone."""
         try:
             return all(
-                _apart(one, alone[job.seed]) < tolerance
+                _max_difference(one, alone[job.seed]) < tolerance
                 for group in groups
                 for job, one in zip(group, self.results(group), strict=True)
             )
@@ -112,9 +113,9 @@ def _start(adapted: AdaptedModel, client: int) -> Adapter:
     return start
 
 
-def _apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def _max_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest relative difference of a tensor; for small tensors, relative to the others' size."""
     norms = {key: x.double().norm() for key, x in expected.items()}
-    least = torch.stack(list(norms.values())).square().mean().sqrt() / 20
-    relative = {key: (found[key].double() - x).norm() / max(norms[key], least) for key, x in expected.items()}
+    floor = torch.stack(list(norms.values())).square().mean().sqrt() / 20
+    relative = {key: (found[key].double() - x).norm() / max(norms[key], floor) for key, x in expected.items()}
     return float(torch.stack(list(relative.values())).max())

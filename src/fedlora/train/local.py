@@ -9,19 +9,21 @@ from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
-from fedlora.models.adapted import AdaptedModel, form
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
+from fedlora.models.structure import structure
 from fedlora.randomness import derive
 from fedlora.tasks.classification import Encoded, Task
-from fedlora.train.batched import Job, in_common, train_together
+from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
+from fedlora.train.job import Job, step_key
 
 
 @dataclass(frozen=True)
 class LocalTrainer:
-    """Executes the clients' requests, at most `clients_per_step` clients in one step and `tokens` in one micro-batch.
+    """Executes the clients' requests, at most `clients_per_step` clients in one step and `max_tokens` in one micro-batch.
 
     `rows` and `held_out` are each client's rows of `examples`.
     """
@@ -35,7 +37,7 @@ class LocalTrainer:
     settings: Train
     eval_batch_size: int
     clients_per_step: int = 1
-    tokens: int = 1 << 11
+    max_tokens: int = 1 << 11
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
         """The trained adapters, each with its `loss`, in the order of `asked`.
@@ -48,8 +50,9 @@ class LocalTrainer:
         jobs = [self._job(one, rnd) for one in asked]
         found: dict[int, tuple[Adapter, Mapping[str, float]]] = {}
         for group in self._groups(jobs):
-            some = [jobs[i] for i in group]
-            results = train_together(self.adapted, self.task, self.examples, some, self.settings, self.tokens)
+            results = train_together(
+                self.adapted, self.task, self.examples, [jobs[i] for i in group], self.settings, self.max_tokens
+            )
             found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
         return [found[i] for i in range(len(asked))]
 
@@ -70,8 +73,8 @@ class LocalTrainer:
     def features(self, client: ClientInfo) -> LabelledFeatures:
         """Base-model features of the client's training examples, without any adapter."""
         rows = self.rows[client.id]
-        seen = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
-        return LabelledFeatures(seen, self.examples.targets[rows], self.adapted.spec.classes)
+        found = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
+        return LabelledFeatures(found, self.examples.targets[rows], self.adapted.spec.classes)
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Merges a base update into the model, permanently."""
@@ -79,11 +82,11 @@ class LocalTrainer:
 
     def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
         """The score of each adapter on its client's held-out examples; None if the client has none."""
-        able = [i for i, (client, _) in enumerate(asked) if len(self.held_out[client.id])]
+        indices = [i for i, (client, _) in enumerate(asked) if len(self.held_out[client.id])]
         found: dict[int, Score] = {}
-        for some in self._alike(able, [form(asked[i][1]) for i in able]):
-            pairs = [(self.held_out[client.id], adapter) for client, adapter in (asked[i] for i in some)]
-            found |= zip(some, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
+        for group in self._equal_keys(indices, [structure(asked[i][1]) for i in indices]):
+            pairs = [(self.held_out[client.id], adapter) for client, adapter in (asked[i] for i in group)]
+            found |= zip(group, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
         return [found.get(i) for i in range(len(asked))]
 
     def evaluate(self, adapter: Adapter) -> Score:
@@ -95,14 +98,14 @@ class LocalTrainer:
         return Job(asked.request, self.rows[asked.client.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
-        """Groups of jobs for one step: those with the same `in_common`, the longest first."""
+        """Groups of jobs for one step: those with the same `step_key`, the longest first."""
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
-        return self._alike(order, [in_common(jobs[i].request) for i in order])
+        return self._equal_keys(order, [step_key(jobs[i].request) for i in order])
 
-    def _alike(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
+    def _equal_keys(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
         """Groups of equal keys, at most `clients_per_step` each, in the given order."""
-        alike: dict[Hashable, list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for i, key in zip(order, keys, strict=True):
-            alike.setdefault(key, []).append(i)
-        for some in alike.values():
-            yield from (some[start : start + self.clients_per_step] for start in range(0, len(some), self.clients_per_step))
+            groups.setdefault(key, []).append(i)
+        for group in groups.values():
+            yield from (group[i : i + self.clients_per_step] for i in range(0, len(group), self.clients_per_step))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_batched import drawn, jobs, session  # noqa: F401  (a fixture)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,11 +15,13 @@ from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.models.adapted import AdaptedModel
-from fedlora.rounds.client import ClientStart, turns
+from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.tasks.classification import Classification, Encoded
-from fedlora.train.batched import Job, train_together
+from fedlora.train.batched import train_together
+from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
 
+from batched_jobs import drawn, jobs, session  # noqa: F401  (a fixture)
 from toy import SPEC, ToyTrainer
 
 TASK, WHO = Classification(), ClientInfo("x", 2, 9)
@@ -89,7 +90,7 @@ ANY: dict[str, tuple[Callable[[AdapterSpec], dict[str, Any]], str]] = {
     "a factor that no part has": (lambda s: {"train": frozenset("bc")}, r"train = \['b', 'c'\]: expected some of"),
     "no factor": (lambda s: {"train": frozenset()}, r"train = \[\]"),
     "no part": (lambda s: {"start": {}}, "train = "),
-    "a kind that no layer computes": (lambda s: {"start": other(s, scaled(s))}, "no layer computes .*Scaled"),
+    "a kind that is not supported": (lambda s: {"start": other(s, scaled(s))}, "parts of kind Scaled are not supported"),
     "a module that is not adapted": (
         lambda s: {"start": {**start_of(s), "no.such": pair(s)}},
         "'no.such': the model has no",
@@ -166,19 +167,19 @@ def test_nothing_is_trained_if_one_of_several_requests_cannot_be_honoured(sessio
 def test_an_adapter_of_an_unknown_kind_is_not_evaluated_as_if_it_were_not_there(session):  # noqa: F811
     adapted, examples = session
     view = other(adapted.spec, scaled(adapted.spec))
-    with pytest.raises(ValueError, match="no layer computes parts of kind Scaled"):
+    with pytest.raises(ValueError, match="parts of kind Scaled are not supported"):
         local_trainer(adapted, examples).scores([(WHO, view)])
 
 
 @pytest.mark.parametrize("part", [pair, wide, scaled], ids=["of no adapted module", "of another shape", "of another kind"])
 def test_a_change_of_the_base_that_has_no_place_is_refused(session, part):  # noqa: F811
     adapted, _ = session
-    before = {name: adapted._weight(name).clone() for name in adapted.layers}
+    before = {name: adapted.spec.weight(name).clone() for name in adapted.layers}
     for merge, spec in ((adapted.merge_into_base, adapted.spec), (ToyTrainer().merge_into_base, SPEC)):
         name = "no.such" if part is pair else first(spec)[0]
-        with pytest.raises(ValueError, match="change of the base"):
+        with pytest.raises(ValueError, match="base update"):
             merge({name: part(spec)})
-    assert all(torch.equal(adapted._weight(name), weight) for name, weight in before.items())
+    assert all(torch.equal(adapted.spec.weight(name), weight) for name, weight in before.items())
 
 
 class Asking(FactorAveraging):
@@ -190,7 +191,7 @@ class Asking(FactorAveraging):
 
 def test_a_client_that_asks_for_something_else_is_told_so():
     with pytest.raises(TypeError, match="Fit, Gradient or Features, got dict"):
-        turns(Asking(), ToyTrainer(), [ClientStart(WHO, None, {})], Round(0, 0))
+        train_clients(Asking(), ToyTrainer(), [ClientStart(WHO, None, {})], Round(0, 0))
 
 
 # ---------------------------------------------------------------------------------------------------- what a penalty sees

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_batched import jobs, routed, session  # noqa: F401  (a fixture)
 from torch import nn
 from torch.testing import assert_close
 
@@ -22,6 +21,7 @@ from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 
+from batched_jobs import jobs, routed, session  # noqa: F401  (a fixture)
 from tiny import LABELS, tiny_bert, tiny_rows
 
 TASK = Classification()
@@ -211,8 +211,8 @@ def test_the_first_tokens_have_a_layout_of_their_own():
     assert narrow.flatten().tolist() == [1, 6, 17]
     assert_close(first.unpack(narrow)[:, 0], layout.unpack(whole)[:, 0])
     assert_close(first.pack(layout.unpack(whole)), narrow)
-    assert first.spread(narrow)[..., 0].tolist() == [[1, 0], [6, 17], [0, 0]]
-    assert_close(first.gather(first.spread(narrow)), narrow)
+    assert first.to_client_axis(narrow)[..., 0].tolist() == [[1, 0], [6, 17], [0, 0]]
+    assert_close(first.from_client_axis(first.to_client_axis(narrow)), narrow)
 
 
 def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():
@@ -222,11 +222,15 @@ def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():
     x = torch.arange(1.0, 93).view(1, 46, 2).double().requires_grad_()
     heads = x.unflatten(2, (2, 1)).transpose(1, 2)  # [1, heads, tokens, 1]
     assert_close(layout.pack(layout.unpack(x)), x)
-    assert_close(layout.gather(layout.spread(x)), x)
+    assert_close(layout.from_client_axis(layout.to_client_axis(x)), x)
     assert_close(layout.join(layout.split(heads)), heads)
     assert_close(layout.unpack(x)[2, :11], x[0, 35:])
     assert not layout.unpack(x)[2, 11:].any() and not layout.unpack(x)[3].any()
-    for form in (lambda x: layout.pack(layout.unpack(x)), layout.spread, lambda x: layout.join(layout.split(x[:, None]))):
+    for form in (
+        lambda x: layout.pack(layout.unpack(x)),
+        layout.to_client_axis,
+        lambda x: layout.join(layout.split(x[:, None])),
+    ):
         assert torch.autograd.gradcheck(form, (x,))
 
 
