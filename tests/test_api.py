@@ -206,7 +206,7 @@ def test_a_run_of_rows_in_memory_equals_one_of_a_file_and_resumes_with_the_same_
     folder = run(settings, tmp_path / "run", data=rows).folder
     one_line(lambda: resume(folder, overrides=["rounds=2"]), "'memory'", "data=rows")
     for others in (rows[1:], [*rows[1:], rows[0]]):
-        one_line(lambda others=others: resume(folder, data=others), "the data are not those of the run")
+        one_line(lambda others=others: resume(folder, data=others), "the data differ from those of the run")
     result = resume(folder, data=pd.DataFrame(rows))
     assert len(result.rows) == 2
     assert (folder / TENSORS).read_bytes() == (finished.folder / TENSORS).read_bytes()
@@ -365,4 +365,4 @@ def test_both_errors_can_be_caught_by_their_public_names(tmp_path):
     from fedlora import errors
 
     assert (UserError, RunStopped) == (errors.UserError, errors.RunStopped)
-    one_line(lambda: resume(tmp_path), "no run here")
+    one_line(lambda: resume(tmp_path), "not a run directory")

@@ -290,12 +290,12 @@ def test_a_mixture_of_experts_ends_its_run_without_an_adapter_and_says_why(tmp_p
     given = {"model": str(model), "data": str(rows), "rounds": 2, "train": {"lr": 0.02}}
     clients = {"count": 3, "partition": "iid"}
     result = run(Experiment.model_validate({**given, "clients": clients, "method": {"name": "fedlease"}}), tmp_path / "run")
-    assert result.rows[-1]["experts"] == 2 and "3 of 3 not written: each input has its own mixture" in result.left_out
+    assert result.rows[-1]["experts"] == 2 and "3 of 3 not written: input-dependent mixtures" in result.left_out
     assert not result.adapters and not (result.folder / "adapter").exists()
     views = own_logits(result.folder)
     assert (views["000"] - views["001"]).abs().max() > 1e-3
     for to, client in (("adapter", None), ("adapter", "001"), ("merged", "001")):
-        with pytest.raises(UserError, match="cannot be exported: each input has its own mixture of experts"):
+        with pytest.raises(UserError, match="cannot be exported: input-dependent mixtures of experts"):
             export(result.folder, to, tmp_path / "out", client)
         assert not (tmp_path / "out").exists()
 
@@ -348,7 +348,7 @@ def test_a_run_without_a_complete_round_has_nothing_to_export(tmp_path):
 
 
 def test_a_folder_that_is_no_run_has_nothing_to_export(tmp_path):
-    with pytest.raises(UserError, match="no run here"):
+    with pytest.raises(UserError, match="not a run directory"):
         export(tmp_path, "adapter", tmp_path / "out")
 
 

@@ -75,7 +75,7 @@ def test_bf16_on_a_processor_without_its_instructions_is_warned_of_before_the_fi
     watch = Listening()
     run(experiment(home, precision="bf16"), tmp_path / "run", watch)
     assert watch.heard[-1] == "round 1"
-    assert [("bf16" in line and "'auto' would choose fp32" in line) for line in watch.heard[:-1]] == [True] * (not fast)
+    assert [("bf16" in line and "'auto' to use fp32" in line) for line in watch.heard[:-1]] == [True] * (not fast)
 
 
 class Listening(NullProgress):

@@ -55,16 +55,18 @@ class FederatedData:
         partition = divide(labelled_data.train, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
-            raise UserError(f"clients.ranks has {len(wanted)} entries, the data give {count} clients")
+            raise UserError(f"clients.ranks has {len(wanted)} entries, the data have {count} clients")
         if long := [share.client for share in partition.shares if len(client_folder(share.client)) > 200]:
-            raise UserError(f"the client's name {long[0]!r} is too long for a folder; shorten the names in data.user")
+            raise UserError(f"the client name {long[0]!r} is too long for a folder name; shorten the names in data.user")
         check_cohort(count, experiment.sampling.fraction, experiment.sampling.min_replies)
         ranks = client_ranks(wanted, count, experiment.method.rank, experiment.seed)
         shares = zip(partition.shares, ranks, strict=True)
         clients = [ClientInfo(share.client, rank, len(share.train), share.task) for share, rank in shares]
-        most = experiment.sampling.max_examples
-        if large := next((client for client in clients if client.examples > most), None):
-            raise UserError(f"sampling.max_examples = {most}: client {large.id!r} has {large.examples} examples; raise it")
+        max_examples = experiment.sampling.max_examples
+        if large := next((client for client in clients if client.examples > max_examples), None):
+            raise UserError(
+                f"sampling.max_examples = {max_examples}: client {large.id!r} has {large.examples} examples; raise it"
+            )
         return cls(labelled_data, partition, clients)
 
     @classmethod

@@ -58,8 +58,8 @@ def test_a_run_prints_each_round_and_the_paths_and_equals_a_run_by_python(place,
 def test_a_run_without_an_adapter_that_peft_can_hold_says_why(place, command, tmp_path):
     code, printed, errors = command("run", place / "good.toml", "--out", tmp_path / "run", "--set", "method.name=fedlease")
     assert (code, errors) == (0, "")
-    assert "PEFT adapters  3 of 3 not written: each input has its own mixture of experts" in printed
-    assert_refused(command("export", tmp_path / "run", tmp_path / "out"), "own mixture of experts")
+    assert "PEFT adapters  3 of 3 not written: input-dependent mixtures of experts" in printed
+    assert_refused(command("export", tmp_path / "run", tmp_path / "out"), "input-dependent mixtures of experts")
 
 
 def test_a_run_of_a_personal_method_prints_the_folder_of_its_adapters(place, command, tmp_path):

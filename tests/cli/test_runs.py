@@ -85,7 +85,7 @@ def test_an_out_folder_that_cannot_be_made_is_refused(place, command):
 
 @pytest.mark.parametrize("name", ["model", "no-such", "rows.jsonl"])
 def test_what_is_no_run_cannot_be_resumed(name, place, command):
-    assert_refused(command("run", "--resume", place / name), str(place / name), "no run here")
+    assert_refused(command("run", "--resume", place / name), str(place / name), "not a run directory")
 
 
 @pytest.mark.parametrize("verb", [["run"], ["serve"], ["deploy", "local"]])
@@ -95,7 +95,7 @@ def test_a_resume_takes_nothing_else_and_a_run_takes_a_file(verb, place, command
     assert_refused(command(*verb, place / "good.toml", "--resume", place), found_both)
     assert_refused(command(*verb, "--resume", place, "--out", place / "new"), found_both)
     assert_refused(command(*verb), "expected an experiment file or --resume RUN_DIR, found neither")
-    assert_refused(command(*verb, "--resume", place), f"{place}: no run here")
+    assert_refused(command(*verb, "--resume", place), f"{place}: not a run directory")
 
 
 def test_the_number_of_supernodes_is_the_default_of_the_number_of_clients(place, command, tmp_path, monkeypatch):

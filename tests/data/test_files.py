@@ -137,7 +137,7 @@ def test_a_long_text_in_csv_is_read_and_the_modules_limit_stays(tmp_path):
         ("d.json", b'{"text": {"0": "secret"}, "label": {"1": 1}}', "the columns have different rows"),
         ("d.json", b'["secret", {"text": "secret"}]', "row 1 is not a JSON object"),
         ("d.jsonl", b'{"text": "secret"}\n"secret"\n', "row 2 is not a JSON object"),
-        ("d.jsonl", b'{"text": "a"}\n{"secret": 1, "secret": 2}\n', "line 2: an object has a key twice"),
+        ("d.jsonl", b'{"text": "a"}\n{"secret": 1, "secret": 2}\n', "line 2: an object has a duplicate key"),
         ("d.json", b"[" * 100_000, "line 1: too deeply nested"),
         ("d.parquet", b"PAR1 secret", "not readable"),
         ("d.csv.gz", b"secret", "not readable"),

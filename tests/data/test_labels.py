@@ -82,7 +82,7 @@ def test_labels_are_the_same_names_in_every_format(tmp_path, ending, labels, nam
         ([1.0, None, 0.0], "row 2 has no label"),
         ([math.nan, 1.0, 0.0], "row 1 has no label"),
         (["a", " ", "b"], "row 2 has no label"),
-        (["01", "1", "x"], "is a number that other examples write in another way"),
+        (["01", "1", "x"], "is a number that other examples write differently"),
         (["same", "same", "same"], "all examples have the same label"),
     ],
 )
@@ -202,7 +202,7 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_row_and_column(tmp_path, c
     rows = [{"text": "a", "label": "x", "user": "u"}, {"text": "b", "label": "y", "user": "v", column: "cut \ud83d"}]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     message = rejection_reason(source=str(tmp_path / "d.json"), user="user")
-    assert f"column '{column}' (data.{column}): row 2 has half of a surrogate pair" in message
+    assert f"column '{column}' (data.{column}): row 2 has an unpaired surrogate" in message
     message.encode()
 
 

@@ -132,8 +132,8 @@ def test_the_label_table_counts_every_given_row():
 @pytest.mark.parametrize(
     ("clients", "words"),
     [
-        ({"count": 601, "min_size": 1}, ["clients.count = 601", "there are 600"]),
-        ({"count": 100, "min_size": 7, "partition": "iid"}, ["clients.min_size = 7", "needs 700"]),
+        ({"count": 601, "min_size": 1}, ["clients.count = 601", "found 600"]),
+        ({"count": 100, "min_size": 7, "partition": "iid"}, ["clients.min_size = 7", "requires 700"]),
         ({"count": 60, "min_size": 9, "alpha": 0.01}, ["clients.alpha = 0.01", "clients.min_size = 9"]),
         ({"partition": "pathological", "classes": 11}, ["clients.classes = 11", "10 labels"]),
         ({"partition": "pathological", "classes": 10, "count": 300}, ["clients.classes = 10", "'pathological'"]),

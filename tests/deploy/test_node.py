@@ -373,7 +373,7 @@ BAD = {
         "not a payload of tensors",
     ),
     "cut": (lambda header, payloads: encode_message(header, payloads)[:-3], "damaged"),
-    "replay": (of_another_round, "replies to round 8"),
+    "replay": (of_another_round, "reply is for round 8"),
     "another's name": (of_another_client, "missing in its node's reply"),
     "too heavy": (too_heavy, "weight"),
     "a missing payload": (a_missing_payload, "upload is missing"),

@@ -224,4 +224,4 @@ def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
     assert "NaN" in rejection_reason(spoilt(reply, changes=values * torch.nan))
     others = pack_positions(~keep)  # as many ranks, but of other modules: other sizes
     assert "sent changes with shape" in rejection_reason(spoilt(reply, positions=others))
-    assert "lacks positions" in rejection_reason(replace(reply, upload={"changes": values}))
+    assert "missing positions" in rejection_reason(replace(reply, upload={"changes": values}))

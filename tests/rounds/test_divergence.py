@@ -65,7 +65,7 @@ def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_ch
     without, _ = run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
     assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
     reason = row["rejected"].pop("b")
-    assert "changed most: by the norm 3464" in reason and (error.__name__.lstrip("_") if error else "infinite") in reason
+    assert "has the largest change: norm 3464" in reason and (error.__name__.lstrip("_") if error else "infinite") in reason
     assert row["rejected"] == {} and ("b", reason) in watch.answers
     assert is_finite(after) and not equal(after, without)  # the clients' second attempt is not their first
 
@@ -84,7 +84,7 @@ def test_another_error_of_a_merge_is_no_ones_upload():
 def test_after_the_last_attempt_the_run_stops_with_the_state_as_it_was():
     server = METHOD.init_server(SPEC, 0)
     before = encode_state(server)
-    with pytest.raises(RunStopped, match=r"in 2 attempts.*: merging ended in LinAlgError.*; .: merging ended in"):
+    with pytest.raises(RunStopped, match=r"no attempt \(2 made\).*: merging ended in LinAlgError.*; .: merging ended in"):
         run_rounds(Answers(MEMBERS[:4], lambda r: [huge(r)]), method=Fragile(), before=server, attempts=2)
     assert encode_state(server) == before
 
@@ -128,7 +128,7 @@ def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_i
     plan = Plan(METHOD, SPEC, 0, Sampling(attempts=1), Evaluate(clients="none"), 9)
     if diverged == 4:
         with pytest.raises(
-            RunStopped, match=r"4 of 4 clients had NaN.*upload of round 4, of client c, changed by the norm 3464"
+            RunStopped, match=r"4 of 4 clients had NaN.*upload of round 4, of client c, has a change of norm 3464"
         ):
             one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, Watched())
         return
@@ -144,7 +144,7 @@ def test_a_model_that_has_diverged_is_told_on_the_terminal():
     out = io.StringIO()
     row = {"round": 2, "seconds": {}, "train_loss": 1.0, "diverged": divergence(["NaN or infinite values", None], LAST)}
     Live(Console(file=out, width=300), 3).round_ended(row)
-    assert "of client c, changed by the norm 3464 (sampling.max_norm is its limit)" in out.getvalue()
+    assert "of client c, has a change of norm 3464 (limit it with sampling.max_norm)" in out.getvalue()
 
 
 @dataclass

@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     whole_run(tmp_path / "run")
     (tmp_path / "run" / "checkpoint.safetensors").write_bytes(encode_state(state(3), rounds_done=3, run="other"))
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors is of another run"):
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors belongs to another run"):
         folder.restore()
     folder.release()
 

@@ -90,14 +90,14 @@ def test_an_export_needs_no_data_and_has_the_names_of_the_run(changeable, tmp_pa
     ("file", "change", "reason"),
     [
         ("rows.jsonl", renamed, "label 'east' of the run is now 'zeast'"),
-        ("rows.jsonl", lambda rows: rows[:-1], "it has 24 training examples, there are now 23"),
+        ("rows.jsonl", lambda rows: rows[:-1], "it has 24 training examples, found 23"),
         ("rows.jsonl", lambda rows: rows[::-1], "some of its 24 training examples have changed"),
         (
             "rows.jsonl",
             lambda rows: [{**rows[0], "text": "bab"}, *rows[1:]],
             "some of its 24 training examples have changed",
         ),
-        ("test.jsonl", lambda rows: rows + rows[:1], "it has 9 test examples, there are now 10"),
+        ("test.jsonl", lambda rows: rows + rows[:1], "it has 9 test examples, found 10"),
         ("rows.jsonl", None, "no such file"),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_run_whose_model_has_changed_is_neither_resumed_nor_exported(changeabl
     content = (changeable / "bert" / file).read_bytes()
     (changeable / "bert" / file).write_bytes(content[:-1] + b" " if file == "model.safetensors" else content + b" ")
     for again in (lambda: resume(changeable / "run"), lambda: export(changeable / "run", "adapter", tmp_path / "out")):
-        with pytest.raises(UserError, match=f"model = .*/bert' is not that of the run: its {file} has changed"):
+        with pytest.raises(UserError, match=f"model = .*/bert' differs from that of the run: its {file} has changed"):
             again()
 
 
@@ -130,8 +130,8 @@ def test_a_run_whose_model_has_changed_is_neither_resumed_nor_exported(changeabl
     [
         (["a", "b", "d"], "label 'c' of the run is now 'd'"),
         (["b", "a", "c"], "label 'a' was number 0 and is now number 1"),
-        (["a", "b"], r"it has 3 labels, there are now 2, without 'c'"),
-        (["a", "b", "c", "d", "e", "f", "g"], "there are now 7, with 'd', 'e', 'f' and 1 more"),
+        (["a", "b"], r"it has 3 labels, found 2, without 'c'"),
+        (["a", "b", "c", "d", "e", "f", "g"], "found 7, with 'd', 'e', 'f' and 1 more"),
     ],
 )
 def test_other_labels_are_refused_by_name(now, reason):

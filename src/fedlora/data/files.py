@@ -33,7 +33,7 @@ def columns(path: Path, key: str) -> dict[str, Any]:
         raise UserError(f"{key} = {str(path)!r}: {what}")
     ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
-        raise UserError(f"{key} = {str(path)!r}: unknown kind of file; expected {', '.join(ENDINGS)}")
+        raise UserError(f"{key} = {str(path)!r}: unsupported file type; expected {', '.join(ENDINGS)}")
     try:
         if ending == ".parquet":
             return _parquet(path)
@@ -42,7 +42,7 @@ def columns(path: Path, key: str) -> dict[str, Any]:
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"{key} = {str(path)!r}: not readable: {reason}; check that it is complete and has the right ending"
+            f"{key} = {str(path)!r}: not readable: {reason}; check that it is complete and has the right extension"
         ) from error
     except ValueError as error:
         raise UserError(f"{key} = {str(path)!r}: not readable: {error}") from None

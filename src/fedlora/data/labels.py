@@ -50,7 +50,7 @@ def found_labels(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
         kinds = "name, the training set has numbers" if number(other) is None else "number, the training set has names"
         raise LabelError(other, f"is a {kinds}; name the labels in data.labels, in order")
     if twice := _written_twice(labels):
-        raise LabelError(twice, "is a number that other examples write in another way; write it in one way")
+        raise LabelError(twice, "is a number that other examples write differently; write it consistently")
     if "-1" in labels and labels != {"-1", "1"}:
         raise LabelError(
             "-1",

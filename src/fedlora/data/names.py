@@ -40,7 +40,7 @@ def encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("has half of a surrogate pair, as text does that was cut within a character") from None
+        raise ValueError("has an unpaired surrogate, as in text that was cut within a character") from None
     return text
 
 

@@ -88,7 +88,7 @@ def _by_task(tasks: list[str], rows_of: dict[str, list[int]], min_size: int) -> 
             found[f"{owner}/{tasks[row]}", tasks[row]].append(row)
     enough = {key: rows for key, rows in found.items() if len(rows) >= min_size}
     if not enough:
-        raise UserError(f"clients.min_size = {min_size}: nobody has so many examples of a task (data.task); lower it")
+        raise UserError(f"clients.min_size = {min_size}: no client has this many examples of a task (data.task); lower it")
     if len({client for client, _ in found}) < len(found):
         raise UserError("data.task: names of clients and tasks are ambiguous once joined by '/'; rename one of them")
     return enough
@@ -97,7 +97,7 @@ def _by_task(tasks: list[str], rows_of: dict[str, list[int]], min_size: int) -> 
 def _users(train: Dataset, clients: Clients) -> dict[str, list[int]]:
     """The rows of each user with at least `min_size` rows; only the `count` largest users if that is set."""
     if "user" not in train.column_names:
-        raise UserError("clients.partition = 'natural' needs data.user, the column that names the owner of an example")
+        raise UserError("clients.partition = 'natural' requires data.user, the column that names the owner of each example")
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, user in enumerate(train["user"][:]):
         rows_of[user].append(row)
@@ -138,8 +138,8 @@ def _numbered(train: Dataset, clients: Clients, seed: int) -> dict[str, list[int
 def _check_enough(train: Dataset, clients: Clients, count: int) -> None:
     if count * clients.min_size > len(train):
         raise UserError(
-            f"clients.count = {count} with clients.min_size = {clients.min_size} needs {count * clients.min_size} training "
-            f"examples, there are {len(train)}; lower one of the two"
+            f"clients.count = {count} with clients.min_size = {clients.min_size} requires {count * clients.min_size} "
+            f"training examples, found {len(train)}; lower one of the two"
         )
     if clients.partition == "shards" and count * clients.shards > len(train):
         raise UserError(
@@ -177,6 +177,6 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
             return [partitioner.load_partition(i)["row"][:] for i in range(count)]
     except ValueError as error:
         raise UserError(
-            f"clients.partition = {clients.partition!r}: no division of {len(shuffled)} examples among {count} clients "
+            f"clients.partition = {clients.partition!r}: no partition of {len(shuffled)} examples among {count} clients "
             f"found; {advice}"
         ) from error

@@ -78,7 +78,7 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: expected a list of names, the label's number being its place in the list")
+        raise UserError(f"{path}: expected a list of names, ordered by label number")
     try:
         return given_labels(names)
     except ValueError as error:
@@ -130,7 +130,7 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
     if test is None:
         return train, None
     if not files.looks_local(test):
-        raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or leave data.test out")
+        raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or remove data.test")
     return train, _file(test, "data.test")
 
 

@@ -19,7 +19,7 @@ from fedlora.models.base_weights import add_to_weight
 def unfit(adapter: Adapter) -> str | None:
     """Reason why PEFT and transformers cannot represent the adapter; None if they can."""
     if any(isinstance(part, Experts) for part in adapter.values()):
-        return "each input has its own mixture of experts, which neither a PEFT adapter nor a merged weight can hold"
+        return "input-dependent mixtures of experts cannot be represented as a PEFT adapter or a merged weight"
     return None
 
 

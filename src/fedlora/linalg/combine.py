@@ -124,7 +124,7 @@ def _normalized_weights(terms: Terms) -> list[float]:
 
 def _missing(factor: LowRank, rank: int) -> int:
     if rank < factor.rank:
-        raise ValueError(f"expected at least the {factor.rank} ranks that are there, got {rank}; to cut, use `leading`")
+        raise ValueError(f"expected at least the factor's {factor.rank} ranks, got {rank}; to truncate, use `leading`")
     return rank - factor.rank
 
 

@@ -58,7 +58,7 @@ def unpack_positions(packed: Tensor, count: int, total: int) -> Bool[Tensor, "to
     if _as_integers(count, total):
         places = (packed.view(count, -1).long() << (8 * torch.arange(_width(total)))).sum(1)
         if int(places[-1]) >= total or bool((places.diff() <= 0).any()):
-            raise ValueError(f"positions must ascend from 0 to {total - 1} without repetition")
+            raise ValueError(f"invalid positions: expected ascending numbers from 0 to {total - 1} without repetition")
         return torch.zeros(total, dtype=torch.bool).index_fill(0, places, True)
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()
     if bool(bits[total:].any()) or int(bits.sum()) != count:

@@ -41,7 +41,7 @@ class Study(_Entry):
             if len(values) != len(self.benchmarks):
                 raise ValueError(f"{self.source}: {name} has {len(values)} values for {len(self.benchmarks)} benchmarks")
             if all(value.is_nan() for value in values):
-                raise ValueError(f"{self.source}: {name} has no value at all; leave it out")
+                raise ValueError(f"{self.source}: {name} has no value; remove it")
         return self
 
 

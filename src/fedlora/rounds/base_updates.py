@@ -87,7 +87,7 @@ def caught_up(tensors: Tensors, spec: AdapterSpec) -> dict[int, dict[str, LowRan
         index, _, rest = key.partition("/")
         name, _, factor = rest.rpartition(".")
         if not index.isdecimal() or name not in spec.modules:
-            raise ValueError(f"{key!r} is no part of a base update of this model")
+            raise ValueError(f"{key!r} does not belong to a base update of this model")
         grouped.setdefault(int(index), {}).setdefault(name, {})[factor] = tensor
     return {i: {name: _factors(name, parts, spec) for name, parts in grouped[i].items()} for i in sorted(grouped)}
 

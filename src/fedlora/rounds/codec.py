@@ -52,14 +52,14 @@ def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
     try:
         header = json.loads(payload[8 : 8 + size])
         if (count := len(header.keys() - {"__metadata__"})) > max_tensors:
-            raise ValueError(f"{count} tensors, allowed are {max_tensors}")
+            raise ValueError(f"{count} tensors, expected at most {max_tensors}")
         tensors = load(payload)
         names = sorted(tensors)
         ordered = [names[int(rank)] for rank in header["__metadata__"]["order"].split()]
     except (SafetensorError, KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a payload of tensors: {error}") from error
     if sorted(ordered) != names:
-        raise ValueError("not a payload of tensors: its order is not one of its names")
+        raise ValueError("not a payload of tensors: its order does not match its names")
     return {name: tensors[name].clone() for name in ordered}  # same alignment as new tensors: products depend on it
 
 
@@ -151,5 +151,5 @@ def _dataclass(name: str) -> Any:
     for part in qualname.split("."):
         found = getattr(found, part)
     if not (isinstance(found, type) and is_dataclass(found)):
-        raise KeyError(f"{name} is no dataclass")
+        raise KeyError(f"{name} is not a dataclass")
     return found

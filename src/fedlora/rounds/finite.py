@@ -49,6 +49,7 @@ def divergence(reasons: Iterable[str | None], last: Largest | None) -> str:
     if last is None or 2 * sum(diverged) < len(diverged):
         return ""
     return (
-        f"{sum(diverged)} of {len(diverged)} clients had {NOT_FINITE}; the model may have diverged: the largest upload of "
-        f"round {last.round}, of client {last.client}, changed by the norm {last.norm:.4g} (sampling.max_norm is its limit)"
+        f"{sum(diverged)} of {len(diverged)} clients had {NOT_FINITE}; the model may have diverged: the largest "
+        f"upload of round {last.round}, of client {last.client}, has a change of norm {last.norm:.4g} (limit it with "
+        "sampling.max_norm)"
     )

@@ -195,8 +195,8 @@ def _round(
             reasons = "; ".join(f"{client}: {reason}" for client, reason in stats.rejected.items())
             cause = f"; {text}" if (text := stats.divergence(before.largest)) else ""
             raise RunStopped(
-                f"round {index + 1}: in {plan.sampling.attempts} attempts, never were {plan.sampling.min_replies} uploads "
-                f"(sampling.min_replies) accepted and merged ({reasons}){cause}; the rounds before are complete"
+                f"round {index + 1}: no attempt ({plan.sampling.attempts} made) received {plan.sampling.min_replies} valid "
+                f"uploads (sampling.min_replies): {reasons}{cause}; the previous rounds are complete"
             )
         again = Round(index, plan.seed, attempt.rnd.attempt + 1)
         attempt = _begin(plan, backend, store, before, again, stats.left_out)
@@ -273,7 +273,7 @@ def _merged(
     if failure and stats.largest is not None:
         client = next(client for client in attempt.chosen if client.id == stats.largest.client)
         stats.rejected[client.id] = (
-            f"merging ended in {failure}, and its upload changed most: by the norm {stats.largest.norm:.4g}"
+            f"merging ended in {failure}, and its upload has the largest change: norm {stats.largest.norm:.4g}"
         )
         stats.left_out.add(client.id)
         progress.answered(client, stats.rejected[client.id])

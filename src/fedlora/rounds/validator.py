@@ -44,23 +44,21 @@ class UploadValidator:
         if reply.client.id in self._seen:
             return "has already replied in this round"
         if reply.round != self.rnd:
-            return f"replies to {_name(reply.round)}, this is {_name(self.rnd)}"
+            return f"reply is for {_name(reply.round)}, current is {_name(self.rnd)}"
         if reply.client not in self.sent:
-            return "was not chosen for this round, or has changed its rank or its number of examples"
+            return "was not selected for this round, or has a different rank or number of examples"
         if self.max_examples is not None and reply.client.examples > self.max_examples:
-            return (
-                f"claims {reply.client.examples} examples, allowed are at most {self.max_examples} (sampling.max_examples)"
-            )
+            return f"claims {reply.client.examples} examples, expected at most {self.max_examples} (sampling.max_examples)"
         if not 0 < reply.weight <= reply.client.examples:
-            return f"has weight {reply.weight}, expected one above 0 and up to its {reply.client.examples} examples"
+            return f"has weight {reply.weight}, expected a number above 0, at most its {reply.client.examples} examples"
         return None
 
     def _content(self, reply: Reply) -> str | None:
-        expected = _layout(self.method, self.spec, reply.client, self.sent[reply.client], self.rnd)
+        expected = _expected_upload(self.method, self.spec, reply.client, self.sent[reply.client], self.rnd)
         if missing := expected.keys() - reply.upload.keys():
-            return f"lacks {listed(sorted(missing), 1)}"
+            return f"missing {listed(sorted(missing), 1)}"
         if extra := reply.upload.keys() - expected.keys():
-            return f"sent unexpected {listed(sorted(extra), 1)}"
+            return f"unexpected {listed(sorted(extra), 1)}"
         for name, tensor in reply.upload.items():
             if tensor.dtype != expected[name].dtype:
                 return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
@@ -68,19 +66,19 @@ class UploadValidator:
             if isinstance(self.method, SelectiveUpload):
                 expected = self.method.expected_upload(self.spec, reply.upload, expected, reply.client, self.rnd)
         except ValueError as error:
-            return f"sent what it cannot have chosen: {error}"
+            return f"invalid selection: {error}"
         for name, tensor in reply.upload.items():
             if tensor.shape != expected[name].shape:
                 return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            most = magnitude(tensor) if tensor.is_floating_point() else 0.0
-            if not math.isfinite(most):
+            largest = magnitude(tensor) if tensor.is_floating_point() else 0.0
+            if not math.isfinite(largest):
                 return f"sent {name} with {NOT_FINITE}"
-            if most > LARGEST_ENTRY:
-                return f"sent {name} with an entry of magnitude {most:.4g}, allowed is {LARGEST_ENTRY:.4g}"
+            if largest > LARGEST_ENTRY:
+                return f"sent {name} with an entry of magnitude {largest:.4g}, expected at most {LARGEST_ENTRY:.4g}"
         if self.max_norm is not None:
             norm = change_norm(reply.upload, self.sent[reply.client])
             if norm > self.max_norm:
-                return f"changed by the norm {norm:.4g}, allowed is {self.max_norm:.4g}"
+                return f"change has norm {norm:.4g}, expected at most {self.max_norm:.4g}"
         return None
 
 
@@ -99,17 +97,17 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
     return math.sqrt(total)
 
 
-def _layout(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
+def _expected_upload(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
     """Template upload with the expected names, shapes and dtypes: the method's work with a trainer that changes nothing.
 
     The server does not know a client's features, so the template assumes a client without examples.
     """
     job = method.work(method.init_client(spec, client, rnd.seed), sent, client, rnd)
-    nobody = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
+    no_examples = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
     try:
         request = next(job)
         while True:
-            request = job.send(nobody if isinstance(request, Features) else request.start)
+            request = job.send(no_examples if isinstance(request, Features) else request.start)
     except StopIteration as done:
         upload: Tensors = done.value[1]
         return upload

@@ -31,7 +31,7 @@ def require_digest(path: Path, digest: str) -> None:
     if not path.exists():
         raise missing(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise damaged(f"{path} is not as it was written")
+        raise damaged(f"{path} has changed since it was written")
 
 
 def missing(path: Path) -> UserError:

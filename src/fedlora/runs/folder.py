@@ -148,7 +148,7 @@ class RunFolder:
             if manifest is None and notes["rounds_done"]:
                 raise missing(self.path / MANIFEST)
             if manifest is not None:
-                raise damaged(f"{self._checkpoint} is of another run than {self.path / MANIFEST}")
+                raise damaged(f"{self._checkpoint} belongs to another run than {self.path / MANIFEST}")
         if manifest is not None:
             require_digest(self.path / "environment.json", manifest["environment"])
         self._files.restore(Listing(notes["states"], notes["base_updates"]))

@@ -88,7 +88,7 @@ class Manifest(_Part):
         try:
             return Experiment.model_validate(self.experiment)
         except UserError as error:
-            raise UserError(f"the run's settings are not those of this version: {error}") from None
+            raise UserError(f"the run's settings are not supported by this version: {error}") from None
 
     def require_data(self, now: DataFingerprint) -> None:
         """Checks that the data are those with which the run began.
@@ -98,18 +98,20 @@ class Manifest(_Part):
         """
         was = self.data
         if change := _of_labels(was.labels, now.labels):
-            raise UserError(f"the data are not those of the run: {change}")
+            raise UserError(f"the data differ from those of the run: {change}")
         for kind, then, there in (("training", was.train, now.train), ("test", was.test, now.test)):
             if then.count != there.count:
                 raise UserError(
-                    f"the data are not those of the run: it has {then.count} {kind} examples, there are now {there.count}"
+                    f"the data differ from those of the run: it has {then.count} {kind} examples, found {there.count}"
                 )
             if then != there:
-                raise UserError(f"the data are not those of the run: some of its {then.count} {kind} examples have changed")
+                raise UserError(
+                    f"the data differ from those of the run: some of its {then.count} {kind} examples have changed"
+                )
         if (was.partition, was.clients) != (now.partition, now.clients):
             raise UserError(
-                "the same data and settings now give the clients other examples than in the run; install the versions of "
-                "numpy, torch and flwr-datasets that its environment.json names"
+                "the same data and settings now give a different partition than in the run; install the versions of "
+                "numpy, torch and flwr-datasets in its environment.json"
             )
 
     def require_model(self, source: str, now: Mapping[str, str]) -> None:
@@ -121,7 +123,7 @@ class Manifest(_Part):
         for name in sorted(self.model.keys() | now.keys()):
             if self.model.get(name) != now.get(name):
                 how = "is missing" if name not in now else "is new" if name not in self.model else "has changed"
-                raise UserError(f"model = {source!r} is not that of the run: its {name} {how}")
+                raise UserError(f"model = {source!r} differs from that of the run: its {name} {how}")
 
     def require_modules(self, modules: Sequence[str]) -> None:
         """Checks that the adapted modules are those of the run.
@@ -132,20 +134,20 @@ class Manifest(_Part):
         if differing := sorted(set(self.modules) ^ set(modules)):
             how = "is no longer adapted or trained" if differing[0] in self.modules else "was not adapted or trained before"
             raise UserError(
-                f"the model is adapted in other places than in the run: {differing[0]} {how}; install the versions of peft "
-                "and transformers that its environment.json names"
+                f"the model is adapted in different modules than in the run: {differing[0]} {how}; install the versions of "
+                "peft and transformers in its environment.json"
             )
 
 
 def _of_labels(was: Sequence[str], now: Sequence[str]) -> str:
     """Describes how the labels differ; empty if they are equal."""
-    gone, come = [name for name in was if name not in now], [name for name in now if name not in was]
-    if len(gone) == len(come) == 1:
-        return f"label {gone[0]!r} of the run is now {come[0]!r}"
-    if gone or come:
+    missing, new = [name for name in was if name not in now], [name for name in now if name not in was]
+    if len(missing) == len(new) == 1:
+        return f"label {missing[0]!r} of the run is now {new[0]!r}"
+    if missing or new:
         parts = [
-            f"{word} {listed(list(map(repr, names)), 3)}" for word, names in (("without", gone), ("with", come)) if names
+            f"{word} {listed(list(map(repr, names)), 3)}" for word, names in (("without", missing), ("with", new)) if names
         ]
-        return f"it has {len(was)} labels, there are now {len(now)}, {' and '.join(parts)}"
+        return f"it has {len(was)} labels, found {len(now)}, {' and '.join(parts)}"
     moved = next((i for i, (a, b) in enumerate(zip(was, now, strict=True)) if a != b), None)
     return "" if moved is None else f"label {was[moved]!r} was number {moved} and is now number {now.index(was[moved])}"

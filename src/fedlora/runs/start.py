@@ -48,7 +48,7 @@ def read_folder(path: Path) -> Experiment:
     """
     file = path / "experiment.toml"
     if not file.is_file():
-        raise UserError(f"{path}: no run here: it has no experiment.toml")
+        raise UserError(f"{path}: not a run directory: it has no experiment.toml")
     given, manifest = read_table(file), Manifest.find(path)
     if manifest is None:
         return build(given, origin=str(file))
@@ -126,8 +126,8 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) != now.get(key) and not (key == "rounds" and more):
             raise UserError(
-                f"{origin}: {key} = {now.get(key)!r}, in the run it is {was.get(key)!r}; a run that is resumed keeps its "
-                "settings, but for `rounds`, which may be raised"
+                f"{origin}: {key} = {now.get(key)!r}, in the run it is {was.get(key)!r}; a resumed run keeps its settings, "
+                "except for `rounds`, which may be increased"
             )
     return int(now["rounds"])
 
