@@ -143,7 +143,7 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
     """
     p = q = _start(layers, shared)
     mirrored = [replace(layer, left=layer.right, right=layer.left) for layer in layers]
-    b, a = ([layer.right.displacement(p) for layer in some] for some in (mirrored, layers))
+    b, a = ([layer.right.displacement(p) for layer in sides] for sides in (mirrored, layers))
     before = _lengths(mirrored, b, shared), _lengths(layers, a, shared)
     inverse: Tensor | None = None
     least = 1e-14 * (before[0] * before[1]).square()
@@ -190,23 +190,31 @@ def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rat
     return best
 
 
-def objective(layers: Sequence[Layer], at: Coefficients, shared: bool = False) -> Float[Tensor, "*batch"]:
+def objective(layers: Sequence[Layer], coefficients: Coefficients, shared: bool = False) -> Float[Tensor, "*batch"]:
     """The squared Frobenius distance from the targets, summed over the layers (and over the batch if `shared`)."""
     residual = _total([norm(layer.residual()).square() for layer in layers], shared, 0)
-    return residual + _excess(layers, at, shared)
+    return residual + _excess(layers, coefficients, shared)
 
 
-def combined(layer: Layer, at: Coefficients) -> LowRank:
+def combined(layer: Layer, coefficients: Coefficients) -> LowRank:
     """The combined factors, in fp64."""
-    b, a = layer.left.mean + layer.left.displacement(at.p), layer.right.mean + layer.right.displacement(at.q)
+    b, a = (
+        layer.left.mean + layer.left.displacement(coefficients.p),
+        layer.right.mean + layer.right.displacement(coefficients.q),
+    )
     return LowRank(b=b.mT.contiguous(), a=a)
 
 
-def _excess(layers: Sequence[Layer], at: Coefficients, shared: bool) -> Tensor:
+def _excess(layers: Sequence[Layer], coefficients: Coefficients, shared: bool) -> Tensor:
     """The objective minus that of the mean factors."""
     parts = []
     for layer in layers:
-        start, a0, db, da = layer.left.mean, layer.right.mean, layer.left.displacement(at.p), layer.right.displacement(at.q)
+        start, a0, db, da = (
+            layer.left.mean,
+            layer.right.mean,
+            layer.left.displacement(coefficients.p),
+            layer.right.displacement(coefficients.q),
+        )
         b, a = torch.cat([start, db], -2), torch.cat([da, a0 + da], -2)  # the product's change is b^T a
         parts.append((a * ((b @ b.mT) @ a - 2 * layer.times_residual(b))).sum((-2, -1)))
     return _total(parts, shared, 0)

@@ -68,9 +68,11 @@ def pad(factor: LowRank, rank: int) -> LowRank:
 
 def widen(factor: LowRank, rank: int, rng: torch.Generator) -> LowRank:
     """The same matrix with `rank` trainable ranks: a gets a fresh row for added ranks and those with zero b and a."""
-    wide = pad(factor, rank)
-    dead = (wide.b == 0).all(-2) & (wide.a == 0).all(-1)  # [*batch, rank]
-    return LowRank(b=wide.b, a=torch.where(dead[..., None], fresh_rows(tuple(wide.a.shape), rng).to(wide.a), wide.a))
+    padded = pad(factor, rank)
+    dead = (padded.b == 0).all(-2) & (padded.a == 0).all(-1)  # [*batch, rank]
+    return LowRank(
+        b=padded.b, a=torch.where(dead[..., None], fresh_rows(tuple(padded.a.shape), rng).to(padded.a), padded.a)
+    )
 
 
 def fresh_rows(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -94,8 +96,8 @@ def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
     Accurate down to 1e-8 for fp32 factors and 1e-15 for fp64 ones (times the cancellation inside the sum).
     """
     dtype = torch.promote_types(terms[0][1].b.dtype, update.b.dtype)
-    wide = [(weight, _cast(factor, dtype)) for weight, factor in terms]
-    error = _norm([*wide, (-1.0, _cast(update, dtype))]) / _norm(wide)
+    cast_terms = [(weight, _cast(factor, dtype)) for weight, factor in terms]
+    error = _norm([*cast_terms, (-1.0, _cast(update, dtype))]) / _norm(cast_terms)
     return error.to(torch.promote_types(dtype, torch.float32))
 
 

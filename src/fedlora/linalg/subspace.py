@@ -37,10 +37,10 @@ def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Fl
     Small angles are computed from sines, as a cosine near 1 has only half of the digits.
     Source: Bjoerck and Golub 1973, Numerical methods for computing angles between linear subspaces.
     """
-    wide, narrow = (u, v) if u.shape[-1] >= v.shape[-1] else (v, u)
-    wide, narrow = (torch.linalg.qr(x.to(WORKING)).Q for x in (wide, narrow))
-    cosines = torch.linalg.svdvals(wide.mT @ narrow).clamp(max=1)  # descending
-    sines = torch.linalg.svdvals(narrow - wide @ (wide.mT @ narrow)).flip(-1).clamp(max=1)  # ascending
+    larger, smaller = (u, v) if u.shape[-1] >= v.shape[-1] else (v, u)
+    larger, smaller = (torch.linalg.qr(x.to(WORKING)).Q for x in (larger, smaller))
+    cosines = torch.linalg.svdvals(larger.mT @ smaller).clamp(max=1)  # descending
+    sines = torch.linalg.svdvals(smaller - larger @ (larger.mT @ smaller)).flip(-1).clamp(max=1)  # ascending
     return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
 
 

@@ -39,7 +39,7 @@ def train_together(
     parameters = adapted.load_clients([r.start for r in requests], train, [r.frozen_extra for r in requests])
     keys = [key for key in pack(requests[0].start) if key.rpartition(".")[2] in train]
     named = dict(zip(keys, parameters, strict=True))
-    optimizer = make_optimizer(named, requests[0].rates or {}, settings)
+    optimizer = make_optimizer(settings.optimizer, named, settings.lr, requests[0].rates or {}, settings.weight_decay)
     masked = [
         MaskedParameter.of(x, key, requests) for key, x in named.items() if any(key in (r.mask or {}) for r in requests)
     ]

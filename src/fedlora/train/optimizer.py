@@ -2,29 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import pack
-from fedlora.config.sections import Train
 from fedlora.messages import Fit
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float], settings: Train
+    kind: Literal["adamw", "sgd"],
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    rates: Mapping[str, float],
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """An elementwise optimizer with one parameter group for each factor; `rates` multiply the learning rate by factor.
+    """An elementwise optimizer with one parameter group for each factor; its learning rate is `lr` times its rate, if any.
 
     `parameters` are named as by `pack`.
     """
     factors: dict[str, list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         factors.setdefault(key.rpartition(".")[2], []).append(parameter)
-    groups = [{"params": own, "lr": settings.lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    groups = [{"params": own, "lr": lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
