@@ -24,14 +24,15 @@ class FactorAveraging:
     `schedule` lists the factors trained in rounds 0, 1, ..., and repeats. Only factors both shared and trained are
     uploaded.
 
-    shared "ba", schedule "ba" is FedIT (Zhang et al. 2024, arXiv:2305.05644): the mean of products is not the product of
-    means; the aggregate is off by the covariance of the factors.
-    shared "b", schedule "b" is FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): a is frozen and common, hence exact.
-    shared "ba", schedule "b", "a" is RoLoRA (Chen et al. 2025, arXiv:2502.01755): one factor is common in each round, hence
-    exact. b comes first, since with b = 0 the gradient of a is zero. The round's index, which the server announces, selects
-    the trained factor, and both factors are downloaded, since a client may have missed rounds.
-    shared "a", schedule "ba" is FedSA-LoRA (Guo et al. 2025, arXiv:2410.01463): b stays personal; there is no global model.
-    shared "", schedule "ba": no factors are sent, and every client trains alone.
+    - shared "ba", schedule "ba" is FedIT (Zhang et al. 2024, arXiv:2305.05644): inexact; the error is the covariance of
+      the factors, the difference between the mean of the products and the product of the means.
+    - shared "b", schedule "b" is FFA-LoRA (Sun et al. 2024, arXiv:2403.12313): exact, as a is frozen and common.
+    - shared "ba", schedule "b", "a" is RoLoRA (Chen et al. 2025, arXiv:2502.01755): exact, as one factor is common in
+      each round. b is trained first, since the gradient of a is zero while b = 0. The trained factor follows from the
+      index of the server's round, and both factors are downloaded, since a client may have missed rounds.
+    - shared "a", schedule "ba" is FedSA-LoRA (Guo et al. 2025, arXiv:2410.01463): b stays personal; there is no global
+      model.
+    - shared "", schedule "ba": no factors are sent, and every client trains alone.
     """
 
     rank: PositiveInt = 8
@@ -43,7 +44,7 @@ class FactorAveraging:
         return pick(pack(lora_init(spec, self.rank, seed)), self.shared)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
-        """The factors that stay on the client."""
+        """The factors that are not shared."""
         kept = _ALL - set(self.shared)
         return pick(pack(lora_init(spec, self.rank, seed)), kept) if kept else {}
 

@@ -1,4 +1,4 @@
-"""CE-LoRA: personal factors around a small core; each client downloads its own mixture of all clients' cores."""
+"""CE-LoRA: personal b and a, and a small core c between them; each client downloads its own mixture of all cores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ _FAR = torch.finfo(torch.float64).max  # the distance to a client without any mi
 
 @dataclass(frozen=True)
 class Cores:
-    """The initial core, each client's last uploaded core, and the mixtures that describe the clients' data.
+    """The initial core, each client's last uploaded core, and the Gaussian mixtures of the clients' data.
 
     `apart` [clients, clients] has the distances between the clients' data, in the order of `data`.
     """
@@ -41,28 +41,28 @@ class Cores:
 class CELoRA:
     """The update is b c a. A client trains all three, keeps b and a, and exchanges c: rank^2 floats per module, each way.
 
-    Client i downloads sum_j S_ij c_j over all clients that have ever uploaded a core, each with its last one, so absent
-    clients stay in the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data plus
-    1 - `data_weight` times that of the cores, with each row divided by its sum (`normaliser` "l1") or passed through a
-    softmax. Without `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no
-    influence. A client that has never uploaded a core gets the plain mean. Mixing costs O(clients^2 rank^3) per module and
+    Client i downloads sum_j S_ij c_j, where c_j is the last core that client j uploaded; absent clients thus stay in
+    the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data, plus 1 - `data_weight` times
+    that of the cores. Each row is divided by its sum (`normaliser` "l1") or passed through a softmax. Without
+    `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no influence. A
+    client that has never uploaded a core downloads the plain mean. Mixing costs O(clients^2 rank^3) per module and
     round.
 
-    The similarity of cores is the mean over modules of their linear centered kernel alignment, in [0, 1]. The similarity of
-    data is exp(-d_ij / `tau`), `tau` by default the median of d over all pairs of clients. With its first core a client
-    also uploads Gaussian mixtures of its examples' base-model features, one for each label, unless `data_weight` is 0; d is
-    the cost of optimal transport between labels, with the transport cost between Gaussians as cost
-    (`linalg/transport.py`), and is computed once for each pair of clients. The mixtures reveal much more about a client's
-    examples than its cores do: for a label with at most three examples they are the features themselves.
-    `sampling.max_norm` counts them.
+    The similarity of cores is the mean over modules of their linear centered kernel alignment, in [0, 1]. The
+    similarity of data is exp(-d_ij / `tau`); the default of `tau` is the median of d over all pairs of clients. With
+    its first core a client also uploads Gaussian mixtures of its examples' base-model features, one for each label,
+    unless `data_weight` is 0. d is the optimal transport distance between two clients' labels, where the distance of
+    two labels is that of their Gaussian mixtures (`linalg/transport.py`); it is computed once for each pair of clients.
+    The mixtures reveal much more about a client's examples than its cores do: for a label with at most three examples
+    they are the features themselves. They are included in the norm that `sampling.max_norm` bounds.
 
-    b starts at 0, c at the identity and a with normal entries of deviation `std`: the released code's 1e-3, with which
-    training starts slowly and depends on an optimizer that normalizes its steps. Cores are comparable only while the
-    clients' b and a stay close; hence `shared_a`: all draw the same a. Layer norms are trained too, and stay on the client
-    like the head.
+    b starts at 0, c at the identity, and a with normal entries of standard deviation `std`. With the released code's
+    1e-3 training starts slowly, and needs an optimizer that normalizes its steps, such as AdamW. Cores are comparable
+    only while the clients' b and a stay close; hence, with `shared_a`, all clients start from the same a. Layer norms
+    are trained, too, and stay on the client like the head.
 
-    The server side is missing in the released code, and the paper's text was not available: the forms of d and S, the
-    defaults of their settings, and the treatment of absent and new clients are this package's.
+    The released code lacks the server, and the paper's text was not available: the definitions of d and S, their
+    default settings, and the treatment of absent and new clients are this package's choice.
 
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
@@ -73,7 +73,8 @@ class CELoRA:
     shared_a: bool = True
     """Whether all clients start from the same a."""
     data_weight: UnitInterval = 0.5
-    """The weight of the data's similarity; that of the cores has the rest. With 0 no statistics of the data are sent."""
+    """The weight of the data's similarity; the cores' similarity has weight 1 - `data_weight`. With 0, no statistics of
+    the data are sent."""
     tau: PositiveFloat | None = None
     """Scale of the distances between the clients' data. If omitted, the median over all pairs of clients.
 
@@ -85,7 +86,7 @@ class CELoRA:
     """How similarities become weights: divided by their sum (l1), or by softmax."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
-        """The identity core, without any client's core."""
+        """The identity core; no client has uploaded a core yet."""
         return Cores({f"{name}.c": torch.eye(spec.rank(name, self.rank), dtype=spec.dtype) for name in spec.modules})
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
@@ -98,7 +99,8 @@ class CELoRA:
         return drawn
 
     def send(self, server: Cores, client: ClientInfo, rnd: Round) -> Tensors:
-        """The client's mixture of cores; also an empty tensor that requests its data's mixtures, if unknown."""
+        """The client's mixture of cores; also an empty tensor that requests the mixtures of its data, until they are
+        known."""
         ask = {_ASKED: torch.zeros(0, dtype=torch.uint8)} if self.data_weight and client.id not in server.data else {}
         if not server.last:
             return {**server.start, **ask}
@@ -107,11 +109,11 @@ class CELoRA:
         return {**{key: mixed([server.last[one][key] for one in ids], shares) for key in server.start}, **ask}
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """The client's own b and a around the mixture."""
+        """The client's own b and a, with the mixture as c."""
         return unpack({**state, **_split(download)[0]}, ThreeFactor)
 
     def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
-        """Trains all three factors; keeps b and a, uploads c, and mixtures if requested."""
+        """Trains all three factors; keeps b and a; uploads c, and Gaussian mixtures of its data if requested."""
         data: Tensors = {}
         if _ASKED in download:
             seen = yield from features()
@@ -123,7 +125,7 @@ class CELoRA:
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """The template, with the number of components that the numbers of examples of each label require."""
+        """The template, with the number of mixture components that follows from the numbers of examples of each label."""
         (cores, expected), (_, came) = _split(template), _split(upload)
         if not expected or came["counts"].shape != expected["counts"].shape:
             return template

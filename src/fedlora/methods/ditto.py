@@ -19,16 +19,16 @@ from fedlora.ranges import NonNegativeFloat, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class Ditto:
-    """A shared pair as in FedIT, and on each client a complete personal adapter, which it uses instead.
+    """A shared adapter as in FedIT, and on each client a personal adapter, with which the client is evaluated.
 
-    In a round a client first trains and uploads the shared pair, bit for bit as in FedIT. Then it trains its personal pair
-    with the penalty prox_weight / 2 (|b - b_shared|^2 + |a - a_shared|^2) over all modules, toward the downloaded shared
-    pair; b and a are PEFT's, which are the trained parameters. The personal pair starts from the first shared pair
-    downloaded; until then the client uses the shared one. With `prox_weight` 0 the client trains alone; as `prox_weight`
-    goes to infinity, it stays at the shared pair.
+    In a round a client first trains and uploads the shared adapter, bitwise as in FedIT. Then it trains its personal
+    adapter with the penalty prox_weight / 2 (|b - b_shared|^2 + |a - a_shared|^2), summed over modules, toward the
+    downloaded shared adapter; b and a are PEFT's `lora_B` and `lora_A`. The personal adapter starts from the first
+    shared adapter that the client downloads. With `prox_weight` 0 the client trains alone; as `prox_weight` goes to
+    infinity, its adapter is the shared one.
 
-    The paper trains whole models; here the distance is between the trained factors, not between the products. A round costs
-    two trainings. A head that is not frozen is trained in both, without the penalty.
+    The paper trains whole models; here the penalty is on the factors, not on the products. A round costs two trainings.
+    A head that is not frozen is trained in both, without a penalty.
 
     Source: Li et al. 2021, arXiv:2012.04221, Algorithm 1.
     """
@@ -38,23 +38,23 @@ class Ditto:
     """Weight of the penalty that keeps the personal factors near the shared ones; 0: none."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-        """A shared pair with zero update."""
+        """A shared adapter with zero update."""
         return self._shared().init_server(spec, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Scaled:
-        """Empty: no pair yet."""
+        """Empty: no personal adapter yet."""
         return Scaled({}, spec.scales(self.rank))
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared pair."""
+        """The shared adapter."""
         return server
 
     def view(self, state: Scaled, download: Tensors, client: ClientInfo) -> Adapter:
-        """The personal pair, or the shared one until there is one."""
+        """The personal adapter, or the shared one before the client's first training."""
         return state.adapter or unpack(download, LowRank)
 
     def work(self, state: Scaled, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
-        """Trains and uploads the shared pair; then trains the personal pair with the penalty."""
+        """Trains and uploads the shared adapter; then trains the personal adapter with the penalty."""
         shared = unpack(download, LowRank)
         trained = _pairs((yield from fit(shared)))
         penalty = partial(_proximal, self.prox_weight, state.scales, shared) if self.prox_weight else None
@@ -62,7 +62,7 @@ class Ditto:
         return replace(state, adapter=own), pack(trained)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
-        """The weighted mean of the shared pairs."""
+        """The weighted mean of the shared adapters."""
         return self._shared().merge(server, replies, rnd)
 
     def _shared(self) -> FactorAveraging:

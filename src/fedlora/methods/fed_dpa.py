@@ -18,17 +18,17 @@ from fedlora.ranges import PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FedDPA:
-    """A shared pair as in FedIT, and on each client a personal pair of `personal_rank`, which stays on the client.
+    """A shared adapter as in FedIT, and on each client a personal adapter of rank `personal_rank`, which is never sent.
 
-    In a round a client first trains the shared pair alone, bit for bit as in FedIT. Then it trains its personal pair, with
-    the shared pair that it has just trained as frozen extra factors. It uses the sum of its personal pair and the mean
-    shared pair; a client that has never participated uses the shared pair alone. A round costs two trainings. A head that
-    is not frozen is trained in both.
+    In a round a client first trains the shared adapter alone, bitwise as in FedIT. Then it trains its personal adapter,
+    with the shared adapter that it has just trained as frozen extra factors. It is evaluated with the sum of its
+    personal adapter and the mean shared adapter; a client that has never participated, with the shared adapter alone. A
+    round costs two trainings. A head that is not frozen is trained in both.
 
     This is the paper's FedDPA-T, where both adapters are trained in each round (in FedDPA-F the personal one is trained
     after the last round). The paper weighs the two adapters for each example, by its similarity to the client's own
-    examples; here both have full weight, as an adapter does not see examples. The paper's text was not available for the
-    order within a round and the start of the personal pair: these are this package's.
+    examples; here both have full weight, as an adapter does not see examples. The paper's text was not available: the
+    order within a round and the initial personal adapter are this package's choice.
 
     Source: Yang et al. 2024, arXiv:2403.19211.
     """
@@ -38,30 +38,30 @@ class FedDPA:
     """The rank of the personal factors."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-        """A shared pair with zero update."""
+        """A shared adapter with zero update."""
         return self._shared().init_server(spec, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """A personal pair with zero update."""
+        """A personal adapter with zero update."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal"))
 
     def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared pair."""
+        """The shared adapter."""
         return server
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
-        """Both pairs, stacked."""
+        """The sum of both adapters, as concatenated factors."""
         return {name: stack([(1.0, part), (1.0, state[name])]) for name, part in unpack(download, LowRank).items()}
 
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
-        """Trains the shared pair, then the personal pair with the shared one frozen; uploads the shared one."""
+        """Trains the shared adapter, then the personal adapter with the shared one frozen; uploads the shared one."""
         shared = _pairs((yield from fit(unpack(download, LowRank))))
         return _pairs((yield from fit(state, frozen_extra=shared))), pack(shared)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
-        """The weighted mean of the shared pairs."""
+        """The weighted mean of the shared adapters."""
         return self._shared().merge(server, replies, rnd)
 
     def _shared(self) -> FactorAveraging:

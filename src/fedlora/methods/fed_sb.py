@@ -21,38 +21,39 @@ from fedlora.ranges import PositiveInt, checked
 class FedSB:
     """The mean c [rank, rank] between b with orthonormal columns and a with orthonormal rows, which never change.
 
-    The mean is exact, and the upload is rank^2 floats per module. All updates lie in the space that b and a span, so their
-    choice determines what can be learned. The rank is at most min(out, in): a larger one would add nothing.
+    The mean is exact, and the upload is rank^2 floats per module. All updates lie in the space spanned by b and a, so
+    the choice of b and a limits what can be learned. The rank is limited to min(out, in).
 
-    The paper takes b, diag(c) and a from the singular value decomposition of -lr sign(g), g the gradient of the full model
-    summed over the pooled training data, without noise. No participant in a federation has that data, hence `init`:
+    In the paper b, diag(c) and a are the singular value decomposition of -lr sign(g), where g is the gradient of the
+    full model summed over the pooled training data, without noise. In a federation nobody has the pooled data, hence
+    the choices of `init`:
 
     "weight": the leading singular vectors of the pretrained weight, and c = 0, so that training starts from the pretrained
     model. This is not the paper's choice; it is close to LoRA-XS (arXiv:2405.17604), which has the singular values in b and
     a tiny random c. It uses no data.
 
-    "gradient": close to the paper's. In round 0 the clients train b for one epoch, from zero, on a common orthonormal
-    random a; in round 1, a for one epoch, from zero, on an orthonormal basis of the mean b. Then b, diag(c) and a are the
-    singular value decomposition of the second training's result, from which round 2 starts. With one step of plain
-    gradient descent the two uploads are -lr g a^T and -lr b^T g, linear in the mean gradient g: a randomized
-    decomposition of the first step, exact if the rank of g is at most `rank`. It differs from the paper in the step (the
-    run's optimizer over an epoch, not the sign of one sum). The uploads of these two rounds have rank * out and rank * in
-    floats; their mean suffices, so that secure aggregation remains possible.
+    "gradient": similar to the paper. In round 0 the clients train b for one epoch, from zero, on a common orthonormal
+    random a; in round 1, a for one epoch, from zero, on an orthonormal basis of the mean b. Then b, diag(c) and a are
+    the singular value decomposition of the second training's result, from which round 2 starts. With one step of plain
+    gradient descent the two uploads would be -lr g a^T and -lr b^T g, and the result a randomized singular value
+    decomposition of -lr g, exact if the rank of g is at most `rank`. The difference to the paper is the step: an epoch
+    with the run's optimizer, instead of the sign of one sum. The uploads of these two rounds have rank * out and rank *
+    in floats; their mean suffices, so that secure aggregation remains possible.
 
     "random": random b and a from the run's common seed, and c = 0.
 
-    With "random" the download, too, is only c. With the others b and a are sent by the server, as singular vectors differ
-    in sign between machines; they are sent in every round, as the server does not track which clients have them.
+    With "random", the download is only c, too. Otherwise the server also sends b and a, as singular vectors differ in
+    sign between machines, and sends them in every round, as it does not track which clients have them.
 
-    The weights are those of the replies; the paper has 1/K, which is the run's setting of uniform weights.
+    The paper weighs clients equally (`method.weights` "uniform").
 
     Source: Singhal et al. 2025, arXiv:2502.15436, and its released code.
     """
 
     rank: PositiveInt = 8
     init: Literal["weight", "gradient", "random"] = "weight"
-    """Where b and a come from: singular vectors of the pretrained weight (weight), two first rounds of training
-    (gradient), or chance (random)."""
+    """Where b and a come from: singular vectors of the pretrained weight (weight), two initial rounds of training
+    (gradient), or random (random)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """The download of the first round.
@@ -88,7 +89,7 @@ class FedSB:
         return state, pick(pack(trained), train)
 
     def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
-        """The mean c; after the first rounds of "gradient", the basis for the next."""
+        """The mean c; in the first rounds of "gradient", the factors for the next round."""
         mean = {**server, **replies.mean()}
         if self.init == "gradient" and rnd.index == 0:
             return Merged(pack({name: _second(part) for name, part in unpack(mean, LowRank).items()}))
@@ -125,7 +126,7 @@ def _untrained(part: LowRank) -> ThreeFactor:
 
 
 def _frames(spec: AdapterSpec, ranks: Mapping[str, int], seed: int) -> dict[str, LowRank]:
-    """Random orthonormal columns and rows, each module's from a seed of its own."""
+    """Random orthonormal columns and rows, with a separate seed for each module."""
     found: dict[str, LowRank] = {}
     for name, (out, in_) in spec.modules.items():
         rng = generator(seed, "fed_sb", name)

@@ -16,17 +16,17 @@ from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FedExLoRA:
-    """The adapter becomes (b_mean, a_mean), and the base moves by E = sum_k w_k b_k a_k - b_mean a_mean: together exact.
+    """The adapter becomes (b_mean, a_mean), and E = sum_k w_k b_k a_k - b_mean a_mean is merged into the base: exact.
 
     E is a covariance of rank at most (K - 1) r for K clients, and is sent as factors of that rank, or as the dense matrix
     if that is smaller. With a `residual_rank` above 0, only the best approximation of that rank is merged into the base
     (the paper's variant for many clients); the remainder is lost.
 
-    `adapter` "mean" is the published choice. Any other choice with its own E is as exact: "best" is the best fit of rank r
-    to the mean of the products, and only its tail, again of rank (K - 1) r, is merged into the base.
+    `adapter` "mean" is the published choice. With any other adapter the sum is exact, too: "best" is the best fit of
+    rank r to the mean of the products, and the remainder, again of rank at most (K - 1) r, is merged into the base.
 
-    Weights are those of the replies; paper and code use 1/K, which is the run's setting of uniform weights. All clients
-    have the same rank. The released code adds E transposed to linear layers; this one does not.
+    Paper and code weigh clients equally (`method.weights` "uniform"). All clients have the same rank. The released code
+    adds the transpose of E to linear layers; this one adds E.
 
     Source: Singhal et al. 2025, arXiv:2410.09432, section 4.
     """

@@ -20,15 +20,14 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 class FedHMLoRA:
     """The mean of the products is decomposed as u s vt; a client downloads the leading ranks of u s^1/2 and s^1/2 vt.
 
-    FedHM decomposes whole weights, without LoRA; this is its server on updates b a: FlexLoRA with the balanced split and
-    FedHM's weights, which ignore numbers of examples. With g_k = rank / r_k, the factor by which client k is smaller than
-    the largest, a client has weight exp(-g_k / `temperature`), divided by the sum over the participants ("capacity"; at 1,
-    factors 1, 2, 4, 8 give 0.71, 0.26, 0.04, 0.001), or the same as all others ("uniform", the default of the released
-    code).
+    FedHM decomposes whole weights, without LoRA; here its server is applied to updates b a. It is FlexLoRA with the
+    balanced split and FedHM's weights, which do not depend on numbers of examples. With `weighting` "capacity", the
+    weight of a client of rank r_k is proportional to exp(-g_k / `temperature`), g_k = rank / r_k. With "uniform", the
+    default of the released code, all weights are equal.
 
     Law: without training, singular value j is multiplied each round by the weight of the clients whose rank reaches it.
-    With `keep_missing`, as in FedHM, the server's factors enter the mean as one more client of the largest rank whenever no
-    client of that rank participates; a single client then no longer equals local training.
+    With `keep_missing`, as in FedHM, if no client of the largest rank participates, the server's factors are added to
+    the mean as another client of that rank. A round with a single client then differs from local training.
 
     Source: Yao et al. 2021, arXiv:2111.14655.
     """
@@ -39,7 +38,7 @@ class FedHMLoRA:
     temperature: PositiveFloat = 1.0
     """Temperature of the capacity weights; the higher, the more equal."""
     keep_missing: bool = False
-    """Whether the server's factors join the mean when no client of the largest rank takes part."""
+    """Whether the server's factors are added to the mean if no client of the largest rank takes part."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors with zero update at the largest rank."""
@@ -72,7 +71,7 @@ class FedHMLoRA:
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
 
     def _plus(self, ideal: MeanUpdate, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[MeanUpdate, int]:
-        """Adds a client, and updates the largest rank, whose clients have weight 1, so that some weight is positive."""
+        """Adds a client, and updates the largest rank, whose clients have weight 1, so that not all weights underflow."""
         if rank > largest:
             ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank
         return ideal.add(self._share(rank, largest), update), largest

@@ -43,22 +43,23 @@ class Allocation:
 class FedLEASE:
     """Each cluster of clients trains one expert b a, and a router that mixes in the frozen experts of the others.
 
-    For `warmup_rounds` each client trains its own pair, all from the same start, and uploads it. Then the server clusters
-    the participants once: by the mean over modules of 1 - cosine between their b, with average linkage, into the number of
-    clusters from 2 to `max_experts` with the largest silhouette, or into `experts` clusters if that is not 0. A cluster's
-    expert starts at the mean of its members' pairs, and its router is initialized like `torch.nn.Linear`. From then on a
-    client trains and uploads its cluster's expert and router (see `linalg.lowrank.Experts`); the server averages them over
-    the participating members. An expert without participants is unchanged. With one expert there is no router, and the
-    method is FedIT; so it is if fewer than three clients participate in the warm-up, as they have no silhouette.
+    In `warmup_rounds` rounds each client trains and uploads its own adapter, all from the same start. Then the server
+    clusters the participants once, by average linkage; the distance of two clients is 1 - cosine of their b, averaged
+    over modules. The number of clusters is `experts`, or, if that is 0, the one from 2 to `max_experts` with the
+    largest silhouette. A cluster's expert starts at the mean of its members' adapters, and its router is initialized
+    like `torch.nn.Linear`. From then on a client trains and uploads its cluster's expert and router (see
+    `linalg.lowrank.Experts`); the server averages them over the participating members. An expert without participants
+    is unchanged. With one cluster there is no router, and the method is FedIT; this is also the case if fewer than
+    three clients participate in the warm-up, for which the silhouette is undefined.
 
     `warmup_rounds` is one in the paper, five in the released code. The paper weighs clients equally (`method.weights`
-    "uniform"). In the released code each client continues from its own pair instead of the mean, with all other experts at
-    zero, and has its own random head that is never trained; here the head is personal and trained. All experts must be
-    downloaded each round to keep the others current, though the paper counts only the own one.
+    "uniform"). In the released code each client continues from its own adapter instead of the mean, with all other
+    experts at zero, and has its own random head that is never trained; here the head is personal and trained. The
+    download includes all experts, so that the frozen ones are up to date; the paper counts only one.
 
-    In the paper all clients participate. Here a client that is absent until the clusters exist trains its own pair in its
-    first round, and joins the cluster whose founders' b are nearest on average; its pair enters no expert. Until then it
-    is evaluated with its own pair. So choose `warmup_rounds` large enough for most clients to participate.
+    In the paper all clients participate. Here, a client that missed the warm-up trains its own adapter in its first
+    round, and joins the cluster whose founders' b are nearest on average; its adapter is not added to an expert. Until
+    then it is evaluated with its own adapter. `warmup_rounds` should be large enough for most clients to participate.
 
     Source: Wang et al. 2025, NeurIPS, arXiv:2509.15087, and its released code.
     """
@@ -67,16 +68,16 @@ class FedLEASE:
     warmup_rounds: Annotated[PositiveInt, AtMost("rounds")] = 1
     """The number of rounds before clients are clustered."""
     max_experts: PositiveInt = 4
-    """The largest number of clusters where `experts` is 0."""
+    """The largest number of clusters if `experts` is 0."""
     experts: Annotated[NonNegativeInt, AtMost("clients.count")] = 0
     """The number of clusters; 0: chosen by the silhouette."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Allocation:
-        """An empty set of pairs."""
+        """An empty set of adapters."""
         return Allocation()
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
-        """A pair with zero update, the same on every client, so that directions of b are compared for the same a."""
+        """An adapter with zero update, the same on every client, so that directions of b are compared for the same a."""
         return pack(lora_init(spec, self.rank, seed))
 
     def send(self, server: Allocation, client: ClientInfo, rnd: Round) -> Tensors:
@@ -84,17 +85,17 @@ class FedLEASE:
         return server.downloads[server.members[client.id]] if client.id in server.members else {}
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
-        """The experts with their router, a single expert, or the client's own pair."""
+        """The experts with their router, a single expert, or the client's own adapter."""
         return unpack(download, Experts) if pick(download, "g") else unpack(download or state, LowRank)
 
     def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
-        """Trains and uploads the client's pair, which it keeps, or its cluster's expert and router."""
+        """Trains and uploads the client's own adapter, which it also keeps, or its cluster's expert and router."""
         factors = "bag" if pick(download, "g") else "ba"
         trained = pick(pack((yield from fit(self.view(state, download, client), factors))), factors)
         return state if download else trained, trained
 
     def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:
-        """Collects pairs; clusters them after the warm-up; then averages within clusters, and assigns new clients."""
+        """Collects adapters; clusters them after the warm-up; then averages within clusters, and assigns new clients."""
         came = (reply for reply in replies if reply.weight > 0)
         if server.downloads:
             after = _averaged(server, came)
@@ -149,7 +150,7 @@ def _stacked(experts: Sequence[Tensors]) -> dict[str, Tensor]:
 
 
 def _router(expert: Tensors, experts: int, rnd: Round, number: int) -> dict[str, Tensor]:
-    """`"module.g"` [slots, in], drawn for each module and cluster."""
+    """`"module.g"` [slots, in], initialized at random for each module and cluster."""
     found: dict[str, Tensor] = {}
     for key, a in pick(expert, "a").items():
         name = key.removesuffix(".a")

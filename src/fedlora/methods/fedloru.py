@@ -32,22 +32,22 @@ class Shared:
 class FedLoRU:
     """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) their product is merged into the base.
 
-    Each merge thus adds r ranks to the base, while messages keep rank r. With `accumulate` "keep", as in the paper's
-    algorithm, training continues from the same factors: it starts at base + 2 b a, a jump by b a. With "reinit" it
-    continues from b = 0 and a fresh a, without a jump. In both, right after a merge the base alone is the evaluated
-    model (the paper's returned model), and hence the adapter adds nothing.
+    Each such base update has rank r, and messages keep rank r. With `accumulate` "keep", as in the paper's algorithm,
+    training continues from the same factors, and hence from the base + 2 b a. With "reinit" it continues from b = 0 and
+    a new random a, and hence from the base + b a. After such a round, the evaluated model is the base alone, with both
+    settings (the model that the paper returns).
 
-    The mean of the factors is inexact, and its error persists in the base. The released code starts from a random product
-    on a base of zeros; here, from b = 0 on the pretrained base.
+    The mean of the factors is inexact, and its error persists in the base. The released code starts from a random
+    product on a base of zeros; here training starts from b = 0 on the pretrained base.
 
-    Source: Park and Klabjan 2024, arXiv:2409.12371, Algorithm 1 (which calls our b A, and our a B).
+    Source: Park and Klabjan 2024, arXiv:2409.12371, Algorithm 1, in which b is called A, and a is called B.
     """
 
     rank: PositiveInt = 8
     every: NonNegativeInt = 10
     """The number of rounds between two updates of the base; 0: never."""
     accumulate: Literal["keep", "reinit"] = "keep"
-    """After an update of the base, keep the factors (keep) or start from b = 0 and a fresh a (reinit)."""
+    """After an update of the base, keep the factors (keep), or restart from b = 0 and a new random a (reinit)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Shared:
         """Factors with zero update."""
@@ -92,11 +92,11 @@ class FedLoRU:
 
 @dataclass(frozen=True)
 class PFedLoRU(FedLoRU):
-    """FedLoRU with an additional personal pair of `personal_rank`, which stays on the client.
+    """FedLoRU with an additional personal adapter of rank `personal_rank`, which is never sent.
 
-    A client trains its personal pair on the downloaded model, then the shared pair with the personal one frozen. With
-    `personal_rank` 0 this is FedLoRU. A client that has never participated uses the shared factors alone, the global model.
-    The paper's text was not available for this variant: order and start of the personal pair are this package's.
+    A client trains its personal adapter on the downloaded model, then the shared adapter with the personal one frozen.
+    With `personal_rank` 0 this is FedLoRU. A client that has never participated is evaluated with the global model. The
+    paper's text was not available: the order and the initial personal adapter are this package's choice.
 
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """
@@ -105,18 +105,18 @@ class PFedLoRU(FedLoRU):
     """The rank of the personal factors; 0: none."""
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
-        """A personal pair with zero update."""
+        """A personal adapter with zero update."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal")) if self.personal_rank else {}
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
-        """Both pairs, stacked."""
+        """The sum of both adapters, as concatenated factors."""
         shared = _beyond_base(download)
         return {n: stack([(1.0, part), (1.0, state[n])]) if n in state else part for n, part in shared.items()}
 
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
-        """Trains the personal pair with the shared one frozen, then vice versa; uploads the shared one."""
+        """Trains the personal adapter with the shared one frozen, then vice versa; uploads the shared one."""
         shared = _factors(download)
         if state:
             state = _low_rank((yield from fit(state, frozen_extra=shared)))
@@ -127,10 +127,10 @@ class PFedLoRU(FedLoRU):
 class MFedLoRU(FedLoRU):
     """FedLoRU for clients whose rank r_k is below the server's: they upload their changes of b and of a at rank r_k.
 
-    The change of b [out, rank] is sent as [out, r_k] and [r_k, rank], that of a [rank, in] as [rank, r_k] and [r_k, in].
-    The server adds the mean of the products to b and to a. With r_k = rank this is FedLoRU. The paper trains those inner
-    factors themselves; here the client trains b and a, and sends the best fit to each change, which saves traffic but not
-    training. The paper's formulas for this variant were not available.
+    The change of b [out, rank] is sent as [out, r_k] and [r_k, rank], that of a [rank, in] as [rank, r_k] and [r_k,
+    in]. The server adds the mean of the products to b and to a. With r_k = rank this is FedLoRU. In the paper the
+    client trains the factors of the changes; here it trains b and a, and sends the best fit of rank r_k to each change,
+    which reduces traffic but not the cost of training. The paper's formulas for this variant were not available.
 
     Source: Park and Klabjan 2024, arXiv:2409.12371.
     """

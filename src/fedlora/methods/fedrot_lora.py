@@ -15,12 +15,13 @@ from fedlora.ranges import PositiveInt, UnitInterval, checked
 @dataclass(frozen=True)
 @checked
 class FedRotLoRA:
-    """FedIT, except that client k uploads (b_k q, q^T a_k), q orthogonal: the same product, nearest to the download.
+    """FedIT, but client k uploads (b_k q, q^T a_k), the same product, with the orthogonal q nearest to the download.
 
-    `strength` (lambda in [0, 1]) ranges from no rotation, which is FedIT, to the nearest proper one. `align` "alternate"
-    aligns a with the reference in odd rounds and b in even ones, counted from 0 by the server; "a" and "b" always align the
-    same factor. Round 0 has no rotation, as the reference is still random. With `proper` False q may be a reflection, which
-    is the released code's default, at strength 1. At strength 1/2 a rotation by 180 degrees has no midpoint; hence 0.6.
+    `strength` (the paper's lambda, in [0, 1]) is 0 for no rotation, which is FedIT, and 1 for the rotation by which the
+    factor is nearest to the downloaded one. `align` selects that factor: "alternate" is a in odd and b in even rounds,
+    counted from 0 by the server; "a" and "b" are always the same one. Round 0 has no rotation, as the download is still
+    random. With `proper` False q may also be a reflection; this, with strength 1, is the released code's default. The
+    default strength is not 1/2, at which a rotation by 180 degrees has no unique midpoint.
 
     Source: Zhang et al. 2026, arXiv:2602.23638.
     """
@@ -31,7 +32,7 @@ class FedRotLoRA:
     align: Literal["alternate", "a", "b"] = "alternate"
     """The factor that is aligned with the download: a in odd and b in even rounds (alternate), or always the same one."""
     proper: bool = True
-    """Whether only rotations are allowed, and no reflections."""
+    """Whether reflections are excluded."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """Factors with zero update."""

@@ -22,24 +22,23 @@ from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, 
 @dataclass(frozen=True)
 @checked
 class FedRPCA:
-    """The clients' changes since the download, as columns x_k, are split by robust PCA into low l_k + sparse s_k.
+    """Robust PCA splits the clients' changes since the download, as columns x_k, into low-rank l_k plus sparse s_k.
 
-    The server's change is mean(l_k) + beta mean(s_k), for each module; both means have the replies' weights. `beta` 1 is
-    FedIT. `beta` None is 1 / e, with e the share |mean(s_k)| / |mean(x_k)|, but at most `beta_max`.
+    The server's change is mean(l_k) + beta mean(s_k), for each module; both are weighted means. `beta` 1 is FedIT. If
+    `beta` is None, it is |mean(x_k)| / |mean(s_k)|, at most `beta_max`.
 
-    `columns` selects the columns: b and a separately ("factors"), both in one ("both"), or the product b a ("product"),
-    whose new value is then truncated to the rank; b is that of PEFT, without the scale alpha / rank. `sparsity` is the
-    weight of the 1-norm (lambda); None: 1/sqrt(max(n, K)) for K columns of n.
+    `columns` defines the columns: b and a separately ("factors"), b and a concatenated ("both"), or the product b a
+    ("product"), whose new value is then truncated to the rank. b is PEFT's `lora_B`, without the scale alpha / rank.
+    `sparsity` is the weight of the 1-norm (lambda); None is 1/sqrt(max(n, K)) for K columns of n entries.
 
-    With few clients, or dense noise, robust PCA classifies nearly everything as sparse and would amplify all of it: below
-    `min_clients`, or if more than `max_density` of the sparse entries are not zero, beta is 1. From `min_clients` on,
-    identical clients are not reproduced exactly, because the largest entries of their common change count as sparse. With
-    normal entries and `beta_max` 3 the server overshoots by 24 % of the change for 4 clients, 15 % for 5, 10 % for 6, 4 %
-    for 8, 1 % for 10, and not at all from 15 on. All uploads are in memory at once, since the decomposition needs every
-    column.
+    With few clients, or dense noise, robust PCA classifies nearly everything as sparse, and would amplify all of it.
+    Hence beta is 1 with fewer than `min_clients`, or if a larger fraction than `max_density` of the sparse entries is
+    not zero. With a few clients more, identical clients are still not reproduced exactly, because the largest entries
+    of their common change count as sparse; the excess decreases with the number of clients. All uploads are in memory
+    at once, since the decomposition needs all columns.
 
-    Source: Jhunjhunwala et al. 2025, arXiv:2506.01194; no code is released, and the abstract fixes neither columns nor beta
-    nor sparsity.
+    Source: Jhunjhunwala et al. 2025, arXiv:2506.01194; no code is released, and the abstract does not specify columns,
+    beta or sparsity.
     """
 
     rank: PositiveInt = 8
@@ -49,7 +48,7 @@ class FedRPCA:
     Example: 2.0
     """
     beta_max: Annotated[float, Range(ge=1)] = 3.0
-    """The largest factor on the sparse part where `beta` is omitted."""
+    """The largest factor on the sparse part if `beta` is omitted."""
     columns: Literal["factors", "both", "product"] = "factors"
     """What is split: each factor separately (factors), both together (both), or their product (product)."""
     sparsity: PositiveFloat | None = None
@@ -87,7 +86,7 @@ class FedRPCA:
         return state, pack((yield from fit(self.view(state, download, client))))
 
     def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
-        """The amplified means, modules of equal shape together."""
+        """The factors after the server's change; modules of equal shape are decomposed in one batch."""
         counted = [reply for reply in replies if reply.weight > 0]
         ideal, trained = MeanUpdate(), list[Updates]()
         for reply in counted:
@@ -129,7 +128,7 @@ class FedRPCA:
         return mean + (beta - 1)[:, None] * extra
 
     def _beta(self, extra: Tensor, mean: Tensor) -> Tensor:
-        """[module]; no more than `beta_max` where nothing is sparse."""
+        """beta [module], at most `beta_max`, also if the sparse part is zero."""
         size = torch.linalg.vector_norm(extra, dim=1)
         if self.beta is not None:
             return torch.full_like(size, self.beta)

@@ -18,13 +18,13 @@ from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 class FedSVD:
     """The mean b; then, after every `every` rounds, b <- u s and a <- vt of the singular value decomposition b a = u s vt.
 
-    All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is truncated. With
-    orthonormal rows in a, noise on b is noise of the same norm on the product, and a does not stretch gradients of b, so
-    that clipping for privacy distorts less. b^T b is diagonal, descending. If the rank exceeds out or in, excess rows are
+    All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is truncated. As the
+    rows of a are orthonormal, noise on b has the same norm in the product, and a does not distort the gradients of b
+    that are clipped for privacy. b^T b is diagonal, in descending order. If the rank exceeds out or in, excess rows are
     zero.
 
-    The first a is LoRA's random one; `warmup` is the number of initial rounds that keep it. With `every` 0 it is never
-    changed, which is FFA-LoRA.
+    The initial a is LoRA's, and does not change in the first `warmup` rounds. With `every` 0 it never changes, which is
+    FFA-LoRA.
 
     Source: Lee et al. 2025, arXiv:2505.12805.
     """
@@ -33,7 +33,7 @@ class FedSVD:
     every: NonNegativeInt = 1
     """The number of rounds between two orthonormalizations of a; 0: never, which is FFA-LoRA."""
     warmup: NonNegativeInt = 0
-    """The number of first rounds without orthonormalization."""
+    """The number of initial rounds without orthonormalization."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Factors with zero update."""
@@ -43,7 +43,7 @@ class FedSVD:
         """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """Both factors, since a changes too."""
+        """Both factors, since a changes, too."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:

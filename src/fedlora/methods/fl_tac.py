@@ -1,4 +1,4 @@
-"""FL-TAC: an adapter for each task of each client, averaged within clusters that the server takes for tasks."""
+"""FL-TAC: one adapter per task and client; the server clusters the adapters, and averages within each cluster."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,39 +19,40 @@ from fedlora.ranges import AtMost, PositiveInt, Range, checked
 
 @dataclass(frozen=True)
 class Clusters:
-    """The initial adapter, the clusters' means, and the number of each client's cluster."""
+    """The initial adapter, the clusters' means, and the index of each client's cluster."""
 
     start: Tensors
     means: tuple[Tensors, ...] = ()
     belongs: Mapping[str, int] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Divisor of `"module.b"` that converts it to PEFT's b before adapters are compared."""
+    """Divisor of `"module.b"`, by which it becomes PEFT's `lora_B` when adapters are compared."""
 
 
 @dataclass(frozen=True)
 @checked
 class FLTAC:
-    """FedIT within clusters, which k-means computes in each round from all uploaded adapters.
+    """FedIT within clusters; the clusters are computed by k-means from the uploaded adapters in each round.
 
-    A client with several tasks (`data.task`) participates as several clients, one per task, with an adapter each; task
-    names are never sent. `tasks` is the number of clusters. By default it is chosen in each round: the number from 2 to
-    `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default the
-    threshold below which Kaufman and Rousseeuw 1990 see no substantial structure). While adapters of different tasks
-    have not diverged, as perhaps in the first round, all are then averaged together; with a given number they are
-    divided at random. Random clusters are rarely corrected: clients that start from different means stay apart, and
-    the silhouette grows while `misclustered` does not change. With no more adapters than `tasks`, each is its own
+    A client with several tasks (`data.task`) participates as several clients, one per task, each with its own adapter;
+    task names are never sent. `tasks` is the number of clusters. By default it is chosen in each round: the number from
+    2 to `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default
+    the threshold below which Kaufman and Rousseeuw 1990 see no substantial structure). Before the adapters of different
+    tasks have diverged, possibly in the first round, all are thus averaged together, while a fixed number of clusters
+    would be random. Random clusters are rarely corrected: clients that start from different means remain separated, and
+    the silhouette increases while `misclustered` does not change. With at most `tasks` adapters, each is its own
     cluster.
 
-    The vectors are PEFT's b and a, without the scale alpha / rank, and the head (head "method-managed"), which is
-    averaged within the cluster like the factors. Under another head rule they are b and a alone. Distances are
-    Euclidean, over the whole vector. The means are weighted by examples as in the released code; the paper's are not:
-    `method.weights` "uniform".
+    The clustered vectors are PEFT's factors, without the scale alpha / rank, and the head, which is averaged within the
+    cluster like the factors (head "method-managed"). With another head rule they are the factors only. Distances are
+    Euclidean, over the whole vector. The means are weighted by examples as in the released code; in the paper they are
+    not (`method.weights` "uniform").
 
-    An absent client moves to the cluster with most members of its last cluster, or keeps its last mean if none of them
-    participated. A client that has never participated starts from the initial adapter. The round log has `clusters`, their
-    `silhouette`, and `missing`, the number of clusters left empty by equal adapters; if the tasks' names are known, as in a
-    simulation, also `misclustered`, the fraction of adapters in a wrong cluster under the best one-to-one assignment, and
-    `merged_tasks`, the number of tasks that are a majority in no cluster.
+    An absent client moves to the cluster with most members of its last cluster, or keeps its last mean if no such
+    member participated. A client that has never participated starts from the initial adapter. The round log has
+    `clusters`, their `silhouette`, and `missing`, the number of empty clusters, which occur if adapters are equal. If
+    the tasks' names are known, as in a simulation, it also has `misclustered`, the fraction of adapters in a wrong
+    cluster under the best one-to-one assignment, and `merged_tasks`, the number of tasks without a cluster in which
+    they are the majority.
 
     Source: Ping et al. 2024, arXiv:2404.15384, and its released code.
     """
@@ -63,7 +64,7 @@ class FLTAC:
     Example: 2
     """
     most_tasks: PositiveInt = 8
-    """The largest number of clusters where `tasks` is omitted."""
+    """The largest number of clusters if `tasks` is omitted."""
     min_silhouette: Annotated[float, Range(ge=-1, le=1)] = 0.25
     """The smallest silhouette at which adapters are divided into clusters."""
 
@@ -73,7 +74,7 @@ class FLTAC:
         return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless: an adapter is used for one round."""
+        """Stateless."""
 
     def send(self, server: Clusters, client: ClientInfo, rnd: Round) -> Tensors:
         """The mean of the client's cluster."""
@@ -135,7 +136,7 @@ def _followed(server: Clusters, means: list[dict[str, Tensor]], now: Mapping[str
 
 
 def _diagnosis(came: Sequence[Reply], groups: Tensor) -> dict[str, float]:
-    """Agreement of the clusters with the tasks, if all of these are known."""
+    """Agreement of the clusters with the tasks, if all tasks are known."""
     names = [reply.client.task for reply in came]
     if "" in names:
         return {}

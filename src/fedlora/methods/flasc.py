@@ -1,4 +1,4 @@
-"""FLASC: sends only the largest weights, and uploads only the largest changes; the server steps along their mean."""
+"""FLASC: downloads only the largest weights, uploads only the largest changes; a server optimizer applies their mean."""
 
 import fractions
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 class FlascState:
     """The server's state: all P entries, including those not sent, and the state of its optimizer.
 
-    The adapter's b is PEFT's `lora_B`, in messages too: the scale would affect the selection of entries and AdamW's steps.
+    b is PEFT's `lora_B`, also in messages: the scale would affect the selection of entries and AdamW's steps.
     """
 
     adapter: Mapping[str, LowRank]
@@ -50,23 +50,23 @@ class FlascState:
 @dataclass(frozen=True)
 @checked
 class FLASC:
-    """PEFT's b and a of all modules form one vector of P entries, of which floor(density P) are sent, chosen globally.
+    """PEFT's factors of all modules form one vector of P entries, of which the floor(density P) largest are sent.
 
-    The download is the vector with all but its entries of largest magnitude set to zero. Clients train it densely (or, with
-    `train_sent_only`, only the entries that were sent), and upload the largest entries of their change. The server's dense
-    vector moves along the mean change: by an `sgd` step of rate `server_lr`, plain addition at 1, or an `adamw` step. The
-    factors move separately, which is not the mean of the products. The head, if averaged, is sent densely in addition.
+    A client downloads the entries of largest magnitude; the others are zero. It trains all entries (with
+    `train_sent_only`, only those sent), and uploads the entries of largest change. The server updates its dense vector
+    with the mean change as negative gradient, with `optimizer` and `server_lr` (`sgd` with 1 is addition). The factors
+    are averaged separately, hence inexactly. The head, if averaged, is sent densely.
 
-    All clients train the whole rank. A client of rank r_k below `rank` has less traffic: both densities times r_k / rank.
-    Ranks rank / 4^e are the paper's tiers. The evaluated model is the one that is sent: the server's vector with its small
-    entries zero.
+    All clients train all ranks. A client of rank r_k below `rank` has less traffic: both densities are multiplied by
+    r_k / rank. The paper's tiers are ranks rank / 4^e. The evaluated model is the one that is sent: the server's vector
+    with its smaller entries set to zero.
 
-    Clients have equal weight, as in the released code, unless `method.weights` is "examples". `static_from` fixes the
-    download mask from the round of that index (from 0) on: at 0, as in the released code, b is zero and hence never sent.
-    The released AdamW also has a weight decay of 0.01, which shrinks all entries in each round; here `server_decay` is 0.
-    Not implemented: decaying densities, frozen a.
+    Clients have equal weight, as in the released code, unless `method.weights` is "examples". From round `static_from`
+    on, counted from 0, the download mask is fixed. With 0, as in the released code, b is never sent, as it is zero in
+    that round. The released AdamW also has a weight decay of 0.01, which shrinks all entries in each round; here the
+    default of `server_decay` is 0. Not implemented: decaying densities, frozen a.
 
-    Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; densities are this file's choice.
+    Source: Kuo et al. 2024, arXiv:2406.05233, and its released code; the default densities are this package's choice.
     """
 
     rank: PositiveInt = 8
@@ -131,7 +131,7 @@ class FLASC:
         return template
 
     def merge(self, server: FlascState, replies: Replies, rnd: Round) -> Merged[FlascState]:
-        """The vector after the server's step along the mean change.
+        """The vector after the server's optimizer step with the mean change.
 
         Raises:
             ValueError: no reply has a positive weight.
@@ -173,7 +173,7 @@ class FLASC:
         return largest(vector.abs(), self._count(self.density_down, self.rank, len(vector)))
 
     def _count(self, density: float, rank: int, total: int) -> int:
-        """floor(density total rank / self.rank), with the density in decimal: 0.29 of 100 are 29."""
+        """floor(density total rank / self.rank), computed in decimal, so that a density of 0.29 of 100 entries gives 29."""
         return floor(fractions.Fraction(str(density)) * fractions.Fraction(rank, self.rank) * total)
 
 

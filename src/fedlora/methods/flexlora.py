@@ -41,15 +41,17 @@ class FlexLoRA:
     merge is exact if `rank` is at least that of M; else it loses the truncated singular values. Law: without training,
     singular value j is multiplied each round by the total weight of the clients whose rank reaches it.
 
-    `split` puts the singular values into b ("left", as published) or half into each factor ("balanced"). With `upload`
-    "dense", a client sends the product [out, in]: the same result, which needs only a mean of uploads.
+    `split` "left", as in the paper, puts the singular values into b; "balanced" puts their square roots into each
+    factor. With `upload` "dense", a client sends the product [out, in]: the result is the same, and the server needs
+    only a mean of uploads.
 
-    Source: Bai et al. 2024, arXiv:2402.11505, section 3. The released code never applies unequal ranks; this one does.
+    Source: Bai et al. 2024, arXiv:2402.11505, section 3. The released code does not apply unequal ranks.
     """
 
     rank: PositiveInt = 8
     split: Split = "left"
-    """How the best fit is split into factors. left: the singular values go into b. balanced: half into each factor."""
+    """How the best fit is split into factors. left: the singular values go into b. balanced: their square roots go into
+    both factors."""
     upload: Literal["factors", "dense"] = "factors"
     """What clients upload: their factors, or the dense product, which needs only sums of uploads."""
 
@@ -92,10 +94,10 @@ class FlexLoRA:
 
 @dataclass(frozen=True)
 class FRALoRA(FlexLoRA):
-    """FlexLoRA's merge for clients of one rank; only the default of `split`, which the paper leaves open, differs.
+    """FlexLoRA's merge for clients of equal ranks; only the default of `split` differs, which the paper does not specify.
 
-    The increment is relative to the pretrained weights. The paper describes dense uploads; the factors carry the same
-    information in r (out + in) floats, and are the default.
+    The update is relative to the pretrained weights. The paper describes dense uploads; the default here are the
+    factors, the same information in r (out + in) floats.
 
     Source: Trautmann et al. 2025, arXiv:2501.06332.
     """

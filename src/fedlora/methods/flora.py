@@ -18,10 +18,10 @@ from fedlora.ranges import PositiveInt, checked
 @dataclass(frozen=True)
 @checked
 class FLoRA:
-    """The base moves by [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k, exactly, for any ranks of the clients.
+    """The base update is [w_1 b_1, ..., w_K b_K] [a_1; ...; a_K] = sum_k w_k b_k a_k: exact, for any ranks of the clients.
 
-    Each round starts from b = 0 and a random a, which the client draws itself, so that the download is only the base
-    update. With `draw` "client", as in the released code, each client draws its own a; with "shared" all draw the same.
+    Each round starts from b = 0 and a random a that the client generates, so that only the base update is downloaded.
+    With `draw` "client", as in the released code, each client has its own a; with "shared" all have the same.
 
     The rank of the base update is the sum of the clients' ranks, unless the dense matrix is smaller. The released code
     applies the weights to a, this one to b; the product is the same.
@@ -31,7 +31,7 @@ class FLoRA:
 
     rank: PositiveInt = 8
     draw: Literal["client", "shared"] = "client"
-    """Whether each client draws its own initial a in each round, or all share one."""
+    """The random initial a in each round: one per client (client), or the same for all (shared)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """Stateless: all updates are in the base."""
@@ -52,7 +52,7 @@ class FLoRA:
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
     ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
-        """Trains fresh factors, and uploads them."""
+        """Trains newly initialized factors, and uploads them."""
         start = {name: LowRank(b=part.b, a=self._fresh(name, part, client, rnd).to(part.a)) for name, part in state.items()}
         return state, pack((yield from fit(start)))
 
@@ -65,6 +65,6 @@ class FLoRA:
         return Merged({}, base_update, {"aggregation_error": ideal.error(base_update)})
 
     def _fresh(self, name: str, part: LowRank, client: ClientInfo, rnd: Round) -> Tensor:
-        """This round's fresh factors, a [rank, in]; with a shared draw, smaller ranks use the first rows of larger."""
+        """This round's initial factors; with a shared a [rank, in], clients of smaller rank have its first rows."""
         rng = rnd.rng(f"flora {name}", client.id if self.draw == "client" else "")
         return fresh_rows((max(self.rank, part.rank), part.a.shape[-1]), rng)[: part.rank]

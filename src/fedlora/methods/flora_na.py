@@ -21,19 +21,18 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 class FLoRANA:
     """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimizing |product - sum_k w_k b_k a_k| (Frobenius).
 
-    Law: the error is at most that of averaged factors (p = q = w), where the search starts, and at least that of the best
-    fit of the same rank, which costs the same traffic; but the factors stay near the clients'. Exact for clients that share
-    a factor up to a multiple: those with a common a, and those that differ only in size.
+    Law: the error is at most that of averaged factors (p = q = w), the initial coefficients, and at least that of the
+    best fit of the same rank. The merge is exact if all clients have a common factor, up to multiples of it.
 
-    `form` "linear" is the paper's; "affine", the development code's, weighs the factors' changes since the round's start.
-    `scope` is the unit with one p and q: each "layer", or the whole "model" as in the code (the paper leaves it open).
-    `solver` "als" alternates exact least squares; "adamw" is the published search of `steps` steps at `rate`. Target and
-    estimate have the same weights, and the plain distance is minimized; the code uses uniform weights in the target, and
-    in later versions divides the distance by its smallest entry.
+    `form` "linear" is the paper's; "affine", as in the development code, combines the factors' changes since the start
+    of the round. p and q are fitted for each "layer" or for the whole "model", according to `scope`; the paper does not
+    specify it, and the code has "model". `solver` "als" is alternating least squares; "adamw" is the published solver,
+    with `steps` steps at learning rate `rate`. Here, target and estimate have the same weights, and the distance is
+    minimized; the code has uniform weights in the target, and later versions divide the distance by its smallest entry.
 
-    Unequal ranks are zero-padded (no paper covers them): the merge obeys the law above at the server's rank. A smaller
-    client downloads the leading part, without a separate fit. Ranks beyond those of all clients of a round are excluded
-    from the fit, and restart from b = 0. The search needs all uploads at once: its memory grows with the clients.
+    Unequal ranks, which no paper covers, are zero-padded: the law above holds at the server's rank. A client of smaller
+    rank downloads the leading ranks, without a separate fit. Ranks that no client of a round has are excluded from the
+    fit, and restart from b = 0. The solver needs all uploads at once: its memory grows with the clients.
 
     Source: Nguyen et al. 2025, arXiv:2509.26399.
     """
@@ -42,7 +41,7 @@ class FLoRANA:
     form: Literal["linear", "affine"] = "linear"
     """What is combined: the factors (linear), or their changes since the start of the round (affine)."""
     scope: Literal["layer", "model"] = "layer"
-    """What shares one set of coefficients: each layer, or the whole model."""
+    """Whether coefficients are fitted for each layer or for the whole model."""
     solver: Literal["als", "adamw"] = "als"
     """The solver: alternating least squares (als), or gradient steps (adamw)."""
     steps: PositiveInt = 200

@@ -20,26 +20,27 @@ from fedlora.ranges import PositiveFloat, PositiveInt, checked
 class FRLoRA:
     """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base minus b_0 a_0.
 
-    The base moves by b_mean a_mean - b_0 a_0, of rank 2 r, and the factors return to (b_0, a_0). Between rounds the
-    adapter adds nothing, so that a round starts from exactly the model that was evaluated; after t rounds the base
-    has changed by a rank of at most (t + 1) r. The mean of the factors is inexact, and its error persists in the base.
+    The base update is b_mean a_mean - b_0 a_0, of rank 2 r, and the factors return to (b_0, a_0). Between rounds the
+    update of the adapter is zero, so that a round starts from exactly the evaluated model. After t rounds the rank of
+    the base's change is at most (t + 1) r. The mean of the factors is inexact, and its error persists in the base.
 
-    The paper trains both factors; with `train_a` False, as in the released code, only b is trained and sent, which makes
-    the merge exact. The server computes and sends (b_0, a_0), as singular vectors differ in sign between machines.
-    `scale_in_init` c splits w = u s vt into b_0 = u (c s)^1/2 and a_0 = (s / c)^1/2 vt. The released code has the scale of
-    the model's LoRA layers as c, which gives PEFT's "pissa" factors; the paper has 1. The product is the same.
+    The paper trains both factors; with `train_a` False, as in the released code, only b is trained and sent, which
+    makes the merge exact. The server computes and sends (b_0, a_0), as singular vectors differ in sign between
+    machines. With w = u s vt and c = `scale_in_init`, b_0 = u (c s)^1/2 and a_0 = (s / c)^1/2 vt. In the released code
+    c is the scale of the model's LoRA layers, which gives PEFT's "pissa" factors; in the paper it is 1. The product is
+    the same.
 
-    Weights are those of the replies; the code has 1/K, which is the run's setting of uniform weights. Weight decay would
-    act on pretrained knowledge: leave it at 0.
+    The code weighs clients equally (`method.weights` "uniform"). `train.weight_decay` should be 0, as it would shrink
+    the pretrained weights.
 
     Source: Yan et al. 2025, ICLR, openreview e0rQRMUhs7, Algorithm 1.
     """
 
     rank: PositiveInt = 8
     train_a: bool = True
-    """Whether a is trained too; without it only b is trained and sent, and the aggregate is exact."""
+    """Whether a is trained, too; if false, only b is trained and sent, and the aggregate is exact."""
     scale_in_init: PositiveFloat = 1.0
-    """The initial b is scaled by the square root of this, and a by its inverse; the product stays the same."""
+    """The initial b is multiplied by the square root of this value, and a divided by it; the product is unchanged."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
         """The principal parts: b_0 [out, rank], a_0 [rank, in] of each module.
@@ -60,7 +61,7 @@ class FRLoRA:
         """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
-        """The start of training, the same in each round; the round loop sends the base update."""
+        """The initial factors, the same in each round; the round loop sends the base update."""
         return pack(server)
 
     def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:

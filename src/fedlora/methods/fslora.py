@@ -16,7 +16,7 @@ from fedlora.methods.flexlora import Sliced
 from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
-_CHANGE = "change/"  # marks a change of the factor of that name, not a new value
+_CHANGE = "change/"  # prefix of a name: the tensor is the factor's change, not its new value
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,25 @@ _CHANGE = "change/"  # marks a change of the factor of that name, not a new valu
 class FSLoRA:
     """Client k trains b s_k a, with s_k = rank / r_k on a random r_k-subset of the diagonal, else 0: E[s_k] = 1.
 
-    The subset is drawn for each round, client and module from the run's seed; both sides derive it, so it costs no traffic.
-    The client trains the slice ((rank / r_k) b[:, subset], a[subset]) as an adapter of rank r_k. With the scale
-    alpha / rank that is exactly SGD, or AdamW, on the columns of b and the rows of a in the sketched model: the `lora_B`
-    of the slice is that of b, as (alpha / rank) (rank / r_k) = alpha / r_k. With rsLoRA the slice computes the same output,
-    but its `lora_B` is larger by (rank / r_k)^1/2 and changes too slowly: `scaling` "rslora-sgd" gives b the rate
-    rank / r_k, "rslora-adamw" its square root, which restores equality (AdamW without decay and up to its epsilon). A
-    module whose rank is fixed for all clients is trained as a whole; that rate is not intended for it.
+    The subset is drawn for each round, client and module from the run's seed; both sides derive it, so it costs no
+    traffic. The client trains the slice ((rank / r_k) b[:, subset], a[subset]) as an adapter of rank r_k. With the
+    scale alpha / rank this is exactly SGD, or AdamW, on the columns of b and the rows of a in the paper's model b s_k
+    a: the slice has the same `lora_B` as b, since (alpha / rank) (rank / r_k) = alpha / r_k. With rsLoRA the output is
+    the same, but the slice's `lora_B` is larger by (rank / r_k)^1/2 and changes too slowly. `scaling` corrects this:
+    "rslora-sgd" multiplies b's learning rate by rank / r_k, "rslora-adamw" by its square root, which is exact except
+    for weight decay and epsilon. All ranks are trained in a module whose rank is fixed for all clients; the correction
+    is not intended for it.
 
-    The server adds the mean change, with zeros for untrained ranks and without dividing by the number of clients that
-    trained a rank, as rank / r_k compensates for it. Clients have equal weight, as in the released code, unless
-    `method.weights` is "examples". The mean is that of the factors.
+    The server adds the mean change of the factors over all participants, with zeros for ranks that a client did not
+    train; the factor rank / r_k compensates for these. Clients have equal weight, as in the released code, unless
+    `method.weights` is "examples".
 
-    `download` "all" sends the whole adapter, which is the traffic that the paper counts, and the client is evaluated with
-    it. "slice" sends only the slice of the round, which suffices for training; a client is then evaluated with a random
-    sketch of the model.
+    With `download` "all", as in the paper, a client downloads the whole adapter, and is evaluated with it. With "slice"
+    it downloads only the round's slice, which suffices for training, and is evaluated with this random slice.
 
-    Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are reconstructed from its code and reviews. The
-    released script compares parameter names such that no sketch is ever applied, and uses AdamW on the server; this one
-    does neither.
+    Source: Fang et al. 2025, arXiv:2501.19389, Algorithm 1; the equations are reconstructed from its code and reviews.
+    In the released script, a comparison of parameter names fails, so that no subset is ever applied, and the server
+    uses AdamW.
     """
 
     rank: PositiveInt = 8

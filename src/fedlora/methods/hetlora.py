@@ -19,8 +19,8 @@ from fedlora.methods.ideal import MeanUpdate
 from fedlora.methods.scaled import unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveInt, checked
 
-_SMOOTH = 1e-12  # added under the square root of the tail's norms, which have no gradient at 0
-_LEAST = 1e-30  # weight of updates of norm zero: it matters only if all are zero, which then have equal weight
+_SMOOTH = 1e-12  # added under the square root of the tail's norms, whose gradient at 0 is undefined
+_LEAST = 1e-30  # weight of updates with norm zero: if all norms are zero, all clients have equal weight
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,21 @@ class Kept:
 class HetLoRA:
     """b and a, averaged separately over clients of ranks r_k <= r after zero-padding.
 
-    Client k is weighted by the Frobenius norm of its update b_k a_k, regardless of its number of examples: per module with
-    `norm_scope` "layer", or one norm over all modules with "model". Inexact twice: factors are averaged, and a component
-    that only clients of total weight c have shrinks to c^2 of its product in every round.
+    Client k is weighted by the Frobenius norm of its update b_k a_k, regardless of its number of examples: per module
+    with `norm_scope` "layer", over all modules with "model". The merge is inexact for two reasons: the factors are
+    averaged separately, and padding shrinks the product of a component by c^2 in every round, where c is the total
+    weight of the clients that have it.
 
     A component that no client of the round has loses its product, and restarts from b = 0 and a fresh row in a.
 
     A client's tail consists of its components from floor(gamma r_k) on. The loss gets `tail_penalty` (lambda) times the
-    product of the norms of the tail's columns of PEFT's `lora_B` and rows of `lora_A`, summed over modules. If that sum is
-    smaller after training than before, the client drops its tail permanently: its rank only decreases, and not below
-    `min_rank`. That rank is client state; messages keep the shapes of the rank that the client registered with, with zeros
-    for pruned components.
+    product of the norms of the tail's columns of PEFT's `lora_B` and rows of `lora_A`, summed over modules. If that sum
+    is smaller after training than before, the client removes its tail permanently: its rank only decreases, but not
+    below `min_rank`. The new rank is client state; in messages, factors keep the client's original rank, with zeros for
+    pruned components.
 
-    Source: Cho et al. 2024, arXiv:2401.06432; for details it leaves open (norm scope, gamma, lambda), re-implementations.
+    Source: Cho et al. 2024, arXiv:2401.06432; for details it does not specify (norm scope, gamma, lambda),
+    re-implementations.
     """
 
     rank: PositiveInt = 8
@@ -70,7 +72,7 @@ class HetLoRA:
         return Kept({name: spec.rank(name, client.rank) for name in spec.modules}, spec.scaling)
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
-        """The leading components, up to the client's registered rank."""
+        """The leading components, up to the client's original rank."""
         return pack(server.leading(client.rank))
 
     def view(self, state: Kept, download: Tensors, client: ClientInfo) -> Adapter:
@@ -78,7 +80,7 @@ class HetLoRA:
         return self._own(state, download)
 
     def work(self, state: Kept, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Kept, Tensors]]:
-        """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the registered rank."""
+        """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the original rank."""
         start = self._own(state, download)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
         scales = {name: state.scaling.of(part.rank) for name, part in start.items()}
@@ -105,7 +107,7 @@ class HetLoRA:
         return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
 
     def _weighted(self, reply: Reply) -> dict[str, tuple[float, LowRank]]:
-        """Each module's weight and factors; a client of reply weight zero keeps weight zero."""
+        """Each module's weight and factors; the weight is zero if the reply's weight is."""
         parts = unpack(reply.upload, LowRank)
         sizes = {name: float(norm(part)) for name, part in parts.items()}
         if self.norm_scope == "model":
@@ -134,5 +136,5 @@ def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
 
 
 def _joined(ideals: Mapping[str, MeanUpdate]) -> MeanUpdate:
-    """One mean update of total weight 1 from those of single modules, whose weights differ."""
+    """One mean update of total weight 1 from the modules' mean updates, whose weights differ."""
     return MeanUpdate(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)

@@ -14,7 +14,7 @@ from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.weighted_terms import dense
 
 Updates = Mapping[str, LowRank]
-"""Module name -> factors of an update, of part of one, or of a base update."""
+"""Module name -> factors of an update, of a summand of it, or of a base update."""
 
 
 def alike(adapter: Updates) -> tuple[tuple[str, ...], ...]:
@@ -41,9 +41,9 @@ def unbatch(factor: LowRank, names: Sequence[str], dtype: torch.dtype) -> dict[s
 class MeanUpdate:
     """M = sum_k w_k b_k a_k / sum_k w_k for each module, accumulated one client at a time; ranks may differ.
 
-    Stored as factors while those are smaller than the matrices, then as matrices: memory does not grow with the clients. In
-    at least fp32. `sums` has one batch for each of `groups`: modules of equal shape, and of equal rank in each update so
-    far, so that no padding is needed.
+    Stored as factors while these are smaller than the matrices, then as matrices, so that memory does not grow with the
+    clients; in fp32 or fp64. `sums` has one batch for each of `groups`: modules of equal shape whose ranks were equal
+    in each update so far, so that no padding is needed.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -93,7 +93,7 @@ class MeanUpdate:
         return {name: leading(found[name], part.rank) for name, part in template.items()}
 
     def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
-        """M as a base update: the clients' concatenated factors, or the best fit of `ranks`, exact if M has no more.
+        """M as a base update: the clients' concatenated factors, or the best fit of `ranks`, exact if these suffice.
 
         If the matrix is smaller than such factors, the factors are the matrix and an identity.
 
@@ -115,9 +115,9 @@ class MeanUpdate:
         return found
 
     def error(self, *parts: Updates) -> float:
-        """The distance of the sum of `parts` from M: Frobenius, over all modules, relative to M; 0 if M is zero.
+        """The Frobenius distance of the sum of `parts` from M over all modules, divided by the norm of M; 0 if M is zero.
 
-        Accurate down to the rounding of fp32, or of fp64 for fp64 factors.
+        Accurate to the precision of fp32, or of fp64 for fp64 factors.
         """
         rest = self
         for part in parts:

@@ -1,4 +1,4 @@
-"""LoRA-A2: trains b and a in alternate rounds, and only the ranks of the trained factor that matter to each client."""
+"""LoRA-A2: trains b and a in alternate rounds; each client trains only the ranks that change most on its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,23 +24,25 @@ Side = Literal["b", "a"]
 @dataclass(frozen=True)
 @checked
 class LoRAA2:
-    """Client k trains and uploads r_k ranks per module on average, chosen over the whole model by how much they change.
+    """Client k trains and uploads r_k ranks per module on average, those of the whole model that change most.
 
-    Even rounds (from 0) train b, odd ones a: with b = 0, training a first would have no effect. The other factor is common
-    to all, hence the merge is exact. A client first trains all ranks for `probe_epochs`, and scores rank i of a module by
-    the norm of the change of its product: |db_i| |a_i| or |b_i| |da_i|. Then it restarts with the r_k N ranks of the
-    highest scores, among the `rank` N of all N modules; ties go to earlier modules. It uploads their changes and positions.
-    A client with r_k = `rank` needs no probe: then this is RoLoRA.
+    b is trained in even rounds, counted from 0, and a in odd ones: training a first would have no effect, as b = 0. The
+    other factor is common to all clients, hence the merge is exact. A client first trains all ranks for `probe_epochs`,
+    and scores rank i of a module by the norm of the change of its product: |db_i| |a_i| or |b_i| |da_i|. Then it
+    restarts with the r_k N highest scores over all N modules; of equal scores, those of earlier modules are preferred.
+    It uploads the changes and positions of these ranks. A client with r_k = `rank` skips the probe: this is RoLoRA.
 
-    The budget counts ranks, not floats: ranks of wide modules cost more, and scores are not normalized by the sizes.
-    `b_rate` is the ratio of the learning rates of b and a, as in LoRA+. With Adam, one epoch changes all columns of b by
-    similar amounts, so that the rows of a determine early choices. A head that is not frozen is also trained by the probe.
+    The budget counts ranks, not floats: ranks of wide modules need more traffic, and scores are not normalized by size.
+    `b_rate` is the ratio of the learning rates of b and a, as in LoRA+. With Adam, one epoch changes all columns of b
+    by similar amounts, so that early choices depend on the rows of a. A head that is not frozen is also trained in the
+    probe.
 
-    Left open by the paper: the probe's learning rate (here the training's), the rank in the scale alpha / r (here `rank`),
-    the rank of its main table (16 fits the traffic it reports). It divides by the examples of all clients; here, by those
-    of the participants. A client's choice of ranks depends on its data: noise on the values does not hide it.
+    The paper does not specify the probe's learning rate (here that of the training), the rank in the scale alpha / r
+    (here `rank`), and the rank in its main table (16 is consistent with the traffic it reports). It divides by the
+    number of examples of all clients; here, by that of the participants. The choice of ranks depends on a client's
+    data, and is not covered by noise on the values.
 
-    Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2; where the text reverses the rounds, the algorithm.
+    Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2, also where the text has the rounds reversed.
     """
 
     rank: PositiveInt = 16
@@ -54,7 +56,7 @@ class LoRAA2:
         return Sliced.init(spec, self.rank, seed)
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
-        """The modules in order, and each one's share of the budget; constant."""
+        """The modules in order, and the number of ranks that each adds to the budget; constant."""
         return _budget(spec, client)
 
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:

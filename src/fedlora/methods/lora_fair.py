@@ -23,20 +23,20 @@ from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 class LoRAFAIR:
     """The adapter becomes (b_mean + d, a_mean) with the d that minimizes S(M, (b_mean + d) a_mean) + strength |d|^2.
 
-    M = sum_k w_k b_k a_k. All use PEFT's factors, without the scale alpha / rank. Law: no d can reproduce the part of M
-    outside the row space of a_mean; so the merge is exact only if the clients share their a, and then d = 0, as for
-    identical clients and for an infinite strength.
+    M = sum_k w_k b_k a_k; all factors are PEFT's, without the scale alpha / rank. Law: no d can reproduce the part of M
+    outside the row space of a_mean. d = 0 if the clients have a common a, for which the merge is exact, and for an
+    infinite strength.
 
-    `loss` is S. "ridge" is the squared distance, solved in closed form. "cos", the paper's (equation 8), is one minus the
-    cosine of the two matrices, and "cos_col" the mean over their columns, as in code derived from the authors'; both are
-    minimized by `steps` gradient steps at `rate`. Neither depends on the size of the product, and at a fixed rate a small b
-    can grow severalfold while its direction improves, so they are not the default; if the final loss exceeds the initial
-    one, b_mean is kept.
+    `loss` is S. "ridge" is the squared distance, solved in closed form. "cos", the paper's (equation 8), is one minus
+    the cosine of the two matrices, and "cos_col" the mean over their columns, as in code derived from the authors';
+    both are minimized by `steps` gradient steps at `rate`. They do not depend on the norm of the product, and at a
+    fixed rate a small b can grow severalfold while its direction improves, so they are not the default. If the final
+    loss exceeds the initial one, b_mean is used.
 
-    `strength` is the paper's lambda; the derived code's 1.0 hardly changes b. `norm` "l2" does not square |d| (the paper
-    can be read either way); ridge always does. `init` "xavier" is the derived code's random start instead of b_mean; its
-    influence persists if strength is small, and its result is always used. All clients have the same rank. Needs all
-    uploads at once, in memory that grows with the clients.
+    `strength` is the paper's lambda; with 1.0, as in the derived code, b hardly changes. `norm` "l2" does not square
+    |d| (the paper is ambiguous); ridge always does. `init` "xavier" starts from a random matrix instead of b_mean, as
+    in the derived code; its influence persists if `strength` is small, and its result is always used. All clients have
+    the same rank. All uploads are needed at once, so memory grows with the clients.
 
     Source: Bian et al. 2025, arXiv:2411.14961, section 4.
     """

@@ -44,21 +44,22 @@ class Frozen:
 class Ravan:
     """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
 
-    `rank` is the number of heads, and a client's own rank the number of heads it trains in each module: at least one, at
-    most all. A module whose rank is fixed is trained as a whole. The client trains the heads' c_i and s_i, with the other
-    heads as frozen extra factors, and uploads the products s_i c_i. Each head becomes the mean over the clients that
-    trained it, which is exact, with s_i reset to 1; an untrained head is unchanged. The attainable rank is
-    rank * head_rank with rank * head_rank^2 trained parameters (plus the s_i).
+    `rank` is the number of heads, and a client's own rank the number of heads that it trains in each module, at least
+    one. In a module whose rank is fixed, all heads are trained. The client trains the heads' c_i and s_i, with the
+    other heads as frozen extra factors, and uploads the products s_i c_i. Each head becomes the mean over the clients
+    that trained it, which is exact, and its s_i is reset to 1; an untrained head is unchanged. The update's rank is up
+    to rank * head_rank, with rank * head_rank^2 trained parameters (plus the s_i).
 
     `choose` selects the heads. With "random" the server draws them for each client, round and module; with "weight" it
-    takes those with the largest norm of c_i, ties (as in the first round, when all are zero) in random order. With
-    "gradient" the client takes those whose gradient of the loss by c_i has the largest norm, which costs one more pass over
-    its examples; the numbers of the heads are then uploaded instead of downloaded, and leak information about the data.
+    selects those with the largest norm of c_i, in random order where norms are equal, as in the first round. With
+    "gradient" the client selects those with the largest norm of the loss's gradient with respect to c_i, which costs
+    one more pass over its examples; the indices of the heads are then uploaded instead of downloaded, and leak
+    information about the data.
 
-    `init` "normal" draws b_i and a_i such that their columns and rows have length one on average; "orthogonal" makes those
-    of all heads of a module orthonormal, as far as its sizes allow. Each client draws them from the run's common seed.
-    The paper's text was not available: the variances, and taking the largest in "weight" and "gradient", are this
-    package's.
+    `init` "normal" draws b_i and a_i such that their columns and rows have length one on average; "orthogonal" makes
+    those of all heads of a module orthonormal, as far as its sizes allow. Each client draws them from the run's common
+    seed. The paper's text was not available: the variances, and the largest norms in "weight" and "gradient", are this
+    package's choice.
 
     Source: Raje et al. 2025, NeurIPS, arXiv:2506.05568.
     """
@@ -149,7 +150,7 @@ class Ravan:
         return Merged(replace(server, c=merged), notes={"aggregation_error": 0.0} if complete else {})
 
     def _told(self, server: Cores, client: ClientInfo, rnd: Round) -> dict[str, Tensor]:
-        """Module -> the numbers of the heads that the server selects for the client, ascending."""
+        """Module -> the indices of the heads that the server selects for the client, ascending."""
         found, trains = dict[str, Tensor](), server.trains(client)
         for key, c in server.c.items():
             order = torch.randperm(len(c), generator=rnd.rng(f"heads {key}", client.id))
@@ -165,7 +166,7 @@ class Ravan:
 
 
 def own_heads(cores: Tensors, packed: Tensor, trains: Mapping[str, int]) -> dict[str, Tensor]:
-    """Module -> the numbers of the heads that the client trains, ascending; `cores` has the c of all heads.
+    """Module -> the indices of the heads that the client trains, ascending; `cores` has the c of all heads.
 
     Raises:
         ValueError: their number in a module differs from the number that the client trains.
@@ -187,7 +188,7 @@ def _packed(cores: Tensors, own: Mapping[str, Tensor]) -> Tensor:
 
 
 def _steepest(heads: Mapping[str, Heads], trains: Mapping[str, int]) -> Local[dict[str, Tensor]]:
-    """Module -> the numbers of the heads whose core has the largest gradient of the client's loss, ascending."""
+    """Module -> the indices of the heads whose cores have the largest gradient of the client's loss, ascending."""
     if all(trains[name] >= len(part.s) for name, part in heads.items()):
         return {name: torch.arange(len(part.s)) for name, part in heads.items()}
     slopes = yield from gradient(heads, "c")
@@ -196,7 +197,7 @@ def _steepest(heads: Mapping[str, Heads], trains: Mapping[str, int]) -> Local[di
 
 
 def chosen(part: Heads, heads: Tensor) -> Heads:
-    """The matrix of only these heads."""
+    """These heads only."""
     count, rank = part.c.shape[:2]
     columns = part.b.reshape(-1, count, rank)[:, heads]  # [out, these heads, head_rank]
     rows = part.a.reshape(count, rank, -1)[heads]  # [these heads, head_rank, in]
@@ -204,7 +205,7 @@ def chosen(part: Heads, heads: Tensor) -> Heads:
 
 
 def others(part: Heads, heads: Tensor) -> Heads:
-    """The matrix of all other heads."""
+    """All other heads."""
     left_out = torch.ones(len(part.s), dtype=torch.bool)
     left_out[heads] = False
     return chosen(part, left_out.nonzero().flatten())

@@ -1,4 +1,4 @@
-"""Conversion to PEFT's factors: quantities that papers define on `lora_A` and `lora_B` must not depend on alpha / rank."""
+"""Conversion to PEFT's factors, for quantities that papers define on them: these do not depend on alpha / rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

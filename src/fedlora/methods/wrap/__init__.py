@@ -1,1 +1,1 @@
-"""Wrappers: a method in, a method out."""
+"""Wrappers, which make a method from a method."""

@@ -1,4 +1,4 @@
-"""The task head beside any method: frozen, averaged or local."""
+"""A wrapper that adds the task head to any method: frozen, averaged or local."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ _MARK = "head/"
 
 
 def with_head(method: AnyMethod, rule: Head) -> AnyMethod:
-    """The method with the head by the rule; "method-managed" is for methods that treat the head themselves."""
+    """The method, wrapped with this head rule; "method-managed": the method itself, which handles the head."""
     return method if rule == "method-managed" else HeadRule(method, rule)
 
 
 @dataclass(frozen=True)
 class WithHead:
-    """The state of a wrapped method, and the head it does not know about."""
+    """The state of the wrapped method, and the head."""
 
     inner: Any
     head: Tensors
@@ -29,10 +29,10 @@ class WithHead:
 
 @dataclass(frozen=True)
 class HeadRule:
-    """Adds the task head to a method, which goes on seeing its factors alone, in a spec without a head.
+    """Adds the task head to a method, which gets only its factors, and a spec without a head.
 
-    frozen: the head stays as the model was loaded, and nothing travels. averaged: it is trained, and averaged with the
-    replies' weights. local: it is trained, and stays on the client. An averaged head is exact: it is no product.
+    frozen: the head of the loaded model, which is not sent. averaged: it is trained, and averaged with the replies'
+    weights, which is exact. local: it is trained, and stays on the client.
     """
 
     inner: AnyMethod
@@ -40,7 +40,7 @@ class HeadRule:
 
     @property
     def rank(self) -> int:
-        """The wrapped method's."""
+        """The wrapped method's rank."""
         return self.inner.rank
 
     def init_server(self, spec: AdapterSpec, seed: int) -> WithHead:
@@ -52,7 +52,7 @@ class HeadRule:
         return WithHead(self.inner.init_client(_headless(spec), client, seed), spec.head if self.rule != "averaged" else {})
 
     def send(self, server: WithHead, client: ClientInfo, rnd: Round) -> Tensors:
-        """What the wrapped method sends, and an averaged head."""
+        """The wrapped method's download, and the head if it is averaged."""
         return {**self.inner.send(server.inner, client, rnd), **_marked(server.head)}
 
     def view(self, state: WithHead, download: Tensors, client: ClientInfo) -> Adapter:
@@ -61,7 +61,7 @@ class HeadRule:
         return {**self.inner.view(state.inner, rest, client), **_parts({**state.head, **head})}
 
     def work(self, state: WithHead, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[WithHead, Tensors]]:
-        """The wrapped method's work; each training it asks for trains the head too, unless that is frozen."""
+        """The wrapped method's work; its training requests also train the head, unless it is frozen."""
         received, rest = _split(download)
         head: Tensors = {**state.head, **received}
         job, answer = self.inner.work(state.inner, rest, client, rnd), None
@@ -89,14 +89,14 @@ class HeadRule:
     def expected_upload(
         self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
     ) -> Tensors:
-        """What the wrapped method expects, if it lets clients choose, beside the head."""
+        """The wrapped method's expected upload, with the head."""
         if not isinstance(self.inner, SelectiveUpload):
             return template
         (_, rest), (head, alike) = _split(upload), _split(template)
         return {**self.inner.expected_upload(_headless(spec), rest, alike, client, rnd), **_marked(head)}
 
     def merge(self, server: WithHead, replies: Replies, rnd: Round) -> Merged[WithHead]:
-        """The wrapped method's merge, and the mean of the heads; reads the replies once, so that they may stream."""
+        """The wrapped method's merge, and the mean of the heads; the replies are read once, so they can be streamed."""
         heads = RunningMean()
 
         def bare() -> Iterator[Reply]:
@@ -118,7 +118,7 @@ def _marked(head: Tensors) -> dict[str, Tensor]:
 
 
 def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The head, unmarked, and the rest."""
+    """The head's tensors, without their prefix, and the other tensors."""
     head = {name.removeprefix(_MARK): tensor for name, tensor in tensors.items() if name.startswith(_MARK)}
     return head, {name: tensor for name, tensor in tensors.items() if not name.startswith(_MARK)}
 
