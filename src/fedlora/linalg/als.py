@@ -1,13 +1,13 @@
 """Coefficients p, q for which (sum_i p_i b_i)(sum_i q_i a_i) approximates a weighted mean of the products b_i a_i.
 
-All computations use deviations d_i and e_i from the mean factors b and a: the mean product is exactly
-b a + sum_i s_i d_i e_i, so that no quantities of the size of b a, which may be far larger than the rest, are subtracted.
-Large arrays therefore keep the precision of the terms; arrays of the size of one factor or of the coefficients are fp64.
+All computations use the deviations d_i and e_i from the mean factors b and a: the mean product is exactly b a + sum_i
+s_i d_i e_i. As b a, which may be far larger than the rest, is never subtracted from another matrix, large arrays can
+have the precision of the terms; arrays of the size of one factor or of the coefficients are fp64.
 
-The objective is quadratic in p for fixed q and vice versa. For a given p, the least-squares problem for q needs only the
-combined b: its product with itself, and with the target, which stays factored. In addition a step takes in * rank
-multiplications for each pair of terms. Precomputing the Gram blocks b_u^T b_v of all pairs would make steps independent of
-the width, but costs as much as `rank` steps, more than are usually needed, and for many terms more memory than the terms.
+The objective is quadratic in p for fixed q and vice versa. For a given p, the least-squares problem for q needs only
+the products of the combined b with itself and with the factored target, and in * rank multiplications for each pair of
+terms. Precomputing the Gram blocks b_u^T b_v of all pairs would make steps independent of the width, but costs as much
+as `rank` steps, which is more than usually needed, and, for many terms, more memory than the terms.
 Source: Nguyen et al. 2025, arXiv:2509.26399.
 """
 
@@ -22,18 +22,18 @@ from fedlora.linalg.combine import norm
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.weighted_terms import WORKING, Terms, shared_rank
 
-_FACTORS = 1 << 21  # numbers stacked at once; larger batches gain nothing on a CPU
-_NOISE = 100  # times the precision of the deviations: bound on the rounding of their inner products
-_SINGULAR = 1e-12  # relative: directions of the coefficients that do not affect the objective; they are left unchanged
+_FACTORS = 1 << 21  # elements stacked at once; larger batches are not faster on a CPU
+_NOISE = 100  # multiplied by the precision of the deviations: bound on the rounding error of their inner products
+_SINGULAR = 1e-12  # relative: directions of smaller curvature do not affect the objective, and are left unchanged
 
 
 @dataclass(frozen=True)
 class Side:
-    """The b^T or the a of all terms: their mean, an origin minus that mean, and each term minus the mean.
+    """The b^T or the a of all terms: their mean, the origin minus the mean, and each term minus the mean.
 
-    With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i deviation_i, which is
-    sum_i c_i term_i if the origin is zero, and otherwise the origin plus sum_i c_i (term_i - origin).
-    `deviations` has the terms' own dtype, but at least fp32; the others are fp64.
+    With coefficients c the combination is the mean + (1 - sum_i c_i) origin + sum_i c_i deviation_i, which is sum_i c_i
+    term_i if the origin is zero, and otherwise the origin plus sum_i c_i (term_i - origin). `deviations` has the terms'
+    dtype, but at least fp32; the other fields are fp64.
     """
 
     mean: Float[Tensor, "*batch rank n"]
@@ -134,12 +134,12 @@ def affine(terms: Terms, origin: LowRank) -> Layer:
 def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -> Coefficients:
     """Alternating exact least squares for q and p, starting from the mean factors.
 
-    Stops after `sweeps`, or when for every element of the batch the next step would add less than a thousandth to the gain
-    of all previous steps, as predicted from the objective's slope and its curvature at the previous step. A gain below
-    1e-14 of the squared norm of the mean factors' product, which may be rounding, also stops it.
-    All `layers` share one pair of coefficients; each element of the batch has its own, unless `shared`. The objective never
-    increases. If the coefficients are not unique, they stay as near the start as each step allows. Synchronizes with the
-    device a few times per sweep.
+    Stops after `sweeps`, or when for every element of the batch the next step would add less than a thousandth to the
+    gain of all previous steps, as predicted from the objective's slope and its curvature at the previous step. It also
+    stops if a gain is below 1e-14 of the squared norm of the mean factors' product, which may be rounding. All `layers`
+    share one pair of coefficients; each element of the batch has its own, unless `shared`. The objective never
+    increases. If the coefficients are not unique, each step takes those nearest to the previous ones. Synchronizes with
+    the device a few times per sweep.
     """
     p = q = _start(layers, shared)
     mirrored = [replace(layer, left=layer.right, right=layer.left) for layer in layers]
@@ -169,7 +169,7 @@ def alternate(layers: Sequence[Layer], shared: bool = False, sweeps: int = 50) -
 
 
 def descend(layers: Sequence[Layer], shared: bool = False, steps: int = 200, rate: float = 1e-2) -> Coefficients:
-    """The published solver: AdamW on multiples of the weights, from 1, cosine schedule down to 1e-4; the best iterate."""
+    """The published solver: AdamW on multiples of the weights, from 1, with a cosine schedule to 1e-4; the best iterate."""
     start = _start(layers, shared)
     moving = [torch.ones_like(start).requires_grad_() for _ in "pq"]
     optimizer = torch.optim.AdamW(moving, lr=rate)
@@ -274,7 +274,7 @@ def _side(factors: Sequence[Tensor], origin: Tensor, weights: Tensor) -> Side:
     for i, factor in enumerate(factors):
         deviations[..., i, :, :] = factor
     mean = torch.zeros_like(first, dtype=WORKING)
-    for _ in range(2):  # the first mean has only the terms' precision, which is too little for terms that are close
+    for _ in range(2):  # the first mean has only the precision of the terms, which is insufficient if they are close
         part = torch.matmul(weights.to(dtype), deviations.flatten(-2)).reshape(mean.shape)
         deviations -= part[..., None, :, :]
         mean += part

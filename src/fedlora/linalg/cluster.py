@@ -19,7 +19,7 @@ def directions(rows: Float[Tensor, "items size"]) -> Float[Tensor, "items size"]
 def distances(
     left: Sequence[Float[Tensor, "items _"]], right: Sequence[Float[Tensor, "others _"]]
 ) -> Float[Tensor, "items others"]:
-    """1 - the mean of the inner products over several blocks; for directions, the mean of 1 - cosine, in [0, 2].
+    """1 minus the mean over the blocks of the inner products; for directions this is the mean of 1 - cosine, in [0, 2].
 
     An item without a direction has distance 1 to all others. The distance to a mean of directions is the mean distance.
     """
@@ -36,9 +36,9 @@ def pairwise(blocks: Sequence[Float[Tensor, "items _"]]) -> Float[Tensor, "items
 def clusters(distance_matrix: Float[Tensor, "items items"], max_count: int, count: int = 0) -> list[int]:
     """Each item's cluster from average linkage on the distances, numbered in the order of the clusters' first items.
 
-    There are `count` clusters (at most one for each item). If `count` is 0, it is the number from 2 to `max_count` with the
-    largest mean silhouette, the smallest of equal ones. A silhouette needs fewer clusters than items, so two items form one
-    cluster.
+    There are `count` clusters, at max_count one for each item. If `count` is 0, the number is the one from 2 to `max_count` with
+    the largest mean silhouette, or the smallest such number. The silhouette is defined for fewer clusters than items,
+    so two items form one cluster.
     """
     items = len(distance_matrix)
     if count or min(max_count, items - 1) < 2:
@@ -48,10 +48,10 @@ def clusters(distance_matrix: Float[Tensor, "items items"], max_count: int, coun
 
 
 def silhouette(distance_matrix: Float[Tensor, "items items"], labels: Sequence[int]) -> float:
-    """The mean over items of (v - u) / max(u, v), in [-1, 1]: u, v the mean distances to the own and the nearest other
-    cluster.
+    """The mean silhouette coefficient, in [-1, 1]; 0 if there is one cluster, or one for each item.
 
-    0 if all items form one cluster, or each its own.
+    The coefficient of an item is (v - u) / max(u, v), with its mean distances u to its own and v to the nearest other
+    cluster.
     """
     if not 1 < len(set(labels)) < len(labels):
         return 0.0

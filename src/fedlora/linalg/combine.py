@@ -35,8 +35,8 @@ def mean(terms: Terms) -> LowRank:
 def residual(terms: Terms) -> LowRank:
     """The weighted mean of the products minus the product of the mean factors, of rank (number of terms - 1) * rank.
 
-    It is the covariance sum_i w_i (b_i - b_mean)(a_i - a_mean). As the deviations of b sum to zero, those of a may be taken
-    from the last a instead of the mean; then the last term vanishes.
+    It is the covariance sum_i w_i (b_i - b_mean)(a_i - a_mean). As the deviations of b sum to zero, those of a can be
+    computed relative to the last a instead of the mean, so that the last term is zero.
 
     Raises:
         ValueError: the ranks differ.
@@ -67,7 +67,7 @@ def pad(factor: LowRank, rank: int) -> LowRank:
 
 
 def widen(factor: LowRank, rank: int, rng: torch.Generator) -> LowRank:
-    """The same matrix with `rank` trainable ranks: a gets a fresh row for added ranks and those with zero b and a."""
+    """The same matrix with `rank` trainable ranks: a gets a random row for each rank that is added or has zero b and a."""
     padded = pad(factor, rank)
     dead = (padded.b == 0).all(-2) & (padded.a == 0).all(-1)  # [*batch, rank]
     return LowRank(
@@ -93,7 +93,7 @@ def norm(factor: LowRank) -> Float[Tensor, "*batch"]:
 def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
     """The Frobenius distance of `update` from the sum of the terms, relative to the norm of the sum; NaN if that is zero.
 
-    Accurate down to 1e-8 for fp32 factors and 1e-15 for fp64 ones (times the cancellation inside the sum).
+    The rounding error is about 1e-8 for fp32 and 1e-15 for fp64 factors, times the cancellation in the sum.
     """
     dtype = torch.promote_types(terms[0][1].b.dtype, update.b.dtype)
     cast_terms = [(weight, _cast(factor, dtype)) for weight, factor in terms]
@@ -102,7 +102,7 @@ def relative_error(update: LowRank, terms: Terms) -> Float[Tensor, "*batch"]:
 
 
 def _norm(terms: Terms) -> Tensor:
-    """The norm in fp64. A Gram matrix halves the digits: enough for fp32 factors; fp64 factors need a QR."""
+    """The norm in fp64. A Gram matrix loses half of the digits: acceptable for fp32 factors; fp64 factors need a QR."""
     out, in_, rank = sizes(terms)
     if rank * (out + in_) >= out * in_:
         return dense(terms).square().sum((-2, -1)).sqrt()

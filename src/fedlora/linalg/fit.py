@@ -15,27 +15,27 @@ from fedlora.linalg.weighted_terms import WORKING, Terms, concat_factors, dense,
 Split = Literal["left", "balanced"]
 Svd = tuple[Tensor, Tensor, Tensor]
 
-_EIGEN = 5  # the leading eigenvectors of n x n cost about as much as this many n^3 of matrix product (fp64, CPU, n = 800)
-_PARTIAL = 100  # rows from which partial computations pay off: leading eigenvectors only, half of a symmetric product
+_EIGEN = 5  # cost of the leading eigenvectors of an n x n matrix in units of n^3 multiplications (fp64, CPU, n = 800)
+_PARTIAL = 100  # rows from which partial computations are faster: leading eigenvectors only, half of a symmetric product
 _SPARE = 8  # oversampling: extra ranks that make the last requested one converge
-_CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches are no faster on a CPU and cost memory
+_CHUNK = {"cpu": 1 << 20}  # elements decomposed at once: larger batches are not faster on a CPU and need more memory
 _CHUNK_ELSE = 1 << 26
 _DEAD = {torch.float64: 1e-13}  # relative to the largest singular value; smaller ones are rounding
 _DEAD_ELSE = 1e-7
 
 
 def best_fit(terms: Terms, rank: int, split: Split = "left", seed: int = 0) -> LowRank:
-    """The matrix of rank at most `rank` nearest (Frobenius) to sum_i w_i b_i a_i, as exactly `rank` columns and rows.
+    """The matrix of rank at most `rank` nearest (Frobenius) to sum_i w_i b_i a_i, with exactly `rank` columns in b.
 
-    `split` places the singular values: all in b ("left": a has orthonormal rows), or their square roots in both factors.
-    Unused ranks get b = 0 and a fresh row in a, drawn from `seed`, so that they remain trainable. Factors are unique only
-    up to sign.
+    `split` places the singular values: all in b ("left": a has orthonormal rows), or their square roots in both
+    factors. Unused ranks get b = 0 and a random row in a, drawn from `seed`, so that they remain trainable. Factors are
+    unique only up to sign.
 
-    With R the sum of the ranks, no [out, in] matrix is formed unless R >= min(out, in) or that is cheaper. A block Krylov
-    iteration is tried first if it is expected to be cheaper. Its result is accepted only if its own bound shows that the
-    distance from the sum exceeds the minimum by at most 1e-7 of the norm of the sum. Otherwise the exact path is used:
-    eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors themselves, which
-    restores the digits lost by squaring. fp64 factors always use `svd`.
+    With R the sum of the ranks, no [out, in] matrix is formed unless R >= min(out, in) or that is cheaper. If it is
+    expected to be cheaper, a block Krylov iteration is tried first. Its result is accepted if its own error bound shows
+    that the distance from the sum exceeds the minimum by at most 1e-7 of the norm of the sum. Otherwise the exact path
+    is used: eigenvectors of the R x R (or smaller dense) Gram matrix in fp64, then one power step on the factors, which
+    restores the digits lost by squaring. For fp64 factors, `svd` is used.
 
     Raises:
         ValueError: no terms, or terms of different sizes.
@@ -103,7 +103,7 @@ def recompress(factor: LowRank, tolerance: float = 1e-6) -> LowRank:
 
 
 def gram(x: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n n"]:
-    """x x^T. Most of the symmetric entries are computed once, which takes two thirds of the time for n = 800."""
+    """x x^T. Most of the symmetric entries are computed once, which saves a third of the time for n = 800."""
     n = x.shape[-2]
     product, step = x.new_empty(*x.shape[:-1], n), max(_PARTIAL, -(-n // 4))
     for i in range(0, n, step):
@@ -129,7 +129,7 @@ def leading_eigenvectors(matrix: Float[Tensor, "*batch n n"], count: int) -> Flo
 
 @cache
 def _blas() -> Any:
-    """Controller of numpy's and scipy's BLAS, whose idle threads would occupy torch's cores for a while."""
+    """Controller of the BLAS threads of numpy and scipy, which would occupy torch's cores for a while when idle."""
     import scipy.linalg  # noqa: F401  (libraries not loaded yet are not found)
     from threadpoolctl import ThreadpoolController
 
@@ -176,7 +176,7 @@ def _root(gram: Tensor) -> Tensor:
 
 
 def _affordable_steps(shape: tuple[int, int, int], width: int) -> int:
-    """The number of Krylov blocks that cost a third of the exact path; 0 if too few to be worth trying."""
+    """The number of Krylov blocks that cost a third of the exact path; 0 if they are too few."""
     out, in_, stacked = shape
     dense_already = stacked >= min(out, in_)
     if dense_already:

@@ -11,10 +11,10 @@ from fedlora.linalg.weighted_terms import WORKING
 
 
 def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "points points"]:
-    """Points with the same pairwise distances as the given ones, which are split into parts, in at most as many dimensions
-    as points.
+    """Points with the same pairwise distances as the given ones, in at most as many dimensions as there are points.
 
-    K-means and silhouettes depend on distances alone. One pass over the numbers, O(points^2 numbers), in fp64.
+    `parts` are the coordinates of the given points. K-means and silhouettes depend only on distances. Needs one pass
+    over the coordinates, O(points^2 coordinates), in fp64.
     """
     gram = torch.zeros((), dtype=WORKING)
     for x in parts:
@@ -26,7 +26,7 @@ def embedded(parts: Iterable[Float[Tensor, "points _"]]) -> Float[Tensor, "point
 
 
 def kmeans(points: Float[Tensor, "points width"], groups: int, seed: int) -> Int[Tensor, " points"]:
-    """Each point's group, from the best of ten runs from k-means++; groups are numbered by first occurrence.
+    """Each point's group, from the best of ten runs of k-means with k-means++; groups are numbered by first occurrence.
 
     Equal points may give fewer groups than requested; with no more points than groups, each point is its own group.
     """

@@ -10,7 +10,7 @@ Matrix = LowRank | Tensor
 """A factored or dense matrix."""
 
 _TOLERANCE = 1e-7
-_LEAST_STEPS = 3  # before the convergence rate is estimated
+_LEAST_STEPS = 3  # number of blocks before the convergence rate is estimated
 
 
 def times(matrix: Matrix, x: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch out k"]:
@@ -24,20 +24,21 @@ def transposed(matrix: Matrix) -> Matrix:
 
 
 def power_step(matrix: Matrix, basis: Float[Tensor, "*batch in k"]) -> Float[Tensor, "*batch in k"]:
-    """An orthonormal basis of m^T m applied to `basis`; errors shrink by the squared ratio of singular values."""
+    """An orthonormal basis of m^T m basis; errors decrease by the squared ratio of singular values."""
     image = torch.linalg.qr(times(matrix, basis)).Q
     back: Tensor = torch.linalg.qr(times(transposed(matrix), image)).Q
     return back
 
 
 def converged_basis(matrix: Matrix, rank: int, width: int, steps: int) -> Float[Tensor, "*batch in rank"] | None:
-    """The `rank` leading right singular vectors, or None if `steps` blocks of `width` do not suffice to certify them.
+    """The `rank` leading right singular vectors, or None if the error bound is not met after `steps` blocks of `width`.
 
-    With Ritz values t_i and residual norms e_i of m^T m on the Krylov space, the `rank` vectors capture at most
-    sum_{i <= rank} e_i less of |m|^2 than the best ones, and miss at least sum_{i > rank} t_i. Both together bound the
-    excess distance of the projection from m over that of the nearest matrix, which must be below 1e-7 |m|. (A singular
-    vector exactly orthogonal to the start is never found; for the Gaussian start used here that has probability zero.)
-    Stops early if the bound does not fall fast enough. Synchronizes with the device once per step.
+    Let t_i be the Ritz values and e_i the residual norms of m^T m on the Krylov space. The part of |m|^2 in the space
+    of the `rank` vectors is at most sum_{i <= rank} e_i less than the maximum, and at least sum_{i > rank} t_i of |m|^2
+    is outside of it. Together these bound the excess of the projection's distance from m over the minimum, which must
+    be below 1e-7 |m|. (A singular vector exactly orthogonal to the start is never found; for the Gaussian start used
+    here that has probability zero.) Stops early if the bound does not fall fast enough. Synchronizes with the device
+    once per step.
     """
     factor = matrix if isinstance(matrix, Tensor) else matrix.a
     block = torch.randn(factor.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=factor.dtype)

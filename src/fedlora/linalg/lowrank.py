@@ -79,11 +79,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Experts:
-    """Several low-rank matrices and a router that mixes them for each input; as the mixture varies, it has no product.
+    """Several low-rank matrices and a router that mixes them for each input; hence there is no single matrix.
 
-    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is trained; the others are meant to stay frozen. The
-    rows of g are 2 experts - 1 slots: the first `experts` of them all belong to the trained expert, each other slot to one
-    other expert. Leading batch axes are allowed and must agree.
+    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is the client's own, which is trained; the others are
+    frozen. The rows of g are 2 experts - 1 slots: the first `experts` slots belong to the own expert, each of the
+    others to one other expert. Leading batch axes are allowed and must agree.
     """
 
     b: Float[Tensor, "*batch out rank"]
@@ -98,11 +98,10 @@ class Experts:
         return self.b.shape[-1]
 
     def weights(self, x: Float[Tensor, "*batch rows in"]) -> Float[Tensor, "*batch rows experts"]:
-        """The weight of each expert for each row of x, in at least fp32; weights sum to 1, and the own, first one is
-        positive.
+        """The weight of each expert for each row of x, in at least fp32; weights sum to 1, and the first one is positive.
 
-        The `experts` largest entries of the softmax over the slots, normalized again (that is, the softmax of these alone),
-        are summed for each expert. The others have one slot less than are selected, so the own expert always has weight.
+        The `experts` largest entries of the softmax over the slots are normalized again and summed for each expert. As
+        the other experts together have only `experts` - 1 slots, the own expert always has a slot among them.
         """
         experts = self.others_b.shape[-3] + 1
         logits = x @ self.g.mT

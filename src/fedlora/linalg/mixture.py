@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 COMPONENTS = 3
-"""Components of a group's mixture, but at most as many as the group has points."""
+"""Maximum number of components of a group's mixture; it has at most as many as the group has points."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def components(counts: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
 def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " points"], count: int, seed: int) -> Mixtures:
     """Mixtures for groups 0, ..., `count` - 1, fitted by expectation maximization from a k-means start.
 
-    Settings as in the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, at most 200 steps.
-    In a group of at most three points each point is a mean, so that the mixture reveals the points.
+    Settings are those of the released code of CE-LoRA (arXiv:2503.23869): diagonal, 1e-5 added to variances, at most
+    200 steps. The mixture of a group of at most three points has each point as a mean, and hence reveals the points.
     """
     from sklearn.exceptions import ConvergenceWarning  # takes a second to import
     from sklearn.mixture import GaussianMixture
@@ -49,7 +49,7 @@ def fit_mixtures(points: Float[Tensor, "points width"], groups: Int[Tensor, " po
         if size:
             model = GaussianMixture(size, covariance_type="diag", reg_covar=1e-5, max_iter=200, random_state=seed % 2**32)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # equal points, or 200 steps: as good as it gets
+                warnings.simplefilter("ignore", ConvergenceWarning)  # after 200 steps, or for equal points
                 model.fit(points[groups == group].double().numpy())
             weights.append(torch.from_numpy(model.weights_).to(points.dtype))
             means.append(torch.from_numpy(model.means_).to(points.dtype))

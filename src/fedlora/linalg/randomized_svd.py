@@ -1,4 +1,4 @@
-"""Randomized decomposition of a sum of products from linear sketches of each product, so that only sums are revealed.
+"""Randomized decomposition of a sum of products from linear sketches of each product, so that only sums are needed.
 
     omega = gaussian_matrix(in_, width, rng)
     basis = range_basis(sum of w_i * first_sketch(f_i, omega))
@@ -7,7 +7,8 @@
         basis = range_basis(sum of w_i * first_sketch(f_i, omega))
     fit = fit_from_sketch(sum of w_i * second_sketch(f_i, basis), basis, rank)
 
-The result is exact if `width` is at least the rank of the sum; otherwise power iterations reduce its error to the minimum.
+The result is exact if `width` is at least the rank of the sum; otherwise its error approaches the minimum with the
+number of power iterations.
 Source: Halko, Martinsson and Tropp 2011, arXiv:0909.4061.
 """
 

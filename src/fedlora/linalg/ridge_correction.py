@@ -1,7 +1,7 @@
 """Corrections of the mean b, so that its product with the mean a approximates the mean of the products, m.
 
-For any strength, only the part of m in the row space of a can be corrected: a correction of b is never exact unless all
-terms share their a. Only `cross` and norms of m are used, never an [out, in] matrix.
+Only the part of m in the row space of a can be corrected: for any strength, the result is exact only if all terms have
+the same a. No [out, in] matrix is formed: only `cross` and norms of m are used.
 Source: Bian et al. 2025, arXiv:2411.14961, equation 8.
 """
 
@@ -24,8 +24,8 @@ def cross(factor: LowRank, a: Float[Tensor, "*batch rank in"]) -> Float[Tensor, 
 def ridge(center: LowRank, crosses: Float[Tensor, "*batch out rank"], strength: float) -> LowRank:
     """(b + d, a) with the d that minimizes |m - (b + d) a|^2 + strength |d|^2, in closed form.
 
-    `center` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected onto the rows of a,
-    with the smallest such d.
+    `center` holds the mean factors, `crosses` is m a^T. For strength 0 the product is m projected onto the row space of
+    a, and d is the smallest such correction.
 
     Raises:
         ValueError: strength is negative.
@@ -57,8 +57,8 @@ def corrected(terms: Terms, strength: float) -> LowRank:
 class CosineLoss:
     """1 - cos(m, x a) + strength |x - b|^2 as a function of x, without a dense matrix.
 
-    With `per_column`, the mean of the columns' cosines replaces the cosine of the whole. With `squared` False, the penalty
-    is the norm itself. The cosine is independent of the size of the product.
+    With `per_column`, the cosine is replaced by the mean of the columns' cosines. With `squared` False, the penalty is
+    not squared. The cosine does not depend on the norm of the product.
     """
 
     def __init__(self, terms: Terms, strength: float, per_column: bool = False, squared: bool = True) -> None:
@@ -78,7 +78,7 @@ class CosineLoss:
         return 1 - cosine + self.strength * (deviation if self.squared else deviation.sqrt())
 
     def gradient(self, x: Float[Tensor, "*batch out rank"]) -> Float[Tensor, "*batch out rank"]:
-        """The derivative of the loss by x; the derivative of the unsquared norm is taken as 0 at x = b."""
+        """The derivative of the loss with respect to x; that of the unsquared norm at x = b is set to 0."""
         deviation = x - self.center.b
         shared, own = self._overlap(x)
         near, far = _ratio(1.0, self._lengths * own), _ratio(shared, self._lengths * own**3)
@@ -105,7 +105,7 @@ class CosineLoss:
 def descend(loss: CosineLoss, steps: int, rate: float, start: Float[Tensor, "*batch out rank"] | None = None) -> LowRank:
     """The mean a, and the b found by plain gradient descent from `start`, or from the mean b; in fp64.
 
-    A random start persists if strength * rate * steps is small: it decays only as (1 - 2 rate strength)^steps.
+    The influence of a random start decays as (1 - 2 rate strength)^steps, and persists if strength * rate * steps is small.
     """
     x = loss.center.b if start is None else start.to(WORKING)
     for _ in range(steps):

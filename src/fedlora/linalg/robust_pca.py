@@ -22,9 +22,9 @@ def robust_pca(
 ) -> Parts:
     """The parts that minimize |low|_nuclear + sparsity |sparse|_1, by alternating directions (ADMM).
 
-    `sparsity` defaults to 1/sqrt(max(n, m)). Stops at |columns - low - sparse| <= tolerance |columns|, or after `steps`. A
-    step costs O(n m^2). Synchronizes with the device every ten steps. With few columns, or dense noise, most of the matrix
-    is classified as sparse: inspect the parts before using them.
+    `sparsity` defaults to 1/sqrt(max(n, m)). Stops at |columns - low - sparse| <= tolerance |columns|, or after
+    `steps`. A step costs O(n m^2). Synchronizes with the device every ten steps. With few columns, or dense noise, most
+    of the matrix is in the sparse part; callers should check its density.
     Source: Candes, Li, Ma and Wright 2011, doi:10.1145/1970392.1970395, section 5.
     """
     given = columns.to(WORKING)
@@ -45,12 +45,12 @@ def robust_pca(
 
 
 def shrink(x: Tensor, by: Tensor) -> Tensor:
-    """Every entry moved toward zero by `by`, at most to zero (soft thresholding)."""
+    """Soft thresholding: every entry is moved toward zero by `by`, at most to zero."""
     return x.sign() * (x.abs() - by).clamp_min(0)
 
 
 def shrink_singular(x: Float[Tensor, "*batch n m"], by: Tensor) -> Float[Tensor, "*batch n m"]:
-    """Every singular value moved toward zero by `by` [*batch, 1, 1], through the m x m Gram matrix: O(n m^2)."""
+    """Soft thresholding of the singular values by `by` [*batch, 1, 1], with the m x m Gram matrix: O(n m^2)."""
     values, vectors = torch.linalg.eigh(x.mT @ x)
     singular = values.clamp_min(0).sqrt()[..., None, :]
     kept = torch.where(singular > by, 1 - by / singular.clamp_min(torch.finfo(x.dtype).tiny), 0)

@@ -1,4 +1,4 @@
-"""Running sum of products, added one at a time, in memory independent of their number."""
+"""Running sum of products, which are added one at a time; memory does not grow with their number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ _PENDING = 256  # ranks buffered before they are added to a dense matrix, so tha
 class RunningSum:
     """Sum of the terms so far, in at least fp32: as factors while these are smaller than the matrix, then as the matrix.
 
-    With a `budget`, always as factors, of at most 2 * budget ranks plus those of one term: beyond that, all but the
-    `budget` largest singular values are dropped, and the norm of the dropped part is added to `lost`, a bound on the
-    distance from the true sum.
+    With a `budget`, always as factors, of at most 2 * budget ranks plus those of one term: if there are more, only the
+    `budget` largest singular values are kept, and the norm of the remainder is added to `lost`, a bound on the distance
+    from the exact sum.
     """
 
     budget: int | None = None

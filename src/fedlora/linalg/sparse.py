@@ -1,4 +1,4 @@
-"""Selection of the largest entries, and a compact encoding of positions whose length both ends can derive."""
+"""Selection of the largest entries, and a compact encoding of positions, whose length both sides can compute."""
 
 import torch
 from jaxtyping import Bool, Float, UInt8

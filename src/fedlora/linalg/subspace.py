@@ -1,4 +1,4 @@
-"""Subspaces of factors: principal angles, changes of ranks, and rotations between factors that span the same space."""
+"""Subspaces of factors: principal angles, similarity, changes of ranks, and rotations of factors."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ def orthonormal(columns: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch n
 
 
 def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
-    """k random columns, fp32, each successive n of them orthonormal; the same on every machine up to rounding.
+    """k random columns of length n, fp32, in groups of n orthonormal ones; equal on every machine up to rounding.
 
     The q of a QR decomposition is unique if r has a positive diagonal, regardless of the library's choice of signs.
     """
@@ -34,7 +34,7 @@ def frame(n: int, k: int, rng: torch.Generator) -> Float[Tensor, "n k"]:
 def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch m"]:
     """The m = min(j, k) principal angles between the spaces of the columns, in radians, ascending; in fp64.
 
-    Small angles are computed from sines, as a cosine near 1 has only half of the digits.
+    Small angles are computed from sines, as the cosine of a small angle determines only half of its digits.
     Source: Bjoerck and Golub 1973, Numerical methods for computing angles between linear subspaces.
     """
     larger, smaller = (u, v) if u.shape[-1] >= v.shape[-1] else (v, u)
@@ -47,8 +47,8 @@ def angles(u: Float[Tensor, "*batch n j"], v: Float[Tensor, "*batch n k"]) -> Fl
 def similarity(x: Float[Tensor, "*batch n j"], y: Float[Tensor, "*batch n k"]) -> Float[Tensor, "*batch"]:
     """Linear centered kernel alignment, in [0, 1] and in fp64: |x^T y|^2 / (|x^T x| |y^T y|), Frobenius, columns centered.
 
-    It is 1 for y = x, and invariant if x or y is multiplied by a number, or from the right by an orthogonal matrix, but not
-    from the left. If all rows of x or of y are equal it is undefined, and 1 is returned.
+    It is 1 for y = x, and does not change if x or y is scaled, or multiplied from the right by an orthogonal matrix. If
+    all rows of x or of y are equal, it is undefined, and 1 is returned.
     Source: Kornblith et al. 2019, arXiv:1905.00414.
     """
     x, y = (z.to(WORKING) - z.to(WORKING).mean(-2, keepdim=True) for z in (x, y))
@@ -71,8 +71,8 @@ def rank_change(start: LowRank, trained: LowRank, side: Side) -> Float[Tensor, "
 def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0, proper: bool = True) -> LowRank:
     """The same matrix in other factors (b r, r^T a), r orthogonal, with the factor `side` near the reference's.
 
-    `strength` 1 minimizes the distance to the reference among the proper rotations (with `proper` False: among all
-    orthogonal matrices); smaller values interpolate from the identity, 0 changes nothing.
+    With `strength` 1, r is the rotation (with `proper` False: the orthogonal matrix) that minimizes the distance to the
+    reference; with 0 it is the identity, and values in between interpolate.
 
     Raises:
         ValueError: the ranks differ, or strength is outside [0, 1].
@@ -95,7 +95,7 @@ def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0
 
 def _nearest_orthogonal(x: Tensor, proper: bool) -> Tensor:
     u, _, vt = torch.linalg.svd(x)
-    if proper:  # the reflection is undone at the smallest singular value
+    if proper:  # a reflection becomes a rotation by a change of sign at the smallest singular value
         sign = torch.linalg.det(u @ vt)
         vt = torch.cat([vt[..., :-1, :], sign.sign()[..., None, None] * vt[..., -1:, :]], -2)
     return torch.matmul(u, vt)

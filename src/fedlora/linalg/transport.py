@@ -32,11 +32,11 @@ def transport_cost(mass: Float[Tensor, " m"], other: Float[Tensor, " n"], cost: 
 
 
 def mixture_distance(one: Mixtures, other: Mixtures) -> float:
-    """Optimal transport cost between groups, with their points as mass and the transport cost between their components as
-    cost.
+    """Optimal transport cost between two lists of groups.
 
-    Symmetric up to rounding, 0 for the same mixtures; the costs are squared distances. Infinite if one has no mixture.
-    Solves a small problem for each pair of groups.
+    The cost per unit of mass is the transport cost between two groups' mixtures. A group's mass is its number of
+    points, and costs are squared distances. Symmetric up to rounding; 0 for equal mixtures; infinite if one list has no
+    mixture. Solves a small problem for each pair of groups.
     Source: Alvarez-Melis and Fusi 2020, arXiv:2002.02923, with mixtures of Gaussians in place of Gaussians.
     """
     if not len(one.weights) or not len(other.weights):

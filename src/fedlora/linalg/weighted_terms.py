@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.linalg.lowrank import LowRank
 
 Terms = Sequence[tuple[float, LowRank]]
-"""Pairs (w_i, f_i), read as the matrix sum_i w_i b_i a_i. Ranks may differ; sizes and batch axes may not."""
+"""Pairs (w_i, f_i), which represent the matrix sum_i w_i b_i a_i. Ranks may differ; sizes and batch axes must agree."""
 
 WORKING = torch.float64
 """Data type of every decomposition, inner product and solve, regardless of the factors' data type."""
@@ -21,7 +21,7 @@ def sizes(terms: Terms) -> tuple[int, int, int]:
     """Out, in, and the sum of the ranks.
 
     Raises:
-        ValueError: no terms, or terms whose shapes (ranks apart) or dtypes differ.
+        ValueError: no terms, or terms whose dtypes, or shapes except for the rank, differ.
     """
     if not terms:
         raise ValueError("expected at least one (weight, factors) pair, got none")
@@ -37,7 +37,7 @@ def shared_rank(terms: Terms) -> int:
     """The rank of every term.
 
     Raises:
-        ValueError: as `sizes`, or the ranks differ.
+        ValueError: see `sizes`, or the ranks differ.
     """
     sizes(terms)
     rank = terms[0][1].rank
@@ -51,7 +51,7 @@ def shared_rank(terms: Terms) -> int:
 
 
 def concat_factors(terms: Terms, dtype: torch.dtype) -> LowRank:
-    """The sum as one pair of factors in `dtype`: the weighted b concatenated by column, the a by row."""
+    """The sum as factors in `dtype`: the columns of the weighted b, and the rows of the a, concatenated."""
     _, in_, rank = sizes(terms)
     first = terms[0][1]
     b = torch.empty(*first.b.shape[:-1], rank, dtype=dtype, device=first.b.device)
