@@ -25,7 +25,7 @@ def train_together(
     max_tokens: int,
     dropout: float | None = None,
 ) -> list[Trained]:
-    """Trains each client according to its request, with a fresh optimizer, as if it were alone.
+    """Trains each client according to its request, with a new optimizer, independently of the other clients.
 
     All requests have the same `step_key`. One step takes the next batch of every client that still has one; factors, heads
     and optimizer states have a client axis. The base processes the batches in micro-batches of at most `max_tokens`

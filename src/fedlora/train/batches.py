@@ -16,7 +16,7 @@ def epoch(
     rng: torch.Generator,
     shared_order_seed: torch.Generator,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """One pass over the rows in random order, split into batches of row numbers; one batch may be smaller.
+    """One pass over the rows in random order, split into batches of row indices; one batch may be smaller.
 
     With `by_length`, batches have examples of similar length: a pool of 32 batches is sorted by length before it is split,
     and the batches are shuffled. The composition of batches is still random, but no longer independent of length. The
@@ -37,8 +37,8 @@ def epoch(
 def collate_clients(
     batches: Sequence[Int[Tensor, " _"]],
 ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "batches longest"]]:
-    """Batches of several clients as runs of equal length, and a mask of the real rows. Shorter batches are filled with a
-    real row, so that no filler is the longest example."""
+    """Batches of several clients as contiguous blocks of equal length, and a mask of the real rows. Shorter batches are
+    padded with one of their rows, so that a filler row is never the longest example."""
     longest = max(len(batch) for batch in batches)
     filler = next(batch[:1] for batch in batches if len(batch))
     filled = [torch.cat([batch, filler.expand(longest - len(batch))]) for batch in batches]

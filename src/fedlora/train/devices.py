@@ -62,7 +62,7 @@ class TrainerProcess:
 
 
 class MultiDeviceTrainer:
-    """One trainer per device: one in this process, the others in their own. Placement of clients affects only rounding."""
+    """One trainer per device, all but one in separate processes. The distribution of clients affects rounding only."""
 
     def __init__(self, here: LocalTrainer, processes: Sequence[TrainerProcess]) -> None:
         self._here, self._processes = here, processes
@@ -118,7 +118,7 @@ class MultiDeviceTrainer:
         return [found[i] for i in range(len(asked))]
 
     def _all_results(self, here: Callable[[], Any]) -> tuple[Any, list[Any]]:
-        """The results of the call here and of all other processes. All are awaited, even if one has failed."""
+        """The results of the call in this process and of all other processes, which are awaited even if one has failed."""
         found: list[Any] = []
         failed: list[Exception] = []
         for call in (here, *(process.result for process in self._processes)):
@@ -132,7 +132,7 @@ class MultiDeviceTrainer:
 
 
 def balance(costs: Sequence[int], devices: int) -> list[list[int]]:
-    """Indices of the jobs for each device, balanced by assigning the longest job first, to the least loaded device."""
+    """Indices of the jobs for each device: the longest job is assigned first, each to the least loaded device."""
     parts: list[list[int]] = [[] for _ in range(devices)]
     totals = [0] * devices
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):

@@ -1,4 +1,4 @@
-"""Devices of this machine and their numeric precision."""
+"""Devices of this machine and their numerical precision."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Tests whether clients trained in one step get the same results as each of them alone, which depends on the model."""
+"""Tests whether clients of this model trained in one step get the same results as each of them alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
 """Number of words in each example of each client."""
 _VOCABULARY = ("the", "first", "of", "many", "words", "that", "some", "people", "said", "here", "was", "right")
 _RATE = 2.0**14
-"""Learning rate of a step large enough to recover the gradient from its result."""
+"""Learning rate, large enough to compute the gradient from the result of a step."""
 _STEP = Train(optimizer="sgd", lr=_RATE, weight_decay=0.0, clip_norm=None, epochs=1, batch_size=8)
 """One step with all examples of a client."""
 
@@ -31,9 +31,9 @@ _STEP = Train(optimizer="sgd", lr=_RATE, weight_decay=0.0, clip_norm=None, epoch
 def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, clients_per_step: int, max_length: int) -> int:
     """`clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
 
-    That happens if the first axis of a tensor is not the axis of rows, in which each client has a run. The test uses two to
-    four clients of unequal ranks, rows and lengths, in training with dropout and in evaluation. The packed form is disabled
-    if its results differ from those of the padded form.
+    They influence each other if the first axis of a tensor in the model is not that of the rows. The test trains, with
+    dropout, and evaluates two to four clients of unequal ranks, rows and lengths. The packed form is disabled if its
+    results differ from those of the padded form.
 
     Raises:
         UserError: a single client cannot be trained.
@@ -79,7 +79,7 @@ class _Trial:
 
     def results(self, group: Sequence[Job]) -> list[Mapping[str, Tensor]]:
         """Each client's losses in training and in evaluation, and its gradients."""
-        with torch.random.fork_rng(devices=[]):  # the seed differs by group, so that a model that uses it is detected
+        with torch.random.fork_rng(devices=[]):  # the seed differs between groups, to detect a model that uses it
             torch.manual_seed(len(group))
             trained = train_together(self.adapted, self.task, self.examples, group, _STEP, 1 << 20, dropout=0.5)
         asked = [(job.rows, job.request.start) for job in group]
@@ -114,7 +114,7 @@ def _start(adapted: AdaptedModel, client: int) -> Adapter:
 
 
 def _max_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of a tensor; for small tensors, relative to the others' size."""
+    """The largest relative difference of a tensor; for tensors of small norm, relative to the norms of the others."""
     norms = {key: x.double().norm() for key, x in expected.items()}
     floor = torch.stack(list(norms.values())).square().mean().sqrt() / 20
     relative = {key: (found[key].double() - x).norm() / max(norms[key], floor) for key, x in expected.items()}

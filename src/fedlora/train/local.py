@@ -1,4 +1,4 @@
-"""Trainer of one process: all clients' examples, and one model."""
+"""The trainer of one process, with all clients' examples and one model."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
