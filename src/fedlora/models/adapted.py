@@ -1,5 +1,5 @@
-"""Moves LoRA factors into a transformer and back. Only this file, `base_weights`, `layers` and `targets` know
-classes of modules."""
+"""Loads LoRA factors into a transformer and reads them back. Only this file, `base_weights`, `layers` and `targets` use
+module classes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -33,7 +33,7 @@ class AdaptedModel:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
         that are trained without LoRA.
 
-        The base computes in `precision`. Factors and heads keep their own; base updates are accumulated in fp32.
+        The base computes in `precision`. Factors and heads keep their dtype; base updates are accumulated in fp32.
 
         Raises:
             UserError: as `find_targets`.
@@ -124,7 +124,7 @@ class AdaptedModel:
         return trained
 
     def select_clients(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Unloads all clients but these; returns pairs (old parameter, new parameter)."""
+        """Removes all loaded clients except these; returns pairs (old parameter, new parameter)."""
         pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         index = torch.tensor(clients)
 
@@ -151,7 +151,7 @@ class AdaptedModel:
         return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
 
     def tensors(self, client: int, template: Adapter) -> dict[str, Tensor]:
-        """A loaded client's whole current adapter, packed and differentiable. `template` has its shapes."""
+        """A loaded client's whole current adapter, packed and differentiable, with the shapes of `template`."""
         found: dict[str, Tensor] = {}
         for key, x in pack(template).items():
             name, _, factor = key.rpartition(".")
@@ -166,7 +166,7 @@ class AdaptedModel:
         return found
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
-        """Merges the products into the base permanently, in fp32; a quantized weight gets them as separate factors.
+        """Merges the products into the base permanently, in fp32; for a quantized weight they are added as frozen factors.
 
         Raises:
             ValueError: a part does not fit the base, see `check_update`.

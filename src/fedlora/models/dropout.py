@@ -18,23 +18,23 @@ _LEVELS = 1 << 8  # a mask entry takes one random byte
 class ClientDropout(TorchFunctionMode):
     """Context in which every dropout of a model in training draws each client's mask from the client's own generator.
 
-    The first axis of the input holds the clients' runs of rows, padded to the longest run, or, flattened, the tokens of
-    these rows; with several clients, any other tensor is an error. A client's mask has the same shape as if the client were
-    alone: its own rows, its own longest example. Inputs are [rows, length, ...], attention weights
-    [rows, heads, length, length]; with two axes there is no length. Packed tensors get the same masks as padded ones. The
-    probability is rounded to a multiple of 2^-8, and kept entries are scaled up to match. Attention with dropout is
+    The first axis of the input has the rows of one client after the other, the same number for each, or the tokens of
+    these rows, flattened; with several clients, any other tensor is an error. A client's mask has the shape that it
+    would have alone: the client's own rows and longest example. Inputs are [rows, length, ...], attention weights
+    [rows, heads, length, length]; with two axes there is no length. Packed tensors get the same masks as padded ones.
+    The probability is rounded to a multiple of 2^-8, and kept entries are scaled up to match. Attention with dropout is
     computed unfused, since the masks inside a fused kernel are not accessible.
     """
 
     def __init__(self, packing: Packing | None = None, p: float | None = None) -> None:
-        """`p` replaces all nonzero probabilities; None leaves them."""
+        """`p` replaces all nonzero probabilities; None keeps them."""
         super().__init__()
         self._packing, self._p = packing, p
         self._generators: Sequence[torch.Generator] = ()
         self._sizes: Sequence[tuple[int, int]] = ()
 
     def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
-        """Sets the clients of the next pass: for each its generator, and (length of its longest row, number of rows)."""
+        """Sets each client's generator, and (length of its longest row, number of rows), for the next pass."""
         self._generators, self._sizes = generators, sizes
 
     @no_type_check  # called for every torch operation

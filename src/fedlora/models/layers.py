@@ -1,4 +1,4 @@
-"""Layers with per-client factors and heads; each client's run of rows passes through that client's parameters."""
+"""Layers with per-client factors and heads: each client's rows are processed with that client's parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
 
 @dataclass
 class ClientLayout:
-    """The loaded clients that have rows in the input (`index` None: all), and how their rows are laid out in it."""
+    """The loaded clients that have rows in the input (`index` None: all), and the layout of these rows."""
 
     index: Tensor | None = None
     packing: Packing | None = None
@@ -44,13 +44,13 @@ class ClientLayout:
 class LoraLayer(nn.Module):
     """A module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it equals that module.
 
-    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]: the first axis of the input holds
-    the clients' equally long runs of rows one after the other. They are applied in the dtype of the base.
+    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]; the first axis of the input
+    has the rows of one client after the other, the same number for each. Factors are applied in the dtype of the base.
 
-    With `c` [clients, rank, rank] the update is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and
-    `s` [clients, heads] the middle is block-diagonal with blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
-    `others_a` the update is that of `Experts`: `g` sees the input before dropout, the experts see it after. `others_b` is
-    not scaled.
+    With `c` [clients, rank, rank] the update is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and `s`
+    [clients, heads] the middle is block-diagonal with blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
+    `others_a` the update is that of `Experts`; dropout applies to the input of the experts, not to that of `g`.
+    `others_b` is not scaled.
     """
 
     def __init__(self, base: nn.Module, dropout: float = 0.0, client_layout: ClientLayout | None = None) -> None:
@@ -70,7 +70,7 @@ class LoraLayer(nn.Module):
         """Frozen extra factors, applied in addition to the trained ones; with a client axis or common to all."""
 
     def __getattr__(self, name: str) -> Any:
-        """Other attributes of the base: some models read their layers' weights to learn the dtype."""
+        """Other attributes of the base: some models read their layers' weights to find the dtype."""
         return _base_attribute(self, name)
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
@@ -94,14 +94,14 @@ class LoraLayer(nn.Module):
         return self._plus_product(y, dropped, select(self.a), select(self.b), select(self.scale), self._middle())
 
     def _middle(self) -> Tensor | None:
-        """The middle factor [clients, rank, rank] of the present clients."""
+        """The middle factor [clients, rank, rank] of the clients in the input."""
         if self.c is None:
             return None
         c = self.client_layout.select(self.c)
         return c if self.s is None else block_diagonal(self.client_layout.select(self.s)[..., None, None] * c)
 
     def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
-        """y + sum_e w_e(x) b_e a_e dropped, each client's rows with its own experts, in one product for all experts."""
+        """y + sum_e w_e(x) b_e a_e dropped, with each client's own experts, in one product for all experts."""
         rows = self.client_layout.to_client_axis(x, len(experts.g)).flatten(1, -2)
         weights = experts.weights(rows)  # [clients, rows of one client * rest, experts]
         pair = experts.concat_factors()
@@ -110,7 +110,7 @@ class LoraLayer(nn.Module):
     def _plus_product(
         self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
     ) -> Tensor:
-        """y + b (scale * middle a x); with a client axis in the factors, each client's rows have their own.
+        """y + b (scale * middle a x); if the factors have a client axis, each client's rows are multiplied with its own.
 
         `scale` broadcasts to [clients, rows of one client * rest, rank].
         """
@@ -142,9 +142,9 @@ class PerClientLayer(nn.Module):
         return _base_attribute(self, name)
 
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
-        """Applies the module to each client's run of rows with the client's parameters, in their dtype.
+        """Applies the module to each client's rows with the client's parameters, in the dtype of these.
 
-        A linear module's result stays in that dtype, as the loss is computed in it; others return the input's dtype.
+        A linear module returns that dtype, in which the loss is computed; others return the input's dtype.
         """
         if not self.per_client:
             y: Tensor = self.base(x)

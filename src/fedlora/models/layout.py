@@ -26,7 +26,7 @@ class Layout:
     """Position of each token of a pass in the packed form [1, tokens, ...] and in three others: padded
     [rows, longest, ...], by client [clients, tokens of the largest client, ...], and concatenated buckets [places, ...].
 
-    `first` is the layout of the examples' first tokens alone, which are at `at_first`; it has no buckets.
+    `first` is the layout of the examples' first tokens only, whose positions are `at_first`; it has no buckets.
     """
 
     packed: tuple[int, int]
@@ -41,8 +41,8 @@ class Layout:
 
     @staticmethod
     def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
-        """The layout for each client's run of examples of these lengths. Length 0 marks a filler row: the packed form omits
-        it, and it is no longer than the longest example."""
+        """The layout for each client's examples of these lengths. Length 0 marks a filler row, which the packed form
+        omits; it is at most as long as the longest example."""
         clients, run = lengths.shape
         of_row = lengths.flatten()
         longest, max_tokens = int(of_row.max()), int(lengths.sum(1).max())

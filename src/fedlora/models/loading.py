@@ -27,7 +27,7 @@ class Checkpoint:
     """Facts about the weights on disk."""
 
     new: tuple[str, ...]
-    """Randomly initialized parameters: the checkpoint lacks them, or has them for other labels."""
+    """Randomly initialized parameters: the checkpoint lacks them, or has them for another number of labels."""
     dtype: torch.dtype
     """Data type in which they are stored."""
     notes: tuple[str, ...] = ()
@@ -35,8 +35,9 @@ class Checkpoint:
 
 
 def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-    """The model in fp32 with a head for these labels (drawn from `seed` if the checkpoint has none), its tokenizer, and
-    its checkpoint.
+    """The model in fp32 with a head for these labels, its tokenizer, and its checkpoint.
+
+    If the checkpoint has no such head, it is initialized from `seed`.
 
     Raises:
         UserError: the source cannot be found or loaded, has no safetensors file, is not the pinned file, lacks a part of
@@ -68,7 +69,7 @@ def outline_classifier(source: str, labels: Sequence[str]) -> tuple[nn.Module, A
     """The same model without its weights, on torch's meta device, and its tokenizer.
 
     Raises:
-        UserError: as `load_classifier`, except for errors that only the weights can show.
+        UserError: see `load_classifier`, except for errors that only reading the weights can find.
     """
     path, config = _configured(source, labels)
     with torch.device("meta"), _user_errors(source):

@@ -1,4 +1,4 @@
-"""Packed examples: concatenated instead of padded to the longest, so that transformer blocks compute real tokens only."""
+"""Packed examples: concatenated instead of padded to the longest, so that transformer blocks process no padding."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +18,14 @@ from fedlora.models.layout import Layout
 class Packing(TorchFunctionMode):
     """Mode in which a model's blocks compute a pass's tokens in the packed form.
 
-    The model is called with padded inputs. Before each block, tensors with an entry per token are packed; the output of the
-    last block is padded again, so that embeddings and head are unaffected. Attention is computed bucket by bucket, with the
-    model's own mask cut to the bucket. This needs a single list of blocks that call torch's
-    `scaled_dot_product_attention` and otherwise process each token independently; `try_out` tests that.
+    The model is called with padded inputs. Before each block, tensors with an entry per token are packed; the output of
+    the last block is padded again, so that embeddings and head are unaffected. Attention is computed bucket by bucket,
+    with the model's own mask cut to the bucket. This requires a single list of blocks that call torch's
+    `scaled_dot_product_attention` and otherwise process each token independently, which `try_out` tests.
 
-    After the attention of the last block, only each example's first token is computed, if no later code reads other tokens.
-    This needs a block whose residual sums are computed by its submodules, not by the block itself; that is tested too.
+    After the attention of the last block, only each example's first token is computed, if no later code reads other
+    tokens. This requires a block whose residual sums are computed by its submodules, not by the block itself, and is
+    also tested.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,7 +37,7 @@ class Packing(TorchFunctionMode):
         self.works = False
         """Whether the packed form is used."""
         self.narrows = False
-        """Whether the last block continues with the first tokens alone after its attention."""
+        """Whether the last block continues with the first tokens only after its attention."""
         self._last = self._attended = False  # the last block is running; its attention is done
         self._trying = False  # uncomputed entries are NaN, so that any use is detected
         self._blocks = _blocks(model)
@@ -46,8 +47,9 @@ class Packing(TorchFunctionMode):
             self._blocks[-1].register_forward_hook(self._leave)
 
     def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
-        """Enables the packed form if `call` returns the same [rows, width] as in the padded form, and narrowing if that
-        does too. The result of `call` must cover every later use of the model."""
+        """Enables the packed form, and narrowing, each if `call` then returns the same [rows, width] as in the padded form.
+
+        The result of `call` must depend on all outputs of the model that are used later."""
         self.works = self.narrows = False
         if not self._blocks:
             return

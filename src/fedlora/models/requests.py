@@ -12,10 +12,10 @@ from fedlora.messages import Fit, Gradient
 
 
 def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
-    """Rejects a request that names parts missing from the adapter or the model, or that has an invalid value.
+    """Rejects a request that names modules or factors missing from the adapter or the model, or that has an invalid value.
 
     Raises:
-        ValueError: names the field, and the module and the factor where there is one.
+        ValueError: names the field, and the module and the factor, if any.
     """
     check_adapter(spec, request.start)
     known = {factor for part in request.start.values() for factor in vars(part)}
@@ -43,11 +43,11 @@ def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
 
 
 def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
-    """Rejects an adapter with a part that the model would ignore, or whose update it would compute differently.
+    """Rejects an adapter of which the model would ignore a part, or compute another update.
 
     Raises:
-        ValueError: an unknown module or parameter, a kind of part that no layer supports, or a factor whose shape does not
-            fit its module; names them.
+        ValueError: an unknown module or parameter, a type of factors that no layer supports, or a factor whose shape
+        does not fit its module; names them.
     """
     for name, part in adapter.items():
         if name not in (spec.head if isinstance(part, Dense) else spec.modules):
@@ -59,7 +59,7 @@ def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -
     """Rejects a base update, or frozen extra factors, that the model would ignore or compute differently.
 
     Raises:
-        ValueError: as `check_adapter`, and a part of another kind than LowRank.
+        ValueError: see `check_adapter`, and any type other than LowRank.
     """
     for name, part in update.items():
         if name not in spec.modules:

@@ -23,8 +23,7 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 def find_targets(
     model: nn.Module, targets: Sequence[str] | str | None, rank_pattern: Mapping[str, int], head: Iterable[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """The linear modules outside the head that PEFT would match, with their sizes (out, in), and the ranks fixed by
-    `rank_pattern`.
+    """The linear modules outside the head that PEFT would match, with sizes (out, in), and ranks fixed by `rank_pattern`.
 
     Raises:
         UserError: a target or a key of the pattern matches no module, or the architecture has no default; names the
@@ -48,7 +47,7 @@ def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], 
     """Rejects ranks that exceed a module's size.
 
     Raises:
-        UserError: a fixed rank, or `rank` where none is fixed, is above min(out, in).
+        UserError: a fixed rank, or `rank` for a module without one, is above min(out, in).
     """
     for name, size in sizes.items():
         if ranks.get(name, rank) > min(size):

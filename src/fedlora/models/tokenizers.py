@@ -1,4 +1,4 @@
-"""Tokenizer setup: checks it against the model, sets its pad token, and caches tokens between runs."""
+"""Tokenizer setup: validation with the model, the pad token, and a cache of tokens between runs."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -16,7 +16,8 @@ _TEST_TEXTS = ("a", "\u0378")  # the second is an unassigned code point: unknown
 
 
 def set_up_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
-    """Makes tokenizer and model config agree on a pad token, and encodes special tokens written in a text as plain text.
+    """Sets the same pad token in tokenizer and model config, and makes the tokenizer encode special tokens in a text as
+    plain text.
 
     Raises:
         UserError: the tokenizer is missing, has tokens that the model lacks, or has no usable pad token.
@@ -116,9 +117,9 @@ def _reset_lengths(tokenizer: Any) -> None:
 def _pad_token(source: str, tokenizer: Any, config: Any, size: int, special: set[int], last: bool) -> int:
     """The pad token's id.
 
-    If the head reads the last token that is not padding, this must be the id already in the model's config, or one that no
-    text ends with. Otherwise, with eos both after each text and as padding, the head would read the token before eos, or
-    the last token if the config of the base model has no pad id.
+    If the head reads the last token that is not padding, this must be the id in the model's config, or a token with
+    which no text ends. Otherwise, for example if eos both ends each text and is the padding, the head would read the
+    token before eos, and in a base model without a pad id eos itself.
     """
     own = getattr(config, "pad_token_id", None)
     if last and _valid(own, size):
