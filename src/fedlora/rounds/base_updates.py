@@ -1,4 +1,4 @@
-"""Base updates, changes of the frozen base: the rounds that made them, their delivery to clients, their encoding."""
+"""Base updates, which are changes of the frozen base: the log of them, their delivery to clients, their encoding."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ class BaseUpdateLog:
     applied: Mapping[str, int] = field(default_factory=dict)
 
     def pending(self, client: str) -> tuple[int, ...]:
-        """Rounds whose base updates the client must still apply, each once and in this order."""
+        """Rounds whose base updates the client has not applied, in the order in which it must apply them."""
         return self.rounds[self.applied.get(client, 0) :]
 
     def delivered(self, clients: Iterable[str]) -> "BaseUpdateLog":
@@ -40,7 +40,7 @@ class BaseUpdateLog:
         return replace(self, applied={**self.applied, **dict.fromkeys(clients, len(self.rounds))})
 
     def known(self, held: Mapping[str, Sequence[int]]) -> "BaseUpdateLog":
-        """Returns the log with the base updates that these clients report to hold, up to the first one missing."""
+        """Returns the log corrected by the base updates that these clients report, counted up to the first missing one."""
         if not held or not self.rounds:
             return self
         counts = {
@@ -57,8 +57,8 @@ class BaseUpdateLog:
 def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: AdapterSpec) -> dict[str, Tensor]:
     """Encodes the base updates of these rounds: the factors of each module, or the dense matrix if it is smaller.
 
-    Each base update is separate, under its round's index: a client that has some of them applies the rest, and every base
-    to which all base updates were applied one by one is bit for bit the same.
+    Each base update is sent separately, with its round's index: a client that has some of them applies the others, and
+    all bases to which all base updates were added one by one are bitwise equal.
     """
     tensors: dict[str, Tensor] = {}
     for index, base_update in base_updates.items():

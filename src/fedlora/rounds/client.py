@@ -21,7 +21,7 @@ class Trainer(Protocol):
         """Preferred number of clients trained at once."""
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
-        """Trained adapters in the order of `asked`, with notes such as the loss. All may be trained together."""
+        """Trained adapters in the order of `asked`, each with metrics such as the loss. All may be trained together."""
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """Gradient of the client's mean training loss."""
@@ -47,7 +47,7 @@ class ClientStart:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """A client's outputs of a round: its next state, its upload, and the notes of its last training."""
+    """A client's outputs of a round: its next state, its upload, and the metrics of its last training."""
 
     state: Any
     upload: Tensors
@@ -57,9 +57,9 @@ class LocalResult:
 def train_clients(
     method: AnyMethod, trainer: Trainer, starts: Sequence[ClientStart], rnd: Round
 ) -> list[LocalResult | Failed]:
-    """Runs the method's work of all these clients in lockstep: concurrent fit requests are batched, requests for gradients
-    and features are answered one by one.
+    """Runs the method's work of these clients concurrently.
 
+    Fit requests of several clients are passed to the trainer together; gradients and features are computed one by one.
     A client whose work ends in non-finite values has failed, and keeps its previous state.
     """
     jobs = [method.work(one.state, one.download, one.client, rnd) for one in starts]

@@ -25,7 +25,9 @@ _HEADER_BYTES_PER_TENSOR = 1024  # its name, shape, dtype and offsets
 def encode(tensors: Tensors) -> bytes:
     """Encodes the tensors with their names, shapes, dtypes and order in one byte string, a payload."""
     ranks = {name: rank for rank, name in enumerate(sorted(tensors))}
-    order = " ".join(str(ranks[name]) for name in tensors)  # safetensors does not keep it, and sums depend on it
+    order = " ".join(
+        str(ranks[name]) for name in tensors
+    )  # the order, which safetensors does not preserve, and on which the rounding of sums depends
     named = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}  # views may share memory
     return save(named, metadata={"order": order})
 
@@ -64,7 +66,7 @@ def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
 
 
 def encode_state(state: Any, **notes: Any) -> bytes:
-    """Encodes a method's state, and notes representable in JSON, with a checksum of both.
+    """Encodes a method's state, and a JSON-serializable note, with a checksum of both.
 
     A state consists of tensors, numbers, strings, None, sequences, mappings with string keys, frozen dataclasses of these.
 
@@ -78,7 +80,7 @@ def encode_state(state: Any, **notes: Any) -> bytes:
 
 
 def outline(state: Any) -> tuple[Any, list[Tensor]]:
-    """Structure of a state, representable in JSON, and its tensors in a fixed order.
+    """JSON-serializable structure of a state, and its tensors in a fixed order.
 
     Raises:
         TypeError: the state contains an unsupported type; see `encode_state`.
@@ -88,7 +90,7 @@ def outline(state: Any) -> tuple[Any, list[Tensor]]:
 
 
 def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
-    """Reads the state and the notes from a file written with `encode_state`.
+    """Reads the state and the note from a file written with `encode_state`.
 
     Raises:
         ValueError: the file is damaged, not written with `encode_state`, or from another version of a method.

@@ -1,4 +1,4 @@
-"""Atomic writes, also on power failure."""
+"""Atomic file writes, which are safe on power failure."""
 
 import os
 import shutil
@@ -47,10 +47,10 @@ def folder(path: Path) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Provides a temporary sibling folder, which replaces `folder` on success and is removed on failure.
 
-    Leftovers of a killed process are removed first. Not synced: for reproducible content only.
+    Temporary folders of killed processes are removed first. The content is not synced, so it must be reproducible.
 
     Raises:
-        OSError: it cannot be written, or `folder` exists at the end and is not empty.
+        OSError: it cannot be written, or `folder` is not empty at the end.
     """
     folder = folder.resolve()  # keeps symbolic links
     partial = folder.with_name(f".{folder.name}.fedlora-partial")
@@ -64,7 +64,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Appends `content` to the file and syncs it; a crash may leave a part of it.
+    """Appends `content` to the file and syncs it; after a crash the file may end with a part of it.
 
     Raises:
         RunStopped: the disk is full or the file cannot be written.

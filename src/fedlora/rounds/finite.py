@@ -1,4 +1,4 @@
-"""Overflow: the bound of an upload's entries, the check of a state, and the largest upload as probable cause."""
+"""Overflow: the bound on an upload's entries, the check of a state, and the largest upload as the probable cause."""
 
 import math
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ LARGEST_ENTRY = 1e10
 NOT_FINITE = "NaN or infinite values"
 
 NumericalError = (torch.linalg.LinAlgError, np.linalg.LinAlgError, ArithmeticError)  # type: ignore[attr-defined]
-"""Errors that methods raise on overflow, where results are not merely NaN or infinite."""
+"""Errors that methods raise on overflow, unless the result is NaN or infinite."""
 
 
 def magnitude(tensor: Tensor) -> float:
-    """Largest magnitude of the entries: NaN if any is NaN, 0 without entries. Takes a quarter of the time of `isfinite`."""
+    """Largest magnitude of the entries; NaN if any is NaN, 0 without entries. Four times as fast as `isfinite`."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 

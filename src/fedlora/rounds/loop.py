@@ -1,4 +1,4 @@
-"""Round loop: choose, send, gather, merge, evaluate, record. Independent of methods and of where clients run."""
+"""Round loop: sample clients, send, collect, merge, evaluate, record. Independent of the method and of the backend."""
 
 import math
 import time
@@ -30,7 +30,7 @@ class Backend(Protocol):
         """All registered clients."""
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """Indices of the rounds whose base updates a client holds, for each client that has reported them."""
+        """Indices of the rounds whose base updates a client has applied, for each client that has reported them."""
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Merges a base update into the local base, which later training and evaluation in this process use."""
@@ -40,8 +40,8 @@ class Backend(Protocol):
     ) -> Iterator[Reply | Failed]:
         """Trains the clients on their downloads; yields replies and failures in the order of `sent`.
 
-        The scores of an earlier `evaluate` may still be outstanding: clients evaluate first.
-        `pending` holds the base updates (see `base_updates.pending_tensors`) that a client must apply first.
+        The scores of an earlier `evaluate` may not have been collected yet: clients evaluate first. `pending` holds the
+        base updates (see `base_updates.pending_tensors`) that a client must apply first.
         """
 
     def evaluate(
@@ -226,8 +226,7 @@ def _round(
 def _merged(
     plan: Plan, before: RunState, attempt: _Attempt, stats: _RoundStats, progress: Progress
 ) -> tuple[Merged[Any] | None, BaseUpdateLog]:
-    """Merge of one cohort, None if too few replies were accepted or the result is not finite; and the base update log
-    after delivery."""
+    """Merge of one cohort, None if too few replies were accepted or the result is not finite; and the new log."""
     progress.round_started(attempt.rnd, attempt.chosen)
     stats.bytes_down += attempt.bytes_down
     stats.chosen, stats.accepted, stats.losses, stats.largest = [client.id for client in attempt.chosen], [], [], None
@@ -284,7 +283,7 @@ def _merged(
 def pending_base_updates(
     spec: AdapterSpec, store: BaseUpdateStore, base_updates: BaseUpdateLog, clients: Sequence[ClientInfo]
 ) -> dict[ClientInfo, Tensors]:
-    """Pending base updates of each client that lacks some; clients that lack the same ones share the tensors."""
+    """Pending base updates of each client that has any; clients with the same pending base updates share the tensors."""
     made: dict[tuple[int, ...], Tensors] = {}
     for pending in {base_updates.pending(client.id) for client in clients} - {()}:
         made[pending] = pending_tensors({index: store.base_update(index) for index in pending}, spec)
@@ -320,6 +319,6 @@ def _evaluated(
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """Weighted mean of the finite values: a client may report arbitrary values."""
+    """Weighted mean of the finite values, since a client may report others."""
     finite = [(weight, value) for weight, value in pairs if math.isfinite(value)]
     return sum(weight * value for weight, value in finite) / sum(weight for weight, _ in finite) if finite else math.nan

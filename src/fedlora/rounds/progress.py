@@ -17,7 +17,7 @@ class Progress(Protocol):
         """Called when the cohort has been chosen."""
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
-        """Called when a client's reply arrived; `rejected` is the reason if it is not used."""
+        """Called when a client's reply has arrived; `rejected` is the reason if it was rejected."""
 
     def round_ended(self, row: Mapping[str, Any]) -> None:
         """Called with the round's row, before it is written."""

@@ -10,8 +10,11 @@ LOWER_IS_BETTER = frozenset({"loss"})
 
 
 def summary(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
-    """For each metric: `mean` over all held-out examples, `worst_decile` (the mean of the bottom decile of the clients, at
-    least one), `spread` (the standard deviation between clients), and `each` client's value."""
+    """Statistics of each metric: `mean`, `worst_decile`, `spread`, and `each` client's value.
+
+    `mean` is over all held-out examples, `worst_decile` over the bottom decile of the clients (at least one), and
+    `spread` is the standard deviation over clients.
+    """
     names = next(iter(scores.values())).metrics if scores else {}
     return {
         name: _spread({client: score.metrics[name] for client, score in scores.items()}, scores, name) for name in names

@@ -29,7 +29,7 @@ class ClientStates(Protocol):
 
 @dataclass(frozen=True)
 class SimulationBackend:
-    """Backend within one process. Reads a client's state when it is needed, and writes it only if it changed."""
+    """Backend within one process. A client's state is read when it is needed, and written only if it has changed."""
 
     method: AnyMethod
     spec: AdapterSpec
@@ -43,7 +43,7 @@ class SimulationBackend:
         return self.registered
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """Empty: in a simulation the base update log alone tracks the clients' base updates."""
+        """Empty: in a simulation the log alone determines which base updates clients have."""
         return {}
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
@@ -53,7 +53,7 @@ class SimulationBackend:
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """Yields replies in the order of `sent` as groups of clients finish. The base already has all base updates."""
+        """Yields replies in the order of `sent` as groups of clients finish. `pending` is unused: the base is shared."""
         for window in self._windows(sent):
             starts = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in window]
             for before, done in zip(starts, train_clients(self.method, self.trainer, starts, rnd), strict=True):

@@ -98,7 +98,7 @@ def change_norm(upload: Tensors, sent: Tensors) -> float:
 
 
 def _expected_upload(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
-    """Template upload with the expected names, shapes and dtypes: the method's work with a trainer that changes nothing.
+    """Upload with the expected names, shapes and dtypes: the result of the method's work if training changes nothing.
 
     The server does not know a client's features, so the template assumes a client without examples.
     """
