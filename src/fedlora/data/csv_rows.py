@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 def columns(text: str) -> dict[str, list[str] | None]:
-    """The columns by the names in the first line; None for a name that several columns have.
+    """The columns, by the names in the first line; None for a name shared by several columns.
 
-    Empty lines are ignored. Trailing columns without a name, which spreadsheets may write, may be missing in any row.
+    Empty lines are ignored. Trailing columns without a name, which spreadsheets write, may be missing in a row.
 
     Raises:
         ValueError: a row of another width, an unclosed quote, or text after a closing quote; names the line.

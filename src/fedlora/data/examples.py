@@ -42,7 +42,7 @@ def examples(table: Table, data: Data, owners_needed: bool = True) -> Columns:
 
 
 def where(table: Table, data: Data) -> str:
-    """The location of a table's labels, for a message."""
+    """The location of a table's labels, for error messages."""
     return _place(table, data.label, "label")
 
 

@@ -16,12 +16,12 @@ ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parq
 
 
 def looks_local(name: str) -> bool:
-    """Whether a data source is a file, or is written like the path of one."""
+    """Whether a data source is a file, or has the form of a path."""
     return name.startswith((".", "/", "~")) or name.lower().endswith(ENDINGS) or Path(name).is_file()
 
 
 def columns(path: Path, key: str) -> dict[str, Any]:
-    """The columns of a file as lists of equal length, by name; None for a name that several columns have.
+    """The columns of a file as lists of equal length, by name; None for a name shared by several columns.
 
     Values keep the types of the file: CSV, which has no types, gives text; a key missing in a JSON object gives None.
 
@@ -63,7 +63,10 @@ def _text(path: Path, ending: str) -> str:
         content = gzip.decompress(content)
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
-        text, wrong = content.decode(), content.find(b"\0")  # UTF-16 without BOM decodes, with zero bytes
+        text, wrong = (
+            content.decode(),
+            content.find(b"\0"),
+        )  # UTF-16 without a BOM can be decoded as UTF-8, with NUL characters
     except UnicodeDecodeError as error:
         text, wrong = "", error.start
     if wrong >= 0:

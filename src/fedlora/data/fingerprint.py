@@ -1,4 +1,4 @@
-"""Digest of examples, for comparing data sets."""
+"""Digest of examples, by which data sets are compared."""
 
 import hashlib
 import json

@@ -7,7 +7,7 @@ from typing import Any
 def columns(text: str) -> dict[str, list[Any]]:
     """The columns, all of equal length; None for a key missing in an object. Empty lines are ignored.
 
-    An object is read as columns if all its values are arrays, or all are objects keyed by row name, as pandas writes.
+    An object is read as columns if all its values are arrays, or all are objects keyed by row name, as pandas writes them.
 
     Raises:
         ValueError: not JSON, or an unsupported structure; names the line.

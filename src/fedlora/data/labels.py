@@ -5,11 +5,11 @@ from decimal import Decimal
 
 from fedlora.data.names import is_code, name, number, whole
 
-_MANY = 100  # labels: up to this number is always plausible
+_MANY = 100  # this number of labels is always accepted
 
 
 class LabelError(ValueError):
-    """An invalid label. The message continues "a label that ..."; it omits `label` itself, which is data."""
+    """An invalid label. The message completes "a label that ...", without `label` itself, which is data."""
 
     def __init__(self, label: str, reason: str) -> None:
         super().__init__(reason)
@@ -17,7 +17,7 @@ class LabelError(ValueError):
 
 
 def given_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """The configured label names, stripped of surrounding blanks.
+    """The configured label names, without surrounding whitespace.
 
     Raises:
         ValueError: a name is empty or cannot be encoded, or two are equal.
@@ -69,8 +69,8 @@ def found_labels(train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
 def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
     """The index of each of these labels among the names.
 
-    A label stands for the name that it equals. A number stands for the name that is this number; only if no name is a
-    number, the number is itself the index, counted from 0.
+    A label that is a name has the index of that name. A number is compared to the names if any name is a number;
+    otherwise it is the index, counted from 0.
 
     Raises:
         LabelError: a label is not among the names.
@@ -91,7 +91,7 @@ def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
 
 
 def _written_twice(labels: Collection[str]) -> str | None:
-    """A label that is the same number as another label, written differently; None if there is none."""
+    """A label that is the same number as another label in a different notation; None if there is none."""
     seen = set()
     for label in sorted(labels):
         value = number(label)

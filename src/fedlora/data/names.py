@@ -10,7 +10,7 @@ _LEADING_ZERO = re.compile(r"[+-]?0[0-9]")
 
 
 def name(value: object) -> str:
-    """The name in a cell, stripped of surrounding blanks; empty if it is missing (null, NaN, or blank).
+    """The name in a cell, without surrounding whitespace; empty if it is missing (null, NaN, or whitespace).
 
     Booleans are the names `true` and `false`, also as text in any capitalization.
 
@@ -35,7 +35,7 @@ def encodable(text: str) -> str:
     """Returns the text unchanged.
 
     Raises:
-        ValueError: the text has half of a surrogate pair (it was cut within a character) and cannot be encoded.
+        ValueError: the text has an unpaired surrogate (it was cut within a character) and cannot be encoded.
     """
     try:
         text.encode()
@@ -56,7 +56,7 @@ def number(name: str) -> Decimal | None:
 
 
 def is_code(name: str) -> bool:
-    """Whether a number has leading zeros, which only codes have."""
+    """Whether a number has leading zeros, and is thus a code."""
     return _LEADING_ZERO.match(name) is not None
 
 

@@ -26,11 +26,11 @@ class ClientSplit:
 
 @dataclass(frozen=True)
 class Partition:
-    """The clients' splits, ordered by client id, and the rows and users assigned to no client.
+    """The clients' splits, ordered by client id, and the numbers of rows and users that are not assigned.
 
-    Rows are omitted by `shards` (the remainder), `pathological` (labels that no client has) and `natural` (users with fewer
-    than `min_size` examples, or beyond the `count` largest), and, with tasks, rows of tasks of which a client has fewer
-    than `min_size`; users only by `natural`.
+    Rows are not assigned by `shards` (the remainder), by `pathological` (labels that no client has), and by `natural`
+    (users with fewer than `min_size` examples, or not among the `count` largest); with tasks, also rows of a client's
+    tasks with fewer than `min_size` rows. Users are not assigned only by `natural`.
     """
 
     shares: tuple[ClientSplit, ...]
@@ -41,10 +41,10 @@ class Partition:
 def divide(train: Dataset, clients: Clients, seed: int) -> Partition:
     """The partition of `train`: no row belongs to two clients, and every client has at least `min_size` rows.
 
-    A client's held-out rows are drawn at random for its id: at least one if it has two or more rows, never all. Numbered
-    clients are "000", "001", ...; clients of the natural partition have their user's name. Takes some two milliseconds per
-    client, less for iid and natural. If the examples have tasks, a client's rows of each task form a separate split named
-    "CLIENT/TASK".
+    A client's held-out rows are drawn at random for its id: at least one if it has two or more rows, never all.
+    Numbered clients are "000", "001", ...; clients of the natural partition have their user's name. Takes about two
+    milliseconds per client, less for iid and natural. If the examples have tasks, a client's rows of each task form a
+    separate split named "CLIENT/TASK".
 
     Raises:
         UserError: there are too few examples or labels for this partition.
@@ -152,7 +152,7 @@ def _check_enough(train: Dataset, clients: Clients, count: int) -> None:
 
 
 def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[np.ndarray]:
-    """The values of `row` in each partition that flwr_datasets makes of a data set with columns row and label."""
+    """The values of `row` in each partition, by flwr_datasets, of a data set with the columns row and label."""
     # imported here because it imports matplotlib and seaborn, which takes a second
     from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
@@ -164,7 +164,7 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
                 f"lower clients.count or clients.min_size = {clients.min_size}, or change clients.alpha = {clients.alpha}"
             )
         case "pathological":
-            # every label is assigned to a client if there are at least as many clients as labels
+            # every label has a client if there are at least as many clients as labels
             partitioner = PathologicalPartitioner(count, "label", clients.classes, "first-deterministic", seed=seed)
             advice = f"a label has fewer examples than takers; lower clients.classes = {clients.classes} or clients.count"
         case _:
@@ -173,7 +173,7 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
     partitioner.dataset = shuffled
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one per failed draw, and those of the library's dependencies
+            warnings.simplefilter("ignore")  # one warning per failed draw, and those of the library's dependencies
             return [partitioner.load_partition(i)["row"][:] for i in range(count)]
     except ValueError as error:
         raise UserError(

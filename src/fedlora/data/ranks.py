@@ -17,13 +17,15 @@ _PERCENT: dict[str, tuple[int, int, int, int]] = {
 def client_ranks(choice: list[int] | RankNames | None, count: int, largest: int, seed: int) -> list[int]:
     """The rank of each of `count` clients: all `largest`, as listed, or a named distribution in a seeded random order.
 
-    A distribution has four kinds of clients, with an eighth, a quarter, a half and the whole of `largest`, rounded up.
-    uniform: a quarter of the clients each; heavy-tail-light: 85 % have the smallest rank; heavy-tail-strong: 85 % have the
-    largest; normal: a bell curve over the four. Client counts are these shares up to rounding; they are not drawn.
+    A distribution has four ranks: an eighth, a quarter, a half and the whole of `largest`, rounded up. uniform: a
+    quarter of the clients has each rank; heavy-tail-light: 85 % have the smallest rank; heavy-tail-strong: 85 % have
+    the largest; normal: a bell curve over the four. The numbers of clients are these shares, rounded; they are not
+    random.
 
-    Source: Bai et al. 2024, arXiv:2402.11505, figure 3 (FlexLoRA). The 85 % are from its readme (its code draws
-    80/10/5/5); the bell curve is a normal density of deviation 0.7 kinds about the middle. Its kinds are ranks 8, 30, 30
-    with 200 by module, and 200; halving instead gives four different ranks if `largest` is 8 or more.
+    Source: Bai et al. 2024, arXiv:2402.11505, figure 3 (FlexLoRA). The 85 % are from its readme (its code has
+    80/10/5/5). The bell curve is a normal density over the four ranks, numbered 0 to 3, with standard deviation 0.7.
+    FlexLoRA's ranks are 8, 30, 30 or 200 depending on the module, and 200; the fractions here give four different ranks
+    if `largest` is 8 or more.
 
     >>> sorted(client_ranks("uniform", count=4, largest=16, seed=0))
     [2, 4, 8, 16]

@@ -32,8 +32,8 @@ def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
     """The examples that `data` describes; deterministic for a given seed.
 
     Rows in memory replace `data.source`. The labels are those in `data.labels`, else those named by the hub or a
-    `labels.json`, else those that occur. Training and test set are validated completely, before `rows` and `test_rows` are
-    drawn.
+    `labels.json`, else those that occur. All of the training and test set is validated before `rows` and `test_rows`
+    are drawn.
 
     Raises:
         UserError: missing or unreadable data, an example without text or label, or an ambiguous label; names the file, the
@@ -72,7 +72,7 @@ def load_own(data: Data, file: str, labels: Sequence[str], seed: int) -> dataset
     """All examples of one client's own file, with the columns of `load` and the labels of the run.
 
     Raises:
-        UserError: not readable, an example without text or label, or a label that is not a label of the run.
+        UserError: not readable, an example without text or label, or a label that the run does not have.
     """
     table, _ = find(file, None, data.label)
     columns = examples(table, data.model_copy(update={"user": None, "task": None}))

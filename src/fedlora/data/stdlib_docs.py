@@ -1,4 +1,4 @@
-"""A data set included in every Python installation: the documentation strings of its standard library."""
+"""A data set that every Python installation includes: the docstrings of its standard library."""
 
 import ast
 import os
@@ -43,7 +43,7 @@ _CHAPTER_OF = {module: chapter for chapter, modules in _CHAPTERS.items() for mod
 
 
 def examples() -> list[dict[str, str]]:
-    """The documentation strings of this Python's standard library: text, label (chapter) and user (module).
+    """The docstrings of this Python's standard library: text, label (chapter) and user (module).
 
     A text is the first paragraph of a module's, class's or function's docstring, if it has 41 to 300 characters;
     duplicates are removed. The sources are parsed, never run, so the result depends only on the version of Python.

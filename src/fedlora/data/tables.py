@@ -1,4 +1,4 @@
-"""Raw tables: the standard library's documentation strings, local files, and data sets on the hub."""
+"""Raw tables: the standard library's docstrings, local files, and data sets on the hub."""
 
 import inspect
 import json
@@ -27,8 +27,8 @@ _SHOWN = 10  # columns in a message
 class Table:
     """Named columns, not validated.
 
-    `origin` is the setting and value that the table came from, `labels` the label names, by number, if known. `column`
-    returns None for a name that several columns have.
+    `origin` is the setting and value that specify the table, `labels` the label names, by number, if known. `column`
+    returns None for a name shared by several columns.
     """
 
     origin: str
@@ -51,7 +51,7 @@ def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None
 
 
 def choices(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the closest valid word, and the valid words, which are untrusted text."""
+    """The end of a message about an unknown word: the closest valid word, and all valid words, escaped."""
     names = list(allowed)
     near = closest(word, names)
     hint = f"; did you mean {quoted(near)}?" if near else ";"
