@@ -40,7 +40,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Adaptable modules and parameters of one model, read from it once.
+    """The modules and parameters of a model that can be adapted.
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
     of individual modules, regardless of the client's rank. `weight` reads a module's pretrained weight, fp32 [out, in].
@@ -63,8 +63,8 @@ class AdapterSpec:
     def scale(self, module: str, rank: int) -> float:
         """Factor between PEFT's `lora_B` and b for factors of `rank` in `module`: b = scale * lora_B, and a = lora_A.
 
-        With a middle factor, b also contains the scale: c = lora_C. A c between trained factors then trains as in
-        (alpha / rank) lora_B lora_C lora_A, and a c between frozen ones as in b c a, independent of alpha.
+        With a middle factor c, b contains the scale, and c = lora_C. If b and a are trained, all three are trained as
+        in (alpha / rank) lora_B lora_C lora_A; if they are frozen, c is trained as in b c a, independently of alpha.
         """
         return self.scaling.of(rank)
 
@@ -79,10 +79,10 @@ def pack(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Tensors, kind: type[Kind]) -> dict[str, Kind]:
-    """Inverse of `pack`, for an adapter whose parts are all of one kind.
+    """Inverse of `pack`, for an adapter whose factors are all of this type.
 
     Raises:
-        ValueError: a factor is missing, or a key does not name a factor of that kind.
+        ValueError: a factor is missing, or a key does not name a factor of that type.
     """
     expected = {f.name for f in fields(kind)}
     grouped: dict[str, dict[str, Tensor]] = {}
@@ -104,7 +104,7 @@ def pick(tensors: Tensors, factors: Iterable[str]) -> dict[str, Tensor]:
 def lora_init(spec: AdapterSpec, rank: int, seed: int) -> dict[str, LowRank]:
     """Initial factors with zero update: b = 0 [out, rank], a uniform in +-1/sqrt(in) [rank, in] (PEFT's initialization).
 
-    Each module has its own seed, so that modules of equal shape get different factors; the first rows of `a` change with
+    Each module has its own seed, so that modules of equal shape get different factors. The first rows of `a` depend on
     the rank.
     """
     return {

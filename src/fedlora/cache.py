@@ -1,4 +1,4 @@
-"""Disk cache for expensive results that depend on their key only, shared by all runs."""
+"""Disk cache, shared by all runs, for results that depend only on their key."""
 
 import hashlib
 import os

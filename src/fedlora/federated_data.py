@@ -1,4 +1,4 @@
-"""Assignment of examples to clients."""
+"""The examples of a run, partitioned among the clients."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ class FederatedData:
 
     @classmethod
     def make(cls, experiment: Experiment, in_memory: Any = None) -> "FederatedData":
-        """Reads and partitions the data, or rows in memory in place of their source; does not need the model.
+        """Reads and partitions the data, or the rows in memory; does not need the model.
 
         Raises:
             UserError: the data cannot be read, or cannot be partitioned as configured.
@@ -81,7 +81,7 @@ class FederatedData:
 
     @classmethod
     def without_examples(cls, labels: Sequence[str], clients: Sequence[ClientInfo]) -> "FederatedData":
-        """Contains only label names and clients: sufficient for an export."""
+        """Label names and clients only, which suffice for an export."""
         return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), clients)
 
     @classmethod

@@ -61,7 +61,7 @@ class Score:
 
 
 class RunningMean:
-    """Incremental weighted mean of mappings of tensors: memory for one fp64 sum, independent of the number of terms."""
+    """Incremental weighted mean of mappings of tensors; stores one fp64 sum, regardless of the number of terms."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ class RunningMean:
 
 
 class Replies:
-    """Accepted replies of a round, ordered by client id. They may be a stream: iterate once."""
+    """Accepted replies of a round, ordered by client id. They may be streamed, and can then be iterated only once."""
 
     def __init__(self, replies: Iterable[Reply]) -> None:
         self._replies = replies
@@ -138,18 +138,18 @@ class Merged(Generic[S]):
 class Fit:
     """Request for local training from `start`; the result is the trained adapter.
 
-    `train` names the trained factors (`b`, `a`, `c` of ThreeFactor and Heads, `s` of Heads, `g` of Experts, `w` of Dense);
-    the others are frozen. `epochs` None means the run's setting. `frozen_extra` are frozen factors that act in addition to
-    `start`. `penalty` is added to the loss of each step; its argument has all current tensors of the adapter, named as by
-    `pack`, heads included. It must be picklable, since it may be evaluated in another process: a module-level function, or
-    a `functools.partial` of one.
+    `train` names the trained factors (`b`, `a`, `c` of ThreeFactor and Heads, `s` of Heads, `g` of Experts, `w` of
+    Dense); the others are frozen. `epochs` None means the run's setting. `frozen_extra` are frozen factors that act in
+    addition to `start`. `penalty` is added to the loss of each step; its argument has all current tensors of the
+    adapter, including the head, named as by `pack`. It must be picklable, since it may be evaluated in another process:
+    a module-level function, or a `functools.partial` of one.
 
-    `mask` selects the trainable entries of `"module.factor"`, as a bool tensor that broadcasts to the factor: [1, rank] for
-    b, [rank, 1] for a. All other entries get no gradient, are excluded from norms and weight decay, and are returned bit
-    for bit; a factor without a mask is trained whole. `rates` multiplies the learning rate of a factor in all modules:
-    {"b": 5.0}.
+    `mask` selects the trainable entries of `"module.factor"`, as a bool tensor that broadcasts to the factor: [1, rank]
+    for b, [rank, 1] for a. All other entries get no gradient, are excluded from norms and weight decay, and are
+    returned unchanged; a factor without a mask is trained completely. `rates` multiplies the learning rate of a factor
+    in all modules: {"b": 5.0}.
 
-    A trainer rejects a request that it does not support completely, with a ValueError: see `train.requests`.
+    A trainer rejects a request that it does not support completely, with a ValueError: see `models.requests`.
     """
 
     start: Adapter
@@ -172,8 +172,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Request for the gradient of the client's mean training loss at `start`, without dropout; the result is an adapter
-    with the gradient in place of the factors in `train`."""
+    """Request for the gradient of the client's mean training loss at `start`, without dropout.
+
+    The result is an adapter with the gradient in place of the factors in `train`.
+    """
 
     start: Adapter
     train: frozenset[str]

@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 def quoted(name: object) -> str:
-    """Quotes, escapes and truncates to 40 characters an untrusted name from a file or a setting."""
+    """Quotes and escapes an untrusted name from a file or a setting, truncated to 40 characters."""
     text = str(name)
     return repr(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 

@@ -1,4 +1,4 @@
-"""Seeds derived from names, so that no result depends on order, batching or a resume."""
+"""Seeds derived from names, so that results do not depend on order, batching or resumption."""
 
 import hashlib
 

@@ -15,7 +15,7 @@ M = TypeVar("M")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of an int or a float, named as in pydantic. NaN, infinity, bool and text are outside every range."""
+    """Bounds of an int or a float, named as in pydantic. NaN, infinity, bool and text are never in range."""
 
     gt: int | float | None = None
     ge: int | float | None = None

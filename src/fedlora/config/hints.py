@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 _ALIKE = 0.7
-"""Minimum similarity of a suggestion: 0.7 still tolerates a missing, additional or transposed letter."""
+"""Minimum similarity of a suggestion: 0.7 allows for a missing, additional or transposed letter."""
 
 
 def closest(word: str, allowed: Iterable[str]) -> str | None:
@@ -13,7 +13,7 @@ def closest(word: str, allowed: Iterable[str]) -> str | None:
 
 
 def same_word(word: str, keys: Iterable[str]) -> list[str]:
-    """Our keys for another project's term, else the keys of that name in any section."""
+    """Keys of this package for another project's term, else the keys of that name in any section."""
     return [ALIASES[word]] if word in ALIASES else [key for key in keys if key.rpartition(".")[2] == word]
 
 
@@ -84,4 +84,4 @@ ALIASES = {
     "min_fit_clients": "sampling.min_replies",
     "min_train_nodes": "sampling.min_replies",
 }
-"""Our keys for the equivalent terms of other projects."""
+"""Keys of this package for terms of other projects and of earlier releases."""

@@ -1,4 +1,4 @@
-"""Initial `experiment.toml` for new users: the most frequently changed settings, with descriptions."""
+"""The `experiment.toml` of `fedlora init`: the most frequently changed settings, with descriptions."""
 
 import textwrap
 from itertools import groupby
@@ -51,7 +51,7 @@ def text() -> str:
 
 
 def _entry(key: str) -> Setting:
-    """Setting with that key, in the version of the default method."""
+    """Setting with that key; of several, that of the default method."""
     name = Experiment().method.name
     return next(entry for entry in settings() if entry.key == key and (not entry.methods or name in entry.methods))
 

@@ -24,7 +24,7 @@ def unfit(adapter: Adapter) -> str | None:
 
 
 def fixed(part: Factors) -> Product:
-    """Narrows the type of a part to an update that does not depend on the input; see `unfit`."""
+    """Narrows the type of factors to those of one matrix; see `unfit`."""
     assert not isinstance(part, Dense | Experts)
     return part
 
@@ -32,7 +32,7 @@ def fixed(part: Factors) -> Product:
 def to_peft(
     adapter: Adapter, folder: Path, dropout: float, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
 ) -> None:
-    """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`: the same function as the adapter, head included.
+    """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`, for the adapter with its head.
 
     `adapted` describes the modules and their scaling; `base` and `dropout` are recorded. Existing files are replaced. PEFT
     has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.

@@ -49,7 +49,8 @@ class Packing(TorchFunctionMode):
     def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
         """Enables the packed form, and narrowing, each if `call` then returns the same [rows, width] as in the padded form.
 
-        The result of `call` must depend on all outputs of the model that are used later."""
+        The result of `call` must depend on all outputs of the model that are used later.
+        """
         self.works = self.narrows = False
         if not self._blocks:
             return

@@ -125,7 +125,7 @@ def _floats(formulas: Iterable[str], picked: bool) -> str:
 
 
 def _exceptions(row: Row) -> list[str]:
-    """Laws of the conformance suite that the method violates."""
+    """Laws of the conformance suite that do not hold for the method."""
     laws = [f"- {law.removeprefix('test_').replace('_', ' ')}: {reason}" for law, reason in row.known_failures.items()]
     return ["## Laws that do not hold", "\n".join(laws)] if laws else []
 

@@ -69,7 +69,7 @@ class Reported(BaseModel):
         return self
 
     def label(self, name: str) -> str:
-        """Display name of a method or of another name."""
+        """Display name of a method, or of another entry of a table."""
         return name if name in TABLE else self.others[name]
 
 

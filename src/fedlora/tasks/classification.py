@@ -1,4 +1,4 @@
-"""The task interface (encoding, losses, metrics), and text classification."""
+"""The interface of a task (encoding, losses, metrics), and text classification."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from fedlora.models.tokenizers import cached_tokens, reads_last_token
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids: a flat tensor for each model input, and the common offsets at which examples start."""
+    """Examples as token ids: a flat tensor for each model input, and the offsets at which examples start in all of them."""
 
     features: Mapping[str, Int[Tensor, " tokens"]]
     starts: Int[Tensor, " bounds"]
@@ -68,7 +68,7 @@ class Classification:
     metrics = ("accuracy", "loss")
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model with a head for these labels, drawn from `seed` if the checkpoint has none; see `load_classifier`."""
+        """The model with a head for these labels, initialized from `seed` if necessary; see `load_classifier`."""
         return load_classifier(source, labels, seed)
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
@@ -97,8 +97,10 @@ class Classification:
         }
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Last-layer features at the token that the head reads: the first token, [CLS]; the last non-padding token of
-        decoders; the last eos of encoder-decoders."""
+        """Last-layer features at the token that the head reads.
+
+        That is the first token ([CLS]), for decoders the last non-padding token, for encoder-decoders the last eos.
+        """
         whole: Any = model
         found: list[Tensor] = []
         hook = whole.base_model.register_forward_hook(lambda *call: found.append(call[-1][0]))
