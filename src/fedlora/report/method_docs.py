@@ -17,25 +17,25 @@ from fedlora.report.published_results import Claim, Study, reported
 
 _MADE = "<!-- written by scripts/pages -->"
 _READ = {
-    "paper": "read in the paper",
-    "abstract": "read in the paper's abstract",
-    "code": "read in the authors' repository",
-    "secondary": "not read in the paper itself",
+    "paper": "source: paper",
+    "abstract": "source: abstract of the paper",
+    "code": "source: the authors' repository",
+    "secondary": "secondary source, not the paper",
 }
 _LEGEND = """\
 Floats are for each adapted layer, client and round, without the head: r is the client's rank, `rank` the largest one, in
 and out are the layer's sizes, K is the number of the round's clients, R the sum of their ranks. With *positions* a client
-also sends which ranks or entries they are. A *base update* is a change of the base model, which clients get in
-addition. *Secure aggregation* shows the server nothing but sums of uploads. *Differential privacy*: would noise, in
-training or on the clipped upload, cover all that leaves a client; the package does not add it yet."""
+also sends the indices of these ranks or entries. A *base update* is a change of the base model, sent in addition.
+*Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in training or on
+the clipped upload, can cover every upload; the package does not add noise yet."""
 _INDEX = """\
-Each page ends with what others have published about the method, and with where that was read. Figures that were not read in
-the paper itself may have been copied wrongly. Compare with care:
+Each page ends with published results and their sources. Figures from secondary sources may contain errors. Compare with
+care:
 
-- Some report the best round, chosen on the data they evaluate by; others the last.
-- Personal models, evaluated on the clients' own data, are no match for a global model on a common test set.
-- The same two baselines, fedit and ffa-lora, come out in either order and up to twenty points apart. Learning rate, number
-  of clients, head and rank explain more than the method does; `benchmarks/claims.py` holds them equal, or searches them."""
+- Some results are of the best round, selected on the evaluation data, others of the last round.
+- Personal models, evaluated on the clients' own data, are not comparable to a global model on a common test set.
+- The baselines fedit and ffa-lora differ by up to twenty points, in either direction. Learning rate, number of clients,
+  head and rank have a larger effect than the method; `benchmarks/claims.py` keeps them equal, or searches them."""
 
 
 def page(row: Row) -> str:
@@ -59,8 +59,8 @@ def page(row: Row) -> str:
 
 def index() -> str:
     """Table of all methods, with an explanation."""
-    titles = ["method", "exact", "unequal ranks", "personal", "floats up", "floats down", "single uploads", "secure", "DP"]
-    return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
+    heads = ["method", "exact", "mixed ranks", "personal", "floats up", "floats down", "individual uploads", "secure", "DP"]
+    return "\n\n".join(["# Methods", _table(heads, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
 
 
 def texts() -> dict[str, str]:
@@ -93,13 +93,13 @@ def yes(flag: bool) -> str:
 def _facts(row: Row) -> dict[str, str]:
     return {
         "exact mean of the updates": row.exact,
-        "clients of unequal ranks": yes(row.mixed_ranks),
+        "clients with different ranks": yes(row.mixed_ranks),
         "personal models": yes(row.personal),
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
         **({} if row.first_upload[0] == "0" else {"floats up once, for all layers together": f"`{row.first_upload[0]}`"}),
         "floats of a base update": "none" if row.base_update == "0" else f"`{row.base_update}`",
-        "server needs single uploads": yes(row.needs_individual_uploads),
+        "server needs individual uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),
         "differential privacy": row.private,
     }
@@ -139,9 +139,9 @@ def _results(name: str) -> list[str]:
     parts = [
         *(["\n".join(f"- {claim.claim} {_origin(claim)}" for claim in told)] if told else []),
         *(block for study in studies for block in _study(study, name)),
-        *([f"As a baseline also on the pages of {links}."] if links else []),
+        *([f"Also a baseline on the pages of {links}."] if links else []),
     ]
-    return ["## Reported by others", *parts] if parts else []
+    return ["## Published results", *parts] if parts else []
 
 
 def _study(study: Study, name: str) -> list[str]:
