@@ -32,7 +32,7 @@ def error_message(error: ValidationError, experiment: type[BaseModel]) -> str:
 
 
 _UNION_TAG = re.compile(r"str|(list|dict|literal|function-before)[-\[].*")
-"""What pydantic puts into a path to say which of several allowed types it tried."""
+"""Elements of pydantic's error paths that name the type tried in a union."""
 
 
 def _words(expected: str) -> list[str]:

@@ -17,7 +17,7 @@ from fedlora.ranges import NonNegativeInt, PositiveInt, check_bounds
 
 
 class Experiment(Section):
-    """All settings of a run, named as in experiment.toml: a section is a mapping, as in `train={"lr": 1e-3}`.
+    """All settings of a run, named as in experiment.toml; a section is a mapping, such as `train={"lr": 1e-3}`.
 
     >>> Experiment(rounds=3, method={"name": "rolora", "rank": 4}).method.rank
     4
@@ -87,7 +87,7 @@ class Experiment(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Experiment":
-        """The experiment in a TOML file, with overrides such as `["method.rank=4"]`, which are those of `--set`.
+        """The experiment in a TOML file, with overrides as for `--set`, such as `["method.rank=4"]`.
 
         Raises:
             UserError: no such file, not TOML, an unknown setting, or a value that is not allowed; names file and key.
@@ -95,7 +95,7 @@ class Experiment(Section):
         return build(read_table(Path(path)), overrides, origin=str(path))
 
     def to_toml(self) -> str:
-        """The experiment as a file, every default written out but None, which TOML does not have."""
+        """The experiment as TOML, with all defaults except None, which TOML does not support."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
 

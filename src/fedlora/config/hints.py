@@ -18,7 +18,7 @@ def same_word(word: str, keys: Iterable[str]) -> list[str]:
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about a word that is not allowed: the closest allowed one, else all of them."""
+    """The end of a message about an invalid word: the closest allowed word, or, if none is similar, all of them."""
     allowed = list(allowed)
     if near := closest(word, allowed):
         return f"; did you mean {near!r}?"
@@ -26,17 +26,17 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def other_key(key: str, allowed: Iterable[str], everywhere: Iterable[str]) -> str:
-    """The end of a message about a key that is not allowed where it stands.
+    """The end of a message about a key that its section does not have.
 
-    Suggests our key for another project's word, else the keys of that name among those of all sections, `everywhere`, else
-    the closest allowed one.
+    Suggests the key of this package for another project's term, else the keys of that name in all sections
+    (`everywhere`), else the closest allowed key.
     """
     keys = same_word(key, everywhere)
     return f"; did you mean {' or '.join(map(repr, keys))}?" if keys else nearest(key, allowed)
 
 
 class UnknownKey(ValueError):
-    """A key that its section does not have, raised where the other sections' keys are not known."""
+    """A key that its section does not have; raised by code that does not have the keys of the other sections."""
 
     def __init__(self, message: str, key: str, allowed: Iterable[str]) -> None:
         super().__init__(message)

@@ -20,27 +20,27 @@ _REMOVED = {
 
 
 class MethodChoice(BaseModel):
-    """The method by name; every other key is one of its own settings."""
+    """The method, by name; all other keys are its own settings."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str = "fedit"
     """The method; `fedlora methods` lists them."""
     head: Head | None = None
-    """The task head: frozen, averaged, local (trained, stays on the client), or method-managed (fl-tac alone).
-    If omitted, as in the method's paper.
+    """The task head: frozen, averaged, local (trained, never sent), or method-managed (fl-tac only). If omitted, as in
+    the method's paper.
 
     Example: "averaged"
     """
     norms: bool | None = None
-    """Whether the layer norms are part of the task head: trained, and sent or kept as it is. If omitted, as in the method's
-    paper.
+    """Whether the layer norms are part of the task head, and hence frozen, averaged or local like the head. If omitted,
+    as in the method's paper.
 
     Example: true
     """
     weights: Weights | None = None
-    """The weights of the clients in every mean, of factors and heads: their numbers of examples, or uniform. If omitted,
-    the method's default, which its page names.
+    """The clients' weights in the means of factors and heads: their numbers of examples, or uniform. If omitted, the
+    method's default (see its page).
 
     Example: "uniform"
     """
@@ -48,7 +48,7 @@ class MethodChoice(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, given: Any) -> Any:
-        """The method's defaults written out: what is saved must not depend on those of another release."""
+        """Adds the method's defaults: a saved experiment must not depend on the defaults of another release."""
         name = given.get("name", cls.model_fields["name"].default) if isinstance(given, Mapping) else None
         if not isinstance(name, str) or name not in TABLE:
             return given
@@ -90,12 +90,12 @@ class MethodChoice(BaseModel):
 
     @property
     def uniform(self) -> bool:
-        """Whether all clients have the same share in a mean."""
+        """Whether all clients have the same weight in a mean."""
         return self.weights == "uniform"
 
     @property
     def rank(self) -> int:
-        """The largest rank a client may have."""
+        """The largest rank of a client."""
         return int((self.model_extra or {})["rank"])
 
     def make(self) -> AnyMethod:

@@ -1,4 +1,4 @@
-"""Tables of settings, nothing checked: read from TOML, changed by overrides, and the built-in one."""
+"""Unvalidated tables of settings: from TOML files, with overrides, and of the built-in experiment."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,11 @@ DEMO: Mapping[str, Any] = {
     "data": {"source": "stdlib-docs", "rows": 2500},
     "train": {"lr": 3e-3, "max_length": 64, "precision": "auto"},
 }
-"""The table of the built-in experiment: small enough for two cores and three minutes."""
+"""The table of the built-in experiment, which takes about three minutes on two cores."""
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables in a TOML file, nothing checked.
+    """The tables in a TOML file, unvalidated.
 
     Raises:
         UserError: no such file, or no TOML.
@@ -32,7 +32,7 @@ def overridden(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
     """A copy of the table, with `section.key=value` overrides applied to it in their order.
 
     Raises:
-        UserError: an override has no key or no value, or goes through a value that is not a table.
+        UserError: an override has no key or no value, or its key goes through a value that is not a table.
     """
     changed = dict(table)
     for override in overrides:

@@ -16,12 +16,13 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where the examples are, and what their columns are called. `data = "FILE"` sets `data.source` alone."""
+    """The source of the examples, and the names of their columns. `data = "FILE"` sets only `data.source`."""
 
     source: str = "stdlib-docs"
-    """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also
-    with .gz, or Parquet. A file `labels.json` beside it, a list of names, names the numbers in it (docs/data.md). `none`: a
-    server without examples, which needs `data.labels`. `memory`: the rows that a Python program passes (docs/python.md)."""
+    """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both
+    also with .gz, or Parquet. A file `labels.json` in the same folder, a list of names, gives the names of numeric
+    labels (docs/data.md). `none`: a server without examples, which needs `data.labels`. `memory`: rows passed from
+    Python (docs/python.md)."""
     test: str | None = None
     """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
     has one, else a random part of the examples.
@@ -29,7 +30,7 @@ class Data(Section):
     Example: "test.jsonl"
     """
     test_fraction: Annotated[float, Range(gt=0, lt=1)] = 0.1
-    """The fraction of the examples that is set aside as the test set, where there is no other."""
+    """The fraction of the examples that becomes the test set, if there is no other test set."""
     text: str = "text"
     """The column with the text."""
     text_pair: str | None = None
@@ -51,39 +52,40 @@ class Data(Section):
     Example: "kind"
     """
     rows: PositiveInt | None = None
-    """The number of training examples to use, drawn at random. If omitted, all.
+    """The number of training examples to use, chosen at random. If omitted, all.
 
     Example: 1000
     """
     test_rows: PositiveInt | None = None
-    """The number of test examples to use, drawn at random. If omitted, all.
+    """The number of test examples to use, chosen at random. If omitted, all.
 
     Example: 200
     """
     labels: list[str] | None = None
-    """The labels' names, in the order of their numbers. If omitted, those that the data name, else those that occur in the
-    training and the test set (docs/data.md).
+    """The labels' names, in the order of their numbers. If omitted, those given with the data, else those that occur in
+    the training and the test set (docs/data.md).
 
     Example: ["negative", "positive"]
     """
 
 
 class Clients(Section):
-    """How the examples are divided among the clients."""
+    """The partition of the examples among the clients."""
 
     count: PositiveInt | None = None
-    """The number of clients. If omitted, 10; in the natural partition, one for each user. A number there keeps the users
-    with the most examples.
+    """The number of clients. If omitted, 10, or, in the natural partition, one for each user. In the natural partition
+    a number selects the users with the most examples.
 
     Example: 20
     """
     partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
-    """How the examples are partitioned. iid: at random. dirichlet: label shares drawn for each client. pathological: a few
-    labels per client. shards: pieces of label-sorted data. natural: by the column `data.user`."""
+    """How the examples are partitioned. iid: at random. dirichlet: random label proportions for each client.
+    pathological: a few labels per client. shards: contiguous pieces of the data sorted by label. natural: by the column
+    `data.user`."""
     alpha: PositiveFloat = 0.5
-    """Concentration of the dirichlet partition: the smaller, the more the clients' labels differ."""
+    """Concentration parameter of the dirichlet partition: the smaller, the more the clients' labels differ."""
     min_size: PositiveInt = 2
-    """The number of examples that every client must have, held-out ones included."""
+    """The minimum number of examples of a client, including held-out ones."""
     classes: PositiveInt = 2
     """The number of labels per client in the pathological partition."""
     shards: PositiveInt = 2
@@ -91,20 +93,20 @@ class Clients(Section):
     held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
     """The fraction of each client's examples that is held out for its evaluation."""
     ranks: list[PositiveInt] | RankNames | None = None
-    """Each client's LoRA rank: a list with one rank per client, or a named distribution up to `method.rank`. If omitted,
-    `method.rank` for all. Other ranks need a method for mixed ranks.
+    """Each client's LoRA rank: a list with one rank per client, or a named distribution up to `method.rank`. If
+    omitted, `method.rank` for all. Different ranks require a method that supports mixed ranks.
 
     Example: "uniform"
     """
 
     @property
     def size(self) -> int | None:
-        """How many clients there will be, if that does not depend on the data."""
+        """The number of clients, None if it depends on the data."""
         return self.count if self.count is not None or self.partition == "natural" else 10
 
 
 class Lora(Section):
-    """Which modules get LoRA factors, and how these are scaled."""
+    """The modules with LoRA factors, and the scale of the factors."""
 
     alpha: PositiveFloat = 16.0
     """PEFT's `lora_alpha`: the update is scaled by alpha / rank."""
@@ -113,23 +115,23 @@ class Lora(Section):
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability on the input of the factors."""
     targets: list[str] | str | None = None
-    """The modules to adapt: a list of names or ends of names, or one regular expression, or "all-linear". If omitted,
-    PEFT's defaults for the architecture.
+    """PEFT's `target_modules`: a list of names or name suffixes, or one regular expression, or "all-linear". If
+    omitted, PEFT's defaults for the architecture.
 
     Example: ["query", "value"]
     """
     rank_pattern: dict[str, PositiveInt] = {}
-    """Fixed ranks for single modules: name, end of a name, or regular expression = rank.
+    """PEFT's `rank_pattern`: fixed ranks of single modules, as name, name suffix or regular expression = rank.
 
     Example: { "layer.0.attention.self.query" = 4 }
     """
 
 
 class Train(Section):
-    """The training on each client."""
+    """The local training on each client."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer of the local training; its state is new in each round."""
+    """The optimizer of the local training; it starts with a new state in each round."""
     lr: PositiveFloat = 1e-3
     """The learning rate of the local training."""
     weight_decay: NonNegativeFloat = 0.0
@@ -144,67 +146,69 @@ class Train(Section):
     batch_size: PositiveInt = 8
     """Training examples per batch."""
     batches: Literal["auto", "random", "by-length"] = "auto"
-    """How batches are drawn. random: at random. by-length: of similar length, which saves padding and costs accuracy. auto:
-    at random where the model avoids padding (see `train.packed`), else by length."""
+    """How examples are grouped into batches. random: at random. by-length: examples of similar length, which saves
+    padding but may cost accuracy. auto: random if padding is avoided (see `train.packed`), else by-length."""
     packed: bool = True
-    """Whether to avoid padding, where the model allows it. Results change by rounding at most."""
+    """Whether to avoid padding, if the model supports it. Affects results only by rounding."""
     clients_per_step: PositiveInt = 16
-    """The number of clients trained in one step. Results change by rounding at most. It is 1 for models in which clients
-    would influence each other, which is tested at load."""
+    """The number of clients trained in one step. Affects results only by rounding. It is reduced to 1 for models in
+    which clients would influence each other, which is tested when the model is loaded."""
     activation_memory_mb: PositiveInt = 256
-    """Activation memory of one forward and backward pass, in MB. A step of many clients takes several passes."""
+    """The activation memory of one forward and backward pass, in MB. A step with many clients is split into several
+    passes."""
     max_length: PositiveInt = 128
     """Tokens per example; longer examples are truncated."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """The precision in which the frozen base computes; factors, heads, optimizer and base updates are fp32. auto: bf16
-    where the processor has matrix instructions for it. Without them bf16 is up to a hundred times slower than fp32."""
+    """The precision of the frozen base; factors, heads, optimizer and base updates are fp32. auto: bf16 if the
+    processor has matrix instructions for it. Without these, bf16 is up to a hundred times slower than fp32."""
     device: str = "auto"
     """The device: `auto`, `cpu`, `cuda` or `cuda:1`."""
     devices: PositiveInt | Literal["auto"] = 1
-    """The number of devices that train clients at once, each with its own process and model. auto: all GPUs, or one CPU.
-    Results change by rounding at most. Processes on the CPU share its cores."""
+    """The number of devices that train clients in parallel, each with its own process and model. auto: all GPUs, or one
+    CPU. Affects results only by rounding. Processes on the CPU share its cores."""
 
 
 class Sampling(Section):
-    """Which clients take part in a round, and which uploads are accepted."""
+    """The sampling of clients in a round, and the limits of accepted uploads."""
 
     fraction: Fraction = 1.0
-    """The fraction of the clients chosen for each round, at least one client."""
+    """The fraction of the clients sampled in each round; at least one client."""
     min_replies: Annotated[PositiveInt, AtMost("clients.count")] = 1
-    """The number of accepted uploads that a round needs; with fewer it is repeated with other clients."""
+    """The number of accepted uploads that a round needs; with fewer, the round is repeated with other clients."""
     attempts: PositiveInt = 3
-    """The number of times that a round is tried before the run stops."""
+    """The number of attempts of a round before the run stops."""
     max_norm: PositiveFloat | None = None
-    """The largest Frobenius norm, over all tensors, of an upload's change from the download; larger uploads are rejected.
-    If omitted, any finite norm is accepted.
+    """The largest Frobenius norm, over all tensors, of the difference between upload and download; uploads beyond it
+    are rejected. If omitted, any finite norm is accepted.
 
     Example: 10.0
     """
     max_examples: PositiveInt = 1_000_000
-    """The largest number of examples that a client may report, as they are its weight in the mean; uploads with more are
+    """The largest number of examples that a client may report, which is its weight in the mean; uploads beyond it are
     rejected."""
 
 
 class Evaluate(Section):
-    """When, and on which clients, the model is evaluated."""
+    """The schedule of evaluations, and the clients that are evaluated."""
 
     every: PositiveInt = 1
     """The number of rounds between evaluations; the last round is always evaluated."""
     clients: Literal["all", "chosen", "none"] = "all"
-    """The clients that are evaluated on their held-out examples: all, those whose uploads the round accepted, or none."""
+    """The clients that are evaluated on their held-out examples: all, those whose uploads were accepted in the round
+    (chosen), or none."""
     batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
 
 
 class Deploy(Section):
-    """How long a server waits for clients on other machines."""
+    """The time that a server waits for clients on other machines."""
 
     deadline: PositiveFloat = 3600.0
-    """Seconds until a round continues without the clients that have not replied (see `sampling.min_replies`)."""
+    """The seconds after which a round continues without missing replies (see `sampling.min_replies`)."""
     wait: PositiveFloat = 600.0
-    """Seconds in which `clients.count` clients must connect, or the run stops."""
+    """The seconds within which `clients.count` clients must connect; otherwise the run stops."""
     poll: PositiveFloat = 0.5
-    """Seconds between two checks for replies."""
+    """The polling interval for replies, in seconds."""
 
 
 def sections(experiment: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -14,31 +14,32 @@ Weights = Literal["examples", "uniform"]
 class Row:
     """One method: its constructor, source, traffic and properties.
 
-    `up` and `down` are formulas for floats per adapted layer, client and round, in r (the client's rank), in, out; the head
-    is sent in addition. If traffic depends on the round they are tuples, repeated cyclically. `base_update` is sent in
-    addition to `down`, to a client that participated in the previous round, if that round changed the base; also in K, the
-    round's clients, and R, the sum of their ranks. In all three, `rank` and other settings are the method's; E is the
-    number of experts, which depends on the clients' data. For a method that sends selected values and their positions,
-    `index_counts` and `index_counts_down` are the numbers of selected and of all values, per layer; they determine the
-    bytes of the positions (`linalg.sparse.position_bytes`), which are sent in addition to the floats.
+    `up` and `down` are formulas for the floats per adapted layer, client and round, without the head. Variables are r
+    (the client's rank), in, out, the method's settings such as `rank`, and E, the number of experts, which depends on
+    the clients' data. If traffic depends on the round, the formulas of a tuple are repeated cyclically. `base_update`
+    is the formula for the base update that is sent, in addition to `down`, to a client that participated in the
+    previous round; its further variables are K, the number of the round's clients, and R, the sum of their ranks. For a
+    method that sends selected values and their positions, `index_counts` and `index_counts_down` are the numbers of
+    selected and of all values, per layer; they determine the bytes of the positions (`linalg.sparse.position_bytes`),
+    which are sent in addition to the floats.
 
-    `first_upload` has the floats, and the bytes of integers, that a client uploads in addition to `up` in its first
-    participation, for all layers together; also in `features` and `classes`, the width of the model's last layer and the
-    number of labels. It applies to clients that have all labels.
+    `first_upload` has the formulas for the floats, and for the bytes of integers, that a client uploads in addition to
+    `up` in its first participation, for all layers together. Further variables are `features` and `classes`, the width
+    of the model's last layer and the number of labels. They apply to clients that have all labels.
 
-    `head` "method-managed" is for a method that manages the head itself; it is sent with the factors.
+    `head` is the default head rule; with "method-managed" the method itself handles the head, and sends it with the
+    factors.
 
-    `norms`: whether the paper trains the layer norms too; they are then part of the head.
+    `norms`: whether the layer norms are part of the head by default, as they are trained in the paper.
 
-    `weights` are the clients' weights, in the mean of the factors and of the head, unless `method.weights` is set: by
-    number of examples, or the same for all.
+    `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
 
-    `exact`, `secure` and `private` are short answers, optionally followed by a colon and the reason. `secure`: whether the
-    sum of all uploads suffices, so that they can be masked; by default derived from `needs_individual_uploads`.
-    `private`: whether noise, in training or on the clipped upload, can cover every upload. "open" means unknown.
+    `exact`, `secure` and `private` are short answers, optionally followed by a colon and the reason. `exact`: whether
+    the aggregate is the weighted mean of the clients' updates. `secure`: whether the sum of all uploads suffices, so
+    that secure aggregation is possible; by default derived from `needs_individual_uploads`. `private`: whether noise,
+    in training or on the clipped upload, can cover every upload; "open" means unknown.
 
-    `known_failures` maps the name of a law that cannot hold, for all cases or ("law, mixed ranks") for unequal ranks
-    only, to the reason.
+    `known_failures` maps the name of a law that does not hold to the reason; "law, mixed ranks" refers to mixed ranks only.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Row:
 
     def secure_sums(self) -> str:
         """Whether the method works with secure aggregation, which reveals only sums of uploads to the server."""
-        return self.secure or ("no: the server needs each upload by itself" if self.needs_individual_uploads else "yes")
+        return self.secure or ("no: the server needs individual uploads" if self.needs_individual_uploads else "yes")
 
     def settings(self) -> dict[str, Any]:
         """The user's settings, with their defaults."""

@@ -59,8 +59,8 @@ def page(row: Row) -> str:
 
 def index() -> str:
     """Table of all methods, with an explanation."""
-    heads = ["method", "exact", "mixed ranks", "personal", "floats up", "floats down", "individual uploads", "secure", "DP"]
-    return "\n\n".join(["# Methods", _table(heads, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
+    titles = ["method", "exact", "mixed ranks", "personal", "floats up", "floats down", "needs each upload", "secure", "DP"]
+    return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
 
 
 def texts() -> dict[str, str]:
