@@ -40,10 +40,10 @@ def run(
     Args:
         experiment: the settings; by default `Experiment()`.
         out: a new folder for the run; by default in `runs/`.
-        progress: whether to show progress if standard output is a terminal or a notebook; or your own callbacks.
+        progress: whether to show progress, if standard output is a terminal or a notebook; or an object with callbacks.
         data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
-            of the splits `train` and `test` to one of these, such as a `DatasetDict`. The run keeps only their fingerprint.
-        model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run's folder.
+            of the splits `train` and `test` to one of these, such as a `DatasetDict`. Only their fingerprint is stored.
+        model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run directory.
         tokenizer: the tokenizer of `model`.
 
     Raises:
@@ -98,8 +98,8 @@ def export(
     not read: labels and clients are taken from the run directory.
 
     Raises:
-        UserError: no such run or client, no complete round yet, a damaged file of the run, a different model, `out` in use,
-            `to` is merged without a client for a personal method, or the adapter depends on the input.
+        UserError: no such run or client, no complete round, a damaged file, a changed model, `out` in use, `to` is "merged"
+            without a client for a personal method, or the adapter depends on the input.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -108,7 +108,7 @@ def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Bac
 
 
 def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
-    """Writes the final adapters of a run, replacing those of an earlier end; returns their folders.
+    """Writes the final adapters of a run, replacing earlier ones; returns their folders.
 
     Raises:
         RunStopped: they cannot be written.

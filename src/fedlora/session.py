@@ -49,7 +49,7 @@ class Session:
 
     @classmethod
     def make(cls, experiment: Experiment, federated_data: FederatedData) -> "Session":
-        """Loads the model and tokenizes the examples. The session's experiment has the batch order resolved from `auto`.
+        """Loads the model and tokenizes the examples. In the session's experiment, `train.batches` is no longer `auto`.
 
         Raises:
             UserError: invalid model or device, or a model that cannot be trained.
@@ -107,7 +107,7 @@ class Session:
         return sorted([*self.adapted.spec.modules, *self.adapted.spec.head])
 
     def on_all_devices(self) -> "Session":
-        """Returns the session with one process per device in `train.devices` after the first.
+        """Returns the session with a process for each device of `train.devices` except the first.
 
         Raises:
             UserError: fewer devices are available.
@@ -127,7 +127,7 @@ class Session:
     def adapters(self, run_state: RunState, folder: RunFolder, done: int) -> dict[str, Adapter]:
         """Global adapter under the empty name, or each client's adapter under its id, after `done` rounds.
 
-        They include base updates, and so all changes to the model since it was loaded.
+        The adapters include the base updates, and thus all changes of the model.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
         clients = (

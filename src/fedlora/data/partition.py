@@ -30,7 +30,7 @@ class Partition:
 
     Rows are not assigned by `shards` (the remainder), by `pathological` (labels that no client has), and by `natural`
     (users with fewer than `min_size` examples, or not among the `count` largest); with tasks, also rows of a client's
-    tasks with fewer than `min_size` rows. Users are not assigned only by `natural`.
+    tasks with fewer than `min_size` rows. Only `natural` leaves users unassigned.
     """
 
     shares: tuple[ClientSplit, ...]

@@ -1,1 +1,1 @@
-"""Clients on other machines: the Flower backend, whose messages travel through a SuperLink and SuperNodes."""
+"""Clients on other machines: the Flower backend, which sends messages through a SuperLink and SuperNodes."""

@@ -47,7 +47,7 @@ def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
 
     Raises:
         ValueError: an unknown module or parameter, a type of factors that no layer supports, or a factor whose shape
-        does not fit its module; names them.
+            does not fit its module; names them.
     """
     for name, part in adapter.items():
         if name not in (spec.head if isinstance(part, Dense) else spec.modules):

@@ -1,1 +1,1 @@
-"""What users read: tables, live progress, and the pages of the methods."""
+"""Output for users: tables, live progress, and the pages of the methods."""

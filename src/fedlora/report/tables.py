@@ -18,7 +18,7 @@ from fedlora.report import method_docs
 
 _FEW_LABELS = 20
 CLIENTS_WIDTH = 120
-"""Maximum width of the table of clients in columns, so that all its numbers are readable."""
+"""Maximum width, in columns, at which the numbers in the table of clients are readable."""
 
 
 def methods(rows: Iterable[Row]) -> Group:

@@ -63,7 +63,7 @@ class Live:
 
 @contextmanager
 def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
-    """Returns the given callbacks, or live progress if requested and standard output is a terminal or a notebook."""
+    """Returns the given callbacks; for True, live progress if standard output is a terminal or a notebook."""
     console = Console()
     if not isinstance(progress, bool):
         yield progress
@@ -75,7 +75,7 @@ def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
 
 
 def closing(result: Result) -> Table:
-    """Final table with one line per round. Held-out examples and the bottom decile refer to the clients."""
+    """Final table with one line per round; held-out accuracy and bottom decile are over the clients."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     first = ("", "", "train", "test", "held-out", "bottom", "", "", "")
     second = ("round", "clients", "loss", "accuracy", "accuracy", "decile", "up", "down", "seconds")
