@@ -36,8 +36,8 @@ def pairwise(blocks: Sequence[Float[Tensor, "items _"]]) -> Float[Tensor, "items
 def clusters(distance_matrix: Float[Tensor, "items items"], max_count: int, count: int = 0) -> list[int]:
     """Each item's cluster from average linkage on the distances, numbered in the order of the clusters' first items.
 
-    There are `count` clusters, at max_count one for each item. If `count` is 0, the number is the one from 2 to `max_count` with
-    the largest mean silhouette, or the smallest such number. The silhouette is defined for fewer clusters than items,
+    There are `count` clusters, at most one for each item. If `count` is 0, the number is the one from 2 to `max_count`
+    with the largest mean silhouette, or the smallest such number. The silhouette is defined for fewer clusters than items,
     so two items form one cluster.
     """
     items = len(distance_matrix)
