@@ -8,7 +8,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fedlora.api", "pytest"])
+_CONTEXT.set_forkserver_preload(["peft", "transformers.models.bert.modeling_bert", "fedlora.api", "pytest"])
 if multiprocessing.current_process().name == "MainProcess":
     forkserver.ensure_running()  # its imports take seconds, and go on while the first tests run
 

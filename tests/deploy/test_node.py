@@ -111,7 +111,7 @@ def serve(what, folder, hand, server_session_id="1", count=4, said=None):
         session = Session.make(what, FederatedData.of_server(what))
         start = begin(session, lock)
         remote = make_remote(what, session, hand, server_session_id, start.done, said)
-        remote.wait_for_clients(count, 0.5)
+        remote.wait_for_clients(count, 0.0)  # the nodes reply at once
         return rounds(session, lock, NullProgress(), remote, start)
     finally:
         lock.release()
@@ -481,7 +481,7 @@ def test_a_node_with_another_key_does_not_take_the_place_of_a_node_whose_name_it
     hand.credentials = {1: Credential("a", frozenset({"000"})), 2: Credential("b", frozenset({"002"}))}
     session = Session.make(what, FederatedData.of_server(what))
     remote = make_remote(what, session, hand)
-    remote.wait_for_clients(2, 0.5)
+    remote.wait_for_clients(2, 0.0)
     assert [client.id for client in remote.clients()] == ["000", "002"]
 
 
