@@ -53,7 +53,7 @@ class FlowerBackend:
         return self._registry.clients()
 
     def held(self) -> Mapping[str, Sequence[int]]:
-        """Base updates reported by the clients' nodes, and those in flight to them."""
+        """Base updates that the clients' nodes have reported, and those sent to them since."""
         return {
             client.id: node.expected_base_updates() for node in self._registry.nodes.values() for client in node.clients
         }
@@ -65,17 +65,17 @@ class FlowerBackend:
     def train_clients(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[Reply | Failed]:
-        """Replies in the order of `sent`; a client without a result at the deadline has failed. Sends immediately."""
+        """Sends the requests immediately; yields replies in the order of `sent`, a failure if one misses the deadline."""
         return self._replies(self._exchange.send("train", rnd, sent, pending))
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
     ) -> Iterator[tuple[ClientInfo, Score | None]]:
-        """Valid scores that arrived by the deadline. Sends immediately."""
+        """Sends the requests immediately; collects the valid scores that arrive before the deadline."""
         return self._scores(rnd, self._exchange.send("evaluate", rnd, sent, pending))
 
     def save_adapters(self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]) -> None:
-        """Has clients write the adapter for round `rnd` to their nodes' folders; notifies which clients did."""
+        """Makes clients write the adapter for round `rnd` to their nodes' folders; reports the clients that have."""
         results = self._exchange.send("save_adapter", rnd, sent, pending)
         failed = {client.id: result for client, result in results if isinstance(result, str)}
         for client, reason in failed.items():

@@ -1,4 +1,4 @@
-"""Events of a run in progress: lines of a file that the server writes and the progress display reads."""
+"""Events of a run in progress, as lines of a file that the server writes and the progress display reads."""
 
 import json
 import time
@@ -15,7 +15,7 @@ NAME = "events.jsonl"
 
 
 class EventLog:
-    """Writes the events. The last one states how the run ended: done, stopped or unusable."""
+    """Writes the events. The last one has the result of the run: done, stopped or unusable."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / DEPLOY / NAME
@@ -57,7 +57,7 @@ class Reader:
         self._end: tuple[str, str] | None = None
 
     def show(self) -> tuple[str, str] | None:
-        """Shows the new events; returns how and why the run ended, also on later calls, and None while it continues."""
+        """Shows the new events; returns the run's result and reason, also on later calls; None while the run continues."""
         for line in self._lines():
             self.changed = time.monotonic()
             match line:

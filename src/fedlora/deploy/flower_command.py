@@ -1,4 +1,4 @@
-"""Runs a Flower command whose requests carry our SuperLink's secret, without a secret on any command line."""
+"""Runs a Flower command whose requests have the secret of our SuperLink, which no command line contains."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _hide_tokens() -> None:
-    """Makes the SuperExec start its processes through this module, with their tokens in the environment."""
+    """Makes the SuperExec start its processes with this module, and pass their tokens in the environment."""
     from flwr.supercore.superexec.executor import subprocess_executor
 
     def start(command: Sequence[str], **named: Any) -> "subprocess.Popen[bytes]":

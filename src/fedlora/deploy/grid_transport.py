@@ -60,5 +60,5 @@ class GridTransport:
 
 
 def _error(code: int) -> str:
-    """Our own text for a Flower error code: a node may write arbitrary text into the error."""
+    """This package's text for a Flower error code, since the error's own text is the node's."""
     return _ERRORS.get(code, f"Flower error {code}")

@@ -1,4 +1,4 @@
-"""Access control for the interfaces of a SuperLink that only its own processes may use, by a secret.
+"""Access control for the internal interfaces of a SuperLink, by a secret.
 
 A SuperLink has one port for nodes, operators and its own processes, and Flower requires no authentication to start a run,
 register a key or claim a task. Access to these interfaces would permit running a program on the server. Each such request

@@ -10,10 +10,10 @@ from fedlora.errors import UserError
 
 
 def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[str, Path] | None:
-    """Credential files of a node for a server at this address; not needed on the loopback.
+    """Credential files of a node for a server at this address; not required on the loopback interface.
 
     Raises:
-        UserError: they are needed but not given, or do not exist.
+        UserError: they are required but not given, or do not exist.
     """
     given = {name: path for name, path in {"key": key, "ca": ca}.items() if path is not None}
     if len(given) < 2 and (given or not server.loopback):

@@ -28,7 +28,7 @@ class Keys:
     ca.key                       signing key; needed again only to renew the server's certificate
     server.crt, server.key       server's certificate and private key
     nodes/NAME.key               node's private key; needed by the node, not by the server
-    nodes/NAME.pub, NAME.clients its public key and the clients that it may represent, one per line; needed by the server
+    nodes/NAME.pub, NAME.clients its public key and the clients that it may register, one per line; needed by the server
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Keys:
     def credentials(self) -> dict[bytes, Credential]:
         """Maps public keys, in the form in which Flower identifies nodes, to their credentials.
 
-        Without a `.clients` file, a key represents the client of its own name.
+        Without a `.clients` file, a key is valid for the client of its own name.
 
         Raises:
             UserError: a file is not readable.
@@ -98,7 +98,7 @@ class Keys:
             )
 
     def make_server(self, hosts: Sequence[str]) -> None:
-        """Creates a certificate for these names or addresses and the loopback, and an authority unless there is one.
+        """Creates a certificate for these names or addresses and the loopback, and the authority if necessary.
 
         Raises:
             UserError: the folder cannot be written.
@@ -122,12 +122,12 @@ class Keys:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def make_node(self, name: str, clients: Sequence[str] = ()) -> Path:
-        """Creates a node's key pair; returns the private key, which belongs on the node only.
+        """Creates a node's key pair; returns the path of the private key, which only the node needs.
 
-        The node may represent only these clients; if omitted, the client of its own name.
+        The node may register only these clients; if omitted, the client of its own name.
 
         Raises:
-            UserError: the name exists or is not a valid file name, or another node represents one of the clients.
+            UserError: the name exists or is not a valid file name, or another key is valid for one of the clients.
         """
         clients = list(clients) or [name]
         if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
@@ -199,7 +199,7 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
 
 
 def _write(path: Path, content: bytes, secret: bool = True) -> None:
-    """Writes the file; a secret file is at no time readable by other users."""
+    """Writes the file; a secret file is never readable by other users."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
         file.write(content)

@@ -65,10 +65,10 @@ def local(path: Path, count: int, progress: Progress, notify: Printer) -> Result
 
 
 def needed(address: Address, folder: Path | None) -> Keys | None:
-    """Keys of a server that listens on this address; not needed on the loopback.
+    """Keys of a server that listens on this address; not required on the loopback interface.
 
     Raises:
-        UserError: they are needed but not given, or incomplete.
+        UserError: they are required but not given, or incomplete.
     """
     if folder is None:
         if not address.loopback:

@@ -1,4 +1,4 @@
-"""The server's experiment as run by a node: the node alone chooses the files that are read on its machine."""
+"""The server's experiment with the node's own data settings: only the node determines the files that it reads."""
 
 import tomllib
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from fedlora.errors import UserError
 def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Experiment:
     """Parses the experiment in `text`, with the node's own `data` section: the defaults and the node's overrides.
 
-    A file, column or local model named by the server alone is never used. A node without a file of its own must name the
-    same data as the server; otherwise its clients would have other examples than the server assumes.
+    A file, column or local model that only the server sets is never used. A node without its own file must set the same
+    data source as the server; otherwise its clients' examples would differ from the server's partition.
 
     Raises:
-        UserError: the experiment is invalid here, or needs data or a model that the node itself has not named.
+        UserError: the experiment is invalid, or needs data or a model that the node itself has not set.
     """
     served = tomllib.loads(text)
     table: dict[str, Any] = {key: value for key, value in served.items() if key != "data"}

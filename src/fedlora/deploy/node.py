@@ -38,7 +38,7 @@ class Node:
     runs/RUN/clients, base_updates   as in a run's folder
     runs/RUN/adapter/CLIENT          the client's adapter, after a run with a personal method
 
-    `notify` receives lines for the node's owner. Only they contain the text of an error: a reply contains its code.
+    `notify` receives lines for the node's owner, including the text of errors; a reply contains only an error's code.
     """
 
     def __init__(self, folder: Path, notify: Callable[[str], None] = print) -> None:

@@ -105,7 +105,7 @@ class NodeRun:
         return "after the last round: writing the adapter"
 
     def execute(self, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
-        """Executes a request for all its clients together; if that fails, one by one, so that failures stay separate."""
+        """Executes a request for all its clients together; if that fails, one by one, so that only one client fails."""
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for task in request.tasks:
@@ -167,7 +167,7 @@ class NodeRun:
             yield client.id, (ClientResult(id=client.id), None)
 
     def _apply_base_updates(self, payload: bytes) -> None:
-        """Applies missing base updates, each once; writes them to disk first, so that a crash loses none."""
+        """Applies missing base updates once, after writing them to disk, so that none is lost by a crash."""
         for index, change in caught_up(decode(payload), self.session.adapted.spec).items():
             if index in self.merged_updates:
                 continue

@@ -32,8 +32,8 @@ CONNECTION = "fedlora"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's processes: a separate home, the secret of its SuperLink if that is our own, and neither
-    telemetry nor update checks nor installation at run time."""
+    """Environment of Flower's processes: a separate home, the secret of a SuperLink started here, and no telemetry,
+    update checks or installation at run time."""
     scripts, secret = str(Path(sys.executable).parent), home / "secret"
     return {
         **os.environ,
@@ -48,7 +48,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class Process:
-    """Long-running process with its log; ends when this process ends, for whatever reason."""
+    """Long-running process with a log file; ends when this process ends, for any reason."""
 
     def __init__(self, command: Sequence[str], home: Path, log: Path, descriptors: Sequence[int] = ()) -> None:
         """`descriptors` are inherited by the process. Files that it writes are readable by this user only."""

@@ -1,4 +1,4 @@
-"""Reason codes for a failure on a node: all that its server learns about the failure."""
+"""Reason codes for a failure on a node, the only information about it that the server gets."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from fedlora.errors import RunStopped
 
 
 class Reason(StrEnum):
-    """Reason code. The text of an exception may quote the node's data, so it is shown to the node's owner only."""
+    """Reason code. The text of an exception may contain data of the node, so only the node's owner sees it."""
 
     MESSAGE = "the node could not read the message"
     HANDSHAKE = "the node has received no handshake for this run"

@@ -21,7 +21,7 @@ _MAX_CLIENTS_WITHOUT_KEY = 10_000
 class RegisteredNode:
     """An accepted node. Its `flower_id` changes when it reconnects.
 
-    `base_updates` are those that the node reported to hold, `in_flight` those in messages that it has not answered yet.
+    `base_updates` are those that the node has reported, `in_flight` those in messages to which it has not replied yet.
     Its messages may refer to at most `max_clients` clients.
     """
 
@@ -32,7 +32,7 @@ class RegisteredNode:
     in_flight: set[int] = field(default_factory=set)
 
     def expected_base_updates(self) -> list[int]:
-        """Base updates that the node holds once it has read, in order, all messages sent to it."""
+        """Base updates that the node has after it has read all messages sent to it, in order."""
         return sorted({*self.base_updates, *self.in_flight})
 
 

@@ -1,4 +1,4 @@
-"""One run on the server: the rounds of a folder with the clients of a transport. Independent of the network."""
+"""One run on the server: the rounds of a run directory with the clients of a transport. Independent of the network."""
 
 from pathlib import Path
 from uuid import uuid4

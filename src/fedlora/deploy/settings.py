@@ -19,9 +19,9 @@ _NAME = "node.json"
 class Settings(BaseModel):
     """Settings chosen by a node's owner, in the file `node.json` of the node's folder.
 
-    `clients` are the names of its data owners. With `data`, a file, there is exactly one client, with all its examples;
-    without, clients have their parts of the experiment's partition. `overrides` change the experiment like `--set`; only
-    they name files, columns and paths of this machine (see `local_experiment`).
+    `clients` are the names of its data owners. With `data`, a file, there is exactly one client, which has all its
+    examples; otherwise clients have their splits of the experiment's partition. `overrides` change the experiment like
+    `--set`; only these can set files, columns and paths of this machine (see `local_experiment`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
     @classmethod
     def trusting(cls, experiment: "Experiment", clients: Sequence[str], **more: Any) -> "Settings":
-        """Settings of a node whose owner chose the experiment's data and model."""
+        """Settings of a node whose owner has also chosen the experiment's data and model."""
         data = {key: value for key, value in experiment.data.model_dump().items() if value is not None}
         named = {"model": experiment.model, **{f"data.{key}": value for key, value in data.items()}}
         overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items()]

@@ -27,9 +27,9 @@ _STATUS_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class SuperLink:
-    """SuperLink on which runs can be started. `home` is for our files about it, `process` is None if it is not our own.
+    """SuperLink on which runs can be started. `home` has its files; `process` is None if it was started elsewhere.
 
-    `keys` are the keys of the nodes; None if the SuperLink requires none, or is not our own.
+    `keys` are the keys of the nodes; None if the SuperLink requires none, or was started elsewhere.
     """
 
     home: Path
@@ -67,7 +67,7 @@ class SuperLink:
         return cls(home / "flower", None)
 
     def stop(self) -> None:
-        """Stops the SuperLink and the processes that it started, if it is our own."""
+        """Stops the SuperLink and the processes that it started, unless it was started elsewhere."""
         if self.process is not None:
             self.process.stop()
 
@@ -102,7 +102,7 @@ class SuperLink:
             folder.release()
 
     def _follow(self, run: str, path: Path, reader: Reader) -> tuple[str, str]:
-        """Waits for the end of the run; returns how and why it ended, from its event log."""
+        """Waits for the end of the run; returns its result and reason, from its event log."""
         asked = time.monotonic()
         while (end := reader.show()) is None:
             if not path.is_dir():

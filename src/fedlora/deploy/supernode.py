@@ -134,7 +134,7 @@ def _activate(client: FleetHttpClient, public: bytes, registers: bool) -> Iterat
 
 
 def _forward_messages(client: FleetHttpClient, node: Node, server: Address, folder: Path, notify: Printer) -> None:
-    """Answers messages one after another, until the server no longer recognizes this node."""
+    """Replies to messages one by one, until the server no longer recognizes this node."""
     unreachable = ""
     while True:
         try:
@@ -215,7 +215,7 @@ def _rejection(response: httpx.Response, with_key: bool) -> str | None:
 
 
 def _skew(response: httpx.Response) -> str | None:
-    """Describes the clock difference, None if within limits: the server rejects requests that appear old."""
+    """Describes the clock difference, None if within limits: the server rejects requests that are too old by its clock."""
     try:
         server_time = parsedate_to_datetime(response.headers["date"])
     except (KeyError, ValueError):

@@ -85,7 +85,7 @@ class TaskExchange:
             self._registry.nodes[name].in_flight.clear()  # base updates not reported by now did not arrive
 
     def _collect(self, message_ids: dict[str, int], names: Mapping[int, str], found: dict[str, TaskResult | str]) -> bool:
-        """Collects new replies; whether there were any. A client's result counts once, and only from its own node."""
+        """Collects new replies; returns whether there were any. Uses a client's first result from its own node."""
         replies = self._transport.collect(list(message_ids)) if message_ids else {}
         for message_id, reply in replies.items():
             node = self._registry.nodes[names[message_ids.pop(message_id)]]

@@ -23,4 +23,4 @@ class Transport(Protocol):
         """
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
-        """Replies received so far, by message id; a string is the reason why a reply will not arrive."""
+        """Replies received so far, by message id; a string is the reason for a missing reply."""

@@ -109,7 +109,7 @@ class ClientTask(_Part):
 
 
 class TaskRequest(_Part):
-    """Server to node: have these clients train, evaluate, or save their final adapter.
+    """Server to node: request that these clients train, evaluate, or save their final adapter.
 
     `expected_base_updates` are those that the server expects the node to hold.
     """

@@ -1,4 +1,4 @@
-"""Resident worker of a node: holds the model, the examples and the clients' states; answers one message at a time."""
+"""Resident worker of a node: has the model, the examples and the clients' states; replies to one message at a time."""
 
 import os
 import socket

@@ -119,10 +119,10 @@ class Packing(TorchFunctionMode):
 
 
 def _limit_kernel_caches() -> None:
-    """Sets two limits of this process, unless the user has; they hold if nothing was computed in it before.
+    """Limits two caches of this process, unless the user has; takes effect only before the first computation.
 
-    oneDNN caches the kernel compiled for each shape, and so does ideep, through which torch calls it: by default for a
-    thousand shapes each, at up to half a megabyte a shape. Packed shapes seldom recur in another step.
+    oneDNN, and ideep, through which torch calls it, each cache the kernels of a thousand shapes by default, with up to
+    half a megabyte per shape. Packed shapes rarely recur in another step.
     """
     for key in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(key, "64")

@@ -5,8 +5,10 @@ from fedlora.linalg.lowrank import Experts, Heads
 
 
 def structure(adapter: Adapter) -> frozenset[tuple[str, type, int]]:
-    """Structure that adapters loaded together must share: names, kinds, number of experts, rank of a head. Ranks and
-    numbers of heads may differ."""
+    """Structure that adapters loaded together must share: names, types, number of experts, rank of a head.
+
+    Ranks and numbers of heads may differ.
+    """
     return frozenset((name, type(part), _blocks(part)) for name, part in adapter.items())
 
 

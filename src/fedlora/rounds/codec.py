@@ -62,7 +62,9 @@ def decode(payload: bytes, max_tensors: int = 2**16) -> dict[str, Tensor]:
         raise ValueError(f"not a payload of tensors: {error}") from error
     if sorted(ordered) != names:
         raise ValueError("not a payload of tensors: its order does not match its names")
-    return {name: tensors[name].clone() for name in ordered}  # same alignment as new tensors: products depend on it
+    return {
+        name: tensors[name].clone() for name in ordered
+    }  # same alignment as new tensors, on which the rounding of products depends
 
 
 def encode_state(state: Any, **notes: Any) -> bytes:

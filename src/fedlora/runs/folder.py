@@ -24,12 +24,12 @@ DEPLOY = "deploy"
 class RunFolder:
     """Folder of one run, locked for this process.
 
-    experiment.toml      the resolved experiment
+    experiment.toml      all settings
     model/               the model, if a Python program passed it
-    environment.json     versions, and settings of how clients are trained
-    manifest.json        dependencies of the run; exists once the run has begun
+    environment.json     versions, and values that determine how clients are trained
+    manifest.json        inputs of the run; exists once the run has begun
     rounds.jsonl         one row for each complete round
-    checkpoint.safetensors   the server's state after the last complete round: its replacement is the commit
+    checkpoint.safetensors   the server's state after the last complete round; replacing it commits the round
     clients/ID/ROUND.safetensors   states of stateful clients
     base_updates/ROUND.safetensors   base updates, for methods that produce them
 
@@ -77,7 +77,7 @@ class RunFolder:
         self._lock.release()
 
     def require(self) -> None:
-        """Checks that the folder is still in place: it must not be recreated with only a part of the run.
+        """Checks that the folder still exists at its path, so that it is not created again with only a part of the run.
 
         Raises:
             RunStopped: it was moved or removed.

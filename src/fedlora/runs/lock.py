@@ -11,7 +11,7 @@ LOCK = "lock"
 
 
 class FolderLock:
-    """Lock of a folder for this process, and proof that the path still names the same folder."""
+    """Lock of a folder for this process, and the check that the path still refers to the locked folder."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         """Locks the folder, which must exist; waits up to `seconds` for another process to release it.
@@ -32,7 +32,7 @@ class FolderLock:
         self._directory = os.open(path, os.O_RDONLY)  # held open, so that its inode is not reused
 
     def require(self) -> None:
-        """Checks that the folder is still in place: it must not be recreated with only a part of the run.
+        """Checks that the folder still exists at its path, so that it is not created again with only a part of the run.
 
         Raises:
             RunStopped: it was moved or removed.

@@ -1,4 +1,4 @@
-"""Manifest of a run's dependencies, by which resuming and exporting detect changes."""
+"""Manifest of a run's inputs, by which resuming and exporting detect changes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ class Client(_Part):
 
 
 class DataFingerprint(_Part):
-    """Fingerprint of the examples as a run uses them; of their content, it contains only the labels' names.
+    """Fingerprint of the examples as used by a run; the only content that it contains are the labels' names.
 
     `partition` is a digest of the rows of each client.
     """
@@ -51,7 +51,7 @@ class DataFingerprint(_Part):
 
 
 class Manifest(_Part):
-    """Dependencies of a run.
+    """Inputs of a run.
 
     `experiment` has every setting, including those that are None. `model` has a digest of each file of a local model, or
     the commit of a hub model (see `models.fingerprint`). `modules` names adapted modules and fully trained parameters;

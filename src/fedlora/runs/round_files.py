@@ -1,4 +1,4 @@
-"""Files that rounds write besides the checkpoint: the clients' states and the base updates."""
+"""Files of rounds other than the checkpoint: the clients' states and the base updates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from fedlora.runs.damage import missing, read_state
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of complete rounds that a run needs: each client's last round with a state, rounds with base updates."""
+    """The required files: each client's last complete round that saved a state, and the rounds with base updates."""
 
     states: Mapping[str, int] = field(default_factory=dict)
     base_updates: Sequence[int] = ()
@@ -49,7 +49,7 @@ class RoundFiles:
         self._new = [new for new in self._new if new[0] >= rounds_done]
 
     def restore(self, listing: Listing) -> None:
-        """Takes over the listing of a checkpoint, and reads all its files.
+        """Sets the listing to that of a checkpoint, and reads all of its files.
 
         Raises:
             UserError: a file is missing or damaged.

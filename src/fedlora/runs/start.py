@@ -1,4 +1,4 @@
-"""Run directory metadata: the experiment and the versions."""
+"""Metadata of a run directory: the experiment and the versions."""
 
 import hashlib
 import importlib.metadata
@@ -68,7 +68,7 @@ def opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
 
 
 def extend(path: Path, overrides: Iterable[str]) -> None:
-    """Increases the rounds of an earlier run: overrides as for `--set`, of which only `rounds=N` may change a setting.
+    """Increases the rounds of an earlier run by overrides as for `--set`; only `rounds` may be changed.
 
     Raises:
         UserError: not a run directory, locked by another process, or the overrides change another setting.
@@ -84,7 +84,7 @@ def extend(path: Path, overrides: Iterable[str]) -> None:
 
 
 def keep_rounds(folder: RunFolder, experiment: Experiment) -> None:
-    """Records the new number of rounds of a run. A crash may leave only experiment.toml with the larger number."""
+    """Records the new number of rounds of a run; after a crash, only experiment.toml may have the larger number."""
     manifest = Manifest.find(folder.path)
     folder.record("experiment.toml", experiment.to_toml())
     if manifest is not None and manifest.experiment["rounds"] != experiment.rounds:
@@ -105,7 +105,7 @@ def resolve_settings(experiment: Experiment) -> Experiment:
 
 
 def record(folder: RunFolder, experiment: Experiment, **found: Any) -> str:
-    """Records the experiment, the versions, and the values `found` before, which determine how clients are trained.
+    """Records the experiment, the versions, and the values in `found`, which determine how clients are trained.
 
     Returns a digest of the versions' file.
     """

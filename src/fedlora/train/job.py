@@ -15,7 +15,7 @@ from fedlora.train.batches import epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training on the examples `rows` [rows]; `seed` is the client's, `shared_order_seed` common to all."""
+    """One client's training on the examples `rows` [rows]; `shared_order_seed` is the same for all clients."""
 
     request: Fit
     rows: Tensor
