@@ -90,9 +90,9 @@ def test_an_app_from_elsewhere_is_not_run_by_a_node(place, tmp_path):
     (tmp_path / "settings.toml").write_text(f'mark = "{tmp_path}"\n')
     flwr(link.home, "run", str(tmp_path / "app"), CONNECTION, "--run-config", str(tmp_path / "settings.toml"))
     assert until(lambda: (tmp_path / "answered").exists(), 120)
-    assert (tmp_path / "answered").read_text() == "this node runs fedlora alone"
+    assert (tmp_path / "answered").read_text() == "this node runs fedlora only"
     assert not (tmp_path / "ran on the node").exists()
-    assert "is of an app that is not fedlora" in node.log.read_text()
+    assert "is of an app other than fedlora" in node.log.read_text()
 
 
 def test_without_the_secret_nobody_on_the_servers_machine_starts_a_run_or_takes_a_task(place, tmp_path):

@@ -175,7 +175,7 @@ def test_the_gate_expects_of_each_client_what_its_phase_makes():
     sent = {client: METHOD.send(server, client, rnd) for client in (WHO[0], WHO[1], late)}
     validator = UploadValidator(METHOD, SPEC, rnd, sent)
     routed, own = moved(server.downloads[0], 0), pair(0, 0)
-    assert "lacks" in str(validator.rejection_reason(Reply(WHO[1], rnd, own, 1.0)))
+    assert "missing" in str(validator.rejection_reason(Reply(WHO[1], rnd, own, 1.0)))
     assert "unexpected" in str(validator.rejection_reason(Reply(late, rnd, routed, 1.0)))
     assert validator.rejection_reason(Reply(WHO[0], rnd, routed, 1.0)) is None
     assert validator.rejection_reason(Reply(late, rnd, own, 1.0)) is None
