@@ -173,7 +173,7 @@ class NodeRun:
                 continue
             if self.merged_updates and index < self.merged_updates[-1]:
                 raise ValueError(
-                    f"the base update of round {index + 1} came after that of round {self.merged_updates[-1] + 1}"
+                    f"the base update of round {index + 1} was received after that of round {self.merged_updates[-1] + 1}"
                 )
             self.folder.save_base_update(index, change)
             self.simulation.merge_into_base(change)

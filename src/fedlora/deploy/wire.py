@@ -205,7 +205,7 @@ def encode_message(header: Header, payloads: Sequence[bytes] = ()) -> bytes:
     size = _FIXED + len(frame) + sum(map(len, payloads))
     if size > MAX_BYTES:
         raise ValueError(
-            f"a message of {size} bytes is too large, allowed are {MAX_BYTES}; use more nodes or smaller ranks"
+            f"a message of {size} bytes is too large, expected at most {MAX_BYTES}; use more nodes or smaller ranks"
         )
     rest = b"".join([len(frame).to_bytes(8, "big"), frame, *payloads])
     return _MAGIC + _digest(rest) + rest
@@ -220,7 +220,7 @@ def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
         ValueError: not a message of this version, damaged, too large, or with more clients.
     """
     if len(message) > MAX_BYTES:
-        raise ValueError(f"a message of {len(message)} bytes is too large, allowed are {MAX_BYTES}")
+        raise ValueError(f"a message of {len(message)} bytes is too large, expected at most {MAX_BYTES}")
     if message[: len(_MAGIC)] != _MAGIC or len(message) < _FIXED:
         raise ValueError("not a message of this version of fedlora")
     rest = memoryview(message)[_FIXED - 8 :]
@@ -228,7 +228,9 @@ def decode_message(message: bytes, clients: int) -> tuple[Header, list[bytes]]:
         raise ValueError("a damaged message: its digest does not fit")
     length, allowed = int.from_bytes(rest[:8], "big"), _HEADER_BYTES + _HEADER_BYTES_PER_CLIENT * clients
     if length > min(allowed, len(rest) - 8):
-        raise ValueError(f"a message whose header would have {length} bytes, allowed are {allowed} for {clients} clients")
+        raise ValueError(
+            f"a message whose header would have {length} bytes, expected at most {allowed} for {clients} clients"
+        )
     try:
         frame = _Frame.model_validate_json(bytes(rest[8 : 8 + length]), context={"clients": clients})
     except ValidationError as error:
