@@ -81,9 +81,9 @@ class Heads:
 class Experts:
     """Several low-rank matrices and a router that mixes them for each input; hence there is no single matrix.
 
-    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is trained; the others are
-    frozen. The rows of g are 2 experts - 1 slots: the first `experts` slots belong to the own expert, each of the
-    others to one other expert. Leading batch axes are allowed and must agree.
+    x maps to sum_e w_e(x) b_e a_e x. The first expert, b a, is the own one, which is trained; the others are frozen.
+    The rows of g are 2 experts - 1 slots: the first `experts` slots belong to the own expert, each of the others to one
+    other expert. Leading batch axes are allowed and must agree.
     """
 
     b: Float[Tensor, "*batch out rank"]
