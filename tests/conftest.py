@@ -18,6 +18,8 @@ with suppress(ImportError):
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+collect_ignore_glob = ["*conftest.py"]  # modules of one name, which doctest cannot all import
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
