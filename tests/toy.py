@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
 from fedlora.method import AnyMethod
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.head import with_head
@@ -80,11 +80,11 @@ class ToyTrainer:
         for name, part in change.items():
             self.base[name] = self.base.get(name, 0) + part.product()
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """One after the other."""
         return [self.fit_one(one.request, one.client) for one in asked]
 
-    def fit_one(self, request: Fit, client: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
+    def fit_one(self, request: Fit, client: ClientInfo) -> Trained:
         """Gradient descent on the factors that `request` names, where its mask lets them move, at its rates."""
         check_request(self.spec, request)
         scales = {n: self.spec.scale(n, part.rank) for n, part in request.start.items() if not isinstance(part, Dense)}
@@ -95,19 +95,22 @@ class ToyTrainer:
         kinds = {name: type(part) for name, part in request.start.items()}
         frozen_extra = {name: part.product() for name, part in (request.frozen_extra or {}).items()}
         target, fixed = self.target(client.id), {name: self.base.get(name, 0) + frozen_extra.get(name, 0) for name in parts}
-        for _ in range(self.steps * (request.epochs or 1)):
+        steps = request.steps or self.steps * (request.epochs or 1)
+        for _ in range(steps):
             live = {name: _times(kinds[name](**tensors), scales.get(name, 1.0)) for name, tensors in parts.items()}
             weights = {name: _matrix(part) + fixed[name] for name, part in live.items()}
             loss = self._distance(weights, target)
-            if request.penalty is not None:
-                loss = loss + request.penalty(pack(live))
+            for penalty in request.penalties:
+                loss = loss + penalty(pack(live))
             for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
+                if (constant := (request.correction or {}).get(f"{name}.{key}")) is not None:
+                    gradient = gradient + constant * (scales.get(name, 1.0) if key == "b" else 1.0)
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
                 parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}
         after = {name: _times(part, scales.get(name, 1.0)) for name, part in after.items()}
-        return _restore(after, request), {"loss": float(self.loss(after, client.id, frozen_extra))}
+        return Trained(_restore(after, request), float(self.loss(after, client.id, frozen_extra)), steps)
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """By the factors that `request` names."""
@@ -158,12 +161,12 @@ class Recorder:
         """The toy's."""
         return self.inner.clients_per_step
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """The toy's answers, remembered."""
         answers = self.inner.fit(asked, rnd)
-        for one, (trained, _) in zip(asked, answers, strict=True):
-            self.last[one.client.id] = trained
-            self.weights[one.client.id] = self.inner.weights(trained)
+        for one, answer in zip(asked, answers, strict=True):
+            self.last[one.client.id] = answer.adapter
+            self.weights[one.client.id] = self.inner.weights(answer.adapter)
         return answers
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:

@@ -95,6 +95,11 @@ def unpack(tensors: Tensors, kind: type[Kind]) -> dict[str, Kind]:
     return {name: kind(**found) for name, found in grouped.items()}
 
 
+def low_rank(adapter: Adapter) -> dict[str, LowRank]:
+    """The parts of the adapter that are two factors."""
+    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+
+
 def pick(tensors: Tensors, factors: Iterable[str]) -> dict[str, Tensor]:
     """Selects the named factors of a packed adapter: `pick(packed, "b")` keeps every `"module.b"`."""
     wanted = set(factors)

@@ -1,8 +1,9 @@
 """Messages between server and clients, and a method's requests to the trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -41,15 +42,43 @@ class Round:
         return generator(self.seed, purpose, self.index, client)
 
 
+_CHOICE = "choice/"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A client's upload. `values` can be averaged, clipped, and covered by noise or masks; `choices` cannot.
+
+    Choices are selected positions, counts, labels and statistics of the data, under names of their own.
+    """
+
+    values: Tensors
+    choices: Tensors = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Tensor]:
+        """All tensors under one name each, as they are encoded."""
+        return {**self.values, **{_CHOICE + name: tensor for name, tensor in self.choices.items()}}
+
+    @staticmethod
+    def of(flat: Tensors) -> "Upload":
+        """Inverse of `flat`."""
+        choices = {name.removeprefix(_CHOICE): x for name, x in flat.items() if name.startswith(_CHOICE)}
+        return Upload({name: x for name, x in flat.items() if not name.startswith(_CHOICE)}, choices)
+
+
 @dataclass(frozen=True)
 class Reply:
-    """Reply of one client. `weight` is its unnormalized weight in the mean, usually its number of examples."""
+    """Reply of one client. `weight` is its unnormalized weight in the mean, usually its number of examples.
+
+    `loss` and `steps` are those of its training for the upload; the loss is NaN if it did not train.
+    """
 
     client: ClientInfo
     round: Round
-    upload: Tensors
+    upload: Upload
     weight: float
-    notes: Mapping[str, float] = field(default_factory=dict)
+    loss: float = math.nan
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,13 +89,25 @@ class Score:
     metrics: Mapping[str, float]
 
 
-class RunningMean:
-    """Incremental weighted mean of mappings of tensors; stores one fp64 sum, regardless of the number of terms."""
+class Mean:
+    """Incremental weighted mean of mappings of tensors; stores one fp64 sum, regardless of the number of terms.
+
+    `weight` is the sum of the weights, `count` the number of terms.
+    """
 
     def __init__(self) -> None:
+        self.weight = 0.0
+        self.count = 0
         self._sums: dict[str, Tensor] = {}
-        self._total = 0.0
         self._first: tuple[str, dict[str, torch.Size], dict[str, torch.dtype]] | None = None
+
+    @staticmethod
+    def of(terms: Iterable[tuple[float, Tensors]]) -> "Mean":
+        """The mean of weighted terms, which are named by their position in errors."""
+        mean = Mean()
+        for i, (weight, tensors) in enumerate(terms):
+            mean.add(weight, tensors, str(i))
+        return mean
 
     def add(self, weight: float, tensors: Tensors, client: str) -> None:
         """Adds one term; a term of weight 0 is checked, but has no effect.
@@ -90,39 +131,37 @@ class RunningMean:
                     f"{tuple(shapes[key])}; methods for mixed ranks must not average raw factors"
                 )
             self._sums[key].add_(x, alpha=weight)
-        self._total += weight
+        self.weight += weight
+        self.count += 1
 
-    def mean(self) -> dict[str, Tensor]:
-        """Current mean, in the dtype of the first term.
+    def tensors(self) -> dict[str, Tensor]:
+        """The mean, in the dtype of the first term.
 
         Raises:
             ValueError: no term has a positive weight.
         """
-        if self._first is None or self._total <= 0:
+        if self._first is None or self.weight <= 0:
             raise ValueError("cannot average: no reply has a positive weight")
         _, _, dtypes = self._first
-        return {key: (x / self._total).to(dtypes[key]) for key, x in self._sums.items()}
+        return {key: (x / self.weight).to(dtypes[key]) for key, x in self._sums.items()}
 
+    def select(self, names: Mapping[str, str]) -> "Mean":
+        """The mean of the tensors with these names, under the names that they map to."""
+        part = Mean()
+        part.weight, part.count = self.weight, self.count
+        if self._first is not None:
+            client, shapes, dtypes = self._first
+            part._sums = {new: self._sums[old] for old, new in names.items()}
+            part._first = (
+                client,
+                {new: shapes[old] for old, new in names.items()},
+                {new: dtypes[old] for old, new in names.items()},
+            )
+        return part
 
-class Replies:
-    """Accepted replies of a round, ordered by client id. They may be streamed, and can then be iterated only once."""
-
-    def __init__(self, replies: Iterable[Reply]) -> None:
-        self._replies = replies
-
-    def __iter__(self) -> Iterator[Reply]:
-        return iter(self._replies)
-
-    def mean(self) -> dict[str, Tensor]:
-        """Weighted mean of the uploads, tensor by tensor, in constant memory.
-
-        Raises:
-            ValueError: two uploads differ in names or shapes, or no reply has a positive weight.
-        """
-        running = RunningMean()
-        for reply in self:
-            running.add(reply.weight, reply.upload, reply.client.id)
-        return running.mean()
+    def names(self) -> list[str]:
+        """The names of the tensors."""
+        return list(self._sums)
 
 
 @dataclass(frozen=True)
@@ -134,15 +173,31 @@ class Merged(Generic[S]):
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+Role = Literal["upload", "probe", "personal"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Answer to a `Fit`: the trained adapter, the mean loss over the last epoch, and the number of steps."""
+
+    adapter: Adapter
+    loss: float = math.nan
+    steps: int = 0
+
+
 @dataclass(frozen=True)
 class Fit:
-    """Request for local training from `start`; the result is the trained adapter.
+    """Request for local training from `start`; the answer is a `Trained`.
 
     `train` names the trained factors (`b`, `a`, `c` of ThreeFactor and Heads, `s` of Heads, `g` of Experts, `w` of
-    Dense); the others are frozen. `epochs` None means the run's setting. `frozen_extra` are frozen factors that act in
-    addition to `start`. `penalty` is added to the loss of each step; its argument has all current tensors of the
-    adapter, including the head, named as by `pack`. It must be picklable, since it may be evaluated in another process:
-    a module-level function, or a `functools.partial` of one.
+    Dense); the others are frozen. `steps` is a number of batches, `epochs` one of passes over the examples; if both are
+    None, the run's setting applies. `frozen_extra` are frozen factors that act in addition to `start`. `role` is the
+    purpose: "upload", "probe" (the result only informs the client's choices) or "personal" (it stays on the client).
+
+    `penalties` are added to the loss of each step; their argument has all current tensors of the adapter, including the
+    head, named as by `pack`. They must be picklable, since they may be evaluated in another process: module-level
+    functions, or `functools.partial`s of one. `correction` has a constant for `"module.factor"`, of the factor's shape,
+    which is added to its gradient in each step.
 
     `mask` selects the trainable entries of `"module.factor"`, as a bool tensor that broadcasts to the factor: [1, rank]
     for b, [rank, 1] for a. All other entries get no gradient, are excluded from norms and weight decay, and are
@@ -156,9 +211,12 @@ class Fit:
     train: frozenset[str]
     epochs: int | None = None
     frozen_extra: Mapping[str, LowRank] | None = None
-    penalty: Callable[[Tensors], Tensor] | None = None
+    penalties: tuple[Callable[[Tensors], Tensor], ...] = ()
     mask: Mapping[str, Tensor] | None = None
     rates: Mapping[str, float] | None = None
+    role: Role = "upload"
+    steps: int | None = None
+    correction: Mapping[str, Tensor] | None = None
 
     def restore(self, trained: Adapter) -> Adapter:
         """Returns `trained` with all masked-out entries reset to their values in `start`, exactly."""

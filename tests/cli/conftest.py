@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import CLIENTS, Command, write
 from transformers import BertConfig
 
 from fedlora import Experiment, run
 from fedlora.cli.main import main
 
-from commands import CLIENTS, Command, write
 from tiny import WORDS, tiny_bert, tiny_model, tiny_rows
 
 

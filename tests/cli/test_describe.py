@@ -4,13 +4,12 @@ import re
 
 import pytest
 import torch
+from commands import assert_refused
 
 from fedlora import Experiment
 from fedlora.config import reference
 from fedlora.methods.table import TABLE
 from fedlora.tasks.classification import Classification
-
-from commands import assert_refused
 
 
 def not_called(*_: object) -> None:

@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 
+from commands import assert_refused
+
 from fedlora import api
 from fedlora.version import __version__
-
-from commands import assert_refused
 
 
 def test_a_refusal_reaches_the_shell(place):

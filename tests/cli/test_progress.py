@@ -6,11 +6,10 @@ import shlex
 import signal
 
 import pytest
+from commands import assert_refused
 
 from fedlora import api
 from fedlora.errors import UserError
-
-from commands import assert_refused
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,12 +7,11 @@ import shutil
 import tomllib
 
 import pytest
+from commands import assert_refused, write
 
 from fedlora import Experiment
 from fedlora.deploy import launch
 from fedlora.runs.result import Result
-
-from commands import assert_refused, write
 
 
 @pytest.mark.parametrize(

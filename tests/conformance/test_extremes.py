@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.sections import Evaluate, Sampling
-from fedlora.messages import ClientInfo, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.rounds.codec import encode_state, outline
 from fedlora.rounds.loop import Plan, RunState, one_round
 
@@ -68,7 +68,8 @@ class Answers:
         for reply in self.replies:
             if reply.client in sent:
                 hostile = reply.client.id == HOSTILE
-                upload = {k: self.bend(x) if hostile and x.is_floating_point() else x for k, x in reply.upload.items()}
+                flat = reply.upload.flat().items()
+                upload = Upload.of({k: self.bend(x) if hostile and x.is_floating_point() else x for k, x in flat})
                 yield replace(reply, round=rnd, upload=upload)
 
     def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
@@ -88,7 +89,7 @@ def after(name: str, index: int, bend: Callable[[Tensor], Tensor], without: str 
     """The state after one more round, the row, and all that is downloaded then or was put into the base."""
     method, server, replies = honest(name, index)
     replies = [reply for reply in replies if reply.client.id != without]
-    if not any(x.is_floating_point() for reply in replies for x in reply.upload.values()):
+    if not any(x.is_floating_point() for reply in replies for x in reply.upload.flat().values()):
         pytest.skip("nothing is uploaded")
     plan, base_updates = Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2), MemoryStates()
     progress, row = one_round(plan, Answers(replies, bend), base_updates, RunState(server), index, Quiet())

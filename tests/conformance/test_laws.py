@@ -3,9 +3,9 @@
 import ast
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,15 +13,17 @@ import torch
 
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors
 from fedlora.linalg.sparse import position_bytes
-from fedlora.messages import ClientInfo, FitRequest, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Features, Fit, FitRequest, Mean, Merged, Reply, Round, Trained, Upload
+from fedlora.method import ClientRound
 from fedlora.methods.row import Row
 from fedlora.methods.table import TABLE
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.rounds.validator import Failed
+from fedlora.rounds.validator import Failed, template_upload
 
+from merging import known_of, merge
 from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
 
 
@@ -44,7 +46,7 @@ every_row = pytest.mark.parametrize(
     + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MIXED.items()],
 )
 mixed_rows = pytest.mark.parametrize(("row", "ranks"), MIXED.values(), ids=MIXED)
-SECURE = {name: case for name, case in CASES.items() if case[0].secure_sums().startswith("yes")}
+MEANS = {name: case for name, case in CASES.items() if toy_method(case[0]).collects_mean}
 PERIOD = 2  # rounds after which every brief row has done all that it ever does
 ROUNDS = 2 * PERIOD
 
@@ -98,8 +100,8 @@ def test_identical_clients_are_as_one(row, ranks):
 @every_row
 def test_a_client_of_weight_zero_changes_nothing(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
-    without = method.merge(server, Replies(replies[:-1]), replies[0].round)
-    with_zero = method.merge(server, Replies([*replies[:-1], replace(replies[-1], weight=0.0)]), replies[0].round)
+    without = merge(method, server, replies[:-1], SPEC)
+    with_zero = merge(method, server, [*replies[:-1], replace(replies[-1], weight=0.0)], SPEC)
     for client in people(ranks):
         assert_close(*(change(method, merged, client) for merged in (with_zero, without)))
 
@@ -111,7 +113,7 @@ def test_factors_and_head_are_averaged_with_the_same_weights(row, ranks):
     method, server, replies, states = round_of_replies(row, ranks)
     first, rnd = replies[0], replies[0].round
     rest = [replace(reply, weight=1e-9) for reply in replies[1:]]
-    both = [method.merge(server, Replies(some), rnd) for some in ([first, *rest], [first])]
+    both = [merge(method, server, some, SPEC) for some in ([first, *rest], [first])]
     state = states.client_state(first.client, rnd.index + 1)
     one, other = (change(method, merged, first.client, state) for merged in both)
     sizes = {name: float(x.norm()) or 1.0 for name, x in other.items()}
@@ -146,24 +148,55 @@ def test_alpha_is_no_more_than_the_unit_of_the_updates(row, ranks):
 def test_only_the_ratio_of_weights_matters(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
     scaled = [replace(reply, weight=reply.weight * 1000) for reply in replies]
-    both = [method.merge(server, Replies(some), replies[0].round) for some in (replies, scaled)]
+    both = [merge(method, server, some, SPEC) for some in (replies, scaled)]
     for client in people(ranks):
         assert_close(*(change(method, merged, client) for merged in both))
 
 
-@pytest.mark.parametrize(("row", "ranks"), SECURE.values(), ids=SECURE)
-def test_with_secure_aggregation_the_sum_of_the_uploads_is_enough(row, ranks):
-    """Clients count equally: there are methods in which they always do."""
+@pytest.mark.parametrize(("row", "ranks"), MEANS.values(), ids=MEANS)
+def test_a_mean_of_other_uploads_gives_the_same_state(row, ranks):
+    """Two clients of equal weight send something else, but the mean of the expanded uploads is the same."""
     method, server, replies = a_round_of_replies(row.name, ranks)
-    apart = [replace(reply, weight=1.0) for reply in replies]
-    summed = replace(apart[0], upload=Replies(apart).mean(), weight=float(len(apart)))
-    both = [method.merge(server, Replies(some), apart[0].round) for some in (apart, [summed])]
+    one, other, *rest = [method.expand(known_of(method, server, reply, SPEC), reply.upload) for reply in replies]
+    noise = {name: torch.randn(x.shape, generator=generator(0, "other", name)).to(x) for name, x in one.items()}
+    others = [{name: x + noise[name] for name, x in one.items()}, {name: x - noise[name] for name, x in other.items()}]
+    means = [Mean.of([(1.0, tensors) for tensors in sent]) for sent in ([one, other, *rest], [*others, *rest])]
+    both = [method.merge(server, mean, replies[0].round) for mean in means]
     for client in people(ranks):
         assert_close(*(change(method, merged, client) for merged in both))
 
 
-def test_a_row_that_needs_single_uploads_does_not_promise_secure_aggregation():
-    assert not {name for name in SECURE if TABLE[name].needs_individual_uploads}
+@every_row
+def test_weight_two_is_as_two_of_weight_one(row, ranks):
+    method, server, replies = a_round_of_replies(row.name, ranks)
+    if method.collects_mean:
+        return  # a weighted mean is
+    one, *rest = [replace(reply, weight=1.0) for reply in replies]
+    twin = replace(one, client=replace(one.client, id="twin"))
+    both = [merge(method, server, some, SPEC) for some in ([replace(one, weight=2.0), *rest], [one, *rest, twin])]
+    for client in people(ranks):
+        assert_close(*(change(method, merged, client) for merged in both))
+
+
+@every_row
+def test_unchanged_work_from_a_clients_own_state_uploads_the_template(row, ranks):
+    game = run_rounds(row, people(ranks), rounds=PERIOD)
+    method, rnd, trainer = toy_method(row), Round(PERIOD, 0), game.trainer
+    for client in people(ranks):
+        initial, download = method.init_client(SPEC, client, 0), method.send(game.progress.server, client, rnd)
+        state = game.states.client_state(client, PERIOD)
+        template = template_upload(method, ClientRound(SPEC, client, rnd, download, initial))
+        job = method.work(initial if state is None else state, download, client, rnd)
+        upload = answered(job, partial(unchanged, trainer, client))
+        assert upload.values.keys() == template.values.keys()
+        assert all(torch.equal(x, template.values[name]) for name, x in upload.values.items())
+
+
+@every_row
+def test_secure_aggregation_is_promised_exactly_where_a_mean_without_choices_is_collected(row, ranks):
+    method, _, replies = a_round_of_replies(row.name, ranks)
+    able = method.collects_mean and not any(reply.upload.choices for reply in replies)
+    assert row.secure_sums().startswith("yes") == able
 
 
 @every_row
@@ -237,7 +270,7 @@ def test_the_dtype_is_kept(row, ranks, dtype):
     spec = replace(SPEC, head={name: x.to(dtype) for name, x in SPEC.head.items()}, dtype=dtype)
     game = run_rounds(row, people(ranks), trainer=Recorder(toy(spec=spec)), rounds=PERIOD)
     assert {x.dtype for weights in game.weights.values() for x in weights.values()} == {dtype}
-    assert all(x.dtype == dtype for upload in game.backend.uploads for x in upload.values() if x.is_floating_point())
+    assert all(x.dtype == dtype for upload in game.backend.uploads for x in upload.values.values() if x.is_floating_point())
 
 
 @every_row
@@ -250,9 +283,9 @@ def test_a_bad_upload_is_refused_and_the_round_goes_on(row, ranks):
 @every_row
 def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
-    before = encode_state(server), [encode(reply.upload) for reply in replies]
-    method.merge(server, Replies(replies), replies[0].round)
-    assert (encode_state(server), [encode(reply.upload) for reply in replies]) == before
+    before = encode_state(server), [encode(reply.upload.flat()) for reply in replies]
+    merge(method, server, replies, SPEC)
+    assert (encode_state(server), [encode(reply.upload.flat()) for reply in replies]) == before
 
 
 @every_row
@@ -269,7 +302,7 @@ def test_a_frozen_head_never_travels_and_never_changes(row, ranks):
     game = run_rounds(replace(row, head="frozen"), people(ranks), rounds=PERIOD)
     for view in game.views.values():
         assert all(torch.equal(products(view)[name], x) for name, x in SPEC.head.items())
-    assert not any(name.startswith("head/") for upload in game.backend.uploads for name in upload)
+    assert not any(name.startswith("head/") for upload in game.backend.uploads for name in upload.values)
 
 
 @every_row
@@ -316,7 +349,7 @@ class Counting:
     bytes_down: dict[int, set[int]] = field(default_factory=dict)
     base_updates_evaluated: dict[tuple[int, ClientInfo], int] = field(default_factory=dict)
     """What travelled with the download for evaluation already, and not again for the turn."""
-    uploads: list[Tensors] = field(default_factory=list)
+    uploads: list[Upload] = field(default_factory=list)
 
     def clients(self) -> Sequence[ClientInfo]:
         return self.inner.clients()
@@ -336,8 +369,8 @@ class Counting:
             if isinstance(reply, Failed):
                 yield reply
                 continue
-            self.floats_up.setdefault(rnd.index, set()).add(floats_in(reply.upload.values()))
-            self.bytes_up.setdefault(rnd.index, set()).add(other_bytes_in(reply.upload.values()))
+            self.floats_up.setdefault(rnd.index, set()).add(floats_in(reply.upload.flat().values()))
+            self.bytes_up.setdefault(rnd.index, set()).add(other_bytes_in(reply.upload.flat().values()))
             self.uploads.append(reply.upload)
             yield reply
 
@@ -354,7 +387,7 @@ class ThroughBytes(Counting):
         for reply in super().train_clients(
             rnd, {client: decode(encode(download)) for client, download in sent.items()}, missed
         ):
-            yield replace(reply, upload=decode(encode(reply.upload)))
+            yield replace(reply, upload=Upload.of(decode(encode(reply.upload.flat()))))
 
     def evaluate(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Any]:
         return super().evaluate(rnd, {client: decode(encode(download)) for client, download in sent.items()}, missed)
@@ -365,15 +398,15 @@ class Poisoned(Counting):
 
     def train_clients(self, rnd: Round, sent: Sent, missed: Sent) -> Iterator[Reply]:
         for reply in super().train_clients(rnd, sent, missed):
-            name = next(iter(reply.upload))
-            bad = {**reply.upload, name: torch.full_like(reply.upload[name], float("nan"))}
-            yield replace(reply, upload=bad) if reply.client.id == "1" else reply
+            name, tensor = next(iter(reply.upload.values.items()))
+            bad = {**reply.upload.values, name: torch.full_like(tensor, float("nan"))}
+            yield replace(reply, upload=replace(reply.upload, values=bad)) if reply.client.id == "1" else reply
 
 
 class Witness(Recorder):
     """Counts what acted beside the trained factors to the weights."""
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         answers = super().fit(asked, rnd)
         for one in asked:
             frozen_extra = {name: part.product() for name, part in (one.request.frozen_extra or {}).items()}
@@ -468,6 +501,23 @@ def change(method: Any, merged: Merged[Any], client: ClientInfo, state: Any = No
     view = method.view(state, method.send(merged.server, client, Round(PERIOD + 1, 0)), client)
     merged_updates = {name: part.product() for name, part in (merged.base_update or {}).items()}
     return {name: x + merged_updates.get(name, 0) for name, x in products(view).items()}
+
+
+def unchanged(trainer: Any, client: ClientInfo, request: Any) -> Any:
+    """The answer of a trainer that changes nothing."""
+    if isinstance(request, Features):
+        return trainer.features(client)
+    return Trained(request.start) if isinstance(request, Fit) else request.start
+
+
+def answered(job: Any, answer: Callable[[Any], Any]) -> Upload:
+    """The upload of a work whose requests are all answered so."""
+    try:
+        request = next(job)
+        while True:
+            request = job.send(answer(request))
+    except StopIteration as done:
+        return done.value[1]
 
 
 def floats_in(tensors: Iterable[torch.Tensor]) -> int:

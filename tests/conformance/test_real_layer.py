@@ -21,7 +21,7 @@ from fedlora.data.files import columns
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
-from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
 from fedlora.methods.row import Row
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
@@ -73,16 +73,16 @@ class Witness:
     def clients_per_step(self) -> int:
         return self.inner.clients_per_step
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """Each client has one batch, and so the loss of an only epoch is that of the start."""
         expected = [
             self._loss(self.inner.rows[one.client.id], one.request.start, one.request.frozen_extra) for one in asked
         ]
         answers = self.inner.fit(asked, rnd)
-        for one, (trained, notes), loss in zip(asked, answers, expected, strict=True):
+        for one, found, loss in zip(asked, answers, expected, strict=True):
             assert one.request.epochs in (None, 1)
-            self.checked.append(Checked(f"{rnd}: what {one.client} trains from", notes["loss"], loss))
-            self.fits.append((one.request, trained))
+            self.checked.append(Checked(f"{rnd}: what {one.client} trains from", found.loss, loss))
+            self.fits.append((one.request, found.adapter))
         return answers
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
@@ -280,8 +280,8 @@ def test_the_rows_together_ask_for_all_that_can_be_asked(games):
     """So that the laws above are about all of it."""
     played = [games(row, ranks) for row, ranks in [*CASES.values(), *MIXED.values()]]
     fits = [request for game in played for request, _ in game.trainer.fits]
-    for name in ("epochs", "frozen_extra", "penalty", "mask", "rates"):
-        assert any(getattr(request, name) is not None for request in fits), name
+    for name in ("epochs", "frozen_extra", "penalties", "mask", "rates"):
+        assert any(getattr(request, name) for request in fits), name
     assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
     kinds = {type(part) for request in fits for part in request.start.values()}
     assert kinds == {LowRank, ThreeFactor, Heads, Experts, Dense}

@@ -212,8 +212,10 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
     def nan_for_one(trainer, asked, rnd):
         factor = [torch.nan if one.client.id == "001" else 1.0 for one in asked]
         return [
-            ({name: replace(part, **{f: x * by for f, x in vars(part).items()}) for name, part in adapter.items()}, notes)
-            for by, (adapter, notes) in zip(factor, fit(trainer, asked, rnd), strict=True)
+            replace(
+                found, adapter={n: replace(p, **{f: x * by for f, x in vars(p).items()}) for n, p in found.adapter.items()}
+            )
+            for by, found in zip(factor, fit(trainer, asked, rnd), strict=True)
         ]
 
     monkeypatch.setattr(local.LocalTrainer, "fit", nan_for_one)

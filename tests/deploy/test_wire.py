@@ -1,3 +1,4 @@
+import math
 import random
 import tracemalloc
 
@@ -58,10 +59,10 @@ def test_a_loss_that_is_no_number_arrives_as_it_is():
     done = Done(
         round_record=ROUND,
         base_updates=[],
-        results=[ClientResult(id="a", notes={"loss": float("nan"), "other": float("inf")})],
+        results=[ClientResult(id="a", loss=float("nan"), steps=3)],
     )
-    notes = decode_message(encode_message(done))[0].results[0].notes
-    assert notes["loss"] != notes["loss"] and notes["other"] == float("inf")
+    found = decode_message(encode_message(done))[0].results[0]
+    assert math.isnan(found.loss) and found.steps == 3
 
 
 def test_any_damage_gives_one_clear_error():

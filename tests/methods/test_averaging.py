@@ -9,13 +9,14 @@ from torch.testing import assert_close
 
 from fedlora.adapter import pick
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.table import TABLE
 from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.rounds.simulate import SimulationBackend
 
-from toy import MemoryStates, Recorder, ToyTrainer, products, toy_clients
+from merging import merge
+from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 RANK = 3
 CLIENTS = toy_clients(4, RANK)
@@ -39,15 +40,14 @@ def gather(
 
 
 def after(m: FactorAveraging, rounds: int) -> tuple[dict[str, Tensor], MemoryStates]:
-    server, states = m.init_server(ToyTrainer().spec, 0), MemoryStates()
+    server, states = m.init_server(SPEC, 0), MemoryStates()
     for index in range(rounds):
-        server = m.merge(server, Replies(gather(m, server, index, states)), Round(index, 0)).server
+        server = merge(m, server, gather(m, server, index, states), SPEC).server
     return server, states
 
 
 def adapter(m: FactorAveraging, server: Any, states: MemoryStates, client: ClientInfo, index: int) -> dict[str, LowRank]:
-    spec = ToyTrainer().spec
-    return SimulationBackend(m, spec, CLIENTS, states, ToyTrainer(), 0).view(
+    return SimulationBackend(m, SPEC, CLIENTS, states, ToyTrainer(), 0).view(
         client, m.send(server, client, Round(index, 0)), Round(index, 0)
     )  # type: ignore[return-value]
 
@@ -64,20 +64,20 @@ def trained_products(m: FactorAveraging, server: Any, states: MemoryStates, inde
 
 def test_fedit_with_one_client_keeps_its_factors_bit_for_bit():
     m = method("fedit")
-    server = m.init_server(ToyTrainer().spec, 0)
+    server = m.init_server(SPEC, 0)
     replies = gather(m, server, 0, MemoryStates(), CLIENTS[2:3])
-    merged = m.merge(server, Replies(replies), Round(0, 0)).server
-    assert all(torch.equal(merged[key], replies[0].upload[key]) for key in merged)
+    merged = merge(m, server, replies, SPEC).server
+    assert all(torch.equal(merged[key], replies[0].upload.values[key]) for key in merged)
 
 
 def test_fedit_is_off_by_the_weighted_covariance_of_the_factors():
     m = method("fedit")
     server, states = after(m, 2)
     replies = gather(m, server, 2, states)
-    merged = m.merge(server, Replies(replies), Round(2, 0)).server
-    for name in ToyTrainer().spec.modules:
+    merged = merge(m, server, replies, SPEC).server
+    for name in SPEC.modules:
         b, a = merged[f"{name}.b"].double(), merged[f"{name}.a"].double()
-        terms = [(r.weight / TOTAL, r.upload[f"{name}.b"].double(), r.upload[f"{name}.a"].double()) for r in replies]
+        terms = [(r.weight / TOTAL, *(r.upload.values[f"{name}.{side}"].double() for side in "ba")) for r in replies]
         gap = sum(w * bk @ ak for w, bk, ak in terms) - b @ a
         assert gap.norm() > 1e-4
         assert_close(gap, sum(w * (bk - b) @ (ak - a) for w, bk, ak in terms), rtol=1e-4, atol=1e-6)
@@ -101,7 +101,7 @@ def test_with_a_common_factor_the_product_of_means_is_the_mean_of_products(name)
 def test_ffa_lora_never_changes_a_on_any_node():
     m = method("ffa-lora")
     server, states = after(m, 3)
-    start = m.init_client(ToyTrainer().spec, CLIENTS[0], 0)
+    start = m.init_client(SPEC, CLIENTS[0], 0)
     for client in CLIENTS:
         view = adapter(m, server, states, client, 3)
         assert all(torch.equal(view[name].a, start[f"{name}.a"]) for name in view)
@@ -111,7 +111,7 @@ def test_ffa_lora_updates_lie_in_the_row_space_of_the_first_a():
     m = method("ffa-lora")
     server, states = after(m, 3)
     for name, part in adapter(m, server, states, CLIENTS[0], 3).items():
-        a = m.init_client(ToyTrainer().spec, CLIENTS[0], 0)[f"{name}.a"]
+        a = m.init_client(SPEC, CLIENTS[0], 0)[f"{name}.a"]
         inside = torch.linalg.pinv(a) @ a
         assert_close(part.product() @ inside, part.product(), rtol=1e-4, atol=1e-6)
 
@@ -121,7 +121,7 @@ def test_ffa_lora_with_sgd_sees_alpha_as_a_learning_rate():
     m, c = method("ffa-lora"), 3.0
 
     def updates(scale: float, lr: float) -> dict[str, Tensor]:
-        view = m.view(m.init_client(ToyTrainer().spec, CLIENTS[0], 0), m.init_server(ToyTrainer().spec, 0), CLIENTS[0])
+        view = m.view(m.init_client(SPEC, CLIENTS[0], 0), m.init_server(SPEC, 0), CLIENTS[0])
         found = {}
         for name, part in view.items():
             assert isinstance(part, LowRank)
@@ -139,7 +139,7 @@ def test_rolora_freezes_one_factor_in_turn_beginning_with_a():
     m = method("rolora")
     for index in range(4):
         before, states = after(m, index)
-        merged = m.merge(before, Replies(gather(m, before, index, states)), Round(index, 0)).server
+        merged = merge(m, before, gather(m, before, index, states), SPEC).server
         moved, still = ("b", "a") if index % 2 == 0 else ("a", "b")
         assert all(torch.equal(merged[key], x) for key, x in pick(before, still).items())
         assert not any(torch.equal(merged[key], x) for key, x in pick(before, moved).items())
@@ -157,7 +157,7 @@ def test_rolora_takes_its_phase_from_the_servers_round_and_not_from_the_client()
     m = method("rolora")
     server, _ = after(m, 1)
     newcomer = gather(m, server, 1, MemoryStates(), [ClientInfo("new", RANK, 5)])[0]
-    assert {key.rpartition(".")[2] for key in newcomer.upload} == {"a"}
+    assert {key.rpartition(".")[2] for key in newcomer.upload.values} == {"a"}
 
 
 def test_fedsa_lora_uploads_a_only_and_a_download_leaves_b_alone():
@@ -174,29 +174,26 @@ def test_fedsa_lora_averages_a_by_examples():
     m = method("fedsa-lora")
     server, states = after(m, 1)
     replies = gather(m, server, 1, states)
-    merged = m.merge(server, Replies(replies), Round(1, 0)).server
+    merged = merge(m, server, replies, SPEC).server
     for key in merged:
-        assert_close(merged[key], sum(r.client.examples * r.upload[key] for r in replies) / TOTAL, rtol=1e-6, atol=1e-7)
+        assert_close(
+            merged[key], sum(r.client.examples * r.upload.values[key] for r in replies) / TOTAL, rtol=1e-6, atol=1e-7
+        )
 
 
 def test_fedsa_lora_with_equal_b_everywhere_is_fedit_restricted_to_a():
     """In the first round all b are equal, and so both methods train and average the same a."""
     sa, it = method("fedsa-lora"), method("fedit")
-    spec = ToyTrainer().spec
-    merged_sa = sa.merge(
-        sa.init_server(spec, 0), Replies(gather(sa, sa.init_server(spec, 0), 0, MemoryStates())), Round(0, 0)
-    )
-    merged_it = it.merge(
-        it.init_server(spec, 0), Replies(gather(it, it.init_server(spec, 0), 0, MemoryStates())), Round(0, 0)
-    )
+    merged_sa = merge(sa, sa.init_server(SPEC, 0), gather(sa, sa.init_server(SPEC, 0), 0, MemoryStates()), SPEC)
+    merged_it = merge(it, it.init_server(SPEC, 0), gather(it, it.init_server(SPEC, 0), 0, MemoryStates()), SPEC)
     assert all(torch.equal(merged_sa.server[key], x) for key, x in pick(merged_it.server, "a").items())
 
 
 def test_local_only_gives_each_client_what_fedit_would_if_there_were_no_other():
     (_, states), m, one = after(method("local-only"), 3), method("fedit"), CLIENTS[1]
-    server = m.init_server(ToyTrainer().spec, 0)
+    server = m.init_server(SPEC, 0)
     for index in range(3):
-        server = m.merge(server, Replies(gather(m, server, index, MemoryStates(), [one])), Round(index, 0)).server
+        server = merge(m, server, gather(m, server, index, MemoryStates(), [one]), SPEC).server
     own = adapter(method("local-only"), {}, states, one, 3)
     assert all(
         torch.equal(own[name].product(), part.product()) for name, part in adapter(m, server, states, one, 3).items()
@@ -204,9 +201,10 @@ def test_local_only_gives_each_client_what_fedit_would_if_there_were_no_other():
 
 
 def test_clients_of_unequal_ranks_cannot_be_averaged_and_both_are_named():
-    m, spec = method("fedit"), ToyTrainer().spec
-    server = m.init_server(spec, 0)
+    m = method("fedit")
+    server = m.init_server(SPEC, 0)
     good = gather(m, server, 0, MemoryStates(), CLIENTS[:1])[0]
-    thin = Reply(CLIENTS[1], good.round, {k: x[:, :1] if k.endswith(".b") else x[:1] for k, x in good.upload.items()}, 1.0)
+    cut = {key: x[:, :1] if key.endswith(".b") else x[:1] for key, x in good.upload.values.items()}
+    thin = Reply(CLIENTS[1], good.round, Upload(cut), 1.0)
     with pytest.raises(ValueError, match=r"client 1 sent \(12, 1\), client 0 sent \(12, 3\)"):
-        m.merge(server, Replies([good, thin]), good.round)
+        merge(m, server, [good, thin], SPEC)

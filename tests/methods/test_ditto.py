@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 from fedlora.adapter import Scaling, lora_init, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
+from fedlora.messages import ClientInfo, Merged, Round, Trained
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.ditto import Ditto, distance
 from fedlora.methods.scaled import Scaled, unscaled
 from fedlora.rounds.simulate import SimulationBackend
 
+from merging import merge
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 from uploads import factors
 
@@ -27,7 +28,7 @@ def run_rounds(m: Any, rounds: int, client: list[ClientInfo] = CLIENTS) -> tuple
         rnd, some = Round(index, 0), client[-1:] if index % 2 else client  # the last one is always there
         simulation = SimulationBackend(m, SPEC, client, states, ToyTrainer(), 0)
         sent = {one: m.send(server, one, rnd) for one in some}
-        merged.append(m.merge(server, Replies(simulation.train_clients(rnd, sent, {})), rnd))
+        merged.append(merge(m, server, simulation.train_clients(rnd, sent, {}), SPEC))
         server = merged[-1].server
     return merged, states
 
@@ -60,7 +61,7 @@ def test_a_pull_without_bounds_keeps_a_client_at_the_shared_pair_that_came_down(
         m, trainer, rnd = Ditto(rank=2, prox_weight=prox_weight), ToyTrainer(lr=0.05 / prox_weight, steps=20), Round(0, 0)
         shared = factors(2, "shared", spec=SPEC)
         job = m.work(m.init_client(SPEC, CLIENTS[0], 0), pack(shared), CLIENTS[0], rnd)
-        own, _ = trainer.fit_one(job.send(next(job).start), CLIENTS[0])
+        own = trainer.fit_one(job.send(Trained(next(job).start)), CLIENTS[0]).adapter
         apart.append(distance(own, shared).sqrt())
     assert_close(apart[1], apart[0] / 10, rtol=0.05, atol=0)
     assert apart[1] > 0
@@ -71,11 +72,11 @@ def test_the_pull_is_towards_what_came_down_and_not_towards_what_was_trained_sin
     download, state = m.init_server(SPEC, 0), factors(2, "own", spec=SPEC)
     job = m.work(Scaled(state, SPEC.scales(2)), download, client, rnd)
     first = next(job)
-    assert first.penalty is None
-    second = job.send(factors(2, "trained", spec=SPEC))
-    assert second.start is state and second.penalty is not None
-    assert_close(second.penalty(pack(state)), 1.5 * distance(state, unpack(download, LowRank)))
-    assert second.penalty(download) == 0
+    assert first.penalties == ()
+    second = job.send(Trained(factors(2, "trained", spec=SPEC)))
+    assert second.start is state and len(second.penalties) == 1
+    assert_close(second.penalties[0](pack(state)), 1.5 * distance(state, unpack(download, LowRank)))
+    assert second.penalties[0](download) == 0
 
 
 def test_the_distance_is_that_of_all_factors():
@@ -91,7 +92,7 @@ def test_a_client_uses_the_shared_pair_until_it_has_its_own_which_starts_there()
     assert_close(shared, products(lora_init(SPEC, 2, 1)))
     job = m.work(state, download, client, Round(0, 0))
     next(job)
-    second = job.send(factors(2, "trained", spec=SPEC))
+    second = job.send(Trained(factors(2, "trained", spec=SPEC)))
     assert all(torch.equal(part.a, download[f"{name}.a"]) for name, part in second.start.items())
     own = factors(2, "own", spec=SPEC)
     assert m.view(Scaled(own, SPEC.scales(2)), download, client) is own
@@ -105,5 +106,5 @@ def test_the_pull_is_on_the_factors_of_peft_whatever_alpha_is():
     )
     m, scales = Ditto(rank=2, prox_weight=3.0), spec.scales(2)
     job = m.work(Scaled(state, scales), pack(download), CLIENTS[0], Round(0, 0))
-    second = job.send(next(job).start)
-    assert_close(second.penalty(pack(state)), 1.5 * distance(unscaled(state, scales), unscaled(download, scales)))
+    second = job.send(Trained(next(job).start))
+    assert_close(second.penalties[0](pack(state)), 1.5 * distance(unscaled(state, scales), unscaled(download, scales)))

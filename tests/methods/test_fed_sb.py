@@ -11,12 +11,13 @@ from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, AdapterSpec, pack, unpack
 from fedlora.linalg.lowrank import LowRank, ThreeFactor
-from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained
 from fedlora.methods.fed_sb import FedSB, decomposed
 from fedlora.methods.table import TABLE
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 
+from merging import merge
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 from uploads import factors, off, truncated
 
@@ -32,7 +33,7 @@ class OneStep(ToyTrainer):
     gradients: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     lr: float = 0.1
 
-    def fit_one(self, request: Fit, client: ClientInfo) -> tuple[Adapter, Mapping[str, float]]:
+    def fit_one(self, request: Fit, client: ClientInfo) -> Trained:
         after = {}
         for name, part in request.start.items():
             g = self.gradients[client.id][name]
@@ -41,7 +42,7 @@ class OneStep(ToyTrainer):
             if "a" in request.train:
                 part = replace(part, a=part.a - self.lr * part.b.mT @ g)
             after[name] = part
-        return after, {}
+        return Trained(after)
 
 
 def replies(m: FedSB, server: Any, index: int, trainer: Any, spec: AdapterSpec = SPEC) -> list[Reply]:
@@ -54,7 +55,7 @@ def after(m: FedSB, rounds: int, trainer: Any = None, spec: AdapterSpec = SPEC) 
     server = m.init_server(spec, 0)
     for index in range(rounds):
         found = replies(m, server, index, trainer or ToyTrainer(), spec)
-        server = m.merge(server, Replies(iter(found)), Round(index, 0)).server
+        server = merge(m, server, found, spec).server
     return server
 
 
@@ -68,11 +69,20 @@ def test_the_mean_c_gives_the_mean_of_the_products(init):
     server = after(m, 2)
     found = replies(m, server, 2, ToyTrainer())
     state = m.init_client(SPEC, CLIENTS[0], 0)
-    merged = view(m, m.merge(server, Replies(found), Round(2, 0)).server)
-    sent = [(r.weight / TOTAL, products(unpack({**state, **server, **r.upload}, ThreeFactor))) for r in found]
+    merged = view(m, merge(m, server, found, SPEC).server)
+    sent = [(r.weight / TOTAL, products(unpack({**state, **server, **r.upload.values}, ThreeFactor))) for r in found]
     for name, product in products(merged).items():
         assert product.norm() > 1e-3
         assert_close(product, sum(weight * one[name] for weight, one in sent), rtol=1e-5, atol=1e-7)
+
+
+@every_init
+def test_every_round_is_exact_and_the_one_that_only_finds_a_basis_logs_no_error(init):
+    m = FedSB(rank=3, init=init)
+    for index in range(3):
+        server = after(m, index)
+        error = merge(m, server, replies(m, server, index, ToyTrainer()), SPEC).notes.get("aggregation_error")
+        assert error is None if (init, index) == ("gradient", 0) else error < 1e-5
 
 
 @every_init
@@ -85,7 +95,8 @@ def test_b_and_a_never_change_and_c_alone_goes_up(init):
         assert_close(part.b.mT @ part.b, torch.eye(3))
         assert_close(part.a @ part.a.mT, torch.eye(3))
     for reply in replies(m, later, 5, ToyTrainer()):
-        assert {key: tuple(x.shape) for key, x in reply.upload.items()} == {f"{name}.c": (3, 3) for name in SPEC.modules}
+        sent = {key: tuple(x.shape) for key, x in reply.upload.flat().items()}
+        assert sent == {f"{name}.c": (3, 3) for name in SPEC.modules}
 
 
 @pytest.mark.parametrize("init", ["weight", "random"])
@@ -93,7 +104,7 @@ def test_training_starts_from_the_pretrained_model_and_c_has_a_gradient(init):
     m = FedSB(rank=3, init=init)
     start = view(m, m.init_server(SPEC, 0))
     assert not any(x.any() for x in products(start).values())
-    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("c")), CLIENTS[0])
+    trained = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("c")), CLIENTS[0]).adapter
     assert all(part.c.norm() > 1e-3 for part in trained.values())
 
 

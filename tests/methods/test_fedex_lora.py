@@ -5,7 +5,7 @@ import torch
 
 from fedlora.adapter import unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Replies
+from fedlora.messages import Mean
 from fedlora.methods.fedex_lora import FedExLoRA
 
 from uploads import dense, drifted, factors, mean_product, merged_by, off, replies_of, truncated, update
@@ -22,7 +22,8 @@ def test_base_and_adapter_together_move_by_the_mean_of_the_products(count, adapt
 
 def test_the_adapter_is_the_mean_of_the_factors():
     replies = drifted(4, 3)
-    adapter, mean = merged_by(FedExLoRA(rank=3), replies).server, unpack(Replies(replies).mean(), LowRank)
+    adapter = merged_by(FedExLoRA(rank=3), replies).server
+    mean = unpack(Mean.of((r.weight, r.upload.values) for r in replies).tensors(), LowRank)
     assert all(torch.equal(adapter[name].b, mean[name].b) and torch.equal(adapter[name].a, mean[name].a) for name in mean)
 
 
@@ -31,7 +32,7 @@ def test_the_base_update_is_the_covariance_of_the_factors():
     merged, total = merged_by(FedExLoRA(rank=3), replies), sum(r.weight for r in replies)
     covariance = {}
     for name, centre in merged.server.items():
-        parts = [(r.weight / total, unpack(r.upload, LowRank)[name]) for r in replies]
+        parts = [(r.weight / total, unpack(r.upload.values, LowRank)[name]) for r in replies]
         covariance[name] = sum(w * (p.b - centre.b).double() @ (p.a - centre.a).double() for w, p in parts)
     assert off({name: dense(part) for name, part in merged.base_update.items()}, covariance) < 1e-5
 

@@ -10,11 +10,13 @@ from torch.testing import assert_close
 
 from fedlora.adapter import pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Upload
 from fedlora.methods.fedhm import FedHMLoRA
 from fedlora.methods.flexlora import FlexLoRA, Sliced
 
+from merging import merge
 from toy import SPEC, products
+from uploads import measured_error
 
 RND = Round(0, 0)
 
@@ -27,10 +29,13 @@ def factors(rank: int, seed: int) -> dict[str, LowRank]:
     }
 
 
-def merge(m: FedHMLoRA | FlexLoRA, ranks: Sequence[int], server: Sliced | None = None) -> Merged[Sliced]:
+def replies_of(ranks: Sequence[int]) -> list[Reply]:
     """Clients of these ranks, of unequal numbers of examples."""
-    replies = [Reply(ClientInfo(str(i), r, 10), RND, pack(factors(r, i)), 10.0 + i) for i, r in enumerate(ranks)]
-    return m.merge(server or m.init_server(SPEC, 0), Replies(replies), RND)
+    return [Reply(ClientInfo(str(i), r, 10), RND, Upload(pack(factors(r, i))), 10.0 + i) for i, r in enumerate(ranks)]
+
+
+def merged_by(m: FedHMLoRA | FlexLoRA, ranks: Sequence[int], server: Sliced | None = None) -> Merged[Sliced]:
+    return merge(m, server or m.init_server(SPEC, 0), replies_of(ranks), SPEC)
 
 
 def mean(weights: Sequence[float], ranks: Sequence[int], name: str) -> Tensor:
@@ -46,21 +51,21 @@ def cut(matrix: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_clients_weigh_by_the_softmax_of_their_capacity_whatever_their_examples(temperature):
     ranks = (4, 2, 1)
-    merged = merge(FedHMLoRA(rank=4, temperature=temperature), ranks)
+    merged = merged_by(FedHMLoRA(rank=4, temperature=temperature), ranks)
     weights = [math.exp(-4 / r / temperature) for r in ranks]
     for name, found in products(merged.server.adapter).items():
         assert_close(found, cut(mean(weights, ranks, name), 4), rtol=1e-4, atol=1e-5)
 
 
 def test_clients_of_one_rank_count_equally():
-    merged = merge(FedHMLoRA(rank=6), (6, 6))
+    merged = merged_by(FedHMLoRA(rank=6), (6, 6))
     for name, found in products(merged.server.adapter).items():
         assert_close(found, cut(mean((1, 1), (6, 6), name), 6), rtol=1e-4, atol=1e-5)
 
 
 def test_a_client_gets_the_best_fit_of_its_own_rank_with_balanced_factors():
     m, ranks = FedHMLoRA(rank=4, weighting="uniform"), (4, 2, 1)
-    server = merge(m, ranks).server
+    server = merged_by(m, ranks).server
     for rank in (1, 3):
         for name, part in unpack(m.send(server, ClientInfo("x", rank, 1), RND), LowRank).items():
             ideal = mean((1, 1, 1), ranks, name)
@@ -71,16 +76,23 @@ def test_a_client_gets_the_best_fit_of_its_own_rank_with_balanced_factors():
 
 
 def test_if_the_server_has_every_rank_the_merge_is_the_mean():
-    merged = merge(FedHMLoRA(rank=7, weighting="uniform"), (3, 2, 2))
+    merged = merged_by(FedHMLoRA(rank=7, weighting="uniform"), (3, 2, 2))
     for name, found in products(merged.server.adapter).items():
         assert_close(found, mean((1, 1, 1), (3, 2, 2), name), rtol=1e-4, atol=1e-5)
-    assert merged.notes["aggregation_error"] < 1e-5
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "capacity"])
+def test_the_logged_error_is_against_the_mean_with_the_weights_of_the_replies(weighting):
+    m, server, ranks = FedHMLoRA(rank=4, weighting=weighting), Sliced(factors(4, 9), {}), (4, 2, 1)
+    merged = merged_by(m, ranks, server)
+    measured = measured_error(m, merged, replies_of(ranks), server, SPEC)
+    assert merged.notes["aggregation_error"] == pytest.approx(measured, rel=1e-4)
 
 
 @pytest.mark.parametrize(("ranks", "kept"), [((2, 1), True), ((4, 1), False)])
 def test_where_nobody_has_the_largest_rank_the_servers_factors_can_stand_in(ranks, kept):
     old = factors(4, 9)
-    merged = merge(FedHMLoRA(rank=4, weighting="uniform", keep_missing=True), ranks, Sliced(old, {}))
+    merged = merged_by(FedHMLoRA(rank=4, weighting="uniform", keep_missing=True), ranks, Sliced(old, {}))
     for name, found in products(merged.server.adapter).items():
         total = 2 * mean((1, 1), ranks, name) + (old[name].product() if kept else 0)
         assert_close(found, cut(total / (3 if kept else 2), 4), rtol=1e-4, atol=1e-5)
@@ -91,7 +103,7 @@ def test_where_nobody_has_the_largest_rank_the_servers_factors_can_stand_in(rank
 def test_the_weights_of_a_round_without_the_largest_rank_add_up_to_one(ranks, temperature):
     """At g = 96 and 48 and small temperatures, where exp(-g / temperature) is zero for all."""
     m = FedHMLoRA(rank=96, temperature=temperature)
-    found = merge(m, ranks).server.adapter
+    found = merged_by(m, ranks).server.adapter
     weights = torch.softmax(torch.tensor([-96 / r / temperature for r in ranks], dtype=torch.float64), 0).tolist()
     for name, product in products(found).items():
         assert_close(product, mean(weights, ranks, name), rtol=1e-4, atol=1e-5)

@@ -10,13 +10,14 @@ from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, lora_init, pack, pick
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Trained, Upload
 from fedlora.methods.fedlease import Allocation, FedLEASE
 from fedlora.methods.table import TABLE
 from fedlora.rounds.loop import RunState, one_round
-from fedlora.rounds.validator import UploadValidator
 
+from merging import merge
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
+from uploads import rejection
 
 RANK = 2
 METHOD = FedLEASE(RANK)
@@ -39,13 +40,14 @@ def pair(group: int, client: int, noise: float = 0.2) -> Tensors:
 
 
 def replies(uploads: Sequence[Tensors], client: Sequence[ClientInfo] = WHO, index: int = 0) -> list[Reply]:
-    return [Reply(one, Round(index, 0), x, float(one.examples)) for one, x in zip(client, uploads, strict=True)]
+    sent = zip(client, uploads, strict=True)
+    return [Reply(one, Round(index, 0), Upload(upload), float(one.examples)) for one, upload in sent]
 
 
 def warm(method: FedLEASE = METHOD) -> Allocation:
     """The server after the warm-up of all seven."""
     uploads = [pair(group, i) for i, group in enumerate(GROUPS)]
-    return method.merge(method.init_server(SPEC, 0), Replies(replies(uploads)), Round(0, 0)).server
+    return merge(method, method.init_server(SPEC, 0), replies(uploads), SPEC).server
 
 
 def mean(uploads: Sequence[Tensors], client: Sequence[ClientInfo]) -> Tensors:
@@ -72,12 +74,12 @@ def test_in_the_warm_up_clients_train_pairs_of_their_own_and_nothing_comes_down(
         sent = {client: method.send(server, client, rnd) for client in clients}
         before = {client.id: simulation.view(client, {}, rnd) for client in clients}
         found = list(simulation.train_clients(rnd, sent, {}))
-        server = method.merge(server, Replies(found), rnd).server
+        server = merge(method, server, found, SPEC).server
         assert all(not x for x in sent.values())
         for reply in found:
-            alone, _ = trainer.fit_one(replace(request({})[1], start=before[reply.client.id]), reply.client)
-            assert all(torch.equal(x, pack(alone)[key]) for key, x in reply.upload.items())
-            assert sum(x.numel() for x in reply.upload.values()) == FLOATS
+            alone = trainer.fit_one(replace(request({})[1], start=before[reply.client.id]), reply.client).adapter
+            assert all(torch.equal(x, pack(alone)[key]) for key, x in reply.upload.values.items())
+            assert sum(x.numel() for x in reply.upload.flat().values()) == FLOATS
     assert not server.downloads and server.first.keys() == {"0", "1", "2"}
 
 
@@ -101,7 +103,7 @@ def test_the_warm_up_lasts_its_rounds_and_each_client_counts_with_its_latest_pai
     for index, (some, shift) in come.items():
         assert not server.downloads
         uploads = [pair((GROUPS[i] + shift) % 10 if i < 4 else GROUPS[i], i) for i in some]
-        server = method.merge(server, Replies(replies(uploads, [WHO[i] for i in some], index)), Round(index, 0)).server
+        server = merge(method, server, replies(uploads, [WHO[i] for i in some], index), SPEC).server
     assert [server.members[client.id] for client in WHO] == GROUPS
 
 
@@ -130,8 +132,8 @@ def test_a_download_is_the_own_expert_its_router_and_the_others_in_their_order()
 def test_what_travels_after_the_warm_up_is_as_the_row_says():
     job, asked = request(download := warm().downloads[1])
     with pytest.raises(StopIteration) as done:
-        job.send(asked.start)
-    up, down = (sum(x.numel() for x in tensors.values()) for tensors in (done.value.value[1], download))
+        job.send(Trained(asked.start))
+    up, down = (sum(x.numel() for x in tensors.values()) for tensors in (done.value.value[1].flat(), download))
     routers = sum((2 * 3 - 1) * in_ for _, in_ in SPEC.modules.values())
     assert (up, down) == (FLOATS + routers, 3 * FLOATS + routers)
 
@@ -139,7 +141,7 @@ def test_what_travels_after_the_warm_up_is_as_the_row_says():
 def test_a_client_trains_its_expert_and_router_and_leaves_the_others():
     _, asked = request(warm().downloads[1])
     assert asked.train == {"b", "a", "g"}
-    trained, _ = ToyTrainer().fit_one(asked, WHO[1])
+    trained = ToyTrainer().fit_one(asked, WHO[1]).adapter
     for name, part in asked.start.items():
         assert isinstance(part, Experts)
         assert trained[name].others_b is part.others_b and trained[name].others_a is part.others_a
@@ -149,7 +151,7 @@ def test_a_client_trains_its_expert_and_router_and_leaves_the_others():
 def test_experts_and_routers_are_averaged_over_the_members_that_came():
     server, present = warm(), [1, 2, 4, 6]  # none of cluster 2
     uploads = [moved(server.downloads[GROUPS[i]], i) for i in present]
-    after = METHOD.merge(server, Replies(replies(uploads, [WHO[i] for i in present], 1)), Round(1, 0)).server
+    after = merge(METHOD, server, replies(uploads, [WHO[i] for i in present], 1), SPEC).server
     for cluster in (0, 1):
         own = [(x, WHO[i]) for x, i in zip(uploads, present, strict=True) if GROUPS[i] == cluster]
         assert_close(pick(after.downloads[cluster], "bag"), mean(*map(list, zip(*own, strict=True))))
@@ -162,7 +164,7 @@ def test_a_client_that_missed_the_warm_up_uses_its_own_pair_and_joins_the_neares
     server, late = warm(), ClientInfo("late", RANK, 50)
     assert METHOD.send(server, late, Round(1, 0)) == {}
     found = [*replies([moved(server.downloads[0], 0)], WHO[:1], 1), *replies([pair(2, 77)], [late], 1)]
-    after = METHOD.merge(server, Replies(found), Round(1, 0)).server
+    after = merge(METHOD, server, found, SPEC).server
     assert after.members == {**server.members, "late": 2}
     assert METHOD.send(after, late, Round(2, 0)) is after.downloads[2]
     kept = pick(server.downloads[2], "bag")
@@ -171,14 +173,13 @@ def test_a_client_that_missed_the_warm_up_uses_its_own_pair_and_joins_the_neares
 
 def test_the_gate_expects_of_each_client_what_its_phase_makes():
     server, late = warm(), ClientInfo("late", RANK, 50)
-    rnd = Round(1, 0)
-    sent = {client: METHOD.send(server, client, rnd) for client in (WHO[0], WHO[1], late)}
-    validator = UploadValidator(METHOD, SPEC, rnd, sent)
     routed, own = moved(server.downloads[0], 0), pair(0, 0)
-    assert "missing" in str(validator.rejection_reason(Reply(WHO[1], rnd, own, 1.0)))
-    assert "unexpected" in str(validator.rejection_reason(Reply(late, rnd, routed, 1.0)))
-    assert validator.rejection_reason(Reply(WHO[0], rnd, routed, 1.0)) is None
-    assert validator.rejection_reason(Reply(late, rnd, own, 1.0)) is None
+
+    def reason(client: ClientInfo, upload: Tensors) -> str:
+        return rejection(METHOD, server, *replies([upload], [client], 1), SPEC)
+
+    assert "missing" in reason(WHO[1], own) and "unexpected" in reason(late, routed)
+    assert reason(WHO[0], routed) == reason(late, own) == ""
 
 
 @pytest.mark.parametrize("settings", [{"experts": 1}, {"max_experts": 1}])
@@ -206,8 +207,8 @@ def test_a_given_number_of_experts_is_made_whatever_the_silhouette_says():
 def test_each_round_after_the_warm_up_notes_how_many_experts_there_are():
     method = FedLEASE(RANK, warmup_rounds=2)
     uploads = [pair(group, i) for i, group in enumerate(GROUPS)]
-    first = method.merge(method.init_server(SPEC, 0), Replies(replies(uploads)), Round(0, 0))
-    second = method.merge(first.server, Replies(replies(uploads, index=1)), Round(1, 0))
+    first = merge(method, method.init_server(SPEC, 0), replies(uploads), SPEC)
+    second = merge(method, first.server, replies(uploads, index=1), SPEC)
     assert first.notes == {} and second.notes == {"experts": 3.0}
 
 
@@ -221,7 +222,7 @@ def test_what_a_client_computes_depends_on_the_input_by_its_router():
 def test_a_client_whose_b_is_zero_hinders_nobody():
     uploads = [pair(group, i) for i, group in enumerate(GROUPS)]
     uploads[3] = {key: torch.zeros_like(x) if key.endswith(".b") else x for key, x in uploads[3].items()}
-    server = METHOD.merge(METHOD.init_server(SPEC, 0), Replies(replies(uploads)), Round(0, 0)).server
+    server = merge(METHOD, METHOD.init_server(SPEC, 0), replies(uploads), SPEC).server
     assert all(bool(x.isfinite().all()) for download in server.downloads for x in download.values())
     rest = [i for i in range(len(GROUPS)) if i != 3]
     assert len({(GROUPS[i], server.members[WHO[i].id]) for i in rest}) == 3

@@ -8,13 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.linalg.combine import stack
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Trained
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedloru import FedLoRU, MFedLoRU, PFedLoRU
 from fedlora.rounds.base_updates import BaseUpdateLog, caught_up, pending_tensors
 from fedlora.rounds.simulate import SimulationBackend
 
-from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+from merging import merge
+from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
+from uploads import off
 
 CLIENTS = toy_clients(3, 2)
 accumulations = pytest.mark.parametrize("accumulate", ["keep", "reinit"])
@@ -31,7 +33,7 @@ def run_rounds(
 ) -> tuple[list[Merged[Any]], ToyTrainer, MemoryStates]:
     server, trainer, states, merged = m.init_server(SPEC, 0), ToyTrainer(), MemoryStates(), []
     for index in range(rounds):
-        merged.append(m.merge(server, Replies(replies(m, server, index, trainer, states, client)), Round(index, 0)))
+        merged.append(merge(m, server, replies(m, server, index, trainer, states, client), SPEC))
         server = merged[-1].server
         trainer.merge_into_base(merged[-1].base_update or {})
     return merged, trainer, states
@@ -78,6 +80,23 @@ def test_the_base_changes_by_the_sum_of_what_was_accumulated_of_rank_r_each(accu
         assert torch.linalg.matrix_rank(base, rtol=1e-5) <= 2 * 2
 
 
+@accumulations
+@pytest.mark.parametrize("kind", [FedLoRU, PFedLoRU, MFedLoRU])
+def test_the_logged_error_is_the_distance_of_the_models_change_from_the_mean_of_the_clients_models(kind, accumulate):
+    m, trainer, states = kind(rank=2, every=2, accumulate=accumulate), Recorder(), MemoryStates()
+    server, total = m.init_server(SPEC, 0), sum(one.examples for one in CLIENTS)
+    for index in range(4):
+        before = trainer.inner.weights(m.view({}, m.send(server, CLIENTS[0], Round(index, 0)), CLIENTS[0]))
+        merged = merge(m, server, replies(m, server, index, trainer, states), SPEC)
+        server = merged.server
+        trainer.merge_into_base(merged.base_update or {})
+        after = trainer.inner.weights(m.view({}, m.send(server, CLIENTS[0], Round(index + 1, 0)), CLIENTS[0]))
+        own = [(one.examples / total, trainer.weights[one.id]) for one in CLIENTS]
+        mean = {name: sum(w * (x[name] - before[name]) for w, x in own) for name in before}
+        measured = off({name: after[name] - before[name] for name in before}, mean)
+        assert merged.notes["aggregation_error"] == pytest.approx(measured, rel=1e-3)
+
+
 def test_a_client_that_was_away_is_sent_every_accumulation_it_missed():
     merged, trainer, _ = run_rounds(FedLoRU(rank=2, every=1), 3)
     base_updates = BaseUpdateLog((0, 1, 2), {"late": 1})
@@ -94,12 +113,13 @@ def test_pfedloru_trains_its_own_pair_first_and_never_sends_it():
     own = next(job)
     assert {part.rank for part in own.start.values()} == {1} and own.frozen_extra.keys() == own.start.keys()
     changed = {name: stack([(1.0, part)]) for name, part in own.start.items()}
-    shared = job.send(changed)
+    shared = job.send(Trained(changed))
     assert {part.rank for part in shared.start.values()} == {2} and shared.frozen_extra == changed
     with pytest.raises(StopIteration) as done:
-        job.send(shared.start)
+        job.send(Trained(shared.start))
     state, upload = done.value.value
-    assert state == changed and {tuple(x.shape) for x in upload.values()} == {tuple(x.shape) for x in download.values()}
+    assert state == changed
+    assert {tuple(x.shape) for x in upload.flat().values()} == {tuple(x.shape) for x in download.values()}
 
 
 def test_pfedloru_uses_both_pairs_and_without_a_personal_rank_it_is_fedloru():
@@ -125,13 +145,15 @@ def test_mfedloru_adds_the_mean_of_the_clients_products_to_both_factors():
     m, client = MFedLoRU(rank=3), toy_clients(3, [1, 3, 2])
     server, total = m.init_server(SPEC, 0), sum(one.examples for one in client)
     found = replies(m, server, 0, ToyTrainer(), MemoryStates(), client)
-    factors = m.merge(server, Replies(found), Round(0, 0)).server.factors
+    factors = merge(m, server, found, SPEC).server.factors
     for name, (out, in_) in SPEC.modules.items():
-        assert [sum(x.numel() for key, x in r.upload.items() if key.startswith(name)) for r in found] == [
+        assert [sum(x.numel() for key, x in r.upload.flat().items() if key.startswith(name)) for r in found] == [
             rank * (out + 3) + rank * (3 + in_) for rank in (1, 3, 2)
         ]
-        b = sum(r.weight / total * r.upload[f"{name}.b.b"] @ r.upload[f"{name}.b.a"] for r in found)
-        a = sum(r.weight / total * r.upload[f"{name}.a.b"] @ r.upload[f"{name}.a.a"] for r in found)
+        b, a = (
+            sum(r.weight / total * r.upload.values[f"{name}.{side}.b"] @ r.upload.values[f"{name}.{side}.a"] for r in found)
+            for side in "ba"
+        )
         assert_close(factors[name].b, server.factors[name].b + b, rtol=1e-5, atol=1e-6)
         assert_close(factors[name].a, server.factors[name].a + a, rtol=1e-5, atol=1e-6)
 
@@ -142,5 +164,5 @@ def test_mfedloru_sends_a_module_of_fixed_rank_at_that_rank():
     for m in (MFedLoRU(rank=3), FedLoRU(rank=3)):
         server = m.init_server(spec, 0)
         sent = replies(m, server, 0, ToyTrainer(spec), MemoryStates(), [client])
-        found.append(m.merge(server, Replies(sent), Round(0, 0)).server.factors["layer.2.q"].product())
+        found.append(merge(m, server, sent, spec).server.factors["layer.2.q"].product())
     assert_close(*found, rtol=1e-4, atol=1e-6)

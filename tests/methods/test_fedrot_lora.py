@@ -8,11 +8,12 @@ from torch.testing import assert_close
 
 from fedlora.adapter import pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Replies, Reply, Round
+from fedlora.messages import Reply, Round, Trained, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.rounds.simulate import SimulationBackend
 
+from merging import merge
 from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
 
 CLIENTS = toy_clients(3, 3)
@@ -30,8 +31,8 @@ def upload(m: FedRotLoRA, download: dict[str, LowRank], trained: dict[str, LowRa
     job = m.work(None, pack(download), CLIENTS[0], Round(index, 0))
     next(job)
     with pytest.raises(StopIteration) as done:
-        job.send(trained)
-    return unpack(done.value.value[1], LowRank)
+        job.send(Trained(trained))
+    return unpack(done.value.value[1].values, LowRank)
 
 
 @pytest.mark.parametrize("index", [1, 2])
@@ -77,7 +78,7 @@ def test_at_strength_zero_it_is_fedit():
         for index in range(3):
             rnd, simulation = Round(index, 0), SimulationBackend(m, SPEC, CLIENTS, MemoryStates(), ToyTrainer(), 0)
             replies = simulation.train_clients(rnd, {client: m.send(server, client, rnd) for client in CLIENTS}, {})
-            server = m.merge(server, Replies(replies), rnd).server
+            server = merge(m, server, replies, SPEC).server
         return products(m.view(m.init_client(SPEC, CLIENTS[0], 0), m.send(server, CLIENTS[0], Round(3, 0)), CLIENTS[0]))
 
     state, fedit = run_rounds(FedRotLoRA(rank=3, strength=0.0)), run_rounds(FactorAveraging(rank=3))
@@ -86,14 +87,15 @@ def test_at_strength_zero_it_is_fedit():
 
 @pytest.mark.parametrize("index", [1, 2])
 def test_clients_that_differ_by_a_proper_rotation_add_up_to_their_common_product(index):
-    m, common = FedRotLoRA(rank=3, strength=1.0), factors(0)
+    m, download, common = FedRotLoRA(rank=3, strength=1.0), factors(1), factors(0)
     replies = []
     for i, client in enumerate(CLIENTS):
         q = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(i))).Q
         q = q * torch.linalg.det(q).sign()
         turned = {name: LowRank(b=part.b @ q, a=q.T @ part.a) for name, part in common.items()}
-        replies.append(Reply(client, Round(index, 0), pack(upload(m, common, turned, index)), 1.0 + i))
-    merged = m.merge(pack(common), Replies(replies), Round(index, 0))
+        sent = Upload(pack(upload(m, download, turned, index)))
+        replies.append(Reply(client, Round(index, 0), sent, 1.0 + i))
+    merged = merge(m, pack(download), replies, SPEC)
     for name, part in unpack(merged.server, LowRank).items():
         assert_close(part.product(), common[name].product(), rtol=1e-4, atol=1e-5)
     assert merged.notes["aggregation_error"] < 1e-5

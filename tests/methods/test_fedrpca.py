@@ -11,9 +11,11 @@ from torch.testing import assert_close
 
 from fedlora.adapter import AdapterSpec, Scaling, lora_init, pack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.methods.fedrpca import FedRPCA
 from fedlora.methods.scaled import Scaled, scaled
+
+import merging
 
 OUT, IN, RANK = 48, 20, 3
 SPEC = AdapterSpec({"layer.2.q": (OUT, IN), "layer.10.v": (IN, OUT)}, dtype=torch.float64)
@@ -37,17 +39,18 @@ def add(*terms: tuple[float, Move]) -> Move:
     return {name: {side: torch.stack([w * m[name][side] for w, m in terms]).sum(0) for side in "ba"} for name in START}
 
 
+def after(move: Move) -> dict[str, LowRank]:
+    return {name: LowRank(b=part.b + move[name]["b"], a=part.a + move[name]["a"]) for name, part in START.items()}
+
+
+def reply(i: int, trained: dict[str, LowRank], weight: float = 1.0) -> Reply:
+    return Reply(ClientInfo(f"{i:02}", RANK, 10), RND, Upload(pack(trained)), weight)
+
+
 def merge(m: FedRPCA, moves: Sequence[Move], weights: Sequence[float] | None = None) -> Any:
-    replies = [
-        Reply(
-            ClientInfo(f"{i:02}", RANK, 10),
-            RND,
-            pack({name: LowRank(b=part.b + move[name]["b"], a=part.a + move[name]["a"]) for name, part in START.items()}),
-            weights[i] if weights else 1.0,
-        )
-        for i, move in enumerate(moves)
-    ]
-    return m.merge(Scaled(START, SPEC.scales(RANK)), Replies(replies), RND)
+    shares = weights or [1.0] * len(moves)
+    replies = [reply(i, after(move), weight) for i, (move, weight) in enumerate(zip(moves, shares, strict=True))]
+    return merging.merge(m, Scaled(START, SPEC.scales(RANK)), replies, SPEC)
 
 
 def moved(merged: Any) -> Move:
@@ -130,11 +133,9 @@ def test_the_split_is_that_of_the_factors_of_peft_whatever_alpha_is(columns):
     """The same factors of PEFT at scale 1 and at scale 4."""
     found, m = [], FedRPCA(RANK, columns=columns)
     for spec in (SPEC, replace(SPEC, scaling=Scaling(4.0 * RANK))):
-        scales, replies = spec.scales(RANK), []
-        for i, move in enumerate(planted(6)[0]):
-            own = {name: LowRank(b=part.b + move[name]["b"], a=part.a + move[name]["a"]) for name, part in START.items()}
-            replies.append(Reply(ClientInfo(f"{i:02}", RANK, 10), RND, pack(scaled(own, scales)), 1.0))
-        found.append(m.merge(Scaled(scaled(START, scales), scales), Replies(replies), RND).server.adapter)
+        scales = spec.scales(RANK)
+        replies = [reply(i, scaled(after(move), scales)) for i, move in enumerate(planted(6)[0])]
+        found.append(merging.merge(m, Scaled(scaled(START, scales), scales), replies, spec).server.adapter)
     for name, part in found[0].items():
         assert_close(found[1][name].product(), 4 * part.product(), rtol=1e-6, atol=1e-6)
 

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Dense, Scaling, lora_init, pack
+from fedlora.adapter import Dense, Scaling, lora_init, pack, pick
 from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fl_tac import FLTAC, Clusters
 from fedlora.methods.wrap.head import with_head
 from fedlora.rounds.simulate import SimulationBackend
 
+from merging import merge
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients
 from uploads import factors as drawn
 from uploads import plus
@@ -42,16 +43,17 @@ def adapter(task: str, client: int, drift: float) -> dict[str, LowRank | Dense]:
 def replies(count: int = 9, drift: float = 0.1, tasks: tuple[str, ...] = TASKS) -> list[Reply]:
     """Clients "0", "1", ... of weights 10, 17, ..., with the tasks in turn."""
     clients = [ClientInfo(str(i), RANK, 10 + 7 * i, tasks[i % len(tasks)]) for i in range(count)]
-    return [Reply(w, ROUND, pack(adapter(w.task, i, drift)), float(w.examples)) for i, w in enumerate(clients)]
+    return [Reply(w, ROUND, Upload(pack(adapter(w.task, i, drift))), float(w.examples)) for i, w in enumerate(clients)]
 
 
 def merged(m: FLTAC, some: list[Reply], server: Clusters | None = None) -> Merged[Clusters]:
-    return m.merge(server or m.init_server(SPEC, 0), Replies(some), ROUND)
+    return merge(m, server or m.init_server(SPEC, 0), some, SPEC)
 
 
 def mean(some: list[Reply]) -> dict[str, Tensor]:
     total = sum(reply.weight for reply in some)
-    return {key: sum(reply.weight / total * reply.upload[key].double() for reply in some).float() for key in some[0].upload}
+    terms = [(reply.weight / total, reply.upload.values) for reply in some]
+    return {key: sum(w * values[key].double() for w, values in terms).float() for key in terms[0][1]}
 
 
 def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -94,8 +96,8 @@ def test_adapters_are_compared_as_peft_has_them_whatever_alpha_is(alpha):
             b, a = torch.zeros_like(part.b), part.a.clone()
             b[0, 0], a[0, 0] = alpha / RANK * move_b, a[0, 0] + 2 * move_a
             parts[name] = LowRank(b=b, a=a)
-        some.append(Reply(ClientInfo(str(i), RANK, 10), ROUND, pack(parts), 10.0))
-    belongs = m.merge(m.init_server(spec, 0), Replies(some), ROUND).server.belongs
+        some.append(Reply(ClientInfo(str(i), RANK, 10), ROUND, Upload(pack(parts)), 10.0))
+    belongs = merge(m, m.init_server(spec, 0), some, spec).server.belongs
     assert belongs["0"] == belongs["1"] != belongs["2"] == belongs["3"]
 
 
@@ -108,7 +110,7 @@ def test_one_task_is_fedit(rule):
             rnd = Round(index, 0)
             turn = SimulationBackend(m, SPEC, toy_clients(3, RANK), states, ToyTrainer(), 0)
             sent = {client: m.send(server, client, rnd) for client in turn.clients()}
-            server = m.merge(server, Replies(turn.train_clients(rnd, sent, {})), rnd).server
+            server = merge(m, server, turn.train_clients(rnd, sent, {}), SPEC).server
         client = toy_clients(3, RANK)[1]
         found.append(pack(m.view(m.init_client(SPEC, client, 0), m.send(server, client, ROUND), client)))
     assert_equal(*found)
@@ -123,11 +125,11 @@ def test_where_nothing_has_gone_apart_all_are_averaged_together():
 
 @pytest.mark.parametrize("m", [THREE, FREE], ids=["three", "free"])
 def test_equal_adapters_are_one_cluster_and_the_log_says_what_is_missing(m):
-    some = [replace(reply, upload=pack(adapter("news", 0, 0.0))) for reply in replies()]
+    some = [replace(reply, upload=Upload(pack(adapter("news", 0, 0.0)))) for reply in replies()]
     found = merged(m, some)
     assert found.notes["clusters"] == 1 and found.notes.get("missing", 2) == 2
     assert found.notes["merged_tasks"] == 2 and found.notes["misclustered"] == pytest.approx(2 / 3)
-    assert_close(m.send(found.server, some[5].client, ROUND), dict(some[0].upload))
+    assert_close(m.send(found.server, some[5].client, ROUND), dict(some[0].upload.values))
 
 
 def test_two_tasks_in_one_cluster_are_told():
@@ -146,13 +148,14 @@ def test_no_more_adapters_than_tasks_are_a_cluster_each():
     found = merged(THREE, some)
     assert found.notes["clusters"] == 2 and found.notes["missing"] == 0
     for reply in some:
-        assert_close(THREE.send(found.server, reply.client, ROUND), dict(reply.upload))
+        assert_close(THREE.send(found.server, reply.client, ROUND), dict(reply.upload.values))
 
 
 def test_who_was_absent_goes_where_most_of_its_cluster_went():
     some = replies()
     before = merged(THREE, some).server
-    after = merged(THREE, [replace(r, upload=pack(adapter(r.client.task, 50, 0.0))) for r in some[:6]], before).server
+    came = [replace(r, upload=Upload(pack(adapter(r.client.task, 50, 0.0)))) for r in some[:6]]
+    after = merged(THREE, came, before).server
     for absent, present in zip(some[6:], some, strict=False):
         assert_equal(THREE.send(after, absent.client, ROUND), THREE.send(after, present.client, ROUND))
 
@@ -174,15 +177,17 @@ def test_who_has_never_taken_part_starts_from_the_beginning():
 def test_the_head_is_a_part_of_what_is_clustered_only_where_the_method_has_it():
     """Two tasks that differ in the head alone."""
     some = replies(8, drift=0.0, tasks=("news", "mail"))
-    alike = [replace(r, upload={**r.upload, **{k: some[0].upload[k] for k in r.upload if k[-1] in "ba"}}) for r in some]
+    factors = pick(some[0].upload.values, "ba")
+    alike = [replace(r, upload=Upload({**r.upload.values, **factors})) for r in some]
     assert merged(FREE, alike).notes["misclustered"] == 0
-    bare = [replace(r, upload={k: x for k, x in r.upload.items() if k[-1] in "ba"}) for r in alike]
+    bare = [replace(r, upload=Upload(factors)) for r in some]
     assert merged(FREE, bare).notes["clusters"] == 1
 
 
 def test_no_name_of_a_task_travels():
-    assert not any(task in key for reply in replies() for key in reply.upload for task in TASKS)
-    assert THREE.send(merged(THREE, replies()).server, replies()[0].client, ROUND).keys() == replies()[0].upload.keys()
+    assert not any(task in key for reply in replies() for key in reply.upload.flat() for task in TASKS)
+    download = THREE.send(merged(THREE, replies()).server, replies()[0].client, ROUND)
+    assert download.keys() == replies()[0].upload.values.keys()
 
 
 @pytest.mark.parametrize(

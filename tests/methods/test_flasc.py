@@ -11,15 +11,15 @@ from torch.testing import assert_close
 from fedlora.adapter import Adapter, Scaling, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
-from fedlora.messages import ClientInfo, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Reply, Round, Trained, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flasc import FLASC, FlascState
 from fedlora.rounds.client import ClientStart, train_clients
-from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.validator import UploadValidator
+from fedlora.rounds.codec import decode_state, encode_state
 
+from merging import merge
 from toy import SPEC, Recorder, toy_clients
-from uploads import factors
+from uploads import factors, rejection
 
 RANK, RND = 4, Round(0, 0)
 TOTAL = sum(RANK * (out + in_) for out, in_ in SPEC.modules.values())  # 132
@@ -52,8 +52,8 @@ def viewed(m: FLASC, server: FlascState, client: ClientInfo) -> Tensor:
 def dense(reply: Reply, density: float = 0.25) -> Tensor:
     """The change that a reply stands for, zeros where nothing was sent."""
     count = int(density * TOTAL * reply.client.rank / RANK)
-    sent = unpack_positions(reply.upload["positions"], count, TOTAL)
-    return torch.zeros(TOTAL).masked_scatter(sent, reply.upload["changes"])
+    sent = unpack_positions(reply.upload.choices["positions"], count, TOTAL)
+    return torch.zeros(TOTAL).masked_scatter(sent, reply.upload.values["changes"])
 
 
 @pytest.mark.parametrize("density", [0.01, 0.25, 0.9, 1.0])
@@ -72,8 +72,8 @@ def test_a_client_uploads_its_largest_changes_since_the_masked_start(density):
     reply, trainer = run_rounds(m, START, client)
     change = flat(trainer.last["0"]) - viewed(m, START, client)
     assert torch.equal(dense(reply, density), keep_largest(change, int(density * TOTAL)))
-    assert reply.upload["changes"].shape == (int(density * TOTAL),)
-    assert reply.upload["positions"].nbytes == position_bytes(int(density * TOTAL), TOTAL)
+    assert reply.upload.values["changes"].shape == (int(density * TOTAL),)
+    assert reply.upload.choices["positions"].nbytes == position_bytes(int(density * TOTAL), TOTAL)
 
 
 def test_in_the_first_round_only_a_is_sent_since_b_is_zero():
@@ -89,7 +89,7 @@ def test_in_the_first_round_only_a_is_sent_since_b_is_zero():
 def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_sent():
     clients = toy_clients(5, [4, 2, 1, 4, 3])[1:4]
     replies = [run_rounds(PLAIN, START, client)[0] for client in clients]
-    after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
+    after = flat(merge(PLAIN, START, replies, SPEC).server.adapter)
     mean = torch.stack([dense(reply).double() for reply in replies]).mean(0)
     assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
     nobody = mean == 0
@@ -100,7 +100,7 @@ def test_the_server_adds_the_mean_change_to_its_dense_vector_and_not_to_what_it_
 def test_the_weights_are_those_of_the_replies():
     clients = toy_clients(3, RANK)
     replies = [replace(run_rounds(PLAIN, START, client)[0], weight=float(client.examples)) for client in clients]
-    after = flat(PLAIN.merge(START, Replies(replies), RND).server.adapter)
+    after = flat(merge(PLAIN, START, replies, SPEC).server.adapter)
     mean = sum(reply.weight * dense(reply).double() for reply in replies) / sum(reply.weight for reply in replies)
     assert_close(after.double(), flat(START.adapter).double() + mean, rtol=1e-6, atol=1e-6)
 
@@ -110,9 +110,9 @@ def test_with_all_entries_and_plain_addition_it_is_fedit_with_uniform_weights():
     server, plain, clients = m.init_server(SPEC, 0), fedit.init_server(SPEC, 0), toy_clients(3, RANK)
     for index in range(3):
         rnd = Round(index, 0)
-        server = m.merge(server, Replies([run_rounds(m, server, client, rnd)[0] for client in clients]), rnd).server
+        server = merge(m, server, [run_rounds(m, server, client, rnd)[0] for client in clients], SPEC).server
         equal = [replace(run_rounds(fedit, plain, client, rnd)[0], weight=1.0) for client in clients]
-        plain = fedit.merge(plain, Replies(equal), rnd).server
+        plain = merge(fedit, plain, equal, SPEC).server
         assert_close(pack(server.adapter), dict(plain), rtol=1e-5, atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_the_servers_adamw_is_torchs_bit_for_bit_also_when_resumed(density, deca
         replies = [run_rounds(m, server, client, Round(index, 0))[0] for client in toy_clients(3, RANK)]
         vector.grad = -(sum(dense(reply, density).double() for reply in replies) / 3).float()
         twin.step()
-        server = m.merge(server, Replies(replies), Round(index, 0)).server
+        server = merge(m, server, replies, SPEC).server
         assert torch.equal(flat(server.adapter), vector)
         file = tmp_path / str(index)
         file.write_bytes(encode_state(server))
@@ -139,7 +139,7 @@ def test_a_client_of_lower_rank_trains_all_and_has_less_traffic():
         client = ClientInfo("x", rank, 10)
         reply, trainer = run_rounds(FLASC(RANK), START, client)
         assert {part.rank for part in trainer.last["x"].values()} == {RANK}
-        assert len(reply.upload["changes"]) == len(FLASC(RANK).send(START, client, RND)["values"]) == count
+        assert len(reply.upload.values["changes"]) == len(FLASC(RANK).send(START, client, RND)["values"]) == count
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_a_density_is_the_decimal_number_as_written_rounded_down(density, total,
 def test_nothing_at_all_can_be_sent_and_merged():
     m, client = FLASC(RANK, 0.001, 0.001, optimizer="sgd"), toy_clients(1, RANK)[0]
     reply, _ = run_rounds(m, START, client)
-    assert sum(x.numel() for x in reply.upload.values()) == 0
-    assert torch.equal(flat(m.merge(START, Replies([reply]), RND).server.adapter), flat(START.adapter))
+    assert sum(x.numel() for x in reply.upload.flat().values()) == 0
+    assert torch.equal(flat(merge(m, START, [reply], SPEC).server.adapter), flat(START.adapter))
 
 
 @pytest.mark.parametrize(("index", "b_sent"), [(0, False), (2, True)])
@@ -163,9 +163,7 @@ def test_a_static_mask_stays_as_it_was_in_its_round(index, b_sent):
     for i in range(5):
         sent = m.send(server, clients[0], Round(i, 0))
         masks.append(unpack_positions(sent["positions"], TOTAL // 4, TOTAL))
-        server = m.merge(
-            server, Replies([run_rounds(m, server, client, Round(i, 0))[0] for client in clients]), Round(i, 0)
-        ).server
+        server = merge(m, server, [run_rounds(m, server, client, Round(i, 0))[0] for client in clients], SPEC).server
     assert all(torch.equal(mask, masks[index]) for mask in masks[index:])
     assert index == 0 or not torch.equal(masks[0], masks[index])
     view = m.view(m.init_client(SPEC, clients[0], 0), m.send(server, clients[0], RND), clients[0])
@@ -185,25 +183,20 @@ def test_if_only_what_was_sent_is_trained_nothing_else_moves():
 def test_the_gate_takes_any_choice_of_the_right_number_and_refuses_all_else():
     m, client = FLASC(RANK), ClientInfo("0", RANK, 10)
     reply, _ = run_rounds(m, START, client)
+    changes, positions = reply.upload.values["changes"], reply.upload.choices["positions"]
 
-    def rejection_reason(**tensors: Tensor) -> str:
-        upload = decode(encode({**reply.upload, **tensors}))
-        return (
-            UploadValidator(m, SPEC, RND, {client: m.send(START, client, RND)}).rejection_reason(
-                replace(reply, upload=upload)
-            )
-            or ""
-        )
+    def reason(changes: Tensor = changes, positions: Tensor = positions) -> str:
+        return rejection(m, START, replace(reply, upload=Upload({"changes": changes}, {"positions": positions})), SPEC)
 
     def places(count: int) -> Tensor:
         return pack_positions(torch.randperm(TOTAL, generator=torch.Generator().manual_seed(1)) < count)
 
-    assert rejection_reason() == rejection_reason(positions=places(33)) == ""
-    assert "expected 33 positions out of 132, got 34" in rejection_reason(positions=places(34))
-    assert "positions of 33 out of 132 are 17 bytes" in rejection_reason(positions=reply.upload["positions"][1:])
-    assert "sent positions as torch.int8" in rejection_reason(positions=reply.upload["positions"].view(torch.int8))
-    assert "sent changes with shape (32,), expected (33,)" in rejection_reason(changes=reply.upload["changes"][1:])
-    assert "NaN" in rejection_reason(changes=reply.upload["changes"] * torch.nan)
+    assert reason() == reason(positions=places(33)) == ""
+    assert "expected 33 positions out of 132, got 34" in reason(positions=places(34))
+    assert "positions of 33 out of 132 are 17 bytes" in reason(positions=positions[1:])
+    assert "sent choice/positions as torch.int8" in reason(positions=positions.view(torch.int8))
+    assert "sent changes with shape (32,), expected (33,)" in reason(changes=changes[1:])
+    assert "NaN" in reason(changes=changes * torch.nan)
 
 
 def test_the_largest_entries_are_those_of_the_factors_of_peft():
@@ -214,7 +207,7 @@ def test_the_largest_entries_are_those_of_the_factors_of_peft():
     job = PLAIN.work(PLAIN.init_client(spec, client, 0), download, client, RND)
     moved = {n: LowRank(b=part.b + 4 * START.adapter[n].b, a=part.a) for n, part in next(job).start.items()}
     with pytest.raises(StopIteration) as done:
-        job.send(moved)
+        job.send(Trained(moved))
     change = {n: LowRank(b=x.b, a=torch.zeros_like(x.a)) for n, x in START.adapter.items()}
     sent = dense(Reply(client, RND, done.value.value[1], 1.0))
     assert_close(sent, keep_largest(flat(change), TOTAL // 4))

@@ -6,6 +6,7 @@ import pytest
 
 from fedlora.adapter import Dense, pack, unpack
 from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import Upload
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 
 from uploads import SPEC, dense, drifted, mean_product, merged_by, off, replies_of_ranks, truncated, update
@@ -48,7 +49,7 @@ def test_without_training_a_direction_shrinks_by_the_weight_of_the_clients_that_
     replies = replies_of_ranks(1, 4, 2)
     reach = [sum(r.weight for r in replies if r.client.rank > j) / sum(r.weight for r in replies) for j in range(4)]
     for _ in range(3):
-        sent = [replace(r, upload=pack(merged.server.leading(r.client.rank))) for r in replies]
+        sent = [replace(r, upload=Upload(pack(merged.server.leading(r.client.rank)))) for r in replies]
         merged = merged_by(method, sent, merged.server)
     for name, part in start.server.adapter.items():
         before, after = (dense(x).svd().S[:4] for x in (part, merged.server.adapter[name]))
@@ -70,10 +71,9 @@ def test_with_equal_ranks_fra_lora_is_flexlora():
 @pytest.mark.parametrize("rank", [2, 5])
 def test_uploads_of_products_give_what_uploads_of_factors_give(rank):
     replies = replies_of_ranks(*RANKS)
-    products = [
-        replace(r, upload=pack({name: Dense(part.product()) for name, part in unpack(r.upload, LowRank).items()}))
-        for r in replies
-    ]
+    uploads = [unpack(r.upload.values, LowRank) for r in replies]
+    sent = [pack({name: Dense(part.product()) for name, part in upload.items()}) for upload in uploads]
+    products = [replace(r, upload=Upload(upload)) for r, upload in zip(replies, sent, strict=True)]
     few, many = FRALoRA(rank=rank), FRALoRA(rank=rank, upload="dense")
     one, other = merged_by(few, replies), merged_by(many, products)
     assert off(update(few, one), update(many, other)) < 1e-6

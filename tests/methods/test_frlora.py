@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fedlora.adapter import AdapterSpec
-from fedlora.messages import Merged, Replies, Reply, Round
+from fedlora.messages import Merged, Reply, Round
 from fedlora.methods.frlora import FRLoRA
 from fedlora.rounds.simulate import SimulationBackend
 
+from merging import merge
 from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
 
 CLIENTS = toy_clients(3, 2)
@@ -28,7 +29,7 @@ def replies(m: FRLoRA, server: Any, index: int, trainer: Any) -> list[Reply]:
 def after(m: FRLoRA, rounds: int, trainer: Any) -> list[Merged[Any]]:
     merged, server = [], m.init_server(SPEC, 0)
     for index in range(rounds):
-        merged.append(m.merge(server, Replies(replies(m, server, index, trainer)), Round(index, 0)))
+        merged.append(merge(m, server, replies(m, server, index, trainer), SPEC))
         trainer.merge_into_base(merged[-1].base_update)
     return merged
 
@@ -51,9 +52,9 @@ def test_a_round_starts_from_exactly_the_model_that_the_last_one_ended_with():
     """base + fold is the base beside the negative start, with the mean factors; the view adds nothing."""
     m, server = FRLoRA(rank=2), FRLoRA(rank=2).init_server(SPEC, 0)
     found = replies(m, server, 0, ToyTrainer())
-    merged = m.merge(server, Replies(found), Round(0, 0))
+    merged = merge(m, server, found, SPEC)
     for name, view in products(m.view(None, m.send(merged.server, CLIENTS[0], Round(1, 0)), CLIENTS[0])).items():
-        b, a = (sum(r.weight / TOTAL * r.upload[f"{name}.{side}"] for r in found) for side in "ba")
+        b, a = (sum(r.weight / TOTAL * r.upload.values[f"{name}.{side}"] for r in found) for side in "ba")
         assert_close(merged.base_update[name].product() + view, b @ a - server[name].product(), rtol=1e-4, atol=1e-5)
 
 

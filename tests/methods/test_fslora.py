@@ -10,14 +10,15 @@ from torch.testing import assert_close
 
 from fedlora.adapter import AdapterSpec, Scaling, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.fslora import FSLoRA, sliced, subset
 from fedlora.rounds.client import ClientStart, train_clients
 
+from merging import merge
 from toy import SPEC, ToyTrainer, toy_clients
-from uploads import factors
+from uploads import dense, factors, off, plus
 
 RND, ALPHA = Round(0, 0), 16.0
 WIDE = Sliced(factors(5, "wide", spec=SPEC, size=0.3), {})
@@ -37,7 +38,7 @@ def replies(m: Any, server: Any, clients: list[ClientInfo], rnd: Round = RND) ->
 
 
 def changes(reply: Reply) -> dict[str, LowRank]:
-    return unpack({key.removeprefix("change/"): x for key, x in reply.upload.items()}, LowRank)
+    return unpack({key.removeprefix("change/"): x for key, x in reply.upload.values.items()}, LowRank)
 
 
 def spread(change: Tensor, chosen: Tensor, rank: int, dim: int) -> Tensor:
@@ -51,9 +52,9 @@ def test_with_all_ranks_it_is_fedit_with_uniform_weights():
     server, plain = m.init_server(SPEC, 0), fedit.init_server(SPEC, 0)
     for index in range(3):
         rnd, clients = Round(index, 0), toy_clients(4)
-        server = m.merge(server, Replies(replies(m, server, clients, rnd)), rnd).server
+        server = merge(m, server, replies(m, server, clients, rnd), SPEC).server
         equal = [replace(reply, weight=1.0) for reply in replies(fedit, plain, clients, rnd)]
-        plain = fedit.merge(plain, Replies(equal), rnd).server
+        plain = merge(fedit, plain, equal, SPEC).server
         assert_close(pack(server.adapter), dict(plain), rtol=1e-5, atol=1e-6)
 
 
@@ -61,7 +62,7 @@ def test_the_server_adds_the_mean_of_the_changes_in_their_places_over_those_who_
     clients = toy_clients(6, [2, 5, 1, 3, 2, 4])[1:5]
     m = FSLoRA(rank=5)
     found = replies(m, WIDE, clients)
-    after = m.merge(WIDE, Replies(found), RND).server.adapter
+    after = merge(m, WIDE, found, SPEC).server.adapter
     for name, part in WIDE.adapter.items():
         b, a = part.b.double(), part.a.double()
         for reply in found:
@@ -76,7 +77,7 @@ def test_the_server_adds_the_mean_of_the_changes_in_their_places_over_those_who_
 
 def test_what_nobody_drew_does_not_move_by_a_bit():
     client = ClientInfo("one", 2, 10)
-    after = FSLoRA(rank=5).merge(WIDE, Replies(replies(FSLoRA(rank=5), WIDE, [client])), RND).server.adapter
+    after = merge(FSLoRA(rank=5), WIDE, replies(FSLoRA(rank=5), WIDE, [client]), SPEC).server.adapter
     for name, part in WIDE.adapter.items():
         chosen = subset(name, 5, 2, client, RND)
         rest = torch.tensor([i for i in range(5) if i not in chosen])
@@ -89,16 +90,30 @@ def test_the_weights_are_those_of_the_replies():
     clients, m = toy_clients(3, [2, 3, 5]), FSLoRA(rank=5)
     found = [replace(reply, weight=float(reply.client.examples)) for reply in replies(m, WIDE, clients)]
     total = sum(reply.weight for reply in found)
-    for name, part in m.merge(WIDE, Replies(found), RND).server.adapter.items():
+    for name, part in merge(m, WIDE, found, SPEC).server.adapter.items():
         moves = [r.weight * spread(changes(r)[name].a, subset(name, 5, r.client.rank, r.client, RND), 5, 0) for r in found]
         assert_close(part.a, WIDE.adapter[name].a + sum(moves) / total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("download", ["all", "slice"])
+def test_the_logged_error_is_against_the_mean_change_of_the_slices_products(download):
+    m = FSLoRA(rank=5, download=download)
+    found = replies(m, WIDE, toy_clients(3, [2, 3, 5]))
+    merged = merge(m, WIDE, found, SPEC)
+    mean = dict.fromkeys(SPEC.modules, 0.0)
+    for reply in found:
+        start = sliced(WIDE.adapter, dict.fromkeys(mean, reply.client.rank), reply.client, RND)
+        for name, part in plus(start, changes(reply)).items():
+            mean[name] = mean[name] + (dense(part) - dense(start[name])) / len(found)
+    made = {name: dense(part) - dense(WIDE.adapter[name]) for name, part in merged.server.adapter.items()}
+    assert merged.notes["aggregation_error"] == pytest.approx(off(made, mean), rel=1e-4)
 
 
 def test_the_merge_is_linear_in_the_changes():
     m = FSLoRA(rank=5)
     found = replies(m, WIDE, toy_clients(3, [2, 3, 1]))
-    twice = [replace(reply, upload={key: 2 * x for key, x in reply.upload.items()}) for reply in found]
-    one, two = (pack(m.merge(WIDE, Replies(some), RND).server.adapter) for some in (found, twice))
+    twice = [replace(r, upload=Upload({key: 2 * x for key, x in r.upload.values.items()})) for r in found]
+    one, two = (pack(merge(m, WIDE, some, SPEC).server.adapter) for some in (found, twice))
     for key, before in pack(WIDE.adapter).items():
         assert_close(two[key] - before, 2 * (one[key] - before), rtol=1e-4, atol=1e-5)
 
@@ -129,7 +144,7 @@ def test_a_client_that_gets_its_slice_only_uploads_the_same_as_one_that_gets_all
     clients = toy_clients(3, [2, 3, 5])
     whole, part = (replies(FSLoRA(rank=5, download=way), WIDE, clients) for way in ("all", "slice"))
     for one, other in zip(whole, part, strict=True):
-        assert all(torch.equal(one.upload[key], x) for key, x in other.upload.items())
+        assert all(torch.equal(one.upload.values[key], x) for key, x in other.upload.values.items())
     down = FSLoRA(rank=5, download="slice").send(WIDE, clients[0], RND)
     assert sum(x.numel() for x in down.values()) == sum(2 * (out + in_) for out, in_ in SPEC.modules.values())
 
@@ -199,8 +214,8 @@ def apart(scaling: str, rslora: bool, optimizer: Any) -> float:
     job = m.work(m.init_client(SPEC, client, 0), m.send(WIDE, client, RND), client, RND)
     trained = in_model(next(job), scale, optimizer, lr, 10)
     with pytest.raises(StopIteration) as done:
-        job.send(trained)
-    after = m.merge(WIDE, Replies([Reply(client, RND, done.value.value[1], 10.0)]), RND).server.adapter
+        job.send(Trained(trained))
+    after = merge(m, WIDE, [Reply(client, RND, done.value.value[1], 10.0)], SPEC).server.adapter
     wanted = sketched(scale.of(5), client, optimizer, lr, 10)
     assert all((wanted[n].b - part.b).abs().max() > 1e-3 for n, part in WIDE.adapter.items())
     return max(float((after[n].b - x.b).abs().max() + (after[n].a - x.a).abs().max()) for n, x in wanted.items())

@@ -12,15 +12,14 @@ from torch.testing import assert_close
 from fedlora.adapter import AdapterSpec, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, position_bytes, unpack_positions
-from fedlora.messages import ClientInfo, Fit, FitRequest, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Reply, Round, Upload
 from fedlora.methods.flexlora import Sliced
 from fedlora.methods.lora_a2 import LoRAA2, score
 from fedlora.rounds.client import ClientStart, train_clients
-from fedlora.rounds.codec import decode, encode
-from fedlora.rounds.validator import UploadValidator
 
+from merging import merge
 from toy import SPEC, Recorder, ToyTrainer, products, toy_clients
-from uploads import factors
+from uploads import factors, rejection
 
 RANK, MODULES = 4, list(SPEC.modules)
 M = LoRAA2(rank=RANK, b_rate=2.0)
@@ -47,7 +46,7 @@ def requests(client: ClientInfo, rnd: Round, server: Sliced = START) -> tuple[li
 
 def chosen(reply: Reply) -> dict[str, Tensor]:
     """The ranks of each module that the reply names."""
-    keep = unpack_positions(reply.upload["positions"], reply.client.rank * len(MODULES), RANK * len(MODULES))
+    keep = unpack_positions(reply.upload.choices["positions"], reply.client.rank * len(MODULES), RANK * len(MODULES))
     return dict(zip(MODULES, torch.split(keep, RANK), strict=True))
 
 
@@ -81,7 +80,7 @@ def test_the_score_is_the_norm_of_the_change_of_each_ranks_product(side):
 def test_as_many_ranks_as_the_budget_has_are_trained_wherever_they_score_highest(side, rank):
     client, rnd = toy_clients(1, rank)[0], ROUNDS[side]
     (probe, training), reply, _ = requests(client, rnd)
-    answer, _ = ToyTrainer().fit_one(probe, client)
+    answer = ToyTrainer().fit_one(probe, client).adapter
     scores = torch.cat([score(START.adapter[name], unpack(pack(answer), LowRank)[name], side) for name in MODULES])
     keep = torch.cat([training.mask[f"{name}.{side}"].flatten() for name in MODULES])
     assert int(keep.sum()) == rank * len(MODULES)
@@ -98,7 +97,7 @@ def test_of_equal_scores_the_first_modules_and_ranks_are_chosen():
 def test_a_client_that_may_train_all_does_not_probe():
     asked, reply, _ = requests(toy_clients(1, RANK)[0], ROUNDS["b"])
     assert len(asked) == 1 and all(bool(x.all()) for x in asked[0].mask.values())
-    assert len(reply.upload["positions"]) == 0
+    assert len(reply.upload.choices["positions"]) == 0
 
 
 @pytest.mark.parametrize("side", ROUNDS)
@@ -107,9 +106,9 @@ def test_the_upload_has_the_changes_of_the_chosen_ranks_and_their_positions_and_
     _, reply, trainer = requests(client, ROUNDS[side])
     counts = [int(own.sum()) for own in chosen(reply).values()]
     assert counts[0] != counts[1]  # the sizes of the modules show
-    assert reply.upload["changes"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
-    assert reply.upload["positions"].nbytes == position_bytes(2 * len(MODULES), RANK * len(MODULES))
-    after = M.merge(START, Replies([reply]), ROUNDS[side]).server.adapter
+    assert reply.upload.values["changes"].shape == (sum(n * size for n, size in zip(counts, SIZE[side], strict=True)),)
+    assert reply.upload.choices["positions"].nbytes == position_bytes(2 * len(MODULES), RANK * len(MODULES))
+    after = merge(M, START, [reply], SPEC).server.adapter
     for name, part in trainer.last[client.id].items():
         assert_close(after[name].b, part.b, rtol=1e-6, atol=1e-6)
         assert_close(after[name].a, part.a, rtol=1e-6, atol=1e-6)
@@ -118,7 +117,7 @@ def test_the_upload_has_the_changes_of_the_chosen_ranks_and_their_positions_and_
 @pytest.mark.parametrize("side", ROUNDS)
 def test_what_nobody_chose_and_the_other_factor_stay_bit_for_bit(side):
     replies = [requests(client, ROUNDS[side])[1] for client in toy_clients(3, [1, 2, 1])]
-    after = M.merge(START, Replies(replies), ROUNDS[side]).server.adapter
+    after = merge(M, START, replies, SPEC).server.adapter
     untouched = 0
     for name, part in START.adapter.items():
         taken = torch.stack([chosen(reply)[name] for reply in replies]).any(0)
@@ -135,7 +134,7 @@ def test_what_nobody_chose_and_the_other_factor_stay_bit_for_bit(side):
 def test_the_merge_is_the_mean_of_the_products_over_those_who_took_part(side):
     clients = toy_clients(6, [1, 4, 2, 3, 1, 2])[1:5]
     answers = [requests(client, ROUNDS[side]) for client in clients]
-    merged = M.merge(START, Replies([reply for _, reply, _ in answers]), ROUNDS[side])
+    merged = merge(M, START, [reply for _, reply, _ in answers], SPEC)
     total = sum(client.examples for client in clients)
     for name, part in merged.server.adapter.items():
         each = zip(clients, answers, strict=True)
@@ -148,18 +147,14 @@ def test_disjoint_choices_are_each_added_with_their_own_weight():
     clients = toy_clients(2, 1)
     masks = [torch.tensor([True, True, *[False] * 6]), torch.tensor([*[False] * 5, True, False, True])]
     sizes = [2 * SIZE["b"][0], 2 * SIZE["b"][1]]
-    uploads = [
-        {"changes": torch.arange(1.0, size + 1), "positions": pack_positions(mask)}
-        for size, mask in zip(sizes, masks, strict=True)
-    ]
+    moves = [torch.arange(1.0, size + 1) for size in sizes]
+    uploads = [Upload({"changes": x}, {"positions": pack_positions(mask)}) for x, mask in zip(moves, masks, strict=True)]
     replies = [Reply(client, ROUNDS["b"], up, float(client.examples)) for client, up in zip(clients, uploads, strict=True)]
-    after = M.merge(START, Replies(replies), ROUNDS["b"]).server.adapter
+    after = merge(M, START, replies, SPEC).server.adapter
     share, before = [client.examples / 27 for client in clients], START.adapter
-    first = uploads[0]["changes"].view(2, -1).T
+    first, second = (x.view(2, -1).T for x in moves)
     assert_close(after[MODULES[0]].b[:, :2], before[MODULES[0]].b[:, :2] + share[0] * first)
-    assert_close(
-        after[MODULES[1]].b[:, [1, 3]], before[MODULES[1]].b[:, [1, 3]] + share[1] * uploads[1]["changes"].view(2, -1).T
-    )
+    assert_close(after[MODULES[1]].b[:, [1, 3]], before[MODULES[1]].b[:, [1, 3]] + share[1] * second)
 
 
 class Rolora:
@@ -167,14 +162,14 @@ class Rolora:
 
     def answer(self, client: ClientInfo, rnd: Round, server: Mapping[str, LowRank]) -> dict[str, LowRank]:
         request = Fit(server, frozenset("a" if rnd.index % 2 else "b"), rates={"b": 2.0})
-        return unpack(pack(ToyTrainer().fit_one(request, client)[0]), LowRank)
+        return unpack(pack(ToyTrainer().fit_one(request, client).adapter), LowRank)
 
 
 def test_with_the_whole_budget_it_is_rolora_with_two_learning_rates():
     clients, server, plain = toy_clients(3, RANK), START, dict(START.adapter)
     for index in range(4):
         rnd = Round(index, 0)
-        server = M.merge(server, Replies([requests(client, rnd, server)[1] for client in clients]), rnd).server
+        server = merge(M, server, [requests(client, rnd, server)[1] for client in clients], SPEC).server
         trained = [(client.examples / 51, Rolora().answer(client, rnd, plain)) for client in clients]
         plain = {
             n: LowRank(b=sum(w * one[n].b for w, one in trained), a=sum(w * one[n].a for w, one in trained)) for n in plain
@@ -192,36 +187,30 @@ def test_a_fixed_rank_counts_in_the_budget_as_it_is():
         [ClientStart(client, m.init_client(spec, client, 0), m.send(server, client, ROUNDS["b"]))],
         ROUNDS["b"],
     )[0]
-    keep = unpack_positions(done.upload["positions"], 3 + 2, 3 + RANK)
+    keep = unpack_positions(done.upload.choices["positions"], 3 + 2, 3 + RANK)
     assert int(keep.sum()) == 5
-    m.merge(server, Replies([Reply(client, ROUNDS["b"], done.upload, 10.0)]), ROUNDS["b"])
-
-
-def spoilt(reply: Reply, **tensors: Tensor) -> Reply:
-    return replace(reply, upload={**reply.upload, **tensors})
+    merge(m, server, [Reply(client, ROUNDS["b"], done.upload, 10.0)], spec)
 
 
 @pytest.mark.parametrize("side", ROUNDS)
 def test_the_gate_takes_honest_choices_and_refuses_all_others(side):
     client, rnd = ClientInfo("0", 2, 10), ROUNDS[side]
     _, reply, _ = requests(client, rnd)
-    values, positions = reply.upload["changes"], reply.upload["positions"]
+    changes, positions = reply.upload.values["changes"], reply.upload.choices["positions"]
     keep = torch.cat(list(chosen(reply).values()))
 
-    def rejection_reason(reply: Reply) -> str:
-        sent = {client: M.send(START, client, rnd)}
-        return (
-            UploadValidator(M, SPEC, rnd, sent).rejection_reason(replace(reply, upload=decode(encode(reply.upload)))) or ""
-        )
+    def reason(changes: Tensor = changes, positions: Tensor | None = positions) -> str:
+        choices = {} if positions is None else {"positions": positions}
+        return rejection(M, START, replace(reply, upload=Upload({"changes": changes}, choices)), SPEC)
 
-    assert rejection_reason(reply) == ""
-    assert "expected 4 positions out of 8, got 8" in rejection_reason(spoilt(reply, positions=~torch.zeros_like(positions)))
-    assert "expected 4 positions out of 8, got 0" in rejection_reason(spoilt(reply, positions=0 * positions))
-    assert "positions of 4 out of 8 are 1 bytes" in rejection_reason(spoilt(reply, positions=positions.repeat(3)))
-    assert "sent positions as torch.int64" in rejection_reason(spoilt(reply, positions=positions.long()))
-    assert "sent changes with shape" in rejection_reason(spoilt(reply, changes=values[:-1]))
-    assert "sent changes with shape" in rejection_reason(spoilt(reply, changes=values[None]))
-    assert "NaN" in rejection_reason(spoilt(reply, changes=values * torch.nan))
+    assert reason() == ""
+    assert "expected 4 positions out of 8, got 8" in reason(positions=~torch.zeros_like(positions))
+    assert "expected 4 positions out of 8, got 0" in reason(positions=0 * positions)
+    assert "positions of 4 out of 8 are 1 bytes" in reason(positions=positions.repeat(3))
+    assert "sent choice/positions as torch.int64" in reason(positions=positions.long())
+    assert "sent changes with shape" in reason(changes=changes[:-1])
+    assert "sent changes with shape" in reason(changes=changes[None])
+    assert "NaN" in reason(changes=changes * torch.nan)
     others = pack_positions(~keep)  # as many ranks, but of other modules: other sizes
-    assert "sent changes with shape" in rejection_reason(spoilt(reply, positions=others))
-    assert "missing positions" in rejection_reason(replace(reply, upload={"changes": values}))
+    assert "sent changes with shape" in reason(positions=others)
+    assert "missing choice/positions" in reason(positions=None)

@@ -8,7 +8,7 @@ import torch
 from fedlora.adapter import Scaling, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.ridge_correction import cross, ridge
-from fedlora.messages import Replies
+from fedlora.messages import Mean
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.scaled import scaled
 
@@ -18,7 +18,7 @@ LOSSES = ("ridge", "cos", "cos_col")
 
 
 def mean_factors(replies):
-    return unpack(Replies(replies).mean(), LowRank)
+    return unpack(Mean.of((r.weight, r.upload.values) for r in replies).tensors(), LowRank)
 
 
 def method(loss, **settings):
@@ -61,7 +61,7 @@ def test_clients_with_a_common_a_are_merged_exactly_by_the_mean_b(loss):
 @pytest.mark.parametrize("size", [1.0, 1e-2])
 @pytest.mark.parametrize("loss", ["cos", "cos_col"])
 def test_the_cosines_never_end_above_their_start(loss, size):
-    uploads = [unpack(r.upload, LowRank) for r in drifted(4, 3)]
+    uploads = [unpack(r.upload.values, LowRank) for r in drifted(4, 3)]
     replies = replies_of([{n: LowRank(b=size * p.b, a=p.a) for n, p in parts.items()} for parts in uploads])
     merged, wanted = merged_by(LoRAFAIR(rank=3, loss=loss, steps=50), replies).server.adapter, mean_product(replies)
     for name, start in mean_factors(replies).items():
@@ -100,7 +100,7 @@ def test_two_phases_of_sums_give_the_same_ridge(strength):
     replies, total = drifted(4, 3), sum(r.weight for r in drifted(4, 3))
     merged = merged_by(LoRAFAIR(rank=3, strength=strength), replies).server.adapter
     for name, centre in mean_factors(replies).items():
-        answers = sum(r.weight / total * cross(unpack(r.upload, LowRank)[name], centre.a) for r in replies)
+        answers = sum(r.weight / total * cross(unpack(r.upload.values, LowRank)[name], centre.a) for r in replies)
         assert off({name: dense(ridge(centre, answers, strength))}, {name: dense(merged[name])}) < 1e-5
 
 
@@ -109,7 +109,7 @@ def test_two_phases_of_sums_give_the_same_ridge(strength):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_correction_is_that_of_the_factors_of_peft_whatever_alpha_is(loss, init, norm):
     """The same factors of PEFT at scale 1 and at scale 4."""
-    peft, found = [unpack(reply.upload, LowRank) for reply in drifted(4, 3)], []
+    peft, found = [unpack(reply.upload.values, LowRank) for reply in drifted(4, 3)], []
     for spec in (SPEC, replace(SPEC, scaling=Scaling(4.0 * 3))):
         replies = replies_of([scaled(factors, spec.scales(3)) for factors in peft])
         m = method(loss, init=init, norm=norm, rate=0.3, strength=0.1)

@@ -10,12 +10,13 @@ from torch.testing import assert_close
 from fedlora.adapter import Tensors, pick
 from fedlora.linalg.lowrank import Heads
 from fedlora.linalg.sparse import pack_positions
-from fedlora.messages import ClientInfo, Fit, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained
 from fedlora.methods.ravan import Cores, Ravan, chosen, others, own_heads
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.rounds.validator import UploadValidator
 
-from toy import SPEC, MemoryStates, ToyTrainer, products, toy_clients
+from merging import merge
+from toy import SPEC, MemoryStates, Recorder, ToyTrainer, products, toy_clients
+from uploads import off, rejection
 
 NAME = "layer.2.q"
 METHOD = Ravan(rank=4, head_rank=2)
@@ -29,9 +30,15 @@ def cores(seed: int = 0) -> Cores:
     return Cores({key: torch.randn(c.shape, generator=rng) for key, c in METHOD.init_server(SPEC, 0).c.items()}, {})
 
 
-def replies(server: Cores, client: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, rnd: Round = ROUND) -> list[Reply]:
-    sent = {one: m.send(server, one, rnd) for one in client}
-    return list(SimulationBackend(m, SPEC, client, MemoryStates(), ToyTrainer(), 0).train_clients(rnd, sent, {}))
+def replies(server: Cores, client: list[ClientInfo] = CLIENTS, m: Ravan = METHOD, trainer: Any = None) -> list[Reply]:
+    simulation = SimulationBackend(m, SPEC, client, MemoryStates(), trainer or ToyTrainer(), 0)
+    return list(simulation.train_clients(ROUND, {one: m.send(server, one, ROUND) for one in client}, {}))
+
+
+def trained_heads(reply: Reply, server: Cores, m: Ravan) -> dict[str, torch.Tensor]:
+    """The heads of each module that the client chose, or was told to train."""
+    packed = reply.upload.choices["heads"] if m.choose == "gradient" else m.send(server, reply.client, ROUND)["heads"]
+    return own_heads(server.c, packed, server.trains(reply.client))
 
 
 def told(m: Ravan, server: Cores, client: ClientInfo, rnd: Round = ROUND) -> dict[str, list[int]]:
@@ -69,7 +76,7 @@ def test_a_download_names_the_same_heads_in_whatever_order_its_tensors_come():
 def test_at_the_start_the_update_is_zero_and_every_head_has_a_gradient():
     start = view(METHOD.init_server(SPEC, 0))
     assert not any(x.any() for x in products(start).values())
-    trained, _ = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cs")), CLIENTS[0])
+    trained = ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cs")), CLIENTS[0]).adapter
     for part in trained.values():
         assert (part.c.flatten(1).norm(dim=1) > 1e-4).all() and torch.equal(part.s, torch.ones(4))
 
@@ -90,21 +97,21 @@ def test_what_goes_up_is_the_product_of_scalar_and_core_for_the_trained_heads():
         job, asked = request(cores(), client)
         trained = {name: replace(part, s=part.s * 3, c=part.c + 1) for name, part in asked.start.items()}
         with pytest.raises(StopIteration) as done:
-            job.send(trained)
+            job.send(Trained(trained))
         _, upload = done.value.value
-        assert upload.keys() == {f"{name}.c" for name in SPEC.modules}
+        assert upload.flat().keys() == {f"{name}.c" for name in SPEC.modules}
         for name, part in asked.start.items():
-            assert_close(upload[f"{name}.c"], 3 * (part.c + 1))
+            assert_close(upload.values[f"{name}.c"], 3 * (part.c + 1))
 
 
 def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_trained_it():
     server = cores()
     found = replies(server)
-    merged = METHOD.merge(server, Replies(iter(found)), ROUND).server
+    merged = merge(METHOD, server, found, SPEC).server
     trained = {
         reply.client.id: dict(zip(told(METHOD, server, reply.client)[NAME], c, strict=True))
         for reply in found
-        for c in [reply.upload[f"{NAME}.c"]]
+        for c in [reply.upload.values[f"{NAME}.c"]]
     }
     state = METHOD.init_client(SPEC, CLIENTS[0], 0).factors
     for i in range(4):
@@ -116,7 +123,7 @@ def test_each_head_becomes_the_weighted_mean_of_the_products_of_those_that_train
 
 def test_a_head_that_nobody_trained_keeps_its_value():
     server, weak = cores(), CLIENTS[1:2]
-    merged = METHOD.merge(server, Replies(replies(server, weak)), ROUND).server
+    merged = merge(METHOD, server, replies(server, weak), SPEC).server
     for name in SPEC.modules:
         own = told(METHOD, server, weak[0])[name]
         same = [torch.equal(x, y) for x, y in zip(merged.c[f"{name}.c"], server.c[f"{name}.c"], strict=True)]
@@ -152,7 +159,7 @@ def test_by_gradient_a_client_takes_the_heads_whose_cores_its_loss_falls_fastest
     server, client = cores(), ClientInfo("x", 2, 9)
     assert m.send(server, client, ROUND).keys() == server.c.keys()
     (reply,) = replies(server, [client], m)
-    own = own_heads(server.c, reply.upload["heads"], server.trains(client))
+    own = trained_heads(reply, server, m)
     for name in SPEC.modules:
         falls = []
         for head in range(4):  # a small step down the head's own gradient, found by differences
@@ -176,35 +183,49 @@ def double(part: Heads, c: torch.Tensor) -> Heads:
 def test_heads_that_clients_choose_are_averaged_over_those_that_chose_them():
     m, server = replace(METHOD, choose="gradient"), cores()
     found = replies(server, CLIENTS, m)
-    merged = m.merge(server, Replies(iter(found)), ROUND).server
-    own = {r.client.id: own_heads(server.c, r.upload["heads"], server.trains(r.client))[NAME].tolist() for r in found}
+    merged = merge(m, server, found, SPEC).server
+    own = {r.client.id: trained_heads(r, server, m)[NAME].tolist() for r in found}
     assert len({tuple(heads) for heads in own.values()}) == 3
     for head in range(4):
-        sent = [(r.weight, r.upload[f"{NAME}.c"][own[r.client.id].index(head)]) for r in found if head in own[r.client.id]]
+        came = [(r, own[r.client.id].index(head)) for r in found if head in own[r.client.id]]
+        sent = [(r.weight, r.upload.values[f"{NAME}.c"][place]) for r, place in came]
         assert_close(merged.c[f"{NAME}.c"][head], sum(w * c for w, c in sent) / sum(w for w, _ in sent))
 
 
 def test_a_client_that_chooses_more_heads_in_one_module_than_it_may_is_refused():
     m, server, client = replace(METHOD, choose="gradient"), cores(), ClientInfo("x", 1, 9)
     (reply,) = replies(server, [client], m)
-    assert UploadValidator(m, SPEC, ROUND, {client: m.send(server, client, ROUND)}).rejection_reason(reply) is None
+    assert not rejection(m, server, reply, SPEC)
     marks = torch.zeros(4 * len(SPEC.modules), dtype=torch.bool)
     marks[: len(SPEC.modules)] = True
-    bad = replace(reply, upload={**reply.upload, "heads": pack_positions(marks)})
-    assert "expected [1, 1] heads" in str(
-        UploadValidator(m, SPEC, ROUND, {client: m.send(server, client, ROUND)}).rejection_reason(bad)
-    )
+    bad = replace(reply, upload=replace(reply.upload, choices={"heads": pack_positions(marks)}))
+    assert "expected [1, 1] heads" in rejection(m, server, bad, SPEC)
 
 
 def test_when_all_train_all_heads_the_merge_is_exact_and_says_so():
     server, strong = cores(), toy_clients(3, 4)
     found = replies(server, strong)
-    merged = METHOD.merge(server, Replies(found), ROUND)
+    merged = merge(METHOD, server, found, SPEC)
     total = sum(r.weight for r in found)
-    mean = {key: sum(r.weight / total * r.upload[key] for r in found) for key in server.c}
-    assert merged.notes == {"aggregation_error": 0.0}
+    mean = {key: sum(r.weight / total * r.upload.values[key] for r in found) for key in server.c}
+    assert merged.notes["aggregation_error"] < 1e-6
     assert_close(products(view(merged.server)), products(view(Cores(mean, {}))), rtol=1e-5, atol=1e-5)
-    assert METHOD.merge(server, Replies(replies(server)), ROUND).notes == {}
+
+
+@pytest.mark.parametrize("choose", ["random", "gradient"])
+def test_where_clients_train_some_heads_the_logged_error_is_against_the_mean_change_of_their_products(choose):
+    m, server, trainer = replace(METHOD, choose=choose), cores(), Recorder()
+    found = replies(server, m=m, trainer=trainer)
+    merged, total = merge(m, server, found, SPEC), sum(r.weight for r in found)
+    made, mean = {}, {}
+    for name, whole in view(server, m).items():
+        made[name] = view(merged.server, m)[name].product() - whole.product()
+        mean[name] = -whole.product()
+        for r in found:
+            rest = others(whole, trained_heads(r, server, m)[name])
+            mean[name] += r.weight / total * (trainer.last[r.client.id][name].product() + rest.product())
+    assert off(made, mean) > 1e-2
+    assert merged.notes["aggregation_error"] == pytest.approx(off(made, mean), rel=1e-3)
 
 
 @pytest.mark.parametrize("init", ["normal", "orthogonal"])

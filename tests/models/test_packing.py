@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from torch.testing import assert_close
 
+from batched_jobs import jobs, routed, session  # noqa: F401  (a fixture)
 from fedlora.adapter import pack
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
@@ -21,7 +22,6 @@ from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
 
-from batched_jobs import jobs, routed, session  # noqa: F401  (a fixture)
 from tiny import LABELS, tiny_bert, tiny_rows
 
 TASK = Classification()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from batched_jobs import drawn, jobs, session  # noqa: F401  (a fixture)
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, pack
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
@@ -21,7 +22,6 @@ from fedlora.train.batched import train_together
 from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
 
-from batched_jobs import drawn, jobs, session  # noqa: F401  (a fixture)
 from toy import SPEC, ToyTrainer
 
 TASK, WHO = Classification(), ClientInfo("x", 2, 9)
@@ -45,7 +45,7 @@ def trainer(request, session) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
     """What can be adapted, and what answers a request: the trainer around a model, and the one of the laws."""
     if request.param == "toy":
         toy = ToyTrainer()
-        return SPEC, lambda one: toy.fit_one(one, WHO)[0] if isinstance(one, Fit) else toy.gradient(WHO, one)
+        return SPEC, lambda one: toy.fit_one(one, WHO).adapter if isinstance(one, Fit) else toy.gradient(WHO, one)
     adapted, examples = session
     local = local_trainer(adapted, examples)
     return adapted.spec, lambda one: answered(local, one) if isinstance(one, Fit) else local.gradient(WHO, one)
@@ -59,7 +59,7 @@ def local_trainer(adapted: AdaptedModel, examples: Encoded) -> LocalTrainer:
 
 
 def answered(local: LocalTrainer, request: Fit) -> Adapter:
-    return local.fit([FitRequest(request, WHO, 0)], Round(0, 0))[0][0]
+    return local.fit([FitRequest(request, WHO, 0)], Round(0, 0))[0].adapter
 
 
 def other(spec: AdapterSpec, part: Any) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(
         seen.append({key: x.detach().clone() for key, x in live.items()})
         return squares(live)
 
-    job = Job(Fit(start, factors_of, penalty=penalty), torch.arange(4), 0, 0)
+    job = Job(Fit(start, factors_of, penalties=(penalty,)), torch.arange(4), 0, 0)
     settings = Train(batch_size=4, optimizer="sgd", lr=1e-3)
     (trained,) = train_together(adapted, TASK, examples, [job], settings, 1000)
     assert len(seen) == 1
@@ -255,7 +255,7 @@ def test_the_toy_shows_a_penalty_every_factor_too():
         seen.update(live)
         return squares(live)
 
-    ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cw"), penalty=penalty), WHO)
+    ToyTrainer(steps=1).fit_one(Fit(start, frozenset("cw"), penalties=(penalty,)), WHO)
     assert seen == pack(start).keys()
 
 
@@ -292,5 +292,5 @@ def test_heads_of_unequal_rank_are_not_trained_in_one_step_but_one_after_the_oth
     local = local_trainer(adapted, examples)
     together = local.fit(asked, Round(0, 0))
     alone = [local.fit([one], Round(0, 0))[0] for one in asked]
-    for (one, _), (other_, _) in zip(together, alone, strict=True):
-        assert_close(pack(one), pack(other_), rtol=1e-4, atol=1e-5)
+    for one, other_ in zip(together, alone, strict=True):
+        assert_close(pack(one.adapter), pack(other_.adapter), rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,8 +13,9 @@ from test_validator import MEMBERS, METHOD, SPEC, Answers, NoFolds, Watched, equ
 from fedlora.adapter import Adapter
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round
 from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.wrap.head import HeadRule
 from fedlora.report.terminal import Live
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
@@ -26,32 +27,35 @@ from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_s
 
 
 @dataclass(frozen=True)
-class Fragile:
-    """FedIT's loop side, whose merge cannot stand an entry above `most`."""
+class Fragile(HeadRule):
+    """FedIT, which collects one by one and cannot stand an entry above 100: it raises the error, or merges to infinity."""
 
     error: type[Exception] | None = torch.linalg.LinAlgError
-    inner: Any = METHOD
-    read: list[str] = field(default_factory=list)
-    most: float = 100.0
-    rank: int = 4
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+    @property
+    def collects_mean(self) -> bool:
+        return False
 
-    def merge(self, server: Any, replies: Replies, rnd: Round) -> Merged[Any]:
-        came = []
-        for reply in replies:
-            self.read.append(reply.client.id)
-            came.append(reply)
-            if self.error is not None and max(float(x.abs().max()) for x in reply.upload.values()) > self.most:
-                raise self.error("did not converge")
-        merged = self.inner.merge(server, Replies(came), rnd)
-        large = any(float(x.abs().max()) > self.most for reply in came for x in reply.upload.values())
+    def collect(self, server: Any, collected: tuple[Mean, bool] | None, reply: Reply) -> tuple[Mean, bool]:
+        large = max(float(x.abs().max()) for x in reply.upload.values.values()) > 100
+        if self.error is not None and large:
+            raise self.error("did not converge")
+        mean, already = collected or (Mean(), False)
+        mean.add(reply.weight, reply.upload.values, reply.client.id)
+        return mean, already or large
+
+    def merge(self, server: Any, collected: tuple[Mean, bool], rnd: Round) -> Merged[Any]:
+        mean, large = collected
+        merged = super().merge(server, mean, rnd)
         return (
             replace(merged, server=replace(merged.server, head={"out.w": torch.full((2, 4), math.inf)}))
             if large
             else merged
         )
+
+
+def fragile(error: type[Exception] | None = torch.linalg.LinAlgError) -> Fragile:
+    return Fragile(FactorAveraging(rank=4), "averaged", error)
 
 
 def huge(reply: Reply) -> Reply:
@@ -61,7 +65,7 @@ def huge(reply: Reply) -> Reply:
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError, OverflowError, ZeroDivisionError, None])
 def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_changed_most(error):
     watch = Watched()
-    after, row = run_rounds(Answers(MEMBERS[:4], only("b", huge)), watch, method=Fragile(error))
+    after, row = run_rounds(Answers(MEMBERS[:4], only("b", huge)), watch, method=fragile(error))
     without, _ = run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
     assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
     reason = row["rejected"].pop("b")
@@ -72,27 +76,27 @@ def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_ch
 
 def test_a_merge_that_fails_at_the_first_reply_still_lets_the_whole_cohort_answer():
     watch = Watched()
-    run_rounds(Answers(MEMBERS[:4], only("a", huge)), watch, method=Fragile())
+    run_rounds(Answers(MEMBERS[:4], only("a", huge)), watch, method=fragile())
     assert [client for client, rejected in watch.answers if rejected is None] == ["a", "b", "c", "d", "b", "c", "d"]
 
 
 def test_another_error_of_a_merge_is_no_ones_upload():
     with pytest.raises(KeyError):
-        run_rounds(Answers(MEMBERS[:4], only("b", huge)), method=Fragile(KeyError))
+        run_rounds(Answers(MEMBERS[:4], only("b", huge)), method=fragile(KeyError))
 
 
 def test_after_the_last_attempt_the_run_stops_with_the_state_as_it_was():
     server = METHOD.init_server(SPEC, 0)
     before = encode_state(server)
     with pytest.raises(RunStopped, match=r"no attempt \(2 made\).*: merging ended in LinAlgError.*; .: merging ended in"):
-        run_rounds(Answers(MEMBERS[:4], lambda r: [huge(r)]), method=Fragile(), before=server, attempts=2)
+        run_rounds(Answers(MEMBERS[:4], lambda r: [huge(r)]), method=fragile(), before=server, attempts=2)
     assert encode_state(server) == before
 
 
 def test_a_client_that_is_the_only_one_is_asked_again():
     watch = Watched()
     with pytest.raises(RunStopped, match="a: merging ended in"):
-        run_rounds(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=Fragile())
+        run_rounds(Answers(MEMBERS[:1], lambda r: [huge(r)]), watch, method=fragile())
     assert [len(cohort) for cohort in watch.cohorts] == [1, 1, 1]
 
 
@@ -154,7 +158,7 @@ class Exploding(Recorder):
     def fit(self, asked: Any, rnd: Round) -> Any:
         nan = [one.client.id == "1" and rnd.index == 1 for one in asked]
         answers = super().fit(asked, rnd)
-        return [(_nan(adapter) if bad else adapter, notes) for bad, (adapter, notes) in zip(nan, answers, strict=True)]
+        return [replace(x, adapter=_nan(x.adapter)) if bad else x for bad, x in zip(nan, answers, strict=True)]
 
 
 def _nan(adapter: Adapter) -> Adapter:

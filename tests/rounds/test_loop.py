@@ -42,7 +42,7 @@ class Metered:
         self._count(rnd.index, "base update", pending.values())
         for reply in self.inner.train_clients(rnd, sent, pending):
             assert isinstance(reply, Reply)
-            self._count(rnd.index, "upload", [reply.upload])
+            self._count(rnd.index, "upload", [reply.upload.flat()])
             self.replies.append(reply)
             yield reply
 
@@ -81,6 +81,6 @@ def test_the_loss_of_a_round_is_the_mean_over_its_training_examples():
     found, backend = rows(Evaluate(clients="none"))
     for index, row in enumerate(found):
         replies = [reply for reply in backend.replies if reply.round.index == index]
-        losses = [reply.notes["loss"] for reply in replies for _ in range(reply.client.examples)]
+        losses = [reply.loss for reply in replies for _ in range(reply.client.examples)]
         assert row["train_loss"] == pytest.approx(sum(losses) / len(losses))
-        assert row["train_loss"] != pytest.approx(sum(reply.notes["loss"] for reply in replies) / len(replies))
+        assert row["train_loss"] != pytest.approx(sum(reply.loss for reply in replies) / len(replies))

@@ -8,14 +8,15 @@ import torch
 from fedlora.adapter import AdapterSpec
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
-from fedlora.method import fit
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import Method, fit
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
+from fedlora.rounds.cohort_checks import difference_norm
 from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.sample import choose
-from fedlora.rounds.validator import Failed, change_norm
+from fedlora.rounds.validator import Failed
 
 NAN, INF = math.nan, math.inf
 SPEC = AdapterSpec(modules={"q": (6, 4), "v": (5, 3)}, head={"out.w": torch.linspace(-1, 1, 8).view(2, 4)})
@@ -29,7 +30,7 @@ def honest(client, rnd, download):
     """A reply that depends on the client and the attempt, so that no two states are equal by chance."""
     rng = rnd.rng(f"move {rnd.attempt}", client.id)
     upload = {name: x + torch.randn(x.shape, generator=rng) / 10 for name, x in download.items()}
-    return Reply(client, rnd, upload, float(client.examples), {"loss": 1.0})
+    return Reply(client, rnd, Upload(upload), float(client.examples), 1.0, 1)
 
 
 def as_it_is(reply):
@@ -107,10 +108,10 @@ def upload(**changes):
 
     def change(reply):
         bent: Mapping[str, torch.Tensor | None] = {
-            **reply.upload,
-            **{k: f(reply.upload.get(k)) for k, f in changes.items()},
+            **reply.upload.values,
+            **{k: f(reply.upload.values.get(k)) for k, f in changes.items()},
         }
-        return replace(reply, upload={name: x for name, x in bent.items() if x is not None})
+        return replace(reply, upload=Upload({name: x for name, x in bent.items() if x is not None}))
 
     return change
 
@@ -140,7 +141,7 @@ BAD = {
     "of rank 1": (upload(**{"q.b": lambda x: x[:, :1], "q.a": lambda x: x[:1]}), "with shape (6, 1), expected (6, 4)"),
     "a number": (upload(**{"v.b": lambda x: x.sum()}), "sent v.b with shape (), expected (5, 4)"),
     "with a batch axis": (upload(**{"v.b": lambda x: x[None]}), "sent v.b with shape (1, 5, 4), expected (5, 4)"),
-    "empty": (lambda r: replace(r, upload={}), "missing head/out.w and 4 more"),
+    "empty": (lambda r: replace(r, upload=Upload({})), "missing head/out.w and 4 more"),
     "without one factor": (upload(**{"v.a": lambda x: None}), "missing v.a"),
     "without the head": (upload(**{"head/out.w": lambda x: None}), "missing head/out.w"),
     "with another factor": (upload(**{"k.b": lambda x: torch.ones(6, 4)}), "unexpected k.b"),
@@ -185,7 +186,7 @@ def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enoug
         }
 
     download = METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))
-    near, beyond = [only("b", lambda r, n=n: replace(r, upload=far(n)(download))) for n in (99.9, 100.1)]
+    near, beyond = [only("b", lambda r, n=n: replace(r, upload=Upload(far(n)(download)))) for n in (99.9, 100.1)]
     after, row = run_rounds(Answers(MEMBERS[:4], beyond), max_norm=100.0)
     assert equal(after, run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
     assert "change has norm 100.1, expected at most 100" in row["rejected"]["b"]
@@ -225,7 +226,9 @@ def test_a_client_that_was_not_chosen_is_refused():
 
 
 def test_no_accepted_weight_makes_the_merged_state_infinite():
-    heavy = Answers(MEMBERS[:4], lambda r: [replace(r, weight=1e308, upload={k: 100 + x for k, x in r.upload.items()})])
+    heavy = Answers(
+        MEMBERS[:4], lambda r: [replace(r, weight=1e308, upload=Upload({k: 100 + x for k, x in r.upload.values.items()}))]
+    )
     try:
         after, _ = run_rounds(heavy, attempts=1)
     except RunStopped:
@@ -245,7 +248,7 @@ def test_a_client_that_claims_more_examples_than_the_server_allows_is_refused():
 def test_only_what_this_round_trains_is_expected():
     method = HeadRule(FactorAveraging(rank=4, schedule=("a", "b")), "frozen")
     before = method.init_server(SPEC, seed=0)
-    trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload={k: r.upload[k] for k in ("q.a", "v.a")})])
+    trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload=Upload({k: r.upload.values[k] for k in ("q.a", "v.a")}))])
     assert run_rounds(trained_a, method=method, before=before)[1]["rejected"] == {}
     with pytest.raises(RunStopped, match=r"unexpected q\.b"):
         run_rounds(Answers(MEMBERS[:4]), method=method, before=before)
@@ -260,7 +263,7 @@ def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_o
     assert watch.cohorts[0] != watch.cohorts[1] != watch.cohorts[2] and row["attempts"] == 3
     assert row["chosen"] == row["accepted"] == [client.id for client in watch.cohorts[2]]
     replies = [honest(client, last, METHOD.send(BEFORE, client, last)) for client in watch.cohorts[2]]
-    assert equal(after, METHOD.merge(BEFORE, Replies(replies), last).server)
+    assert equal(after, METHOD.merge(BEFORE, Mean.of((r.weight, r.upload.values) for r in replies), last).server)
 
 
 def test_the_bytes_of_all_attempts_are_counted():
@@ -296,7 +299,7 @@ def test_uniform_weights_count_every_accepted_client_once():
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Method[torch.Tensor, None, float]):
     """A method whose clients send as many ones as they like, up to their rank, and say how many."""
 
     rank: int = 4
@@ -304,26 +307,30 @@ class Chosen:
     def init_server(self, spec, seed):
         return torch.zeros(())
 
-    def init_client(self, spec, client, seed):
-        return None
-
     def send(self, server, client, rnd):
         return {}
 
     def view(self, state, download, client):
-        raise AssertionError("nobody looks")
+        return {}
 
     def work(self, state, download, client, rnd):
         yield from fit({})
-        return state, {"values": torch.ones(0), "count": torch.tensor(0)}
+        return state, Upload({"values": torch.ones(0)}, {"count": torch.tensor(0)})
 
-    def expected_upload(self, spec, upload, template, client, rnd):
-        if not 0 <= int(upload["count"]) <= client.rank:
-            raise ValueError(f"{int(upload['count'])} are too many")
-        return {**template, "values": torch.ones(int(upload["count"]))}
+    def expected_upload(self, known, upload, template):
+        count = int(upload.choices["count"])
+        if not 0 <= count <= known.client.rank:
+            raise ValueError(f"{count} are too many")
+        return replace(template, values={"values": torch.ones(count)})
 
-    def merge(self, server, replies, rnd):
-        return Merged(server + sum(float(reply.upload["values"].sum()) for reply in replies))
+    def collect(self, server, collected, reply):
+        return (collected or 0.0) + float(reply.upload.values["values"].sum())
+
+    def merge(self, server, collected, rnd):
+        return Merged(server + collected)
+
+    def update(self, known, upload):
+        return None
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ class Chosen:
         (torch.ones(0), torch.tensor(0), None),
         (torch.ones(3), torch.tensor(2), "sent values with shape (3,), expected (2,)"),
         (torch.ones(5), torch.tensor(5), "invalid selection: 5 are too many"),
-        (torch.ones(3), torch.tensor(3.0), "sent count as torch.float32, expected torch.int64"),
+        (torch.ones(3), torch.tensor(3.0), "sent choice/count as torch.float32, expected torch.int64"),
         (torch.tensor([1.0, NAN]), torch.tensor(2), "sent values with NaN"),
         (torch.ones(1, 2), torch.tensor(2), "sent values with shape (1, 2), expected (2,)"),
     ],
@@ -343,24 +350,26 @@ class Chosen:
 def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(rule, values, count, reason):
     method = HeadRule(Chosen(), rule)
     head = {f"head/{name}": x for name, x in SPEC.head.items()} if rule == "averaged" else {}
-    one = {"values": torch.ones(1), "count": torch.tensor(1)}
 
     def choose_values(reply):
-        own = {"values": values, "count": count} if reply.client.id == "b" else one
-        return [replace(reply, upload={**own, **head})]
+        own, number = (values, count) if reply.client.id == "b" else (torch.ones(1), torch.tensor(1))
+        return [replace(reply, upload=Upload({"values": own, **head}, {"count": number}))]
 
     after, row = run_rounds(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
     assert row["rejected"].get("b") == reason or (reason is not None and reason in row["rejected"]["b"])
     assert float(after.inner) == 2 + (0 if reason else len(values))
 
 
-def test_whole_numbers_count_nothing_in_the_norm_of_a_change():
-    assert change_norm({"values": torch.tensor([3.0, 4.0]), "count": torch.tensor(200)}, {"count": torch.tensor(1)}) == 5.0
+def test_choices_have_no_part_in_the_norm_of_a_change():
+    upload, template = (
+        Upload({"x": x}, {"n": torch.tensor(200)}) for x in (torch.tensor([3.0, 5.0]), torch.tensor([0.0, 1.0]))
+    )
+    assert difference_norm(upload, template) == 5.0
 
 
 def test_a_head_of_the_wrong_shape_is_refused_also_where_clients_choose():
     method = HeadRule(Chosen(), "averaged")
-    bad = {"values": torch.ones(1), "count": torch.tensor(1), "head/out.w": torch.ones(4, 2)}
+    bad = Upload({"values": torch.ones(1), "head/out.w": torch.ones(4, 2)}, {"count": torch.tensor(1)})
     answers = Answers(MEMBERS[:2], lambda r: [replace(r, upload=bad)])
     with pytest.raises(RunStopped, match=r"sent head/out\.w with shape \(4, 2\), expected \(2, 4\)"):
         run_rounds(answers, method=method, before=method.init_server(SPEC, 0))

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from batched_jobs import RANKS, ROWS, TASK, drawn, jobs, routed, session  # noqa: F401  (a fixture)
 from fedlora.adapter import Tensors, pack, pick, unpack
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import ClientInfo, Fit, FitRequest, Round
+from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.tasks.classification import Encoded
 from fedlora.train.batched import train_together
-from fedlora.train.job import Job, Trained
+from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
 
-from batched_jobs import RANKS, ROWS, TASK, drawn, jobs, routed, session  # noqa: F401  (a fixture)
 from tiny import LABELS
 
 
@@ -44,7 +44,7 @@ def penalty(adapted: AdaptedModel, client: int) -> Any:
         parts = [f.product() for f in unpack(pick(live, "ba"), LowRank).values()]
         return (client + 1) * torch.stack([x.square().sum() for x in (*parts, *pick(live, "w").values())]).sum()
 
-    return of_products_and_heads
+    return (of_products_and_heads,)
 
 
 @pytest.mark.parametrize("tokens", [200, 100_000])
@@ -53,7 +53,7 @@ def penalty(adapted: AdaptedModel, client: int) -> Any:
     [
         (Train(batch_size=4, lr=1e-2, epochs=2, weight_decay=0.1), {}),
         (Train(batch_size=4, lr=0.1, optimizer="sgd", clip_norm=0.05, batches="random"), {}),
-        (Train(batch_size=4, lr=1e-2), {"frozen_extra": frozen_extra, "penalty": penalty}),
+        (Train(batch_size=4, lr=1e-2), {"frozen_extra": frozen_extra, "penalties": penalty}),
         (Train(batch_size=4, lr=1e-2), {"train": "b"}),
     ],
     ids=["adamw", "sgd and clipping", "companions and penalties", "b alone"],
@@ -99,8 +99,8 @@ def test_the_trainer_answers_and_evaluates_adapters_of_several_forms_at_once(ses
         LocalTrainer(adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), 8, clients_per_step)
         for clients_per_step in (1, 3)
     ]
-    for (alone, _), (grouped, _) in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
-        assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
+    for alone, grouped in zip(*(trainer.fit(asked, Round(3, 1)) for trainer in trainers), strict=True):
+        assert_close(pack(grouped.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
     evaluated = [
         trainer.scores([(one, job.request.start) for one, job in zip(clients, some, strict=True)]) for trainer in trainers
     ]
@@ -155,10 +155,10 @@ def test_the_trainer_groups_requests_and_answers_in_their_order(session):
         )
         for clients_per_step in (1, 3)
     ]
-    for (alone, notes), (grouped, other), one in zip(*results, asked, strict=True):
-        assert_close(pack(grouped), pack(alone), rtol=1e-4, atol=1e-5)
-        assert_close(other, notes)
-        assert next(iter(alone.values())).rank == one.client.rank
+    for alone, grouped, one in zip(*results, asked, strict=True):
+        assert_close(pack(grouped.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
+        assert grouped.loss == pytest.approx(alone.loss, rel=1e-5) and grouped.steps == alone.steps > 0
+        assert next(iter(alone.adapter.values())).rank == one.client.rank
 
 
 def test_clients_evaluated_together_are_evaluated_as_if_alone(session):

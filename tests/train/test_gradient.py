@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from batched_jobs import jobs, session  # noqa: F401  (a fixture)
 from fedlora.adapter import Dense, pack
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Heads, LowRank
@@ -13,8 +14,6 @@ from fedlora.models.layers import LoraLayer
 from fedlora.tasks.classification import Classification
 from fedlora.train.batched import train_together
 from fedlora.train.local import LocalTrainer
-
-from batched_jobs import jobs, session  # noqa: F401  (a fixture)
 
 TASK = Classification()
 WHO = ClientInfo("x", 3, 5)

@@ -3,9 +3,8 @@
 
 from dataclasses import replace
 
-from fedlora.train.micro_batches import bytes_per_token, micro_batches
-
 from batched_jobs import TASK, drawn, session  # noqa: F401  (a fixture)
+from fedlora.train.micro_batches import bytes_per_token, micro_batches
 
 
 def test_micro_batches_take_every_batch_once_and_similar_lengths_together():

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from batched_jobs import TASK, jobs
 from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
@@ -12,7 +13,6 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.train.batched import train_together
 from fedlora.train.features import try_packing
 
-from batched_jobs import TASK, jobs
 from tiny import LABELS, tiny_bert, tiny_rows
 
 

@@ -10,7 +10,7 @@ from fedlora.deploy.task_exchange import Results, TaskExchange
 from fedlora.deploy.transport import Transport
 from fedlora.deploy.wire import Handshake
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Reply, Round, Score
+from fedlora.messages import ClientInfo, Reply, Round, Score, Upload
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode
 from fedlora.rounds.validator import Failed
@@ -97,8 +97,8 @@ class FlowerBackend:
             try:
                 if found.upload is None:
                     raise ValueError("sent no upload")
-                upload = decode(found.upload, self._max_tensors)
-                yield Reply(client, found.round, upload, found.result.weight, found.result.notes)
+                upload = Upload.of(decode(found.upload, self._max_tensors))
+                yield Reply(client, found.round, upload, found.result.weight, found.result.loss, found.result.steps)
             except ValueError as error:
                 yield Failed(client, str(error))
 

@@ -148,8 +148,8 @@ class NodeRun:
                 self.notify(f"client {reply.client.id}: {reply.reason}")
                 yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
                 continue
-            result = ClientResult(id=reply.client.id, weight=reply.weight, notes=dict(reply.notes))
-            yield reply.client.id, (result, encode(reply.upload))
+            result = ClientResult(id=reply.client.id, weight=reply.weight, loss=reply.loss, steps=reply.steps)
+            yield reply.client.id, (result, encode(reply.upload.flat()))
 
     def _evaluate(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         for client, score in self.simulation.evaluate(rnd, sent, {}):

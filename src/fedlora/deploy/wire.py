@@ -142,7 +142,8 @@ class ClientResult(_Part):
     id: str
     upload: Count | None = None
     weight: FiniteFloat = 0.0
-    notes: dict[str, float] = {}
+    loss: float = 0.0
+    steps: Count = 0
     examples: Count = 0
     metrics: dict[str, FiniteFloat] = {}
     failure: Failure | None = None

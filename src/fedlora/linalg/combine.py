@@ -32,6 +32,20 @@ def mean(terms: Terms) -> LowRank:
     return _cast(LowRank(b=b, a=a), first.b.dtype)
 
 
+def difference(after: LowRank, before: LowRank) -> LowRank:
+    """The matrix `after` minus `before`, of the sum of their ranks, or of one's if they have a factor in common.
+
+    With equal ranks from the differences of the factors, so that small changes of large factors keep their digits.
+    """
+    if after.rank != before.rank:
+        return stack([(1.0, after), (-1.0, before)])
+    if after.a is before.a:
+        return LowRank(b=after.b - before.b, a=after.a)
+    if after.b is before.b:
+        return LowRank(b=after.b, a=after.a - before.a)
+    return stack([(1.0, LowRank(b=after.b - before.b, a=after.a)), (1.0, LowRank(b=before.b, a=after.a - before.a))])
+
+
 def residual(terms: Terms) -> LowRank:
     """The weighted mean of the products minus the product of the mean factors, of rank (number of terms - 1) * rank.
 

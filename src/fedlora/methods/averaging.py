@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, low_rank, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.ranges import PositiveInt, checked
 
 _ALL = frozenset("ba")
@@ -17,7 +14,7 @@ _ALL = frozenset("ba")
 
 @dataclass(frozen=True)
 @checked
-class FactorAveraging:
+class FactorAveraging(Method[Tensors, Tensors, Mean]):
     """Weighted means of b [out, rank] and of a [rank, in], averaged separately.
 
     `shared` names the factors that are sent; the others stay on the client, all initialized from the run's common seed.
@@ -39,40 +36,32 @@ class FactorAveraging:
     shared: str = "ba"
     schedule: tuple[str, ...] = ("ba",)
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """The shared factors."""
         return pick(pack(lora_init(spec, self.rank, seed)), self.shared)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Tensors:
         """The factors that are not shared."""
         kept = _ALL - set(self.shared)
         return pick(pack(lora_init(spec, self.rank, seed)), kept) if kept else {}
-
-    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared factors, the same for all clients."""
-        return server
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """The adapter of personal and shared factors."""
         return unpack({**state, **download}, LowRank)
 
-    def work(
-        self, state: Mapping[str, Tensor], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[dict[str, Tensor], Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Upload]]:
         """Trains this round's factors; keeps the personal ones, uploads the shared ones."""
         train = set(self.schedule[rnd.index % len(self.schedule)])
         trained = pack((yield from fit(self.view(state, download, client), train)))
-        return {**state, **pick(trained, train - set(self.shared))}, pick(trained, train & set(self.shared))
+        return {**state, **pick(trained, train - set(self.shared))}, Upload(pick(trained, train & set(self.shared)))
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+    def merge(self, server: Tensors, collected: Mean, rnd: Round) -> Merged[Tensors]:
         """The weighted mean of the uploaded factors; the others stay unchanged."""
-        if set(self.shared) != _ALL:
-            # with a common unshared factor the mean is exact; with a personal one there is no global model to evaluate
-            common = _ALL - set(self.shared) - set("".join(self.schedule))
-            return Merged({**server, **replies.mean()}, notes={"aggregation_error": 0.0} if common else {})
-        means, ideal = RunningMean(), MeanUpdate()
-        for reply in replies:
-            means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.add(reply.weight, unpack({**server, **reply.upload}, LowRank))
-        merged = {**server, **means.mean()}
-        return Merged(merged, notes={"aggregation_error": ideal.error(unpack(merged, LowRank))})
+        return Merged({**server, **collected.tensors()})
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
+        """The change of the product; None if a factor of it is personal."""
+        if not _ALL - set(self.shared) <= _ALL - set("".join(self.schedule)):
+            return None
+        before = low_rank(self.view(known.initial, known.download, known.client))
+        return changes(unpack({**pack(before), **upload.values}, LowRank), before)

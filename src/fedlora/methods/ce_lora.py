@@ -13,13 +13,12 @@ from fedlora.linalg.lowrank import ThreeFactor
 from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, validation_error
 from fedlora.linalg.subspace import similarity
 from fedlora.linalg.transport import mixture_distance
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, features, fit
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, features, fit
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 
-_DATA = "data/"
-_ASKED = f"{_DATA}asked"
+_ASKED = "data/asked"
 _FAR = torch.finfo(torch.float64).max  # the distance to a client without any mixture: states must be finite
 
 
@@ -38,31 +37,30 @@ class Cores:
 
 @dataclass(frozen=True)
 @checked
-class CELoRA:
+class CELoRA(Method[Cores, Tensors, Mapping[str, Upload]]):
     """The update is b c a. A client trains all three, keeps b and a, and exchanges c: rank^2 floats per module, each way.
 
-    Client i downloads sum_j S_ij c_j, where c_j is the last core that client j uploaded; absent clients thus stay in
-    the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data, plus 1 - `data_weight` times
-    that of the cores. Each row is divided by its sum (`normaliser` "l1") or passed through a softmax. Without
-    `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no influence. A
-    client that has never uploaded a core downloads the plain mean. Mixing costs O(clients^2 rank^3) per module and
+    Client i downloads sum_j S_ij c_j over all clients that have ever uploaded a core, each with its last one, so absent
+    clients stay in the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data plus
+    1 - `data_weight` times that of the cores, with each row divided by its sum (`normaliser` "l1") or passed through a
+    softmax. Without `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no
+    influence. A client that has never uploaded a core gets the plain mean. Mixing costs O(clients^2 rank^3) per module and
     round.
 
-    The similarity of cores is the mean over modules of their linear centered kernel alignment, in [0, 1]. The
-    similarity of data is exp(-d_ij / `tau`); the default of `tau` is the median of d over all pairs of clients. With
-    its first core a client also uploads Gaussian mixtures of its examples' base-model features, one for each label,
-    unless `data_weight` is 0. d is the optimal transport distance between two clients' labels, where the distance of
-    two labels is that of their Gaussian mixtures (`linalg/transport.py`); it is computed once for each pair of clients.
-    The mixtures reveal much more about a client's examples than its cores do: for a label with at most three examples
-    they are the features themselves. They are included in the norm that `sampling.max_norm` bounds.
+    The similarity of cores is the mean over modules of their linear centered kernel alignment, in [0, 1]. The similarity of
+    data is exp(-d_ij / `tau`), `tau` by default the median of d over all pairs of clients. With its first core a client
+    also uploads Gaussian mixtures of its examples' base-model features, one for each label, unless `data_weight` is 0; d is
+    the cost of optimal transport between labels, with the transport cost between Gaussians as cost
+    (`linalg/transport.py`), and is computed once for each pair of clients. The mixtures reveal much more about a client's
+    examples than its cores do: for a label with at most three examples they are the features themselves.
 
-    b starts at 0, c at the identity, and a with normal entries of standard deviation `std`. With the released code's
-    1e-3 training starts slowly, and needs an optimizer that normalizes its steps, such as AdamW. Cores are comparable
-    only while the clients' b and a stay close; hence, with `shared_a`, all clients start from the same a. Layer norms
-    are trained, too, and stay on the client like the head.
+    b starts at 0, c at the identity and a with normal entries of deviation `std`: the released code's 1e-3, with which
+    training starts slowly and depends on an optimizer that normalizes its steps. Cores are comparable only while the
+    clients' b and a stay close; hence `shared_a`: all draw the same a. Layer norms are trained too, and stay on the client
+    like the head.
 
-    The released code lacks the server, and the paper's text was not available: the definitions of d and S, their
-    default settings, and the treatment of absent and new clients are this package's choice.
+    The server side is missing in the released code, and the paper's text was not available: the forms of d and S, the
+    defaults of their settings, and the treatment of absent and new clients are this package's.
 
     Source: Li et al. 2025, arXiv:2503.23869, and its released code.
     """
@@ -89,7 +87,7 @@ class CELoRA:
         """The identity core; no client has uploaded a core yet."""
         return Cores({f"{name}.c": torch.eye(spec.rank(name, self.rank), dtype=spec.dtype) for name in spec.modules})
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Tensors:
         """b = 0 and a random a."""
         drawn: dict[str, Tensor] = {}
         for name, (out, in_) in spec.modules.items():
@@ -110,42 +108,47 @@ class CELoRA:
 
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """The client's own b and a, with the mixture as c."""
-        return unpack({**state, **_split(download)[0]}, ThreeFactor)
+        return unpack({**state, **pick(download, "c")}, ThreeFactor)
 
-    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Upload]]:
         """Trains all three factors; keeps b and a; uploads c, and Gaussian mixtures of its data if requested."""
         data: Tensors = {}
         if _ASKED in download:
             seen = yield from features()
             points, seed = seen.features.to(next(iter(state.values())).dtype), rnd.rng("mixtures", client.id).initial_seed()
-            data = {_DATA + key: x for key, x in vars(fit_mixtures(points, seen.labels, seen.classes, seed)).items()}
+            data = vars(fit_mixtures(points, seen.labels, seen.classes, seed))
         trained = pack((yield from fit(self.view(state, download, client), "bca")))
-        return pick(trained, "ba"), {**pick(trained, "c"), **data}
+        return pick(trained, "ba"), Upload(pick(trained, "c"), data)
 
-    def expected_upload(
-        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
-    ) -> Tensors:
+    def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
         """The template, with the number of mixture components that follows from the numbers of examples of each label."""
-        (cores, expected), (_, came) = _split(template), _split(upload)
+        came, expected = upload.choices, template.choices
         if not expected or came["counts"].shape != expected["counts"].shape:
             return template
         counts = came["counts"]
-        if bool((counts < 0).any()) or int(counts.sum()) != client.examples:
-            raise ValueError(f"examples of each label that do not add up to its {client.examples}")
+        if bool((counts < 0).any()) or int(counts.sum()) != known.client.examples:
+            raise ValueError(f"examples of each label that do not add up to its {known.client.examples}")
         total = int(components(counts).sum())
         shapes = {key: x if key == "counts" else x.new_empty(total, *x.shape[1:]) for key, x in expected.items()}
         if all(came[key].shape == x.shape for key, x in shapes.items()) and (reason := validation_error(Mixtures(**came))):
             raise ValueError(reason)
-        return {**cores, **{_DATA + key: x for key, x in shapes.items()}}
+        return replace(template, choices=shapes)
 
-    def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
+    def collect(self, server: Cores, collected: Mapping[str, Upload] | None, reply: Reply) -> Mapping[str, Upload]:
+        """All uploads of positive weight, by client."""
+        return {**(collected or {}), **({reply.client.id: reply.upload} if reply.weight > 0 else {})}
+
+    def merge(self, server: Cores, collected: Mapping[str, Upload], rnd: Round) -> Merged[Cores]:
         """Stores the uploaded cores and mixtures; cores are mixed in `send`."""
-        came = {reply.client.id: _split(reply.upload) for reply in replies if reply.weight > 0}
-        last = {**server.last, **{client: cores for client, (cores, _) in came.items()}}
-        if not (new := {client: Mixtures(**data) for client, (_, data) in came.items() if data}):
+        last = {**server.last, **{client: upload.values for client, upload in collected.items()}}
+        new = {client: Mixtures(**upload.choices) for client, upload in collected.items() if upload.choices}
+        if not new:
             return Merged(replace(server, last=last))
         data = {**server.data, **new}
         return Merged(replace(server, last=last, data=data, apart=_distances(data, server.apart)))
+
+    def update(self, known: ClientRound, upload: Upload) -> None:
+        """None: there is no global product."""
 
     def _shares(self, server: Cores, ids: Sequence[str], one: str) -> Tensor:
         """The row of S [clients] for client `one`, in the order of `ids`; it sums to 1."""
@@ -195,12 +198,6 @@ def _distances(data: Mapping[str, Mixtures], known: Tensor) -> Tensor:
             one, other = sorted((ids[i], ids[j]))  # so that rounding does not depend on the order of clients
             apart[i, j] = apart[j, i] = min(mixture_distance(data[one], data[other]), _FAR)
     return apart
-
-
-def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Splits an upload into the cores and the data's mixtures, the latter under their own names."""
-    data = {key.removeprefix(_DATA): x for key, x in tensors.items() if key.startswith(_DATA)}
-    return {key: x for key, x in tensors.items() if not key.startswith(_DATA)}, data
 
 
 def _even(clients: int) -> Tensor:

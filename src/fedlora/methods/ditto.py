@@ -7,18 +7,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, low_rank, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
-from fedlora.methods.averaging import FactorAveraging
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.methods.scaled import Scaled, unscaled
 from fedlora.ranges import NonNegativeFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class Ditto:
+class Ditto(Method[Tensors, Scaled, Mean]):
     """A shared adapter as in FedIT, and on each client a personal adapter, with which the client is evaluated.
 
     In a round a client first trains and uploads the shared adapter, bitwise as in FedIT. Then it trains its personal
@@ -37,36 +36,33 @@ class Ditto:
     prox_weight: NonNegativeFloat = 0.1
     """Weight of the penalty that keeps the personal factors near the shared ones; 0: none."""
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """A shared adapter with zero update."""
-        return self._shared().init_server(spec, seed)
+        return pack(lora_init(spec, self.rank, seed))
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Scaled:
         """Empty: no personal adapter yet."""
         return Scaled({}, spec.scales(self.rank))
 
-    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared adapter."""
-        return server
-
     def view(self, state: Scaled, download: Tensors, client: ClientInfo) -> Adapter:
         """The personal adapter, or the shared one before the client's first training."""
         return state.adapter or unpack(download, LowRank)
 
-    def work(self, state: Scaled, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Tensors]]:
+    def work(self, state: Scaled, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Scaled, Upload]]:
         """Trains and uploads the shared adapter; then trains the personal adapter with the penalty."""
         shared = unpack(download, LowRank)
-        trained = _pairs((yield from fit(shared)))
+        trained = low_rank((yield from fit(shared)))
         penalty = partial(_proximal, self.prox_weight, state.scales, shared) if self.prox_weight else None
-        own = _pairs((yield from fit(state.adapter or shared, penalty=penalty)))
-        return replace(state, adapter=own), pack(trained)
+        own = low_rank((yield from fit(state.adapter or shared, penalty=penalty, role="personal")))
+        return replace(state, adapter=own), Upload(pack(trained))
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+    def merge(self, server: Tensors, collected: Mean, rnd: Round) -> Merged[Tensors]:
         """The weighted mean of the shared adapters."""
-        return self._shared().merge(server, replies, rnd)
+        return Merged(collected.tensors())
 
-    def _shared(self) -> FactorAveraging:
-        return FactorAveraging(self.rank)
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of the shared product."""
+        return changes(unpack(upload.values, LowRank), unpack(known.download, LowRank))
 
 
 def _proximal(strength: float, scales: Mapping[str, float], shared: Mapping[str, LowRank], live: Tensors) -> Tensor:
@@ -80,7 +76,3 @@ def distance(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Tensor
         for name, part in one.items()
     ]
     return torch.stack(apart).sum()
-
-
-def _pairs(adapter: Adapter) -> dict[str, LowRank]:
-    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}

@@ -3,21 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, low_rank, pack, unpack
 from fedlora.linalg.combine import stack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
-from fedlora.methods.averaging import FactorAveraging
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FedDPA:
+class FedDPA(Method[Tensors, Mapping[str, LowRank], Mean]):
     """A shared adapter as in FedIT, and on each client a personal adapter of rank `personal_rank`, which is never sent.
 
     In a round a client first trains the shared adapter alone, bitwise as in FedIT. Then it trains its personal adapter,
@@ -37,17 +34,13 @@ class FedDPA:
     personal_rank: PositiveInt = 8
     """The rank of the personal factors."""
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """A shared adapter with zero update."""
-        return self._shared().init_server(spec, seed)
+        return pack(lora_init(spec, self.rank, seed))
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, LowRank]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Mapping[str, LowRank]:
         """A personal adapter with zero update."""
         return lora_init(spec, self.personal_rank, derive(seed, "personal"))
-
-    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The shared adapter."""
-        return server
 
     def view(self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo) -> Adapter:
         """The sum of both adapters, as concatenated factors."""
@@ -55,18 +48,15 @@ class FedDPA:
 
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+    ) -> Local[tuple[Mapping[str, LowRank], Upload]]:
         """Trains the shared adapter, then the personal adapter with the shared one frozen; uploads the shared one."""
-        shared = _pairs((yield from fit(unpack(download, LowRank))))
-        return _pairs((yield from fit(state, frozen_extra=shared))), pack(shared)
+        shared = low_rank((yield from fit(unpack(download, LowRank))))
+        return low_rank((yield from fit(state, frozen_extra=shared, role="personal"))), Upload(pack(shared))
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[dict[str, Tensor]]:
+    def merge(self, server: Tensors, collected: Mean, rnd: Round) -> Merged[Tensors]:
         """The weighted mean of the shared adapters."""
-        return self._shared().merge(server, replies, rnd)
+        return Merged(collected.tensors())
 
-    def _shared(self) -> FactorAveraging:
-        return FactorAveraging(self.rank)
-
-
-def _pairs(adapter: Adapter) -> dict[str, LowRank]:
-    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of the shared product."""
+        return changes(unpack(upload.values, LowRank), unpack(known.download, LowRank))

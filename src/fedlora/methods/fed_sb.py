@@ -10,15 +10,15 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.fit import svd, truncate
 from fedlora.linalg.lowrank import LowRank, ThreeFactor
 from fedlora.linalg.subspace import frame, orthonormal
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, fit
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FedSB:
+class FedSB(Method[Tensors, Tensors, Mean]):
     """The mean c [rank, rank] between b with orthonormal columns and a with orthonormal rows, which never change.
 
     The mean is exact, and the upload is rank^2 floats per module. All updates lie in the space spanned by b and a, so
@@ -74,28 +74,33 @@ class FedSB:
             return {}
         return pack(_frames(spec, {name: self._rank(spec, name) for name in spec.modules}, seed))
 
-    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The whole server state, the same for all clients."""
-        return server
-
     def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
         """The three factors, or two in the first rounds of "gradient"."""
         return _adapter({**state, **download})
 
-    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Upload]]:
         """Trains c and uploads it; in the first rounds of "gradient", b and then a."""
         train = {0: "b", 1: "a"}.get(rnd.index, "c") if self.init == "gradient" else "c"
         trained = yield from fit(self.view(state, download, client), train, epochs=None if train == "c" else 1)
-        return state, pick(pack(trained), train)
+        return state, Upload(pick(pack(trained), train))
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
+    def merge(self, server: Tensors, collected: Mean, rnd: Round) -> Merged[Tensors]:
         """The mean c; in the first rounds of "gradient", the factors for the next round."""
-        mean = {**server, **replies.mean()}
+        mean = {**server, **collected.tensors()}
         if self.init == "gradient" and rnd.index == 0:
             return Merged(pack({name: _second(part) for name, part in unpack(mean, LowRank).items()}))
         if self.init == "gradient" and rnd.index == 1:
-            mean = pack({name: decomposed(part) for name, part in unpack(mean, LowRank).items()})
-        return Merged(mean, notes={"aggregation_error": 0.0})  # b, or b and a, are common
+            return Merged(pack({name: decomposed(part) for name, part in unpack(mean, LowRank).items()}))
+        return Merged(mean)
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
+        """The change of one factor between the others, which are common; None where the round's result is only a basis."""
+        if self.init == "gradient" and known.round.index == 0:
+            return None
+        before = {**known.initial, **known.download}
+        moved = {key: x - before[key] for key, x in upload.values.items()}
+        parts = _adapter({**before, **moved}).items()
+        return {name: part.as_two_factors() for name, part in parts if isinstance(part, LowRank | ThreeFactor)}
 
     def _rank(self, spec: AdapterSpec, name: str) -> int:
         return min(spec.rank(name, self.rank), *spec.modules[name])

@@ -1,21 +1,29 @@
 """FedEx-LoRA: averages the factors, and merges their residual to the mean of the products into the base."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, lora_init, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.linalg.mean_update import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round
+from fedlora.method import Method
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+class _Collected:
+    """The means of the factors, and of the products."""
+
+    factors: Mean
+    products: MeanUpdate
+
+
+@dataclass(frozen=True)
 @checked
-class FedExLoRA:
+class FedExLoRA(Method[Mapping[str, LowRank], None, _Collected]):
     """The adapter becomes (b_mean, a_mean), and E = sum_k w_k b_k a_k - b_mean a_mean is merged into the base: exact.
 
     E is a covariance of rank at most (K - 1) r for K clients, and is sent as factors of that rank, or as the dense matrix
@@ -37,38 +45,27 @@ class FedExLoRA:
     residual_rank: NonNegativeInt = 0
     """The rank of the residual that is added to the base; 0: the exact residual."""
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Mapping[str, LowRank]:
         """Factors with zero update."""
         return lora_init(spec, self.rank, seed)
-
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter; the round loop sends the base update."""
         return pack(server)
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
+    def collect(self, server: Mapping[str, LowRank], collected: _Collected | None, reply: Reply) -> _Collected:
+        """The means of the factors, and of the products."""
+        so_far = collected or _Collected(Mean(), MeanUpdate())
+        so_far.factors.add(reply.weight, reply.upload.values, reply.client.id)
+        return replace(so_far, products=so_far.products.add(reply.weight, unpack(reply.upload.values, LowRank)))
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, and uploads them."""
-        return state, pack((yield from fit(self.view(state, download, client))))
-
-    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+    def merge(self, server: Mapping[str, LowRank], collected: _Collected, rnd: Round) -> Merged[Mapping[str, LowRank]]:
         """The adapter, and its residual to the mean of the products as a base update."""
-        means, ideal, count = RunningMean(), MeanUpdate(), 0
-        for reply in replies:
-            means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
-            count += 1
         if self.adapter == "mean":
-            adapter = unpack(means.mean(), LowRank)
+            adapter = unpack(collected.factors.tensors(), LowRank)
         else:
-            adapter = ideal.best_fit(server, seed=derive(rnd.seed, "best_fit", rnd.index))
-        base_update = self._residual(ideal.subtract(adapter), server, count)
-        return Merged(adapter, base_update, {"aggregation_error": ideal.error(adapter, base_update or {})})
+            adapter = collected.products.best_fit(server, seed=derive(rnd.seed, "best_fit", rnd.index))
+        return Merged(adapter, self._residual(collected.products.subtract(adapter), server, collected.factors.count))
 
     def _residual(self, rest: MeanUpdate, server: Mapping[str, LowRank], count: int) -> dict[str, LowRank] | None:
         """E, or its best approximation; None for a single client, whose update is the adapter."""

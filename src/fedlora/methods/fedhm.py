@@ -2,22 +2,30 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.linalg.mean_update import MeanUpdate
+from fedlora.messages import ClientInfo, Merged, Reply, Round
+from fedlora.method import Method
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import MeanUpdate
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
+class _Collected:
+    """The mean of the products, and the largest rank among the clients, which have weight 1 in it."""
+
+    products: MeanUpdate = field(default_factory=MeanUpdate)
+    largest: int = 0
+
+
+@dataclass(frozen=True)
 @checked
-class FedHMLoRA:
+class FedHMLoRA(Method[Sliced, None, _Collected]):
     """The mean of the products is decomposed as u s vt; a client downloads the leading ranks of u s^1/2 and s^1/2 vt.
 
     FedHM decomposes whole weights, without LoRA; here its server is applied to updates b a. It is FlexLoRA with the
@@ -44,37 +52,30 @@ class FedHMLoRA:
         """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The best fit at the client's rank."""
         return pack(server.leading(client.rank))
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
+    def collect(self, server: Sliced, collected: _Collected | None, reply: Reply) -> _Collected:
+        """The mean of the products; clients of weight zero have no part in it."""
+        so_far = collected or _Collected()
+        if not reply.weight > 0:
+            return so_far
+        return self._plus(so_far, reply.client.rank, unpack(reply.upload.values, LowRank))
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, and uploads them."""
-        return state, pack((yield from fit(self.view(state, download, client))))
+    def merge(self, server: Sliced, collected: _Collected, rnd: Round) -> Merged[Sliced]:
+        """The best fit to the mean of the products."""
+        if self.keep_missing and 0 < collected.largest < self.rank:
+            collected = self._plus(collected, self.rank, server.adapter)
+        adapter = collected.products.best_fit(server.adapter, "balanced", derive(rnd.seed, "best_fit", rnd.index))
+        return Merged(replace(server, adapter=adapter))
 
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The best fit to the mean of the products; the error is relative to this mean, with the server's share."""
-        ideal, largest = MeanUpdate(), 0
-        for reply in replies:
-            if reply.weight > 0:
-                ideal, largest = self._plus(ideal, largest, reply.client.rank, unpack(reply.upload, LowRank))
-        if self.keep_missing and 0 < largest < self.rank:
-            ideal, largest = self._plus(ideal, largest, self.rank, server.adapter)
-        adapter = ideal.best_fit(server.adapter, "balanced", derive(rnd.seed, "best_fit", rnd.index))
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
-
-    def _plus(self, ideal: MeanUpdate, largest: int, rank: int, update: Mapping[str, LowRank]) -> tuple[MeanUpdate, int]:
-        """Adds a client, and updates the largest rank, whose clients have weight 1, so that not all weights underflow."""
+    def _plus(self, collected: _Collected, rank: int, update: Mapping[str, LowRank]) -> _Collected:
+        """Adds a client. Those of the largest rank so far have weight 1, so that some weight is positive."""
+        products, largest = collected.products, collected.largest
         if rank > largest:
-            ideal, largest = ideal.times(self._share(largest, rank)) if largest else ideal, rank
-        return ideal.add(self._share(rank, largest), update), largest
+            products, largest = products.times(self._share(largest, rank)) if largest else products, rank
+        return _Collected(products.add(self._share(rank, largest), update), largest)
 
     def _share(self, rank: int, largest: int) -> float:
         """The weight of a client relative to one of rank `largest`."""

@@ -1,6 +1,6 @@
 """FedLEASE: after a warm-up, each cluster of clients shares an expert, and routes each input through all experts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -11,8 +11,8 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick
 from fedlora.linalg.cluster import clusters, directions, distances, pairwise
 from fedlora.linalg.combine import fresh_rows
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, fit
 from fedlora.ranges import AtMost, NonNegativeInt, PositiveInt, checked
 
 
@@ -39,8 +39,17 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class Collected:
+    """The round's uploads: `first` of the warm-up; then the mean of each cluster, and the clusters of new clients."""
+
+    first: Mapping[str, First] = field(default_factory=dict)
+    means: Mapping[int, Mean] = field(default_factory=dict)
+    joined: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 @checked
-class FedLEASE:
+class FedLEASE(Method[Allocation, Tensors, Collected]):
     """Each cluster of clients trains one expert b a, and a router that mixes in the frozen experts of the others.
 
     In `warmup_rounds` rounds each client trains and uploads its own adapter, all from the same start. Then the server
@@ -76,7 +85,7 @@ class FedLEASE:
         """An empty set of adapters."""
         return Allocation()
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, Tensor]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Tensors:
         """An adapter with zero update, the same on every client, so that directions of b are compared for the same a."""
         return pack(lora_init(spec, self.rank, seed))
 
@@ -88,21 +97,40 @@ class FedLEASE:
         """The experts with their router, a single expert, or the client's own adapter."""
         return unpack(download, Experts) if pick(download, "g") else unpack(download or state, LowRank)
 
-    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Tensors]]:
+    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Upload]]:
         """Trains and uploads the client's own adapter, which it also keeps, or its cluster's expert and router."""
         factors = "bag" if pick(download, "g") else "ba"
         trained = pick(pack((yield from fit(self.view(state, download, client), factors))), factors)
-        return state if download else trained, trained
+        return state if download else trained, Upload(trained)
 
-    def merge(self, server: Allocation, replies: Replies, rnd: Round) -> Merged[Allocation]:
-        """Collects adapters; clusters them after the warm-up; then averages within clusters, and assigns new clients."""
-        came = (reply for reply in replies if reply.weight > 0)
+    def collect(self, server: Allocation, collected: Collected | None, reply: Reply) -> Collected:
+        """Pairs in the warm-up; then means within clusters, and the nearest cluster of each new client."""
+        so_far, client, upload = collected or Collected(), reply.client.id, reply.upload.values
+        if not reply.weight > 0:
+            return so_far
+        if not server.downloads:
+            return replace(so_far, first={**so_far.first, client: First(reply.weight, upload)})
+        if client not in server.members:
+            return replace(so_far, joined={**so_far.joined, client: _nearest(upload, server.centres)})
+        cluster = server.members[client]
+        mean = so_far.means.get(cluster) or Mean()
+        mean.add(reply.weight, upload, client)
+        return replace(so_far, means={**so_far.means, cluster: mean})
+
+    def merge(self, server: Allocation, collected: Collected, rnd: Round) -> Merged[Allocation]:
+        """Stores pairs; clusters them after the warm-up; then each expert is the mean of its participating members."""
         if server.downloads:
-            after = _averaged(server, came)
+            before = [pick(download, "bag") for download in server.downloads]
+            experts = [collected.means[i].tensors() if i in collected.means else x for i, x in enumerate(before)]
+            members = {**server.members, **collected.joined}
+            after = replace(server, members=members, downloads=_downloads(experts))
         else:
-            first = {**server.first, **{reply.client.id: First(reply.weight, reply.upload) for reply in came}}
+            first = {**server.first, **collected.first}
             after = Allocation(first) if rnd.index + 1 < self.warmup_rounds else self._allocated(first, rnd)
         return Merged(after, notes={"experts": float(len(after.downloads))} if after.downloads else {})
+
+    def update(self, known: ClientRound, upload: Upload) -> None:
+        """None: there is no global product."""
 
     def _allocated(self, first: Mapping[str, First], rnd: Round) -> Allocation:
         """The clusters of the warm-up's participants, and their initial experts."""
@@ -110,29 +138,14 @@ class FedLEASE:
         vectors = _directions([first[client].upload for client in ids])
         found = clusters(pairwise(list(vectors.values())), self.max_experts, self.experts)
         own = torch.tensor(found)
-        means = [RunningMean() for _ in range(max(found) + 1)]
+        means = [Mean() for _ in range(max(found) + 1)]
         for client, cluster in zip(ids, found, strict=True):
             means[cluster].add(first[client].weight, first[client].upload, client)
-        experts = [mean.mean() for mean in means]
+        experts: list[Tensors] = [mean.tensors() for mean in means]
         if len(experts) > 1:
             experts = [{**expert, **_router(expert, len(experts), rnd, i)} for i, expert in enumerate(experts)]
         centres = {key: torch.stack([x[own == i].mean(0) for i in range(len(experts))]) for key, x in vectors.items()}
         return Allocation({}, dict(zip(ids, found, strict=True)), _downloads(experts), centres)
-
-
-def _averaged(server: Allocation, replies: Iterable[Reply]) -> Allocation:
-    """Averages each expert and router over its participating members; assigns new clients to the nearest cluster."""
-    means: dict[int, RunningMean] = {}
-    members = dict(server.members)
-    for reply in replies:
-        client = reply.client.id
-        if client in server.members:
-            means.setdefault(server.members[client], RunningMean()).add(reply.weight, reply.upload, client)
-        else:
-            members[client] = _nearest(reply.upload, server.centres)
-    before = [pick(download, "bag") for download in server.downloads]
-    experts = [means[i].mean() if i in means else expert for i, expert in enumerate(before)]
-    return replace(server, members=members, downloads=_downloads(experts))
 
 
 def _downloads(experts: Sequence[Tensors]) -> tuple[Tensors, ...]:

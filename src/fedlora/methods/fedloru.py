@@ -6,13 +6,12 @@ from typing import Any, Literal
 
 import torch
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, low_rank, pack, pick, unpack
 from fedlora.linalg.combine import fresh_rows, stack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
@@ -29,7 +28,7 @@ class Shared:
 
 @dataclass(frozen=True)
 @checked
-class FedLoRU:
+class FedLoRU(Method[Shared, Any, Any]):
     """The mean factors, as in FedIT; after every `every` rounds (tau; 0: never) their product is merged into the base.
 
     Each such base update has rank r, and messages keep rank r. With `accumulate` "keep", as in the paper's algorithm,
@@ -53,10 +52,6 @@ class FedLoRU:
         """Factors with zero update."""
         return Shared(lora_init(spec, self.rank, seed))
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Any:
-        """Stateless."""
-        return None
-
     def send(self, server: Shared, client: ClientInfo, rnd: Round) -> Tensors:
         """The factors, and a mark if the base contains them; the round loop sends the base update."""
         mark = {_IN_BASE: torch.empty(0)} if server.in_base else {}
@@ -66,28 +61,22 @@ class FedLoRU:
         """The factors, or a zero update if the base contains them."""
         return _beyond_base(download)
 
-    def work(self, state: Any, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Any, Tensors]]:
+    def work(self, state: Any, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Any, Upload]]:
         """Trains the factors, and uploads them."""
-        return state, pack((yield from fit(_factors(download))))
+        return state, Upload(pack((yield from fit(_factors(download)))))
 
-    def merge(self, server: Shared, replies: Replies, rnd: Round) -> Merged[Shared]:
+    def merge(self, server: Shared, collected: Mean, rnd: Round) -> Merged[Shared]:
         """The mean factors; every `every` rounds also as a base update."""
-        means, ideal = RunningMean(), MeanUpdate()
-        for reply in replies:
-            trained = self._trained(server, reply.upload)
-            means.add(reply.weight, pack(trained), reply.client.id)
-            ideal = ideal.add(reply.weight, trained)
-        mean = unpack(means.mean(), LowRank)
-        notes = {"aggregation_error": ideal.error(mean)}
+        mean = unpack(collected.tensors(), LowRank)
         if not self.every or (rnd.index + 1) % self.every:
-            return Merged(Shared(mean), notes=notes)
+            return Merged(Shared(mean))
         if self.accumulate == "keep":
-            return Merged(Shared(mean, in_base=True), mean, notes)
-        return Merged(Shared({name: _fresh(name, part, rnd) for name, part in mean.items()}), mean, notes)
+            return Merged(Shared(mean, in_base=True), mean)
+        return Merged(Shared({name: _fresh(name, part, rnd) for name, part in mean.items()}), mean)
 
-    def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
-        """A client's factors after training, as reconstructed by the server."""
-        return unpack(upload, LowRank)
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The product of the upload minus the update that the download adds to the base."""
+        return changes(unpack(upload.values, LowRank), _beyond_base(known.download))
 
 
 @dataclass(frozen=True)
@@ -115,12 +104,12 @@ class PFedLoRU(FedLoRU):
 
     def work(
         self, state: Mapping[str, LowRank], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, LowRank], Tensors]]:
+    ) -> Local[tuple[Mapping[str, LowRank], Upload]]:
         """Trains the personal adapter with the shared one frozen, then vice versa; uploads the shared one."""
         shared = _factors(download)
         if state:
-            state = _low_rank((yield from fit(state, frozen_extra=shared)))
-        return state, pack((yield from fit(shared, frozen_extra=state)))
+            state = low_rank((yield from fit(state, frozen_extra=shared, role="personal")))
+        return state, Upload(pack((yield from fit(shared, frozen_extra=state))))
 
 
 @dataclass(frozen=True)
@@ -141,22 +130,34 @@ class MFedLoRU(FedLoRU):
 
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, int], Tensors]]:
+    ) -> Local[tuple[Mapping[str, int], Upload]]:
         """Trains the factors, and uploads both changes in factored form."""
         start = _factors(download)
-        trained = _low_rank((yield from fit(start)))
-        changes: dict[str, LowRank] = {}
+        trained = low_rank((yield from fit(start)))
+        moves: dict[str, LowRank] = {}
         for name, part in trained.items():
-            changes[f"{name}.b"] = truncate(part.b - start[name].b, state[name], "balanced")
-            changes[f"{name}.a"] = truncate(part.a - start[name].a, state[name], "balanced")
-        return state, pack(changes)
+            moves[f"{name}.b"] = truncate(part.b - start[name].b, state[name], "balanced")
+            moves[f"{name}.a"] = truncate(part.a - start[name].a, state[name], "balanced")
+        return state, Upload(pack(moves))
 
-    def _trained(self, server: Shared, upload: Tensors) -> dict[str, LowRank]:
-        changes = unpack(upload, LowRank)
-        return {
-            name: LowRank(b=part.b + changes[f"{name}.b"].product(), a=part.a + changes[f"{name}.a"].product())
-            for name, part in server.factors.items()
-        }
+    def collect(self, server: Shared, collected: Mean | None, reply: Reply) -> Mean:
+        """The mean of the clients' factors after training."""
+        so_far = collected or Mean()
+        so_far.add(reply.weight, pack(_moved(server.factors, reply.upload)), reply.client.id)
+        return so_far
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The product after the uploaded changes minus the update that the download adds to the base."""
+        return changes(_moved(_factors(known.download), upload), _beyond_base(known.download))
+
+
+def _moved(start: Mapping[str, LowRank], upload: Upload) -> dict[str, LowRank]:
+    """The factors after uploaded changes at a client's rank."""
+    moves = unpack(upload.values, LowRank)
+    return {
+        name: LowRank(b=part.b + moves[f"{name}.b"].product(), a=part.a + moves[f"{name}.a"].product())
+        for name, part in start.items()
+    }
 
 
 def _factors(download: Tensors) -> dict[str, LowRank]:
@@ -174,7 +175,3 @@ def _beyond_base(download: Tensors) -> dict[str, LowRank]:
 def _fresh(name: str, part: LowRank, rnd: Round) -> LowRank:
     a = fresh_rows((part.rank, part.a.shape[-1]), rnd.rng(f"accumulate {name}"))
     return LowRank(b=torch.zeros_like(part.b), a=a.to(part.a))
-
-
-def _low_rank(adapter: Adapter) -> dict[str, LowRank]:
-    return {name: part for name, part in adapter.items() if isinstance(part, LowRank)}

@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, lora_init, low_rank, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.subspace import Side, align
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import Local, Method, fit
 from fedlora.ranges import PositiveInt, UnitInterval, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FedRotLoRA:
+class FedRotLoRA(Method[Tensors, None, Mean]):
     """FedIT, but client k uploads (b_k q, q^T a_k), the same product, with the orthogonal q nearest to the download.
 
     `strength` (the paper's lambda, in [0, 1]) is 0 for no rotation, which is FedIT, and 1 for the rotation by which the
@@ -38,37 +37,19 @@ class FedRotLoRA:
         """Factors with zero update."""
         return pack(lora_init(spec, self.rank, seed))
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
-    def send(self, server: Tensors, client: ClientInfo, rnd: Round) -> Tensors:
-        """The mean factors, which are also the reference."""
-        return server
-
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
-
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains, rotates and uploads both factors."""
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
+        """Trains, rotates and uploads both factors; the downloaded mean factors are the reference."""
         reference = unpack(download, LowRank)
-        trained = yield from fit(reference)
+        trained = low_rank((yield from fit(reference)))
         if rnd.index == 0:
-            return state, pack(trained)
+            return state, Upload(pack(trained))
         side = self._side(rnd)
-        turned = {
-            n: align(f, reference[n], side, self.strength, self.proper) for n, f in unpack(pack(trained), LowRank).items()
-        }
-        return state, pack(turned)
+        rotated = {n: align(part, reference[n], side, self.strength, self.proper) for n, part in trained.items()}
+        return state, Upload(pack(rotated))
 
-    def merge(self, server: Tensors, replies: Replies, rnd: Round) -> Merged[Tensors]:
+    def merge(self, server: Tensors, collected: Mean, rnd: Round) -> Merged[Tensors]:
         """The mean factors."""
-        means, ideal = RunningMean(), MeanUpdate()
-        for reply in replies:
-            means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
-        mean = means.mean()
-        return Merged(mean, notes={"aggregation_error": ideal.error(unpack(mean, LowRank))})
+        return Merged(collected.tensors())
 
     def _side(self, rnd: Round) -> Side:
         if self.align == "alternate":

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.mean_update import Updates, alike, batch, unbatch
 from fedlora.linalg.robust_pca import robust_pca
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
+from fedlora.messages import ClientInfo, Merged, Reply, Round
+from fedlora.method import Method
 from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.randomness import derive
 from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, UnitInterval, checked
@@ -21,7 +21,7 @@ from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range, 
 
 @dataclass(frozen=True)
 @checked
-class FedRPCA:
+class FedRPCA(Method[Scaled, None, tuple[tuple[float, Updates], ...]]):
     """Robust PCA splits the clients' changes since the download, as columns x_k, into low-rank l_k plus sparse s_k.
 
     The server's change is mean(l_k) + beta mean(s_k), for each module; both are weighted means. `beta` 1 is FedIT. If
@@ -70,36 +70,26 @@ class FedRPCA:
         """Factors with zero update."""
         return Scaled.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The factors."""
         return pack(server.adapter)
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
+    def collect(
+        self, server: Scaled, collected: tuple[tuple[float, Updates], ...] | None, reply: Reply
+    ) -> tuple[tuple[float, Updates], ...]:
+        """All uploads of positive weight, with PEFT's b, and their weights."""
+        trained = unscaled(unpack(reply.upload.values, LowRank), server.scales)
+        return (*(collected or ()), *(((reply.weight, trained),) if reply.weight > 0 else ()))
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, and uploads them."""
-        return state, pack((yield from fit(self.view(state, download, client))))
-
-    def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
+    def merge(self, server: Scaled, collected: tuple[tuple[float, Updates], ...], rnd: Round) -> Merged[Scaled]:
         """The factors after the server's change; modules of equal shape are decomposed in one batch."""
-        counted = [reply for reply in replies if reply.weight > 0]
-        ideal, trained = MeanUpdate(), list[Updates]()
-        for reply in counted:
-            update = unpack(reply.upload, LowRank)
-            ideal = ideal.add(reply.weight, update)
-            trained.append(unscaled(update, server.scales))
-        start, shares, merged = unscaled(server.adapter, server.scales), _shares(counted), dict[str, LowRank]()
+        start, merged = unscaled(server.adapter, server.scales), dict[str, LowRank]()
+        shares = _shares([weight for weight, _ in collected])
         for names in alike(start):
-            before, after = batch(start, names), [batch(update, names) for update in trained]
+            before, after = batch(start, names), [batch(update, names) for _, update in collected]
             found = self._moved(before, after, shares, derive(rnd.seed, "truncate", rnd.index))
             merged |= unbatch(found, names, before.b.dtype)
-        adapter = scaled({name: merged[name] for name in start}, server.scales)
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        return Merged(replace(server, adapter=scaled({name: merged[name] for name in start}, server.scales)))
 
     def _moved(self, before: LowRank, after: Sequence[LowRank], shares: Tensor, seed: int) -> LowRank:
         """The new factors [module, ...] of modules of equal shape."""
@@ -136,13 +126,13 @@ class FedRPCA:
         return ratio.nan_to_num(nan=1.0, posinf=self.beta_max).clamp(1, self.beta_max)
 
 
-def _shares(replies: Sequence[Reply]) -> Tensor:
+def _shares(weights: Sequence[float]) -> Tensor:
     """The normalized weights, in fp64.
 
     Raises:
-        ValueError: no reply has a positive weight.
+        ValueError: there are none.
     """
-    if not replies:
+    if not weights:
         raise ValueError("cannot merge: no reply has a positive weight")
-    weights = torch.tensor([reply.weight for reply in replies], dtype=torch.float64)
-    return weights / weights.sum()
+    found = torch.tensor(weights, dtype=torch.float64)
+    return found / found.sum()

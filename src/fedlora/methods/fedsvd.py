@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import AdapterSpec, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.combine import pad
 from fedlora.linalg.fit import svd
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FedSVD:
+class FedSVD(Method[Mapping[str, LowRank], None, Mean]):
     """The mean b; then, after every `every` rounds, b <- u s and a <- vt of the singular value decomposition b a = u s vt.
 
     All clients have the same a, so the mean is exact, and the rank of b a is at most r, so nothing is truncated. As the
@@ -35,40 +34,33 @@ class FedSVD:
     warmup: NonNegativeInt = 0
     """The number of initial rounds without orthonormalization."""
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Mapping[str, LowRank]:
         """Factors with zero update."""
         return lora_init(spec, self.rank, seed)
-
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
 
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """Both factors, since a changes, too."""
         return pack(server)
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
-
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
         """Trains b, and uploads it."""
         trained = yield from fit(self.view(state, download, client), train="b")
-        return state, pick(pack(trained), "b")
+        return state, Upload(pick(pack(trained), "b"))
 
-    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+    def merge(self, server: Mapping[str, LowRank], collected: Mean, rnd: Round) -> Merged[Mapping[str, LowRank]]:
         """The mean b on the common a, reorthonormalized every `every` rounds."""
-        kept, means, ideal = pick(pack(server), "a"), RunningMean(), MeanUpdate()
-        for reply in replies:
-            means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.add(reply.weight, unpack({**reply.upload, **kept}, LowRank))
-        adapter = unpack({**means.mean(), **kept}, LowRank)
+        adapter = unpack({**pack(server), **collected.tensors()}, LowRank)
         done = rnd.index + 1
         if self.every and done > self.warmup and done % self.every == 0:
-            adapter = {name: orthonormalised(part) for name, part in adapter.items()}
-        return Merged(adapter, notes={"aggregation_error": ideal.error(adapter)})
+            adapter = {name: orthonormalized(part) for name, part in adapter.items()}
+        return Merged(adapter)
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of b on the common a."""
+        return changes(unpack({**known.download, **upload.values}, LowRank), unpack(known.download, LowRank))
 
 
-def orthonormalised(factor: LowRank) -> LowRank:
+def orthonormalized(factor: LowRank) -> LowRank:
     """The same matrix at the same rank, with orthonormal rows in a, and orthogonal columns in b by descending norm.
 
     From thin QR decompositions of the factors: O((out + in) r^2). Rows of a are orthonormal even where b is zero.

@@ -12,8 +12,8 @@ from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, lora_init, pac
 from fedlora.linalg.cluster import silhouette
 from fedlora.linalg.kmeans import agreement, embedded, kmeans
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, fit
 from fedlora.ranges import AtMost, PositiveInt, Range, checked
 
 
@@ -30,7 +30,7 @@ class Clusters:
 
 @dataclass(frozen=True)
 @checked
-class FLTAC:
+class FLTAC(Method[Clusters, None, tuple[Reply, ...]]):
     """FedIT within clusters; the clusters are computed by k-means from the uploaded adapters in each round.
 
     A client with several tasks (`data.task`) participates as several clients, one per task, each with its own adapter;
@@ -73,9 +73,6 @@ class FLTAC:
         start = pack({**lora_init(spec, self.rank, seed), **{name: Dense(w) for name, w in spec.head.items()}})
         return Clusters(start, scales={f"{name}.b": scale for name, scale in spec.scales(self.rank).items()})
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Clusters, client: ClientInfo, rnd: Round) -> Tensors:
         """The mean of the client's cluster."""
         return server.means[server.belongs[client.id]] if client.id in server.belongs else server.start
@@ -84,29 +81,36 @@ class FLTAC:
         """Downloaded adapter."""
         return {**unpack(pick(download, "ba"), LowRank), **unpack(pick(download, "w"), Dense)}
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
         """Trains and uploads the whole adapter."""
         factors = {key.rpartition(".")[2] for key in download}
-        return None, pack((yield from fit(self.view(state, download, client), factors)))
+        return None, Upload(pack((yield from fit(self.view(state, download, client), factors))))
 
-    def merge(self, server: Clusters, replies: Replies, rnd: Round) -> Merged[Clusters]:
+    def collect(self, server: Clusters, collected: tuple[Reply, ...] | None, reply: Reply) -> tuple[Reply, ...]:
+        """All replies of positive weight."""
+        return (*(collected or ()), *((reply,) if reply.weight > 0 else ()))
+
+    def merge(self, server: Clusters, collected: tuple[Reply, ...], rnd: Round) -> Merged[Clusters]:
         """Clusters the adapters, and averages within the clusters."""
-        came = sorted((reply for reply in replies if reply.weight > 0), key=lambda reply: reply.client.id)
+        came = sorted(collected, key=lambda reply: reply.client.id)
         if not came:
             raise ValueError("cannot merge: no reply has a positive weight")
         points = embedded(
-            torch.stack([reply.upload[key].flatten() for reply in came]) / server.scales.get(key, 1.0)
-            for key in came[0].upload
+            torch.stack([reply.upload.values[key].flatten() for reply in came]) / server.scales.get(key, 1.0)
+            for key in came[0].upload.values
         )
         groups = self._clustered(points, rnd.rng("k-means").initial_seed())
-        means = [RunningMean() for _ in range(int(groups.max()) + 1)]
+        means = [Mean() for _ in range(int(groups.max()) + 1)]
         for reply, group in zip(came, groups.tolist(), strict=True):
-            means[group].add(reply.weight, reply.upload, reply.client.id)
+            means[group].add(reply.weight, reply.upload.values, reply.client.id)
         now = {reply.client.id: group for reply, group in zip(came, groups.tolist(), strict=True)}
         notes = {"clusters": float(len(means)), "silhouette": _silhouette(points, groups), **_diagnosis(came, groups)}
         if self.tasks is not None:
             notes["missing"] = float(min(self.tasks, len(came)) - len(means))
-        return Merged(_followed(server, [mean.mean() for mean in means], now), notes=notes)
+        return Merged(_followed(server, [mean.tensors() for mean in means], now), notes=notes)
+
+    def update(self, known: ClientRound, upload: Upload) -> None:
+        """None: there is no global product."""
 
     def _clustered(self, points: Tensor, seed: int) -> Tensor:
         """Each point's cluster [points]."""

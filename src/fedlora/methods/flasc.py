@@ -12,8 +12,8 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, fit
 from fedlora.methods.scaled import scaled, unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, checked
 
@@ -49,7 +49,7 @@ class FlascState:
 
 @dataclass(frozen=True)
 @checked
-class FLASC:
+class FLASC(Method[FlascState, Shapes, Mean]):
     """PEFT's factors of all modules form one vector of P entries, of which the floor(density P) largest are sent.
 
     A client downloads the entries of largest magnitude; the others are zero. It trains all entries (with
@@ -109,46 +109,44 @@ class FLASC:
         before, _ = self._received(state.sizes, download, client)
         return scaled(unpack(_shaped(before, state.sizes), LowRank), state.scales)
 
-    def work(self, state: Shapes, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Shapes, Tensors]]:
+    def work(self, state: Shapes, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Shapes, Upload]]:
         """Trains all entries, and uploads the changes of largest magnitude."""
         before, sent = self._received(state.sizes, download, client)
         mask = _shaped(sent, state.sizes) if self.train_sent_only else None
         trained = unpack(pack((yield from fit(self.view(state, download, client), mask=mask))), LowRank)
         change = _flat(unscaled({name: trained[name] for name in state.sizes}, state.scales)) - before
         chosen = largest(change.abs(), self._count(self.density_up, client.rank, len(change)))
-        return state, {"changes": change[chosen], "positions": pack_positions(chosen)}
+        return state, Upload({"changes": change[chosen]}, {"positions": pack_positions(chosen)})
 
-    def expected_upload(
-        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
-    ) -> Tensors:
+    def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
         """The template, which does not depend on the chosen positions.
 
         Raises:
             ValueError: the positions are invalid, or not as many as the client may send.
         """
-        total = _total(_sizes(spec, self.rank))
-        unpack_positions(upload["positions"], self._count(self.density_up, client.rank, total), total)
+        self._positions(known, upload)
         return template
 
-    def merge(self, server: FlascState, replies: Replies, rnd: Round) -> Merged[FlascState]:
-        """The vector after the server's optimizer step with the mean change.
+    def expand(self, known: ClientRound, upload: Upload) -> Tensors:
+        """The changes at their positions [P], zeros elsewhere."""
+        chosen, changes = self._positions(known, upload), upload.values["changes"]
+        return {"changes": changes.new_zeros(len(chosen)).masked_scatter(chosen, changes)}
 
-        Raises:
-            ValueError: no reply has a positive weight.
-        """
-        vector = _flat(server.adapter)
-        weights, total = 0.0, torch.zeros_like(vector, dtype=torch.float64)
-        for reply in replies:
-            count = self._count(self.density_up, reply.client.rank, len(vector))
-            chosen = unpack_positions(reply.upload["positions"], count, len(vector))
-            total[chosen] += reply.weight * reply.upload["changes"].double()
-            weights += reply.weight
-        if not weights > 0:
-            raise ValueError("cannot merge: no reply has a positive weight")
-        after = self._step(server, vector, (total / weights).to(vector.dtype))
+    def merge(self, server: FlascState, collected: Mean, rnd: Round) -> Merged[FlascState]:
+        """The vector after the server's step along the mean change."""
+        after = self._step(server, _flat(server.adapter), collected.tensors()["changes"])
         if self.static_from == rnd.index + 1:
             after = replace(after, static=self._largest(_flat(after.adapter)))
         return Merged(after)
+
+    def update(self, known: ClientRound, upload: Upload) -> None:
+        """None: the server steps along the changes instead of adding them."""
+
+    def _positions(self, known: ClientRound, upload: Upload) -> Tensor:
+        """The mask of the uploaded entries [P]."""
+        total = _total(_sizes(known.spec, self.rank))
+        count = self._count(self.density_up, known.client.rank, total)
+        return unpack_positions(upload.choices["positions"], count, total)
 
     def _step(self, server: FlascState, vector: Tensor, change: Tensor) -> FlascState:
         """A step of the server's optimizer with minus the mean change as gradient; AdamW in torch's order of operations."""

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, lora_init, pack, unpack
+import torch
+
+from fedlora.adapter import AdapterSpec, Dense, Tensors, lora_init, low_rank, pack, unpack
 from fedlora.linalg.combine import leading
 from fedlora.linalg.fit import Split
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.linalg.mean_update import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveInt, checked
 
@@ -34,7 +36,7 @@ class Sliced:
 
 @dataclass(frozen=True)
 @checked
-class FlexLoRA:
+class FlexLoRA(Method[Sliced, None, MeanUpdate | Mean]):
     """Client i downloads the best approximation of rank r_i to M = sum_k w_k b_k a_k; the clients' ranks may differ.
 
     One decomposition at the server's `rank` serves all clients: the best fit of a smaller rank is its leading part. The
@@ -59,37 +61,43 @@ class FlexLoRA:
         """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The best fit at the client's rank."""
         return pack(server.leading(client.rank))
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
-
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
         """Trains both factors; uploads them, or their product."""
-        trained = yield from fit(self.view(state, download, client))
+        trained = low_rank((yield from fit(self.view(state, download, client))))
         if self.upload == "factors":
-            return state, pack(trained)
-        return state, pack({name: Dense(part.product()) for name, part in trained.items() if isinstance(part, LowRank)})
+            return state, Upload(pack(trained))
+        return state, Upload(pack({name: Dense(part.product()) for name, part in trained.items()}))
 
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+    @property
+    def collects_mean(self) -> bool:
+        """Whether clients upload products."""
+        return self.upload == "dense"
+
+    def collect(self, server: Sliced, collected: MeanUpdate | Mean | None, reply: Reply) -> MeanUpdate:
+        """The mean of the products."""
+        so_far = collected if isinstance(collected, MeanUpdate) else MeanUpdate()
+        return so_far.add(reply.weight, unpack(reply.upload.values, LowRank))
+
+    def merge(self, server: Sliced, collected: MeanUpdate | Mean, rnd: Round) -> Merged[Sliced]:
         """The best fit at the server's rank to the mean of the products."""
-        ideal = self._ideal(replies)
-        adapter = ideal.best_fit(server.adapter, self.split, derive(rnd.seed, "best_fit", rnd.index))
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        if isinstance(collected, Mean):
+            products = unpack(collected.tensors(), Dense)
+            collected = MeanUpdate.of({name: part.w for name, part in products.items()})
+        adapter = collected.best_fit(server.adapter, self.split, derive(rnd.seed, "best_fit", rnd.index))
+        return Merged(replace(server, adapter=adapter))
 
-    def _ideal(self, replies: Replies) -> MeanUpdate:
-        if self.upload == "dense":
-            return MeanUpdate.of({name: part.w for name, part in unpack(replies.mean(), Dense).items()})
-        ideal = MeanUpdate()
-        for reply in replies:
-            ideal = ideal.add(reply.weight, unpack(reply.upload, LowRank))
-        return ideal
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The product of the upload minus that of the download."""
+        if self.upload == "factors":
+            after = unpack(upload.values, LowRank)
+        else:
+            products = unpack(upload.values, Dense)
+            after = {name: LowRank(b=part.w, a=torch.eye(part.w.shape[-1]).to(part.w)) for name, part in products.items()}
+        return changes(after, unpack(known.download, LowRank))
 
 
 @dataclass(frozen=True)

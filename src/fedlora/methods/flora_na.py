@@ -4,21 +4,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.als import Coefficients, Layer, affine, alternate, batch_size, combined, descend, linear
 from fedlora.linalg.combine import leading, widen
 from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.mean_update import Updates, alike, batch, unbatch
 from fedlora.linalg.weighted_terms import Terms
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Merged, Reply, Round
+from fedlora.method import Method
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FLoRANA:
+class FLoRANA(Method[Sliced, None, tuple[tuple[float, Updates], ...]]):
     """The adapter becomes (sum_k p_k b_k, sum_k q_k a_k), p and q minimizing |product - sum_k w_k b_k a_k| (Frobenius).
 
     Law: the error is at most that of averaged factors (p = q = w), the initial coefficients, and at least that of the
@@ -53,34 +53,25 @@ class FLoRANA:
         """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Sliced, client: ClientInfo, rnd: Round) -> Tensors:
         """The leading part at the client's rank."""
         return pack(server.leading(client.rank))
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
+    def collect(
+        self, server: Sliced, collected: tuple[tuple[float, Updates], ...] | None, reply: Reply
+    ) -> tuple[tuple[float, Updates], ...]:
+        """All uploads of positive weight, and their weights."""
+        one = ((reply.weight, unpack(reply.upload.values, LowRank)),) if reply.weight > 0 else ()
+        return (*(collected or ()), *one)
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, and uploads them."""
-        return state, pack((yield from fit(self.view(state, download, client))))
-
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+    def merge(self, server: Sliced, collected: tuple[tuple[float, Updates], ...], rnd: Round) -> Merged[Sliced]:
         """The clients' factors, combined with the best-fitting coefficients."""
-        uploads = [(reply.weight, unpack(reply.upload, LowRank)) for reply in replies if reply.weight > 0]
-        ideal = MeanUpdate()
-        for weight, update in uploads:
-            ideal = ideal.add(weight, update)
-        groups = [group for names in alike(server.adapter) for group in _groups(names, uploads, server.adapter)]
+        groups = [group for names in alike(server.adapter) for group in _groups(names, collected, server.adapter)]
         adapter: dict[str, LowRank] = {}
         for group, fitted in zip(groups, self._fitted(groups), strict=True):
             rank, rng = server.adapter[group.names[0]].rank, rnd.rng(f"flora-na {group.names[0]}")
             adapter |= unbatch(widen(fitted, rank, rng), group.names, group.origin.b.dtype)
-        adapter = {name: adapter[name] for name in server.adapter}
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        return Merged(replace(server, adapter={name: adapter[name] for name in server.adapter}))
 
     def _fitted(self, groups: Sequence["_Group"]) -> Iterator[LowRank]:
         """The combined b [module, out, rank] and a [module, rank, in] of each group."""

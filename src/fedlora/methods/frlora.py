@@ -9,15 +9,14 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class FRLoRA:
+class FRLoRA(Method[Mapping[str, LowRank], None, Mean]):
     """Training starts from (b_0, a_0), the best rank-r part of the pretrained weight w, on the base minus b_0 a_0.
 
     The base update is b_mean a_mean - b_0 a_0, of rank 2 r, and the factors return to (b_0, a_0). Between rounds the
@@ -42,7 +41,7 @@ class FRLoRA:
     scale_in_init: PositiveFloat = 1.0
     """The initial b is multiplied by the square root of this value, and a divided by it; the product is unchanged."""
 
-    def init_server(self, spec: AdapterSpec, seed: int) -> dict[str, LowRank]:
+    def init_server(self, spec: AdapterSpec, seed: int) -> Mapping[str, LowRank]:
         """The principal parts: b_0 [out, rank], a_0 [rank, in] of each module.
 
         Raises:
@@ -57,9 +56,6 @@ class FRLoRA:
             principal[name] = LowRank(b=b.to(spec.dtype), a=a.to(spec.dtype))
         return principal
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Mapping[str, LowRank], client: ClientInfo, rnd: Round) -> Tensors:
         """The initial factors, the same in each round; the round loop sends the base update."""
         return pack(server)
@@ -68,22 +64,21 @@ class FRLoRA:
         """A zero update: all changes are in the base."""
         return {name: LowRank(b=torch.zeros_like(part.b), a=part.a) for name, part in unpack(download, LowRank).items()}
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
         """Trains the principal part, with its negative as frozen extra factors, and uploads the trained factors."""
         train = "ba" if self.train_a else "b"
         start = unpack(download, LowRank)
         trained = yield from fit(start, train, frozen_extra=_negative(start))
-        return state, pick(pack(trained), train)
+        return state, Upload(pick(pack(trained), train))
 
-    def merge(self, server: Mapping[str, LowRank], replies: Replies, rnd: Round) -> Merged[dict[str, LowRank]]:
+    def merge(self, server: Mapping[str, LowRank], collected: Mean, rnd: Round) -> Merged[Mapping[str, LowRank]]:
         """The change of the product of the mean factors, as a base update."""
-        kept, means, ideal = pack(server), RunningMean(), MeanUpdate()
-        for reply in replies:
-            means.add(reply.weight, reply.upload, reply.client.id)
-            ideal = ideal.add(reply.weight, unpack({**kept, **reply.upload}, LowRank))
-        mean = unpack({**kept, **means.mean()}, LowRank)
-        base_update = {name: self._change(server[name], part) for name, part in mean.items()}
-        return Merged(dict(server), base_update, {"aggregation_error": ideal.subtract(server).error(base_update)})
+        mean = unpack({**pack(server), **collected.tensors()}, LowRank)
+        return Merged(server, {name: self._change(server[name], part) for name, part in mean.items()})
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of the product since the start of training."""
+        return changes(unpack({**known.download, **upload.values}, LowRank), unpack(known.download, LowRank))
 
     def _change(self, before: LowRank, after: LowRank) -> LowRank:
         if not self.train_a:

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveInt, checked
 
 _CHANGE = "change/"  # prefix of a name: the tensor is the factor's change, not its new value
@@ -21,7 +20,7 @@ _CHANGE = "change/"  # prefix of a name: the tensor is the factor's change, not 
 
 @dataclass(frozen=True)
 @checked
-class FSLoRA:
+class FSLoRA(Method[Sliced, Mapping[str, int], Mean]):
     """Client k trains b s_k a, with s_k = rank / r_k on a random r_k-subset of the diagonal, else 0: E[s_k] = 1.
 
     The subset is drawn for each round, client and module from the run's seed; both sides derive it, so it costs no
@@ -55,7 +54,7 @@ class FSLoRA:
         """Factors with zero update at the largest rank."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Mapping[str, int]:
         """The number of ranks of each module that the client trains; constant."""
         return {name: spec.rank(name, client.rank) for name in spec.modules}
 
@@ -66,33 +65,43 @@ class FSLoRA:
         kept = {name: server.fixed.get(name, client.rank) for name in server.adapter}
         return pack(sliced(server.adapter, kept, client, rnd))
 
-    def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
-
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, int], Tensors]]:
+    ) -> Local[tuple[Mapping[str, int], Upload]]:
         """Trains the slice, and uploads its change."""
-        start = unpack(download, LowRank)
-        if self.download == "all":
-            start = sliced(start, state, client, rnd)
+        start = self._start(state, download, client, rnd)
         power = {"plain": 0.0, "rslora-sgd": 1.0, "rslora-adamw": 0.5}[self.scaling]
         trained = pack((yield from fit(start, rates={"b": (self.rank / client.rank) ** power})))
         before = pack(start)
-        return state, {_CHANGE + key: x - before[key] for key, x in trained.items()}
+        return state, Upload({_CHANGE + key: x - before[key] for key, x in trained.items()})
 
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The adapter plus the mean of the scattered changes; the error is relative to the mean of the trained slices."""
-        means, ideal = RunningMean(), MeanUpdate()
-        for reply in replies:
-            change = unpack({key.removeprefix(_CHANGE): x for key, x in reply.upload.items()}, LowRank)
-            start = sliced(server.adapter, {name: part.rank for name, part in change.items()}, reply.client, rnd)
-            means.add(reply.weight, pack(_scattered(change, server.adapter, reply.client, rnd)), reply.client.id)
-            ideal = ideal.add(reply.weight, {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in change.items()})
-        moves = unpack(means.mean(), LowRank)
+    def expand(self, known: ClientRound, upload: Upload) -> Tensors:
+        """The changes of the slice as changes of the adapter: b's unscaled, zero outside the subset."""
+        found: dict[str, LowRank] = {}
+        for name, part in _change(upload).items():
+            whole = known.spec.rank(name, self.rank)
+            chosen = subset(name, whole, part.rank, known.client, known.round)
+            b, a = part.b.new_zeros(part.b.shape[0], whole), part.a.new_zeros(whole, part.a.shape[1])
+            b[:, chosen], a[chosen] = part.b * (part.rank / whole), part.a
+            found[name] = LowRank(b=b, a=a)
+        return pack(found)
+
+    def merge(self, server: Sliced, collected: Mean, rnd: Round) -> Merged[Sliced]:
+        """The adapter plus the mean change."""
+        moves = unpack(collected.tensors(), LowRank)
         adapter = {n: LowRank(b=x.b + moves[n].b, a=x.a + moves[n].a) for n, x in server.adapter.items()}
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        return Merged(replace(server, adapter=adapter))
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of the slice's product."""
+        start = self._start(known.initial, known.download, known.client, known.round)
+        after = {n: LowRank(b=start[n].b + x.b, a=start[n].a + x.a) for n, x in _change(upload).items()}
+        return changes(after, start)
+
+    def _start(self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round) -> dict[str, LowRank]:
+        """The client's slice of the round."""
+        received = unpack(download, LowRank)
+        return sliced(received, state, client, rnd) if self.download == "all" else received
 
 
 def subset(module: str, rank: int, kept: int, client: ClientInfo, rnd: Round) -> Int64[Tensor, "kept"]:
@@ -109,14 +118,5 @@ def sliced(adapter: Mapping[str, LowRank], kept: Mapping[str, int], client: Clie
     return parts
 
 
-def _scattered(
-    change: Mapping[str, LowRank], adapter: Mapping[str, LowRank], client: ClientInfo, rnd: Round
-) -> dict[str, LowRank]:
-    """The changes of a slice as changes of the adapter: b's unscaled, zero outside the subset."""
-    parts: dict[str, LowRank] = {}
-    for name, whole in adapter.items():
-        part, b, a = change[name], torch.zeros_like(whole.b), torch.zeros_like(whole.a)
-        chosen = subset(name, whole.rank, part.rank, client, rnd)
-        b[:, chosen], a[chosen] = part.b * (part.rank / whole.rank), part.a
-        parts[name] = LowRank(b=b, a=a)
-    return parts
+def _change(upload: Upload) -> dict[str, LowRank]:
+    return unpack({key.removeprefix(_CHANGE): x for key, x in upload.values.items()}, LowRank)

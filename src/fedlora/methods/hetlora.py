@@ -9,13 +9,12 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors, low_rank, pack, pick, unpack
 from fedlora.linalg.combine import leading, norm, pad, widen
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, RunningMean
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import MeanUpdate
 from fedlora.methods.scaled import unscaled
 from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveInt, checked
 
@@ -33,7 +32,7 @@ class Kept:
 
 @dataclass(frozen=True)
 @checked
-class HetLoRA:
+class HetLoRA(Method[Sliced, Kept, Mapping[str, Mean]]):
     """b and a, averaged separately over clients of ranks r_k <= r after zero-padding.
 
     Client k is weighted by the Frobenius norm of its update b_k a_k, regardless of its number of examples: per module
@@ -79,36 +78,39 @@ class HetLoRA:
         """The components that the client has not pruned."""
         return self._own(state, download)
 
-    def work(self, state: Kept, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Kept, Tensors]]:
+    def work(self, state: Kept, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Kept, Upload]]:
         """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the original rank."""
         start = self._own(state, download)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
         scales = {name: state.scaling.of(part.rank) for name, part in start.items()}
         penalty = partial(_penalty, self.tail_penalty, kept, scales) if self.tail_penalty else None
-        adapter = yield from fit(start, penalty=penalty)
-        trained = {name: part for name, part in adapter.items() if isinstance(part, LowRank)}
+        trained = low_rank((yield from fit(start, penalty=penalty)))
         if tail(unscaled(trained, scales), kept) < tail(unscaled(start, scales), kept):
             state = replace(state, ranks=kept)
             trained = {name: leading(part, kept[name]) for name, part in trained.items()}
         wide = unpack(download, LowRank)
-        return state, pack({name: pad(part, wide[name].rank) for name, part in trained.items()})
+        return state, Upload(pack({name: pad(part, wide[name].rank) for name, part in trained.items()}))
 
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
-        """The norm-weighted means of the padded factors; the error is relative to the products' mean with these weights."""
-        means = {name: RunningMean() for name in server.adapter}
-        ideals = {name: MeanUpdate() for name in server.adapter}
-        for reply in replies:
-            for name, (weight, part) in self._weighted(reply).items():
-                wide = pad(part, server.adapter[name].rank)
-                means[name].add(weight, pack({name: wide}), reply.client.id)
-                ideals[name] = ideals[name].add(weight, {name: part})
-        merged = {name: unpack(mean.mean(), LowRank)[name] for name, mean in means.items()}
+    def collect(self, server: Sliced, collected: Mapping[str, Mean] | None, reply: Reply) -> Mapping[str, Mean]:
+        """Each module's norm-weighted mean of the padded factors."""
+        means = collected or {name: Mean() for name in server.adapter}
+        for name, (weight, part) in self._weighted(reply).items():
+            means[name].add(weight, pack({name: pad(part, server.adapter[name].rank)}), reply.client.id)
+        return means
+
+    def merge(self, server: Sliced, collected: Mapping[str, Mean], rnd: Round) -> Merged[Sliced]:
+        """The means, with fresh rows for components that no client has."""
+        merged = {name: unpack(mean.tensors(), LowRank)[name] for name, mean in collected.items()}
         adapter = {name: widen(part, part.rank, rnd.rng(f"hetlora {name}")) for name, part in merged.items()}
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": _joined(ideals).error(adapter)})
+        return Merged(replace(server, adapter=adapter))
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change since the download, which has the registered rank too."""
+        return changes(unpack(upload.values, LowRank), unpack(known.download, LowRank))
 
     def _weighted(self, reply: Reply) -> dict[str, tuple[float, LowRank]]:
         """Each module's weight and factors; the weight is zero if the reply's weight is."""
-        parts = unpack(reply.upload, LowRank)
+        parts = unpack(reply.upload.values, LowRank)
         sizes = {name: float(norm(part)) for name, part in parts.items()}
         if self.norm_scope == "model":
             sizes = dict.fromkeys(sizes, math.hypot(*sizes.values()))
@@ -133,8 +135,3 @@ def tail(adapter: Mapping[str, LowRank], kept: Mapping[str, int]) -> Tensor:
         for name, part in adapter.items()
     ]
     return torch.stack(norms).sum()
-
-
-def _joined(ideals: Mapping[str, MeanUpdate]) -> MeanUpdate:
-    """One mean update of total weight 1 from the modules' mean updates, whose weights differ."""
-    return MeanUpdate(tuple((name,) for name in ideals), tuple(x.times(1 / x.weight).sums[0] for x in ideals.values()), 1.0)

@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, low_rank, pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import largest, pack_positions, unpack_positions
-from fedlora.messages import ClientInfo, Merged, Replies, Round, RunningMean
-from fedlora.method import Local, fit
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, changes, fit
 from fedlora.methods.flexlora import Sliced
-from fedlora.methods.ideal import MeanUpdate
 from fedlora.ranges import PositiveFloat, PositiveInt, checked
 
 Side = Literal["b", "a"]
@@ -23,7 +22,7 @@ Side = Literal["b", "a"]
 
 @dataclass(frozen=True)
 @checked
-class LoRAA2:
+class LoRAA2(Method[Sliced, Mapping[str, int], Mean]):
     """Client k trains and uploads r_k ranks per module on average, those of the whole model that change most.
 
     b is trained in even rounds, counted from 0, and a in odd ones: training a first would have no effect, as b = 0. The
@@ -55,7 +54,7 @@ class LoRAA2:
         """Factors with zero update."""
         return Sliced.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> dict[str, int]:
+    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> Mapping[str, int]:
         """The modules in order, and the number of ranks that each adds to the budget; constant."""
         return _budget(spec, client)
 
@@ -63,50 +62,61 @@ class LoRAA2:
         """All ranks of both factors, since a client may have missed rounds."""
         return pack(server.adapter)
 
-    def view(self, state: Mapping[str, int], download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
-
     def work(
         self, state: Mapping[str, int], download: Tensors, client: ClientInfo, rnd: Round
-    ) -> Local[tuple[Mapping[str, int], Tensors]]:
+    ) -> Local[tuple[Mapping[str, int], Upload]]:
         """Probes, selects ranks, trains them from the downloaded adapter, and uploads their changes."""
         received = unpack(download, LowRank)
         start, side, rates = {name: received[name] for name in state}, _side(rnd), {"b": self.b_rate}
         ranks, budget = [part.rank for part in start.values()], sum(state.values())
         keep = torch.ones(sum(ranks), dtype=torch.bool)
         if budget < sum(ranks):
-            after = unpack(pack((yield from fit(start, side, epochs=self.probe_epochs, rates=rates))), LowRank)
+            after = low_rank((yield from fit(start, side, epochs=self.probe_epochs, rates=rates, role="probe")))
             keep = largest(torch.cat([score(part, after[name], side) for name, part in start.items()]), budget)
         chosen = dict(zip(start, torch.split(keep, ranks), strict=True))
         mask = {f"{name}.{side}": own[None] if side == "b" else own[:, None] for name, own in chosen.items()}
-        trained = unpack(pack((yield from fit(start, side, mask=mask, rates=rates))), LowRank)
-        changes = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
-        return state, {"changes": torch.cat(changes), "positions": pack_positions(keep)}
+        trained = low_rank((yield from fit(start, side, mask=mask, rates=rates)))
+        moves = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
+        return state, Upload({"changes": torch.cat(moves)}, {"positions": pack_positions(keep)})
 
-    def expected_upload(
-        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
-    ) -> Tensors:
+    def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
         """As many changes as the chosen ranks have entries.
 
         Raises:
             ValueError: the client has not chosen exactly its number of ranks.
         """
-        ranks = [spec.rank(name, self.rank) for name in spec.modules]
-        chosen = torch.split(unpack_positions(upload["positions"], sum(_budget(spec, client).values()), sum(ranks)), ranks)
-        sizes = [out if _side(rnd) == "b" else in_ for out, in_ in spec.modules.values()]
+        sizes = [out if _side(known.round) == "b" else in_ for out, in_ in known.spec.modules.values()]
+        chosen = self._chosen(known, upload).values()
         count = sum(size * int(own.sum()) for size, own in zip(sizes, chosen, strict=True))
-        return {**template, "changes": template["changes"].new_empty(count)}
+        return replace(template, values={"changes": template.values["changes"].new_empty(count)})
 
-    def merge(self, server: Sliced, replies: Replies, rnd: Round) -> Merged[Sliced]:
+    def expand(self, known: ClientRound, upload: Upload) -> Tensors:
+        """The changes of this round's factor at their positions, zeros elsewhere."""
+        side, values, found, taken = _side(known.round), upload.values["changes"], dict[str, Tensor](), 0
+        for name, own in self._chosen(known, upload).items():
+            out, in_ = known.spec.modules[name]
+            rows = values.new_zeros(len(own), out if side == "b" else in_)
+            size = int(own.sum()) * rows.shape[1]
+            rows[own] = values[taken : taken + size].view(-1, rows.shape[1])
+            found[f"{name}.{side}"] = rows.mT if side == "b" else rows
+            taken += size
+        return found
+
+    def merge(self, server: Sliced, collected: Mean, rnd: Round) -> Merged[Sliced]:
         """This round's factor plus the weighted mean of the changes, zero where a client trained nothing."""
-        means, ideal = RunningMean(), MeanUpdate()
-        for reply in replies:
-            changes = _dense(reply.upload, server, _side(rnd), reply.client)
-            means.add(reply.weight, changes, reply.client.id)
-            ideal = ideal.add(reply.weight, _moved(server, changes))
-        adapter = _moved(server, means.mean())
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        return Merged(replace(server, adapter=_moved(server.adapter, collected.tensors())))
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The changes of one factor, times the other."""
+        received = unpack(known.download, LowRank)
+        return changes(_moved(received, self.expand(known, upload)), received)
+
+    def _chosen(self, known: ClientRound, upload: Upload) -> dict[str, Tensor]:
+        """Module -> the mask of the ranks that the client chose [rank]."""
+        ranks = {name: known.spec.rank(name, self.rank) for name in known.spec.modules}
+        budget = sum(_budget(known.spec, known.client).values())
+        positions = unpack_positions(upload.choices["positions"], budget, sum(ranks.values()))
+        return dict(zip(ranks, torch.split(positions, list(ranks.values())), strict=True))
 
 
 def score(before: LowRank, after: LowRank, side: Side) -> Float[Tensor, "rank"]:
@@ -129,22 +139,6 @@ def _rows(part: LowRank, side: Side) -> Tensor:
     return part.b.mT if side == "b" else part.a
 
 
-def _dense(upload: Tensors, server: Sliced, side: Side, client: ClientInfo) -> dict[str, Tensor]:
-    """The changes of this round's factor at their positions, zeros elsewhere."""
-    ranks = [part.rank for part in server.adapter.values()]
-    budget = sum(server.fixed.get(name, client.rank) for name in server.adapter)
-    chosen = torch.split(unpack_positions(upload["positions"], budget, sum(ranks)), ranks)
-    changes, taken = {}, 0
-    for own, (name, part) in zip(chosen, server.adapter.items(), strict=True):
-        rows = torch.zeros_like(_rows(part, side))
-        size = int(own.sum()) * rows.shape[1]
-        rows[own] = upload["changes"][taken : taken + size].view(-1, rows.shape[1])
-        changes[f"{name}.{side}"] = rows.mT if side == "b" else rows
-        taken += size
-    return changes
-
-
-def _moved(server: Sliced, changes: Tensors) -> dict[str, LowRank]:
-    """The adapter with the changes added to one of its factors."""
-    packed = pack(server.adapter)
-    return unpack({key: x + changes[key] if key in changes else x for key, x in packed.items()}, LowRank)
+def _moved(adapter: Mapping[str, LowRank], moves: Tensors) -> dict[str, LowRank]:
+    """The adapter with these changes added to one of its factors; the other is the same tensor."""
+    return unpack({key: x + moves[key] if key in moves else x for key, x in pack(adapter).items()}, LowRank)

@@ -7,20 +7,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, pack, unpack
 from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.mean_update import Updates, alike, batch, unbatch
 from fedlora.linalg.ridge_correction import CosineLoss, corrected, descend
 from fedlora.linalg.weighted_terms import Terms
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit
-from fedlora.methods.ideal import MeanUpdate, Updates, alike, batch, unbatch
+from fedlora.messages import ClientInfo, Merged, Reply, Round
+from fedlora.method import Method
 from fedlora.methods.scaled import Scaled, scaled, unscaled
 from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, checked
 
 
 @dataclass(frozen=True)
 @checked
-class LoRAFAIR:
+class LoRAFAIR(Method[Scaled, None, tuple[tuple[float, Updates], ...]]):
     """The adapter becomes (b_mean + d, a_mean) with the d that minimizes S(M, (b_mean + d) a_mean) + strength |d|^2.
 
     M = sum_k w_k b_k a_k; all factors are PEFT's, without the scale alpha / rank. Law: no d can reproduce the part of M
@@ -61,34 +61,24 @@ class LoRAFAIR:
         """Factors with zero update."""
         return Scaled.init(spec, self.rank, seed)
 
-    def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> None:
-        """Stateless."""
-
     def send(self, server: Scaled, client: ClientInfo, rnd: Round) -> Tensors:
         """The adapter."""
         return pack(server.adapter)
 
-    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
-        """Downloaded adapter."""
-        return unpack(download, LowRank)
+    def collect(
+        self, server: Scaled, collected: tuple[tuple[float, Updates], ...] | None, reply: Reply
+    ) -> tuple[tuple[float, Updates], ...]:
+        """All uploads, with PEFT's b, and their weights."""
+        return (*(collected or ()), (reply.weight, unscaled(unpack(reply.upload.values, LowRank), server.scales)))
 
-    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Tensors]]:
-        """Trains both factors, and uploads them."""
-        return state, pack((yield from fit(self.view(state, download, client))))
-
-    def merge(self, server: Scaled, replies: Replies, rnd: Round) -> Merged[Scaled]:
+    def merge(self, server: Scaled, collected: tuple[tuple[float, Updates], ...], rnd: Round) -> Merged[Scaled]:
         """The averaged factors with corrected b."""
-        ideal, uploads, found = MeanUpdate(), list[tuple[float, Updates]](), dict[str, LowRank]()
-        for reply in replies:
-            update = unpack(reply.upload, LowRank)
-            ideal = ideal.add(reply.weight, update)
-            uploads.append((reply.weight, unscaled(update, server.scales)))
+        found: dict[str, LowRank] = {}
         for names in alike(server.adapter):
-            terms = [(weight, batch(update, names)) for weight, update in uploads]
+            terms = [(weight, batch(update, names)) for weight, update in collected]
             better = self._corrected(terms, rnd.rng(f"lora-fair {names[0]}"))
             found |= unbatch(better, names, terms[0][1].b.dtype)
-        adapter = scaled({name: found[name] for name in server.adapter}, server.scales)
-        return Merged(replace(server, adapter=adapter), notes={"aggregation_error": ideal.error(adapter)})
+        return Merged(replace(server, adapter=scaled({name: found[name] for name in server.adapter}, server.scales)))
 
     def _corrected(self, terms: Terms, rng: torch.Generator) -> LowRank:
         if self.loss == "ridge":

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pick
-from fedlora.linalg.lowrank import Heads
+from fedlora.linalg.lowrank import Heads, LowRank
 from fedlora.linalg.sparse import pack_positions, unpack_positions
 from fedlora.linalg.subspace import frame
-from fedlora.messages import ClientInfo, Merged, Replies, Round
-from fedlora.method import Local, fit, gradient
+from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
+from fedlora.method import ClientRound, Local, Method, fit, gradient
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveInt, checked
 
@@ -41,7 +41,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 @checked
-class Ravan:
+class Ravan(Method[Cores, Frozen, Mean]):
     """The update is sum_i s_i b_i c_i a_i over heads i; b_i and a_i are random, common and frozen, of rank `head_rank`.
 
     `rank` is the number of heads, and a client's own rank the number of heads that it trains in each module, at least
@@ -99,7 +99,7 @@ class Ravan:
         """The adapter of all heads."""
         return _heads(state, download)
 
-    def work(self, state: Frozen, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Tensors]]:
+    def work(self, state: Frozen, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Frozen, Upload]]:
         """Trains c and s of the client's heads, with the others frozen, and uploads s c."""
         heads, cores = _heads(state, download), pick(download, "c")
         if chooses := self.choose == "gradient":
@@ -113,41 +113,47 @@ class Ravan:
             {name: chosen(part, own[name]) for name, part in heads.items()}, "cs", frozen_extra=rest or None
         )
         products = {f"{n}.c": p.s[:, None, None] * p.c for n, p in trained.items() if isinstance(p, Heads)}
-        return state, {**products, "heads": _packed(cores, own)} if chooses else products
+        return state, Upload(products, {"heads": _packed(cores, own)} if chooses else {})
 
-    def expected_upload(
-        self, spec: AdapterSpec, upload: Tensors, template: Tensors, client: ClientInfo, rnd: Round
-    ) -> Tensors:
+    def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
         """The template: each client has a fixed number of heads in every module.
 
         Raises:
             ValueError: the client has chosen another number of heads.
         """
-        if self.choose == "gradient":
-            cores = self.init_server(spec, rnd.seed)
-            own_heads(cores.c, upload["heads"], cores.trains(client))
+        self._own(known, upload)
         return template
 
-    def merge(self, server: Cores, replies: Replies, rnd: Round) -> Merged[Cores]:
+    def expand(self, known: ClientRound, upload: Upload) -> Tensors:
+        """The cores of all heads, zero for untrained ones, and a count of 1 for each trained one; fp64."""
+        found: dict[str, Tensor] = {}
+        for name, heads in self._own(known, upload).items():
+            own, whole = upload.values[f"{name}.c"], known.download[f"{name}.c"]
+            found[f"{name}.c"] = torch.zeros(whole.shape, dtype=_SUM).index_copy(0, heads, own.to(_SUM))
+            found[f"{name}.count"] = torch.zeros(len(whole), dtype=_SUM).index_fill(0, heads, 1.0)
+        return found
+
+    def merge(self, server: Cores, collected: Mean, rnd: Round) -> Merged[Cores]:
         """Each head's mean over the clients that trained it."""
-        sums = {key: torch.zeros_like(c, dtype=_SUM) for key, c in server.c.items()}
-        masses = {key: torch.zeros(len(c), dtype=_SUM) for key, c in server.c.items()}
-        complete = True
-        for reply in replies:
-            if self.choose == "gradient":
-                own = own_heads(server.c, reply.upload["heads"], server.trains(reply.client))
-            else:
-                own = self._told(server, reply.client, rnd)
-            for key, c in pick(reply.upload, "c").items():
-                heads = own[_module(key)]
-                sums[key].index_add_(0, heads, c.to(_SUM), alpha=reply.weight)
-                masses[key].index_add_(0, heads, torch.full((len(c),), reply.weight, dtype=_SUM))
-                complete = complete and len(c) == len(masses[key])
-        merged: dict[str, Tensor] = {}
+        mean, merged = collected.tensors(), dict[str, Tensor]()
         for key, before in server.c.items():
-            mass = masses[key][:, None, None]
-            merged[key] = torch.where(mass > 0, (sums[key] / mass.clamp_min(1e-300)).to(before.dtype), before)
-        return Merged(replace(server, c=merged), notes={"aggregation_error": 0.0} if complete else {})
+            count = mean[f"{_module(key)}.count"][:, None, None]
+            merged[key] = torch.where(count > 0, (mean[key] / count.clamp_min(1e-300)).to(before.dtype), before)
+        return Merged(replace(server, c=merged))
+
+    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
+        """The change of the client's heads between their frozen factors."""
+        found: dict[str, LowRank] = {}
+        before, own = _heads(known.initial, known.download), self._own(known, upload)
+        for name, part in before.items():
+            mine = chosen(part, own[name])
+            found[name] = replace(mine, c=upload.values[f"{name}.c"] - mine.c).as_two_factors()
+        return found
+
+    def _own(self, known: ClientRound, upload: Upload) -> dict[str, Tensor]:
+        """Module -> the numbers of the heads that the client trains: its choice, or the server's in the download."""
+        packed = upload.choices["heads"] if self.choose == "gradient" else known.download["heads"]
+        return own_heads(pick(known.download, "c"), packed, known.initial.trains)
 
     def _told(self, server: Cores, client: ClientInfo, rnd: Round) -> dict[str, Tensor]:
         """Module -> the indices of the heads that the server selects for the client, ascending."""

@@ -34,10 +34,10 @@ class Row:
 
     `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
 
-    `exact`, `secure` and `private` are short answers, optionally followed by a colon and the reason. `exact`: whether
-    the aggregate is the weighted mean of the clients' updates. `secure`: whether the sum of all uploads suffices, so
-    that secure aggregation is possible; by default derived from `needs_individual_uploads`. `private`: whether noise,
-    in training or on the clipped upload, can cover every upload; "open" means unknown.
+    `exact` and `private` are short answers, optionally followed by a colon and the reason. `exact`: whether the
+    aggregate is the weighted mean of the clients' updates. `private`: whether noise, in training or on the clipped
+    upload, can cover every upload; "open" means unknown. `secure` is a remark on secure aggregation; whether it is
+    possible follows from what the method collects, see `secure_sums`.
 
     `known_failures` maps the name of a law that does not hold to the reason; "law, mixed ranks" refers to mixed ranks only.
     """
@@ -54,7 +54,6 @@ class Row:
     weights: Weights = "examples"
     personal: bool = False
     mixed_ranks: bool = False
-    needs_individual_uploads: bool = False
     secure: str = ""
     private: str = "open"
     base_update: str = "0"
@@ -64,9 +63,16 @@ class Row:
     known_failures: Mapping[str, str] = field(default_factory=dict)
     fixed_settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs_individual_uploads(self) -> bool:
+        """Whether the server needs each upload, and not only their mean, with the default settings."""
+        return not self.make(**self.fixed_settings).collects_mean
+
     def secure_sums(self) -> str:
         """Whether the method works with secure aggregation, which reveals only sums of uploads to the server."""
-        return self.secure or ("no: the server needs individual uploads" if self.needs_individual_uploads else "yes")
+        if not self.needs_individual_uploads and self.index_counts is None:
+            return f"yes: {self.secure}" if self.secure else "yes"
+        return f"no: {self.secure or 'the server needs individual uploads'}"
 
     def settings(self) -> dict[str, Any]:
         """The user's settings, with their defaults."""

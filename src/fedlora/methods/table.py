@@ -93,8 +93,7 @@ _ROWS = (
         summary="averages products; each client gets the best fit at its own rank",
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
-        needs_individual_uploads=True,
-        secure='dense only: with upload = "dense"',
+        secure='except with upload = "dense"',
         private="yes: noise on both factors; truncation to the rank removes a part of it",
     ),
     Row(
@@ -103,8 +102,7 @@ _ROWS = (
         paper="Trautmann et al. 2025, arXiv:2501.06332",
         summary="averages products, and factorizes the mean",
         exact="up to the rank: the best fit to the mean of the products",
-        needs_individual_uploads=True,
-        secure='dense only: with upload = "dense"',
+        secure='except with upload = "dense"',
         private="yes: noise on both factors; truncation to the rank removes a part of it",
         known_failures={
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b"
@@ -119,7 +117,6 @@ _ROWS = (
         down=("0",),
         base_update="min(R * (out + in), out * in)",
         mixed_ranks=True,
-        needs_individual_uploads=True,
         private="yes: but the noise remains in the base, and its rank grows",
         known_failures={"test_identical_clients_are_as_one": "each client has its own random a"},
     ),
@@ -130,8 +127,7 @@ _ROWS = (
         summary="averages b and a separately; merges the residual into the base",
         exact="yes",
         base_update="min((K - 1) * r * (out + in), out * in)",
-        needs_individual_uploads=True,
-        secure="no: only for the factors, not for the residual",
+        secure="only for the factors, not for the residual",
         private="yes: but products of noise remain in the base",
     ),
     Row(
@@ -141,7 +137,6 @@ _ROWS = (
         summary="combines b and a by coefficients fitted to the mean of the products",
         exact="no: the error is between those of averaged factors and of the best fit",
         mixed_ranks=True,
-        needs_individual_uploads=True,
         private="yes: clients with much noise get small coefficients",
     ),
     Row(
@@ -150,8 +145,7 @@ _ROWS = (
         paper="Bian et al. 2025, arXiv:2411.14961",
         summary="averages b and a, and corrects b toward the mean of the products",
         exact="no: exact only in the row space of the mean a",
-        needs_individual_uploads=True,
-        secure="no: this would need a second exchange in each round",
+        secure="this would need a second exchange in each round",
         private="yes: the penalty on the correction reduces noise",
     ),
     Row(
@@ -195,7 +189,6 @@ _ROWS = (
         down=("rank * (out + in)",),
         base_update="min(rank * (out + in), out * in)",
         mixed_ranks=True,
-        needs_individual_uploads=True,
         private="yes: but each base update adds noise to the base",
         known_failures={"test_one_client_alone_trains_locally, mixed ranks": "its upload is truncated to its rank"},
     ),
@@ -206,11 +199,11 @@ _ROWS = (
         summary="averages zero-padded ranks by norm; clients prune their own rank",
         exact="no: the error is the covariance of the padded factors",
         mixed_ranks=True,
-        needs_individual_uploads=True,
-        secure="no: the server weights each upload by its norm",
+        secure="the server weights each upload by its norm",
         private="no: weights and ranks depend on the clients' data",
         known_failures={
-            "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by norm, by definition"
+            "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by norm, by definition",
+            "test_weight_two_is_as_two_of_weight_one": "clients are weighted by the norm of their updates, by definition",
         },
     ),
     Row(
@@ -220,11 +213,11 @@ _ROWS = (
         summary="averages products, weighted by capacity; sends a balanced best fit",
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
-        needs_individual_uploads=True,
         private="yes: noise on both factors; truncation to the rank removes a part of it",
         known_failures={
             "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by capacity, by definition",
             "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b",
+            "test_weight_two_is_as_two_of_weight_one": "clients are weighted by capacity, by definition",
         },
     ),
     Row(
@@ -251,9 +244,11 @@ _ROWS = (
         paper="Jhunjhunwala et al. 2025, arXiv:2506.01194",
         summary="splits changes into common and sparse parts; amplifies the sparse",
         exact="no: a rescaled mean of the factors",
-        needs_individual_uploads=True,
         private="yes: but noise is classified as sparse, and is amplified",
-        known_failures={"test_identical_clients_are_as_one": "with min_clients or more: see how it works"},
+        known_failures={
+            "test_identical_clients_are_as_one": "with min_clients or more: see how it works",
+            "test_weight_two_is_as_two_of_weight_one": "robust PCA sees one column for each client",
+        },
     ),
     Row(
         name="fslora",
@@ -264,7 +259,7 @@ _ROWS = (
         down=("rank * (out + in)",),
         weights="uniform",
         mixed_ranks=True,
-        secure="yes: with zeros for untrained ranks; the drawn ranks are public",
+        secure="with zeros for untrained ranks; the drawn ranks are public",
         private="yes: the draw does not depend on data; only the drawn ranks need noise",
         known_failures={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled subset, but evaluates all ranks",
@@ -283,7 +278,7 @@ _ROWS = (
         index_counts_down=("density_down * r * (out + in)", "rank * (out + in)"),
         weights="uniform",
         mixed_ranks=True,
-        secure="no: clients send different entries; zero-padded, they would save nothing",
+        secure="clients send different entries; zero-padded, they would save nothing",
         private="no: which entries a client sends depends on its data",
         known_failures={
             "test_one_client_alone_trains_locally": "small changes are not sent; the server has an optimizer",
@@ -302,7 +297,7 @@ _ROWS = (
         index_counts=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
-        secure="no: clients send different ranks; zero-padded, they would save nothing",
+        secure="clients send different ranks; zero-padded, they would save nothing",
         private="no: which ranks a client sends depends on its data",
         known_failures={
             "test_traffic_is_what_the_row_declares, mixed ranks": "the budget counts ranks, which differ in floats",
@@ -331,7 +326,7 @@ _ROWS = (
         down=("rank * head_rank * head_rank",),
         index_counts_down=("r", "rank"),
         mixed_ranks=True,
-        secure="yes: with zeros for untrained heads, and a count for each head",
+        secure="with zeros for untrained heads, and a count for each head",
         private="yes: noise enters once, on the small cores; but heads chosen by gradient also leak data",
         known_failures={
             "test_identical_clients_are_as_one, mixed ranks": "each client trains other heads",
@@ -351,8 +346,10 @@ _ROWS = (
         first_upload=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,
-        needs_individual_uploads=True,
         private="no: mixtures of features are uploaded; yes with data_weight 0: noise on the small cores suffices",
+        known_failures={
+            "test_weight_two_is_as_two_of_weight_one": "cores are mixed by similarity, not by weight",
+        },
     ),
     Row(
         name="fl-tac",
@@ -362,7 +359,6 @@ _ROWS = (
         exact="no: the error is the covariance of the factors within a cluster",
         head="method-managed",
         personal=True,
-        needs_individual_uploads=True,
         private="yes: noise on each adapter; an owner of several tasks sends several",
     ),
     Row(
@@ -395,13 +391,13 @@ _ROWS = (
         down=("E * r * (out + in) + (2 * E - 1) * in",),
         head="local",
         personal=True,
-        needs_individual_uploads=True,
-        secure="no: clustering needs each upload; afterwards a sum per cluster would suffice",
+        secure="clustering needs each upload; afterwards a sum per cluster would suffice",
         private="yes: if the uploads of the warm-up get noise, too",
         known_failures={
             "test_traffic_is_what_the_row_declares": "in the warm-up adapters are uploaded, nothing is downloaded",
             "test_identical_clients_are_as_one": "equal clients are also clustered, and each cluster trains its own expert",
             "test_factors_and_head_are_averaged_with_the_same_weights": "each cluster has its own mean",
+            "test_weight_two_is_as_two_of_weight_one": "clusters depend on clients, not on weights",
         },
     ),
 )

@@ -2,6 +2,7 @@
 module classes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -155,15 +156,23 @@ class AdaptedModel:
         found: dict[str, Tensor] = {}
         for key, x in pack(template).items():
             name, _, factor = key.rpartition(".")
-            module, _, parameter = name.rpartition(".")
-            stacked = (
-                getattr(self.layers[name], factor)
-                if name in self.layers
-                else self._per_client[module].per_client[parameter]
-            )
-            own = stacked[client][tuple(slice(size) for size in x.shape)]
+            own = self._parameter(name, factor)[client][tuple(slice(size) for size in x.shape)]
             found[key] = own * self.layers[name].scale[client] if factor == "b" else own
         return found
+
+    def add_to_gradient(self, client: int, correction: Mapping[str, Tensor], train: Iterable[str]) -> None:
+        """Adds a constant to the gradient of a loaded client's trained factors, named as by `pack`."""
+        train = frozenset(train)
+        for key, x in correction.items():
+            name, _, factor = key.rpartition(".")
+            if factor not in train:
+                continue
+            parameter = self._parameter(name, factor)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            own = gradient[client][tuple(slice(size) for size in x.shape)]
+            x = x.to(own)
+            own += x * self.layers[name].scale[client] if factor == "b" else x
+            parameter.grad = gradient
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Merges the products into the base permanently, in fp32; for a quantized weight they are added as frozen factors.
@@ -181,6 +190,13 @@ class AdaptedModel:
     def gradient(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """As `read`, with each trained factor replaced by its gradient."""
         return self._read(client, start, train, lambda x: x.grad, lambda b, scale: b / scale)
+
+    def _parameter(self, name: str, factor: str) -> nn.Parameter:
+        """The loaded factor of a module, or parameter of the head, with its client axis."""
+        if name in self.layers:
+            return cast(nn.Parameter, getattr(self.layers[name], factor))
+        module, _, parameter = name.rpartition(".")
+        return self._per_client[module].per_client[parameter]
 
     def _read(
         self,

@@ -25,8 +25,15 @@ def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
         return
     if request.epochs is not None and request.epochs < 1:
         raise ValueError(f"epochs = {request.epochs}: expected at least 1, or None for the run's own setting")
+    if request.steps is not None and (request.steps < 1 or request.epochs is not None):
+        raise ValueError(
+            f"steps = {request.steps}, epochs = {request.epochs}: expected one of them, at least 1, or neither"
+        )
     check_update(spec, request.frozen_extra or {}, "frozen_extra")
     tensors = pack(request.start)
+    for key, x in (request.correction or {}).items():
+        if key not in tensors or x.shape != tensors[key].shape:
+            raise ValueError(f"correction of {key!r}: expected the name and the shape of a factor, got {tuple(x.shape)}")
     for key, mask in (request.mask or {}).items():
         if key not in tensors:
             raise ValueError(f"mask of {key!r}: the adapter has no such factor")

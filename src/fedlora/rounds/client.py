@@ -1,12 +1,24 @@
 """Local training of clients: runs the method's work with a trainer. Shared by simulation and deployment."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Features, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.messages import (
+    ClientInfo,
+    Features,
+    Fit,
+    FitRequest,
+    Gradient,
+    LabelledFeatures,
+    Round,
+    Score,
+    Trained,
+    Upload,
+)
 from fedlora.method import AnyMethod, Local
 from fedlora.rounds.finite import NOT_FINITE, NumericalError, is_finite
 from fedlora.rounds.validator import Failed
@@ -20,8 +32,8 @@ class Trainer(Protocol):
     def clients_per_step(self) -> int:
         """Preferred number of clients trained at once."""
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[tuple[Adapter, Mapping[str, float]]]:
-        """Trained adapters in the order of `asked`, each with metrics such as the loss. All may be trained together."""
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> Sequence[Trained]:
+        """The answers in the order of `asked`. All may be trained together."""
 
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """Gradient of the client's mean training loss."""
@@ -47,11 +59,12 @@ class ClientStart:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """A client's outputs of a round: its next state, its upload, and the metrics of its last training."""
+    """A client's outputs of a round: its next state, its upload, and loss and steps of its last training for the upload."""
 
     state: Any
-    upload: Tensors
-    notes: Mapping[str, float]
+    upload: Upload
+    loss: float
+    steps: int
 
 
 def train_clients(
@@ -64,30 +77,34 @@ def train_clients(
     """
     jobs = [method.work(one.state, one.download, one.client, rnd) for one in starts]
     done: dict[int, LocalResult | Failed] = {}
-    replies: dict[int, tuple[Adapter | None, Mapping[str, float]]] = dict.fromkeys(range(len(jobs)), (None, {}))
+    answers: dict[int, Trained | None] = dict.fromkeys(range(len(jobs)))
+    measured: dict[int, tuple[float, int]] = {}
     step = 0
-    while replies:
+    while answers:
         asked: dict[int, FitRequest] = {}
-        for i, (adapter, notes) in replies.items():
+        for i, answer in answers.items():
             try:
-                asked[i] = FitRequest(_next_fit(jobs[i], adapter, starts[i].client, trainer), starts[i].client, step)
+                asked[i] = FitRequest(_next_fit(jobs[i], answer, starts[i].client, trainer), starts[i].client, step)
             except StopIteration as end:
                 state, upload = end.value
-                finite = is_finite((state, upload))
+                finite = is_finite((state, upload.flat()))
                 done[i] = (
-                    LocalResult(state, upload, notes)
+                    LocalResult(state, upload, *measured.get(i, (math.nan, 0)))
                     if finite
                     else Failed(starts[i].client, f"its work ended in {NOT_FINITE}")
                 )
             except NumericalError as error:
                 kind = type(error).__name__.lstrip("_")
                 done[i] = Failed(starts[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
-        replies = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
+        answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
+        for i, trained in answers.items():
+            if trained is not None and asked[i].request.role == "upload":
+                measured[i] = trained.loss, trained.steps
         step += 1
     return [done[i] for i in range(len(starts))]
 
 
-def _next_fit(job: Local[tuple[Any, Tensors]], answer: Adapter | None, client: ClientInfo, trainer: Trainer) -> Fit:
+def _next_fit(job: Local[tuple[Any, Upload]], answer: Trained | None, client: ClientInfo, trainer: Trainer) -> Fit:
     """Next fit request of the job, after it receives the result of the last one.
 
     Raises:

@@ -3,23 +3,28 @@
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Replies, Reply, Round, Score
-from fedlora.method import AnyMethod
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Score
+from fedlora.method import AnyMethod, ClientRound, global_adapter
+from fedlora.rounds.aggregation_error import ClientUpdates
 from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_tensors
 from fedlora.rounds.codec import encoded_size
+from fedlora.rounds.cohort_checks import Size, check_cohort, clipped, difference_norm, spectral_norm
+from fedlora.rounds.collect import collect
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.sample import choose
 from fedlora.rounds.score_summary import summary
-from fedlora.rounds.validator import Failed, UploadValidator, change_norm
+from fedlora.rounds.spool import Spool
+from fedlora.rounds.validator import Failed, UploadValidator
 
 
 @runtime_checkable
@@ -60,7 +65,12 @@ class GlobalEvaluator(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of all rounds of a run. `evaluator` is None without a global model or without a global test set."""
+    """Settings of all rounds of a run.
+
+    `evaluator` is None without a global model or without a global test set. With `check_cohort` uploads are compared with
+    the others of their round, see `cohort_checks`; until all are there, those that do not fit in memory are in the folder
+    `spool`.
+    """
 
     method: AnyMethod
     spec: AdapterSpec
@@ -70,6 +80,8 @@ class Plan:
     rounds: int
     uniform_weights: bool = False
     evaluator: GlobalEvaluator | None = None
+    check_cohort: bool = False
+    spool: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class _RoundStats:
     chosen: list[str] = field(default_factory=list)
     accepted: list[str] = field(default_factory=list)
     rejected: dict[str, str] = field(default_factory=dict)
+    clipped: dict[str, float] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     largest: Largest | None = None
     losses: list[tuple[float, float]] = field(default_factory=list)
@@ -95,9 +108,22 @@ class _RoundStats:
     bytes_down: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
+    def begin(self, cohort: "_Cohort") -> None:
+        """Starts the statistics of an attempt."""
+        self.chosen, self.accepted, self.clipped, self.losses = [one.id for one in cohort.chosen], [], {}, []
+        self.largest = None
+        self.bytes_down += cohort.bytes_down
+
     def divergence(self, last: Largest | None) -> str:
         """See `finite.divergence`."""
         return divergence((None if client in self.accepted else self.rejected.get(client) for client in self.chosen), last)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the time of its body to a phase."""
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - started
 
 
 def run_rounds(
@@ -111,15 +137,15 @@ def run_rounds(
     Raises:
         RunStopped: no attempt of a round received enough valid uploads.
     """
-    evaluating: _PendingEvaluation | None = None
+    unfinished: _Evaluation | None = None
     for index in range(first, plan.rounds):
-        attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
-        if evaluating is not None:
-            yield evaluating.ended(progress)
-        evaluating = _round(plan, backend, store, before, attempt, progress)
-        before = evaluating.after
-    if evaluating is not None:
-        yield evaluating.ended(progress)
+        cohort = _invite(plan, backend, store, before, Round(index, plan.seed))
+        if unfinished is not None:
+            yield unfinished.finish(progress)
+        unfinished = _train_and_merge(plan, backend, store, before, cohort, progress)
+        before = unfinished.after
+    if unfinished is not None:
+        yield unfinished.finish(progress)
 
 
 def one_round(
@@ -130,13 +156,12 @@ def one_round(
     Raises:
         RunStopped: no attempt received enough valid uploads.
     """
-    attempt = _begin(plan, backend, store, before, Round(index, plan.seed))
-    return _round(plan, backend, store, before, attempt, progress).ended(progress)
+    return next(run_rounds(replace(plan, rounds=index + 1), backend, store, before, index, progress))
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    """A round whose messages are in flight. `base_updates` is the log before their delivery."""
+class _Cohort:
+    """The clients of an attempt, whose training requests are sent. `base_updates` is the log before their delivery."""
 
     rnd: Round
     chosen: Sequence[ClientInfo]
@@ -147,7 +172,7 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
-class _PendingEvaluation:
+class _Evaluation:
     """A round that is complete except for its clients' scores, if it has any."""
 
     after: RunState
@@ -155,21 +180,21 @@ class _PendingEvaluation:
     stats: _RoundStats
     scores: Iterator[tuple[ClientInfo, Score | None]] | None
 
-    def ended(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
+    def finish(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
         """Collects the scores; returns the server's state after the round, and the row."""
-        row, stats = self.row, self.stats
-        started = time.perf_counter()
+        row = self.row
         if self.scores is not None:
-            row = row | {"clients": summary({client.id: score for client, score in self.scores if score is not None})}
-        stats.seconds["evaluate"] += time.perf_counter() - started
-        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in stats.seconds.items()}}
+            with self.stats.timed("evaluate"):
+                scores = {client.id: score for client, score in self.scores if score is not None}
+            row = row | {"clients": summary(scores)}
+        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in self.stats.seconds.items()}}
         progress.round_ended(row)
         return self.after, row
 
 
-def _begin(
+def _invite(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
-) -> _Attempt:
+) -> _Cohort:
     """Chooses the cohort, excluding `left_out` unless no clients remain, and sends the training requests."""
     everybody = backend.clients()
     chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
@@ -178,34 +203,38 @@ def _begin(
     pending = pending_base_updates(plan.spec, store, base_updates, chosen)
     validator = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
     bytes_down = sum(map(encoded_size, [*sent.values(), *pending.values()]))
-    return _Attempt(rnd, chosen, validator, base_updates, bytes_down, backend.train_clients(rnd, sent, pending))
+    return _Cohort(rnd, chosen, validator, base_updates, bytes_down, backend.train_clients(rnd, sent, pending))
 
 
-def _round(
-    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, attempt: _Attempt, progress: Progress
-) -> _PendingEvaluation:
-    """Merges the first attempt with enough replies, and starts the evaluation of the result."""
-    stats, index = _RoundStats(), attempt.rnd.index
+def _train_and_merge(
+    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, cohort: _Cohort, progress: Progress
+) -> _Evaluation:
+    """Merges the first attempt with enough valid uploads, and starts the evaluation of the result."""
+    stats, index = _RoundStats(), cohort.rnd.index
     while True:
-        merged, base_updates = _merged(plan, before, attempt, stats, progress)
+        progress.round_started(cohort.rnd, cohort.chosen)
+        stats.begin(cohort)
+        gathered = _gather(plan, before.server, cohort, stats, progress)
+        merged = _merge(plan, before.server, cohort, gathered, stats, progress)
+        before = replace(before, base_updates=cohort.base_updates.delivered(gathered.answered))
         if merged is not None:
             break
-        before = replace(before, base_updates=base_updates)
-        if attempt.rnd.attempt + 1 == plan.sampling.attempts:
+        if cohort.rnd.attempt + 1 == plan.sampling.attempts:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in stats.rejected.items())
             cause = f"; {text}" if (text := stats.divergence(before.largest)) else ""
             raise RunStopped(
                 f"round {index + 1}: no attempt ({plan.sampling.attempts} made) received {plan.sampling.min_replies} valid "
                 f"uploads (sampling.min_replies): {reasons}{cause}; the previous rounds are complete"
             )
-        again = Round(index, plan.seed, attempt.rnd.attempt + 1)
-        attempt = _begin(plan, backend, store, before, again, stats.left_out)
+        again = Round(index, plan.seed, cohort.rnd.attempt + 1)
+        cohort = _invite(plan, backend, store, before, again, stats.left_out)
     row: dict[str, Any] = {
         "round": index + 1,
-        "attempts": attempt.rnd.attempt + 1,
+        "attempts": cohort.rnd.attempt + 1,
         "chosen": stats.chosen,
         "accepted": stats.accepted,
         "rejected": stats.rejected,
+        **({"clipped": stats.clipped} if stats.clipped else {}),
         "bytes_up": stats.bytes_up,
         "bytes_down": stats.bytes_down,
         "train_loss": _weighted_mean(stats.losses),
@@ -213,71 +242,139 @@ def _round(
         **({"diverged": text} if (text := stats.divergence(before.largest)) else {}),
         **merged.notes,
     }
-    after = RunState(merged.server, base_updates, stats.largest)
+    after = RunState(merged.server, before.base_updates, stats.largest)
     if merged.base_update is not None:
         store.save_base_update(index, merged.base_update)
         backend.merge_into_base(merged.base_update)
-        after = replace(after, base_updates=base_updates.added(index))
+        after = replace(after, base_updates=after.base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _PendingEvaluation(after, row, stats, None)
-    return _evaluated(plan, backend, store, after, row, stats)
+        return _Evaluation(after, row, stats, None)
+    return _evaluate(plan, backend, store, after, row, stats)
 
 
-def _merged(
-    plan: Plan, before: RunState, attempt: _Attempt, stats: _RoundStats, progress: Progress
-) -> tuple[Merged[Any] | None, BaseUpdateLog]:
-    """Merge of one cohort, None if too few replies were accepted or the result is not finite; and the new log."""
-    progress.round_started(attempt.rnd, attempt.chosen)
-    stats.bytes_down += attempt.bytes_down
-    stats.chosen, stats.accepted, stats.losses, stats.largest = [client.id for client in attempt.chosen], [], [], None
-    answered: list[str] = []
+@dataclass
+class _Gathered:
+    """What the server keeps of a cohort's replies; `failure` is the numerical error that ended the collection, if any."""
 
-    def accepted() -> Iterator[Reply]:
-        while True:
-            started = time.perf_counter()
-            answer = next(attempt.replies, None)
-            stats.seconds["train"] += time.perf_counter() - started
-            if answer is None:
-                return
-            rejected = answer.reason if isinstance(answer, Failed) else attempt.validator.rejection_reason(answer)
-            progress.answered(answer.client, rejected)
-            if isinstance(answer, Reply):
-                answered.append(answer.client.id)
-                stats.bytes_up += encoded_size(answer.upload)
-            if rejected is not None or isinstance(answer, Failed):
-                stats.rejected[answer.client.id] = str(rejected)
-                continue
-            norm = change_norm(answer.upload, attempt.validator.sent[answer.client])
-            if stats.largest is None or norm > stats.largest.norm:
-                stats.largest = Largest(answer.client.id, norm, attempt.rnd.index + 1)
-            weight = 1.0 if plan.uniform_weights else answer.weight
-            stats.accepted.append(answer.client.id)
-            stats.losses.append((weight, answer.notes.get("loss", float("nan"))))
-            yield Reply(answer.client, answer.round, answer.upload, weight, answer.notes)
+    answered: list[str] = field(default_factory=list)
+    collected: Any = None
+    updates: ClientUpdates = field(default_factory=ClientUpdates)
+    failure: str = ""
 
-    replies = accepted()
-    first = next(replies, None)
-    if first is None:
-        return None, attempt.base_updates.delivered(answered)
-    trained, started = stats.seconds["train"], time.perf_counter()
-    merged: Merged[Any] | None = None
+
+def _gather(plan: Plan, server: Any, cohort: _Cohort, stats: _RoundStats, progress: Progress) -> _Gathered:
+    """Receives, validates and collects the replies: one at a time, or all at the end if the cohort is checked."""
+    found, sizes, spool = _Gathered(), list[Size](), Spool(plan.spool)
+    while True:
+        with stats.timed("train"):
+            answer = next(cohort.replies, None)
+        if answer is None:
+            break
+        if isinstance(answer, Reply):
+            found.answered.append(answer.client.id)
+            stats.bytes_up += encoded_size(answer.upload.flat())
+        with stats.timed("merge"):
+            before = answer.reason if isinstance(answer, Failed) else cohort.validator.accept(answer)
+        progress.answered(answer.client, before if isinstance(before, str) else None)
+        if isinstance(answer, Failed) or isinstance(before, str):
+            stats.rejected[answer.client.id] = str(before)
+            continue
+        reply = replace(answer, weight=1.0) if plan.uniform_weights else answer
+        with stats.timed("merge"):
+            norm = difference_norm(reply.upload, before.template)
+            if plan.check_cohort:
+                update = plan.method.update(before.known, reply.upload)
+                spectral = None if update is None else spectral_norm(update)
+                sizes.append(Size(reply.client.id, reply.weight, norm, spectral))
+                spool.add(reply)
+            else:
+                _collect(plan, server, found, reply, norm, before.known, stats)
+    if plan.check_cohort:
+        with stats.timed("merge"):
+            _collect_checked(plan, server, cohort, found, spool, sizes, stats, progress)
+            spool.clear()
+    return found
+
+
+def _collect_checked(
+    plan: Plan,
+    server: Any,
+    cohort: _Cohort,
+    found: _Gathered,
+    spool: Spool,
+    sizes: Sequence[Size],
+    stats: _RoundStats,
+    progress: Progress,
+) -> None:
+    """Collects the spooled replies after their comparison with each other."""
+    check, norms = check_cohort(sizes), {size.client: size.norm for size in sizes}
+    for reply in spool:
+        client = reply.client.id
+        if client in check.rejected:
+            stats.rejected[client] = check.rejected[client]
+            progress.answered(reply.client, check.rejected[client])
+            continue
+        before, factor = cohort.validator.expected(reply.client), check.clipped.get(client, 1.0)
+        if factor < 1:
+            stats.clipped[client] = factor
+            reply = replace(reply, upload=clipped(reply.upload, before.template, factor))
+        reply = replace(reply, weight=check.weights[client])
+        _collect(plan, server, found, reply, factor * norms[client], before.known, stats)
+
+
+def _collect(
+    plan: Plan, server: Any, found: _Gathered, reply: Reply, norm: float, known: ClientRound, stats: _RoundStats
+) -> None:
+    """Collects one accepted reply; after a numerical error, nothing more is collected."""
+    if stats.largest is None or norm > stats.largest.norm:
+        stats.largest = Largest(reply.client.id, norm, known.round.index + 1)
+    stats.accepted.append(reply.client.id)
+    stats.losses.append((reply.weight, reply.loss))
+    if found.failure:
+        return
     try:
-        merged = plan.method.merge(before.server, Replies(chain([first], replies)), attempt.rnd)
-        failure = "" if is_finite((merged.server, merged.base_update)) else NOT_FINITE
+        found.collected = collect(plan.method, server, found.collected, reply, known)
+        found.updates = found.updates.add(reply.weight, plan.method.update(known, reply.upload))
     except NumericalError as error:
-        failure = type(error).__name__.lstrip("_")
-        for _ in replies:  # the rest of the cohort
-            pass
-    stats.seconds["merge"] += time.perf_counter() - started - (stats.seconds["train"] - trained)
-    if failure and stats.largest is not None:
-        client = next(client for client in attempt.chosen if client.id == stats.largest.client)
+        found.failure = _kind(error)
+
+
+def _merge(
+    plan: Plan, server: Any, cohort: _Cohort, gathered: _Gathered, stats: _RoundStats, progress: Progress
+) -> Merged[Any] | None:
+    """Merge of what one cohort sent, with its `aggregation_error`; None if it sent too little or the result is not finite.
+
+    If the result is not finite, the client of the largest upload is named, and left out of further attempts.
+    """
+    failure = gathered.failure
+    if len(stats.accepted) < plan.sampling.min_replies and not failure:
+        return None
+    with stats.timed("merge"):
+        try:
+            merged = None if failure else plan.method.merge(server, gathered.collected, cohort.rnd)
+        except NumericalError as error:
+            merged, failure = None, _kind(error)
+        if merged is not None and is_finite((merged.server, merged.base_update)):
+            before, after = (
+                global_adapter(plan.method, plan.spec, server, cohort.rnd),
+                global_adapter(plan.method, plan.spec, merged.server, cohort.rnd),
+            )
+            distance = gathered.updates.error(before, after, merged.base_update)
+            notes = merged.notes if distance is None else {"aggregation_error": distance, **merged.notes}
+            return replace(merged, notes=notes)
+    if stats.largest is not None:
+        client = next(client for client in cohort.chosen if client.id == stats.largest.client)
         stats.rejected[client.id] = (
-            f"merging ended in {failure}, and its upload has the largest change: norm {stats.largest.norm:.4g}"
+            f"merging ended in {failure or NOT_FINITE}, "
+            f"and its upload has the largest change: norm {stats.largest.norm:.4g}"
         )
         stats.left_out.add(client.id)
         progress.answered(client, stats.rejected[client.id])
-    enough = not failure and len(stats.accepted) >= plan.sampling.min_replies
-    return (merged if enough else None), attempt.base_updates.delivered(answered)
+    return None
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__.lstrip("_")
 
 
 def pending_base_updates(
@@ -290,32 +387,30 @@ def pending_base_updates(
     return {client: made[pending] for client in clients if (pending := base_updates.pending(client.id))}
 
 
-def _evaluated(
+def _evaluate(
     plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], stats: _RoundStats
-) -> _PendingEvaluation:
+) -> _Evaluation:
     """Evaluates the adapters of the next round: on the server immediately, on clients when their scores are collected.
 
     Base updates sent for the evaluation are counted in this round, and not sent again in the next.
     """
-    started = time.perf_counter()
-    rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())
-    scores = None
-    if plan.evaluator is not None:
-        anybody = ClientInfo("", plan.method.rank, 1)
-        state = plan.method.init_client(plan.spec, anybody, plan.seed)
-        score = plan.evaluator(plan.method.view(state, plan.method.send(after.server, anybody, rnd), anybody))
-        row = row | {"global": {**score.metrics, "examples": score.examples}}
-    if plan.evaluate.clients != "none":
-        everybody = sorted(backend.clients(), key=lambda client: client.id)
-        evaluated = [client for client in everybody if plan.evaluate.clients == "all" or client.id in set(stats.accepted)]
-        sent = {client: plan.method.send(after.server, client, rnd) for client in evaluated}
-        pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
-        scores = backend.evaluate(rnd, sent, pending)
-        bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
-        row = row | {"bytes_eval": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
-        base_updates = base_updates.delivered(client.id for client in evaluated)
-    stats.seconds["evaluate"] += time.perf_counter() - started
-    return _PendingEvaluation(replace(after, base_updates=base_updates), row, stats, scores)
+    with stats.timed("evaluate"):
+        rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())
+        scores = None
+        if plan.evaluator is not None:
+            score = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
+            row = row | {"global": {**score.metrics, "examples": score.examples}}
+        if plan.evaluate.clients != "none":
+            everybody = sorted(backend.clients(), key=lambda client: client.id)
+            accepted = set(stats.accepted)
+            evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in accepted]
+            sent = {client: plan.method.send(after.server, client, rnd) for client in evaluated}
+            pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
+            scores = backend.evaluate(rnd, sent, pending)
+            bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
+            row = row | {"bytes_eval": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
+            base_updates = base_updates.delivered(client.id for client in evaluated)
+    return _Evaluation(replace(after, base_updates=base_updates), row, stats, scores)
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -62,7 +62,7 @@ class SimulationBackend:
                     continue
                 if not _same(before.state, done.state):
                     self.states.save_client(before.client, rnd.index, done.state)
-                yield Reply(before.client, rnd, done.upload, float(before.client.examples), done.notes)
+                yield Reply(before.client, rnd, done.upload, float(before.client.examples), done.loss, done.steps)
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]

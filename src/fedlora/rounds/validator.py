@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from fedlora.adapter import AdapterSpec, Tensors
-from fedlora.messages import ClientInfo, Features, LabelledFeatures, Reply, Round
-from fedlora.method import AnyMethod, SelectiveUpload
+from fedlora.adapter import Adapter, AdapterSpec, Tensors
+from fedlora.messages import ClientInfo, Features, Fit, Gradient, LabelledFeatures, Reply, Round, Trained, Upload
+from fedlora.method import AnyMethod, ClientRound
 from fedlora.printable import listed
+from fedlora.rounds.cohort_checks import difference_norm
 from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 
@@ -19,6 +21,14 @@ class Failed:
 
     client: ClientInfo
     reason: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a client's round before its reply, and its upload if training changed nothing."""
+
+    known: ClientRound
+    template: Upload
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,24 @@ class UploadValidator:
     max_examples: int | None = None
     _seen: set[str] = field(default_factory=set)
 
-    def rejection_reason(self, reply: Reply) -> str | None:
-        """Short reason for rejecting this reply; None if accepted. A client is accepted at most once per round."""
-        reason = self._identity(reply) or self._content(reply)
-        if reason is None:
-            self._seen.add(reply.client.id)
-        return reason
+    def accept(self, reply: Reply) -> "Expected | str":
+        """What was expected of the client; or the short reason for rejecting the reply.
+
+        A client is accepted at most once per round.
+        """
+        if reason := self._identity(reply):
+            return reason
+        expected = self.expected(reply.client)
+        if reason := self._content(reply, expected):
+            return reason
+        self._seen.add(reply.client.id)
+        return expected
+
+    def expected(self, client: ClientInfo) -> "Expected":
+        """What is known of a chosen client before its reply."""
+        initial = self.method.init_client(self.spec, client, self.rnd.seed)
+        known = ClientRound(self.spec, client, self.rnd, self.sent[client], initial)
+        return Expected(known, template_upload(self.method, known))
 
     def _identity(self, reply: Reply) -> str | None:
         if reply.client.id in self._seen:
@@ -53,21 +75,21 @@ class UploadValidator:
             return f"has weight {reply.weight}, expected a number above 0, at most its {reply.client.examples} examples"
         return None
 
-    def _content(self, reply: Reply) -> str | None:
-        expected = _expected_upload(self.method, self.spec, reply.client, self.sent[reply.client], self.rnd)
-        if missing := expected.keys() - reply.upload.keys():
+    def _content(self, reply: Reply, before: "Expected") -> str | None:
+        known, template = before.known, before.template
+        tensors, expected = reply.upload.flat(), template.flat()
+        if missing := expected.keys() - tensors.keys():
             return f"missing {listed(sorted(missing), 1)}"
-        if extra := reply.upload.keys() - expected.keys():
+        if extra := tensors.keys() - expected.keys():
             return f"unexpected {listed(sorted(extra), 1)}"
-        for name, tensor in reply.upload.items():
+        for name, tensor in tensors.items():
             if tensor.dtype != expected[name].dtype:
                 return f"sent {name} as {tensor.dtype}, expected {expected[name].dtype}"
         try:
-            if isinstance(self.method, SelectiveUpload):
-                expected = self.method.expected_upload(self.spec, reply.upload, expected, reply.client, self.rnd)
+            expected = self.method.expected_upload(known, reply.upload, template).flat()
         except ValueError as error:
             return f"invalid selection: {error}"
-        for name, tensor in reply.upload.items():
+        for name, tensor in tensors.items():
             if tensor.shape != expected[name].shape:
                 return f"sent {name} with shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             largest = magnitude(tensor) if tensor.is_floating_point() else 0.0
@@ -76,41 +98,43 @@ class UploadValidator:
             if largest > LARGEST_ENTRY:
                 return f"sent {name} with an entry of magnitude {largest:.4g}, expected at most {LARGEST_ENTRY:.4g}"
         if self.max_norm is not None:
-            norm = change_norm(reply.upload, self.sent[reply.client])
+            norm = difference_norm(reply.upload, template)
             if norm > self.max_norm:
                 return f"change has norm {norm:.4g}, expected at most {self.max_norm:.4g}"
         return None
 
 
-def change_norm(upload: Tensors, sent: Tensors) -> float:
-    """Frobenius norm, over all tensors, of the upload minus the download of the same name and shape, if any.
-
-    Integer tensors are indices, and excluded from the norm.
-    """
-    total = 0.0
-    for name, tensor in upload.items():
-        if not tensor.is_floating_point():
-            continue
-        before = sent.get(name)
-        change = tensor if before is None or before.shape != tensor.shape else tensor - before
-        total += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-    return math.sqrt(total)
-
-
-def _expected_upload(method: AnyMethod, spec: AdapterSpec, client: ClientInfo, sent: Tensors, rnd: Round) -> Tensors:
-    """Upload with the expected names, shapes and dtypes: the result of the method's work if training changes nothing.
+def template_upload(method: AnyMethod, known: ClientRound) -> Upload:
+    """The upload of a new client whose training changes nothing: the expected names, shapes and dtypes.
 
     The server does not know a client's features, so the template assumes a client without examples.
     """
-    job = method.work(method.init_client(spec, client, rnd.seed), sent, client, rnd)
-    no_examples = LabelledFeatures(torch.zeros(0, spec.features), torch.zeros(0, dtype=torch.long), spec.classes)
+    job = method.work(known.initial, known.download, known.client, known.round)
+    no_examples = LabelledFeatures(
+        torch.zeros(0, known.spec.features), torch.zeros(0, dtype=torch.long), known.spec.classes
+    )
     try:
         request = next(job)
         while True:
-            request = job.send(no_examples if isinstance(request, Features) else request.start)
+            request = job.send(_unchanged(request, no_examples))
     except StopIteration as done:
-        upload: Tensors = done.value[1]
+        upload: Upload = done.value[1]
         return upload
+
+
+def _unchanged(request: Fit | Gradient | Features, examples: LabelledFeatures) -> Any:
+    """The answer of a trainer that changes nothing."""
+    if isinstance(request, Features):
+        return examples
+    return Trained(request.start) if isinstance(request, Fit) else _zeros(request)
+
+
+def _zeros(request: Gradient) -> Adapter:
+    """A gradient of zero."""
+    return {
+        name: replace(part, **{f: torch.zeros_like(x) for f, x in vars(part).items() if f in request.train})  # type: ignore[arg-type]
+        for name, part in request.start.items()
+    }
 
 
 def _name(rnd: Round) -> str:

@@ -6,12 +6,13 @@ import torch
 
 from fedlora.adapter import Adapter, pack
 from fedlora.config.sections import Train
+from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import derive
 from fedlora.tasks.classification import Encoded, Task
 from fedlora.train.batches import collate_clients
-from fedlora.train.job import Job, Trained, step_key
+from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import micro_batches
 from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimizer, replace_parameters
 
@@ -47,8 +48,8 @@ def train_together(
     queues = [job.batches(lengths, settings) for job in jobs]
     generators = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
     steps = [job.steps(settings) for job in jobs]
-    last_epoch = [n - n // job.epochs(settings) for n, job in zip(steps, jobs, strict=True)]
-    losses = torch.zeros(len(jobs), device=device)
+    last_epoch = [n - min(n, job.steps_per_epoch(settings)) for n, job in zip(steps, jobs, strict=True)]
+    losses, counts = torch.zeros(len(jobs), device=device), [0] * len(jobs)
     done: dict[int, Adapter] = {}
     active = list(range(len(jobs)))
 
@@ -81,11 +82,15 @@ def train_together(
                 each = each.view(real.shape) * real
                 objective = (each.sum(1) / real.sum(1)).sum()
                 for place, i in zip(places, present, strict=True):
-                    if (penalty := requests[i].penalty) is not None:
-                        objective = objective + penalty(adapted.tensors(place, requests[i].start))
+                    if requests[i].penalties:
+                        live = adapted.tensors(place, requests[i].start)
+                        objective = sum((penalty(live) for penalty in requests[i].penalties), objective)
                 objective.backward()  # type: ignore[no-untyped-call]
                 counted = torch.tensor([step >= last_epoch[i] for i in present], device=device)
                 losses[torch.tensor(present, device=device)] += each.detach().sum(1) * counted
+            for place, i in enumerate(active):
+                counts[i] += len(batches[place]) * (step >= last_epoch[i])
+                adapted.add_to_gradient(place, requests[i].correction or {}, requests[i].train)
             for part in masked:
                 part.clear_gradient()
             if settings.clip_norm is not None:
@@ -95,5 +100,5 @@ def train_together(
             for part in masked:
                 part.restore()
     done |= {i: read(place, i) for place, i in enumerate(active)}
-    means = (losses.cpu() / torch.tensor([len(job.rows) for job in jobs])).tolist()
+    means = (losses.cpu() / torch.tensor(counts)).tolist()
     return [Trained(done[i], means[i], steps[i]) for i in range(len(jobs))]

@@ -14,7 +14,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
 from fedlora.tasks.classification import Encoded
 from fedlora.train.local import LocalTrainer
 
@@ -82,7 +82,7 @@ class MultiDeviceTrainer:
         """The global test set."""
         return self._here.test
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """As `LocalTrainer.fit`."""
         return self._distribute("fit", asked, [self._here.steps(one) for one in asked], rnd)
 

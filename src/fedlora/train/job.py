@@ -2,10 +2,10 @@
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.messages import Fit
 from fedlora.models.structure import structure
@@ -26,14 +26,18 @@ class Job:
         """The requested number of epochs, else the run's."""
         return settings.epochs if self.request.epochs is None else self.request.epochs
 
+    def steps_per_epoch(self, settings: Train) -> int:
+        """Number of batches in an epoch."""
+        return -(-len(self.rows) // settings.batch_size)
+
     def steps(self, settings: Train) -> int:
-        """Number of batches in all epochs."""
-        return self.epochs(settings) * -(-len(self.rows) // settings.batch_size)
+        """Number of batches: the requested one, else that of all epochs."""
+        return self.request.steps or self.epochs(settings) * self.steps_per_epoch(settings)
 
     def batches(self, lengths: Tensor, settings: Train) -> Iterator[Tensor]:
-        """Yields the rows of each batch."""
+        """Yields the rows of each batch, without end."""
         order = generator(self.seed, "order")
-        for i in range(self.epochs(settings)):
+        for i in count():
             places = epoch(
                 lengths[self.rows],
                 settings.batch_size,
@@ -42,15 +46,6 @@ class Job:
                 generator(self.shared_order_seed, "pace", i),
             )
             yield from (self.rows[place] for place in places)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Result of one training: the adapter, the mean loss over its last epoch, the number of steps."""
-
-    adapter: Adapter
-    loss: float
-    steps: int
 
 
 def step_key(request: Fit) -> Hashable:

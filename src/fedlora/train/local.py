@@ -8,7 +8,7 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
 from fedlora.models.structure import structure
@@ -39,7 +39,7 @@ class LocalTrainer:
     clients_per_step: int = 1
     max_tokens: int = 1 << 11
 
-    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[tuple[Adapter, Mapping[str, float]]]:
+    def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """The trained adapters, each with its `loss`, in the order of `asked`.
 
         Raises:
@@ -48,12 +48,12 @@ class LocalTrainer:
         for one in asked:
             check_request(self.adapted.spec, one.request)
         jobs = [self._job(one, rnd) for one in asked]
-        found: dict[int, tuple[Adapter, Mapping[str, float]]] = {}
+        found: dict[int, Trained] = {}
         for group in self._groups(jobs):
             results = train_together(
                 self.adapted, self.task, self.examples, [jobs[i] for i in group], self.settings, self.max_tokens
             )
-            found |= {i: (result.adapter, {"loss": result.loss}) for i, result in zip(group, results, strict=True)}
+            found |= zip(group, results, strict=True)
         return [found[i] for i in range(len(asked))]
 
     def steps(self, asked: FitRequest) -> int:

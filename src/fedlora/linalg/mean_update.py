@@ -1,4 +1,4 @@
-"""The reference for every merge: the weighted mean of the clients' updates, module by module."""
+"""Weighted mean of low-rank updates, module by module, one term at a time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,11 +39,11 @@ def unbatch(factor: LowRank, names: Sequence[str], dtype: torch.dtype) -> dict[s
 
 @dataclass(frozen=True)
 class MeanUpdate:
-    """M = sum_k w_k b_k a_k / sum_k w_k for each module, accumulated one client at a time; ranks may differ.
+    """M = sum_k w_k b_k a_k / sum_k w_k for each module, accumulated one term at a time; ranks may differ.
 
-    Stored as factors while these are smaller than the matrices, then as matrices, so that memory does not grow with the
-    clients; in fp32 or fp64. `sums` has one batch for each of `groups`: modules of equal shape whose ranks were equal
-    in each update so far, so that no padding is needed.
+    Stored as factors while those are smaller than the matrices, then as matrices: memory does not grow with the terms. In
+    at least fp32. `sums` has one batch for each of `groups`: modules of equal shape, and of equal rank in each update so
+    far, so that no padding is needed.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -61,7 +61,7 @@ class MeanUpdate:
         return MeanUpdate(tuple(map(tuple, groups.values())), sums, 1.0)
 
     def add(self, weight: float, update: Updates) -> "MeanUpdate":
-        """The mean update with one more client."""
+        """The mean update with one more term."""
         known = list(zip(self.groups, self.sums, strict=True)) or [(tuple(update), RunningSum())]
         groups, grown = list[tuple[str, ...]](), list[RunningSum]()
         for names, total in known:
@@ -72,18 +72,18 @@ class MeanUpdate:
         return MeanUpdate(tuple(groups), tuple(grown), self.weight + weight)
 
     def times(self, factor: float) -> "MeanUpdate":
-        """The same M, with the weight of all clients so far multiplied by `factor`."""
+        """The same M, with the weight of all terms so far multiplied by `factor`."""
         return MeanUpdate(self.groups, tuple(total.times(factor) for total in self.sums), factor * self.weight)
 
     def subtract(self, part: Updates) -> "MeanUpdate":
-        """M minus the part that a merge has already applied."""
+        """M minus a part of it."""
         return replace(self.add(-self.weight, part), weight=self.weight) if part else self
 
     def best_fit(self, template: Updates, split: Split = "left", seed: int = 0) -> dict[str, LowRank]:
         """The matrices nearest to M with the ranks and the dtype of `template`; see `linalg.fit.best_fit`.
 
         Raises:
-            ValueError: no client has a positive weight.
+            ValueError: no term has a positive weight.
         """
         self._check()
         found: dict[str, LowRank] = {}
@@ -93,12 +93,12 @@ class MeanUpdate:
         return {name: leading(found[name], part.rank) for name, part in template.items()}
 
     def factors(self, ranks: Mapping[str, int] | None = None) -> dict[str, LowRank]:
-        """M as a base update: the clients' concatenated factors, or the best fit of `ranks`, exact if these suffice.
+        """M as a base update: the terms' concatenated factors, or the best fit of `ranks`, exact if M has no more.
 
         If the matrix is smaller than such factors, the factors are the matrix and an identity.
 
         Raises:
-            ValueError: no client has a positive weight.
+            ValueError: no term has a positive weight.
         """
         self._check()
         found: dict[str, LowRank] = {}
