@@ -118,10 +118,11 @@ class Method(Generic[S, C, R]):
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
         """Returns the change of each module's weight that the upload stands for; None if it stands for none.
 
-        Only the logged `aggregation_error` depends on it.
+        By default, the uploaded factors b and a in place of the downloaded ones. Only the logged `aggregation_error` and the
+        comparison of uploads with each other depend on it.
         """
-        before = self.view(known.initial, known.download, known.client)
-        return changes(unpack(upload.values, LowRank), low_rank(before))
+        before = low_rank(self.view(known.initial, known.download, known.client))
+        return changes(unpack({**pack(before), **upload.values}, LowRank), before)
 
 
 def changes(after: Mapping[str, LowRank], before: Mapping[str, LowRank]) -> dict[str, LowRank]:

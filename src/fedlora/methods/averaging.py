@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, low_rank, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
-from fedlora.method import ClientRound, Local, Method, changes, fit
+from fedlora.method import ClientRound, Local, Method, fit
 from fedlora.ranges import PositiveInt, checked
 
 _ALL = frozenset("ba")
@@ -61,7 +61,5 @@ class FactorAveraging(Method[Tensors, Tensors, Mean]):
 
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
         """The change of the product; None if a factor of it is personal."""
-        if not _ALL - set(self.shared) <= _ALL - set("".join(self.schedule)):
-            return None
-        before = low_rank(self.view(known.initial, known.download, known.client))
-        return changes(unpack({**pack(before), **upload.values}, LowRank), before)
+        common = not (_ALL - set(self.shared)) & set("".join(self.schedule))
+        return super().update(known, upload) if common else None

@@ -8,7 +8,7 @@ from fedlora.linalg.combine import pad
 from fedlora.linalg.fit import svd
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
-from fedlora.method import ClientRound, Local, Method, changes, fit
+from fedlora.method import Local, Method, fit
 from fedlora.ranges import NonNegativeInt, PositiveInt, checked
 
 
@@ -54,10 +54,6 @@ class FedSVD(Method[Mapping[str, LowRank], None, Mean]):
         if self.every and done > self.warmup and done % self.every == 0:
             adapter = {name: orthonormalized(part) for name, part in adapter.items()}
         return Merged(adapter)
-
-    def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
-        """The change of b on the common a."""
-        return changes(unpack({**known.download, **upload.values}, LowRank), unpack(known.download, LowRank))
 
 
 def orthonormalized(factor: LowRank) -> LowRank:
