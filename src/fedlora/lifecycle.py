@@ -78,13 +78,18 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
     return manifest
 
 
-def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Backend, start: Start) -> RunState:
+def rounds(
+    session: Session, folder: RunFolder, progress: Progress, backend: Backend, start: Start, deployed: bool = False
+) -> RunState:
     """Runs the rounds after `start` on the backend; returns the server's state after the last.
+
+    In a deployment, uploads are compared with each other unless `sampling.check_cohort` is false.
 
     Raises:
         RunStopped: the run cannot continue; all complete rounds are in the folder.
     """
     experiment = session.experiment
+    checked = experiment.sampling.check_cohort
     for note in session.notes:
         progress.notify(note)
     run_state = start.run_state
@@ -98,6 +103,8 @@ def rounds(session: Session, folder: RunFolder, progress: Progress, backend: Bac
         experiment.rounds,
         experiment.method.uniform,
         None if experiment.method.row.personal or not len(session.trainer.test) else session.trainer.evaluate,
+        deployed if checked is None else checked,
+        folder.path / "spool",
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))

@@ -51,7 +51,8 @@ class Method(Generic[S, C, R]):
 
     S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses. R is what the server collects
     in a round. By default that is the `Mean` of the uploads, from which alone `merge` then computes the next state; such a
-    method works with secure aggregation. A method is stateless between calls: every state is passed in and returned.
+    method works with secure aggregation. A method is stateless between calls: every state is passed in and returned. Only
+    `collect` may add to its argument in place.
 
     `init_server` and `merge` have no default. By default the server's state is the download, a client has no state, and
     it trains and uploads b and a of the downloaded adapter.
@@ -118,8 +119,8 @@ class Method(Generic[S, C, R]):
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
         """Returns the change of each module's weight that the upload stands for; None if it stands for none.
 
-        By default, the uploaded factors b and a in place of the downloaded ones. Only the logged `aggregation_error` and the
-        comparison of uploads with each other depend on it.
+        By default, the uploaded factors b and a replace the downloaded ones. Only the logged `aggregation_error` and the
+        comparison of uploads with each other depend on the result.
         """
         before = low_rank(self.view(known.initial, known.download, known.client))
         return changes(unpack({**pack(before), **upload.values}, LowRank), before)

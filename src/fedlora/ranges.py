@@ -86,7 +86,8 @@ def checked(cls: C) -> C:
     own = getattr(cls, "__post_init__", None)
 
     def __post_init__(self: Any) -> None:
-        for name, value in validated(type(self), vars(self)).items():
+        settings = {name: value for name, value in vars(self).items() if name != "inner"}
+        for name, value in validated(type(self), settings).items():
             object.__setattr__(self, name, value)
         check_bounds(self, vars(self))
         if own is not None:
@@ -134,5 +135,6 @@ def found(hint: Any, kind: type[M]) -> Iterator[M]:
 
 @cache
 def _adapters(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls, include_extras=True)
+    """An adapter for each field, except the wrapped method of a wrapper, which is no setting."""
+    hints = {name: hint for name, hint in get_type_hints(cls, include_extras=True).items() if name != "inner"}
     return {name: TypeAdapter(hint, config=ConfigDict(strict=True)) for name, hint in hints.items()}

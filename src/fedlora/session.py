@@ -91,6 +91,8 @@ class Session:
             settings.activation_memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+        for wrapper in experiment.wrap:
+            method = wrapper.around(method)
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,

@@ -35,7 +35,7 @@ def test_every_field_of_an_experiment_has_an_entry():
         for name, value in fields.items()
         for key in (value if isinstance(value, dict) else [""])
     }
-    assert {entry.key for entry in ENTRIES if entry.section != "method"} == expected
+    assert {entry.key for entry in ENTRIES if entry.section.split(".")[0] not in ("method", "wrap")} == expected
     assert {entry.key for entry in ENTRIES if entry.section == "method" and not entry.methods} == {
         "method.name",
         "method.head",
@@ -58,6 +58,8 @@ def test_every_setting_has_a_description_a_default_or_an_example_and_both_are_ac
     name = next(iter(entry.methods), "fl-tac" if entry.key == "method.head" else "flexlora")
     changes = [] if entry.key == "method.name" else [f"method.name={name}"]
     experiment = build({}, [*changes, f"{entry.key}={entry.example}"])
+    if entry.key.startswith("wrap"):
+        return  # see test_wrappers.py
     assert value_at(experiment, entry.key) == tomllib.loads(f"x = {entry.example}")["x"]
     if entry.default:
         assert value_at(build({}, changes), entry.key) == tomllib.loads(f"x = {entry.default}")["x"]

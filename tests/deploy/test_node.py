@@ -112,7 +112,7 @@ def serve(what, folder, hand, server_session_id="1", count=4, said=None):
         start = begin(session, lock)
         remote = make_remote(what, session, hand, server_session_id, start.done, said)
         remote.wait_for_clients(count, 0.0)  # the nodes reply at once
-        return rounds(session, lock, NullProgress(), remote, start)
+        return rounds(session, lock, NullProgress(), remote, start, deployed=True)
     finally:
         lock.release()
 
@@ -204,6 +204,30 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
     row = rows_of(tmp_path / "run")[0]
     assert row["accepted"] == ["000", "002", "003"] and row["rejected"] == {"001": "the client's work failed"}
+
+
+@pytest.mark.parametrize("checked", [None, False])
+def test_by_default_a_server_rejects_an_upload_far_larger_than_the_others_of_its_round(
+    home, tmp_path, monkeypatch, checked
+):
+    fit = local.LocalTrainer.fit
+
+    def thousandfold(trainer, asked, rnd):
+        factor = [1000.0 if one.client.id == "001" else 1.0 for one in asked]
+        return [
+            replace(
+                found, adapter={n: replace(p, **{f: x * by for f, x in vars(p).items()}) for n, p in found.adapter.items()}
+            )
+            for by, found in zip(factor, fit(trainer, asked, rnd), strict=True)
+        ]
+
+    monkeypatch.setattr(local.LocalTrainer, "fit", thousandfold)
+    changes = [] if checked is None else ["sampling.check_cohort=false"]
+    what = experiment(home, "fedit", "train.clients_per_step=4", *changes, rounds=1)
+    serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
+    row = rows_of(tmp_path / "run")[0]
+    assert row["accepted"] == (["000", "002", "003"] if checked is None else list(CLIENTS))
+    assert ("times the round's median" in row["rejected"].get("001", "")) == (checked is None)
 
 
 def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_path, monkeypatch):

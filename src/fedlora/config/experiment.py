@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
 from fedlora.config.reading import overridden, read_table
 from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Train
+from fedlora.config.wrap_choice import WrapChoice
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.ranges import NonNegativeInt, PositiveInt, check_bounds
@@ -35,6 +36,12 @@ class Experiment(Section):
     """The number of rounds."""
     clients: Clients = Clients()
     method: MethodChoice = MethodChoice()
+    wrap: list[WrapChoice] = Field(default_factory=list)
+    """Wrappers around the method and its head, from the inside out: a table `[[wrap]]` for each, with its `name` and its
+    own settings. `--set wrap.NAME.KEY=VALUE` changes a setting of one, or adds it.
+
+    Example: [{ name = "fedprox", mu = 0.01 }]
+    """
     lora: Lora = Lora()
     train: Train = Train()
     sampling: Sampling = Sampling()
@@ -45,6 +52,14 @@ class Experiment(Section):
     @classmethod
     def _source_alone(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("wrap", mode="after")
+    @classmethod
+    def _each_once(cls, wrappers: list[WrapChoice]) -> list[WrapChoice]:
+        names = [wrapper.name for wrapper in wrappers]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice} is listed twice")
+        return wrappers
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":

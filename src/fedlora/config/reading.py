@@ -49,6 +49,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
+    if parents[:1] == ["wrap"] and len(parents) == 2:
+        table["wrap"] = _with_wrapper(table.get("wrap", []), parents[1], key, value)
+        return
     for parent in parents:
         inner = table.get(parent, {})  # copied before it is changed: the caller's table stays as it is
         if isinstance(inner, str) and parent == "data":
@@ -57,3 +60,12 @@ def _apply(table: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent} is not a table")
         table[parent] = table = {**inner}
     table[key] = value
+
+
+def _with_wrapper(entries: Any, name: str, key: str, value: Any) -> Any:
+    """The list of wrappers with a setting of the one of this name, which is added as the outermost if it is missing."""
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        return entries  # rejected later, with the other invalid values
+    if name not in [entry.get("name") for entry in entries]:
+        entries = [*entries, {"name": name}]
+    return [{**entry, key: value} if entry.get("name") == name else entry for entry in entries]

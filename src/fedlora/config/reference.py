@@ -21,8 +21,10 @@ from fedlora.config.experiment import Experiment
 from fedlora.config.hints import closest, same_word
 from fedlora.config.method_choice import MethodChoice
 from fedlora.config.sections import sections
+from fedlora.config.wrap_choice import WrapChoice
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
+from fedlora.methods.wrap.table import WRAPPERS
 from fedlora.ranges import AtMost, Range, found
 
 _INTRO = """\
@@ -36,7 +38,7 @@ Every setting of `experiment.toml`, with its default. Each can be changed for on
 _OWN = "Settings of single methods, with the names of the methods that have them."
 _COMMON = {"method.rank": "The LoRA rank, the largest that a client may have."}
 """Descriptions of settings for methods without a docstring for them."""
-_WORDS: Mapping[Any, str] = {str: "text", bool: "true or false"}
+_WORDS: Mapping[Any, str] = {str: "text", bool: "true or false", WrapChoice: "a table"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def settings() -> list[Setting]:
         for key, field in section.model_fields.items():
             dotted = f"{name}.{key}" if name else key
             if dotted not in sections(Experiment):
-                entries.append(_setting(dotted, section, key, field.default))
+                entries.append(_setting(dotted, section, key, field.get_default(call_default_factory=True)))
         if section is MethodChoice:
             entries += _methods_own()
-    return entries
+    return [*entries, *_wrappers_own()]
 
 
 def find(key: str) -> list[Setting]:
@@ -140,13 +142,19 @@ def page() -> str:
         ]
         if own := [one for one in inside if one.methods]:
             parts += [_OWN, _table(own)]
+    for name, row in WRAPPERS.items():
+        parts += [
+            f"## `[[wrap]]` {name}",
+            f"{row.summary[0].upper()}{row.summary[1:]} ({row.paper}). {inspect.cleandoc(row.make.__doc__ or '')}",
+            _table(one for one in entries if one.section == f"wrap.{name}"),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def _setting(dotted: str, cls: type, field: str, default: Any) -> Setting:
     told = docstrings(cls).get(field, _COMMON.get(dotted, ""))
     text, _, example = " ".join(told.split()).partition(" Example: ")
-    given = "" if default in (None, {}) else json.dumps(default, ensure_ascii=False)
+    given = "" if default in (None, {}, []) else json.dumps(default, ensure_ascii=False)
     return Setting(dotted, values(get_type_hints(cls, include_extras=True)[field]), given, example or given, text)
 
 
@@ -158,6 +166,15 @@ def _methods_own() -> list[Setting]:
             assert isinstance(row.make, type)
             shared.setdefault(_setting(f"method.{field}", row.make, field, default), []).append(name)
     return [replace(one, methods=tuple(names)) for one, names in shared.items()]
+
+
+def _wrappers_own() -> list[Setting]:
+    """All settings of the wrappers."""
+    entries: list[Setting] = []
+    for name, row in WRAPPERS.items():
+        assert isinstance(row.make, type)
+        entries += [_setting(f"wrap.{name}.{key}", row.make, key, default) for key, default in row.settings().items()]
+    return entries
 
 
 def values(hint: Any) -> str:

@@ -178,10 +178,18 @@ class Sampling(Section):
     attempts: PositiveInt = 3
     """The number of attempts of a round before the run stops."""
     max_norm: PositiveFloat | None = None
-    """The largest Frobenius norm, over all tensors, of the difference between upload and download; uploads beyond it
-    are rejected. If omitted, any finite norm is accepted.
+    """The largest Frobenius norm, over all tensors, of the difference between an upload and what it would be without
+    training; uploads beyond it are rejected. If omitted, any finite norm is accepted.
 
     Example: 10.0
+    """
+    check_cohort: bool | None = None
+    """Whether each upload is compared with the others of its round, if there are at least three. If the norm of its
+    change, or the spectral norm of the change of a weight, is above 3 times the median, the change is scaled down to
+    that; above 30 times the median, the upload is rejected. No weight is above 2 times the median weight. If omitted: in
+    deployments, not in simulations.
+
+    Example: true
     """
     max_examples: PositiveInt = 1_000_000
     """The largest number of examples that a client may report, which is its weight in the mean; uploads beyond it are

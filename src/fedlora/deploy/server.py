@@ -47,7 +47,7 @@ def serve(path: Path, transport: Transport) -> None:
             start = begin(session, folder)
             backend = flower_backend(session, start, transport, event_log)
             backend.wait_for_clients(experiment.clients.size or 1, experiment.deploy.wait)
-            run_state = rounds(session, folder, event_log, backend, start)
+            run_state = rounds(session, folder, event_log, backend, start, deployed=True)
             if experiment.method.row.personal:
                 _save_adapters(session, folder, backend, run_state)
             else:

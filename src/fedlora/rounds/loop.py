@@ -352,16 +352,14 @@ def _merge(
     with stats.timed("merge"):
         try:
             merged = None if failure else plan.method.merge(server, gathered.collected, cohort.rnd)
-        except NumericalError as error:
-            merged, failure = None, _kind(error)
+        except NumericalError as problem:
+            merged, failure = None, _kind(problem)
         if merged is not None and is_finite((merged.server, merged.base_update)):
-            before, after = (
-                global_adapter(plan.method, plan.spec, server, cohort.rnd),
-                global_adapter(plan.method, plan.spec, merged.server, cohort.rnd),
-            )
-            distance = gathered.updates.error(before, after, merged.base_update)
-            notes = merged.notes if distance is None else {"aggregation_error": distance, **merged.notes}
-            return replace(merged, notes=notes)
+            if gathered.updates.mean is None:
+                return merged
+            before, after = (global_adapter(plan.method, plan.spec, x, cohort.rnd) for x in (server, merged.server))
+            error = gathered.updates.error(before, after, merged.base_update)
+            return merged if error is None else replace(merged, notes={"aggregation_error": error, **merged.notes})
     if stats.largest is not None:
         client = next(client for client in cohort.chosen if client.id == stats.largest.client)
         stats.rejected[client.id] = (
