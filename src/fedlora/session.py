@@ -14,6 +14,7 @@ from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
 from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.federated_data import FederatedData
+from fedlora.initial_states import RememberedStates
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
@@ -93,6 +94,7 @@ class Session:
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         for wrapper in experiment.wrap:
             method = wrapper.around(method)
+        method = RememberedStates(method)
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
