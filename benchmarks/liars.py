@@ -1,6 +1,6 @@
 """Accuracy with one liar among the clients, with and without the comparison of uploads with their cohort.
 
-    python benchmarks/liars.py OUT.json [--rows 2000] [--clients 10] [--rounds 20] [--seeds 3] [--lies x10,x-3] [--set KEY=VALUE]
+    python benchmarks/liars.py OUT.json [--rows 2000] [--clients 10] [--rounds 20] [--seeds 3] [--set KEY=VALUE]
 
 For each seed: an honest run without and with `sampling.check_cohort`, and with it a run for each lie of client "000".
 Prints test accuracy and loss, and the rejected and the clipped shares of client-rounds, and writes them to OUT.json.

@@ -1,0 +1,67 @@
+"""The examples of CONTRIBUTING are complete: copied into the package, they work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.adapter import pack
+from fedlora.messages import Round
+from fedlora.methods.averaging import FactorAveraging
+from fedlora.methods.row import Row
+from fedlora.methods.wrap.table import WrapperRow
+from fedlora.rounds.loop import RunState, one_round
+
+from toy import SPEC, MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_plan, toy_simulation
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n# (\S+?)(?:, in \w+)?\n(.*?)```", TEXT, re.DOTALL)
+
+
+def example(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that the example for this file would be."""
+    (code,) = [code for file, code in BLOCKS if file == path]
+    name = "example_" + Path(path).stem
+    (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return __import__(name)
+
+
+def row(path: str, **names: Any) -> Any:
+    """The row of a table in the example."""
+    (code,) = [code for file, code in BLOCKS if file == path]
+    (found,) = eval(f"({code.strip()})", names)
+    return found
+
+
+def test_the_example_of_a_method_runs_and_averages_b_exactly(tmp_path, monkeypatch):
+    module = example("src/fedlora/methods/unit_rows.py", tmp_path, monkeypatch)
+    entry = row("src/fedlora/methods/table.py", Row=Row, UnitRows=module.UnitRows)
+    assert entry.secure_sums() == "yes"
+    method, trainer, clients = toy_method(entry), ToyTrainer(), toy_clients(3)
+    plan, backend, states = toy_plan(method, trainer), toy_simulation(method, trainer, clients), MemoryStates()
+    state, rows = RunState(method.init_server(SPEC, 0)), []
+    for index in range(3):
+        state, found = one_round(plan, backend, states, state, index, Quiet())
+        rows.append(found)
+    assert all(found["aggregation_error"] < 1e-6 for found in rows)
+    assert rows[-1]["clients"]["accuracy"]["mean"] > rows[0]["clients"]["accuracy"]["mean"]
+    view = backend.view(clients[0], method.send(state.server, clients[0], Round(3, 0)), Round(3, 0))
+    for name in SPEC.modules:
+        torch.testing.assert_close(view[name].a.norm(dim=1), torch.ones(3))
+
+
+def test_the_example_of_a_wrapper_trains_b_faster(tmp_path, monkeypatch):
+    module = example("src/fedlora/methods/wrap/lora_plus.py", tmp_path, monkeypatch)
+    entry = row("src/fedlora/methods/wrap/table.py", WrapperRow=WrapperRow, LoRAPlus=module.LoRAPlus)
+    assert entry.settings() == {"ratio": 16.0}
+    moved = []
+    for ratio in (1.0, 8.0):
+        method, client = entry.make(FactorAveraging(rank=3), ratio=ratio), toy_clients(1)[0]
+        job = method.work(method.init_client(SPEC, client, 0), method.init_server(SPEC, 0), client, Round(0, 0))
+        moved.append(pack(ToyTrainer(steps=1).fit_one(next(job), client).adapter))
+    for name in SPEC.modules:  # b starts at zero
+        torch.testing.assert_close(moved[1][f"{name}.b"], 8 * moved[0][f"{name}.b"])
+        assert torch.equal(moved[1][f"{name}.a"], moved[0][f"{name}.a"])
