@@ -46,8 +46,8 @@ def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_
     found = json.loads((tmp_path / "run/environment.json").read_text())
     assert (
         found["clients_per_step"] == 1
-        and found["tokens_in_a_pass"] > 100
-        and found["packed"] is found["last_block_narrowed"] is packed
+        and found["max_tokens"] > 100
+        and found["packed"] is found["skips_unused_activations"] is packed
     )
 
 

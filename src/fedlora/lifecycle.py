@@ -61,10 +61,15 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
             keep_rounds(folder, experiment)
         return manifest
     folder.restore()  # raises if the folder has lost its manifest
-    path = {"clients_per_step": session.trainer.clients_per_step, "tokens_in_a_pass": session.trainer.max_tokens}
+    path = {"clients_per_step": session.trainer.clients_per_step, "max_tokens": session.trainer.max_tokens}
     packing = session.adapted.packing
     environment = record(
-        folder, experiment, **path, packed=packing.works, last_block_narrowed=packing.narrows, notes=list(session.notes)
+        folder,
+        experiment,
+        **path,
+        packed=packing.works,
+        skips_unused_activations=packing.narrows,
+        notes=list(session.notes),
     )
     manifest = Manifest(
         id=uuid4().hex,

@@ -89,7 +89,7 @@ def test_one_client_alone_trains_locally(row, ranks):
 
 
 @every_row
-def test_identical_clients_are_as_one(row, ranks):
+def test_identical_clients_equal_one_client(row, ranks):
     alike = [ClientInfo(name, ranks[0], 10) for name in "vwxy"]
     game = run_rounds(row, alike, trainer=Recorder(toy(skew=0.0)))
     alone = run_rounds(row, alike[:1], trainer=Recorder(toy(skew=0.0)))
@@ -133,7 +133,7 @@ def test_rounds_without_the_largest_client_still_teach_every_rank(row, ranks):
 
 
 @every_row
-def test_alpha_is_no_more_than_the_unit_of_the_updates(row, ranks):
+def test_alpha_only_scales_the_updates(row, ranks):
     """With alpha and all targets four times as large PEFT's factors see the same problem, and so do penalties on them."""
     first_upload, fourfold = (
         run_rounds(row, people(ranks), rounds=PERIOD, trainer=Witness(toy(spec=in_unit(unit), unit=unit)))
@@ -274,14 +274,14 @@ def test_the_dtype_is_kept(row, ranks, dtype):
 
 
 @every_row
-def test_a_bad_upload_is_refused_and_the_round_goes_on(row, ranks):
+def test_a_bad_upload_is_rejected_and_the_round_continues(row, ranks):
     game = run_rounds(row, people(ranks), backend=Poisoned, rounds=PERIOD)
     assert all(r["accepted"] == ["0", "2"] and "NaN" in r["rejected"]["1"] for r in game.rows)
     assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
 
 @every_row
-def test_the_server_cannot_tell_what_merging_did_to_its_arguments(row, ranks):
+def test_merge_does_not_mutate_its_inputs(row, ranks):
     method, server, replies = a_round_of_replies(row.name, ranks)
     before = encode_state(server), [encode(reply.upload.flat()) for reply in replies]
     merge(method, server, replies, SPEC)

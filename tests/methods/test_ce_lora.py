@@ -151,10 +151,10 @@ def test_cores_that_are_all_alike_come_back_as_their_plain_mean():
         assert_close(download, dict.fromkeys(KEYS, sum(cores) / 3), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("normaliser", ["l1", "softmax"])
+@pytest.mark.parametrize("normalizer", ["l1", "softmax"])
 @pytest.mark.parametrize("include_self", [True, False])
-def test_rows_of_the_mixture_sum_to_one(normaliser, include_self):
-    m = replace(BOTH, normaliser=normaliser, include_self=include_self)
+def test_rows_of_the_mixture_sum_to_one(normalizer, include_self):
+    m = replace(BOTH, normalizer=normalizer, include_self=include_self)
     s = shares(m, points(0.0, 1.0, 3.0, 4.0, 9.0))
     assert_close(s.sum(1), torch.ones(5, dtype=torch.float64))
     assert ((s.diagonal() > 0).all() if include_self else (s.diagonal() == 0).all()) and (s >= 0).all()

@@ -93,7 +93,7 @@ def test_the_penalty_is_half_the_squared_distance_of_pefts_factors_in_every_kind
     assert float(proximal(0.3, trained(start), scaling, pack(live.start))) == pytest.approx(0.15 * expected)
 
 
-def test_alpha_is_no_more_than_the_unit_of_the_updates():
+def test_alpha_only_scales_the_updates():
     def run(unit: float) -> dict[str, dict[str, Tensor]]:
         trainer = ToyTrainer(spec=replace(SPEC, scaling=Scaling(3 * unit)), unit=unit)
         method = FedProx(FactorAveraging(rank=3), mu=0.2)

@@ -15,6 +15,8 @@ _REMOVED = {
     "by_examples": "weights = 'examples' or 'uniform'",
     "pull": "prox_weight",
     "apart": "min_silhouette",
+    "normaliser": "normalizer",
+    "most_tasks": "max_tasks",
 }
 """Settings of methods in earlier releases."""
 

@@ -42,7 +42,7 @@ class CELoRA(Method[Cores, Tensors, Mapping[str, Upload]]):
 
     Client i downloads sum_j S_ij c_j over all clients that have ever uploaded a core, each with its last one, so absent
     clients stay in the mixture. S is `data_weight` (the paper's lambda) times the similarity of the data plus
-    1 - `data_weight` times that of the cores, with each row divided by its sum (`normaliser` "l1") or passed through a
+    1 - `data_weight` times that of the cores, with each row divided by its sum (`normalizer` "l1") or passed through a
     softmax. Without `include_self` a client's own core is excluded, unless it is the only one. Numbers of examples have no
     influence. A client that has never uploaded a core gets the plain mean. Mixing costs O(clients^2 rank^3) per module and
     round.
@@ -80,7 +80,7 @@ class CELoRA(Method[Cores, Tensors, Mapping[str, Upload]]):
     """
     include_self: bool = True
     """Whether a client's own core is part of its mixture."""
-    normaliser: Literal["l1", "softmax"] = "l1"
+    normalizer: Literal["l1", "softmax"] = "l1"
     """How similarities become weights: divided by their sum (l1), or by softmax."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Cores:
@@ -158,8 +158,8 @@ class CELoRA(Method[Cores, Tensors, Mapping[str, Upload]]):
             alike = alike + self.data_weight * self._data_alike(server.apart, place[one])[[place[client] for client in ids]]
         others = torch.tensor([client != one for client in ids])
         if not self.include_self and len(ids) > 1:
-            alike = torch.where(others, alike, -torch.inf if self.normaliser == "softmax" else 0.0)
-        if self.normaliser == "softmax":
+            alike = torch.where(others, alike, -torch.inf if self.normalizer == "softmax" else 0.0)
+        if self.normalizer == "softmax":
             return alike.softmax(0)
         total = alike.sum()
         return alike / total if total > 0 else _even(len(ids))

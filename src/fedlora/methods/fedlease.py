@@ -29,13 +29,13 @@ class Allocation:
     """The server's state: `first` until the clusters exist, then the other fields.
 
     `members` maps clients to clusters. `downloads` has the download of each cluster's members: its expert, and a copy of
-    the others. `centres` maps "module.b" to the mean directions of b of each cluster's founders [clusters, out * rank].
+    the others. `centers` maps "module.b" to the mean directions of b of each cluster's founders [clusters, out * rank].
     """
 
     first: Mapping[str, First] = field(default_factory=dict)
     members: Mapping[str, int] = field(default_factory=dict)
     downloads: tuple[Tensors, ...] = ()
-    centres: Tensors = field(default_factory=dict)
+    centers: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FedLEASE(Method[Allocation, Tensors, Collected]):
         if not server.downloads:
             return replace(so_far, first={**so_far.first, client: First(reply.weight, upload)})
         if client not in server.members:
-            return replace(so_far, joined={**so_far.joined, client: _nearest(upload, server.centres)})
+            return replace(so_far, joined={**so_far.joined, client: _nearest(upload, server.centers)})
         cluster = server.members[client]
         mean = so_far.means.get(cluster) or Mean()
         mean.add(reply.weight, upload, client)
@@ -144,8 +144,8 @@ class FedLEASE(Method[Allocation, Tensors, Collected]):
         experts: list[Tensors] = [mean.tensors() for mean in means]
         if len(experts) > 1:
             experts = [{**expert, **_router(expert, len(experts), rnd, i)} for i, expert in enumerate(experts)]
-        centres = {key: torch.stack([x[own == i].mean(0) for i in range(len(experts))]) for key, x in vectors.items()}
-        return Allocation({}, dict(zip(ids, found, strict=True)), _downloads(experts), centres)
+        centers = {key: torch.stack([x[own == i].mean(0) for i in range(len(experts))]) for key, x in vectors.items()}
+        return Allocation({}, dict(zip(ids, found, strict=True)), _downloads(experts), centers)
 
 
 def _downloads(experts: Sequence[Tensors]) -> tuple[Tensors, ...]:
@@ -176,7 +176,7 @@ def _directions(uploads: Sequence[Tensors]) -> dict[str, Tensor]:
     return {key: directions(torch.stack([x[key].flatten() for x in uploads])) for key in sorted(pick(uploads[0], "b"))}
 
 
-def _nearest(upload: Tensors, centres: Tensors) -> int:
+def _nearest(upload: Tensors, centers: Tensors) -> int:
     """The cluster with the smallest mean distance."""
     vectors = _directions([upload])
-    return int(distances(list(vectors.values()), [centres[key] for key in vectors]).argmin())
+    return int(distances(list(vectors.values()), [centers[key] for key in vectors]).argmin())

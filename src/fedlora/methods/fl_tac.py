@@ -35,7 +35,7 @@ class FLTAC(Method[Clusters, None, tuple[Reply, ...]]):
 
     A client with several tasks (`data.task`) participates as several clients, one per task, each with its own adapter;
     task names are never sent. `tasks` is the number of clusters. By default it is chosen in each round: the number from
-    2 to `most_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default
+    2 to `max_tasks` with the largest silhouette, or one cluster if no silhouette reaches `min_silhouette` (by default
     the threshold below which Kaufman and Rousseeuw 1990 see no substantial structure). Before the adapters of different
     tasks have diverged, possibly in the first round, all are thus averaged together, while a fixed number of clusters
     would be random. Random clusters are rarely corrected: clients that start from different means remain separated, and
@@ -63,7 +63,7 @@ class FLTAC(Method[Clusters, None, tuple[Reply, ...]]):
 
     Example: 2
     """
-    most_tasks: PositiveInt = 8
+    max_tasks: PositiveInt = 8
     """The largest number of clusters if `tasks` is omitted."""
     min_silhouette: Annotated[float, Range(ge=-1, le=1)] = 0.25
     """The smallest silhouette at which adapters are divided into clusters."""
@@ -116,7 +116,7 @@ class FLTAC(Method[Clusters, None, tuple[Reply, ...]]):
         """Each point's cluster [points]."""
         if self.tasks is not None:
             return kmeans(points, self.tasks, seed)
-        tried = [kmeans(points, number, seed) for number in range(2, min(self.most_tasks, len(points) - 1) + 1)]
+        tried = [kmeans(points, number, seed) for number in range(2, min(self.max_tasks, len(points) - 1) + 1)]
         best = max(tried, key=lambda groups: _silhouette(points, groups), default=None)
         together = torch.zeros(len(points), dtype=torch.long)
         return together if best is None or _silhouette(points, best) < self.min_silhouette else best

@@ -84,7 +84,7 @@ _ROWS = (
         head="local",
         personal=True,
         private="yes: nothing leaves a client",
-        known_failures={"test_a_bad_upload_is_refused_and_the_round_goes_on": "uploads are empty"},
+        known_failures={"test_a_bad_upload_is_rejected_and_the_round_continues": "uploads are empty"},
     ),
     Row(
         name="flexlora",
@@ -104,9 +104,7 @@ _ROWS = (
         exact="up to the rank: the best fit to the mean of the products",
         secure='except with upload = "dense"',
         private="yes: noise on both factors; truncation to the rank removes a part of it",
-        known_failures={
-            "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b"
-        },
+        known_failures={"test_alpha_only_scales_the_updates": "the best fit is split evenly, with alpha / rank in b"},
     ),
     Row(
         name="flora",
@@ -118,7 +116,7 @@ _ROWS = (
         base_update="min(R * (out + in), out * in)",
         mixed_ranks=True,
         private="yes: but the noise remains in the base, and its rank grows",
-        known_failures={"test_identical_clients_are_as_one": "each client has its own random a"},
+        known_failures={"test_identical_clients_equal_one_client": "each client has its own random a"},
     ),
     Row(
         name="fedex-lora",
@@ -156,9 +154,7 @@ _ROWS = (
         exact="no: the error is the covariance of the factors; exact if only b is trained",
         base_update="min(2 * r * (out + in), out * in)",
         private="yes: with noise on the changes of the factors; the noise remains in the base",
-        known_failures={
-            "test_alpha_is_no_more_than_the_unit_of_the_updates": "the initial split is by `scale_in_init`, not by alpha"
-        },
+        known_failures={"test_alpha_only_scales_the_updates": "the initial split is by `scale_in_init`, not by alpha"},
     ),
     Row(
         name="fedloru",
@@ -216,7 +212,7 @@ _ROWS = (
         private="yes: noise on both factors; truncation to the rank removes a part of it",
         known_failures={
             "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by capacity, by definition",
-            "test_alpha_is_no_more_than_the_unit_of_the_updates": "the best fit is split evenly, with alpha / rank in b",
+            "test_alpha_only_scales_the_updates": "the best fit is split evenly, with alpha / rank in b",
             "test_weight_two_is_as_two_of_weight_one": "clients are weighted by capacity, by definition",
         },
     ),
@@ -246,7 +242,7 @@ _ROWS = (
         exact="no: a rescaled mean of the factors",
         private="yes: but noise is classified as sparse, and is amplified",
         known_failures={
-            "test_identical_clients_are_as_one": "with min_clients or more: see how it works",
+            "test_identical_clients_equal_one_client": "with min_clients or more: see how it works",
             "test_weight_two_is_as_two_of_weight_one": "robust PCA sees one column for each client",
         },
     ),
@@ -263,7 +259,7 @@ _ROWS = (
         private="yes: the draw does not depend on data; only the drawn ranks need noise",
         known_failures={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled subset, but evaluates all ranks",
-            "test_identical_clients_are_as_one, mixed ranks": "each client trains other ranks",
+            "test_identical_clients_equal_one_client, mixed ranks": "each client trains other ranks",
         },
     ),
     Row(
@@ -312,9 +308,7 @@ _ROWS = (
         up=("r * r",),
         down=("r * (out + in + r)",),
         private="yes: noise enters once, on rank^2 floats",
-        known_failures={
-            "test_alpha_is_no_more_than_the_unit_of_the_updates": "b and a are frozen, and c is trained as in b c a"
-        },
+        known_failures={"test_alpha_only_scales_the_updates": "b and a are frozen, and c is trained as in b c a"},
     ),
     Row(
         name="ravan",
@@ -329,9 +323,9 @@ _ROWS = (
         secure="with zeros for untrained heads, and a count for each head",
         private="yes: noise enters once, on the small cores; but heads chosen by gradient also leak data",
         known_failures={
-            "test_identical_clients_are_as_one, mixed ranks": "each client trains other heads",
+            "test_identical_clients_equal_one_client, mixed ranks": "each client trains other heads",
             "test_factors_and_head_are_averaged_with_the_same_weights, mixed ranks": "each head has its own mean",
-            "test_alpha_is_no_more_than_the_unit_of_the_updates": "b and a are frozen, and c is trained as in b c a",
+            "test_alpha_only_scales_the_updates": "b and a are frozen, and c is trained as in b c a",
         },
     ),
     Row(
@@ -395,7 +389,7 @@ _ROWS = (
         private="yes: if the uploads of the warm-up get noise, too",
         known_failures={
             "test_traffic_is_what_the_row_declares": "in the warm-up adapters are uploaded, nothing is downloaded",
-            "test_identical_clients_are_as_one": "equal clients are also clustered, and each cluster trains its own expert",
+            "test_identical_clients_equal_one_client": "equal clients are also clustered, and each cluster trains its own expert",
             "test_factors_and_head_are_averaged_with_the_same_weights": "each cluster has its own mean",
             "test_weight_two_is_as_two_of_weight_one": "clusters depend on clients, not on weights",
         },
