@@ -389,7 +389,7 @@ _ROWS = (
         private="yes: if the uploads of the warm-up get noise, too",
         known_failures={
             "test_traffic_is_what_the_row_declares": "in the warm-up adapters are uploaded, nothing is downloaded",
-            "test_identical_clients_equal_one_client": "equal clients are clustered, too, and each cluster trains its own expert",
+            "test_identical_clients_equal_one_client": "equal clients form clusters, too, each with an expert",
             "test_factors_and_head_are_averaged_with_the_same_weights": "each cluster has its own mean",
             "test_weight_two_is_as_two_of_weight_one": "clusters depend on clients, not on weights",
         },
