@@ -27,6 +27,7 @@ from fedlora.api import run
 from fedlora.config.experiment import Experiment, build
 from fedlora.federated_data import FederatedData
 from fedlora.models.loading import quiet
+from fedlora.rounds.row import to_json
 from fedlora.runs.start import resolve_settings
 from fedlora.tasks.classification import Classification
 
@@ -135,7 +136,7 @@ class Session:
                     "method": own["method"],
                     "lora": {"alpha": ALPHA},
                     "train": {"lr": rate, "batch_size": 4, "max_length": 64, "precision": "auto"},
-                    "evaluate": {"every": self.rounds},
+                    "evaluate": {"every": self.rounds, "before": False},
                 }
             )
         )
@@ -163,7 +164,7 @@ class Session:
 def rounds_of(experiment: Experiment) -> list[Row]:
     """The round log of a new run. In a process of its own: a hundred megabytes stay behind after each, and add up."""
     with tempfile.TemporaryDirectory() as folder:
-        return list(run(experiment, Path(folder, "run")).rows)
+        return [to_json(row) for row in run(experiment, Path(folder, "run")).rows]
 
 
 def held_out(rows: Sequence[Row]) -> float:

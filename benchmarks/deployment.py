@@ -18,11 +18,10 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import flwr
 import tomli_w
@@ -38,10 +37,12 @@ from fedlora.deploy.settings import Settings
 from fedlora.deploy.superlink_client import SuperLink
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
+from fedlora.rounds.row import RoundRow
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks" / "deployment.md"
 SMALL = ["data.rows=400", "data.test_rows=50", "train.max_length=32", "train.device=cpu", "clients.partition=iid"]
+SMALL += ["evaluate.before=false"]  # no row and no message before the first training
 SAID = re.compile(r"^(\d+) bytes answered with (\d+) in ([\d.]+) s$", re.MULTILINE)
 
 
@@ -52,10 +53,10 @@ class Clock(NullProgress):
         self.ends: list[float] = []
         self.sizes: list[int] = []
 
-    def round_ended(self, row: Mapping[str, Any]) -> None:
+    def round_ended(self, row: RoundRow) -> None:
         """Notes the time."""
         self.ends.append(time.time())
-        self.sizes.append(row["bytes_down"])
+        self.sizes.append(row.bytes_down)
 
 
 def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> tuple[list[float], list[float], int]:

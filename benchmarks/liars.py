@@ -62,15 +62,15 @@ def run(experiment: Experiment, lie: str, folder: Path) -> dict[str, float]:
     honest = session.simulation(runs)
     backend = Lying(**{**vars(honest), "lie": lie})
     rounds(session, runs, NullProgress(), backend, begin(session, runs))
-    rows = [row for row in runs.rows() if row["round"] > 0]
-    chosen = sum(len(row["chosen"]) for row in rows)
+    rows = [row for row in runs.rows() if row.round > 0]
+    chosen = sum(len(row.chosen) for row in rows)
     runs.release()
-    last = rows[-1]["global"]
+    last = rows[-1].global_
     return {
         "accuracy": last["accuracy"],
         "loss": last["loss"],
-        "rejected": sum(len(row["rejected"]) for row in rows) / chosen,
-        "clipped": sum(len(row.get("clipped", {})) for row in rows) / chosen,
+        "rejected": sum(len(row.rejected) for row in rows) / chosen,
+        "clipped": sum(len(row.clipped or {}) for row in rows) / chosen,
     }
 
 

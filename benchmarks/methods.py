@@ -27,9 +27,11 @@ def runs(name: str, seeds: Sequence[int], overrides: Sequence[str]) -> list[Any]
     found = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            experiment = build(DEMO, [f"method.name={name}", f"seed={seed}", "evaluate.every=5", *overrides])
+            experiment = build(
+                DEMO, [f"method.name={name}", f"seed={seed}", "evaluate.every=5", "evaluate.before=false", *overrides]
+            )
             found.append(run(experiment, Path(folder, "run")).rows)
-        print(name, seed, found[-1][-1].get("global"), flush=True)
+        print(name, seed, found[-1][-1].global_, flush=True)
     return found
 
 
@@ -40,14 +42,14 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def line(name: str, found: Sequence[Any]) -> str:
     last = [rows[-1] for rows in found]
-    test = mean_and_spread([row["global"]["accuracy"] for row in last]) if "global" in last[0] else "-"
-    clients = [row["clients"]["accuracy"] for row in last]
-    errors = [row["aggregation_error"] for rows in found for row in rows if "aggregation_error" in row]
+    test = mean_and_spread([row.global_["accuracy"] for row in last]) if last[0].global_ is not None else "-"
+    clients = [row.clients["accuracy"] for row in last]
+    errors = [row.aggregation_error for rows in found for row in rows if row.aggregation_error is not None]
     error = f"{statistics.mean(errors):.1e}" if errors else "-"
-    up, down = (sum(row[key] for row in found[0]) / 1e6 for key in ("bytes_up", "bytes_down"))
+    up, down = (sum(getattr(row, key) for row in found[0]) / 1e6 for key in ("bytes_up", "bytes_down"))
     return (
-        f"| {name} | {TABLE[name].head} | {test} | {mean_and_spread([c['mean'] for c in clients])} | "
-        f"{mean_and_spread([c['worst_decile'] for c in clients])} | {error} | {up:.1f} | {down:.1f} |"
+        f"| {name} | {TABLE[name].head} | {test} | {mean_and_spread([c.mean for c in clients])} | "
+        f"{mean_and_spread([c.worst_decile for c in clients])} | {error} | {up:.1f} | {down:.1f} |"
     )
 
 

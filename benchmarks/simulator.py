@@ -84,7 +84,7 @@ def experiment(files: list[str], work: Work, seed: int, clients_per_step: int, p
                 "clients_per_step": clients_per_step,
                 "precision": precision,
             },
-            "evaluate": {"every": work.rounds, "clients": "none"},
+            "evaluate": {"every": work.rounds, "clients": "none", "before": False},
         }
     )
 
@@ -110,10 +110,10 @@ def product(files: list[str], work: Work, seed: int, clients_per_step: int, prec
     local.train_together = timed
     with tempfile.TemporaryDirectory() as folder:
         result = run(setup, Path(folder, "run"))
-    seconds = [row["seconds"]["train"] + row["seconds"]["merge"] for row in result.rows]
+    seconds = [row.seconds.train + row.seconds.merge for row in result.rows]
     return {
         "seconds": statistics.median(seconds),
-        "accuracy": result.rows[-1]["global"]["accuracy"],
+        "accuracy": result.rows[-1].global_["accuracy"],
         "outside": 1 - steps / sum(seconds),
         "ready": ready,
     }

@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 import pydoc
 import re
 import subprocess
 import sys
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -208,7 +210,7 @@ def test_a_run_of_rows_in_memory_equals_one_of_a_file_and_resumes_with_the_same_
     for others in (rows[1:], [*rows[1:], rows[0]]):
         one_line(lambda others=others: resume(folder, data=others), "the data differ from those of the run")
     result = resume(folder, data=pd.DataFrame(rows))
-    assert len(result.rows) == 2
+    assert [row.round for row in result.rows] == [0, 1, 2]
     assert (folder / TENSORS).read_bytes() == (finished.folder / TENSORS).read_bytes()
     assert "elsewhere" not in (folder / "experiment.toml").read_text()
 
@@ -292,22 +294,42 @@ def test_a_notebook_without_widgets_shows_a_line_for_each_round_and_no_warning(h
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(experiment(home, rounds=1), tmp_path / "run")
-    assert [each.text.split("  ")[0] for each in shown if each.text.strip()] == ["round 1/1"]
+    assert [each.text.split("  ")[0] for each in shown if each.text.strip()] == ["round 0/1", "round 1/1"]
 
 
 # the result
 
 
+def test_without_an_evaluation_before_training_the_first_row_is_that_of_round_1(home, tmp_path):
+    result = run(experiment(home, rounds=1, evaluate={"before": False}), tmp_path / "run")
+    assert [row.round for row in result.rows] == [1]
+
+
+def test_the_columns_of_a_data_frame_do_not_depend_on_the_evaluated_rounds(finished):
+    columns = list(finished.to_pandas())
+    assert list(replace(finished, rows=finished.rows[1:]).to_pandas()) == columns
+    assert columns[0] == "round" and columns.index("global.accuracy") < columns.index("seconds.train")
+
+
+def test_a_data_frame_of_the_clients_has_a_row_for_each_client_of_each_round(finished):
+    frame = finished.clients()
+    for row in finished.rows[1:]:
+        own = frame[frame["round"] == row.round].set_index("client")
+        assert own["loss"].to_dict() == {client: one.loss for client, one in row.per_client.items()}
+        assert own["bytes_up"].sum() == row.bytes_up
+
+
 def test_a_result_as_a_data_frame_has_a_row_for_each_round_and_a_column_for_each_number(finished):
     frame = finished.to_pandas()
-    assert list(frame["round"]) == [1, 2]
+    assert list(frame["round"]) == [0, 1, 2]
     for row, seen in zip(finished.rows, frame.to_dict("records"), strict=True):
-        assert seen["train_loss"] == row["train_loss"] and seen["seconds.train"] == row["seconds"]["train"]
-        assert seen["accepted"] == row["accepted"] and seen["rejected"] == row["rejected"]
+        assert seen["train_loss"] == row.train_loss or (row.round == 0 and math.isnan(seen["train_loss"]))
+        assert seen["seconds.train"] == row.seconds.train
+        assert seen["accepted"] == row.accepted and seen["rejected"] == row.rejected
     last = finished.rows[-1]
-    assert frame["global.accuracy"].isna().tolist() == [True, False]
-    assert frame["global.accuracy"][1] == last["global"]["accuracy"]
-    assert frame["clients.accuracy.each"][1] == last["clients"]["accuracy"]["each"]
+    assert frame["global.accuracy"].isna().tolist() == [False, True, False]
+    assert frame["global.accuracy"][2] == last.global_["accuracy"]
+    assert frame["clients.accuracy.each"][2] == last.clients["accuracy"].each
 
 
 def test_a_plot_shows_the_loss_and_the_accuracies_of_the_rounds_that_have_them(finished, monkeypatch):
@@ -315,13 +337,13 @@ def test_a_plot_shows_the_loss_and_the_accuracies_of_the_rounds_that_have_them(f
     pyplot.switch_backend("agg")
     axes = finished.plot()
     (loss,) = axes.lines
-    assert loss.get_xydata().tolist() == [[row["round"], row["train_loss"]] for row in finished.rows]
+    assert loss.get_xydata().tolist() == [[row.round, row.train_loss] for row in finished.rows if row.round]
     (scores,) = (other for other in axes.figure.axes if other is not axes)
-    last = finished.rows[-1]
+    first, _, last = finished.rows
     accuracies = {line.get_label(): line.get_xydata().tolist() for line in scores.lines}
     assert accuracies == {
-        "test accuracy": [[2, last["global"]["accuracy"]]],
-        "held-out accuracy": [[2, last["clients"]["accuracy"]["mean"]]],
+        "test accuracy": [[0, first.global_["accuracy"]], [2, last.global_["accuracy"]]],
+        "held-out accuracy": [[0, first.clients["accuracy"].mean], [2, last.clients["accuracy"].mean]],
     }
     pyplot.close(axes.figure)
 
@@ -336,11 +358,9 @@ def test_a_package_that_is_not_installed_is_named(call, package, finished, monke
 
 def test_a_result_is_shown_in_one_line_with_its_last_accuracies(finished):
     last = finished.rows[-1]
-    accuracies = (
-        f"test accuracy {last['global']['accuracy']:.3f}, held-out accuracy {last['clients']['accuracy']['mean']:.3f}"
-    )
+    accuracies = f"test accuracy {last.global_['accuracy']:.3f}, held-out accuracy {last.clients['accuracy'].mean:.3f}"
     assert repr(finished) == f"Result(fedit, 2 rounds, {accuracies}, {str(finished.folder)!r})"
-    assert repr(Result(finished.folder, "fedit", finished.rows[:1], {})).startswith("Result(fedit, 1 round, '")
+    assert repr(Result(finished.folder, "fedit", finished.rows[1:2], {})).startswith("Result(fedit, 1 round, '")
 
 
 @pytest.mark.slow
@@ -357,7 +377,7 @@ def test_every_example_of_the_page_runs_and_prints_what_its_comments_say(home, t
     promised, printed = re.findall(r"print\(\w+\)  # (.*?)(?:\.\.\.)?$", page, re.MULTILINE), capsys.readouterr().out
     assert len(promised) == 2 and all(text in printed for text in promised)
     runs = {folder.name: len((folder / "rounds.jsonl").read_text().splitlines()) for folder in Path("runs").iterdir()}
-    assert runs == {"first": 2, "frame": 2, "splits": 1, "model": 1, "watched": 1}
+    assert runs == {"first": 3, "frame": 3, "splits": 2, "model": 2, "watched": 2}
     assert names["model"].num_labels == 3 and Path("first.png").stat().st_size
 
 

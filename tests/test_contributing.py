@@ -46,8 +46,8 @@ def test_the_example_of_a_method_runs_and_averages_b_exactly(tmp_path, monkeypat
     for index in range(3):
         state, found = one_round(plan, backend, states, state, index, Quiet())
         rows.append(found)
-    assert all(found["aggregation_error"] < 1e-6 for found in rows)
-    assert rows[-1]["clients"]["accuracy"]["mean"] > rows[0]["clients"]["accuracy"]["mean"]
+    assert all(found.aggregation_error < 1e-6 for found in rows)
+    assert rows[-1].clients["accuracy"].mean > rows[0].clients["accuracy"].mean
     view = backend.view(clients[0], method.send(state.server, clients[0], Round(3, 0)), Round(3, 0))
     for name in SPEC.modules:
         torch.testing.assert_close(view[name].a.norm(dim=1), torch.ones(3))

@@ -290,7 +290,7 @@ def test_a_mixture_of_experts_ends_its_run_without_an_adapter_and_says_why(tmp_p
     given = {"model": str(model), "data": str(rows), "rounds": 2, "train": {"lr": 0.02}}
     clients = {"count": 3, "partition": "iid"}
     result = run(Experiment.model_validate({**given, "clients": clients, "method": {"name": "fedlease"}}), tmp_path / "run")
-    assert result.rows[-1]["experts"] == 2 and "3 of 3 not written: input-dependent mixtures" in result.left_out
+    assert result.rows[-1].notes["experts"] == 2 and "3 of 3 not written: input-dependent mixtures" in result.left_out
     assert not result.adapters and not (result.folder / "adapter").exists()
     views = own_logits(result.folder)
     assert (views["000"] - views["001"]).abs().max() > 1e-3

@@ -50,5 +50,5 @@ def test_it_learns_real_sentences_on_a_real_model(name, five_chapters, tmp_path)
         }
     )
     result = run(experiment, tmp_path / "run")
-    assert result.rows[-1]["clients"]["accuracy"]["mean"] > 0.35, "five chapters: chance is 0.2"
+    assert result.rows[-1].clients["accuracy"].mean > 0.35, "five chapters: chance is 0.2"
     assert all((folder / "adapter_model.safetensors").is_file() for folder in result.adapters.values())

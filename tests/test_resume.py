@@ -21,11 +21,13 @@ from fedlora.cli.main import main
 from fedlora.config.experiment import build
 from fedlora.exporting import write as export
 from fedlora.rounds.codec import decode_state, encode_state
+from fedlora.rounds.row import from_json
 from fedlora.tasks.classification import Classification
 from fedlora.train import local
 from tiers import fast, slow
 
 from forks import ended, started
+from rows import untimed
 from tiny import tiny_bert, tiny_rows
 
 METHODS = ["fedit", "fedsa-lora"]
@@ -127,7 +129,7 @@ def cut_short(descriptor):
 
 
 def content(path):
-    """All that a run left, but for the machine's versions, the seconds it took and what depends on those."""
+    """All that a run left, but for the machine's versions, the times and what depends on those."""
     files = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.parent.name != ".cache"}
     rows = [json.loads(line) for line in files.pop("rounds.jsonl").splitlines()]
     configs = {name: json.loads(files.pop(name)) for name in list(files) if name.endswith("adapter_config.json")}
@@ -139,7 +141,7 @@ def content(path):
     return {
         "checkpoint": encode_state(server, **{**notes, "run": "", "rows": notes["rows"][0] > 0}),
         "manifest": {key: value for key, value in manifest.items() if key not in ("id", "sha256", "environment")},
-        "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        "rows": [untimed(from_json(row)) for row in rows],
         **configs,
         **{name: found for name, found in files.items() if name not in dropped},
     }
@@ -182,6 +184,18 @@ def test_a_run_killed_in_each_of_its_writes_ends_as_if_nothing_had_happened(tmp_
     assert rounds_done(path) == 1
     assert ended(live, path, table) == 0
     assert differing(path, whole(name)) == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_records_the_model_before_training_records_it_once(tmp_path, problem, whole):
+    table, path = {**problem, "method": method("fedit")}, tmp_path / "run"
+    cut = 2  # as above
+    for write in (BEGIN + 1, 1, cut + 2, cut + 3):
+        assert ended(live, path, table, at_sync=write) == -signal.SIGKILL
+        assert rounds_done(path) == 0
+    assert ended(live, path, table) == 0
+    assert [row.round for row in content(path)["rows"]] == [0, 1, 2, 3]
+    assert differing(path, whole("fedit")) == []
 
 
 @pytest.mark.parametrize("name", fast(METHODS, "fedsa-lora"))

@@ -41,7 +41,7 @@ def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_path, packed):
     result = run(experiment(home, precision="bf16", packed=packed), tmp_path / "run")
-    assert 0 < result.rows[0]["train_loss"] < 10
+    assert 0 < result.rows[-1].train_loss < 10
     assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()} == {torch.float32}
     found = json.loads((tmp_path / "run/environment.json").read_text())
     assert (
@@ -107,9 +107,9 @@ def test_clients_of_several_tasks_train_and_are_evaluated_once_for_each(home, tm
     chosen = build({**table, "data": {**table["data"], "task": "user"}, "clients": {"count": 3, "partition": "iid"}})
     result = run(chosen, tmp_path / "run")
     expected = {f"00{i}/u{task}" for i in range(3) for task in range(4)}
-    (row,) = result.rows
-    assert set(row["clients"]["accuracy"]["each"]) == set(row["accepted"]) == set(result.adapters) == expected
-    assert 0 <= row["misclustered"] < 1 and row["clusters"] >= 1
+    _, row = result.rows
+    assert set(row.clients["accuracy"].each) == set(row.accepted) == set(result.adapters) == expected
+    assert 0 <= row.notes["misclustered"] < 1 and row.notes["clusters"] >= 1
 
 
 @pytest.mark.slow
@@ -128,5 +128,5 @@ def test_tasks_with_labels_of_their_own_are_told_apart(home, tmp_path, tasks, mo
         "data": {"source": str(file), "task": "task"},
         "method": {"name": "fl-tac", "rank": 4, **tasks},
     }
-    last = run(build(table, ["train.epochs=2", "train.clients_per_step=16"]), tmp_path / "run").rows[-1]
+    last = run(build(table, ["train.epochs=2", "train.clients_per_step=16"]), tmp_path / "run").rows[-1].notes
     assert last["merged_tasks"] == 0 and last["misclustered"] <= most_wrong

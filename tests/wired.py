@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from fedlora.rounds.row import RoundRow
 from fedlora.runs.folder import RunFolder
 
+from rows import untimed
 from tiny import tiny_bert, tiny_rows
 
 CLIENTS = ("000", "001", "002", "003")
@@ -36,7 +38,7 @@ def problem(home: Path, method: str = "fedit", **more: Any) -> dict[str, Any]:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """The rows but for the seconds, what the server knows and the base updates are the same, bit for bit."""
+    """The rows but for the times, what the server knows and the base updates are the same, bit for bit."""
     assert rows_of(one) == rows_of(other)
     left, right = known(one), known(other)
     assert left.keys() == right.keys()
@@ -44,12 +46,12 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert differing == []
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of the round log without the seconds."""
+def rows_of(path: Path) -> list[RoundRow]:
+    """The rows of the round log without the times; the first is that of the model before training."""
     folder = RunFolder(path)
     try:
         folder.restore()
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in folder.rows()]
+        return [untimed(row) for row in folder.rows()]
     finally:
         folder.release()
 

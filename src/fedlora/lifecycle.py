@@ -113,8 +113,9 @@ def rounds(
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))
-    for after, row in run_rounds(plan, backend, folder, run_state, start.done, progress):
-        folder.commit(row["round"], after, row)
+    evaluate_before = experiment.evaluate.before and not folder.rows()
+    for after, row in run_rounds(plan, backend, folder, run_state, start.done, progress, evaluate_before):
+        folder.commit(row.round, after, row)
         run_state = after
     return run_state
 

@@ -23,6 +23,7 @@ from fedlora.models.loading import locate, quiet
 from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
 from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.rounds.loop import RunState
+from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
@@ -152,7 +153,7 @@ class Session:
         adapters: Mapping[str, Adapter],
         out: Path,
         to: Literal["adapter", "merged"],
-        rows: Sequence[Mapping[str, Any]] = (),
+        rows: Sequence[RoundRow] = (),
     ) -> dict[str, Path]:
         """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
 

@@ -105,8 +105,8 @@ def finite(state: Any) -> bool:
 def test_an_upload_with_too_large_an_entry_is_refused_by_name_and_the_round_is_as_without_it(name, index, bend):
     server, row, _ = after(name, index, bend)
     without, _, _ = after(name, index, bend, without=HOSTILE)
-    assert row["rejected"].keys() == {HOSTILE} and row["attempts"] == 1
-    assert any(reason in row["rejected"][HOSTILE] for reason in ("of magnitude", "invalid selection"))
+    assert row.rejected.keys() == {HOSTILE} and row.attempts == 1
+    assert any(reason in row.rejected[HOSTILE] for reason in ("of magnitude", "invalid selection"))
     assert encode_state(server) == encode_state(without)
 
 
@@ -114,6 +114,6 @@ def test_an_upload_with_too_large_an_entry_is_refused_by_name_and_the_round_is_a
 def test_after_any_other_upload_the_state_is_finite_or_the_round_goes_on_without_it(name, index, bend):
     server, row, further = after(name, index, bend)
     assert finite(server) and finite(further)
-    if HOSTILE not in row["accepted"]:
-        assert row["rejected"].keys() == {HOSTILE} and row["accepted"] == ["0", "2"]
-        assert ("largest change" in row["rejected"][HOSTILE]) == (row["attempts"] == 2)
+    if HOSTILE not in row.accepted:
+        assert row.rejected.keys() == {HOSTILE} and row.accepted == ["0", "2"]
+        assert ("largest change" in row.rejected[HOSTILE]) == (row.attempts == 2)

@@ -203,9 +203,9 @@ def test_secure_aggregation_is_promised_exactly_where_a_mean_without_choices_is_
 @pytest.mark.slow
 def test_a_client_that_comes_late_can_join_and_helps(row, ranks):
     game = run_rounds(row, people(ranks, 6), fraction=0.5, rounds=8)
-    late = {client for r in game.rows[1:] for client in r["chosen"]} - set(game.rows[0]["chosen"])
-    assert late and all(len(r["accepted"]) == 3 for r in game.rows)
-    scores = [r["clients"]["accuracy"]["mean"] for r in game.rows]
+    late = {client for r in game.rows[1:] for client in r.chosen} - set(game.rows[0].chosen)
+    assert late and all(len(r.accepted) == 3 for r in game.rows)
+    scores = [r.clients["accuracy"].mean for r in game.rows]
     assert scores[-1] > scores[0]
 
 
@@ -276,7 +276,7 @@ def test_the_dtype_is_kept(row, ranks, dtype):
 @every_row
 def test_a_bad_upload_is_rejected_and_the_round_continues(row, ranks):
     game = run_rounds(row, people(ranks), backend=Poisoned, rounds=PERIOD)
-    assert all(r["accepted"] == ["0", "2"] and "NaN" in r["rejected"]["1"] for r in game.rows)
+    assert all(r.accepted == ["0", "2"] and "NaN" in r.rejected["1"] for r in game.rows)
     assert all(bool(x.isfinite().all()) for weights in game.weights.values() for x in weights.values())
 
 

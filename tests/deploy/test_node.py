@@ -178,7 +178,8 @@ def test_a_node_trains_and_evaluates_its_clients_in_one_step(home, tmp_path, mon
         monkeypatch.setattr(local, name, counted(getattr(local, name), sizes[name], of))
     what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
-    assert sizes["train_together"] == [3, 1] and sizes["score"] == [1, 3, 1]  # the first is the server's own
+    assert sizes["train_together"] == [3, 1]
+    assert sizes["score"] == [1, 3, 1] * 2  # before and after training; the first is the server's own
 
 
 def counted(function, sizes, place):
@@ -202,8 +203,8 @@ def test_a_client_whose_training_fails_is_refused_and_those_trained_with_it_are_
     monkeypatch.setattr(local.LocalTrainer, "fit", fails)
     what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and row["rejected"] == {"001": "the client's work failed"}
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == ["000", "002", "003"] and row.rejected == {"001": "the client's work failed"}
 
 
 @pytest.mark.parametrize("checked", [None, False])
@@ -225,9 +226,9 @@ def test_by_default_a_server_rejects_an_upload_far_larger_than_the_others_of_its
     changes = [] if checked is None else ["sampling.check_cohort=false"]
     what = experiment(home, "fedit", "train.clients_per_step=4", *changes, rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == (["000", "002", "003"] if checked is None else list(CLIENTS))
-    assert ("times the round's median" in row["rejected"].get("001", "")) == (checked is None)
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == (["000", "002", "003"] if checked is None else list(CLIENTS))
+    assert ("times the round's median" in row.rejected.get("001", "")) == (checked is None)
 
 
 def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_path, monkeypatch):
@@ -245,9 +246,9 @@ def test_a_client_whose_training_gives_nan_is_refused_by_its_own_node(home, tmp_
     monkeypatch.setattr(local.LocalTrainer, "fit", nan_for_one)
     what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS,))))
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"]
-    assert row["rejected"] == {"001": f"the client's work ended in {NOT_FINITE}"}
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == ["000", "002", "003"]
+    assert row.rejected == {"001": f"the client's work ended in {NOT_FINITE}"}
 
 
 @pytest.mark.slow
@@ -323,9 +324,9 @@ def test_a_node_that_never_got_a_base_update_that_was_sent_for_evaluation_trains
     what = experiment(home, "flora", rounds=4, deploy={"deadline": 0.3, "poll": 0.01})
     hand = Leaky(make_nodes(what, tmp_path), lost=(1, "evaluate", 2))
     serve(what, tmp_path / "run", hand)
-    rows = rows_of(tmp_path / "run")
-    assert [row["accepted"] for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
-    assert "lacks base updates (1)" in rows[2]["rejected"]["000"]
+    _, *rows = rows_of(tmp_path / "run")
+    assert [row.accepted for row in rows] == [list(CLIENTS), list(CLIENTS), list(CLIENTS[2:]), list(CLIENTS)]
+    assert "lacks base updates (1)" in rows[2].rejected["000"]
     for node in ("node0", "node1"):
         assert sorted(f.stem for f in (tmp_path / node).glob("runs/*/base_updates/*")) == ["0", "1", "2", "3"]
 
@@ -351,8 +352,8 @@ def test_a_node_whose_folder_was_lost_is_sent_every_base_update_again(home, tmp_
     hand = Hand(nodes, loses)
     what = what.model_copy(update={"deploy": what.deploy.model_copy(update={"deadline": 0.3})})
     serve(what, tmp_path / "run", hand)
-    rows = rows_of(tmp_path / "run")
-    assert rows[2]["attempts"] == 2 and len(rows) == 4
+    _, *rows = rows_of(tmp_path / "run")
+    assert rows[2].attempts == 2 and len(rows) == 4
     assert sorted(f.stem for f in (tmp_path / "node0").glob("runs/*/base_updates/*")) == ["0", "1", "2", "3"]
 
 
@@ -423,9 +424,9 @@ def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_i
 
     what = experiment(home, rounds=1, evaluate={"clients": "none"}, deploy={"deadline": 0.3, "poll": 0.01})
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil))
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["001", "002", "003"]
-    assert list(row["rejected"]) == ["000"] and reason in row["rejected"]["000"]
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == ["001", "002", "003"]
+    assert list(row.rejected) == ["000"] and reason in row.rejected["000"]
 
 
 BAD_SCORES = {
@@ -450,8 +451,8 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
-    assert set(rows_of(tmp_path / "run")[0]["clients"]["loss"]["each"]) == {"001", "002", "003"}
-    assert len(said) == 1 and "client 000: its score is rejected" in said[0] and reason in said[0]
+    assert set(rows_of(tmp_path / "run")[-1].clients["loss"].each) == {"001", "002", "003"}
+    assert len(said) == 2 and all("client 000: its score is rejected" in line and reason in line for line in said)
 
 
 def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
@@ -467,8 +468,8 @@ def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
-    assert set(rows_of(tmp_path / "run")[0]["clients"]["loss"]["each"]) == {"001", "002", "003"}
-    assert len(said) == 1 and "client 000" in said[0]
+    assert set(rows_of(tmp_path / "run")[-1].clients["loss"].each) == {"001", "002", "003"}
+    assert len(said) == 2 and all("client 000" in line for line in said)
 
 
 @pytest.mark.slow
@@ -548,25 +549,26 @@ def test_a_client_whose_disk_is_full_is_refused_with_its_reason(home, tmp_path, 
     monkeypatch.setattr(RunFolder, "save_client", full)
     what = experiment(home, "fedsa-lora", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path)))
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["000", "002", "003"] and "could not write its files" in row["rejected"]["001"]
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == ["000", "002", "003"] and "could not write its files" in row.rejected["001"]
 
 
 def test_the_ledger_is_what_the_messages_carry(home, tmp_path):
     what = experiment(home, "flora", rounds=2)
     hand = Hand(make_nodes(what, tmp_path, [[client] for client in CLIENTS]))
     serve(what, tmp_path / "run", hand)
-    carried = {"bytes_down": [0, 0], "bytes_up": [0, 0], "bytes_eval": [0, 0]}
+    carried = {"bytes_down": [0, 0, 0], "bytes_up": [0, 0, 0], "bytes_eval": [0, 0, 0]}
     for _, message, result in hand.carried:
         header, payloads = decode_message(message)
         if isinstance(header, TaskRequest) and header.kind == "train":
-            carried["bytes_down"][header.round_record.index] += sum(map(len, payloads))
-            carried["bytes_up"][header.round_record.index] += sum(map(len, decode_message(result)[1]))
+            carried["bytes_down"][header.round_record.index + 1] += sum(map(len, payloads))
+            carried["bytes_up"][header.round_record.index + 1] += sum(map(len, decode_message(result)[1]))
         elif isinstance(header, TaskRequest):
             (task,) = header.tasks
-            carried["bytes_eval"][header.round_record.index - 1] += len(payloads[task.download])
-            carried["bytes_down"][header.round_record.index - 1] += len(payloads[task.base_updates])
-    assert carried == {key: [row[key] for row in rows_of(tmp_path / "run")] for key in carried}
+            carried["bytes_eval"][header.round_record.index] += len(payloads[task.download])
+            if task.base_updates is not None:
+                carried["bytes_down"][header.round_record.index] += len(payloads[task.base_updates])
+    assert carried == {key: [getattr(row, key) for row in rows_of(tmp_path / "run")] for key in carried}
 
 
 def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home, tmp_path):
@@ -578,9 +580,9 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
         settings.write(tmp_path / f"node{i}")
         nodes[i] = Node(tmp_path / f"node{i}")
     serve(what, tmp_path / "run", Hand(nodes), count=2)
-    row = rows_of(tmp_path / "run")[0]
-    assert row["accepted"] == ["clinic 21", "clinic 30"] and "global" not in row
-    assert set(row["clients"]["accuracy"]["each"]) == {"clinic 21", "clinic 30"}
+    row = rows_of(tmp_path / "run")[-1]
+    assert row.accepted == ["clinic 21", "clinic 30"] and row.global_ is None
+    assert set(row.clients["accuracy"].each) == {"clinic 21", "clinic 30"}
 
 
 @pytest.mark.parametrize("method", fast(["fedsa-lora", "pfedloru"], "fedsa-lora"))

@@ -36,7 +36,8 @@ def event_log(path):
 
 
 def rows_in(path):
-    return [line["row"] for line in event_log(path) if "row" in line]
+    """Of the rounds, without the model before training."""
+    return [line["row"] for line in event_log(path) if "row" in line and line["row"]["round"]]
 
 
 def alive_in(folder):

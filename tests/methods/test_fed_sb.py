@@ -192,5 +192,5 @@ def test_a_run_accepts_the_uploads_of_every_round_and_learns(init):
     for index in range(6):
         progress, row = one_round(plan, simulation, MemoryStates(), progress, index, Quiet())
         rows.append(row)
-    assert all(row["accepted"] == ["0", "1", "2"] for row in rows)
-    assert rows[-1]["global"]["accuracy"] > rows[1]["global"]["accuracy"] > rows[0]["global"]["accuracy"]
+    assert all(row.accepted == ["0", "1", "2"] for row in rows)
+    assert rows[-1].global_["accuracy"] > rows[1].global_["accuracy"] > rows[0].global_["accuracy"]

@@ -117,8 +117,8 @@ def loss_after(name: str, lie: str, rounds: int, checked: bool = True) -> tuple[
     state, rejected = RunState(method.init_server(trainer.spec, 0)), set[str]()
     for index in range(rounds):
         state, row_ = one_round(plan, backend, MemoryStates(), state, index, Quiet())
-        rejected |= set(row_["rejected"])
-    return -row_["global"]["accuracy"], rejected
+        rejected |= set(row_.rejected)
+    return -row_.global_["accuracy"], rejected
 
 
 @pytest.mark.parametrize("lie", [*LIES, "a billion examples"])

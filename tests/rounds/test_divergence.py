@@ -23,6 +23,7 @@ from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
 
+from rows import round_row
 from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 
@@ -67,10 +68,10 @@ def test_a_merge_that_fails_is_discarded_and_repeated_without_the_upload_that_ch
     watch = Watched()
     after, row = run_rounds(Answers(MEMBERS[:4], only("b", huge)), watch, method=fragile(error))
     without, _ = run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]], lambda r: [replace(r, round=Round(4, 0))]))
-    assert row["attempts"] == 2 and row["chosen"] == row["accepted"] == ["a", "c", "d"]
-    reason = row["rejected"].pop("b")
+    assert row.attempts == 2 and row.chosen == row.accepted == ["a", "c", "d"]
+    reason = row.rejected.pop("b")
     assert "has the largest change: norm 3464" in reason and (error.__name__.lstrip("_") if error else "infinite") in reason
-    assert row["rejected"] == {} and ("b", reason) in watch.answers
+    assert row.rejected == {} and ("b", reason) in watch.answers
     assert is_finite(after) and not equal(after, without)  # the clients' second attempt is not their first
 
 
@@ -102,9 +103,7 @@ def test_a_client_that_is_the_only_one_is_asked_again():
 
 def test_every_row_names_the_largest_upload_of_its_round():
     _, row = run_rounds(Answers(MEMBERS[:4], only("c", huge)))
-    assert row["largest_upload"]["client"] == "c" and row["largest_upload"]["norm"] == pytest.approx(
-        1000 * 12**0.5, rel=1e-3
-    )
+    assert row.largest_upload.client == "c" and row.largest_upload.norm == pytest.approx(1000 * 12**0.5, rel=1e-3)
 
 
 def test_what_is_known_of_the_largest_upload_survives_a_resume(tmp_path):
@@ -137,7 +136,7 @@ def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_i
             one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, Watched())
         return
     _, row = one_round(plan, answers, NoFolds(), RunState(METHOD.init_server(SPEC, 0), largest=LAST), 4, Watched())
-    assert ("diverged" in row) == named and ("of client c" in row.get("diverged", "")) == named
+    assert (row.diverged is not None) == named and ("of client c" in (row.diverged or "")) == named
 
 
 def test_nothing_is_suspected_before_there_was_an_upload():
@@ -146,7 +145,7 @@ def test_nothing_is_suspected_before_there_was_an_upload():
 
 def test_a_model_that_has_diverged_is_told_on_the_terminal():
     out = io.StringIO()
-    row = {"round": 2, "seconds": {}, "train_loss": 1.0, "diverged": divergence(["NaN or infinite values", None], LAST)}
+    row = round_row(2, train_loss=1.0, diverged=divergence(["NaN or infinite values", None], LAST))
     Live(Console(file=out, width=300), 3).round_ended(row)
     assert "of client c, has a change of norm 3464 (limit it with sampling.max_norm)" in out.getvalue()
 
@@ -174,7 +173,7 @@ def test_a_client_whose_training_is_not_finite_has_failed_and_keeps_the_state_it
     rows = [
         row for _, row in rounds(plan, simulation, MemoryStates(), RunState(method.init_server(SPEC_OF, 0)), 0, Watched())
     ]
-    assert [row["rejected"] for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
+    assert [row.rejected for row in rows] == [{}, {"1": "its work ended in NaN or infinite values"}, {}]
     assert all(is_finite(state) for state in simulation.states.saved.values())
     assert {index for client, index in simulation.states.saved if client == "1"} == ({0, 2} if shared == "a" else set())
 

@@ -22,15 +22,15 @@ def rows(evaluate, rounds=5, fraction=1.0):
 @pytest.mark.parametrize(("every", "evaluated"), [(1, {1, 2, 3, 4, 5}), (2, {2, 4, 5}), (3, {3, 5}), (9, {5})])
 def test_every_nth_round_and_the_last_one_are_evaluated(every, evaluated):
     found = rows(Evaluate(every=every))
-    assert {row["round"] for row in found if "global" in row} == evaluated
-    assert {row["round"] for row in found if "clients" in row} == evaluated
+    assert {row.round for row in found if row.global_ is not None} == evaluated
+    assert {row.round for row in found if row.clients is not None} == evaluated
 
 
 def test_all_clients_those_of_the_round_or_none_are_evaluated():
     everybody, chosen, none = (rows(Evaluate(clients=which), 2, 0.5) for which in ("all", "chosen", "none"))
     for row in everybody:
-        assert all(len(metric["each"]) == 4 for metric in row["clients"].values())
+        assert all(len(metric.each) == 4 for metric in row.clients.values())
     for row in chosen:
-        assert all(sorted(metric["each"]) == sorted(row["accepted"]) for metric in row["clients"].values())
-        assert len(row["accepted"]) == 2
-    assert not any("clients" in row for row in none) and all("global" in row for row in none)
+        assert all(sorted(metric.each) == sorted(row.accepted) for metric in row.clients.values())
+        assert len(row.accepted) == 2
+    assert all(row.clients is None and row.global_ is not None for row in none)

@@ -13,6 +13,7 @@ from fedlora.messages import ClientInfo, Reply, Round, Score
 from fedlora.methods.flora import FLoRA
 from fedlora.rounds.codec import encode
 from fedlora.rounds.loop import RunState, run_rounds
+from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
 
 from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_plan, toy_simulation
@@ -56,7 +57,7 @@ class Metered:
         self.passed[index, kind] += sum(len(encode(tensors)) for tensors in messages)
 
 
-def rows(evaluate: Evaluate) -> tuple[list[dict[str, Any]], Metered]:
+def rows(evaluate: Evaluate) -> tuple[list[RoundRow], Metered]:
     """Three rounds of a method that changes the base in each."""
     method, trainer = FLoRA(rank=3), ToyTrainer()
     backend = Metered(toy_simulation(method, trainer, toy_clients()))
@@ -70,9 +71,9 @@ def test_a_row_has_the_bytes_that_passed_in_its_round_and_base_updates_are_downl
     found, backend = rows(Evaluate(clients=clients))
     passed = backend.passed
     for index, row in enumerate(found):
-        assert row["bytes_up"] == passed[index, "upload"] > 0
-        assert row["bytes_down"] == passed[index, "download"] + passed[index, "base update"] > 0
-        assert row.get("bytes_eval", 0) == passed[index, "evaluation"]
+        assert row.bytes_up == passed[index, "upload"] > 0
+        assert row.bytes_down == passed[index, "download"] + passed[index, "base update"] > 0
+        assert (row.bytes_eval or 0) == passed[index, "evaluation"]
     with_base_updates = {index for (index, kind), size in passed.items() if kind == "base update" and size}
     assert with_base_updates == ({1, 2} if clients == "none" else {0, 1, 2})
 
@@ -82,5 +83,5 @@ def test_the_loss_of_a_round_is_the_mean_over_its_training_examples():
     for index, row in enumerate(found):
         replies = [reply for reply in backend.replies if reply.round.index == index]
         losses = [reply.loss for reply in replies for _ in range(reply.client.examples)]
-        assert row["train_loss"] == pytest.approx(sum(losses) / len(losses))
-        assert row["train_loss"] != pytest.approx(sum(reply.loss for reply in replies) / len(replies))
+        assert row.train_loss == pytest.approx(sum(losses) / len(losses))
+        assert row.train_loss != pytest.approx(sum(reply.loss for reply in replies) / len(replies))

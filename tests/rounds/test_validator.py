@@ -171,9 +171,9 @@ def test_a_bad_reply_is_refused_by_name_and_the_round_is_as_without_that_client(
     after, row = run_rounds(Answers(MEMBERS[:4], only(client, change)), watch)
     alone, _ = run_rounds(Answers([one for one in MEMBERS[:4] if one.id != client]))
     assert equal(after, alone)
-    assert row["rejected"].keys() == {client} and reason in row["rejected"][client]
-    assert row["accepted"] == [one.id for one in MEMBERS[:4] if one.id != client] and row["attempts"] == 1
-    assert dict(watch.answers) == {one.id: row["rejected"].get(one.id) for one in MEMBERS[:4]}
+    assert row.rejected.keys() == {client} and reason in row.rejected[client]
+    assert row.accepted == [one.id for one in MEMBERS[:4] if one.id != client] and row.attempts == 1
+    assert dict(watch.answers) == {one.id: row.rejected.get(one.id) for one in MEMBERS[:4]}
 
 
 def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enough_is_not():
@@ -189,14 +189,14 @@ def test_an_upload_too_far_from_what_was_sent_is_refused_and_one_just_near_enoug
     near, beyond = [only("b", lambda r, n=n: replace(r, upload=Upload(far(n)(download)))) for n in (99.9, 100.1)]
     after, row = run_rounds(Answers(MEMBERS[:4], beyond), max_norm=100.0)
     assert equal(after, run_rounds(Answers([MEMBERS[0], *MEMBERS[2:4]]))[0])
-    assert "change has norm 100.1, expected at most 100" in row["rejected"]["b"]
-    assert run_rounds(Answers(MEMBERS[:4], near), max_norm=100.0)[1]["rejected"] == {}
+    assert "change has norm 100.1, expected at most 100" in row.rejected["b"]
+    assert run_rounds(Answers(MEMBERS[:4], near), max_norm=100.0)[1].rejected == {}
 
 
 def test_a_norm_that_no_float_can_hold_is_refused():
     huge = only("b", upload(**{"q.b": lambda x: torch.full_like(x, 3e38)}))
     _, row = run_rounds(Answers(MEMBERS[:4], huge), max_norm=100.0)
-    assert row["rejected"].keys() == {"b"}
+    assert row.rejected.keys() == {"b"}
 
 
 def test_a_second_reply_is_refused_and_the_first_one_counts():
@@ -205,7 +205,7 @@ def test_a_second_reply_is_refused_and_the_first_one_counts():
 
     after, row = run_rounds(Answers(MEMBERS[:4], again))
     assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
-    assert row["rejected"] == {"b": "has already replied in this round"} and row["accepted"] == ["a", "b", "c", "d"]
+    assert row.rejected == {"b": "has already replied in this round"} and row.accepted == ["a", "b", "c", "d"]
 
 
 def test_a_client_may_mend_a_refused_reply():
@@ -213,7 +213,7 @@ def test_a_client_may_mend_a_refused_reply():
         return [replace(reply, weight=NAN), reply] if reply.client.id == "b" else [reply]
 
     after, row = run_rounds(Answers(MEMBERS[:4], twice))
-    assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0]) and row["accepted"] == ["a", "b", "c", "d"]
+    assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0]) and row.accepted == ["a", "b", "c", "d"]
 
 
 def test_a_client_that_was_not_chosen_is_refused():
@@ -222,7 +222,7 @@ def test_a_client_that_was_not_chosen_is_refused():
 
     after, row = run_rounds(Answers(MEMBERS[:4], intrude))
     assert equal(after, run_rounds(Answers(MEMBERS[:4]))[0])
-    assert row["rejected"].keys() == {"stranger"} and "was not selected" in row["rejected"]["stranger"]
+    assert row.rejected.keys() == {"stranger"} and "was not selected" in row.rejected["stranger"]
 
 
 def test_no_accepted_weight_makes_the_merged_state_infinite():
@@ -240,16 +240,16 @@ def test_a_client_that_claims_more_examples_than_the_server_allows_is_refused():
     many = [replace(MEMBERS[0], examples=1001), *MEMBERS[1:4]]
     after, row = run_rounds(Answers(many), max_examples=1000)
     assert equal(after, run_rounds(Answers(MEMBERS[1:4]))[0])
-    assert row["rejected"] == {"a": "claims 1001 examples, expected at most 1000 (sampling.max_examples)"}
-    assert run_rounds(Answers(many), max_examples=1001)[1]["rejected"] == {}
-    assert run_rounds(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1]["rejected"].keys() == {"a"}
+    assert row.rejected == {"a": "claims 1001 examples, expected at most 1000 (sampling.max_examples)"}
+    assert run_rounds(Answers(many), max_examples=1001)[1].rejected == {}
+    assert run_rounds(Answers([replace(MEMBERS[0], examples=10**9), *MEMBERS[1:4]]))[1].rejected.keys() == {"a"}
 
 
 def test_only_what_this_round_trains_is_expected():
     method = HeadRule(FactorAveraging(rank=4, schedule=("a", "b")), "frozen")
     before = method.init_server(SPEC, seed=0)
     trained_a = Answers(MEMBERS[:4], lambda r: [replace(r, upload=Upload({k: r.upload.values[k] for k in ("q.a", "v.a")}))])
-    assert run_rounds(trained_a, method=method, before=before)[1]["rejected"] == {}
+    assert run_rounds(trained_a, method=method, before=before)[1].rejected == {}
     with pytest.raises(RunStopped, match=r"unexpected q\.b"):
         run_rounds(Answers(MEMBERS[:4]), method=method, before=before)
 
@@ -260,8 +260,8 @@ def test_too_few_replies_repeat_the_round_with_fresh_cohorts_and_only_the_last_o
     after, row = run_rounds(some, watch, fraction=0.5, min_replies=3, attempts=4)
     last = Round(INDEX, 0, attempt=2)
     assert watch.cohorts == [choose(MEMBERS, 0.5, Round(INDEX, 0, attempt=i)) for i in range(3)]
-    assert watch.cohorts[0] != watch.cohorts[1] != watch.cohorts[2] and row["attempts"] == 3
-    assert row["chosen"] == row["accepted"] == [client.id for client in watch.cohorts[2]]
+    assert watch.cohorts[0] != watch.cohorts[1] != watch.cohorts[2] and row.attempts == 3
+    assert row.chosen == row.accepted == [client.id for client in watch.cohorts[2]]
     replies = [honest(client, last, METHOD.send(BEFORE, client, last)) for client in watch.cohorts[2]]
     assert equal(after, METHOD.merge(BEFORE, Mean.of((r.weight, r.upload.values) for r in replies), last).server)
 
@@ -270,8 +270,8 @@ def test_the_bytes_of_all_attempts_are_counted():
     some = Answers(MEMBERS, lambda r: [r] if r.round.attempt == 1 else [replace(r, weight=NAN)])
     _, row = run_rounds(some, fraction=0.5)
     payload = len(encode(METHOD.send(BEFORE, MEMBERS[0], Round(INDEX, 0))))
-    assert row["attempts"] == 2
-    assert row["bytes_up"] == row["bytes_down"] == 2 * 4 * payload
+    assert row.attempts == 2
+    assert row.bytes_up == row.bytes_down == 2 * 4 * payload
 
 
 @pytest.mark.parametrize("min_replies", [1, 3])
@@ -356,7 +356,7 @@ def test_what_clients_choose_themselves_is_held_against_what_they_say_about_it(r
         return [replace(reply, upload=Upload({"values": own, **head}, {"count": number}))]
 
     after, row = run_rounds(Answers(MEMBERS[:3], choose_values), method=method, before=method.init_server(SPEC, 0))
-    assert row["rejected"].get("b") == reason or (reason is not None and reason in row["rejected"]["b"])
+    assert row.rejected.get("b") == reason or (reason is not None and reason in row.rejected["b"])
     assert float(after.inner) == 2 + (0 if reason else len(values))
 
 

@@ -20,6 +20,7 @@ from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
 
 from forks import ended, pipe, started
+from rows import round_row
 
 ANN = ClientInfo("ann", rank=2, examples=5)
 ODD_IDS = ["a/b", "a%2Fb", "..", ".", "/", "../../up", "Ä", "con.txt", "a b", "~", "-", "*", "a\nb", "x" * 150, "\\", "名"]
@@ -36,7 +37,7 @@ def big(number):
 def folder_with(path, rounds):
     folder = RunFolder.create(path)
     for done in range(1, rounds + 1):
-        folder.commit(done, state(done), {"round": done})
+        folder.commit(done, state(done), round_row(done))
     return folder
 
 
@@ -62,7 +63,7 @@ def go_on(path, ready):
     while True:
         folder.save_client(ANN, done, big(done))
         done += 1
-        folder.commit(done, big(done), {"round": done, "filler": "x" * 5000})
+        folder.commit(done, big(done), round_row(done, diverged="x" * 5000))
         ready.send(done)
 
 
@@ -82,7 +83,7 @@ def commit_and_die(path, at_sync):
     folder.restore()
     os.fsync = dying
     folder.save_client(ANN, 2, state(2))
-    folder.commit(3, state(3), {"round": 3})
+    folder.commit(3, state(3), round_row(3))
 
 
 def fill_the_disk(path, what, limit):
@@ -92,8 +93,8 @@ def fill_the_disk(path, what, limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     writes = {
-        "row": lambda: folder.commit(3, state(3), {"round": 3, "filler": "x" * 100_000}),
-        "checkpoint": lambda: folder.commit(3, big(3), {"round": 3}),
+        "row": lambda: folder.commit(3, state(3), round_row(3, diverged="x" * 100_000)),
+        "checkpoint": lambda: folder.commit(3, big(3), round_row(3)),
         "client": lambda: folder.save_client(ANN, 2, big(2)),
     }
     with pytest.raises(RunStopped, match=rf"cannot write .*{os.strerror(errno.EFBIG)}.*last complete round is intact"):
@@ -159,7 +160,7 @@ def test_what_was_committed_last_is_restored(tmp_path):
     folder = RunFolder(tmp_path / "run")
     done, server = folder.restore()
     assert done == server["n"] == 3 and torch.equal(server["w"], state(3)["w"])
-    assert folder.rows() == [{"round": 1}, {"round": 2}, {"round": 3}]
+    assert folder.rows() == [round_row(number) for number in (1, 2, 3)]
     folder.release()
 
 
@@ -169,8 +170,8 @@ def test_rows_beyond_the_last_complete_round_are_cut_off(tmp_path, rest):
     with (tmp_path / "run" / "rounds.jsonl").open("ab") as file:
         file.write(rest)
     assert folder.restore()[0] == 2
-    folder.commit(3, state(3), {"round": 3, "né\u2028": float("inf")})
-    assert folder.rows() == [{"round": 1}, {"round": 2}, {"round": 3, "né\u2028": None}], "JSON has no infinity"
+    folder.commit(3, state(3), round_row(3, notes={"né\u2028": 0.5}))
+    assert folder.rows() == [round_row(1), round_row(2), round_row(3, notes={"né\u2028": 0.5})]
     folder.release()
 
 
@@ -195,7 +196,7 @@ def whole_run(path):
             folder.save_client(ANN, index, state(index))
         folder.save_client(ClientInfo("bob", 1, 1), index, state(index))
         folder.save_base_update(index, {"q": LowRank(torch.ones(3, 1), torch.ones(1, 4))})
-        folder.commit(index + 1, state(index + 1), {"round": index + 1})
+        folder.commit(index + 1, state(index + 1), round_row(index + 1))
     folder.release()
     files = ["manifest.json", "environment.json", "checkpoint.safetensors", "rounds.jsonl"]
     return [
@@ -277,7 +278,7 @@ def test_a_run_whose_folder_is_not_there_any_more_stops_and_makes_no_other(tmp_p
         path.mkdir()
     before = sorted(tmp_path.rglob("*"))
     for write in (
-        lambda: folder.commit(3, state(3), {"round": 3}),
+        lambda: folder.commit(3, state(3), round_row(3)),
         lambda: folder.save_client(ANN, 2, state(2)),
         lambda: folder.save_base_update(2, {}),
         lambda: folder.record("environment.json", "{}"),
@@ -299,7 +300,7 @@ def test_a_commit_killed_at_any_of_its_writes_happened_wholly_or_not_at_all(tmp_
     folder = RunFolder(tmp_path / "run")
     done, server = folder.restore()
     assert done == server["n"] == (3 if at_sync == 7 else 2)
-    assert [row["round"] for row in folder.rows()] == list(range(1, done + 1))
+    assert [row.round for row in folder.rows()] == list(range(1, done + 1))
     assert folder.client_state(ANN, before=2) is None
     folder.release()
 
@@ -325,7 +326,7 @@ def test_a_run_killed_at_random_instants_is_always_restored_whole(tmp_path):
         folder = RunFolder(tmp_path / "run")
         committed, server = folder.restore()
         assert committed >= second and torch.equal(server["w"], big(committed)["w"])
-        assert [row["round"] for row in folder.rows()] == list(range(1, committed + 1))
+        assert [row.round for row in folder.rows()] == list(range(1, committed + 1))
         assert torch.equal(folder.client_state(ANN, before=committed)["w"], big(committed - 1)["w"])
         folder.release()
     assert committed >= 2 * lives
@@ -340,9 +341,9 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_round_whole(tmp_path, wha
     assert ended(fill_the_disk, tmp_path / "run", what, limit) == 0
     folder = RunFolder(tmp_path / "run")
     done, server = folder.restore()
-    assert done == server["n"] == 2 and folder.rows() == [{"round": 1}, {"round": 2}]
+    assert done == server["n"] == 2 and folder.rows() == [round_row(1), round_row(2)]
     assert names(tmp_path / "run") == before
-    folder.commit(3, state(3), {"round": 3})
+    folder.commit(3, state(3), round_row(3))
     assert folder.restore()[0] == 3
     folder.release()
 

@@ -152,5 +152,5 @@ def test_a_run_with_such_a_model_trains_clients_one_by_one_and_says_so(tmp_path)
         result = run(build(table), tmp_path / f"run{clients_per_step}", heard)
         environment = json.loads((result.folder / "environment.json").read_text())
         assert environment["clients_per_step"] == 1
-        found.append((result.rows[0]["train_loss"], [line for line in heard.lines if "one at a time" in line]))
+        found.append((result.rows[-1].train_loss, [line for line in heard.lines if "one at a time" in line]))
     assert found[0][0] == found[1][0] and [len(lines) for _, lines in found] == [0, 1]

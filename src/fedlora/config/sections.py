@@ -201,6 +201,9 @@ class Evaluate(Section):
 
     every: PositiveInt = 1
     """The number of rounds between evaluations; the last round is always evaluated."""
+    before: bool = True
+    """Whether the model is also evaluated before the first round, as round 0 of the log. No clients are evaluated then if
+    `evaluate.clients` is chosen."""
     clients: Literal["all", "chosen", "none"] = "all"
     """The clients that are evaluated on their held-out examples: all, those whose uploads were accepted in the round
     (chosen), or none."""

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.rounds.progress import Progress
+from fedlora.rounds.row import RoundRow, from_json, to_json
 from fedlora.runs.folder import DEPLOY
 
 NAME = "events.jsonl"
@@ -38,9 +39,9 @@ class EventLog:
         """Appends that a client's result arrived."""
         self.write(answered=asdict(client), rejected=rejected)
 
-    def round_ended(self, row: Mapping[str, Any]) -> None:
+    def round_ended(self, row: RoundRow) -> None:
         """Appends the round's row."""
-        self.write(row=dict(row))
+        self.write(row=to_json(row))
 
     def ended(self, how: str, why: str = "") -> None:
         """Appends the end of the run."""
@@ -68,7 +69,7 @@ class Reader:
                 case {"answered": client, "rejected": rejected}:
                     self._progress.answered(ClientInfo(**client), rejected)
                 case {"row": row}:
-                    self._progress.round_ended(row)
+                    self._progress.round_ended(from_json(row))
                 case {"ended": how, "why": why}:
                     self._end = how, why
         return self._end

@@ -1,10 +1,10 @@
 """Model card of an exported adapter: description, training, and instructions to load it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedlora.config.experiment import Experiment
+from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
 
 _LOAD = """\
@@ -24,9 +24,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
 
 
-def model_card(
-    experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> str:
+def model_card(experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[RoundRow]) -> str:
     """Model card in Markdown. `base` is the base model's name or path for PEFT; `rows` are the rows of the round log."""
     hub = {} if Path(base).is_dir() else {"base_model": base}
     front = {**hub, "library_name": "peft", "pipeline_tag": "text-classification", "tags": "[lora, federated-learning]"}
@@ -66,16 +64,15 @@ def _public(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
-def _results(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _results(rows: Sequence[RoundRow]) -> dict[str, str]:
     """Results of the last rounds with an evaluation."""
     if not rows:
         return {}
-    found = {"Rounds": str(rows[-1]["round"]), "Clients in the last round": str(len(rows[-1]["accepted"]))}
+    found = {"Rounds": str(rows[-1].round), "Clients in the last round": str(len(rows[-1].accepted))}
     for row in rows:
-        if "global" in row:
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in row["global"].items() if isinstance(value, float))
-            found["Test set"] = f"{scores} after round {row['round']}"
-        for name, each in row.get("clients", {}).items():
-            if isinstance(each, Mapping) and "mean" in each:
-                found[f"Held-out examples of the clients, {name}"] = f"{each['mean']:.4f} after round {row['round']}"
+        if row.global_ is not None:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in row.global_.items() if isinstance(value, float))
+            found["Test set"] = f"{scores} after round {row.round}"
+        for name, summary in (row.clients or {}).items():
+            found[f"Held-out examples of the clients, {name}"] = f"{summary.mean:.4f} after round {row.round}"
     return found

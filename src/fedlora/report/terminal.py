@@ -1,10 +1,10 @@
 """Terminal output of a run: live progress and the final table."""
 
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,6 +16,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.printable import printable
 from fedlora.rounds.progress import NullProgress
 from fedlora.rounds.progress import Progress as Callbacks
+from fedlora.rounds.row import RoundRow
 from fedlora.runs.result import Result
 
 
@@ -52,13 +53,13 @@ class Live:
         if rejected is not None:
             self._console.print(Text(printable(f"client {client.id} rejected: {rejected}"), "yellow"))
 
-    def round_ended(self, row: Mapping[str, Any]) -> None:
+    def round_ended(self, row: RoundRow) -> None:
         """Prints one line with the round's main numbers."""
-        seconds = sum(row["seconds"].values())
-        parts = [f"round {row['round']}/{self._rounds}", f"loss {row['train_loss']:.3f}", *_scores(row), f"{seconds:.1f} s"]
+        loss = [] if row.train_loss is None else [f"loss {row.train_loss:.3f}"]
+        parts = [f"round {row.round}/{self._rounds}", *loss, *_scores(row), f"{row.seconds.total:.1f} s"]
         self._console.print(Text("  ".join(parts)))
-        if "diverged" in row:
-            self._console.print(Text(printable(row["diverged"]), "yellow"))
+        if row.diverged is not None:
+            self._console.print(Text(printable(row.diverged), "yellow"))
 
 
 @contextmanager
@@ -82,17 +83,17 @@ def closing(result: Result) -> Table:
     for above, below in zip(first, second, strict=True):
         table.add_column(f"{above}\n{below}", justify="right")
     for row in result.rows:
-        clients = row.get("clients", {}).get("accuracy", {})
+        accuracy = None if row.clients is None else row.clients.get("accuracy")
         table.add_row(
-            str(row["round"]),
-            str(len(row["accepted"])) + (f" of {len(row['chosen'])}" if row["rejected"] else ""),
-            _number(row["train_loss"]),
-            _number(row.get("global", {}).get("accuracy")),
-            _number(clients.get("mean")),
-            _number(clients.get("worst_decile")),
-            size(row["bytes_up"]),
-            size(row["bytes_down"]),
-            f"{sum(row['seconds'].values()):.1f}",
+            str(row.round),
+            str(len(row.accepted)) + (f" of {len(row.chosen)}" if row.rejected else ""),
+            _number(row.train_loss),
+            _number(None if row.global_ is None else row.global_["accuracy"]),
+            _number(None if accuracy is None else accuracy.mean),
+            _number(None if accuracy is None else accuracy.worst_decile),
+            size(row.bytes_up),
+            size(row.bytes_down),
+            f"{row.seconds.total:.1f}",
         )
     return table
 
@@ -107,14 +108,14 @@ def size(count: int) -> str:
     return f"{amount:.1f} GB"
 
 
-def _scores(row: Mapping[str, Any]) -> list[str]:
+def _scores(row: RoundRow) -> list[str]:
     found = []
-    if "global" in row:
-        found.append(f"test accuracy {row['global']['accuracy']:.3f}")
-    if row.get("clients"):
-        found.append(f"held-out accuracy {row['clients']['accuracy']['mean']:.3f}")
+    if row.global_ is not None:
+        found.append(f"test accuracy {row.global_['accuracy']:.3f}")
+    if row.clients:
+        found.append(f"held-out accuracy {row.clients['accuracy'].mean:.3f}")
     return found
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -2,11 +2,13 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config.sections import Evaluate, Sampling
@@ -21,8 +23,9 @@ from fedlora.rounds.cohort_checks import Size, check_cohort, clipped, difference
 from fedlora.rounds.collect import collect
 from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
 from fedlora.rounds.progress import Progress
+from fedlora.rounds.row import ClientRow, LargestUpload, RoundRow, Seconds
 from fedlora.rounds.sample import choose
-from fedlora.rounds.score_summary import summary
+from fedlora.rounds.score_summary import Summary, summary
 from fedlora.rounds.spool import Spool
 from fedlora.rounds.validator import Failed, UploadValidator
 
@@ -95,31 +98,77 @@ class RunState:
 
 @dataclass
 class _RoundStats:
-    """Statistics of a round over all its attempts; chosen, accepted, losses and largest are of the last attempt."""
+    """Statistics of a round over all its attempts; chosen, accepted, clipped and largest are of the last attempt.
 
+    `round` counts from 1; 0 is the model before training.
+    """
+
+    round: int
+    started: datetime
+    attempts: int = 0
     chosen: list[str] = field(default_factory=list)
-    accepted: list[str] = field(default_factory=list)
+    accepted: dict[str, "_Training"] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     clipped: dict[str, float] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     largest: Largest | None = None
-    losses: list[tuple[float, float]] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
+    diverged: str = ""
+    bytes_up: Counter[str] = field(default_factory=Counter)
+    bytes_down: Counter[str] = field(default_factory=Counter)
+    bytes_eval: int | None = None
+    aggregation_error: float | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+    score: Score | None = None
+    clients: Mapping[str, Summary] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
     def begin(self, cohort: "_Cohort") -> None:
         """Starts the statistics of an attempt."""
-        self.chosen, self.accepted, self.clipped, self.losses = [one.id for one in cohort.chosen], [], {}, []
+        self.chosen, self.accepted, self.clipped = [one.id for one in cohort.chosen], {}, {}
         self.largest = None
+        self.attempts += 1
         self.bytes_down += cohort.bytes_down
+
+    def row(self) -> RoundRow:
+        """Row of the round, which ends now."""
+        each = {
+            client: ClientRow(
+                self.bytes_up[client],
+                self.bytes_down[client],
+                **asdict(self.accepted[client]) if client in self.accepted else {},
+            )
+            for client in self.bytes_down | self.bytes_up
+        }
+        score, largest = self.score, self.largest
+        return RoundRow(
+            round=self.round,
+            started=self.started,
+            ended=datetime.now(UTC),
+            attempts=self.attempts,
+            chosen=self.chosen,
+            accepted=list(self.accepted),
+            rejected=self.rejected,
+            clipped=self.clipped or None,
+            per_client=each,
+            bytes_up=self.bytes_up.total(),
+            bytes_down=self.bytes_down.total(),
+            bytes_eval=self.bytes_eval,
+            train_loss=_weighted_mean(self.accepted.values()) if self.round else None,
+            largest_upload=None if largest is None else LargestUpload(largest.client, largest.norm),
+            diverged=self.diverged or None,
+            aggregation_error=self.aggregation_error,
+            global_=None if score is None else {**score.metrics, "examples": score.examples},
+            clients=self.clients,
+            seconds=Seconds(**{phase: round(seconds, 4) for phase, seconds in self.seconds.items()}),
+            notes=self.notes,
+        )
 
     def divergence(self, last: Largest | None) -> str:
         """See `finite.divergence`."""
         return divergence((None if client in self.accepted else self.rejected.get(client) for client in self.chosen), last)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: Literal["train", "merge", "evaluate"]) -> Iterator[None]:
         """Adds the time of its body to a phase."""
         started = time.perf_counter()
         yield
@@ -127,17 +176,26 @@ class _RoundStats:
 
 
 def run_rounds(
-    plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, first: int, progress: Progress
-) -> Iterator[tuple[RunState, dict[str, Any]]]:
+    plan: Plan,
+    backend: Backend,
+    store: BaseUpdateStore,
+    before: RunState,
+    first: int,
+    progress: Progress,
+    evaluate_before: bool = False,
+) -> Iterator[tuple[RunState, RoundRow]]:
     """Runs the rounds from index `first`; yields after each the server's state and the row of the round log.
 
-    A round's training requests are sent before the scores of the previous round are collected: over a network with high
-    latency, evaluation and the next training are sent together.
+    With `evaluate_before`, which requires `first` to be 0, the first row is that of the model before training. A round's
+    training requests are sent before the scores of the previous round are collected: over a network with high latency,
+    evaluation and the next training are sent together.
 
     Raises:
         RunStopped: no attempt of a round received enough valid uploads.
     """
     unfinished: _Evaluation | None = None
+    if evaluate_before:
+        unfinished = _evaluate(plan, backend, store, before, _RoundStats(0, datetime.now(UTC)))
     for index in range(first, plan.rounds):
         cohort = _invite(plan, backend, store, before, Round(index, plan.seed))
         if unfinished is not None:
@@ -150,7 +208,7 @@ def run_rounds(
 
 def one_round(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, index: int, progress: Progress
-) -> tuple[RunState, dict[str, Any]]:
+) -> tuple[RunState, RoundRow]:
     """Runs one round; returns the server's state after it, and the row of the round log.
 
     Raises:
@@ -160,14 +218,24 @@ def one_round(
 
 
 @dataclass(frozen=True)
+class _Training:
+    """A client's training for an accepted upload, and the upload's weight."""
+
+    weight: float
+    loss: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class _Cohort:
     """The clients of an attempt, whose training requests are sent. `base_updates` is the log before their delivery."""
 
     rnd: Round
+    started: datetime
     chosen: Sequence[ClientInfo]
     validator: UploadValidator
     base_updates: BaseUpdateLog
-    bytes_down: int
+    bytes_down: Counter[str]
     replies: Iterator[Reply | Failed]
 
 
@@ -176,18 +244,16 @@ class _Evaluation:
     """A round that is complete except for its clients' scores, if it has any."""
 
     after: RunState
-    row: dict[str, Any]
     stats: _RoundStats
-    scores: Iterator[tuple[ClientInfo, Score | None]] | None
+    scores: Iterator[tuple[ClientInfo, Score | None]] | None = None
 
-    def finish(self, progress: Progress) -> tuple[RunState, dict[str, Any]]:
+    def finish(self, progress: Progress) -> tuple[RunState, RoundRow]:
         """Collects the scores; returns the server's state after the round, and the row."""
-        row = self.row
         if self.scores is not None:
             with self.stats.timed("evaluate"):
                 scores = {client.id: score for client, score in self.scores if score is not None}
-            row = row | {"clients": summary(scores)}
-        row = row | {"seconds": {phase: round(seconds, 4) for phase, seconds in self.stats.seconds.items()}}
+            self.stats.clients = summary(scores)
+        row = self.stats.row()
         progress.round_ended(row)
         return self.after, row
 
@@ -196,21 +262,22 @@ def _invite(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, rnd: Round, left_out: Collection[str] = ()
 ) -> _Cohort:
     """Chooses the cohort, excluding `left_out` unless no clients remain, and sends the training requests."""
-    everybody = backend.clients()
+    started, everybody = datetime.now(UTC), backend.clients()
     chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
     sent = {client: plan.method.send(before.server, client, rnd) for client in chosen}
     base_updates = before.base_updates.known(backend.held())
     pending = pending_base_updates(plan.spec, store, base_updates, chosen)
     validator = UploadValidator(plan.method, plan.spec, rnd, sent, plan.sampling.max_norm, plan.sampling.max_examples)
-    bytes_down = sum(map(encoded_size, [*sent.values(), *pending.values()]))
-    return _Cohort(rnd, chosen, validator, base_updates, bytes_down, backend.train_clients(rnd, sent, pending))
+    bytes_down = _sizes(sent) + _sizes(pending)
+    return _Cohort(rnd, started, chosen, validator, base_updates, bytes_down, backend.train_clients(rnd, sent, pending))
 
 
 def _train_and_merge(
     plan: Plan, backend: Backend, store: BaseUpdateStore, before: RunState, cohort: _Cohort, progress: Progress
 ) -> _Evaluation:
     """Merges the first attempt with enough valid uploads, and starts the evaluation of the result."""
-    stats, index = _RoundStats(), cohort.rnd.index
+    index = cohort.rnd.index
+    stats = _RoundStats(index + 1, cohort.started)
     while True:
         progress.round_started(cohort.rnd, cohort.chosen)
         stats.begin(cohort)
@@ -228,28 +295,15 @@ def _train_and_merge(
             )
         again = Round(index, plan.seed, cohort.rnd.attempt + 1)
         cohort = _invite(plan, backend, store, before, again, stats.left_out)
-    row: dict[str, Any] = {
-        "round": index + 1,
-        "attempts": cohort.rnd.attempt + 1,
-        "chosen": stats.chosen,
-        "accepted": stats.accepted,
-        "rejected": stats.rejected,
-        **({"clipped": stats.clipped} if stats.clipped else {}),
-        "bytes_up": stats.bytes_up,
-        "bytes_down": stats.bytes_down,
-        "train_loss": _weighted_mean(stats.losses),
-        **({"largest_upload": {"client": found.client, "norm": found.norm}} if (found := stats.largest) else {}),
-        **({"diverged": text} if (text := stats.divergence(before.largest)) else {}),
-        **merged.notes,
-    }
+    stats.diverged, stats.notes = stats.divergence(before.largest), merged.notes
     after = RunState(merged.server, before.base_updates, stats.largest)
     if merged.base_update is not None:
         store.save_base_update(index, merged.base_update)
         backend.merge_into_base(merged.base_update)
         after = replace(after, base_updates=after.base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _Evaluation(after, row, stats, None)
-    return _evaluate(plan, backend, store, after, row, stats)
+        return _Evaluation(after, stats)
+    return _evaluate(plan, backend, store, after, stats)
 
 
 @dataclass
@@ -272,7 +326,7 @@ def _gather(plan: Plan, server: Any, cohort: _Cohort, stats: _RoundStats, progre
             break
         if isinstance(answer, Reply):
             found.answered.append(answer.client.id)
-            stats.bytes_up += encoded_size(answer.upload.flat())
+            stats.bytes_up[answer.client.id] += encoded_size(answer.upload.flat())
         with stats.timed("merge"):
             before = answer.reason if isinstance(answer, Failed) else cohort.validator.accept(answer)
         progress.answered(answer.client, before if isinstance(before, str) else None)
@@ -328,8 +382,7 @@ def _collect(
     """Collects one accepted reply; after a numerical error, nothing more is collected."""
     if stats.largest is None or norm > stats.largest.norm:
         stats.largest = Largest(reply.client.id, norm, known.round.index + 1)
-    stats.accepted.append(reply.client.id)
-    stats.losses.append((reply.weight, reply.loss))
+    stats.accepted[reply.client.id] = _Training(reply.weight, reply.loss, reply.steps)
     if found.failure:
         return
     try:
@@ -342,7 +395,7 @@ def _collect(
 def _merge(
     plan: Plan, server: Any, cohort: _Cohort, gathered: _Gathered, stats: _RoundStats, progress: Progress
 ) -> Merged[Any] | None:
-    """Merge of what one cohort sent, with its `aggregation_error`; None if it sent too little or the result is not finite.
+    """Merge of what one cohort sent; None if it sent too little or the result is not finite.
 
     If the result is not finite, the client of the largest upload is named, and left out of further attempts.
     """
@@ -352,14 +405,13 @@ def _merge(
     with stats.timed("merge"):
         try:
             merged = None if failure else plan.method.merge(server, gathered.collected, cohort.rnd)
-        except NumericalError as problem:
-            merged, failure = None, _kind(problem)
+        except NumericalError as error:
+            merged, failure = None, _kind(error)
         if merged is not None and is_finite((merged.server, merged.base_update)):
-            if gathered.updates.mean is None:
-                return merged
-            before, after = (global_adapter(plan.method, plan.spec, x, cohort.rnd) for x in (server, merged.server))
-            error = gathered.updates.error(before, after, merged.base_update)
-            return merged if error is None else replace(merged, notes={"aggregation_error": error, **merged.notes})
+            if gathered.updates.mean is not None:
+                before, after = (global_adapter(plan.method, plan.spec, x, cohort.rnd) for x in (server, merged.server))
+                stats.aggregation_error = gathered.updates.error(before, after, merged.base_update)
+            return merged
     if stats.largest is not None:
         client = next(client for client in cohort.chosen if client.id == stats.largest.client)
         stats.rejected[client.id] = (
@@ -385,33 +437,33 @@ def pending_base_updates(
     return {client: made[pending] for client in clients if (pending := base_updates.pending(client.id))}
 
 
-def _evaluate(
-    plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, row: dict[str, Any], stats: _RoundStats
-) -> _Evaluation:
+def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, stats: _RoundStats) -> _Evaluation:
     """Evaluates the adapters of the next round: on the server immediately, on clients when their scores are collected.
 
     Base updates sent for the evaluation are counted in this round, and not sent again in the next.
     """
     with stats.timed("evaluate"):
-        rnd, base_updates = Round(row["round"], plan.seed), after.base_updates.known(backend.held())
+        rnd, base_updates = Round(stats.round, plan.seed), after.base_updates.known(backend.held())
         scores = None
         if plan.evaluator is not None:
-            score = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
-            row = row | {"global": {**score.metrics, "examples": score.examples}}
-        if plan.evaluate.clients != "none":
-            everybody = sorted(backend.clients(), key=lambda client: client.id)
-            accepted = set(stats.accepted)
-            evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in accepted]
+            stats.score = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
+        everybody = () if plan.evaluate.clients == "none" else sorted(backend.clients(), key=lambda client: client.id)
+        evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in stats.accepted]
+        if evaluated:
             sent = {client: plan.method.send(after.server, client, rnd) for client in evaluated}
             pending = pending_base_updates(plan.spec, store, base_updates, evaluated)
             scores = backend.evaluate(rnd, sent, pending)
-            bytes_down = row["bytes_down"] + sum(map(encoded_size, pending.values()))
-            row = row | {"bytes_eval": sum(map(encoded_size, sent.values())), "bytes_down": bytes_down}
+            stats.bytes_eval = _sizes(sent).total()
+            stats.bytes_down += _sizes(pending)
             base_updates = base_updates.delivered(client.id for client in evaluated)
-    return _Evaluation(replace(after, base_updates=base_updates), row, stats, scores)
+    return _Evaluation(replace(after, base_updates=base_updates), stats, scores)
 
 
-def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
-    """Weighted mean of the finite values, since a client may report others."""
-    finite = [(weight, value) for weight, value in pairs if math.isfinite(value)]
-    return sum(weight * value for weight, value in finite) / sum(weight for weight, _ in finite) if finite else math.nan
+def _sizes(sent: Mapping[ClientInfo, Tensors]) -> Counter[str]:
+    return Counter({client.id: encoded_size(tensors) for client, tensors in sent.items()})
+
+
+def _weighted_mean(trainings: Collection[_Training]) -> float:
+    """Weighted mean of the finite losses, since a client may report others."""
+    finite = [one for one in trainings if math.isfinite(one.loss)]
+    return sum(one.weight * one.loss for one in finite) / sum(one.weight for one in finite) if finite else math.nan

@@ -1,9 +1,10 @@
 """Callbacks for the progress of a run."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from fedlora.messages import ClientInfo, Round
+from fedlora.rounds.row import RoundRow
 
 
 @runtime_checkable
@@ -19,7 +20,7 @@ class Progress(Protocol):
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Called when a client's reply has arrived; `rejected` is the reason if it was rejected."""
 
-    def round_ended(self, row: Mapping[str, Any]) -> None:
+    def round_ended(self, row: RoundRow) -> None:
         """Called with the round's row, before it is written."""
 
 
@@ -35,5 +36,5 @@ class NullProgress:
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Does nothing."""
 
-    def round_ended(self, row: Mapping[str, Any]) -> None:
+    def round_ended(self, row: RoundRow) -> None:
         """Does nothing."""

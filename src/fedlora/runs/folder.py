@@ -11,6 +11,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo
 from fedlora.rounds import durable
 from fedlora.rounds.codec import encode_state
+from fedlora.rounds.row import RoundRow
 from fedlora.runs.damage import damaged, missing, read_state, require_digest
 from fedlora.runs.lock import LOCK, FolderLock
 from fedlora.runs.manifest_file import MANIFEST, encode_manifest, read_manifest
@@ -28,7 +29,7 @@ class RunFolder:
     model/               the model, if a Python program passed it
     environment.json     versions, and values that determine how clients are trained
     manifest.json        inputs of the run; exists once the run has begun
-    rounds.jsonl         one row for each complete round
+    rounds.jsonl         one row for each complete round, and for the model before training
     checkpoint.safetensors   the server's state after the last complete round; replacing it commits the round
     clients/ID/ROUND.safetensors   states of stateful clients
     base_updates/ROUND.safetensors   base updates, for methods that produce them
@@ -111,8 +112,8 @@ class RunFolder:
         """
         self.record(MANIFEST, encode_manifest(manifest))
 
-    def commit(self, rounds_done: int, server: Any, row: Mapping[str, Any] | None = None) -> None:
-        """Commits a round, or with 0 rounds the state before the first.
+    def commit(self, rounds_done: int, server: Any, row: RoundRow | None = None) -> None:
+        """Commits a round, or with 0 rounds the state before the first; `row` is absent at the beginning of a run.
 
         Raises:
             RunStopped: the disk is full; the previous round stays complete.
@@ -155,7 +156,7 @@ class RunFolder:
         self._rows = RowLog.restore(self._rows.path, *notes["rows"])
         return notes["rounds_done"], server
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[RoundRow]:
         """Rows of the complete rounds, after `restore` or `commit`.
 
         Raises:

@@ -1,15 +1,16 @@
 """Result of a finished run."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError
+from fedlora.rounds.row import RoundRow, key
 
-_BY_CLIENT = ("rejected", "each")
-"""Entries of a row whose keys are client ids."""
+_NESTED = ("largest_upload", "global_", "clients", "seconds", "notes")
+"""Entries of a row with one column for each number in them."""
 
 _ACCURACIES = {"global.accuracy": "test accuracy", "clients.accuracy.mean": "held-out accuracy"}
 
@@ -24,19 +25,37 @@ class Result:
 
     folder: Path
     method: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[RoundRow]
     adapters: Mapping[str, Path]
     left_out: str = ""
 
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per round and columns such as `train_loss` or `clients.accuracy.mean`.
 
-        Lists of clients, and mappings of clients to values, are one cell each.
+        The columns are in the order of docs/rounds.md, whatever a round has; absent values are missing. Lists of clients,
+        and mappings of clients to values, are one cell each.
 
         Raises:
             UserError: pandas is not installed.
         """
-        return _package("pandas").DataFrame([dict(_flat(row)) for row in self.rows])
+        frame = _package("pandas").DataFrame([dict(_columns(row)) for row in self.rows])
+        order = [key(one.name) for one in fields(RoundRow)]
+        place = {name: order.index(first) for name in frame if (first := name.partition(".")[0]) in order}
+        return frame[sorted(frame, key=lambda name: place.get(name, len(order)))]
+
+    def clients(self) -> Any:
+        """Returns a `pandas.DataFrame` with one row per round and client, and columns such as `loss` or `bytes_up`.
+
+        Raises:
+            UserError: pandas is not installed.
+        """
+        return _package("pandas").DataFrame(
+            [
+                {"round": row.round, "client": client, **vars(one)}
+                for row in self.rows
+                for client, one in row.per_client.items()
+            ]
+        )
 
     def plot(self) -> Any:
         """Returns new `matplotlib` axes with the training loss by round, and the accuracies on a second scale.
@@ -59,19 +78,28 @@ class Result:
         return axes
 
     def __repr__(self) -> str:
-        last = [(label, value) for row in self.rows for name, value in _flat(row) if (label := _ACCURACIES.get(name))]
-        accuracies = [f"{label} {value:.3f}" for label, value in dict(last).items() if value is not None]
-        rounds = f"{len(self.rows)} round{'' if len(self.rows) == 1 else 's'}"
+        last = [(label, value) for row in self.rows for name, value in _columns(row) if (label := _ACCURACIES.get(name))]
+        accuracies = [f"{label} {value:.3f}" for label, value in dict(last).items()]
+        count = self.rows[-1].round if self.rows else 0
+        rounds = f"{count} round{'' if count == 1 else 's'}"
         return f"Result({', '.join([self.method, rounds, *accuracies, repr(str(self.folder))])})"
 
 
-def _flat(row: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries of a row by their dotted names."""
-    for key, value in row.items():
-        if isinstance(value, Mapping) and key not in _BY_CLIENT:
-            yield from _flat(value, f"{at}{key}.")
+def _columns(row: RoundRow) -> Iterator[tuple[str, Any]]:
+    """Names and values of a row's columns."""
+    for name, value in vars(row).items():
+        if name in _NESTED:
+            yield from _nested(value, "" if name == "notes" else f"{key(name)}.")
         else:
-            yield f"{at}{key}", value
+            yield name, value
+
+
+def _nested(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    for name, item in (vars(value) if is_dataclass(value) else value or {}).items():
+        if is_dataclass(item):
+            yield from _nested(item, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", item
 
 
 def _package(name: str) -> Any:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.errors import UserError
 from fedlora.rounds import durable
+from fedlora.rounds.row import RoundRow, from_json, to_json
 from fedlora.runs.damage import damaged
 
 
@@ -20,13 +20,13 @@ class RowLog:
     length: int = 0
     sha256: Any = field(default_factory=hashlib.sha256)
 
-    def append(self, row: Mapping[str, Any] | None) -> "RowLog":
+    def append(self, row: RoundRow | None) -> "RowLog":
         """Writes a row, if any; returns the log with it.
 
         Raises:
             RunStopped: the disk is full.
         """
-        line = b"" if row is None else (json.dumps(_without_nan(row), allow_nan=False) + "\n").encode()
+        line = b"" if row is None else (json.dumps(to_json(row), allow_nan=False) + "\n").encode()
         sha256 = self.sha256.copy()
         sha256.update(line)
         if line:
@@ -38,36 +38,33 @@ class RowLog:
         """Truncates the file to `length` bytes, which must have this SHA-256.
 
         Raises:
-            UserError: rows are missing or changed.
+            UserError: rows are missing or changed, or from another version.
         """
         content = path.read_bytes()[:length] if path.exists() else b""
         log = cls(path, length, hashlib.sha256(content))
         if log.sha256.hexdigest() != digest:
             raise log._damaged()
+        log.rows()  # before anything is trained
         if path.exists() and path.stat().st_size > length:
             durable.replace(path, content)
         return log
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[RoundRow]:
         """The rows.
 
         Raises:
-            UserError: the file was changed since.
+            UserError: the file was changed since, or is from another version.
         """
         content = self.path.read_bytes()[: self.length] if self.path.exists() else b""
         if hashlib.sha256(content).digest() != self.sha256.digest():
             raise self._damaged()
-        return [json.loads(line) for line in content.splitlines()]
+        return [self._row(number, line) for number, line in enumerate(content.splitlines(), 1)]
+
+    def _row(self, number: int, line: bytes) -> RoundRow:
+        try:
+            return from_json(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{self.path}: line {number}: {error}") from error
 
     def _damaged(self) -> Exception:
         return damaged(f"{self.path}: the rows of the complete rounds are missing or changed")
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with NaN and infinity replaced by None, as JSON does not support them."""
-    match value:
-        case Mapping():
-            return {key: _without_nan(item) for key, item in value.items()}
-        case float() if not math.isfinite(value):
-            return None
-    return value
