@@ -1,14 +1,11 @@
 """Round loop: sample clients, send, collect, merge, evaluate, record. Independent of the method and of the backend."""
 
-import math
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config.sections import Evaluate, Sampling
@@ -21,11 +18,12 @@ from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.cohort_checks import Size, check_cohort, clipped, difference_norm, spectral_norm
 from fedlora.rounds.collect import collect
-from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, divergence, is_finite
+from fedlora.rounds.finite import NOT_FINITE, Largest, NumericalError, is_finite
 from fedlora.rounds.progress import Progress
-from fedlora.rounds.row import ClientRow, LargestUpload, RoundRow, Seconds
+from fedlora.rounds.round_stats import RoundStats, Training
+from fedlora.rounds.row import RoundRow
 from fedlora.rounds.sample import choose
-from fedlora.rounds.score_summary import Summary, summary
+from fedlora.rounds.score_summary import summary
 from fedlora.rounds.spool import Spool
 from fedlora.rounds.validator import Failed, UploadValidator
 
@@ -96,85 +94,6 @@ class RunState:
     largest: Largest | None = None
 
 
-@dataclass
-class _RoundStats:
-    """Statistics of a round over all its attempts; chosen, accepted, clipped and largest are of the last attempt.
-
-    `round` counts from 1; 0 is the model before training.
-    """
-
-    round: int
-    started: datetime
-    attempts: int = 0
-    chosen: list[str] = field(default_factory=list)
-    accepted: dict[str, "_Training"] = field(default_factory=dict)
-    rejected: dict[str, str] = field(default_factory=dict)
-    clipped: dict[str, float] = field(default_factory=dict)
-    left_out: set[str] = field(default_factory=set)
-    largest: Largest | None = None
-    diverged: str = ""
-    bytes_up: Counter[str] = field(default_factory=Counter)
-    bytes_down: Counter[str] = field(default_factory=Counter)
-    bytes_eval: int | None = None
-    aggregation_error: float | None = None
-    notes: Mapping[str, float] = field(default_factory=dict)
-    score: Score | None = None
-    clients: Mapping[str, Summary] | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
-
-    def begin(self, cohort: "_Cohort") -> None:
-        """Starts the statistics of an attempt."""
-        self.chosen, self.accepted, self.clipped = [one.id for one in cohort.chosen], {}, {}
-        self.largest = None
-        self.attempts += 1
-        self.bytes_down += cohort.bytes_down
-
-    def row(self) -> RoundRow:
-        """Row of the round, which ends now."""
-        each = {
-            client: ClientRow(
-                self.bytes_up[client],
-                self.bytes_down[client],
-                **asdict(self.accepted[client]) if client in self.accepted else {},
-            )
-            for client in self.bytes_down | self.bytes_up
-        }
-        score, largest = self.score, self.largest
-        return RoundRow(
-            round=self.round,
-            started=self.started,
-            ended=datetime.now(UTC),
-            attempts=self.attempts,
-            chosen=self.chosen,
-            accepted=list(self.accepted),
-            rejected=self.rejected,
-            clipped=self.clipped or None,
-            per_client=each,
-            bytes_up=self.bytes_up.total(),
-            bytes_down=self.bytes_down.total(),
-            bytes_eval=self.bytes_eval,
-            train_loss=_weighted_mean(self.accepted.values()) if self.round else None,
-            largest_upload=None if largest is None else LargestUpload(largest.client, largest.norm),
-            diverged=self.diverged or None,
-            aggregation_error=self.aggregation_error,
-            global_=None if score is None else {**score.metrics, "examples": score.examples},
-            clients=self.clients,
-            seconds=Seconds(**{phase: round(seconds, 4) for phase, seconds in self.seconds.items()}),
-            notes=self.notes,
-        )
-
-    def divergence(self, last: Largest | None) -> str:
-        """See `finite.divergence`."""
-        return divergence((None if client in self.accepted else self.rejected.get(client) for client in self.chosen), last)
-
-    @contextmanager
-    def timed(self, phase: Literal["train", "merge", "evaluate"]) -> Iterator[None]:
-        """Adds the time of its body to a phase."""
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - started
-
-
 def run_rounds(
     plan: Plan,
     backend: Backend,
@@ -195,7 +114,7 @@ def run_rounds(
     """
     unfinished: _Evaluation | None = None
     if evaluate_before:
-        unfinished = _evaluate(plan, backend, store, before, _RoundStats(0, datetime.now(UTC)))
+        unfinished = _evaluate(plan, backend, store, before, RoundStats(0, datetime.now(UTC)))
     for index in range(first, plan.rounds):
         cohort = _invite(plan, backend, store, before, Round(index, plan.seed))
         if unfinished is not None:
@@ -218,15 +137,6 @@ def one_round(
 
 
 @dataclass(frozen=True)
-class _Training:
-    """A client's training for an accepted upload, and the upload's weight."""
-
-    weight: float
-    loss: float
-    steps: int
-
-
-@dataclass(frozen=True)
 class _Cohort:
     """The clients of an attempt, whose training requests are sent. `base_updates` is the log before their delivery."""
 
@@ -244,7 +154,7 @@ class _Evaluation:
     """A round that is complete except for its clients' scores, if it has any."""
 
     after: RunState
-    stats: _RoundStats
+    stats: RoundStats
     scores: Iterator[tuple[ClientInfo, Score | None]] | None = None
 
     def finish(self, progress: Progress) -> tuple[RunState, RoundRow]:
@@ -277,10 +187,10 @@ def _train_and_merge(
 ) -> _Evaluation:
     """Merges the first attempt with enough valid uploads, and starts the evaluation of the result."""
     index = cohort.rnd.index
-    stats = _RoundStats(index + 1, cohort.started)
+    stats = RoundStats(index + 1, cohort.started)
     while True:
         progress.round_started(cohort.rnd, cohort.chosen)
-        stats.begin(cohort)
+        stats.begin([one.id for one in cohort.chosen], cohort.bytes_down)
         gathered = _gather(plan, before.server, cohort, stats, progress)
         merged = _merge(plan, before.server, cohort, gathered, stats, progress)
         before = replace(before, base_updates=cohort.base_updates.delivered(gathered.answered))
@@ -316,7 +226,7 @@ class _Gathered:
     failure: str = ""
 
 
-def _gather(plan: Plan, server: Any, cohort: _Cohort, stats: _RoundStats, progress: Progress) -> _Gathered:
+def _gather(plan: Plan, server: Any, cohort: _Cohort, stats: RoundStats, progress: Progress) -> _Gathered:
     """Receives, validates and collects the replies: one at a time, or all at the end if the cohort is checked."""
     found, sizes, spool = _Gathered(), list[Size](), Spool(plan.spool)
     while True:
@@ -357,7 +267,7 @@ def _collect_checked(
     found: _Gathered,
     spool: Spool,
     sizes: Sequence[Size],
-    stats: _RoundStats,
+    stats: RoundStats,
     progress: Progress,
 ) -> None:
     """Collects the spooled replies after their comparison with each other."""
@@ -377,12 +287,12 @@ def _collect_checked(
 
 
 def _collect(
-    plan: Plan, server: Any, found: _Gathered, reply: Reply, norm: float, known: ClientRound, stats: _RoundStats
+    plan: Plan, server: Any, found: _Gathered, reply: Reply, norm: float, known: ClientRound, stats: RoundStats
 ) -> None:
     """Collects one accepted reply; after a numerical error, nothing more is collected."""
     if stats.largest is None or norm > stats.largest.norm:
         stats.largest = Largest(reply.client.id, norm, known.round.index + 1)
-    stats.accepted[reply.client.id] = _Training(reply.weight, reply.loss, reply.steps)
+    stats.accepted[reply.client.id] = Training(reply.weight, reply.loss, reply.steps)
     if found.failure:
         return
     try:
@@ -393,7 +303,7 @@ def _collect(
 
 
 def _merge(
-    plan: Plan, server: Any, cohort: _Cohort, gathered: _Gathered, stats: _RoundStats, progress: Progress
+    plan: Plan, server: Any, cohort: _Cohort, gathered: _Gathered, stats: RoundStats, progress: Progress
 ) -> Merged[Any] | None:
     """Merge of what one cohort sent; None if it sent too little or the result is not finite.
 
@@ -437,7 +347,7 @@ def pending_base_updates(
     return {client: made[pending] for client in clients if (pending := base_updates.pending(client.id))}
 
 
-def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, stats: _RoundStats) -> _Evaluation:
+def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunState, stats: RoundStats) -> _Evaluation:
     """Evaluates the adapters of the next round: on the server immediately, on clients when their scores are collected.
 
     Base updates sent for the evaluation are counted in this round, and not sent again in the next.
@@ -461,9 +371,3 @@ def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunSt
 
 def _sizes(sent: Mapping[ClientInfo, Tensors]) -> Counter[str]:
     return Counter({client.id: encoded_size(tensors) for client, tensors in sent.items()})
-
-
-def _weighted_mean(trainings: Collection[_Training]) -> float:
-    """Weighted mean of the finite losses, since a client may report others."""
-    finite = [one for one in trainings if math.isfinite(one.loss)]
-    return sum(one.weight * one.loss for one in finite) / sum(one.weight for one in finite) if finite else math.nan
