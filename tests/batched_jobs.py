@@ -11,7 +11,8 @@ from fedlora.data.files import columns
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 from fedlora.train.features import try_packing
 from fedlora.train.job import Job
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.linalg.lowrank import Experts, LowRank
-from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.method import AnyMethod
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.head import with_head
@@ -134,13 +134,16 @@ class ToyTrainer:
         shift = _drawn((self.spec.classes, self.spec.features), self.seed, "shift", client.id)
         return LabelledFeatures((centres + self.skew * shift)[labels] + 0.1 * noise, labels, self.spec.classes)
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
-        """Minus the distance as `accuracy`, so that higher is better."""
-        return [Score(client.examples, {"accuracy": -float(self.loss(adapter, client.id))}) for client, adapter in asked]
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Statistics | None]:
+        """The distances from the clients' targets."""
+        return [self._statistics(client.examples, adapter, client.id) for client, adapter in asked]
 
-    def evaluate(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Statistics:
         """The distance from the common target."""
-        return Score(1, {"accuracy": -float(self.loss(adapter, ""))})
+        return self._statistics(1, adapter, "")
+
+    def _statistics(self, examples: int, adapter: Adapter, client: str) -> Statistics:
+        return Statistics(examples, {"distance": examples * self.loss(adapter, client).double()})
 
 
 @dataclass
@@ -181,11 +184,11 @@ class Recorder:
         """The toy's."""
         self.inner.merge_into_base(change)
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Statistics | None]:
         """The toy's."""
         return self.inner.scores(asked)
 
-    def evaluate(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Statistics:
         """The toy's."""
         return self.inner.evaluate(adapter)
 
@@ -242,12 +245,23 @@ def toy_method(row: Row, rank: int = 3, **settings: Any) -> AnyMethod:
     return with_head(row.make(**row.fixed_settings, rank=rank, **settings), row.head)
 
 
+def toy_metrics(statistics: Statistics) -> dict[str, float]:
+    """Minus the mean distance as `accuracy`, so that higher is better."""
+    return {"accuracy": -float(statistics.sums["distance"]) / statistics.examples}
+
+
 def toy_plan(
-    method: Any, trainer: ToyTrainer | Recorder, *, fraction: float = 1.0, rounds: int = 3, **sampling: Any
+    method: Any,
+    trainer: ToyTrainer | Recorder,
+    *,
+    fraction: float = 1.0,
+    rounds: int = 3,
+    metrics: Any = toy_metrics,
+    **sampling: Any,
 ) -> Plan:
     """A plan that evaluates on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
-    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluator=trainer.evaluate)
+    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluator=trainer.evaluate, metrics=metrics)
 
 
 def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> SimulationBackend:

@@ -110,6 +110,7 @@ def rounds(
         None if experiment.method.row.personal or not len(session.trainer.test) else session.trainer.evaluate,
         deployed if checked is None else checked,
         folder.path / "spool",
+        metrics=session.task.metrics,
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))

@@ -82,11 +82,17 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Means of a task's metrics over a number of examples."""
+class Statistics:
+    """Sums of a task's statistics over a number of examples, by which its metrics are computed.
+
+    Those of several batches or clients add up: counts are int64, other sums fp64.
+    """
 
     examples: int
-    metrics: Mapping[str, float]
+    sums: Mapping[str, Tensor]
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(self.examples + other.examples, {name: x + other.sums[name] for name, x in self.sums.items()})
 
 
 class Mean:

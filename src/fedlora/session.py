@@ -27,7 +27,8 @@ from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
-from fedlora.tasks.classification import Classification, Encoded, Task
+from fedlora.tasks.table import task_of
+from fedlora.tasks.task import Encoded, Task
 from fedlora.train import hardware
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
@@ -45,6 +46,7 @@ class Session:
     adapted: AdaptedModel
     trainer: LocalTrainer | MultiDeviceTrainer
     method: AnyMethod
+    task: Task
     tokenizer: Any
     notes: Sequence[str] = ()
     """Messages for the user before the first round."""
@@ -56,7 +58,7 @@ class Session:
         Raises:
             UserError: invalid model or device, or a model that cannot be trained.
         """
-        task, settings = Classification(), experiment.train
+        task, settings = task_of(experiment.task.kind), experiment.train
         quiet()
         device = hardware.device(settings.device)
         model, tokenizer, checkpoint = task.load(experiment.model, federated_data.labelled_data.labels, experiment.seed)
@@ -104,7 +106,7 @@ class Session:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
-        return cls(experiment, federated_data, adapted, trainer, method, tokenizer, notes)
+        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, notes)
 
     @property
     def places(self) -> list[str]:
@@ -177,7 +179,7 @@ class Session:
                 card = model_card(self.experiment, base, pad, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:
-                model, tokenizer, checkpoint = Classification().load(self.experiment.model, labels, self.experiment.seed)
+                model, tokenizer, checkpoint = self.task.load(self.experiment.model, labels, self.experiment.seed)
                 to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
         return folders
 
@@ -190,7 +192,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
     """
     quiet()
     hardware.devices(experiment.train.device, experiment.train.devices)
-    task = Classification()
+    task = task_of(experiment.task.kind)
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora = experiment.lora
     check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)

@@ -16,7 +16,7 @@ from fedlora.rounds.codec import encode_state, outline
 from fedlora.rounds.loop import Plan, RunState, one_round
 
 from test_laws import CASES, PERIOD, SPEC, Sent, people, run_rounds
-from toy import MemoryStates, Quiet, toy_method
+from toy import MemoryStates, Quiet, toy_method, toy_metrics
 
 HOSTILE = "1"
 ALLOWED, TOO_LARGE = (1e10, -1e10, 1e-38, 1e-45, 0.0), (1.001e10, 1e19, 1e30, 3e38, -3e38)
@@ -91,7 +91,10 @@ def after(name: str, index: int, bend: Callable[[Tensor], Tensor], without: str 
     replies = [reply for reply in replies if reply.client.id != without]
     if not any(x.is_floating_point() for reply in replies for x in reply.upload.flat().values()):
         pytest.skip("nothing is uploaded")
-    plan, base_updates = Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2), MemoryStates()
+    plan, base_updates = (
+        Plan(method, SPEC, 0, Sampling(), Evaluate(clients="none"), index + 2, metrics=toy_metrics),
+        MemoryStates(),
+    )
     progress, row = one_round(plan, Answers(replies, bend), base_updates, RunState(server), index, Quiet())
     sent = [method.send(progress.server, reply.client, Round(index + 1, 0)) for reply in replies]
     return progress.server, row, [*map(dict, sent), *base_updates.base_updates.values()]

@@ -21,13 +21,14 @@ from fedlora.data.files import columns
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
 from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
-from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
+from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.methods.row import Row
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 from fedlora.train.features import try_packing
 from fedlora.train.local import LocalTrainer
 
@@ -103,16 +104,16 @@ class Witness:
         self.inner.merge_into_base(change)
         self.plain.add(change)
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Statistics | None]:
         scores = self.inner.scores(asked)
         for (client, view), score in zip(asked, scores, strict=True):
-            found = None if score is None else score.metrics["loss"]
+            found = None if score is None else TASK.metrics(score)["loss"]
             self.checked.append(Checked(f"what {client} uses", found, self._loss(self.inner.held_out[client.id], view)))
         return scores
 
-    def evaluate(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Statistics:
         score, test = self.inner.evaluate(adapter), torch.arange(len(self.inner.test))
-        self.checked.append(Checked("the global model", score.metrics["loss"], self._loss(test, adapter)))
+        self.checked.append(Checked("the global model", TASK.metrics(score)["loss"], self._loss(test, adapter)))
         return score
 
     def _loss(self, rows: Tensor, adapter: Adapter, frozen_extra: Mapping[str, LowRank] | None = None) -> float:
@@ -189,7 +190,10 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     trainer = Witness(trainer_of(adapted, loaded.examples, clients), PlainModel(loaded.model))
     method, states = toy_method(row, **{key: x for key, x in ASKING.items() if key in row.settings()}), MemoryStates()
     simulation = SimulationBackend(method, trainer.spec, clients, states, trainer, seed=0)
-    plan, progress = toy_plan(method, trainer, rounds=ROUNDS), RunState(method.init_server(trainer.spec, 0))
+    plan, progress = (
+        toy_plan(method, trainer, rounds=ROUNDS, metrics=TASK.metrics),
+        RunState(method.init_server(trainer.spec, 0)),
+    )
     for index in range(ROUNDS):
         progress, _ = one_round(plan, simulation, states, progress, index, Quiet())
     rnd = Round(ROUNDS, 0)

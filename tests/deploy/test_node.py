@@ -130,7 +130,8 @@ def make_remote(what, session, hand, server_session_id="1", done=0, said=None):
     row = what.method.row
     admission = NodeAdmission(weights_digest(session.adapted.model), what.method.rank, row.mixed_ranks)
     lines = [] if said is None else said
-    check = ScoreCheck(frozenset({"accuracy", "loss"}), what.clients.held_out)
+    empty = session.task.no_statistics(session.federated_data.labelled_data.labels)
+    check = ScoreCheck(empty, session.task.check, what.clients.held_out)
     return FlowerBackend(
         hand, handshake, admission, session.trainer, check, what.deploy.deadline, what.deploy.poll, lines.append
     )
@@ -429,25 +430,67 @@ def test_a_bad_answer_is_refused_with_its_reason_and_the_round_goes_on_without_i
     assert list(row.rejected) == ["000"] and reason in row.rejected["000"]
 
 
+def changed_statistics(change):
+    """Changes the statistics with `change` before they are sent."""
+    return lambda result, payload: (result, encode(change(decode(payload))))
+
+
+def moved(counts):
+    """As many counts, one of them negative."""
+    return counts + torch.tensor([[-100, 100, 0]] + [[0, 0, 0]] * 2)
+
+
 BAD_SCORES = {
-    "no metric of the task": ({"metrics": {"x": 1.0}}, "metrics are not accuracy, loss"),
-    "one metric too few": ({"metrics": {"loss": 1.0}}, "metrics are not accuracy, loss"),
-    "a sum that overflows": ({"metrics": {"loss": 1e308, "accuracy": 1e308}}, "beyond 1e+10"),
-    "more examples than declared": ({"examples": 10**6}, "covers 1000000 examples"),
-    "metrics of no examples": ({"examples": 0}, "metrics are not"),
+    "no statistics of the task": (changed_statistics(lambda sums: {"x": sums["loss"]}), "are not confusion, loss"),
+    "one sum too few": (changed_statistics(lambda sums: {"loss": sums["loss"]}), "statistics are not confusion, loss"),
+    "labels too many": (changed_statistics(lambda sums: {**sums, "confusion": torch.ones(4, 4).long()}), "is [4, 4] of"),
+    "counts that are no integers": (
+        changed_statistics(lambda sums: {**sums, "confusion": sums["confusion"].double()}),
+        "of torch.float64, expected [3, 3] of torch.int64",
+    ),
+    "a negative count": (
+        changed_statistics(lambda sums: {**sums, "confusion": moved(sums["confusion"])}),
+        "negative count",
+    ),
+    "counts of other examples": (
+        changed_statistics(lambda sums: {**sums, "confusion": sums["confusion"] + 1}),
+        "confusion counts are of",
+    ),
+    "counts that overflow": (
+        changed_statistics(lambda sums: {**sums, "confusion": torch.full((3, 3), 2**62)}),
+        "confusion is not finite, or beyond 1e+15",
+    ),
+    "a sum that overflows": (changed_statistics(lambda sums: {**sums, "loss": sums["loss"] * 0 + 1e308}), "beyond 1e+15"),
+    "a loss that is no number": (changed_statistics(lambda sums: {**sums, "loss": sums["loss"] * torch.nan}), "not finite"),
+    "a negative loss": (changed_statistics(lambda sums: {**sums, "loss": -sums["loss"]}), "its loss is negative"),
+    "too many bytes": (changed_statistics(lambda sums: {**sums, "x": torch.zeros(9999)}), "bytes, expected at most"),
+    "no tensors": (lambda result, payload: (result, b"nothing"), "not a payload"),
+    "more examples than declared": (
+        lambda result, payload: (result.model_copy(update={"examples": 10**6}), payload),
+        "covers 1000000 examples",
+    ),
+    "statistics of no examples": (
+        lambda result, payload: (result.model_copy(update={"examples": 0}), payload),
+        "covers 0 examples, and has some statistics",
+    ),
+    "examples without statistics": (
+        lambda result, payload: (result.model_copy(update={"payload": None}), payload),
+        "examples, and has no statistics",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", fast(BAD_SCORES, "a sum that overflows"))
+@pytest.mark.parametrize("name", fast(BAD_SCORES, "a sum that overflows", "counts of other examples"))
 def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_it(home, tmp_path, name):
     change, reason = BAD_SCORES[name]
 
     def spoil(flower_id, message, result):
         header, payloads = decode_message(result)
-        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].examples:
             return result
-        results = [result.model_copy(update=change) for result in header.results]
-        return encode_message(header.model_copy(update={"results": results}), payloads)
+        (one,), (payload,) = header.results, payloads
+        one, payload = change(one, payload)
+        return encode_message(header.model_copy(update={"results": [one]}), [payload])
 
     what, said = experiment(home, rounds=1), []
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:1], CLIENTS[1:])), spoil), said=said)
@@ -458,7 +501,7 @@ def test_a_bad_score_is_rejected_with_its_reason_and_the_round_goes_on_without_i
 def test_a_score_over_ten_to_the_320_examples_is_no_message(home, tmp_path):
     def spoil(flower_id, message, result):
         header, _ = decode_message(result)
-        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].metrics:
+        if flower_id != 1 or not isinstance(header, Done) or not header.results[0].examples:
             return result
         frame = wire._Frame(header=header, sizes=[]).model_dump_json().encode()
         number = f'"examples":{header.results[0].examples}'.encode()

@@ -17,7 +17,8 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.layout import Layout
 from fedlora.models.packing import Packing
 from fedlora.models.targets import norm_modules
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
@@ -187,7 +188,7 @@ def evaluated(adapted: AdaptedModel, examples: Encoded, some: Any, works: bool) 
     adapted.packing.works = works
     try:
         asked = [(job.rows, job.request.start) for job in some]
-        return [each.metrics["loss"] for each in score(adapted, TASK, examples, asked, 16)]
+        return [TASK.metrics(each)["loss"] for each in score(adapted, TASK, examples, asked, 16)]
     finally:
         adapted.packing.works = True
 
@@ -199,7 +200,7 @@ def test_clients_that_are_evaluated_on_long_examples_only_may_have_fewer_than_ot
     together = score(adapted, TASK, examples, asked, 8)
     alone = [score(adapted, TASK, examples, [one], 8)[0] for one in asked]
     for ours, theirs in zip(together, alone, strict=True):
-        assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5)
+        assert TASK.metrics(ours) == pytest.approx(TASK.metrics(theirs), rel=1e-5)
 
 
 def test_the_first_tokens_have_a_layout_of_their_own():

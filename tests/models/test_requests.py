@@ -17,7 +17,8 @@ from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.models.adapted import AdaptedModel
 from fedlora.rounds.client import ClientStart, train_clients
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 from fedlora.train.batched import train_together
 from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from fedlora.errors import UserError
 from fedlora.models.loading import load_classifier, outline_classifier
 from fedlora.models.tokenizers import check_known, check_lengths, positions
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_tokenizer
 

@@ -24,7 +24,7 @@ from fedlora.rounds.loop import run_rounds as rounds
 from fedlora.rounds.validator import Failed
 
 from rows import round_row
-from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_plan, toy_simulation
+from toy import MemoryStates, Recorder, ToyTrainer, toy_clients, toy_metrics, toy_plan, toy_simulation
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def test_every_row_names_the_largest_upload_of_its_round():
 
 def test_what_is_known_of_the_largest_upload_survives_a_resume(tmp_path):
     progress, _ = one_round(
-        Plan(METHOD, SPEC, 0, Sampling(), Evaluate(clients="none"), 9),
+        Plan(METHOD, SPEC, 0, Sampling(), Evaluate(clients="none"), 9, metrics=toy_metrics),
         Answers(MEMBERS[:4], only("c", huge)),
         NoFolds(),
         RunState(METHOD.init_server(SPEC, 0)),
@@ -128,7 +128,7 @@ def test_where_half_of_the_cohort_is_not_finite_the_last_rounds_largest_upload_i
     bad = {client.id for client in MEMBERS[:diverged]}
     nan = upload(**{"v.a": lambda x: x * math.nan})
     answers = Answers(MEMBERS[:4], lambda r: [nan(r)] if r.client.id in bad else [r])
-    plan = Plan(METHOD, SPEC, 0, Sampling(attempts=1), Evaluate(clients="none"), 9)
+    plan = Plan(METHOD, SPEC, 0, Sampling(attempts=1), Evaluate(clients="none"), 9, metrics=toy_metrics)
     if diverged == 4:
         with pytest.raises(
             RunStopped, match=r"4 of 4 clients had NaN.*upload of round 4, of client c, has a change of norm 3464"

@@ -9,7 +9,7 @@ import pytest
 
 from fedlora.adapter import Tensors
 from fedlora.config.sections import Evaluate
-from fedlora.messages import ClientInfo, Reply, Round, Score
+from fedlora.messages import ClientInfo, Reply, Round, Statistics
 from fedlora.methods.flora import FLoRA
 from fedlora.rounds.codec import encode
 from fedlora.rounds.loop import RunState, run_rounds
@@ -47,7 +47,7 @@ class Metered:
             self.replies.append(reply)
             yield reply
 
-    def evaluate(self, rnd: Round, sent: Sent, pending: Sent) -> Iterator[tuple[ClientInfo, Score | None]]:
+    def evaluate(self, rnd: Round, sent: Sent, pending: Sent) -> Iterator[tuple[ClientInfo, Statistics | None]]:
         """After a round its successor's adapters are evaluated."""
         self._count(rnd.index - 1, "evaluation", sent.values())
         self._count(rnd.index - 1, "base update", pending.values())

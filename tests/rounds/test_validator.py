@@ -18,6 +18,8 @@ from fedlora.rounds.loop import Plan, RunState, one_round
 from fedlora.rounds.sample import choose
 from fedlora.rounds.validator import Failed
 
+from toy import toy_metrics
+
 NAN, INF = math.nan, math.inf
 SPEC = AdapterSpec(modules={"q": (6, 4), "v": (5, 3)}, head={"out.w": torch.linspace(-1, 1, 8).view(2, 4)})
 METHOD = HeadRule(FactorAveraging(rank=4), "averaged")
@@ -93,7 +95,16 @@ class Watched:
 
 def run_rounds(backend, watch=None, method=METHOD, before=BEFORE, uniform=False, **sampling):
     """The server's state after a round, and the row."""
-    plan = Plan(method, SPEC, 0, Sampling(**sampling), Evaluate(clients="none"), rounds=9, uniform_weights=uniform)
+    plan = Plan(
+        method,
+        SPEC,
+        0,
+        Sampling(**sampling),
+        Evaluate(clients="none"),
+        rounds=9,
+        uniform_weights=uniform,
+        metrics=toy_metrics,
+    )
     after, row = one_round(plan, backend, NoFolds(), RunState(before), INDEX, watch or Watched())
     return after.server, row
 

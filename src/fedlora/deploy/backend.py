@@ -10,7 +10,7 @@ from fedlora.deploy.task_exchange import Results, TaskExchange
 from fedlora.deploy.transport import Transport
 from fedlora.deploy.wire import Handshake
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Reply, Round, Score, Upload
+from fedlora.messages import ClientInfo, Reply, Round, Statistics, Upload
 from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode
 from fedlora.rounds.validator import Failed
@@ -70,7 +70,7 @@ class FlowerBackend:
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+    ) -> Iterator[tuple[ClientInfo, Statistics | None]]:
         """Sends the requests immediately; collects the valid scores that arrive before the deadline."""
         return self._scores(rnd, self._exchange.send("evaluate", rnd, sent, pending))
 
@@ -95,21 +95,23 @@ class FlowerBackend:
                 yield Failed(client, found)
                 continue
             try:
-                if found.upload is None:
+                if found.payload is None:
                     raise ValueError("sent no upload")
-                upload = Upload.of(decode(found.upload, self._max_tensors))
+                upload = Upload.of(decode(found.payload, self._max_tensors))
                 yield Reply(client, found.round, upload, found.result.weight, found.result.loss, found.result.steps)
             except ValueError as error:
                 yield Failed(client, str(error))
 
-    def _scores(self, rnd: Round, results: Results) -> Iterator[tuple[ClientInfo, Score | None]]:
+    def _scores(self, rnd: Round, results: Results) -> Iterator[tuple[ClientInfo, Statistics | None]]:
         for client, found in results:
             if isinstance(found, str):
                 self._notify(f"client {client.id}: evaluation failed: {found}")
                 continue
-            result = found.result
-            reason = "is for another round" if found.round != rnd else self._score_check.rejection_reason(result, client)
-            if reason is not None:
-                self._notify(f"client {client.id}: its score is rejected: {reason}")
+            try:
+                if found.round != rnd:
+                    raise ValueError("is for another round")
+                statistics = self._score_check.read(found.result.examples, found.payload, client)
+            except ValueError as error:
+                self._notify(f"client {client.id}: its score is rejected: {error}")
             else:
-                yield client, Score(result.examples, result.metrics) if result.examples else None
+                yield client, statistics

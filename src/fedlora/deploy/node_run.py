@@ -22,7 +22,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 
 _Result = tuple[ClientResult, "bytes | None"]
-"""Result and upload of one client."""
+"""Result and payload of one client."""
 
 
 @dataclass
@@ -123,14 +123,14 @@ class NodeRun:
                 with self._caught(client.id, found, Reason.WORK):
                     found.update(self._results(request, {client: sent[client]}))
         results: list[ClientResult] = []
-        uploads: list[bytes] = []
+        own: list[bytes] = []
         for task in request.tasks:
-            result, upload = found[task.client.id]
-            if upload is not None:
-                result = result.model_copy(update={"upload": len(uploads)})
-                uploads.append(upload)
+            result, payload = found[task.client.id]
+            if payload is not None:
+                result = result.model_copy(update={"payload": len(own)})
+                own.append(payload)
             results.append(result)
-        return Done(round_record=request.round_record, base_updates=self.merged_updates, results=results), uploads
+        return Done(round_record=request.round_record, base_updates=self.merged_updates, results=results), own
 
     def _results(self, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         """Yields the clients' names and results as each group of clients finishes."""
@@ -152,11 +152,11 @@ class NodeRun:
             yield reply.client.id, (result, encode(reply.upload.flat()))
 
     def _evaluate(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
-        for client, score in self.simulation.evaluate(rnd, sent, {}):
-            result = ClientResult(id=client.id)
-            if score is not None:
-                result = ClientResult(id=client.id, examples=score.examples, metrics=dict(score.metrics))
-            yield client.id, (result, None)
+        for client, found in self.simulation.evaluate(rnd, sent, {}):
+            if found is None:
+                yield client.id, (ClientResult(id=client.id), None)
+            else:
+                yield client.id, (ClientResult(id=client.id, examples=found.examples), encode(found.sums))
 
     def _save_adapters(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         for client, download in sent.items():

@@ -18,7 +18,6 @@ from fedlora.rounds.loop import RunState, pending_base_updates
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.start import read_folder, resolve_settings
 from fedlora.session import Session
-from fedlora.tasks.classification import Classification
 from fedlora.version import __version__
 
 _MAX_TENSORS, _MAX_TENSORS_PER_MODULE = 1024, 64
@@ -82,7 +81,8 @@ def flower_backend(session: Session, start: Start, transport: Transport, event_l
     admission = NodeAdmission(
         weights_digest(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks
     )
-    scores = ScoreCheck(frozenset(Classification.metrics), experiment.clients.held_out)
+    empty = session.task.no_statistics(session.federated_data.labelled_data.labels)
+    scores = ScoreCheck(empty, session.task.check, experiment.clients.held_out)
     spec, settings = session.adapted.spec, experiment.deploy
     max_tensors = _MAX_TENSORS + _MAX_TENSORS_PER_MODULE * (len(spec.modules) + len(spec.head))
     return FlowerBackend(

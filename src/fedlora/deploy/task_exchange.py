@@ -26,11 +26,11 @@ from fedlora.rounds.codec import encode
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One client's result, its upload, if any, and the round that its node states."""
+    """One client's result, its payload, if any, and the round that its node states."""
 
     round: Round
     result: ClientResult
-    upload: bytes | None
+    payload: bytes | None
 
 
 Results = Iterator[tuple[ClientInfo, TaskResult | str]]
@@ -147,8 +147,8 @@ def _decode_reply(reply: bytes | str, max_clients: int) -> tuple[Done, list[byte
 def _task_result(done: Done, result: ClientResult, payloads: Sequence[bytes]) -> TaskResult | str:
     if result.failure is not None:
         return str(result.failure)
-    if result.upload is None:
+    if result.payload is None:
         return TaskResult(done.round_record.round(), result, None)
-    if result.upload >= len(payloads):
-        return "its upload is missing"
-    return TaskResult(done.round_record.round(), result, payloads[result.upload])
+    if result.payload >= len(payloads):
+        return "its payload is missing"
+    return TaskResult(done.round_record.round(), result, payloads[result.payload])

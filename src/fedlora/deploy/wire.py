@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.messages import ClientInfo, Round
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_BYTES = 2**31 - 1
 _MAGIC = b"fedlora\x01"
 _DIGEST = 16
@@ -137,15 +137,17 @@ class Failure(_Part):
 
 
 class ClientResult(_Part):
-    """One client's result: an upload (index of a payload) and its weight, or a score, or a failure."""
+    """One client's result: an upload and its weight, or statistics and their number of examples, or a failure.
+
+    `payload` is the index of the payload with the upload or the statistics.
+    """
 
     id: str
-    upload: Count | None = None
+    payload: Count | None = None
     weight: FiniteFloat = 0.0
     loss: float = 0.0
     steps: Count = 0
     examples: Count = 0
-    metrics: dict[str, FiniteFloat] = {}
     failure: Failure | None = None
 
 

@@ -15,7 +15,7 @@ from fedlora.messages import (
     Gradient,
     LabelledFeatures,
     Round,
-    Score,
+    Statistics,
     Trained,
     Upload,
 )
@@ -44,8 +44,8 @@ class Trainer(Protocol):
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Merges a base update into the frozen base permanently."""
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> Sequence[Score | None]:
-        """Score of each adapter on its client's held-out examples; None for a client without any."""
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> Sequence[Statistics | None]:
+        """Statistics of each adapter on its client's held-out examples; None for a client without any."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Round loop: sample clients, send, collect, merge, evaluate, record. Independent of the method and of the backend."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Reply, Round, Score
+from fedlora.messages import ClientInfo, Merged, Reply, Round, Statistics
 from fedlora.method import AnyMethod, ClientRound, global_adapter
 from fedlora.rounds.aggregation_error import ClientUpdates
 from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_tensors
@@ -52,7 +52,7 @@ class Backend(Protocol):
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+    ) -> Iterator[tuple[ClientInfo, Statistics | None]]:
         """Evaluates the adapters that clients would use in round `rnd`; None for clients without held-out examples."""
 
 
@@ -60,15 +60,16 @@ class Backend(Protocol):
 class GlobalEvaluator(Protocol):
     """Evaluates on the global test set."""
 
-    def __call__(self, adapter: Adapter) -> Score:
-        """Score of the adapter on the global test set."""
+    def __call__(self, adapter: Adapter) -> Statistics:
+        """Statistics of the adapter on the global test set."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Settings of all rounds of a run.
 
-    `evaluator` is None without a global model or without a global test set. With `check_cohort` uploads are compared with
+    `metrics` computes a task's metrics from statistics. `evaluator` is None without a global model or without a global test
+    set. With `check_cohort` uploads are compared with
     the others of their round, see `cohort_checks`; until all are there, those that do not fit in memory are in the folder
     `spool`.
     """
@@ -81,6 +82,7 @@ class Plan:
     rounds: int
     uniform_weights: bool = False
     evaluator: GlobalEvaluator | None = None
+    metrics: Callable[[Statistics], Mapping[str, float]] = field(kw_only=True)
     check_cohort: bool = False
     spool: Path | None = None
 
@@ -155,14 +157,15 @@ class _Evaluation:
 
     after: RunState
     stats: RoundStats
-    scores: Iterator[tuple[ClientInfo, Score | None]] | None = None
+    metrics: Callable[[Statistics], Mapping[str, float]]
+    scores: Iterator[tuple[ClientInfo, Statistics | None]] | None = None
 
     def finish(self, progress: Progress) -> tuple[RunState, RoundRow]:
         """Collects the scores; returns the server's state after the round, and the row."""
         if self.scores is not None:
             with self.stats.timed("evaluate"):
-                scores = {client.id: score for client, score in self.scores if score is not None}
-            self.stats.clients = summary(scores)
+                scores = ((client.id, found) for client, found in self.scores if found is not None)
+                self.stats.clients = summary(scores, self.metrics)
         row = self.stats.row()
         progress.round_ended(row)
         return self.after, row
@@ -212,7 +215,7 @@ def _train_and_merge(
         backend.merge_into_base(merged.base_update)
         after = replace(after, base_updates=after.base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _Evaluation(after, stats)
+        return _Evaluation(after, stats, plan.metrics)
     return _evaluate(plan, backend, store, after, stats)
 
 
@@ -356,7 +359,8 @@ def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunSt
         rnd, base_updates = Round(stats.round, plan.seed), after.base_updates.known(backend.held())
         scores = None
         if plan.evaluator is not None:
-            stats.score = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
+            found = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
+            stats.global_metrics = {**plan.metrics(found), "examples": found.examples}
         everybody = () if plan.evaluate.clients == "none" else sorted(backend.clients(), key=lambda client: client.id)
         evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in stats.accepted]
         if evaluated:
@@ -366,7 +370,7 @@ def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunSt
             stats.bytes_eval = _sizes(sent).total()
             stats.bytes_down += _sizes(pending)
             base_updates = base_updates.delivered(client.id for client in evaluated)
-    return _Evaluation(replace(after, base_updates=base_updates), stats, scores)
+    return _Evaluation(replace(after, base_updates=base_updates), stats, plan.metrics, scores)
 
 
 def _sizes(sent: Mapping[ClientInfo, Tensors]) -> Counter[str]:

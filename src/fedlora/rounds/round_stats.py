@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from fedlora.messages import Score
 from fedlora.rounds.finite import Largest, divergence
 from fedlora.rounds.row import ClientRow, LargestUpload, RoundRow, Seconds
 from fedlora.rounds.score_summary import Summary
@@ -46,7 +45,7 @@ class RoundStats:
     bytes_eval: int | None = None
     aggregation_error: float | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
-    score: Score | None = None
+    global_metrics: Mapping[str, float] | None = None
     clients: Mapping[str, Summary] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
@@ -67,7 +66,7 @@ class RoundStats:
             )
             for client in self.bytes_down | self.bytes_up
         }
-        score, largest = self.score, self.largest
+        largest = self.largest
         return RoundRow(
             round=self.round,
             started=self.started,
@@ -85,7 +84,7 @@ class RoundStats:
             largest_upload=None if largest is None else LargestUpload(largest.client, largest.norm),
             diverged=self.diverged or None,
             aggregation_error=self.aggregation_error,
-            global_=None if score is None else {**score.metrics, "examples": score.examples},
+            global_=self.global_metrics,
             clients=self.clients,
             seconds=Seconds(**{phase: round(seconds, 4) for phase, seconds in self.seconds.items()}),
             notes=self.notes,

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Reply, Round, Score
+from fedlora.messages import ClientInfo, Reply, Round, Statistics
 from fedlora.method import AnyMethod
 from fedlora.rounds.client import ClientStart, Trainer, train_clients
 from fedlora.rounds.codec import outline
@@ -66,7 +66,7 @@ class SimulationBackend:
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]
-    ) -> Iterator[tuple[ClientInfo, Score | None]]:
+    ) -> Iterator[tuple[ClientInfo, Statistics | None]]:
         """Each client's score before round `rnd` on its held-out examples; None for a client without any."""
         for window in self._windows(sent):
             scores = self.trainer.scores([(client, self.view(client, sent[client], rnd)) for client in window])

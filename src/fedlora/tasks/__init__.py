@@ -1,1 +1,1 @@
-"""Tasks that a model can be fine-tuned for."""
+"""Tasks that a model can be fine-tuned for: one file for each kind, and the table of them."""

@@ -1,71 +1,22 @@
-"""The interface of a task (encoding, losses, metrics), and text classification."""
+"""Text classification."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.messages import Statistics
 from fedlora.models.loading import Checkpoint, load_classifier, outline_classifier
 from fedlora.models.tokenizers import cached_tokens, reads_last_token
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples as token ids: a flat tensor for each model input, and the offsets at which examples start in all of them."""
-
-    features: Mapping[str, Int[Tensor, " tokens"]]
-    starts: Int[Tensor, " bounds"]
-    targets: Tensor
-    padding: Mapping[str, int]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def lengths(self) -> Int[Tensor, " examples"]:
-        """Number of tokens of each example."""
-        return self.starts.diff()
-
-    def batch(self, rows: Int[Tensor, " rows"], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs [rows, longest] and the targets [rows]; shorter examples are padded on the right."""
-        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
-        place = torch.arange(int(lengths.max()))  # [longest]
-        inside = place < lengths[:, None]  # [rows, longest]
-        at = torch.where(inside, starts[:, None] + place, 0)
-        inputs = {name: flat[at].where(inside, self.padding[name]).to(device) for name, flat in self.features.items()}
-        return inputs, self.targets[rows].to(device)
-
-
-@runtime_checkable
-class Task(Protocol):
-    """Interface between the trainer and a task."""
-
-    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model, its tokenizer, and facts about its weights on disk."""
-
-    def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
-        """The model without its weights, and its tokenizer."""
-
-    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
-        """Examples as token ids."""
-
-    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """The loss of each example of a batch [rows]."""
-
-    def evaluate(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Each metric of each example of a batch [rows]; a score is their mean."""
-
-    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Last-layer features of each example of a batch [rows, width]."""
+from fedlora.tasks.confusion import confusion_metrics
+from fedlora.tasks.task import Encoded
 
 
 class Classification:
-    """Classification of texts or pairs of texts. `metrics` are the names of the metrics that `evaluate` returns."""
-
-    metrics = ("accuracy", "loss")
+    """Classification of texts or pairs of texts. Statistics are confusion counts, by label and prediction, and losses."""
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
         """The model with a head for these labels, initialized from `seed` if necessary; see `load_classifier`."""
@@ -88,13 +39,37 @@ class Classification:
         """Cross-entropy of each example, in fp32."""
         return functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
 
-    def evaluate(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Accuracy (0 or 1) and cross-entropy of each example."""
+    def measure(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]
+    ) -> Mapping[str, Tensor]:
+        """Confusion counts [clients, labels, predictions], and the sum of the cross-entropies [clients].
+
+        The prediction is the label with the largest logit, the first of several.
+        """
         logits = model(**inputs).logits.float()
-        return {
-            "accuracy": (logits.argmax(-1) == targets).float(),
-            "loss": functional.cross_entropy(logits, targets, reduction="none"),
-        }
+        losses = functional.cross_entropy(logits, targets, reduction="none").double().view(real.shape)
+        clients, labels = len(real), logits.shape[-1]
+        cells = (labels * targets + logits.argmax(-1)).view(real.shape)
+        counts = torch.zeros(clients, labels * labels, dtype=torch.long, device=cells.device)
+        counts.scatter_add_(1, cells, real.long())
+        return {"confusion": counts.view(clients, labels, labels), "loss": losses.where(real, 0.0).sum(1)}
+
+    def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
+        """No counts and no losses."""
+        confusion = torch.zeros(len(labels), len(labels), dtype=torch.long)
+        return {"confusion": confusion, "loss": torch.zeros((), dtype=torch.float64)}
+
+    def check(self, statistics: Statistics) -> str | None:
+        """A reason if there is not one count for each example, or a cross-entropy is negative."""
+        counted = float(statistics.sums["confusion"].double().sum())
+        if counted != statistics.examples:
+            return f"its confusion counts are of {counted:.0f} examples, not {statistics.examples}"
+        return "its loss is negative" if statistics.sums["loss"] < 0 else None
+
+    def metrics(self, statistics: Statistics) -> Mapping[str, float]:
+        """Accuracy, cross-entropy, macro F1 and Matthews correlation coefficient (see `confusion_metrics`)."""
+        accuracy, f1, mcc = confusion_metrics(statistics.sums["confusion"])
+        return {"accuracy": accuracy, "loss": float(statistics.sums["loss"]) / statistics.examples, "f1": f1, "mcc": mcc}
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features at the token that the head reads.

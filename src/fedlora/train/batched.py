@@ -10,7 +10,7 @@ from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import derive
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import micro_batches

@@ -14,8 +14,8 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
-from fedlora.tasks.classification import Encoded
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
+from fedlora.tasks.task import Encoded
 from fedlora.train.local import LocalTrainer
 
 
@@ -86,7 +86,7 @@ class MultiDeviceTrainer:
         """As `LocalTrainer.fit`."""
         return self._distribute("fit", asked, [self._here.steps(one) for one in asked], rnd)
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Statistics | None]:
         """As `LocalTrainer.scores`."""
         return self._distribute("scores", asked, [len(self._here.held_out[client.id]) for client, _ in asked])
 
@@ -98,7 +98,7 @@ class MultiDeviceTrainer:
         """As `LocalTrainer.features`."""
         return self._here.features(client)
 
-    def evaluate(self, adapter: Adapter) -> Score:
+    def evaluate(self, adapter: Adapter) -> Statistics:
         """As `LocalTrainer.evaluate`."""
         return self._here.evaluate(adapter)
 

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 
 from fedlora.adapter import Adapter
-from fedlora.messages import Score
+from fedlora.messages import Statistics
 from fedlora.models.adapted import AdaptedModel
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 from fedlora.train.batches import collate_clients
 
 
 def score(
     adapted: AdaptedModel, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
-) -> list[Score]:
-    """Each adapter's metrics on its own examples, given as rows [rows]; the adapters share forward passes.
+) -> list[Statistics]:
+    """Each adapter's statistics on its own examples, given as rows [rows]; the adapters share forward passes.
 
     The examples are processed in order of length to save padding, `batch_size` in one pass.
     """
@@ -31,9 +31,7 @@ def score(
             rows, real = collate_clients(batches)
             inputs, targets = examples.batch(rows, device)
             with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
-                evaluated = task.evaluate(adapted.model, inputs, targets)
-            for name, each in evaluated.items():
-                value = (each.view(real.shape) * real.to(device)).sum(1)
-                sums[name] = sums[name] + value if name in sums else value
-    found = {name: value.tolist() for name, value in sums.items()}
-    return [Score(len(rows), {name: found[name][i] / len(rows) for name in found}) for i, (rows, _) in enumerate(asked)]
+                found = task.measure(adapted.model, inputs, targets, real.to(device))
+            sums = {name: sums[name] + x for name, x in found.items()} if sums else dict(found)
+    kept = {name: x.cpu() for name, x in sums.items()}  # [adapters, ...]
+    return [Statistics(len(rows), {name: x[i].clone() for name, x in kept.items()}) for i, (rows, _) in enumerate(asked)]

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedlora.models.adapted import AdaptedModel
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 
 
 def features(

@@ -7,7 +7,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter
 from fedlora.messages import Gradient
 from fedlora.models.adapted import AdaptedModel
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 
 
 def gradient(

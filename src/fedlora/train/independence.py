@@ -14,7 +14,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel
 from fedlora.randomness import generator
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.job import Job
@@ -87,7 +87,7 @@ class _Trial:
         found: list[Mapping[str, Tensor]] = []
         for (_, start), one, measured in zip(asked, trained, evaluated, strict=True):
             before, after = pack(start), pack(one.adapter)
-            losses = {"loss": torch.tensor(one.loss), "evaluated": torch.tensor(measured.metrics["loss"])}
+            losses = {"loss": torch.tensor(one.loss), "evaluated": torch.tensor(self.task.metrics(measured)["loss"])}
             found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
         return found
 

@@ -8,12 +8,12 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Score, Trained
+from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
 from fedlora.models.structure import structure
 from fedlora.randomness import derive
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
@@ -80,17 +80,17 @@ class LocalTrainer:
         """Merges a base update into the model, permanently."""
         self.adapted.merge_into_base(change)
 
-    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Score | None]:
-        """The score of each adapter on its client's held-out examples; None if the client has none."""
+    def scores(self, asked: Sequence[tuple[ClientInfo, Adapter]]) -> list[Statistics | None]:
+        """The statistics of each adapter on its client's held-out examples; None if the client has none."""
         indices = [i for i, (client, _) in enumerate(asked) if len(self.held_out[client.id])]
-        found: dict[int, Score] = {}
+        found: dict[int, Statistics] = {}
         for group in self._equal_keys(indices, [structure(asked[i][1]) for i in indices]):
             pairs = [(self.held_out[client.id], adapter) for client, adapter in (asked[i] for i in group)]
             found |= zip(group, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
         return [found.get(i) for i in range(len(asked))]
 
-    def evaluate(self, adapter: Adapter) -> Score:
-        """The score of the adapter on the global test set."""
+    def evaluate(self, adapter: Adapter) -> Statistics:
+        """The statistics of the adapter on the global test set."""
         return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.eval_batch_size)[0]
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:

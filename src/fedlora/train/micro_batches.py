@@ -8,7 +8,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
-from fedlora.tasks.classification import Encoded, Task
+from fedlora.tasks.task import Encoded, Task
 
 
 def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> Iterator[list[int]]:

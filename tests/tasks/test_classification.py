@@ -1,0 +1,87 @@
+"""Statistics and metrics of classification."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
+from torch.testing import assert_close
+
+from fedlora.messages import Statistics
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Task
+
+TASK: Task = Classification()
+ROWS = 60
+
+
+def logits_and_labels(labels: int, seed: int, present: int | None = None):
+    """Logits of as many labels, of which only the first `present` are among labels and predictions."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(ROWS, labels, generator=rng)
+    logits[:, present or labels :] -= 100
+    return logits, torch.randint(present or labels, (ROWS,), generator=rng)
+
+
+def measured(logits: torch.Tensor, labels: torch.Tensor) -> Statistics:
+    """The statistics of one client's examples, by a model that answers with these logits."""
+    model = lambda **inputs: SimpleNamespace(logits=logits)  # noqa: E731
+    sums = TASK.measure(model, {}, labels, torch.ones(1, len(labels), dtype=torch.bool))
+    return Statistics(len(labels), {name: x[0] for name, x in sums.items()})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("labels", "present"), [(2, 2), (3, 3), (7, 4), (30, 30)])
+def test_the_metrics_are_those_of_scikit_learn(labels, present, seed):
+    logits, wanted = logits_and_labels(labels, seed, present)
+    guessed = logits.argmax(1)
+    assert TASK.metrics(measured(logits, wanted)) == pytest.approx(
+        {
+            "accuracy": accuracy_score(wanted, guessed),
+            "loss": log_loss(wanted, logits.double().softmax(1), labels=range(labels)),
+            "f1": f1_score(wanted, guessed, average="macro"),
+            "mcc": matthews_corrcoef(wanted, guessed),
+        },
+        rel=1e-6,
+    )
+
+
+def test_one_prediction_for_all_has_no_correlation_with_the_labels():
+    logits = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    found = TASK.metrics(measured(logits, torch.tensor([0, 0, 0, 1])))
+    assert found["mcc"] == 0 == matthews_corrcoef([0, 0, 0, 1], [0, 0, 0, 0]) and found["accuracy"] == 0.75
+
+
+@pytest.mark.parametrize("sizes", [[1] * ROWS, [17, 1, 30, 12], [59, 1]])
+def test_the_statistics_of_any_division_of_the_examples_add_up(sizes):
+    logits, labels = logits_and_labels(5, 0)
+    parts = [measured(*part) for part in zip(logits.split(sizes), labels.split(sizes), strict=True)]
+    total, whole = parts[0], measured(logits, labels)
+    for part in parts[1:]:
+        total = total + part
+    assert total.examples == whole.examples
+    assert torch.equal(total.sums["confusion"], whole.sums["confusion"])
+    assert TASK.metrics(total) == pytest.approx(TASK.metrics(whole), rel=1e-12)
+
+
+def test_clients_that_share_a_pass_have_their_own_statistics_without_the_filler_rows():
+    logits, labels = logits_and_labels(4, 1)
+    real = torch.arange(20) < torch.tensor([20, 3, 11])[:, None]
+    model = lambda **inputs: SimpleNamespace(logits=logits)  # noqa: E731
+    together = TASK.measure(model, {}, labels, real)
+    for i, mask in enumerate(real):
+        rows = 20 * i + mask.nonzero()[:, 0]
+        assert_close({name: x[i] for name, x in together.items()}, dict(measured(logits[rows], labels[rows]).sums))
+
+
+def test_statistics_have_the_names_shapes_and_types_of_those_of_no_examples():
+    found, empty = measured(*logits_and_labels(4, 2)).sums, TASK.no_statistics(list("abcd"))
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {n: (x.shape, x.dtype) for n, x in empty.items()}
+    assert not any(x.any() for x in empty.values())
+
+
+def test_statistics_of_other_numbers_of_examples_or_negative_losses_are_rejected():
+    honest = measured(*logits_and_labels(4, 2))
+    assert TASK.check(honest) is None
+    assert "of 60 examples, not 61" in TASK.check(Statistics(61, honest.sums))
+    assert "negative" in TASK.check(Statistics(60, {**honest.sums, "loss": -honest.sums["loss"]}))
