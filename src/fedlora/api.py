@@ -113,7 +113,7 @@ def export(
             raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         manifest.require_model(experiment.model, fingerprint(experiment.model))
         session = Session.make(
-            experiment, FederatedData.without_examples(manifest.data.labels, manifest.data.client_infos())
+            experiment, FederatedData.without_examples(experiment, manifest.data.labels, manifest.data.client_infos())
         )
         manifest.require_modules(session.places)
         adapters = session.adapters(run_state, folder, done)

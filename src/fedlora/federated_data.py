@@ -18,6 +18,7 @@ from fedlora.messages import ClientInfo
 from fedlora.rounds.sample import check_cohort
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.manifest import Client, DataFingerprint, Examples
+from fedlora.tasks.table import task_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class FederatedData:
     labelled_data: LabelledData
     partition: Partition
     clients: Sequence[ClientInfo]
+    keys: Sequence[int] = ()
+    """The class of each training example, by which the examples are partitioned."""
 
     @cached_property
     def fingerprint(self) -> DataFingerprint:
@@ -51,8 +54,10 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read, or cannot be partitioned as configured.
         """
-        labelled_data = load(experiment.data, experiment.seed, in_memory)
-        partition = divide(labelled_data.train, experiment.clients, experiment.seed)
+        task = task_of(experiment.task.kind)
+        labelled_data = load(experiment.data, experiment.seed, task, in_memory)
+        keys = task.partition_keys(labelled_data.train["label"][:])
+        partition = divide(labelled_data.train, keys, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data have {count} clients")
@@ -67,7 +72,7 @@ class FederatedData:
             raise UserError(
                 f"sampling.max_examples = {max_examples}: client {large.id!r} has {large.examples} examples; raise it"
             )
-        return cls(labelled_data, partition, clients)
+        return cls(labelled_data, partition, clients, keys)
 
     @classmethod
     def of_server(cls, experiment: Experiment) -> "FederatedData":
@@ -76,13 +81,16 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read.
         """
-        labelled_data = load(experiment.data, experiment.seed)
+        labelled_data = load(experiment.data, experiment.seed, task_of(experiment.task.kind))
         return cls(replace(labelled_data, train=labelled_data.train.select([])), Partition((), 0, 0), [])
 
     @classmethod
-    def without_examples(cls, labels: Sequence[str], clients: Sequence[ClientInfo]) -> "FederatedData":
+    def without_examples(
+        cls, experiment: Experiment, labels: Sequence[str], clients: Sequence[ClientInfo]
+    ) -> "FederatedData":
         """Label names and clients only, which suffice for an export."""
-        return cls(load(Data(source="none", labels=list(labels)), 0), Partition((), 0, 0), clients)
+        task, none = task_of(experiment.task.kind), Data(source="none", labels=list(labels))
+        return cls(load(none, 0, task), Partition((), 0, 0), clients)
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
@@ -91,7 +99,7 @@ class FederatedData:
         Raises:
             UserError: the file cannot be read, or has a label not in `labels`.
         """
-        examples = load_own(experiment.data, file, labels, experiment.seed)
+        examples = load_own(experiment.data, file, labels, experiment.seed, task_of(experiment.task.kind))
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
         labelled_data = LabelledData(examples, examples.select([]), tuple(labels))
         return cls(labelled_data, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])

@@ -174,9 +174,9 @@ class Session:
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
             if to == "adapter":
-                to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer)
-                pad = self.tokenizer.pad_token_id
-                card = model_card(self.experiment, base, pad, labels, rows)
+                to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer, self.task.peft_type)
+                code = self.task.loading_code(labels, self.tokenizer.pad_token_id)
+                card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:
                 model, tokenizer, checkpoint = self.task.load(self.experiment.model, labels, self.experiment.seed)

@@ -110,9 +110,9 @@ def test_the_number_of_supernodes_is_the_default_of_the_number_of_clients(place,
 
 def test_a_new_head_is_told_of_once_and_written_down(place, command, tmp_path):
     code, printed, _ = command("run", place / "good.toml", "--out", tmp_path / "run", "--set", f"model={place}/five")
-    assert code == 0 and printed.count("has a head for another number of labels") == 1
+    assert code == 0 and printed.count("has a head of another size") == 1
     (note,) = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
-    assert "classifier.weight is [5, 32], 3 labels require [3, 32]" in note
+    assert "classifier.weight is [5, 32], the data require [3, 32]" in note
 
 
 def test_a_set_value_takes_the_place_of_the_files(place, command, tmp_path):

@@ -266,7 +266,7 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
         adapter = with_base_updates(view, base_updates)
         expected, inputs = logits_of(game, view)
         source, tokenizer = game.loaded.source, game.loaded.tokenizer
-        to_peft(adapter, tmp_path / client, 0.0, source, local.adapted, LABELS, tokenizer)
+        to_peft(adapter, tmp_path / client, 0.0, source, local.adapted, LABELS, tokenizer, TASK.peft_type)
         plain, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)  # the head has to come out of the folder
         in_peft = peft.PeftModel.from_pretrained(plain.double(), tmp_path / client).eval()
         untouched, _, _ = TASK.load(game.loaded.source, LABELS, seed=1)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from fedlora.config.sections import Data
+from fedlora.data import sources
 from fedlora.data.labels import found_labels
-from fedlora.data.sources import load, load_own
 from fedlora.errors import UserError
+from fedlora.tasks.classification import Classification
+
+load = partial(sources.load, task=Classification())
+load_own = partial(sources.load_own, task=Classification())
 
 ENDINGS = ("csv", "jsonl", "json", "columns.json", "parquet")
 

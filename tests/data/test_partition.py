@@ -4,7 +4,7 @@ from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner
 
 from fedlora.config.sections import Clients
-from fedlora.data.partition import divide, label_table
+from fedlora.data import partition as partitions
 from fedlora.errors import UserError
 
 LABELS = 10
@@ -15,6 +15,14 @@ def corpus(rows=600, users=20):
     rng = np.random.default_rng(0)
     label, user = rng.integers(0, LABELS, rows), rng.integers(0, users, rows)
     return Dataset.from_dict({"text": ["x"] * rows, "label": label.tolist(), "user": [f"u{i}" for i in user]})
+
+
+def divide(train, clients, seed):
+    return partitions.divide(train, train["label"][:], clients, seed)
+
+
+def label_table(train, partition, labels):
+    return partitions.label_table(train["label"][:], partition, labels)
 
 
 def rows_of(share):

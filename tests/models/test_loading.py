@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fedlora.errors import UserError
-from fedlora.models.loading import load_classifier, outline_classifier
+from fedlora.tasks.classification import Classification
 
 from tiny import LABELS, tiny_bert, tiny_model, tiny_tokenizer
 
@@ -23,7 +23,7 @@ OTHER_LABELS = {
     ),
     "t5": transformers.T5Config(num_layers=1, decoder_start_token_id=3, num_labels=2, **WIDE),
 }
-LOADS = [lambda path: load_classifier(str(path), LABELS, 0), lambda path: outline_classifier(str(path), LABELS)]
+LOADS = [lambda path: Classification().load(str(path), LABELS, 0), lambda path: Classification().outline(str(path), LABELS)]
 
 
 def change(file: Path, **entries: object) -> None:
@@ -34,7 +34,7 @@ def change(file: Path, **entries: object) -> None:
 def test_a_head_for_another_number_of_labels_is_replaced_by_one_from_the_seed_and_the_user_is_told(kind, tmp_path):
     tiny_model(tmp_path, OTHER_LABELS[kind], tiny_tokenizer(*SPECIAL, append="</s>", **NAMES), head=True)
     stored = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()
-    (one, _, checkpoint), (same, _, _), (other, _, _) = (load_classifier(str(tmp_path), LABELS, s) for s in (1, 1, 2))
+    (one, _, checkpoint), (same, _, _), (other, _, _) = (Classification().load(str(tmp_path), LABELS, s) for s in (1, 1, 2))
     assert one.config.num_labels == 3 and list(one.config.id2label.values()) == list(LABELS)
     for name, x in one.state_dict().items():
         if name in checkpoint.new:
@@ -44,13 +44,13 @@ def test_a_head_for_another_number_of_labels_is_replaced_by_one_from_the_seed_an
         assert torch.equal(x, same.state_dict()[name])
     assert any(not torch.equal(one.state_dict()[name], other.state_dict()[name]) for name in checkpoint.new)
     (note,) = checkpoint.notes
-    assert "a head for another number of labels" in note and "\n" not in note
+    assert "a head of another size" in note and "\n" not in note
 
 
 def test_a_head_for_as_many_labels_is_kept_and_nothing_is_said_of_it(tmp_path):
     config = transformers.BertConfig(**{**OTHER_LABELS["bert"].to_dict(), "num_labels": 3, "problem_type": "regression"})
     tiny_model(tmp_path, config, tiny_tokenizer(*SPECIAL, **NAMES), head=True)
-    model, _, checkpoint = load_classifier(str(tmp_path), LABELS, 0)
+    model, _, checkpoint = Classification().load(str(tmp_path), LABELS, 0)
     stored = load_file(tmp_path / "model.safetensors")
     assert_close(model.state_dict()["classifier.weight"], stored["classifier.weight"], rtol=0, atol=0)
     assert checkpoint.new == checkpoint.notes == () and model.config.problem_type is None
@@ -63,12 +63,13 @@ def test_a_checkpoint_may_lack_a_pooler_but_no_other_part_of_its_base_model(pool
     lost = "pooler" if pooler else "encoder.layer.1.output"
     save_file({n: x for n, x in load_file(file).items() if lost not in n}, file, metadata={"format": "pt"})
     if pooler:
-        assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(load_classifier(str(tmp_path), LABELS, 0)[2].new)
+        _, _, checkpoint = Classification().load(str(tmp_path), LABELS, 0)
+        assert {"bert.pooler.dense.weight", "classifier.weight"} <= set(checkpoint.new)
         return
     with pytest.raises(
         UserError, match=r"weights do not match config.json: 4 parameters .* such as bert.encoder.layer.1.output"
     ):
-        load_classifier(str(tmp_path), LABELS, 0)
+        Classification().load(str(tmp_path), LABELS, 0)
 
 
 def no_weights(folder: Path) -> None:
@@ -111,7 +112,7 @@ def no_package(folder: Path) -> None:
         (cut, "is damaged: it has [0-9]+ bytes instead of [0-9]+; download it again"),
         (lost_shard, "is missing; download it again"),
         (own_code, "requires remote code, which is not supported"),
-        (no_head, "no sequence classification head for 'clip'"),
+        (no_head, "no AutoModelForSequenceClassification for 'clip'"),
         (no_package, "cannot be loaded: .*aqlm"),
     ],
 )
@@ -128,12 +129,12 @@ def test_code_that_a_folder_brings_beside_a_known_model_is_not_run(tmp_path):
     change(tmp_path / "config.json", auto_map={"AutoModelForSequenceClassification": "mod.M", "AutoConfig": "mod.C"})
     change(tmp_path / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["mod.T", None]})
     (tmp_path / "mod.py").write_text("raise SystemExit('it was run')\n")
-    assert type(load_classifier(str(tmp_path), LABELS, 0)[0]) is transformers.BertForSequenceClassification
+    assert type(Classification().load(str(tmp_path), LABELS, 0)[0]) is transformers.BertForSequenceClassification
 
 
 def test_an_outline_has_the_model_s_modules_and_none_of_its_weights(tmp_path):
     tiny_bert(tmp_path)
-    outline, _ = outline_classifier(str(tmp_path), LABELS)
-    model, _, _ = load_classifier(str(tmp_path), LABELS, 0)
+    outline, _ = Classification().outline(str(tmp_path), LABELS)
+    model, _, _ = Classification().load(str(tmp_path), LABELS, 0)
     assert {n: x.shape for n, x in outline.named_parameters()} == {n: x.shape for n, x in model.named_parameters()}
     assert all(x.is_meta for x in outline.parameters())

@@ -16,8 +16,8 @@ from fedlora.errors import UserError
 from fedlora.exporting.write import to_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.models.loading import load_classifier
 from fedlora.models.targets import check_ranks, find_targets, head_modules
+from fedlora.tasks.classification import Classification
 from tiers import fast
 
 from architectures import CONFIGS, model_of
@@ -68,7 +68,7 @@ def test_head_and_factors_of_a_complete_checkpoint_are_exported_and_peft_compute
     adapter = moved(adapted)
     adapted.load_clients([adapter])
     own, tokenizer = logits(adapted.model), tiny_tokenizer("<unk>")
-    to_peft(adapter, tmp_path, 0.0, "base", adapted, LABELS, tokenizer)
+    to_peft(adapter, tmp_path, 0.0, "base", adapted, LABELS, tokenizer, "SEQ_CLS")
     assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), own, rtol=1e-4, atol=1e-5)
     assert (own - before).abs().max() > 1e-2
 
@@ -88,7 +88,7 @@ def test_the_head_of_a_checkpoint_without_one_is_that_of_a_complete_one_and_a_mi
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = tiny_tokenizer("<unk>", "<s>", "</s>", "<pad>", append="</s>", **names)
     config = model_of(kind).config
-    model, _, checkpoint = load_classifier(str(tiny_model(tmp_path, config, tokenizer)), LABELS, 0)
+    model, _, checkpoint = Classification().load(str(tiny_model(tmp_path, config, tokenizer)), LABELS, 0)
     assert head_modules(model, checkpoint.new) == head_modules(model, ())
     if kind == "bert":
         lost = [*checkpoint.new, "bert.pooler.dense.weight", "bert.pooler.dense.bias"]

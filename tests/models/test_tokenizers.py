@@ -8,7 +8,6 @@ import transformers
 from torch.testing import assert_close
 
 from fedlora.errors import UserError
-from fedlora.models.loading import load_classifier, outline_classifier
 from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Encoded
@@ -76,7 +75,7 @@ def test_a_decoders_head_reads_the_same_token_in_training_in_a_plain_base_and_in
     special = {"eos_token": append} if append else {"bos_token": "<s>"}
     folder = tiny_model(tmp_path / "model", LLAMA, tiny_tokenizer(*SPECIAL, append=append, **{**special, **names}))
     untouched = transformers.AutoTokenizer.from_pretrained(folder)
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     own, head = logits(model, tokenizer, TEXTS), head_of(model)
     assert_close(plain(folder, head, untouched, TEXTS, padded=False), own)
     model.save_pretrained(tmp_path / "saved")
@@ -90,7 +89,7 @@ def test_a_decoder_whose_config_has_a_pad_token_keeps_it_though_each_text_ends_w
     config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "pad_token_id": 2})
     names = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"}
     folder = tiny_model(tmp_path, config, tiny_tokenizer(*SPECIAL, append="</s>", **names))
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     own, head = logits(model, tokenizer, TEXTS), head_of(model)
     assert_close(plain(folder, head, transformers.AutoTokenizer.from_pretrained(folder), TEXTS, padded=False), own)
     assert_close(plain(folder, head, tokenizer, TEXTS, padded=True), own)
@@ -102,13 +101,13 @@ def test_a_pad_token_beyond_the_embeddings_is_not_used(pad, tmp_path):
     config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": len(tokenizer)})
     tokenizer.add_special_tokens({"pad_token": pad})
     folder = tiny_model(tmp_path, config, tokenizer)
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id < config.vocab_size
     assert logits(model, tokenizer, TEXTS).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "load", [lambda path: load_classifier(path, LABELS, 0), lambda path: outline_classifier(path, LABELS)]
+    "load", [lambda path: Classification().load(path, LABELS, 0), lambda path: Classification().outline(path, LABELS)]
 )
 @pytest.mark.parametrize(
     ("special", "added", "pad", "message"),
@@ -133,12 +132,12 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused_in_one_line(load, sp
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line(config, tmp_path):
     tiny_model(tmp_path, config)
     with pytest.raises(UserError, match=r"tokenizer.*with tokenizer.save_pretrained") as rejected:
-        load_classifier(str(tmp_path), LABELS, 0)
+        Classification().load(str(tmp_path), LABELS, 0)
     assert "\n" not in str(rejected.value)
 
 
 def test_texts_of_unknown_words_alone_are_refused(tmp_path):
-    _, tokenizer, _ = load_classifier(str(tiny_bert(tmp_path)), LABELS, 0)
+    _, tokenizer, _ = Classification().load(str(tiny_bert(tmp_path)), LABELS, 0)
     check_known(encoded(tokenizer, ["qqq", f"qqq {WORDS[0]}"]).features, tokenizer)
     with pytest.raises(UserError, match="has none of the texts"):
         check_known(encoded(tokenizer, ["qqq", "qqq qq"]).features, tokenizer)
@@ -150,7 +149,7 @@ def test_a_special_token_written_out_in_a_text_is_text(config, pieces, tmp_path)
     folder = tiny_model(tmp_path / "model", config, tiny_tokenizer(*SPECIAL, append="</s>", pieces=pieces, **names))
     texts = [*TEXTS, f"{WORDS[0]}</s> {WORDS[1]}", "</s>", f"<pad> {WORDS[2]} <s>"]
     before = transformers.AutoTokenizer.from_pretrained(folder)
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     examples = encoded(tokenizer, texts)
     rows = [
         examples.features["input_ids"][a:b].tolist() for a, b in zip(examples.starts, examples.starts[1:], strict=False)
@@ -216,7 +215,7 @@ def test_features_of_a_decoder_are_what_its_head_reads(pad, tmp_path):
     config = transformers.LlamaConfig(**{**LLAMA.to_dict(), "pad_token_id": pad})
     names = {"eos_token": "</s>", "bos_token": "<s>"}
     folder = tiny_model(tmp_path, config, tiny_tokenizer(*SPECIAL, append="</s>", **names, pad_token="<pad>"))
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     inputs, _ = encoded(tokenizer, TEXTS).batch(torch.arange(4), torch.device("cpu"))
     with torch.no_grad():
         assert_close(model.score(TASK.features(model.eval(), inputs)), model(**inputs).logits)
@@ -226,7 +225,7 @@ def test_features_of_a_decoder_are_what_its_head_reads(pad, tmp_path):
 def test_features_of_an_encoder_decoder_are_what_its_head_reads(config, tmp_path):
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     folder = tiny_model(tmp_path, config, tiny_tokenizer(*SPECIAL, append="</s>", **names))
-    model, tokenizer, _ = load_classifier(str(folder), LABELS, 0)
+    model, tokenizer, _ = Classification().load(str(folder), LABELS, 0)
     inputs, _ = encoded(tokenizer, TEXTS).batch(torch.arange(4), torch.device("cpu"))
     with torch.no_grad():
         assert_close(model.classification_head(TASK.features(model.eval(), inputs)), model(**inputs).logits)
@@ -234,14 +233,14 @@ def test_features_of_an_encoder_decoder_are_what_its_head_reads(config, tmp_path
 
 def test_the_kept_tokens_are_not_those_of_a_tokenizer_that_reads_special_tokens_in_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    _, tokenizer, _ = load_classifier(str(tiny_bert(tmp_path / "bert")), LABELS, 0)
+    _, tokenizer, _ = Classification().load(str(tiny_bert(tmp_path / "bert")), LABELS, 0)
     first = encoded(tokenizer, ["[SEP]", WORDS[0]])
     assert json.dumps(first.starts.tolist()) == json.dumps(encoded(tokenizer, ["[SEP]", WORDS[0]]).starts.tolist())
     assert first.lengths()[0] > 3 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_tokenizer_is_saved_the_same_whatever_it_was_used_for(tmp_path):
-    _, tokenizer = outline_classifier(str(tiny_bert(tmp_path / "bert")), LABELS)
+    _, tokenizer = Classification().outline(str(tiny_bert(tmp_path / "bert")), LABELS)
     tokenizer.save_pretrained(tmp_path / "before")
     Classification().encode(tokenizer, {"text": ["baba bab ba"], "label": [0]}, 3)
     tokenizer.save_pretrained(tmp_path / "after")

@@ -1,4 +1,4 @@
-"""Loads the examples of a run, a training and a test set with integer labels, from the configured source."""
+"""Loads the examples of a run, a training and a test set with their targets, from the configured source."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ import torch
 from fedlora.config.sections import Data
 from fedlora.data import memory
 from fedlora.data.examples import Columns, examples, row_of, where
-from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
+from fedlora.data.labels import LabelError, given_labels
 from fedlora.data.tables import STDLIB_DOCS, find
+from fedlora.data.targets import Targets
 from fedlora.errors import UserError
 from fedlora.randomness import generator
 
@@ -20,7 +21,8 @@ from fedlora.randomness import generator
 class LabelledData:
     """Training and test examples with the columns text, label, and, if configured, text_pair and user.
 
-    Labels are indices into `labels`. `user` is text; the test set has it only if its source does.
+    The column label has the task's targets, such as indices into `labels`. `user` is text; the test set has it only if its
+    source does.
     """
 
     train: datasets.Dataset
@@ -28,11 +30,11 @@ class LabelledData:
     labels: tuple[str, ...]
 
 
-def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
+def load(data: Data, seed: int, task: Targets, in_memory: Any = None) -> LabelledData:
     """The examples that `data` describes; deterministic for a given seed.
 
     Rows in memory replace `data.source`. The labels are those in `data.labels`, else those named by the hub or a
-    `labels.json`, else those that occur. All of the training and test set is validated before `rows` and `test_rows`
+    `labels.json`, else those that `task` finds. All of the training and test set is validated before `rows` and `test_rows`
     are drawn.
 
     Raises:
@@ -55,12 +57,12 @@ def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
         table, test_table = memory.find(in_memory, data.test, data.label)
     train, place = examples(table, data), where(table, data)
     test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
-    names = _given(data.labels) or table.labels or _found(train["label"], place, test.get("label", []), test_place)
-    train["label"] = _label_ids(train["label"], names, place)
+    names = _given(data.labels) or table.labels or _found(task, train["label"], place, test.get("label", []), test_place)
+    train["label"] = _targets(task, train["label"], names, place)
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
     else:
-        test["label"] = _label_ids(test["label"], names, test_place)
+        test["label"] = _targets(task, test["label"], names, test_place)
     return LabelledData(
         train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
         test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
@@ -68,7 +70,7 @@ def load(data: Data, seed: int, in_memory: Any = None) -> LabelledData:
     )
 
 
-def load_own(data: Data, file: str, labels: Sequence[str], seed: int) -> datasets.Dataset:
+def load_own(data: Data, file: str, labels: Sequence[str], seed: int, task: Targets) -> datasets.Dataset:
     """All examples of one client's own file, with the columns of `load` and the labels of the run.
 
     Raises:
@@ -76,7 +78,7 @@ def load_own(data: Data, file: str, labels: Sequence[str], seed: int) -> dataset
     """
     table, _ = find(file, None, data.label)
     columns = examples(table, data.model_copy(update={"user": None, "task": None}))
-    columns["label"] = _label_ids(columns["label"], labels, where(table, data))
+    columns["label"] = _targets(task, columns["label"], labels, where(table, data))
     return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
 
 
@@ -87,21 +89,20 @@ def _given(labels: list[str] | None) -> tuple[str, ...] | None:
         raise UserError(f"data.labels: {error}") from None
 
 
-def _found(train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
+def _found(task: Targets, train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
     try:
-        return found_labels(train, test)
+        return task.label_space(train, test)
     except LabelError as error:
         raise row_of(error, train, train_place) if error.label in train else row_of(error, test, test_place) from None
     except ValueError as error:
         raise UserError(f"{train_place}: {error}") from None
 
 
-def _label_ids(labels: list[str], names: Sequence[str], place: str) -> list[int]:
+def _targets(task: Targets, labels: list[str], names: Sequence[str], place: str) -> list[Any]:
     try:
-        ids = label_ids(labels, names)
+        return task.targets(labels, names)
     except LabelError as error:
         raise row_of(error, labels, place) from None
-    return [ids[label] for label in labels]
 
 
 def _split(columns: Columns, fraction: float, seed: int) -> tuple[Columns, Columns]:

@@ -7,27 +7,17 @@ from fedlora.config.experiment import Experiment
 from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
 
-_LOAD = """\
-```python
-import json
-from pathlib import Path
 
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+def model_card(
+    experiment: Experiment, base: str, tag: str, code: str, labels: Sequence[str], rows: Sequence[RoundRow]
+) -> str:
+    """Model card in Markdown.
 
-folder = Path()  # where this file is
-labels = dict(enumerate(json.loads((folder / "labels.json").read_text())))
-model = AutoPeftModelForSequenceClassification.from_pretrained(
-    folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True
-)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
-
-
-def model_card(experiment: Experiment, base: str, pad: int, labels: Sequence[str], rows: Sequence[RoundRow]) -> str:
-    """Model card in Markdown. `base` is the base model's name or path for PEFT; `rows` are the rows of the round log."""
+    `base` is the base model's name or path for PEFT, `tag` the hub's name of the task, `code` loads the adapter; `rows` are
+    the rows of the round log.
+    """
     hub = {} if Path(base).is_dir() else {"base_model": base}
-    front = {**hub, "library_name": "peft", "pipeline_tag": "text-classification", "tags": "[lora, federated-learning]"}
+    front = {**hub, "library_name": "peft", "pipeline_tag": tag, "tags": "[lora, federated-learning]"}
     row, data = experiment.method.row, experiment.data
     said = {
         "Base model": f"`{_public(experiment.model)}`",
@@ -41,7 +31,7 @@ def model_card(experiment: Experiment, base: str, pad: int, labels: Sequence[str
             "---",
             *(f"{key}: {value}" for key, value in front.items()),
             "---",
-            "# LoRA adapter for text classification",
+            f"# LoRA adapter for {tag.replace('-', ' ')}",
             "",
             "Trained by federated fine-tuning: each client's examples remained on that client.",
             "",
@@ -53,7 +43,7 @@ def model_card(experiment: Experiment, base: str, pad: int, labels: Sequence[str
             "",
             "## Load it",
             "",
-            _LOAD.format(classes=len(labels), pad=pad),
+            f"```python\n{code}```",
             "",
         ]
     )

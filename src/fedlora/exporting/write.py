@@ -30,12 +30,19 @@ def fixed(part: Factors) -> Product:
 
 
 def to_peft(
-    adapter: Adapter, folder: Path, dropout: float, base: str, adapted: AdaptedModel, labels: Sequence[str], tokenizer: Any
+    adapter: Adapter,
+    folder: Path,
+    dropout: float,
+    base: str,
+    adapted: AdaptedModel,
+    labels: Sequence[str],
+    tokenizer: Any,
+    peft_type: str,
 ) -> None:
     """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`, for the adapter with its head.
 
-    `adapted` describes the modules and their scaling; `base` and `dropout` are recorded. Existing files are replaced. PEFT
-    has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
+    `adapted` describes the modules and their scaling; `base`, `dropout` and PEFT's task type are recorded. Existing files
+    are replaced. PEFT has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
     """
     from peft import LoraConfig  # takes a second to import
 
@@ -54,7 +61,7 @@ def to_peft(
         metadata={"format": "pt"},
     )
     LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=peft_type,
         base_model_name_or_path=base,
         inference_mode=True,
         r=common,

@@ -65,7 +65,7 @@ class AdaptedModel:
             rank_pattern=ranks,
             weight=self._base.pretrained,
             features=getattr(config, "hidden_size", 0),
-            classes=getattr(config, "num_labels", 0),
+            classes=len(getattr(config, "id2label", None) or ()),
             scaling=scaling,
         )
 

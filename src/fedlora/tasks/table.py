@@ -1,14 +1,19 @@
-"""The kinds of tasks."""
+"""The table of tasks."""
 
 from collections.abc import Mapping
+from functools import cache
 
-from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Task
 
-TASKS: Mapping[str, Task] = {"classification": Classification()}
-"""Each value of the setting `task.kind`, and its task."""
+
+@cache
+def tasks() -> Mapping[str, Task]:
+    """Each value of the setting `task.kind`, and its task."""
+    from fedlora.tasks.classification import Classification  # imports transformers, which takes seconds
+
+    return {"classification": Classification()}
 
 
 def task_of(kind: str) -> Task:
     """The task of this kind."""
-    return TASKS[kind]
+    return tasks()[kind]

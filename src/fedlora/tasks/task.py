@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from fedlora.data.targets import Targets
 from fedlora.messages import Statistics
-from fedlora.models.loading import Checkpoint
+from fedlora.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,13 @@ class Encoded:
 
 
 @runtime_checkable
-class Task(Protocol):
+class Task(Targets, Protocol):
     """A kind of task. `labels` are the names of the labels, empty for a task without labels."""
+
+    peft_type: str
+    """PEFT's `task_type`."""
+    pipeline_tag: str
+    """The hub's name of the task, such as "text-classification"."""
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
         """The model, its tokenizer, and facts about its weights on disk."""
@@ -70,6 +76,9 @@ class Task(Protocol):
 
     def metrics(self, statistics: Statistics) -> Mapping[str, float]:
         """The metrics of the examples, `loss` (the mean loss) among them."""
+
+    def loading_code(self, labels: Sequence[str], pad: int) -> str:
+        """A Python program that loads the exported adapter and its tokenizer; `pad` is the id of the pad token."""
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features of each example of a batch [rows, width]."""
