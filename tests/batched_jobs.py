@@ -12,7 +12,7 @@ from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.features import try_packing
 from fedlora.train.job import Job
 
@@ -24,7 +24,7 @@ RANKS = (2, 4, 1, 4)
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory) -> tuple[AdaptedModel, Encoded]:
+def session(tmp_path_factory) -> tuple[AdaptedModel, Examples]:
     """A model that packs its examples; test_packing.py compares with padded ones."""
     folder = tmp_path_factory.mktemp("batched")
     model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)

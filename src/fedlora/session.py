@@ -28,7 +28,7 @@ from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.table import task_of
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.train import hardware
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.features import try_packing
@@ -201,7 +201,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
 
 def encoded(
     task: Task, model: Any, tokenizer: Any, federated_data: FederatedData, max_length: int
-) -> tuple[Encoded, Encoded]:
+) -> tuple[Examples, Examples]:
     """Tokenizes the training and the test examples for the model.
 
     Raises:

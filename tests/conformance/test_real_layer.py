@@ -28,7 +28,7 @@ from fedlora.models.targets import head_modules, norm_modules
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.features import try_packing
 from fedlora.train.local import LocalTrainer
 
@@ -132,7 +132,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     head: tuple[str, ...]
-    examples: Encoded
+    examples: Examples
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     return Game(trainer, views, states, loaded)
 
 
-def trainer_of(adapted: AdaptedModel, examples: Encoded, clients: Sequence[ClientInfo]) -> LocalTrainer:
+def trainer_of(adapted: AdaptedModel, examples: Examples, clients: Sequence[ClientInfo]) -> LocalTrainer:
     """Two clients in a step; each has three examples held out, and the rest are the test set."""
     rows = dict(zip([client.id for client in clients], torch.arange(sum(SIZES)).split(SIZES), strict=True))
     rest = torch.arange(sum(SIZES), len(examples)).split(3)

@@ -18,7 +18,7 @@ from fedlora.models.layout import Layout
 from fedlora.models.packing import Packing
 from fedlora.models.targets import norm_modules
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
@@ -184,7 +184,7 @@ def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first
         assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
 
 
-def evaluated(adapted: AdaptedModel, examples: Encoded, some: Any, works: bool) -> list[float]:
+def evaluated(adapted: AdaptedModel, examples: Examples, some: Any, works: bool) -> list[float]:
     adapted.packing.works = works
     try:
         asked = [(job.rows, job.request.start) for job in some]

@@ -18,7 +18,7 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.models.adapted import AdaptedModel
 from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
@@ -52,7 +52,7 @@ def trainer(request, session) -> tuple[AdapterSpec, ClientResult]:  # noqa: F811
     return adapted.spec, lambda one: answered(local, one) if isinstance(one, Fit) else local.gradient(WHO, one)
 
 
-def local_trainer(adapted: AdaptedModel, examples: Encoded) -> LocalTrainer:
+def local_trainer(adapted: AdaptedModel, examples: Examples) -> LocalTrainer:
     rows = {WHO.id: torch.arange(9)}
     return LocalTrainer(
         adapted, TASK, examples, rows, rows, examples, Train(batch_size=4), eval_batch_size=8, clients_per_step=2
@@ -231,7 +231,9 @@ def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(
     adapted, examples = session
     start = parts_of(kind, adapted.spec)
     factors_of = frozenset(key.rpartition(".")[2] for key in pack(start))
-    monkeypatch.setattr(Classification, "losses", lambda self, model, inputs, _: 0 * model(**inputs).logits.sum(1))
+    monkeypatch.setattr(
+        Classification, "losses", lambda self, model, inputs, _: (0 * model(**inputs).logits.sum(1), torch.ones(len(_)))
+    )
     seen: list[dict[str, Tensor]] = []
 
     def penalty(live: Tensors) -> Tensor:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from fedlora.errors import UserError
 from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_tokenizer
 
@@ -34,7 +34,7 @@ T5 = transformers.T5Config(num_layers=1, num_heads=2, d_ff=24, d_kv=8, decoder_s
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 
 
-def encoded(tokenizer, texts: list[str], max_length: int = 32) -> Encoded:
+def encoded(tokenizer, texts: list[str], max_length: int = 32) -> Examples:
     return TASK.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
 
 

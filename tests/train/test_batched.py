@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from batched_jobs import RANKS, ROWS, TASK, drawn, jobs, routed, session  # noqa: F401  (a fixture)
@@ -15,7 +15,9 @@ from fedlora.config.sections import Train
 from fedlora.linalg.lowrank import Experts, LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.tasks.task import Encoded
+from fedlora.models.dropout import ClientDropout
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
@@ -24,7 +26,7 @@ from tiny import LABELS
 
 
 def both(
-    session: tuple[AdaptedModel, Encoded], wanted: list[Job], settings: Train, tokens: int
+    session: tuple[AdaptedModel, Examples], wanted: list[Job], settings: Train, tokens: int
 ) -> list[tuple[Trained, Trained]]:
     """Each job's result, trained with all others and alone."""
     adapted, examples = session
@@ -172,3 +174,26 @@ def test_clients_evaluated_together_are_evaluated_as_if_alone(session):
     assert [score and score.examples for score in three] == [9, 21, None, 10]
     for left, right in zip(one, three, strict=True):
         assert_close(left and dict(left.sums), right and dict(right.sums), rtol=1e-5, atol=1e-6)
+
+
+class Doubled(Classification):
+    """Counts each example of the first label as two targets of the same loss."""
+
+    def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found, ones = super().losses(model, inputs, targets)
+        targets_of_each = ones + (targets == 0)
+        return found * targets_of_each, targets_of_each
+
+
+def test_an_example_with_two_targets_counts_twice(session, monkeypatch):
+    monkeypatch.setattr(ClientDropout, "_dropout", lambda self, x, *_, **__: x)  # its masks would depend on the rows
+    adapted, examples = session
+    settings, wanted = Train(batch_size=64, lr=0.1, optimizer="sgd"), jobs(adapted)
+    ours = train_together(adapted, Doubled(), examples, wanted, settings, 100_000)
+    for job, found in zip(wanted, ours, strict=True):
+        again = job.rows[examples.targets[job.rows] == 0]
+        twice = replace(job, rows=torch.cat([job.rows, again]))
+        (expected,) = train_together(adapted, TASK, examples, [twice], settings, 100_000)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert_close(pack(found.adapter), pack(expected.adapter), rtol=1e-4, atol=1e-6)
+    assert any((examples.targets[job.rows] == 0).any() for job in wanted)

@@ -13,7 +13,7 @@ from fedlora.config.sections import Train
 from fedlora.messages import ClientInfo
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.features import features
 from fedlora.train.local import LocalTrainer
 
@@ -23,11 +23,11 @@ LENGTHS = (3, 9, 1, 5, 9, 2, 7)
 SHAPE = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
 
 
-def encoded() -> Encoded:
+def encoded() -> Examples:
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     ids = torch.randint(5, 50, (int(starts[-1]),), generator=torch.Generator().manual_seed(0))
     parts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Encoded(parts, starts, torch.arange(len(LENGTHS)) % 3, {"input_ids": 0, "attention_mask": 0})
+    return Examples(parts, starts, torch.arange(len(LENGTHS)) % 3, {"input_ids": 0, "attention_mask": 0})
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])

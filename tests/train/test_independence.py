@@ -20,7 +20,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.targets import head_modules
 from fedlora.rounds.progress import NullProgress
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
@@ -44,8 +44,9 @@ COARSE = ("bloom", "flaubert", "gpt_neo", "gptj", "xlm")
 class Exact(Classification):
     """With losses in the precision of the model."""
 
-    def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(model(**inputs).logits, targets, reduction="none")
+    def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found = functional.cross_entropy(model(**inputs).logits, targets, reduction="none")
+        return found, torch.ones_like(found)
 
 
 def adapted_of(kind: str, dtype: torch.dtype, targets: str | None = "all-linear") -> AdaptedModel:
@@ -55,7 +56,7 @@ def adapted_of(kind: str, dtype: torch.dtype, targets: str | None = "all-linear"
     return adapted
 
 
-def examples_of(kind: str, folder: Any) -> Encoded:
+def examples_of(kind: str, folder: Any) -> Examples:
     table = columns(tiny_rows(folder / "rows.jsonl", 20), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
     return Classification().encode(tokenizer_of(kind), table, 64)

@@ -20,7 +20,7 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Classification
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.batches import epoch
 from fedlora.train.evaluate import score
@@ -39,7 +39,7 @@ class Setup:
     model: nn.Module
     tokenizer: Any
     texts: list[str]
-    examples: Encoded
+    examples: Examples
     adapted: AdaptedModel
     start: Adapter
 

@@ -15,7 +15,7 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.models.tokenizers import cached_tokens, reads_last_token
 from fedlora.tasks.confusion import confusion_metrics
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 
 _LOAD = """\
 import json
@@ -60,18 +60,19 @@ class Classification:
         """The same model without its weights; see `outline_model`."""
         return outline_model(source, transformers.AutoModelForSequenceClassification, _settings(labels))
 
-    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
+    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
         """Encodes the columns `text`, `label` and, for pairs, `text_pair`, truncated to `max_length` tokens."""
         if not len(columns["text"]):
-            return Encoded({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
+            return Examples({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
         texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
         features = cached_tokens(tokenizer, texts, max_length)
         starts, padding = features.pop("starts"), {"input_ids": tokenizer.pad_token_id}
-        return Encoded(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
+        return Examples(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
 
-    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """Cross-entropy of each example, in fp32."""
-        return functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each example, in fp32, and ones."""
+        found = functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
+        return found, torch.ones_like(found)
 
     def measure(
         self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]

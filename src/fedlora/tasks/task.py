@@ -14,7 +14,7 @@ from fedlora.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Examples:
     """Examples as token ids: a flat tensor for each model input, and the offsets at which examples start in all of them."""
 
     features: Mapping[str, Int[Tensor, " tokens"]]
@@ -54,11 +54,14 @@ class Task(Targets, Protocol):
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
         """The model without its weights, and its tokenizer."""
 
-    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Encoded:
+    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
         """Examples as token ids."""
 
-    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """The loss of each example of a batch [rows]."""
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of each example's losses, and their number, which is not zero [rows]: one for each of its targets.
+
+        An example's losses do not depend on the other examples of the batch.
+        """
 
     def measure(
         self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]

@@ -10,7 +10,7 @@ from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import derive
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import micro_batches
@@ -20,7 +20,7 @@ from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimi
 def train_together(
     adapted: AdaptedModel,
     task: Task,
-    examples: Encoded,
+    examples: Examples,
     jobs: Sequence[Job],
     settings: Train,
     max_tokens: int,
@@ -28,6 +28,7 @@ def train_together(
 ) -> list[Trained]:
     """Trains each client according to its request, with a new optimizer, independently of the other clients.
 
+    A step descends the mean of all losses of the client's batch, of which an example may have several (`Task.losses`).
     All requests have the same `step_key`. One step takes the next batch of every client that still has one; factors,
     heads and optimizer states have a client axis. The base processes the batches in micro-batches of at most
     `max_tokens` (padding included) with batches of similar length; a single batch is never split. The order of a
@@ -49,7 +50,7 @@ def train_together(
     generators = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
     steps = [job.steps(settings) for job in jobs]
     last_epoch = [n - min(n, job.steps_per_epoch(settings)) for n, job in zip(steps, jobs, strict=True)]
-    losses, counts = torch.zeros(len(jobs), device=device), [0] * len(jobs)
+    losses, counts = torch.zeros(2, len(jobs), device=device)
     done: dict[int, Adapter] = {}
     active = list(range(len(jobs)))
 
@@ -77,19 +78,20 @@ def train_together(
                 inputs, targets = examples.batch(rows, device)
                 client_dropout.next_pass([generators[i] for i in present], [sizes[place] for place in places])
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
-                    each = task.losses(adapted.model, inputs, targets)
+                    sums, terms = task.losses(adapted.model, inputs, targets)
                 real = real.to(device)
-                each = each.view(real.shape) * real
-                objective = (each.sum(1) / real.sum(1)).sum()
+                own, own_terms = ((x.view(real.shape) * real).sum(1) for x in (sums, terms))
+                objective = (own / own_terms).sum()
                 for place, i in zip(places, present, strict=True):
                     if requests[i].penalties:
                         live = adapted.tensors(place, requests[i].start)
                         objective = sum((penalty(live) for penalty in requests[i].penalties), objective)
                 objective.backward()  # type: ignore[no-untyped-call]
                 counted = torch.tensor([step >= last_epoch[i] for i in present], device=device)
-                losses[torch.tensor(present, device=device)] += each.detach().sum(1) * counted
+                at = torch.tensor(present, device=device)
+                losses[at] += own.detach() * counted
+                counts[at] += own_terms * counted
             for place, i in enumerate(active):
-                counts[i] += len(batches[place]) * (step >= last_epoch[i])
                 adapted.add_to_gradient(place, requests[i].correction or {}, requests[i].train)
             for part in masked:
                 part.clear_gradient()
@@ -100,5 +102,5 @@ def train_together(
             for part in masked:
                 part.restore()
     done |= {i: read(place, i) for place, i in enumerate(active)}
-    means = (losses.cpu() / torch.tensor(counts)).tolist()
+    means = (losses / counts).cpu().tolist()
     return [Trained(done[i], means[i], steps[i]) for i in range(len(jobs))]

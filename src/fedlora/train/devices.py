@@ -15,7 +15,7 @@ from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
-from fedlora.tasks.task import Encoded
+from fedlora.tasks.task import Examples
 from fedlora.train.local import LocalTrainer
 
 
@@ -78,7 +78,7 @@ class MultiDeviceTrainer:
         return self._here.max_tokens
 
     @property
-    def test(self) -> Encoded:
+    def test(self) -> Examples:
         """The global test set."""
         return self._here.test
 

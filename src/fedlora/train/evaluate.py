@@ -7,12 +7,12 @@ import torch
 from fedlora.adapter import Adapter
 from fedlora.messages import Statistics
 from fedlora.models.adapted import AdaptedModel
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.train.batches import collate_clients
 
 
 def score(
-    adapted: AdaptedModel, task: Task, examples: Encoded, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
+    adapted: AdaptedModel, task: Task, examples: Examples, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
 ) -> list[Statistics]:
     """Each adapter's statistics on its own examples, given as rows [rows]; the adapters share forward passes.
 

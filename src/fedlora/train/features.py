@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedlora.models.adapted import AdaptedModel
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 
 
 def features(
-    adapted: AdaptedModel, task: Task, examples: Encoded, rows: Int[Tensor, " rows"], batch_size: int
+    adapted: AdaptedModel, task: Task, examples: Examples, rows: Int[Tensor, " rows"], batch_size: int
 ) -> Float[Tensor, "rows width"]:
     """The task's features of the examples, in the order of `rows`, without any adapter or dropout, fp32 on the CPU.
 
@@ -41,7 +41,7 @@ def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: i
 
     def outputs() -> Tensor:
         found = task.features(adapted.model, inputs)
-        return torch.cat([found, task.losses(adapted.model, inputs, targets)[:, None].to(found)], 1)
+        return torch.cat([found, task.losses(adapted.model, inputs, targets)[0][:, None].to(found)], 1)
 
     with torch.inference_mode():
         adapted.packing.try_out(outputs, examples.lengths().view(2, -1), torch.finfo(parameter.dtype).eps ** 0.5)

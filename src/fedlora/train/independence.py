@@ -14,7 +14,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel
 from fedlora.randomness import generator
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.job import Job
@@ -62,7 +62,7 @@ class _Trial:
 
     adapted: AdaptedModel
     task: Task
-    examples: Encoded
+    examples: Examples
     jobs: Sequence[Job]
 
     @staticmethod

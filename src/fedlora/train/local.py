@@ -13,7 +13,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
 from fedlora.models.structure import structure
 from fedlora.randomness import derive
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import features
@@ -30,10 +30,10 @@ class LocalTrainer:
 
     adapted: AdaptedModel
     task: Task
-    examples: Encoded
+    examples: Examples
     rows: Mapping[str, torch.Tensor]
     held_out: Mapping[str, torch.Tensor]
-    test: Encoded
+    test: Examples
     settings: Train
     eval_batch_size: int
     clients_per_step: int = 1

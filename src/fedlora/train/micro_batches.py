@@ -8,7 +8,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
-from fedlora.tasks.task import Encoded, Task
+from fedlora.tasks.task import Examples, Task
 
 
 def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> Iterator[list[int]]:
@@ -26,7 +26,7 @@ def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> Iterator
     yield sorted(group)
 
 
-def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Encoded, start: Adapter) -> int:
+def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start: Adapter) -> int:
     """Bytes that a training pass stores for its backward pass, per token of the longest example; 1 without examples."""
     if len(examples) == 0:
         return 1
