@@ -1,5 +1,6 @@
 """Summaries of many clients' scores."""
 
+import math
 import statistics
 
 import pytest
