@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Dense, lora_init
+from fedlora.adapter import Adapter, lora_init
 from fedlora.data.files import columns
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
 from fedlora.train.features import try_packing

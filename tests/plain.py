@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Dense, Factors, pack
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.adapter import Adapter, pack
+from fedlora.linalg.lowrank import LowRank
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.table import Factors
+from fedlora.parts.three_factor import ThreeFactor
 
 
 def dense(part: Factors) -> Tensor:

@@ -3,13 +3,16 @@
 import ast
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import fedlora
 from fedlora.methods.table import TABLE
+from fedlora.parts.table import Part
 
 ROOT = Path(fedlora.__file__).parent
 
@@ -42,8 +45,27 @@ def test_linalg_knows_tensors_only():
         assert "client" not in (ROOT / file).read_text().lower(), file
 
 
+def test_the_layer_and_what_loads_it_name_no_factor_of_a_part():
+    kinds = [kind for kind in get_args(Part) if not kind.in_head]
+    factors, names = {factor.name for kind in kinds for factor in fields(kind)}, {kind.__name__ for kind in kinds}
+    for file in ("adapted", "layers", "requests", "structure"):
+        for node in ast.walk(ast.parse((ROOT / "models" / f"{file}.py").read_text())):
+            assert not (isinstance(node, ast.Attribute) and node.attr in factors), f"{file}: {ast.unparse(node)}"
+            assert not (isinstance(node, ast.Constant) and node.value in factors), f"{file}: {ast.unparse(node)}"
+            assert not (isinstance(node, ast.Name) and node.id in names - {"LowRank"}), f"{file}: {node.id}"  # base updates
+
+
 def test_methods_know_neither_models_nor_rounds():
-    allowed = ("linalg", "adapter", "messages", "method", "methods", "randomness", "ranges")  # ranges: of their settings
+    allowed = (
+        "linalg",
+        "parts",
+        "adapter",
+        "messages",
+        "method",
+        "methods",
+        "randomness",
+        "ranges",
+    )  # ranges: of their settings
     for file, names in imports("methods").items():
         own = {n for n in names if within(n, "fedlora")}
         assert all(within(n, *(f"fedlora.{part}" for part in allowed)) for n in own), file

@@ -1,21 +1,24 @@
 """A problem small enough to reason about: least squares on non-square modules, and a trainer without a transformer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
+from fedlora.adapter import Adapter, AdapterSpec, pack
 from fedlora.config.sections import Evaluate, Sampling
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.method import AnyMethod
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.requests import check_request, check_update
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.table import Factors
 from fedlora.randomness import generator
 from fedlora.rounds.loop import Plan
 from fedlora.rounds.simulate import SimulationBackend
@@ -104,7 +107,7 @@ class ToyTrainer:
                 loss = loss + penalty(pack(live))
             for (name, key), gradient in zip(trained, torch.autograd.grad(loss, leaves), strict=True):
                 if (constant := (request.correction or {}).get(f"{name}.{key}")) is not None:
-                    gradient = gradient + constant * (scales.get(name, 1.0) if key == "b" else 1.0)
+                    gradient = gradient + constant * request.start[name].unit(key, scales.get(name, 1.0))
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
                 parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
@@ -299,8 +302,8 @@ def _leaves(part: Factors, train: frozenset[str]) -> dict[str, Tensor]:
 
 
 def _times(part: Factors, scale: float) -> Factors:
-    """The part with b so many times as large."""
-    return part if isinstance(part, Dense) else replace(part, b=scale * part.b)
+    """The part whose trained factors these are, at that scale."""
+    return type(part)(**{factor: x * part.unit(factor, scale) for factor, x in vars(part).items()})
 
 
 def _restore(after: Adapter, request: Fit) -> Adapter:

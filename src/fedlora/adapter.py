@@ -3,27 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
+from fedlora.parts.table import Factors, Kind
 from fedlora.randomness import generator
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Parameter trained without factorization, of any shape: a weight or a bias of the task head."""
-
-    w: Tensor
-
-
-Factors = LowRank | ThreeFactor | Heads | Experts | Dense
 Adapter = Mapping[str, Factors]
-Kind = TypeVar("Kind", LowRank, ThreeFactor, Heads, Experts, Dense)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, pack
+from fedlora.adapter import Adapter, AdapterSpec, pack
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.write import to_merged, to_peft, unfit
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.methods.row import Row
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.three_factor import ThreeFactor
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.tasks.classification import Classification

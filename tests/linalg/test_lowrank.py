@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor, block_diagonal
+from fedlora.linalg.lowrank import LowRank, block_diagonal
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.three_factor import ThreeFactor
 
 BATCHES = [(), (4,), (2, 3)]
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, AdapterSpec, pack, unpack
-from fedlora.linalg.lowrank import LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained
 from fedlora.methods.fed_sb import FedSB, decomposed
 from fedlora.methods.table import TABLE
+from fedlora.parts.three_factor import ThreeFactor
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 

@@ -9,10 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, lora_init, pack, pick
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Trained, Upload
 from fedlora.methods.fedlease import Allocation, FedLEASE
 from fedlora.methods.table import TABLE
+from fedlora.parts.experts import Experts
 from fedlora.rounds.loop import RunState, one_round
 
 from merging import merge

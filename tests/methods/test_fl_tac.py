@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import Dense, Scaling, lora_init, pack, pick
+from fedlora.adapter import Scaling, lora_init, pack, pick
 from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
@@ -16,6 +16,7 @@ from fedlora.messages import ClientInfo, Merged, Reply, Round, Upload
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.fl_tac import FLTAC, Clusters
 from fedlora.methods.wrap.head import with_head
+from fedlora.parts.dense import Dense
 from fedlora.rounds.simulate import SimulationBackend
 
 from merging import merge

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora.adapter import Dense, pack, unpack
+from fedlora.adapter import pack, unpack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Upload
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
+from fedlora.parts.dense import Dense
 
 from uploads import SPEC, dense, drifted, mean_product, merged_by, off, replies_of_ranks, truncated, update
 

@@ -8,10 +8,10 @@ import torch
 from torch.testing import assert_close
 
 from fedlora.adapter import Tensors, pick
-from fedlora.linalg.lowrank import Heads
 from fedlora.linalg.sparse import pack_positions
 from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained
 from fedlora.methods.ravan import Cores, Ravan, chosen, others, own_heads
+from fedlora.parts.heads import Heads
 from fedlora.rounds.simulate import SimulationBackend
 
 from merging import merge

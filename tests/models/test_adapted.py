@@ -15,13 +15,18 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Dense, Factors, lora_init
+from fedlora.adapter import Adapter, lora_init
 from fedlora.errors import UserError
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.base_weights import add_to_weight, dense_weight
 from fedlora.models.layers import LoraLayer
 from fedlora.models.targets import head_modules, norm_modules
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.table import Factors
+from fedlora.parts.three_factor import ThreeFactor
 
 from plain import pass_by_pass
 
@@ -82,7 +87,7 @@ def gradients(model: nn.Module, names: Adapter) -> dict[str, tuple[Tensor, Tenso
 
 
 def own_gradients(adapted: AdaptedModel, client: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (layer.b.grad[client], layer.a.grad[client]) for name, layer in adapted.layers.items()}
+    return {name: (layer.part.b.grad[client], layer.part.a.grad[client]) for name, layer in adapted.layers.items()}
 
 
 def assert_near(found: Mapping[str, tuple[Tensor, Tensor]], expected: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -230,10 +235,10 @@ def dense(net: Net, x: Tensor, parts: Adapter) -> Tensor:
 def gradients_of_the_factors(adapted: AdaptedModel, client: int = 0) -> dict[str, Tensor]:
     """Of each trained parameter of a client, of b in our own scale."""
     return {
-        f"{name}.{factor}": parameter.grad[client] / (layer.scale[client] if factor == "b" else 1)
+        f"{name}.{factor}": parameter.grad[client] / layer.part.unit(factor, layer.scale[client])
         for name, layer in adapted.layers.items()
-        for factor, parameter in layer.named_parameters(recurse=False)
-        if parameter.grad is not None
+        for factor, parameter in vars(layer.part).items()
+        if parameter.requires_grad
     }
 
 
@@ -296,8 +301,8 @@ def test_alpha_scales_how_a_middle_factor_learns_only_between_trained_factors(al
     parts = {name: ThreeFactor(**{k: leaves[f"{name}.{k}"] for k in "bca"}) for name in start}
     dense(adapted_net(adapted), x, parts).square().sum().backward()
     for name, layer in adapted.layers.items():
-        assert_close(layer.c.grad[0], leaves[f"{name}.c"].grad)
-        step = layer.b.grad[0] * layer.scale[0]  # of our b, for a learning rate of 1
+        assert_close(layer.part.c.grad[0], leaves[f"{name}.c"].grad)
+        step = layer.part.b.grad[0] * layer.scale[0]  # of our b, for a learning rate of 1
         assert_close(step, (alpha / 6) ** 2 * leaves[f"{name}.b"].grad)
 
 
@@ -368,7 +373,7 @@ def test_a_pass_for_each_expert_computes_and_learns_as_one_for_each_slot_and_exp
     expected.square().sum().backward()
     wanted = {f"{name}.{k}": v.grad for name, tensors in leaves.items() for k, v in tensors.items() if k in "bag"}
     assert_close(gradients_of_the_factors(adapted), wanted)  # and none of the other experts
-    assert all(layer.others_b is not None and layer.others_b.grad is None for layer in adapted.layers.values())
+    assert all(layer.part.others_b.grad is None for layer in adapted.layers.values())
 
 
 def test_the_router_sees_the_input_before_dropout_and_the_experts_after():

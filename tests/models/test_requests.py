@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from batched_jobs import drawn, jobs, session  # noqa: F401  (a fixture)
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, pack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack
 from fedlora.config.sections import Train
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.models.adapted import AdaptedModel
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.three_factor import ThreeFactor
 from fedlora.rounds.client import ClientStart, train_clients
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples

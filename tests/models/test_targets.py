@@ -10,13 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, Dense, lora_init
+from fedlora.adapter import Adapter, lora_init
 from fedlora.config.sections import Lora
 from fedlora.errors import UserError
 from fedlora.exporting.write import to_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import check_ranks, find_targets, head_modules
+from fedlora.parts.dense import Dense
 from fedlora.tasks.classification import Classification
 from tiers import fast
 

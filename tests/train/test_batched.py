@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from batched_jobs import RANKS, ROWS, TASK, drawn, jobs, routed, session  # noqa: F401  (a fixture)
 from fedlora.adapter import Tensors, pack, pick, unpack
 from fedlora.config.sections import Train
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
+from fedlora.parts.experts import Experts
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
@@ -123,8 +124,8 @@ def test_ranks_that_only_other_clients_have_stay_zero(session):
     some = [replace(job, rows=ROWS[0]) for job in jobs(adapted, (2, 4))]
     train_together(adapted, TASK, examples, some, Train(batch_size=4, lr=1e-2, weight_decay=0.1), 1000)
     for layer in adapted.layers.values():
-        assert not layer.b[0, :, 2:].any() and not layer.a[0, 2:].any()
-        assert layer.b[0, :, :2].all() and layer.b[1].all()
+        assert not layer.part.b[0, :, 2:].any() and not layer.part.a[0, 2:].any()
+        assert layer.part.b[0, :, :2].all() and layer.part.b[1].all()
 
 
 def test_a_base_in_bf16_trains_fp32_factors_to_nearly_the_same_place(session):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from batched_jobs import jobs, session  # noqa: F401  (a fixture)
-from fedlora.adapter import Dense, pack
+from fedlora.adapter import pack
 from fedlora.config.sections import Train
-from fedlora.linalg.lowrank import Heads, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Gradient
 from fedlora.models.layers import LoraLayer
+from fedlora.parts.dense import Dense
+from fedlora.parts.heads import Heads
 from fedlora.tasks.classification import Classification
 from fedlora.train.batched import train_together
 from fedlora.train.local import LocalTrainer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.adapter import Adapter, Dense, Scaling, lora_init, pack
+from fedlora.adapter import Adapter, Scaling, lora_init, pack
 from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.config.sections import Train
@@ -18,6 +18,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.targets import head_modules
+from fedlora.parts.dense import Dense
 from fedlora.rounds.progress import NullProgress
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
@@ -107,7 +108,7 @@ def test_ordinary_models_train_clients_together_without_padding(kind, precision)
     adapted = adapted_of(kind, precision)
     assert safe_clients_per_step(adapted, Classification(), tokenizer_of(kind), 9, 128) == 9
     assert adapted.packing.works
-    assert all(layer.b is None for layer in adapted.layers.values())  # the model is as it was
+    assert all(layer.part is None for layer in adapted.layers.values())  # the model is as it was
 
 
 @pytest.mark.parametrize(("precision", "packed"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])

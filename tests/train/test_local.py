@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fedlora.adapter import Adapter, Dense, lora_init, pack
+from fedlora.adapter import Adapter, lora_init, pack
 from fedlora.config.sections import Train
 from fedlora.data.files import columns
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
+from fedlora.parts.dense import Dense
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples

@@ -20,6 +20,6 @@ def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(ses
     found = bytes_per_token(adapted, TASK, examples, drawn(adapted, 4, 0))
     hidden, layers = 32, 2
     assert 4 * hidden * layers * 8 < found < 4 * hidden * layers * 80
-    assert all(layer.b is None for layer in adapted.layers.values())  # the model is as it was
+    assert all(layer.part is None for layer in adapted.layers.values())  # the model is as it was
     nothing = replace(examples, starts=examples.starts[:1])
     assert bytes_per_token(adapted, TASK, nothing, drawn(adapted, 4, 0)) == 1

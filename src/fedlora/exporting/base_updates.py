@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedlora.adapter import Adapter, Dense
-from fedlora.exporting.write import fixed
+from fedlora.adapter import Adapter
+from fedlora.exporting.write import two_factors
 from fedlora.linalg.combine import stack
 from fedlora.linalg.fit import recompress
 from fedlora.linalg.lowrank import LowRank
@@ -13,9 +13,7 @@ def with_base_updates(view: Adapter, base_updates: Sequence[Mapping[str, LowRank
     """Combines the adapter and the base updates in one adapter, of the numerical rank of their sum."""
     return {
         name: part
-        if isinstance(part, Dense) or not any(name in base_update for base_update in base_updates)
-        else recompress(
-            stack([(1.0, one) for one in (fixed(part).as_two_factors(), *(f[name] for f in base_updates if name in f))])
-        )
+        if part.in_head or not any(name in base_update for base_update in base_updates)
+        else recompress(stack([(1.0, one) for one in (two_factors(part), *(f[name] for f in base_updates if name in f))]))
         for name, part in view.items()
     }

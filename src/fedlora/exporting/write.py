@@ -10,23 +10,25 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedlora.adapter import Adapter, Dense, Factors
-from fedlora.linalg.lowrank import Experts, Product
+from fedlora.adapter import Adapter
+from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base_weights import add_to_weight
+from fedlora.parts.table import Part
 
 
 def unfit(adapter: Adapter) -> str | None:
     """Reason why PEFT and transformers cannot represent the adapter; None if they can."""
-    if any(isinstance(part, Experts) for part in adapter.values()):
+    if any(not part.in_head and part.input_dependent for part in adapter.values()):
         return "input-dependent mixtures of experts cannot be represented as a PEFT adapter or a merged weight"
     return None
 
 
-def fixed(part: Factors) -> Product:
-    """Narrows the type of factors to those of one matrix; see `unfit`."""
-    assert not isinstance(part, Dense | Experts)
-    return part
+def two_factors(part: Part) -> LowRank:
+    """The part's matrix as two factors; the part must not be `unfit`."""
+    found = part.as_two_factors()
+    assert found is not None
+    return found
 
 
 def to_peft(
@@ -48,9 +50,9 @@ def to_peft(
 
     scaling = adapted.spec.scaling
     assert scaling.alpha is not None, "the scale must be one that PEFT can compute"
-    factors = {name: fixed(part).as_two_factors() for name, part in adapter.items() if not isinstance(part, Dense)}
+    factors = {name: two_factors(part) for name, part in adapter.items() if not part.in_head}
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
-    tensors = {f"{name}": part.w for name, part in adapter.items() if isinstance(part, Dense)}
+    tensors = {name: part.w for name, part in adapter.items() if part.in_head}
     for name, part in factors.items():
         tensors[f"{name}.lora_A.weight"] = part.a
         tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
@@ -90,9 +92,9 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype:
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in adapter.items():
-            if isinstance(part, Dense):
+            if part.in_head:
                 parameters[name].copy_(part.w)
             else:
-                add_to_weight(model.get_submodule(name), fixed(part).product().float())
+                add_to_weight(model.get_submodule(name), two_factors(part).product().float())
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
-from fedlora.linalg.lowrank import ThreeFactor
 from fedlora.linalg.mixture import Mixtures, components, fit_mixtures, validation_error
 from fedlora.linalg.subspace import similarity
 from fedlora.linalg.transport import mixture_distance
 from fedlora.messages import ClientInfo, Merged, Reply, Round, Upload
 from fedlora.method import ClientRound, Local, Method, features, fit
+from fedlora.parts.three_factor import ThreeFactor
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveFloat, PositiveInt, UnitInterval, checked
 

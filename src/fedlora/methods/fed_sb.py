@@ -8,10 +8,11 @@ import torch
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pack, pick, unpack
 from fedlora.linalg.fit import svd, truncate
-from fedlora.linalg.lowrank import LowRank, ThreeFactor
+from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.subspace import frame, orthonormal
 from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
 from fedlora.method import ClientRound, Local, Method, fit
+from fedlora.parts.three_factor import ThreeFactor
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveInt, checked
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.cluster import clusters, directions, distances, pairwise
 from fedlora.linalg.combine import fresh_rows
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
 from fedlora.method import ClientRound, Local, Method, fit
+from fedlora.parts.experts import Experts
 from fedlora.ranges import AtMost, NonNegativeInt, PositiveInt, checked
 
 

@@ -8,12 +8,13 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors, lora_init, pack, pick, unpack
+from fedlora.adapter import Adapter, AdapterSpec, Tensors, lora_init, pack, pick, unpack
 from fedlora.linalg.cluster import silhouette
 from fedlora.linalg.kmeans import agreement, embedded, kmeans
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
 from fedlora.method import ClientRound, Local, Method, fit
+from fedlora.parts.dense import Dense
 from fedlora.ranges import AtMost, PositiveInt, Range, checked
 
 

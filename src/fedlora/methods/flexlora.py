@@ -6,13 +6,14 @@ from typing import Literal
 
 import torch
 
-from fedlora.adapter import AdapterSpec, Dense, Tensors, lora_init, low_rank, pack, unpack
+from fedlora.adapter import AdapterSpec, Tensors, lora_init, low_rank, pack, unpack
 from fedlora.linalg.combine import leading
 from fedlora.linalg.fit import Split
 from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.mean_update import MeanUpdate
 from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
 from fedlora.method import ClientRound, Local, Method, changes, fit
+from fedlora.parts.dense import Dense
 from fedlora.randomness import derive
 from fedlora.ranges import PositiveInt, checked
 

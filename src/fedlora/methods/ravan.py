@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors, pick
-from fedlora.linalg.lowrank import Heads, LowRank
+from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.sparse import pack_positions, unpack_positions
 from fedlora.linalg.subspace import frame
 from fedlora.messages import ClientInfo, Mean, Merged, Round, Upload
 from fedlora.method import ClientRound, Local, Method, fit, gradient
+from fedlora.parts.heads import Heads
 from fedlora.randomness import generator
 from fedlora.ranges import PositiveInt, checked
 

@@ -2,20 +2,23 @@
 module classes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
+from functools import partial
+from operator import mul, truediv
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, Scaling, pack
-from fedlora.linalg.lowrank import Experts, LowRank, Product
+from fedlora.adapter import Adapter, AdapterSpec, Scaling, pack
+from fedlora.linalg.lowrank import LowRank
 from fedlora.models.base_weights import BaseWeights
-from fedlora.models.layers import FACTORS, ClientLayout, LoraLayer, PerClientLayer
+from fedlora.models.layers import ClientLayout, LoraLayer, PerClientLayer
 from fedlora.models.packing import Packing
 from fedlora.models.requests import check_adapter, check_update
 from fedlora.models.structure import structure
 from fedlora.models.targets import find_targets, within
+from fedlora.parts.table import Factors, as_trained, mapped, stacked
 
 
 class AdaptedModel:
@@ -77,8 +80,8 @@ class AdaptedModel:
     ) -> list[nn.Parameter]:
         """Loads the clients' adapters, and their frozen extra factors, into the model; returns the parameters in `train`.
 
-        All adapters have the same `structure`. Parameters have a leading client axis; smaller ranks are padded with zeros
-        in b and a, which get no gradient and stay zero.
+        All adapters have the same `structure`. Parameters have a leading client axis; smaller factors are padded with
+        zeros, which get no gradient and stay zero.
 
         Raises:
             ValueError: a part does not fit the model, see `check_adapter`.
@@ -94,34 +97,25 @@ class AdaptedModel:
         train, trained = frozenset(train), []
         self.client_layout.index = None
         for name, layer in self.layers.items():
-            for factor in FACTORS:
-                setattr(layer, factor, None)
             device = _device(layer.base)
+            layer.part = None
             layer.frozen_extra = [self._base.separate[name]] if name in self._base.separate else []
             if extra := [parts[name] for parts in frozen_extra if parts and name in parts]:
-                layer.frozen_extra.append(LowRank(b=_padded([x.b for x in extra]), a=_padded([x.a for x in extra])))
-            layer.frozen_extra = [LowRank(part.b.to(device), part.a.to(device)) for part in layer.frozen_extra]
+                layer.frozen_extra.append(stacked(extra))
+            layer.frozen_extra = [mapped(one, partial(Tensor.to, device=device)) for one in layer.frozen_extra]
         for head_layer in self._per_client.values():
             head_layer.per_client = {}
-        for name, part in adapters[0].items() if adapters else ():
-            if isinstance(part, Dense):
-                module, _, key = name.rpartition(".")
-                device = _device(self._per_client[module].base)
-                stacked = torch.stack([_full(adapter[name]).w for adapter in adapters]).to(device)
-                parameter = self._per_client[module].per_client[key] = nn.Parameter(stacked, requires_grad="w" in train)
-                trained += [parameter] if "w" in train else []
-            else:
-                layer = self.layers[name]
-                parts, device = [_factored(adapter[name]) for adapter in adapters], _device(layer.base)
-                scales = [self.spec.scale(name, part.rank) for part in parts]
-                layer.scale = torch.tensor(scales, dtype=part.b.dtype, device=device)[:, None, None]
-                for factor in vars(part):
-                    each = [vars(one)[factor] for one in parts]
-                    if factor == "b":
-                        each = [b / scale for b, scale in zip(each, scales, strict=True)]
-                    parameter = nn.Parameter(_padded(each).to(device), requires_grad=factor in train)
-                    setattr(layer, factor, parameter)
-                    trained += [parameter] if factor in train else []
+        for name in adapters[0] if adapters else ():
+            parts = [adapter[name] for adapter in adapters]
+            scales = [1.0 if part.in_head else self.spec.scale(name, part.rank) for part in parts]
+            part = stacked([as_trained(part, scale) for part, scale in zip(parts, scales, strict=True)])
+            device = _device(self._layer(name).base)
+            loaded = {f: nn.Parameter(x.to(device), requires_grad=f in train) for f, x in vars(part).items()}
+            self._set(name, type(part)(**loaded))
+            if name in self.layers:
+                dtype = next(iter(loaded.values())).dtype
+                self.layers[name].scale = torch.tensor(scales, dtype=dtype, device=device)[:, None, None]
+            trained += [x for factor, x in loaded.items() if factor in train]
         return trained
 
     def select_clients(self, clients: Sequence[int]) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -129,21 +123,19 @@ class AdaptedModel:
         pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         index = torch.tensor(clients)
 
-        def select(x: nn.Parameter) -> nn.Parameter:
-            pairs.append((x, nn.Parameter(x.data[index.to(x.device)], x.requires_grad)))
+        def entries(x: Tensor) -> Tensor:
+            return x[index.to(x.device)]
+
+        def select(x: Tensor) -> nn.Parameter:
+            pairs.append((cast(nn.Parameter, x), nn.Parameter(entries(x.data), x.requires_grad)))
             return pairs[-1][1]
 
         for layer in self.layers.values():
-            for i, part in enumerate(layer.frozen_extra):
-                if part.b.ndim == 3:
-                    layer.frozen_extra[i] = LowRank(part.b[index.to(part.b.device)], part.a[index.to(part.a.device)])
-            if layer.a is not None:
-                layer.scale = layer.scale[index.to(layer.scale.device)]
-            for factor in FACTORS:
-                if (x := getattr(layer, factor)) is not None:
-                    setattr(layer, factor, select(x))
+            layer.frozen_extra = [mapped(one, entries) if one.batch else one for one in layer.frozen_extra]
+            if layer.part is not None:
+                layer.scale, layer.part = entries(layer.scale), mapped(layer.part, select)
         for head_layer in self._per_client.values():
-            head_layer.per_client = {key: select(x) for key, x in head_layer.per_client.items()}
+            head_layer.per_client = {key: mapped(part, select) for key, part in head_layer.per_client.items()}
         return pairs
 
     @property
@@ -156,8 +148,8 @@ class AdaptedModel:
         found: dict[str, Tensor] = {}
         for key, x in pack(template).items():
             name, _, factor = key.rpartition(".")
-            own = self._parameter(name, factor)[client][tuple(slice(size) for size in x.shape)]
-            found[key] = own * self.layers[name].scale[client] if factor == "b" else own
+            own = vars(self._get(name))[factor][client][tuple(slice(size) for size in x.shape)]
+            found[key] = own * self._unit(name, factor, client)
         return found
 
     def add_to_gradient(self, client: int, correction: Mapping[str, Tensor], train: Iterable[str]) -> None:
@@ -167,11 +159,10 @@ class AdaptedModel:
             name, _, factor = key.rpartition(".")
             if factor not in train:
                 continue
-            parameter = self._parameter(name, factor)
+            parameter = vars(self._get(name))[factor]
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             own = gradient[client][tuple(slice(size) for size in x.shape)]
-            x = x.to(own)
-            own += x * self.layers[name].scale[client] if factor == "b" else x
+            own += x.to(own) * self._unit(name, factor, client)
             parameter.grad = gradient
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
@@ -185,67 +176,53 @@ class AdaptedModel:
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's current adapter: the trained factors from the model, the others from `start`."""
-        return self._read(client, start, train, lambda x: x, lambda b, scale: b * scale)
+        return self._read(client, start, train, lambda x: x, mul)
 
     def gradient(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """As `read`, with each trained factor replaced by its gradient."""
-        return self._read(client, start, train, lambda x: x.grad, lambda b, scale: b / scale)
+        return self._read(client, start, train, lambda x: torch.zeros_like(x) if x.grad is None else x.grad, truediv)
 
-    def _parameter(self, name: str, factor: str) -> nn.Parameter:
-        """The loaded factor of a module, or parameter of the head, with its client axis."""
+    def _layer(self, name: str) -> LoraLayer | PerClientLayer:
+        """The layer of a module, or of a parameter of the head."""
+        return self.layers[name] if name in self.layers else self._per_client[name.rpartition(".")[0]]
+
+    def _get(self, name: str) -> Factors:
+        """The loaded part of a module, or of a parameter of the head, with its client axis."""
         if name in self.layers:
-            return cast(nn.Parameter, getattr(self.layers[name], factor))
+            return cast(Factors, self.layers[name].part)
         module, _, parameter = name.rpartition(".")
         return self._per_client[module].per_client[parameter]
+
+    def _set(self, name: str, part: Any) -> None:
+        """Loads a part with its client axis."""
+        if name in self.layers:
+            self.layers[name].part = part
+        else:
+            module, _, parameter = name.rpartition(".")
+            self._per_client[module].per_client[parameter] = part
+
+    def _unit(self, name: str, factor: str, client: int) -> float | Tensor:
+        """The number by which a loaded client's factor is multiplied to give that of its adapter."""
+        return self._get(name).unit(factor, self.layers[name].scale[client] if name in self.layers else 1.0)
 
     def _read(
         self,
         client: int,
         start: Adapter,
         train: Iterable[str],
-        of: Callable[[Tensor], Tensor | None],
-        scaled: Callable[[Tensor, Tensor], Tensor],
+        of: Callable[[Tensor], Tensor],
+        convert: Callable[[Tensor, float | Tensor], Tensor],
     ) -> dict[str, Factors]:
-        """Applies `of` to each trained parameter, and converts the result from `lora_B` to b: scaled(result, scale)."""
-
-        def own(x: Tensor) -> Tensor:
-            found = of(x)
-            return (torch.zeros_like(x) if found is None else found)[client]
-
+        """Replaces each trained factor by `of` its parameter, converted with its unit."""
         train = frozenset(train)
         adapter: dict[str, Factors] = {}
         for name, part in start.items():
-            if isinstance(part, Dense):
-                module, _, key = name.rpartition(".")
-                adapter[name] = (
-                    Dense(_copy(own(self._per_client[module].per_client[key]), part.w)) if "w" in train else part
-                )
-            else:
-                layer, new = self.layers[name], dict(vars(part))
-                for factor in train & new.keys():
-                    x = own(getattr(layer, factor))[tuple(slice(size) for size in new[factor].shape)]
-                    new[factor] = _copy(scaled(x, layer.scale[client]) if factor == "b" else x, new[factor])
-                adapter[name] = type(part)(**new)
+            loaded, new = vars(self._get(name)), dict(vars(part))
+            for factor in train & new.keys():
+                x = of(loaded[factor])[client][tuple(slice(size) for size in new[factor].shape)]
+                new[factor] = _copy(convert(x, self._unit(name, factor, client)), new[factor])
+            adapter[name] = type(part)(**new)
         return adapter
-
-
-def _padded(tensors: Sequence[Tensor]) -> Tensor:
-    """The clients' tensors stacked along a new first axis, zero-padded at the end to the largest."""
-    largest = [max(sizes) for sizes in zip(*(x.shape for x in tensors), strict=True)]
-    stacked = tensors[0].new_zeros(len(tensors), *largest)
-    for own, x in zip(stacked, tensors, strict=True):
-        own[tuple(slice(size) for size in x.shape)] = x
-    return stacked
-
-
-def _factored(part: Factors) -> Product | Experts:
-    assert not isinstance(part, Dense)
-    return part
-
-
-def _full(part: Factors) -> Dense:
-    assert isinstance(part, Dense)
-    return part
 
 
 def _device(module: nn.Module) -> torch.device:

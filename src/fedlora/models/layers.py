@@ -8,11 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.linalg.lowrank import Experts, LowRank, block_diagonal
+from fedlora.linalg.lowrank import LowRank
 from fedlora.models.packing import Packing
-
-FACTORS = ("b", "a", "c", "s", "g", "others_b", "others_a")
-"""All factors that a `LoraLayer` can have."""
+from fedlora.parts.dense import Dense
+from fedlora.parts.table import Part, mapped
 
 
 @dataclass
@@ -42,15 +41,10 @@ class ClientLayout:
 
 
 class LoraLayer(nn.Module):
-    """A module that maps [..., in] to [..., out], plus scale * lora_B lora_A. Without factors it equals that module.
+    """A module that maps [..., in] to [..., out], plus the update of a part. Without a part it equals that module.
 
-    Factors have a leading client axis, b [clients, out, rank] and a [clients, rank, in]; the first axis of the input
-    has the rows of one client after the other, the same number for each. Factors are applied in the dtype of the base.
-
-    With `c` [clients, rank, rank] the update is scale * lora_B c lora_A; with `c` [clients, heads, rank, rank] and `s`
-    [clients, heads] the middle is block-diagonal with blocks s_i c_i. With `g` [clients, slots, in], `others_b` and
-    `others_a` the update is that of `Experts`; dropout applies to the input of the experts, not to that of `g`.
-    `others_b` is not scaled.
+    The factors of `part`, as PEFT trains them, have a leading client axis, and so has `scale`; the first axis of the input
+    has the rows of one client after the other, the same number for each. The part computes in the dtype of the input.
     """
 
     def __init__(self, base: nn.Module, dropout: float = 0.0, client_layout: ClientLayout | None = None) -> None:
@@ -58,14 +52,8 @@ class LoraLayer(nn.Module):
         self.base = base
         self.dropout = dropout
         self.client_layout = client_layout or ClientLayout()
+        self.part: Part | None = None
         self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
-        self.b: nn.Parameter | None = None
-        self.a: nn.Parameter | None = None
-        self.c: nn.Parameter | None = None
-        self.s: nn.Parameter | None = None
-        self.g: nn.Parameter | None = None
-        self.others_b: nn.Parameter | None = None
-        self.others_a: nn.Parameter | None = None
         self.frozen_extra: list[LowRank] = []
         """Frozen extra factors, applied in addition to the trained ones; with a client axis or common to all."""
 
@@ -76,53 +64,28 @@ class LoraLayer(nn.Module):
     def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
         """base(x) + the update of dropout(x) + the frozen extra factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
-        select = self.client_layout.select
-        for part in self.frozen_extra:
-            y = self._plus_product(y, x, *((part.a, part.b) if part.a.ndim == 2 else (select(part.a), select(part.b))))
-        if self.a is None or self.b is None:
+        for extra in self.frozen_extra:
+            y = self._plus_extra(y, x, extra)
+        if self.part is None:
             return y
+        part, scale = mapped(self.part, self.client_layout.select), self.client_layout.select(self.scale)
         dropped = functional.dropout(x, self.dropout, self.training)
-        if self.g is not None and self.others_b is not None and self.others_a is not None:
-            factors = (
-                select(self.b) * select(self.scale),
-                select(self.a),
-                select(self.g),
-                select(self.others_b),
-                select(self.others_a),
-            )
-            return self._plus_experts(y, x, dropped, Experts(*(factor.to(x.dtype) for factor in factors)))
-        return self._plus_product(y, dropped, select(self.a), select(self.b), select(self.scale), self._middle())
+        undropped = self._rows(x, len(scale)) if part.input_dependent else None
+        rows = self._rows(dropped, len(scale))
+        update = part.apply(rows if undropped is None else undropped, rows, scale)
+        return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
 
-    def _middle(self) -> Tensor | None:
-        """The middle factor [clients, rank, rank] of the clients in the input."""
-        if self.c is None:
-            return None
-        c = self.client_layout.select(self.c)
-        return c if self.s is None else block_diagonal(self.client_layout.select(self.s)[..., None, None] * c)
+    def _plus_extra(self, y: Tensor, x: Tensor, extra: LowRank) -> Tensor:
+        """y + the product of x with factors that have a client axis, or are common to all clients."""
+        if not extra.batch:
+            return (y + extra.times(x)).to(y.dtype)
+        own = mapped(extra, self.client_layout.select)
+        update = own.times(self._rows(x, own.batch[0]))
+        return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
 
-    def _plus_experts(self, y: Tensor, x: Tensor, dropped: Tensor, experts: Experts) -> Tensor:
-        """y + sum_e w_e(x) b_e a_e dropped, with each client's own experts, in one product for all experts."""
-        rows = self.client_layout.to_client_axis(x, len(experts.g)).flatten(1, -2)
-        weights = experts.weights(rows)  # [clients, rows of one client * rest, experts]
-        pair = experts.concat_factors()
-        return self._plus_product(y, dropped, pair.a, pair.b, weights.repeat_interleave(experts.rank, -1))
-
-    def _plus_product(
-        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None
-    ) -> Tensor:
-        """y + b (scale * middle a x); if the factors have a client axis, each client's rows are multiplied with its own.
-
-        `scale` broadcasts to [clients, rows of one client * rest, rank].
-        """
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        if a.ndim == 2:
-            return (y + functional.linear(functional.linear(x, a), b)).to(y.dtype)
-        inner = (
-            self.client_layout.to_client_axis(x, len(a)).flatten(1, -2) @ a.mT
-        )  # [clients, rows of one client * rest, rank]
-        inner = inner if middle is None else inner @ middle.to(x.dtype).mT
-        inner = inner if scale is None else inner * scale.to(x.dtype)
-        return y + self.client_layout.from_client_axis(inner.to(y.dtype) @ b.mT.to(y.dtype), y)
+    def _rows(self, x: Tensor, clients: int) -> Tensor:
+        """The input as [clients, rows of one client * rest, in]."""
+        return self.client_layout.to_client_axis(x, clients).flatten(1, -2)
 
 
 class PerClientLayer(nn.Module):
@@ -135,7 +98,7 @@ class PerClientLayer(nn.Module):
         super().__init__()
         self.base = base
         self.client_layout = client_layout
-        self.per_client: dict[str, nn.Parameter] = {}
+        self.per_client: dict[str, Dense] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Other attributes of the base."""
@@ -149,7 +112,7 @@ class PerClientLayer(nn.Module):
         if not self.per_client:
             y: Tensor = self.base(x)
             return y
-        own = {key: self.client_layout.select(w) for key, w in self.per_client.items()}
+        own = {key: self.client_layout.select(part.w) for key, part in self.per_client.items()}
         first, dtype = next(iter(own.values())), x.dtype
         runs = self.client_layout.to_client_axis(x.to(first.dtype), len(first))
         if type(self.base) is nn.Linear and "weight" in own:

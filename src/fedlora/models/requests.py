@@ -6,9 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Factors, pack
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.adapter import Adapter, AdapterSpec, pack
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit, Gradient
+from fedlora.parts.table import Factors, supported
 
 
 def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
@@ -57,9 +58,11 @@ def check_adapter(spec: AdapterSpec, adapter: Adapter) -> None:
             does not fit its module; names them.
     """
     for name, part in adapter.items():
-        if name not in (spec.head if isinstance(part, Dense) else spec.modules):
-            raise ValueError(f"{name!r}: the model has no such {'head parameter' if isinstance(part, Dense) else 'module'}")
-        _check_shapes(name, part, _shapes(spec, name, part))
+        if name not in (spec.head if part.in_head else spec.modules):
+            raise ValueError(f"{name!r}: the model has no such {'head parameter' if part.in_head else 'module'}")
+        if not supported(part):
+            raise ValueError(f"{name!r}: parts of kind {type(part).__name__} are not supported")
+        _check_shapes(name, part, part.shapes(*(spec.head[name].shape if part.in_head else spec.modules[name])))
 
 
 def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -> None:
@@ -73,26 +76,7 @@ def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -
             raise ValueError(f"{field}: the model has no adapted module {name!r}")
         if type(part) is not LowRank:
             raise ValueError(f"{field}: expected two factors for {name!r}, got {type(part).__name__}")
-        _check_shapes(f"{field} {name}", part, _shapes(spec, name, part))
-
-
-def _shapes(spec: AdapterSpec, name: str, part: Factors) -> dict[str, tuple[int, ...]]:
-    """The required shape of each factor. The type must match exactly: a subclass would compute another update."""
-    if type(part) is Dense:
-        return {"w": tuple(spec.head[name].shape)}
-    if type(part) not in (LowRank, ThreeFactor, Heads, Experts) or isinstance(part, Dense):
-        raise ValueError(f"{name!r}: parts of kind {type(part).__name__} are not supported")
-    (out, in_), rank = spec.modules[name], max(1, part.rank)
-    pair: dict[str, tuple[int, ...]] = {"b": (out, rank), "a": (rank, in_)}
-    if isinstance(part, ThreeFactor):
-        return pair | {"c": (rank, rank)}
-    if isinstance(part, Heads):
-        heads = max(1, len(part.s))
-        return pair | {"c": (heads, rank // heads, rank // heads), "s": (heads,)}
-    if isinstance(part, Experts):
-        others = len(part.others_b)
-        return pair | {"g": (2 * others + 1, in_), "others_b": (others, out, rank), "others_a": (others, rank, in_)}
-    return pair
+        _check_shapes(f"{field} {name}", part, part.shapes(*spec.modules[name]))
 
 
 def _check_shapes(name: str, part: Factors, expected: Mapping[str, tuple[int, ...]]) -> None:

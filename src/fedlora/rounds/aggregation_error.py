@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from fedlora.adapter import Adapter, Dense
-from fedlora.linalg.lowrank import Experts, LowRank
+from fedlora.adapter import Adapter
+from fedlora.linalg.lowrank import LowRank
 from fedlora.linalg.mean_update import MeanUpdate
 from fedlora.method import changes
 
@@ -35,7 +35,10 @@ class ClientUpdates:
 
 def two_factors(adapter: Adapter) -> dict[str, LowRank] | None:
     """The products of the adapter's modules; None if they depend on the input."""
-    parts = {name: part for name, part in adapter.items() if not isinstance(part, Dense)}
-    if any(isinstance(part, Experts) for part in parts.values()):
-        return None
-    return {name: part.as_two_factors() for name, part in parts.items() if not isinstance(part, Experts)}
+    found: dict[str, LowRank] = {}
+    for name, part in adapter.items():
+        if not part.in_head:
+            if (two := part.as_two_factors()) is None:
+                return None
+            found[name] = two
+    return found

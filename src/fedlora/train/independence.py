@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Dense, lora_init, pack
+from fedlora.adapter import Adapter, lora_init, pack
 from fedlora.config.sections import Train
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel
+from fedlora.parts.dense import Dense
 from fedlora.randomness import generator
 from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together

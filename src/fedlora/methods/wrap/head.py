@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Dense, Tensors
+from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Features, Fit, Gradient, Mean, Merged, Reply, Round, Upload
 from fedlora.method import AnyMethod, ClientRound, Local
 from fedlora.methods.row import Head
 from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
+from fedlora.parts.dense import Dense
 
 _MARK = "head/"
 
