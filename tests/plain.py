@@ -16,6 +16,7 @@ from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.table import Factors
 from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.weight_change import WeightChange
 
 
 def dense(part: Factors) -> Tensor:
@@ -24,6 +25,8 @@ def dense(part: Factors) -> Tensor:
         rank = part.c.shape[-1]
         columns, rows = part.b.split(rank, 1), part.a.split(rank)
         return torch.stack([part.s[i] * columns[i] @ part.c[i] @ rows[i] for i in range(len(part.s))]).sum(0)
+    if isinstance(part, WeightChange):
+        return part.delta
     if isinstance(part, ThreeFactor):
         return part.b @ part.c @ part.a
     assert isinstance(part, LowRank)

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ from fedlora.methods.row import Row
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
 from fedlora.parts.dense import Dense
-from fedlora.parts.experts import Experts
-from fedlora.parts.heads import Heads
-from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.table import Factors
 from fedlora.rounds.loop import RunState, one_round
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.tasks.classification import Classification
@@ -292,7 +290,7 @@ def test_the_rows_together_ask_for_all_that_can_be_asked(games):
         assert any(getattr(request, name) for request in fits), name
     assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
     kinds = {type(part) for request in fits for part in request.start.values()}
-    assert kinds == {LowRank, ThreeFactor, Heads, Experts, Dense}
-    assert {factor for request in fits for factor in request.train} == set("abcgsw")
+    assert kinds == set(get_args(Factors))
+    assert {factor for request in fits for factor in request.train} == {*"abcgsw", "delta"}
     assert any(game.trainer.gradients for game in played) and any(game.states.base_updates for game in played)
     assert any(one.what.endswith("features") for game in played for one in game.trainer.checked)

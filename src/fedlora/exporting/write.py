@@ -19,7 +19,7 @@ from fedlora.parts.table import Part
 
 def unfit(adapter: Adapter) -> str | None:
     """Reason why PEFT and transformers cannot represent the adapter; None if they can."""
-    if any(not part.in_head and part.input_dependent for part in adapter.values()):
+    if any(not part.in_head and part.as_two_factors() is None for part in adapter.values()):
         return "input-dependent mixtures of experts cannot be represented as a PEFT adapter or a merged weight"
     return None
 
@@ -94,7 +94,7 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype:
         for name, part in adapter.items():
             if part.in_head:
                 parameters[name].copy_(part.w)
-            else:
-                add_to_weight(model.get_submodule(name), two_factors(part).product().float())
+            elif (product := part.product()) is not None:
+                add_to_weight(model.get_submodule(name), product.float())
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,7 @@ class LowRank:
     a: Float[Tensor, "*batch rank in"]
 
     in_head: ClassVar[Literal[False]] = False
-    input_dependent: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
     structure: ClassVar[int] = 0
 
     @property
@@ -66,6 +66,13 @@ def applied(x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle
     inner = inner if middle is None else inner @ middle.to(x.dtype).mT
     inner = inner if scale is None else inner * scale.to(x.dtype)
     return inner @ b.to(x.dtype).mT
+
+
+def beside_identity(matrix: Float[Tensor, "*batch out in"]) -> LowRank:
+    """The matrix and an identity as factors, of rank min(out, in)."""
+    *batch, out, in_ = matrix.shape
+    one = torch.eye(min(out, in_), dtype=matrix.dtype, device=matrix.device).expand(*batch, -1, -1)
+    return LowRank(b=matrix, a=one) if in_ <= out else LowRank(b=one, a=matrix)
 
 
 def block_diagonal(blocks: Float[Tensor, "*batch heads rank rank"]) -> Float[Tensor, "*batch ranks ranks"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.linalg.combine import leading, norm, pad, stack
 from fedlora.linalg.fit import Split
-from fedlora.linalg.lowrank import LowRank
+from fedlora.linalg.lowrank import LowRank, beside_identity
 from fedlora.linalg.running_sum import RunningSum
 from fedlora.linalg.weighted_terms import dense
 
@@ -110,7 +110,7 @@ class MeanUpdate:
             elif rank is None and total.matrix is None:
                 base_update = stack([(1 / self.weight, factor) for factor in total.factors])
             else:
-                base_update = _beside_identity(_dense(total) / self.weight)
+                base_update = beside_identity(_dense(total) / self.weight)
             found |= unbatch(base_update, names, base_update.b.dtype)
         return found
 
@@ -154,10 +154,3 @@ def _shape(total: RunningSum) -> tuple[int, int]:
     if total.matrix is not None:
         return total.matrix.shape[-2], total.matrix.shape[-1]
     return total.factors[0].b.shape[-2], total.factors[0].a.shape[-1]
-
-
-def _beside_identity(matrix: Tensor) -> LowRank:
-    """The matrix [module, out, in] and an identity as factors, of rank min(out, in)."""
-    *_, out, in_ = matrix.shape
-    one = torch.eye(min(out, in_), dtype=matrix.dtype, device=matrix.device).expand(len(matrix), -1, -1)
-    return LowRank(b=matrix, a=one) if in_ <= out else LowRank(b=one, a=matrix)

@@ -21,6 +21,7 @@ from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.frlora import FRLoRA
 from fedlora.methods.fslora import FSLoRA
+from fedlora.methods.full import FullFineTuning
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
@@ -374,6 +375,17 @@ _ROWS = (
         head="local",
         personal=True,
         private="yes: as FedIT; the personal adapter is never sent",
+    ),
+    Row(
+        name="full-ft",
+        make=FullFineTuning,
+        paper="McMahan et al. 2017, arXiv:1602.05629",
+        summary="averages the adapted modules' own weights, without low-rank factors",
+        exact="yes",
+        up=("out * in",),
+        down=("out * in",),
+        private="yes: noise on the change of the weights, which has many more entries than low-rank factors",
+        known_failures={"test_alpha_is_no_more_than_the_unit_of_the_updates": "alpha does not apply to the weights"},
     ),
     Row(
         name="fedlease",

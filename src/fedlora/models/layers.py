@@ -70,7 +70,7 @@ class LoraLayer(nn.Module):
             return y
         part, scale = mapped(self.part, self.client_layout.select), self.client_layout.select(self.scale)
         dropped = functional.dropout(x, self.dropout, self.training)
-        undropped = self._rows(x, len(scale)) if part.input_dependent else None
+        undropped = self._rows(x, len(scale)) if part.reads_input else None
         rows = self._rows(dropped, len(scale))
         update = part.apply(rows if undropped is None else undropped, rows, scale)
         return y + self.client_layout.from_client_axis(update.to(y.dtype), y)

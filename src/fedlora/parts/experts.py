@@ -26,7 +26,7 @@ class Experts:
     others_a: Float[Tensor, "*batch others rank in"]
 
     in_head: ClassVar[Literal[False]] = False
-    input_dependent: ClassVar[bool] = True
+    reads_input: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:

@@ -23,7 +23,7 @@ class Heads:
     a: Float[Tensor, "*batch ranks in"]
 
     in_head: ClassVar[Literal[False]] = False
-    input_dependent: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
 
     @property
     def rank(self) -> int:

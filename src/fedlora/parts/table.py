@@ -10,17 +10,18 @@ from fedlora.parts.dense import Dense
 from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.weight_change import WeightChange
 
-Part = LowRank | ThreeFactor | Heads | Experts
+Part = LowRank | ThreeFactor | Heads | Experts | WeightChange
 """Any part that changes what a module computes: a frozen dataclass whose fields are its factors.
 
 - `rank`: the rank of which `AdapterSpec.scale` gives the scale.
-- `input_dependent`: whether the update is not linear in the input. If it is, `product()` is the matrix [out, in], and
-  `as_two_factors()` the same as two factors; else both are None.
+- `product()` is the matrix [out, in], and `as_two_factors()` the same as two factors; both are None if the update depends
+  on the input in another way than by one matrix.
 - `shapes(out, in_)`: the shapes that the factors must have for a module of that size.
 - `unit(factor, scale)`: the number by which the factor that is trained, PEFT's, is multiplied to give the part's.
 - `apply(x, dropped, scale)`: the update of rows [clients, rows, in], for factors with a client axis, as they are trained.
-  `dropped` is the input after dropout; x, the input before it, is the same tensor unless the part is `input_dependent`.
+  `dropped` is the input after dropout, and x that before it if the part `reads_input`, else the same as `dropped`.
 - `structure`: what parts that are loaded together must share. Apart from that, `stacked` pads smaller parts.
 """
 

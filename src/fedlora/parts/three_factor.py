@@ -18,7 +18,7 @@ class ThreeFactor:
     a: Float[Tensor, "*batch rank in"]
 
     in_head: ClassVar[Literal[False]] = False
-    input_dependent: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
     structure: ClassVar[int] = 0
 
     @property
