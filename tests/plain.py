@@ -16,6 +16,7 @@ from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.table import Factors
 from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.tied import Tied
 from fedlora.parts.weight_change import WeightChange
 
 
@@ -25,6 +26,9 @@ def dense(part: Factors) -> Tensor:
         rank = part.c.shape[-1]
         columns, rows = part.b.split(rank, 1), part.a.split(rank)
         return torch.stack([part.s[i] * columns[i] @ part.c[i] @ rows[i] for i in range(len(part.s))]).sum(0)
+    if isinstance(part, Tied):
+        gram = part.a.mT @ part.a - part.offset.mT @ part.offset
+        return part.frame @ gram if part.frame.shape[0] > part.frame.shape[1] else gram @ part.frame
     if isinstance(part, WeightChange):
         return part.delta
     if isinstance(part, ThreeFactor):

@@ -8,6 +8,7 @@ from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.table import Part
 from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.tied import Tied
 from fedlora.parts.weight_change import WeightChange
 
 
@@ -24,5 +25,6 @@ def examples(out: int, in_: int, rank: int) -> dict[type, Part]:
         ThreeFactor: ThreeFactor(b, drawn(n, n), a),
         Heads: Heads(drawn(out, 2 * n), drawn(n, 2, 2), drawn(n), drawn(2 * n, in_)),
         Experts: Experts(b, a, drawn(5, in_), drawn(2, out, n), drawn(2, n, in_)),
+        Tied: Tied(drawn(n, min(out, in_)), drawn(n, min(out, in_), seed=1), drawn(out, in_)),
         WeightChange: WeightChange(drawn(out, in_)),
     }

@@ -19,6 +19,7 @@ from fedlora.methods.flasc import FLASC
 from fedlora.methods.flexlora import FlexLoRA, FRALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.flora_na import FLoRANA
+from fedlora.methods.florg import FLoRG
 from fedlora.methods.frlora import FRLoRA
 from fedlora.methods.fslora import FSLoRA
 from fedlora.methods.full import FullFineTuning
@@ -375,6 +376,17 @@ _ROWS = (
         head="local",
         personal=True,
         private="yes: as FedIT; the personal adapter is never sent",
+    ),
+    Row(
+        name="florg",
+        make=FLoRG,
+        paper="Meng et al. 2026, arXiv:2602.17095",
+        summary="trains one factor, used twice; averages Gram matrices and rotates the result",
+        exact="up to the rank: the best approximation of the mean Gram matrix",
+        up=("min(r, out, in) * min(out, in)",),
+        down=("min(r, out, in) * min(out, in)",),
+        secure="the mean Gram matrix needs each factor",
+        private="open: noise enters quadratically, which adds a bias that averaging does not remove",
     ),
     Row(
         name="full-ft",

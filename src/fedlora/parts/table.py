@@ -10,9 +10,10 @@ from fedlora.parts.dense import Dense
 from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.tied import Tied
 from fedlora.parts.weight_change import WeightChange
 
-Part = LowRank | ThreeFactor | Heads | Experts | WeightChange
+Part = LowRank | ThreeFactor | Heads | Experts | WeightChange | Tied
 """Any part that changes what a module computes: a frozen dataclass whose fields are its factors.
 
 - `rank`: the rank of which `AdapterSpec.scale` gives the scale.
