@@ -67,6 +67,12 @@ def pack(adapter: Adapter) -> dict[str, Tensor]:
     return {f"{name}.{f.name}": getattr(part, f.name) for name, part in adapter.items() for f in fields(part)}
 
 
+def units(adapter: Adapter, scaling: Scaling) -> dict[str, float]:
+    """The number by which PEFT's factor is multiplied to give that of the adapter, named as by `pack`."""
+    scales = {name: 1.0 if part.in_head else scaling.of(part.rank) for name, part in adapter.items()}
+    return {f"{name}.{f}": float(part.unit(f, scales[name])) for name, part in adapter.items() for f in vars(part)}
+
+
 def unpack(tensors: Tensors, kind: type[Kind]) -> dict[str, Kind]:
     """Inverse of `pack`, for an adapter whose factors are all of this type.
 

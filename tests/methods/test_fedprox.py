@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora.adapter import AdapterSpec, Dense, Scaling, lora_init, pack
-from fedlora.linalg.lowrank import Experts, Heads, LowRank, ThreeFactor
+from fedlora.adapter import AdapterSpec, Scaling, lora_init, pack, units
+from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import Fit, Round, Trained
 from fedlora.method import AnyMethod
 from fedlora.methods.averaging import FactorAveraging
@@ -17,6 +17,12 @@ from fedlora.methods.ditto import Ditto
 from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.table import TABLE
 from fedlora.methods.wrap.fedprox import FedProx, proximal, trained
+from fedlora.parts.dense import Dense
+from fedlora.parts.experts import Experts
+from fedlora.parts.heads import Heads
+from fedlora.parts.three_factor import ThreeFactor
+from fedlora.parts.tied import Tied
+from fedlora.parts.weight_change import WeightChange
 from fedlora.rounds.loop import RunState, one_round
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
@@ -65,7 +71,7 @@ def test_the_heavier_the_penalty_the_closer_the_factors_stay_to_their_start():
 
 
 def request(**parts: Any) -> Fit:
-    return Fit(parts, frozenset("bacsgw"))
+    return Fit(parts, frozenset("bacsgw") | {"delta"})
 
 
 def some(*shape: int) -> Tensor:
@@ -77,6 +83,8 @@ PARTS = {
     "three factors": lambda: ThreeFactor(some(5, 3), some(3, 3), some(3, 4)),
     "heads": lambda: Heads(some(5, 4), some(2, 2, 2), some(2), some(4, 4)),
     "experts": lambda: Experts(some(5, 3), some(3, 4), some(3, 4), some(1, 5, 3), some(1, 3, 4)),
+    "a tied factor": lambda: Tied(some(3, 4), some(0, 4), some(5, 4)),
+    "a change of the weight": lambda: WeightChange(some(5, 4)),
     "head": lambda: Dense(some(5, 4)),
 }
 
@@ -88,9 +96,11 @@ def test_the_penalty_is_half_the_squared_distance_of_pefts_factors_in_every_kind
     expected = 0.0
     for factor, x in vars(live.start["q"]).items():
         if factor in start.train:
-            scale = scaling.of(x.shape[-1]) if factor == "b" else 1.0
+            scale = scaling.of(x.shape[-1]) if factor == "b" else scaling.of(3) ** 0.5 if kind == "a tied factor" else 1.0
             expected += float(((x - getattr(start.start["q"], factor)) / scale).square().sum())
-    assert float(proximal(0.3, trained(start), scaling, pack(live.start))) == pytest.approx(0.15 * expected)
+    assert float(proximal(0.3, trained(start), units(start.start, scaling), pack(live.start))) == pytest.approx(
+        0.15 * expected
+    )
 
 
 def test_alpha_only_scales_the_updates():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors, pack
+from fedlora.adapter import Adapter, AdapterSpec, Scaling, Tensors, pack, units
 from fedlora.messages import ClientInfo, Fit, Round, Upload
 from fedlora.method import ClientRound, Local
 from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
@@ -27,7 +27,7 @@ class Scaled:
 class FedProx(Wrapper):
     """Adds mu / 2 |x - x_0|^2 to the loss of each training for an upload, x_0 its start, over all trained tensors.
 
-    That includes the task head, if it is trained; frozen extra factors are excluded. b is PEFT's `lora_B`, so that mu does
+    That includes the task head, if it is trained; frozen extra factors are excluded. Factors are PEFT's, so that mu does
     not depend on alpha. The penalty is one on the factors, not on their product. With mu = 0 nothing changes.
 
     Source: Li et al. 2020, arXiv:1812.06127.
@@ -50,7 +50,7 @@ class FedProx(Wrapper):
         def ask(request: Request) -> Request:
             if not isinstance(request, Fit) or request.role != "upload" or not self.mu:
                 return request
-            penalty = partial(proximal, self.mu, trained(request), state.scaling)
+            penalty = partial(proximal, self.mu, trained(request), units(request.start, state.scaling))
             return replace(request, penalties=(*request.penalties, penalty))
 
         job = self.inner.work(state.inner, download, client, rnd)
@@ -67,11 +67,7 @@ def trained(request: Fit) -> dict[str, Tensor]:
     return {key: x for key, x in pack(request.start).items() if key.rpartition(".")[2] in request.train}
 
 
-def proximal(mu: float, start: Tensors, scaling: Scaling, live: Mapping[str, Tensor]) -> Tensor:
-    """mu / 2 times the squared distance of the current tensors from the start, b in PEFT's unit."""
-    terms = []
-    for key, x in start.items():
-        change = live[key] - x.to(live[key])
-        scale = scaling.of(x.shape[-1]) if key.endswith(".b") else 1.0
-        terms.append((change / scale).square().sum())
+def proximal(mu: float, start: Tensors, units: Mapping[str, float], live: Tensors) -> Tensor:
+    """mu / 2 times the squared distance of the current tensors from the start, in PEFT's units."""
+    terms = [((live[key] - x.to(live[key])) / units[key]).square().sum() for key, x in start.items()]
     return mu / 2 * sum(terms[1:], terms[0])
