@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter import pack
+from fedlora.adapter import Scaling, pack
 from fedlora.messages import Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.table import WrapperRow
+from fedlora.models.adapted import AdaptedModel
+from fedlora.parts import table
 from fedlora.rounds.loop import RunState, one_round
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_plan, toy_simulation
@@ -51,6 +53,19 @@ def test_the_example_of_a_method_runs_and_averages_b_exactly(tmp_path, monkeypat
     view = backend.view(clients[0], method.send(state.server, clients[0], Round(3, 0)), Round(3, 0))
     for name in SPEC.modules:
         torch.testing.assert_close(view[name].a.norm(dim=1), torch.ones(3))
+
+
+def test_the_example_of_a_part_computes_and_learns_as_its_matrix(tmp_path, monkeypatch):
+    kind, linear = example("src/fedlora/parts/vera.py", tmp_path, monkeypatch).Vera, torch.nn.Linear(7, 5)
+    monkeypatch.setattr(table, "Factors", table.Factors | kind)
+    adapted = AdaptedModel(torch.nn.Sequential(linear), Scaling(16.0), ["0"])
+    parts = [kind(*(torch.randn(shape) for shape in ((5, rank), (5,), (rank,), (rank, 7)))) for rank in (3, 2)]
+    e, d = adapted.load_clients([{"0": part} for part in parts], "de")
+    x = torch.randn(4, 7)
+    expected = [linear(rows) + rows @ part.product().mT for rows, part in zip(x.split(2), parts, strict=True)]
+    torch.testing.assert_close(found := adapted.model(x), torch.cat(expected))
+    found.square().sum().backward()
+    assert e.grad.all() and d.grad[0].all() and d.grad[1, :2].all() and not d.grad[1, 2:].any()
 
 
 def test_the_example_of_a_wrapper_trains_b_faster(tmp_path, monkeypatch):
