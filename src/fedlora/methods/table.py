@@ -381,7 +381,7 @@ _ROWS = (
         name="florg",
         make=FLoRG,
         paper="Meng et al. 2026, arXiv:2602.17095",
-        summary="trains one factor, used twice; averages Gram matrices and rotates the result",
+        summary="trains one factor, used twice; averages and aligns Gram matrices",
         exact="up to the rank: the best approximation of the mean Gram matrix",
         up=("min(r, out, in) * min(out, in)",),
         down=("min(r, out, in) * min(out, in)",),
@@ -397,7 +397,7 @@ _ROWS = (
         up=("out * in",),
         down=("out * in",),
         private="yes: noise on the change of the weights, which has many more entries than low-rank factors",
-        known_failures={"test_alpha_is_no_more_than_the_unit_of_the_updates": "alpha does not apply to the weights"},
+        known_failures={"test_alpha_only_scales_the_updates": "alpha does not apply to the weights"},
     ),
     Row(
         name="fedlease",
