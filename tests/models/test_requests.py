@@ -236,7 +236,7 @@ def test_a_penalty_pulls_on_every_factor_of_every_part_in_the_methods_own_scale(
     start = parts_of(kind, adapted.spec)
     factors_of = frozenset(key.rpartition(".")[2] for key in pack(start))
     monkeypatch.setattr(
-        Classification, "losses", lambda self, model, inputs, _: (0 * model(**inputs).logits.sum(1), torch.ones(len(_)))
+        Classification, "losses", lambda self, model, inputs, to: (0 * model(**inputs).logits.sum(1), torch.ones(len(to)))
     )
     seen: list[dict[str, Tensor]] = []
 

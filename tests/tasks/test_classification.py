@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
+from torch import nn
 from torch.testing import assert_close
 
 from fedlora.messages import Statistics
@@ -13,6 +14,17 @@ from fedlora.tasks.task import Task
 
 TASK: Task = Classification()
 ROWS = 60
+
+
+class Fixed(nn.Module):
+    """A model that answers with these logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits)
 
 
 def logits_and_labels(labels: int, seed: int, present: int | None = None):
@@ -25,8 +37,7 @@ def logits_and_labels(labels: int, seed: int, present: int | None = None):
 
 def measured(logits: torch.Tensor, labels: torch.Tensor) -> Statistics:
     """The statistics of one client's examples, by a model that answers with these logits."""
-    model = lambda **inputs: SimpleNamespace(logits=logits)  # noqa: E731
-    sums = TASK.measure(model, {}, labels, torch.ones(1, len(labels), dtype=torch.bool))
+    sums = TASK.measure(Fixed(logits), {}, labels, torch.ones(1, len(labels), dtype=torch.bool))
     return Statistics(len(labels), {name: x[0] for name, x in sums.items()})
 
 
@@ -67,8 +78,7 @@ def test_the_statistics_of_any_division_of_the_examples_add_up(sizes):
 def test_clients_that_share_a_pass_have_their_own_statistics_without_the_filler_rows():
     logits, labels = logits_and_labels(4, 1)
     real = torch.arange(20) < torch.tensor([20, 3, 11])[:, None]
-    model = lambda **inputs: SimpleNamespace(logits=logits)  # noqa: E731
-    together = TASK.measure(model, {}, labels, real)
+    together = TASK.measure(Fixed(logits), {}, labels, real)
     for i, mask in enumerate(real):
         rows = 20 * i + mask.nonzero()[:, 0]
         assert_close({name: x[i] for name, x in together.items()}, dict(measured(logits[rows], labels[rows]).sums))
