@@ -68,7 +68,9 @@ class LoraLayer(nn.Module):
             y = self._plus_extra(y, x, extra)
         if self.part is None:
             return y
-        part, scale = mapped(self.part, self.client_layout.select), self.client_layout.select(self.scale)
+        part, scale = self.part, self.scale
+        if self.client_layout.index is not None:
+            part, scale = mapped(part, self.client_layout.select), self.client_layout.select(scale)
         dropped = functional.dropout(x, self.dropout, self.training)
         undropped = self._rows(x, len(scale)) if part.reads_input else None
         rows = self._rows(dropped, len(scale))
