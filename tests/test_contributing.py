@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Scaling, pack
+from fedlora.api import run
+from fedlora.config.experiment import build
 from fedlora.messages import Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.row import Row
@@ -15,7 +17,10 @@ from fedlora.methods.wrap.table import WrapperRow
 from fedlora.models.adapted import AdaptedModel
 from fedlora.parts import table
 from fedlora.rounds.loop import RunState, one_round
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Task
 
+from tiny import tiny_bert, tiny_rows
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_plan, toy_simulation
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -80,3 +85,23 @@ def test_the_example_of_a_wrapper_trains_b_faster(tmp_path, monkeypatch):
     for name in SPEC.modules:  # b starts at zero
         torch.testing.assert_close(moved[1][f"{name}.b"], 8 * moved[0][f"{name}.b"])
         assert torch.equal(moved[1][f"{name}.a"], moved[0][f"{name}.a"])
+
+
+def test_the_example_of_a_task_trains_with_its_own_loss(tmp_path, monkeypatch):
+    module = example("src/fedlora/tasks/smoothed.py", tmp_path, monkeypatch)
+    (entry,) = [code for file, code in BLOCKS if file == "src/fedlora/tasks/table.py"]
+    found = eval(f"{{{entry.strip()}}}", {"Smoothed": module.Smoothed})
+    assert isinstance(found["smoothed"], Task)
+    losses = []
+    for task in (found["smoothed"], Classification()):
+        for where in ("fedlora.session.task_of", "fedlora.federated_data.task_of"):
+            monkeypatch.setattr(where, lambda kind, task=task: task)
+        settings = {
+            "model": str(tiny_bert(tmp_path / "model")),
+            "data": str(tiny_rows(tmp_path / "train.jsonl", 60)),
+            "rounds": 1,
+            "clients": {"count": 2, "partition": "iid"},
+        }
+        result = run(build(settings), tmp_path / f"run{len(losses)}", False)
+        losses.append((result.rows[0].global_["loss"], result.rows[-1].train_loss))
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]

@@ -1,7 +1,7 @@
 """One client's training and evaluation against a plain loop around PEFT's model."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
+from fedlora.models.requests import check_request
 from fedlora.parts.dense import Dense
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Classification
@@ -160,6 +161,39 @@ def test_training_leaves_the_global_generator_as_it_was(setup):
 def trainer(setup: Setup) -> LocalTrainer:
     rows, held_out = {"x": ROWS[:20], "y": ROWS[20:]}, {"x": torch.arange(30, 40), "y": ROWS[:0]}
     return LocalTrainer(setup.adapted, TASK, setup.examples, rows, held_out, setup.examples, Train(), eval_batch_size=8)
+
+
+def test_steps_are_batches_and_as_many_as_epochs_have_are_those_epochs(setup):
+    settings, a_round = Train(batch_size=4, lr=1e-3), -(-len(ROWS) // 4)
+    for epochs in (1, 2):
+        by_steps = answered(setup, Fit(setup.start, frozenset("ba"), steps=epochs * a_round), settings)
+        by_epochs = answered(setup, Fit(setup.start, frozenset("ba"), epochs=epochs), settings)
+        assert (by_steps.steps, by_steps.loss) == (by_epochs.steps, by_epochs.loss)
+        assert all(torch.equal(x, pack(by_epochs.adapter)[key]) for key, x in pack(by_steps.adapter).items())
+    one = answered(setup, Fit(setup.start, frozenset("ba"), steps=1), settings)
+    assert one.steps == 1 and not torch.equal(*(next(iter(pack(x.adapter).values())) for x in (one, by_steps)))
+
+
+def test_a_constant_correction_is_added_to_each_gradient_of_the_adapter(setup):
+    settings, lr, scale = Train(optimizer="sgd", lr=0.01), 0.01, 16 / 4
+    constant = {key: torch.randn_like(x) for key, x in pack(setup.start).items()}
+    for steps in (1, 3):
+        request = Fit(setup.start, frozenset("b"), steps=steps)
+        plain, moved = (
+            pack(answered(setup, one, settings).adapter) for one in (request, replace(request, correction=constant))
+        )
+        if steps == 1:  # b = scale * lora_B, so the gradient of lora_B is scale times that of b
+            for key, x in moved.items():
+                wanted = plain[key] - lr * scale**2 * constant[key] if key.endswith(".b") else plain[key]
+                assert_close(x, wanted, rtol=1e-4, atol=1e-5)
+        else:
+            assert any(not torch.equal(x, plain[key]) for key, x in moved.items())
+
+
+def test_both_steps_and_epochs_or_a_correction_of_another_shape_are_rejected(setup):
+    for bad in ({"steps": 2, "epochs": 1}, {"steps": 0}, {"correction": {"x.b": torch.zeros(1)}}):
+        with pytest.raises(ValueError, match=r"steps = |correction of"):
+            check_request(setup.adapted.spec, Fit(setup.start, frozenset("ba"), **bad))
 
 
 def test_a_client_trains_the_same_whoever_trained_before_it(setup):
