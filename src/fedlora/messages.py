@@ -30,12 +30,27 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
+class Acknowledged:
+    """A client's last upload that entered the server's state: its round, counted from 0, and its share of the weights."""
+
+    round: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Round:
-    """One round, counted from 0; `attempt` counts its repetitions after too few replies; `seed` is the run's seed."""
+    """One round, counted from 0; `attempt` counts its repetitions after too few replies; `seed` is the run's seed.
+
+    `registered` is the number of clients, `expected_cohort` that of the chosen ones. `acknowledged` has an entry for each
+    chosen client of whom an upload has entered the state; a client knows its own entry.
+    """
 
     index: int
     seed: int
     attempt: int = 0
+    registered: int = field(default=0, compare=False)
+    expected_cohort: int = field(default=0, compare=False)
+    acknowledged: Mapping[str, Acknowledged] = field(default_factory=dict, compare=False)
 
     def rng(self, purpose: str, client: str = "") -> torch.Generator:
         """Random generator specific to one purpose and client in this round."""

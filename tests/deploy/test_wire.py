@@ -8,6 +8,7 @@ from fedlora.deploy import wire
 from fedlora.deploy.guard import HEADER, Guard
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.wire import (
+    AcknowledgedRecord,
     Batch,
     ClientRecord,
     ClientResult,
@@ -20,7 +21,7 @@ from fedlora.deploy.wire import (
     encode_message,
 )
 from fedlora.deploy.wire import decode_message as decode_for
-from fedlora.messages import ClientInfo
+from fedlora.messages import Acknowledged, ClientInfo, Round
 
 ROUND = RoundRecord(index=3, seed=1, attempt=0)
 REQUEST = TaskRequest(
@@ -184,3 +185,14 @@ def test_without_the_secret_only_what_nodes_need_can_be_reached_from_wherever(pa
         run.send(None)
     assert bool(passed) == passes
     assert [event.get("status") for event in sent if "status" in event] == ([] if passes else [403])
+
+
+def test_a_round_crosses_the_wire_with_the_acknowledgement_of_each_task():
+    rnd = Round(3, 1, 2, registered=9, expected_cohort=4, acknowledged={"a": Acknowledged(2, 0.25)})
+    found = RoundRecord.of(rnd).round(rnd.acknowledged)
+    assert vars(found) == vars(rnd)
+    task = ClientTask(
+        client=ClientRecord(id="a", rank=2, examples=7), download=0, acknowledged=AcknowledgedRecord(index=2, share=0.25)
+    )
+    request = REQUEST.model_copy(update={"tasks": [task]})
+    assert decode_message(encode_message(request, [b"x"])) == (request, [b"x"])

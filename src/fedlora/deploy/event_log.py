@@ -33,7 +33,10 @@ class EventLog:
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Appends the cohort."""
-        self.write(round=asdict(rnd), chosen=[asdict(client) for client in chosen])
+        self.write(
+            round={"index": rnd.index, "seed": rnd.seed, "attempt": rnd.attempt},
+            chosen=[asdict(client) for client in chosen],
+        )
 
     def answered(self, client: ClientInfo, rejected: str | None) -> None:
         """Appends that a client's result arrived."""

@@ -12,7 +12,7 @@ from fedlora.deploy.settings import Settings
 from fedlora.deploy.wire import ClientResult, Done, Failure, Handshake, TaskRequest
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.federated_data import FederatedData
-from fedlora.messages import ClientInfo, Round
+from fedlora.messages import Acknowledged, ClientInfo, Round
 from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.base_updates import caught_up
 from fedlora.rounds.codec import decode, encode
@@ -134,7 +134,8 @@ class NodeRun:
 
     def _results(self, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         """Yields the clients' names and results as each group of clients finishes."""
-        rnd = request.round_record.round()
+        last = {task.client.id: task.acknowledged for task in request.tasks if task.acknowledged is not None}
+        rnd = request.round_record.round({one: Acknowledged(found.index, found.share) for one, found in last.items()})
         match request.kind:
             case "train":
                 return self._train(rnd, sent)

@@ -8,6 +8,7 @@ from fedlora.adapter import Tensors
 from fedlora.deploy.registry import NodeRegistry, RegisteredNode
 from fedlora.deploy.transport import Transport
 from fedlora.deploy.wire import (
+    AcknowledgedRecord,
     ClientRecord,
     ClientResult,
     ClientTask,
@@ -117,8 +118,10 @@ class TaskExchange:
                 client=ClientRecord.of(client),
                 download=payloads.setdefault(encode(download), len(payloads)),
                 base_updates=payloads.setdefault(encode(pending[client]), len(payloads)) if client in pending else None,
+                acknowledged=None if last is None else AcknowledgedRecord(index=last.round, share=last.share),
             )
             for client, download in sent.items()
+            for last in [rnd.acknowledged.get(client.id)]
         ]
         request = TaskRequest(
             kind=kind,

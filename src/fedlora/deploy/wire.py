@@ -1,15 +1,15 @@
 """Messages between server and nodes: one byte string with a validated JSON header and payloads of tensors."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fedlora.deploy.reasons import NodeFailure, Reason
-from fedlora.messages import ClientInfo, Round
+from fedlora.messages import Acknowledged, ClientInfo, Round
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_BYTES = 2**31 - 1
 _MAGIC = b"fedlora\x01"
 _DIGEST = 16
@@ -60,15 +60,31 @@ class RoundRecord(_Part):
     index: Count
     seed: Annotated[int, Field(ge=0)]
     attempt: Count
+    registered: Count = 0
+    expected_cohort: Count = 0
 
     @classmethod
     def of(cls, rnd: Round) -> "RoundRecord":
-        """Converts from `Round`."""
-        return cls(index=rnd.index, seed=rnd.seed, attempt=rnd.attempt)
+        """Converts from `Round`, without the acknowledgements, which belong to the clients' tasks."""
+        return cls(
+            index=rnd.index,
+            seed=rnd.seed,
+            attempt=rnd.attempt,
+            registered=rnd.registered,
+            expected_cohort=rnd.expected_cohort,
+        )
 
-    def round(self) -> Round:
-        """Converts to `Round`."""
-        return Round(self.index, self.seed, self.attempt)
+    def round(self, acknowledged: Mapping[str, Acknowledged] | None = None) -> Round:
+        """Converts to `Round`, with the acknowledgements of some clients."""
+        known = acknowledged or {}
+        return Round(self.index, self.seed, self.attempt, self.registered, self.expected_cohort, known)
+
+
+class AcknowledgedRecord(_Part):
+    """The round of a client's last upload that entered the server's state, and its share of the weights."""
+
+    index: Count
+    share: Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class Handshake(_Part):
@@ -106,6 +122,7 @@ class ClientTask(_Part):
     client: ClientRecord
     download: Count
     base_updates: Count | None = None
+    acknowledged: AcknowledgedRecord | None = None
 
 
 class TaskRequest(_Part):

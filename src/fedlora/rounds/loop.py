@@ -11,7 +11,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Merged, Reply, Round, Statistics
+from fedlora.messages import Acknowledged, ClientInfo, Merged, Reply, Round, Statistics
 from fedlora.method import AnyMethod, ClientRound, global_adapter
 from fedlora.rounds.aggregation_error import ClientUpdates
 from fedlora.rounds.base_updates import BaseUpdateLog, BaseUpdateStore, pending_tensors
@@ -89,11 +89,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunState:
-    """The server's state between rounds: the method's state, the base update log, the round's largest upload."""
+    """The server's state between rounds: the method's state, the base update log, the round's largest upload.
+
+    `acknowledged` has the round and the share of each client's last upload that entered the state.
+    """
 
     server: Any
     base_updates: BaseUpdateLog = field(default_factory=BaseUpdateLog)
     largest: Largest | None = None
+    acknowledged: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -177,6 +181,8 @@ def _invite(
     """Chooses the cohort, excluding `left_out` unless no clients remain, and sends the training requests."""
     started, everybody = datetime.now(UTC), backend.clients()
     chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
+    last = {one.id: Acknowledged(*before.acknowledged[one.id]) for one in chosen if one.id in before.acknowledged}
+    rnd = replace(rnd, registered=len(everybody), expected_cohort=len(chosen), acknowledged=last)
     sent = {client: plan.method.send(before.server, client, rnd) for client in chosen}
     base_updates = before.base_updates.known(backend.held())
     pending = pending_base_updates(plan.spec, store, base_updates, chosen)
@@ -209,7 +215,8 @@ def _train_and_merge(
         again = Round(index, plan.seed, cohort.rnd.attempt + 1)
         cohort = _invite(plan, backend, store, before, again, stats.left_out)
     stats.diverged, stats.notes = stats.divergence(before.largest), merged.notes
-    after = RunState(merged.server, before.base_updates, stats.largest)
+    acknowledged = {**before.acknowledged, **{one: (index, share) for one, share in stats.shares().items()}}
+    after = RunState(merged.server, before.base_updates, stats.largest, acknowledged)
     if merged.base_update is not None:
         store.save_base_update(index, merged.base_update)
         backend.merge_into_base(merged.base_update)
@@ -232,6 +239,7 @@ class _Gathered:
 def _gather(plan: Plan, server: Any, cohort: _Cohort, stats: RoundStats, progress: Progress) -> _Gathered:
     """Receives, validates and collects the replies: one at a time, or all at the end if the cohort is checked."""
     found, sizes, spool = _Gathered(), list[Size](), Spool(plan.spool)
+    spool.clear()  # of an attempt that was killed
     while True:
         with stats.timed("train"):
             answer = next(cohort.replies, None)

@@ -56,6 +56,11 @@ class RoundStats:
         self.attempts += 1
         self.bytes_down.update(bytes_down)
 
+    def shares(self) -> dict[str, float]:
+        """The share of each accepted upload in the weights of the round."""
+        total = sum(one.weight for one in self.accepted.values())
+        return {client: one.weight / total for client, one in self.accepted.items()} if total > 0 else {}
+
     def row(self) -> RoundRow:
         """Row of the round, which ends now."""
         each = {

@@ -1,10 +1,12 @@
 """Accepted uploads of a round, kept until its cohort is complete: in memory up to a limit, then on disk."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from fedlora.errors import RunStopped
 from fedlora.messages import Reply, Upload
 from fedlora.rounds.codec import decode, encode
 
@@ -26,17 +28,20 @@ class Spool:
         """Stores a reply.
 
         Raises:
-            OSError: it cannot be written.
+            RunStopped: it cannot be written.
         """
         size = sum(x.nbytes for x in reply.upload.flat().values())
         if self._folder is None or self._bytes + size <= self._limit:
             self._bytes += size
             self._replies[reply.client.id] = reply
             return
-        self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / f"{len(self._files)}.upload"
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(encode(reply.upload.flat()))
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(encode(reply.upload.flat()))
+        except OSError as error:
+            raise RunStopped(f"cannot write {path}: {error.strerror or error}; the previous rounds are complete") from error
         self._files[reply.client.id] = path
         self._replies[reply.client.id] = replace(reply, upload=Upload({}))
 
@@ -48,8 +53,6 @@ class Spool:
 
     def clear(self) -> None:
         """Forgets all replies, and removes their files."""
-        for path in self._files.values():
-            path.unlink(missing_ok=True)
-        if self._folder is not None and self._folder.exists():
-            self._folder.rmdir()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._replies, self._files, self._bytes = {}, {}, 0
