@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -63,6 +64,7 @@ def test_the_example_of_a_method_runs_and_averages_b_exactly(tmp_path, monkeypat
 def test_the_example_of_a_part_computes_and_learns_as_its_matrix(tmp_path, monkeypatch):
     kind, linear = example("src/fedlora/parts/vera.py", tmp_path, monkeypatch).Vera, torch.nn.Linear(7, 5)
     monkeypatch.setattr(table, "Factors", table.Factors | kind)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # annotations made before do not name the kind
     adapted = AdaptedModel(torch.nn.Sequential(linear), Scaling(16.0), ["0"])
     parts = [kind(*(torch.randn(shape) for shape in ((5, rank), (5,), (rank,), (rank, 7)))) for rank in (3, 2)]
     e, d = adapted.load_clients([{"0": part} for part in parts], "de")

@@ -15,7 +15,7 @@ from fedlora.ranges import PositiveInt, checked
 
 @dataclass(frozen=True)
 @checked
-class FullFineTuning(Method[Tensors, Tensors, Mean]):
+class FullFineTuning(Method[Tensors, None, Mean]):
     """FedAvg of the adapted modules' own weights, as the change of each weight [out, in] from the pretrained one.
 
     Low-rank methods are often compared with it. It is exact, and sends out * in floats per module. Only the weights of
@@ -32,11 +32,11 @@ class FullFineTuning(Method[Tensors, Tensors, Mean]):
         """No change."""
         return pack({name: WeightChange(torch.zeros(size, dtype=spec.dtype)) for name, size in spec.modules.items()})
 
-    def view(self, state: Tensors, download: Tensors, client: ClientInfo) -> Adapter:
+    def view(self, state: None, download: Tensors, client: ClientInfo) -> Adapter:
         """The mean change."""
         return unpack(download, WeightChange)
 
-    def work(self, state: Tensors, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[Tensors, Upload]]:
+    def work(self, state: None, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[None, Upload]]:
         """Trains the change of each weight, and uploads it."""
         return state, Upload(pack((yield from fit(self.view(state, download, client), {"delta"}))))
 
