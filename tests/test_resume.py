@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,9 +124,16 @@ def with_deadly_steps(train: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 
 def cut_short(descriptor):
-    """Leaves half of a file, as if the rest had not reached the disk; does nothing to a folder."""
-    if os.path.isfile(f"/proc/self/fd/{descriptor}"):
-        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    """Leaves half of a file, or of the last row of a log, as if the rest had not reached the disk; nothing of a folder.
+
+    The rows before were synchronized with the disk, and are safe.
+    """
+    path = f"/proc/self/fd/{descriptor}"
+    if os.path.isfile(path):
+        size, safe = os.fstat(descriptor).st_size, 0
+        if os.readlink(path).endswith(".jsonl"):
+            safe = Path(path).read_bytes()[:-1].rfind(b"\n") + 1
+        os.ftruncate(descriptor, (safe + size) // 2)
 
 
 def content(path):

@@ -404,7 +404,7 @@ BAD = {
     "replay": (of_another_round, "reply is for round 8"),
     "another's name": (of_another_client, "missing in its node's reply"),
     "too heavy": (too_heavy, "weight"),
-    "a missing payload": (a_missing_payload, "upload is missing"),
+    "a missing payload": (a_missing_payload, "payload is missing"),
     "rejected": (
         lambda header, payloads: encode_message(Rejected(failure=Failure(reason=Reason.DATA))),
         "data cannot be used",

@@ -118,7 +118,7 @@ def test_after_a_failure_on_one_device_the_next_answers_are_not_the_last_ones(pr
     here = create_autospec(LocalTrainer, instance=True)
     here.scores.side_effect = Stub(0).scores
     both = MultiDeviceTrainer(here, [process])
-    share = both._shared
+    share = both._distribute
     with pytest.raises(ValueError, match="fails at 0"):
         share("scores", ["fail", 1], [2, 1])
     with pytest.raises(ValueError, match="fails at 100"):
