@@ -1,5 +1,6 @@
 """Interface of a federated method: pure functions, split at the client/server boundary."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -46,7 +47,7 @@ class ClientRound:
     initial: Any
 
 
-class Method(Generic[S, C, R]):
+class Method(ABC, Generic[S, C, R]):
     """Federated method: a frozen dataclass of its hyperparameters with pure functions.
 
     S is the server's state, C a client's: tensors in mappings, tuples or frozen dataclasses. R is what the server collects
@@ -61,9 +62,9 @@ class Method(Generic[S, C, R]):
     rank: int
     """The largest rank of a client."""
 
+    @abstractmethod
     def init_server(self, spec: AdapterSpec, seed: int) -> S:
         """Returns the server's state before the first round."""
-        raise NotImplementedError
 
     def init_client(self, spec: AdapterSpec, client: ClientInfo, seed: int) -> C:
         """Returns the state of a client that has never participated. It depends on the arguments only."""
@@ -106,15 +107,15 @@ class Method(Generic[S, C, R]):
 
     def collect(self, server: S, collected: R | None, reply: Reply) -> R:
         """On the server: returns what was collected, with one more upload; `collected` is None for the round's first."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} merges the mean of the uploads and collects nothing else")
 
+    @abstractmethod
     def merge(self, server: S, collected: R, rnd: Round) -> Merged[S]:
         """On the server: returns the next state, given what was collected from the accepted uploads.
 
         Raises:
             ValueError: no accepted upload has a positive weight.
         """
-        raise NotImplementedError
 
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
         """Returns the change of each module's weight that the upload stands for; None if it stands for none.

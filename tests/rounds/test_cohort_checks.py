@@ -121,7 +121,9 @@ def loss_after(name: str, lie: str, rounds: int, checked: bool = True) -> tuple[
     return -row_.global_["accuracy"], rejected
 
 
-@pytest.mark.parametrize("lie", [*LIES, "a billion examples"])
+@pytest.mark.parametrize(
+    "lie", fast([*LIES, "a billion examples"], "a thousand times", "the same product", "one huge entry")
+)
 @pytest.mark.parametrize("name", fast(["fedit", "flexlora"], "fedit"))
 def test_with_one_liar_of_ten_the_loss_is_within_a_tenth_of_the_honest_runs(name, lie):
     rounds = 40 if lie == "minus three times" else 8  # it slows the others down, but hardly moves where they end

@@ -26,8 +26,8 @@ class FedSB(Method[Tensors, Tensors, Mean]):
     the choice of b and a limits what can be learned. The rank is limited to min(out, in).
 
     In the paper b, diag(c) and a are the singular value decomposition of -lr sign(g), where g is the gradient of the
-    full model summed over the pooled training data, without noise. In a federation nobody has the pooled data, hence
-    the choices of `init`:
+    full model summed over the pooled training data, without noise. In a federation no participant has that
+    data, hence the choices of `init`:
 
     "weight": the leading singular vectors of the pretrained weight, and c = 0, so that training starts from the pretrained
     model. This is not the paper's choice; it is close to LoRA-XS (arXiv:2405.17604), which has the singular values in b and
