@@ -93,11 +93,11 @@ def test_the_example_of_a_task_trains_with_its_own_loss(tmp_path, monkeypatch):
     module = example("src/fedlora/tasks/smoothed.py", tmp_path, monkeypatch)
     (entry,) = [code for file, code in BLOCKS if file == "src/fedlora/tasks/table.py"]
     found = eval(f"{{{entry.strip()}}}", {"Smoothed": module.Smoothed})
-    assert isinstance(found["smoothed"], Task)
+    assert isinstance(found["smoothed"](), Task)
     losses = []
-    for task in (found["smoothed"], Classification()):
+    for task in (found["smoothed"](), Classification()):
         for where in ("fedlora.session.task_of", "fedlora.federated_data.task_of"):
-            monkeypatch.setattr(where, lambda kind, task=task: task)
+            monkeypatch.setattr(where, lambda settings, task=task: task)
         settings = {
             "model": str(tiny_bert(tmp_path / "model")),
             "data": str(tiny_rows(tmp_path / "train.jsonl", 60)),

@@ -141,9 +141,9 @@ class ToyTrainer:
         """The distances from the clients' targets."""
         return [self._statistics(client.examples, adapter, client.id) for client, adapter in asked]
 
-    def evaluate(self, adapter: Adapter) -> Statistics:
-        """The distance from the common target."""
-        return self._statistics(1, adapter, "")
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        """The metrics of the common target."""
+        return {**toy_metrics(self._statistics(1, adapter, "")), "examples": 1}
 
     def _statistics(self, examples: int, adapter: Adapter, client: str) -> Statistics:
         return Statistics(examples, {"distance": examples * self.loss(adapter, client).double()})
@@ -191,7 +191,7 @@ class Recorder:
         """The toy's."""
         return self.inner.scores(asked)
 
-    def evaluate(self, adapter: Adapter) -> Statistics:
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
         """The toy's."""
         return self.inner.evaluate(adapter)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from fedlora.config.experiment import Experiment
 from fedlora.config.sections import Data
+from fedlora.data.columns import Column
+from fedlora.data.examples import label_of
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
@@ -28,8 +30,8 @@ class FederatedData:
     labelled_data: LabelledData
     partition: Partition
     clients: Sequence[ClientInfo]
-    keys: Sequence[int] = ()
-    """The class of each training example, by which the examples are partitioned."""
+    keys: Sequence[int] | None = ()
+    """The class of each training example, by which the examples are partitioned; None if they have none."""
 
     @cached_property
     def fingerprint(self) -> DataFingerprint:
@@ -54,9 +56,8 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read, or cannot be partitioned as configured.
         """
-        task = task_of(experiment.task.kind)
-        labelled_data = load(experiment.data, experiment.seed, task, in_memory)
-        keys = task.partition_keys(labelled_data.train["label"][:])
+        labelled_data = _loaded(experiment, in_memory)
+        keys = task_of(dict(experiment.task)).partition_keys(labelled_data.train[:])
         partition = divide(labelled_data.train, keys, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
@@ -81,7 +82,7 @@ class FederatedData:
         Raises:
             UserError: the data cannot be read.
         """
-        labelled_data = load(experiment.data, experiment.seed, task_of(experiment.task.kind))
+        labelled_data = _loaded(experiment)
         return cls(replace(labelled_data, train=labelled_data.train.select([])), Partition((), 0, 0), [])
 
     @classmethod
@@ -89,8 +90,8 @@ class FederatedData:
         cls, experiment: Experiment, labels: Sequence[str], clients: Sequence[ClientInfo]
     ) -> "FederatedData":
         """Label names and clients only, which suffice for an export."""
-        task, none = task_of(experiment.task.kind), Data(source="none", labels=list(labels))
-        return cls(load(none, 0, task), Partition((), 0, 0), clients)
+        nothing = Data(source="none", labels=list(labels) or None)
+        return cls(load(nothing, 0, _columns(experiment)), Partition((), 0, 0), clients)
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
@@ -99,7 +100,31 @@ class FederatedData:
         Raises:
             UserError: the file cannot be read, or has a label not in `labels`.
         """
-        examples = load_own(experiment.data, file, labels, experiment.seed, task_of(experiment.task.kind))
+        examples = load_own(experiment.data, file, labels, experiment.seed, _columns(experiment))
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
         labelled_data = LabelledData(examples, examples.select([]), tuple(labels))
         return cls(labelled_data, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
+
+
+def _columns(experiment: Experiment) -> Sequence[Column]:
+    """The columns that the task reads, as configured."""
+    named = {name for name, value in experiment.data if value is not None}
+    try:
+        return task_of(dict(experiment.task)).columns(named)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from None
+
+
+def _loaded(experiment: Experiment, in_memory: Any = None) -> LabelledData:
+    """All examples.
+
+    Raises:
+        UserError: they cannot be read, or have no labels and the method needs them.
+    """
+    columns = _columns(experiment)
+    if experiment.method.row.needs_labels and label_of(columns) is None:
+        raise UserError(
+            f"method.name = {experiment.method.name!r} needs labelled examples, task.kind = {experiment.task.kind!r} has "
+            "no labels; choose another method"
+        )
+    return load(experiment.data, experiment.seed, columns, in_memory)

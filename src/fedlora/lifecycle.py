@@ -111,6 +111,7 @@ def rounds(
         deployed if checked is None else checked,
         folder.path / "spool",
         metrics=session.task.metrics,
+        lower_is_better=session.task.lower_is_better,
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))

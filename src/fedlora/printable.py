@@ -1,5 +1,6 @@
 """Names and untrusted texts in messages: client ids, labels, column and file names, reasons."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -31,6 +32,15 @@ def listed(names: Sequence[str], most: int) -> str:
     'a, b and 1 more'
     """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def number(value: float, digits: int) -> str:
+    """A metric with this number of decimal digits; `undefined` for NaN.
+
+    >>> number(0.5, 3), number(float("nan"), 3)
+    ('0.500', 'undefined')
+    """
+    return "undefined" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _escape(character: str) -> str:

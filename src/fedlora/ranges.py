@@ -73,6 +73,7 @@ PositiveInt = Annotated[int, Range(ge=1)]
 NonNegativeInt = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
+FiniteFloat = Annotated[float, Range()]
 Fraction = Annotated[float, Range(gt=0, le=1)]
 UnitInterval = Annotated[float, Range(ge=0, le=1)]
 

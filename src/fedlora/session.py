@@ -35,6 +35,7 @@ from fedlora.train.features import try_packing
 from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.local import LocalTrainer
 from fedlora.train.micro_batches import bytes_per_token
+from fedlora.train.targets import check_targets, rows_with_targets
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Session:
     method: AnyMethod
     task: Task
     tokenizer: Any
+    clients: Sequence[ClientInfo]
+    """The clients, with the numbers of their training examples that have a target."""
     notes: Sequence[str] = ()
     """Messages for the user before the first round."""
 
@@ -58,7 +61,7 @@ class Session:
         Raises:
             UserError: invalid model or device, or a model that cannot be trained.
         """
-        task, settings = task_of(experiment.task.kind), experiment.train
+        task, settings = task_of(dict(experiment.task)), experiment.train
         quiet()
         device = hardware.device(settings.device)
         model, tokenizer, checkpoint = task.load(experiment.model, federated_data.labelled_data.labels, experiment.seed)
@@ -73,6 +76,7 @@ class Session:
             experiment.lora.rank_pattern,
             head + (norm_modules(model, head) if experiment.method.with_norms else ()),
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+            len(federated_data.labelled_data.labels),
         )
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.packed:
@@ -82,12 +86,16 @@ class Session:
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
         kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
+        shares, have_targets = federated_data.partition.shares, examples.have_targets()
+        rows = rows_with_targets({share.client: share.train for share in shares}, have_targets)
+        if empty := next((client for client, own in rows.items() if not len(own)), None):
+            raise UserError(f"client {empty!r}: none of its training examples has a target; raise train.max_length")
         trainer = LocalTrainer(
             adapted,
             task,
             examples,
-            {share.client: torch.as_tensor(share.train) for share in federated_data.partition.shares},
-            {share.client: torch.as_tensor(share.held_out) for share in federated_data.partition.shares},
+            rows,
+            rows_with_targets({share.client: share.held_out for share in shares}, have_targets),
             test,
             settings,
             experiment.evaluate.batch_size,
@@ -101,12 +109,17 @@ class Session:
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
+            *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
         ]
         if clients_per_step < settings.clients_per_step:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
-        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, notes)
+        clients = [
+            replace(client, examples=len(rows[client.id])) if client.id in rows else client
+            for client in federated_data.clients
+        ]
+        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes)
 
     @property
     def places(self) -> list[str]:
@@ -137,18 +150,14 @@ class Session:
         The adapters include the base updates, and thus all changes of the model.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
-        clients = (
-            self.federated_data.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
-        )
+        clients = self.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
         views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in clients}
         base_updates = [folder.base_update(index) for index in run_state.base_updates.rounds]
         return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
         """Simulation backend that stores the clients' states in the run's folder."""
-        return SimulationBackend(
-            self.method, self.adapted.spec, self.federated_data.clients, folder, self.trainer, self.experiment.seed
-        )
+        return SimulationBackend(self.method, self.adapted.spec, self.clients, folder, self.trainer, self.experiment.seed)
 
     def write(
         self,
@@ -192,7 +201,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
     """
     quiet()
     hardware.devices(experiment.train.device, experiment.train.devices)
-    task = task_of(experiment.task.kind)
+    task = task_of(dict(experiment.task))
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora = experiment.lora
     check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)
@@ -205,14 +214,16 @@ def encoded(
     """Tokenizes the training and the test examples for the model.
 
     Raises:
-        UserError: they are too long for the model, or the tokenizer has none of their words in its vocabulary.
+        UserError: they are too long for the model, none has a target, or the tokenizer has none of their words in its
+            vocabulary.
     """
     train, test = (
         task.encode(tokenizer, rows[:], max_length)
         for rows in (federated_data.labelled_data.train, federated_data.labelled_data.test)
     )
-    for examples in (train, test):
+    for kind, examples in (("training", train), ("test", test)):
         check_lengths(examples.lengths(), max_length, positions(model))
+        check_targets(examples, kind)
     check_known(train.features, tokenizer)
     return train, test
 

@@ -113,9 +113,9 @@ class Witness:
             self.checked.append(Checked(f"what {client} uses", found, self._loss(self.inner.held_out[client.id], view)))
         return scores
 
-    def evaluate(self, adapter: Adapter) -> Statistics:
+    def evaluate(self, adapter: Adapter) -> Mapping[str, float]:
         score, test = self.inner.evaluate(adapter), torch.arange(len(self.inner.test))
-        self.checked.append(Checked("the global model", TASK.metrics(score)["loss"], self._loss(test, adapter)))
+        self.checked.append(Checked("the global model", score["loss"], self._loss(test, adapter)))
         return score
 
     def _loss(self, rows: Tensor, adapter: Adapter, frozen_extra: Mapping[str, LowRank] | None = None) -> float:

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,12 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from fedlora.config.sections import Data
-from fedlora.data import sources
 from fedlora.data.files import columns, looks_local
 from fedlora.errors import UserError
-from fedlora.tasks.classification import Classification
-
-load = partial(sources.load, task=Classification())
+from reading import load
 
 TABLE = {"text": ['a, "b"\nc', "née", "d"], "label": ["x", "y", "x"]}
 ROWS = [{"text": text, "label": label} for text, label in zip(*TABLE.values(), strict=True)]

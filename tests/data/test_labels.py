@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from fedlora.config.sections import Data
-from fedlora.data import sources
 from fedlora.data.labels import found_labels
 from fedlora.errors import UserError
-from fedlora.tasks.classification import Classification
-
-load = partial(sources.load, task=Classification())
-load_own = partial(sources.load_own, task=Classification())
+from reading import load, load_own
 
 ENDINGS = ("csv", "jsonl", "json", "columns.json", "parquet")
 

@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,11 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pyarrow import parquet
 
 from fedlora.config.sections import Data
-from fedlora.data import sources
 from fedlora.errors import UserError
-from fedlora.tasks.classification import Classification
-
-load = partial(sources.load, task=Classification())
+from reading import load
 
 ROWS = [{"text": f"007 née {i}, so\nto say", "label": i % 3, "user": f"u{i % 2}"} for i in range(12)]
 

@@ -24,7 +24,7 @@ from fedlora.rounds.validator import Failed
 from fedlora.runs.folder import RunFolder
 
 from rows import round_row, untimed
-from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_metrics, toy_plan, toy_simulation
+from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_plan, toy_simulation
 
 FULL = round_row(
     3,
@@ -157,7 +157,7 @@ def test_the_row_before_training_has_the_scores_of_the_initial_model_and_nothing
     method, trainer = FactorAveraging(rank=3), ToyTrainer()
     first = played(method, Evaluate())[0][0]
     initial = global_adapter(method, trainer.spec, method.init_server(trainer.spec, 0), Round(0, 0))
-    assert first.round == 0 and first.global_ == {**toy_metrics(trainer.evaluate(initial)), "examples": 1}
+    assert first.round == 0 and first.global_ == trainer.evaluate(initial)
     each = {client.id: -float(trainer.loss(initial, client.id)) for client in toy_clients()}
     assert first.clients["accuracy"].each == each
     assert line(first).keys() == {"round", "version", "started", "ended", "bytes_eval", "global", "clients", "seconds"}

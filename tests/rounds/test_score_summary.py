@@ -26,7 +26,7 @@ def summed(clients=CLIENTS, metrics=metrics):
         (one, Statistics(EXAMPLES[one], {n: torch.tensor(EXAMPLES[one] * of[one]).double() for n, of in VALUES.items()}))
         for one in clients
     )
-    return summary(scores, metrics)
+    return summary(scores, metrics, {"loss"})
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
@@ -66,9 +66,9 @@ def test_each_client_has_its_own_value():
 
 def test_one_client_has_no_spread_and_is_its_own_bottom_decile():
     own = Statistics(8, {"loss": torch.tensor(4.0).double()})
-    found = summary([("a", own)], metrics)["loss"]
+    found = summary([("a", own)], metrics, {"loss"})["loss"]
     assert found == Summary(mean=0.5, worst_decile=0.5, spread=0.0, each={"a": 0.5})
 
 
 def test_of_no_clients_there_is_nothing():
-    assert summary([], metrics) == {}
+    assert summary([], metrics, ()) == {}

@@ -42,7 +42,7 @@ def model(request, tmp_path_factory):
 
 def test_features_are_the_last_layer_at_the_first_token_or_the_last_of_a_model_that_looks_back(model):
     examples, rows = encoded(), torch.tensor([5, 1, 2, 6])
-    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), dropout=0.5, head=["classifier", "score"])
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), dropout=0.5, head=["classifier", "score"], classes=3)
     adapted.load_clients([{n: replace(p, b=p.b + 1) for n, p in lora_init(adapted.spec, 2, 0).items()}])
     found = features(adapted, Classification(), examples, rows, batch_size=3)
     place = 0 if model.config.model_type == "bert" else -1
@@ -55,7 +55,7 @@ def test_features_are_the_last_layer_at_the_first_token_or_the_last_of_a_model_t
 
 
 def test_a_trainer_answers_with_the_clients_own_training_examples(model):
-    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), head=["classifier", "score"])
+    adapted = AdaptedModel(copy.deepcopy(model), Scaling(8.0), head=["classifier", "score"], classes=3)
     examples, rows = encoded(), {"x": torch.tensor([4, 0]), "y": torch.tensor([1, 2, 3])}
     trainer = LocalTrainer(adapted, Classification(), examples, rows, {}, examples, Train(), eval_batch_size=2)
     seen = trainer.features(ClientInfo("y", 2, 3))

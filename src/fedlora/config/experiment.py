@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
-from fedlora.config.reading import overridden, read_table
+from fedlora.config.reading import SHORT_FORMS, overridden, read_table
 from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Task, Train
 from fedlora.config.wrap_choice import WrapChoice
 from fedlora.errors import UserError
@@ -49,10 +49,10 @@ class Experiment(Section):
     evaluate: Evaluate = Evaluate()
     deploy: Deploy = Deploy()
 
-    @field_validator("data", mode="before")
+    @field_validator(*SHORT_FORMS, mode="before")
     @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+    def _from_short_form(cls, value: Any, field: ValidationInfo) -> Any:
+        return {SHORT_FORMS[str(field.field_name)]: value} if isinstance(value, str) else value
 
     @field_validator("wrap", mode="after")
     @classmethod
@@ -66,8 +66,6 @@ class Experiment(Section):
     def _consistent(self) -> "Experiment":
         if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
-        if self.data.source == "none" and not self.data.labels:
-            raise ValueError("data.source = 'none' needs data.labels, the names of the clients' labels")
         ranks = self.clients.ranks
         equal = ranks is None or (isinstance(ranks, list) and set(ranks) == {self.method.rank})
         if not equal and not self.method.row.mixed_ranks:

@@ -13,6 +13,9 @@ DEMO: Mapping[str, Any] = {
 }
 """The table of the built-in experiment, which takes about three minutes on two cores."""
 
+SHORT_FORMS: Mapping[str, str] = {"data": "source", "task": "kind"}
+"""Sections that may be one text instead of a table, and the setting that the text is: `task = "KIND"`."""
+
 
 def read_table(path: Path) -> dict[str, Any]:
     """The tables in a TOML file, unvalidated.
@@ -54,8 +57,8 @@ def _apply(table: dict[str, Any], override: str) -> None:
         return
     for parent in parents:
         inner = table.get(parent, {})  # copied before it is changed: the caller's table stays as it is
-        if isinstance(inner, str) and parent == "data":
-            inner = {"source": inner}
+        if isinstance(inner, str) and parent in SHORT_FORMS:
+            inner = {SHORT_FORMS[parent]: inner}
         if not isinstance(inner, dict):
             raise UserError(f"--set {override!r}: {parent} is not a table")
         table[parent] = table = {**inner}

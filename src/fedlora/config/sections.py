@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from fedlora.ranges import AtMost, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from fedlora.ranges import AtMost, FiniteFloat, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
 
@@ -39,7 +39,7 @@ class Data(Section):
     Example: "question"
     """
     label: str = "label"
-    """The column with the label."""
+    """The column with the label, or, in a regression, with the score."""
     user: str | None = None
     """The column that names the owner of an example; the natural partition needs it.
 
@@ -70,10 +70,13 @@ class Data(Section):
 
 
 class Task(Section):
-    """The task that the model is fine-tuned for (docs/tasks.md)."""
+    """The task that the model is fine-tuned for (docs/tasks.md). `task = "KIND"` sets only `task.kind`."""
 
-    kind: Literal["classification"] = "classification"
-    """The kind of task. classification: a text, or a pair of texts, has one of the labels."""
+    kind: Literal["classification", "regression"] = "classification"
+    """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score."""
+    center: FiniteFloat = 0.0
+    """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
+    correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
 
 
 class Clients(Section):
@@ -85,10 +88,11 @@ class Clients(Section):
 
     Example: 20
     """
-    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural"] = "dirichlet"
+    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural", "length"] = "dirichlet"
     """How the examples are partitioned. iid: at random. dirichlet: random label proportions for each client.
     pathological: a few labels per client. shards: contiguous pieces of the data sorted by label. natural: by the column
-    `data.user`."""
+    `data.user`. length: by the number of characters, the shortest for the first client. In a regression, five equal
+    intervals between the smallest and the largest score take the place of the labels."""
     alpha: PositiveFloat = 0.5
     """Concentration parameter of the dirichlet partition: the smaller, the more the clients' labels differ."""
     min_size: PositiveInt = 2

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fedlora.config.sections import Data
+from fedlora.data.columns import Column, named, reader
 from fedlora.data.labels import LabelError, label_ids
-from fedlora.data.names import encodable, name, number, unified
+from fedlora.data.names import name, number, unified
 from fedlora.data.tables import Table, choices
 from fedlora.errors import UserError
 from fedlora.printable import quoted
@@ -13,37 +14,51 @@ from fedlora.printable import quoted
 Columns = dict[str, list[Any]]
 
 
-def examples(table: Table, data: Data, owners_needed: bool = True) -> Columns:
-    """The configured columns among text, text_pair, label, user and task, with all values validated.
+def examples(table: Table, data: Data, columns: Sequence[Column], owners_needed: bool = True) -> Columns:
+    """The task's columns, and user and task if configured, with all values validated.
 
-    Labels remain names; numbers are replaced by the table's names for them.
+    Labels remain names; numbers are replaced by the table's names for them. Without `owners_needed`, user and task may be
+    missing.
 
     Raises:
         UserError: a column is missing, or a value is invalid; names the table, the column and the row, not the value.
     """
     if not table.names:
         raise UserError(f"{table.origin} has no examples")
-    read = {"text": _text, "text_pair": _text, "label": _named("label"), "user": _named("user"), "task": _named("task")}
-    wanted = {ours: column for ours in read if (column := getattr(data, ours)) is not None}
+    read = {column.name: reader(column.kind) for column in columns}
+    if missing := next((ours for ours in read if getattr(data, ours) is None), None):
+        raise UserError(f"data.{missing}: the task needs this setting, the name of a column; set it")
+    read |= {ours: named(ours) for ours in ("user", "task") if getattr(data, ours) is not None}
     for ours in () if owners_needed else ("user", "task"):
         if getattr(data, ours) not in table.names:
-            wanted.pop(ours, None)
-    for ours, column in wanted.items():
-        if column not in table.names:
+            read.pop(ours, None)
+    for ours in read:
+        if (column := getattr(data, ours)) not in table.names:
             raise UserError(f"{table.origin} has no column {quoted(column)} (data.{ours}){choices(column, table.names)}")
-    columns = {ours: _read(table, column, ours, read[ours]) for ours, column in wanted.items()}
-    if not columns["text"]:
+    found = {ours: _read(table, getattr(data, ours), ours, read_cell) for ours, read_cell in read.items()}
+    if not size(found):
         raise UserError(f"{table.origin} has no examples")
-    for ours in columns.keys() & {"label", "user", "task"}:
-        columns[ours] = unified(columns[ours])
-    if table.labels is not None:
-        columns["label"] = _by_table(columns["label"], table.labels, where(table, data))
-    return columns
+    label = label_of(columns)
+    for ours in found.keys() & {label, "user", "task"}:
+        found[ours] = unified(found[ours])
+    if label is not None and table.labels is not None:
+        found[label] = _by_table(found[label], table.labels, where(table, data, label))
+    return found
 
 
-def where(table: Table, data: Data) -> str:
-    """The location of a table's labels, for error messages."""
-    return _place(table, data.label, "label")
+def size(columns: Columns) -> int:
+    """The number of examples."""
+    return len(next(iter(columns.values())))
+
+
+def label_of(columns: Sequence[Column]) -> str | None:
+    """The name of the column with the labels; None if the task has none."""
+    return next((column.name for column in columns if column.kind == "label"), None)
+
+
+def where(table: Table, data: Data, ours: str) -> str:
+    """The location of a column, for error messages."""
+    return _place(table, getattr(data, ours), ours)
 
 
 def row_of(error: LabelError, labels: Sequence[str], place: str) -> UserError:
@@ -60,14 +75,14 @@ def _by_table(labels: list[str], names: Sequence[str], place: str) -> list[str]:
     return [name(names[ids[label]]) if label in ids else label for label in labels]
 
 
-def _read(table: Table, column: str, ours: str, read: Callable[[Any], str]) -> list[str]:
+def _read(table: Table, column: str, ours: str, read: Callable[[Any], Any]) -> list[Any]:
     place, values = _place(table, column, ours), table.column(column)
     if values is None:
         raise UserError(f"{place}: several columns have this name; rename or remove all but one")
     return list(_checked(values, read, place))
 
 
-def _checked(values: Iterable[Any], read: Callable[[Any], str], place: str) -> Iterable[str]:
+def _checked(values: Iterable[Any], read: Callable[[Any], Any], place: str) -> Iterable[Any]:
     for row, value in enumerate(values, 1):
         try:
             yield read(value)
@@ -77,20 +92,3 @@ def _checked(values: Iterable[Any], read: Callable[[Any], str], place: str) -> I
 
 def _place(table: Table, column: str, ours: str) -> str:
     return f"{table.origin}, column {quoted(column)} (data.{ours})"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str) and value.strip():
-        return encodable(value)
-    if value is None or isinstance(value, str) or value != value:
-        raise ValueError("is empty")
-    raise ValueError(f"is of type {type(value).__name__}, not text")
-
-
-def _named(what: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if found := name(value):
-            return found
-        raise ValueError(f"has no {what}")
-
-    return read

@@ -16,7 +16,7 @@ MEMORY = "memory"
 _EXPECTED = "expected a list of mappings, a datasets.Dataset, a pandas.DataFrame, or a mapping of the splits train and test"
 
 
-def find(rows: Any, test: str | None, label: str) -> tuple[Table, Table | None]:
+def find(rows: Any, test: str | None, label: str | None) -> tuple[Table, Table | None]:
     """The training table, and the test table if the rows have splits or `test` names a file; see `tables.find`.
 
     Raises:
@@ -27,7 +27,7 @@ def find(rows: Any, test: str | None, label: str) -> tuple[Table, Table | None]:
     return with_test_file(_table(rows, "data", label), test)
 
 
-def _table(rows: Any, origin: str, label: str) -> Table:
+def _table(rows: Any, origin: str, label: str | None) -> Table:
     origin = f"{origin} ({type(rows).__name__})"
     if isinstance(rows, datasets.Dataset):
         return of_dataset(rows.with_format(None), label, origin)

@@ -9,20 +9,20 @@ import torch
 
 from fedlora.config.sections import Data
 from fedlora.data import memory
-from fedlora.data.examples import Columns, examples, row_of, where
-from fedlora.data.labels import LabelError, given_labels
+from fedlora.data.columns import Column
+from fedlora.data.examples import Columns, examples, label_of, row_of, size, where
+from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
 from fedlora.data.tables import STDLIB_DOCS, find
-from fedlora.data.targets import Targets
 from fedlora.errors import UserError
 from fedlora.randomness import generator
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Training and test examples with the columns text, label, and, if configured, text_pair and user.
+    """Training and test examples with the task's columns, and, if configured, user and task.
 
-    The column label has the task's targets, such as indices into `labels`. `user` is text; the test set has it only if its
-    source does.
+    A column of labels has indices into `labels`, which is empty for a task without labels. `user` is text; the test set has
+    it only if its source does.
     """
 
     train: datasets.Dataset
@@ -30,17 +30,19 @@ class LabelledData:
     labels: tuple[str, ...]
 
 
-def load(data: Data, seed: int, task: Targets, in_memory: Any = None) -> LabelledData:
-    """The examples that `data` describes; deterministic for a given seed.
+def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None) -> LabelledData:
+    """The examples that `data` describes, with the columns that a task reads; deterministic for a given seed.
 
     Rows in memory replace `data.source`. The labels are those in `data.labels`, else those named by the hub or a
-    `labels.json`, else those that `task` finds. All of the training and test set is validated before `rows` and `test_rows`
-    are drawn.
+    `labels.json`, else those that occur. All of the training and test set is validated before `rows` and `test_rows` are
+    drawn.
 
     Raises:
-        UserError: missing or unreadable data, an example without text or label, or an ambiguous label; names the file, the
-            key and the row.
+        UserError: missing or unreadable data, an invalid value, or an ambiguous label; names the file, the key and the row.
     """
+    label = label_of(columns)
+    if label is None and data.labels:
+        raise UserError("data.labels: the task has no labels; remove this setting")
     if in_memory is None and data.source == memory.MEMORY:
         raise UserError(
             "data.source = 'memory': the rows come from a Python program; pass them with fedlora.run(..., data=rows) or "
@@ -49,20 +51,27 @@ def load(data: Data, seed: int, task: Targets, in_memory: Any = None) -> Labelle
     if data.source == STDLIB_DOCS:
         data = data.model_copy(update={"text": "text", "text_pair": None, "label": "label", "user": "user"})
     if data.source == "none":
-        empty = datasets.Dataset.from_dict({"text": [], "label": []})
+        if label is not None and not data.labels:
+            raise UserError("data.source = 'none' needs data.labels, the names of the clients' labels")
+        empty = datasets.Dataset.from_dict({column.name: [] for column in columns})
         return LabelledData(empty, empty, _given(data.labels) or ())
     if in_memory is None:
-        table, test_table = find(data.source, data.test, data.label)
+        table, test_table = find(data.source, data.test, _class_column(data, label))
     else:
-        table, test_table = memory.find(in_memory, data.test, data.label)
-    train, place = examples(table, data), where(table, data)
-    test, test_place = ({}, "") if test_table is None else (examples(test_table, data, False), where(test_table, data))
-    names = _given(data.labels) or table.labels or _found(task, train["label"], place, test.get("label", []), test_place)
-    train["label"] = _targets(task, train["label"], names, place)
+        table, test_table = memory.find(in_memory, data.test, _class_column(data, label))
+    train = examples(table, data, columns)
+    test = {} if test_table is None else examples(test_table, data, columns, False)
+    names: tuple[str, ...] = ()
+    if label is not None:
+        place = where(table, data, label)
+        test_place = "" if test_table is None else where(test_table, data, label)
+        found = _given(data.labels) or table.labels
+        names = found or _found(train[label], place, test.get(label, []), test_place)
+        train[label] = _indices(train[label], names, place)
+        if test_table is not None:
+            test[label] = _indices(test[label], names, test_place)
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
-    else:
-        test["label"] = _targets(task, test["label"], names, test_place)
     return LabelledData(
         train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
         test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
@@ -70,16 +79,23 @@ def load(data: Data, seed: int, task: Targets, in_memory: Any = None) -> Labelle
     )
 
 
-def load_own(data: Data, file: str, labels: Sequence[str], seed: int, task: Targets) -> datasets.Dataset:
+def load_own(data: Data, file: str, labels: Sequence[str], seed: int, columns: Sequence[Column]) -> datasets.Dataset:
     """All examples of one client's own file, with the columns of `load` and the labels of the run.
 
     Raises:
-        UserError: not readable, an example without text or label, or a label that the run does not have.
+        UserError: not readable, an invalid value, or a label that the run does not have.
     """
-    table, _ = find(file, None, data.label)
-    columns = examples(table, data.model_copy(update={"user": None, "task": None}))
-    columns["label"] = _targets(task, columns["label"], labels, where(table, data))
-    return datasets.Dataset.from_dict(_draw(columns, data.rows, seed, "rows"))
+    label = label_of(columns)
+    table, _ = find(file, None, _class_column(data, label))
+    found = examples(table, data.model_copy(update={"user": None, "task": None}), columns)
+    if label is not None:
+        found[label] = _indices(found[label], labels, where(table, data, label))
+    return datasets.Dataset.from_dict(_draw(found, data.rows, seed, "rows"))
+
+
+def _class_column(data: Data, label: str | None) -> str | None:
+    """The column for which the hub may have class names."""
+    return None if label is None else getattr(data, label)
 
 
 def _given(labels: list[str] | None) -> tuple[str, ...] | None:
@@ -89,31 +105,32 @@ def _given(labels: list[str] | None) -> tuple[str, ...] | None:
         raise UserError(f"data.labels: {error}") from None
 
 
-def _found(task: Targets, train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
+def _found(train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
     try:
-        return task.label_space(train, test)
+        return found_labels(train, test)
     except LabelError as error:
         raise row_of(error, train, train_place) if error.label in train else row_of(error, test, test_place) from None
     except ValueError as error:
         raise UserError(f"{train_place}: {error}") from None
 
 
-def _targets(task: Targets, labels: list[str], names: Sequence[str], place: str) -> list[Any]:
+def _indices(labels: list[str], names: Sequence[str], place: str) -> list[int]:
     try:
-        return task.targets(labels, names)
+        ids = label_ids(labels, names)
     except LabelError as error:
         raise row_of(error, labels, place) from None
+    return [ids[label] for label in labels]
 
 
 def _split(columns: Columns, fraction: float, seed: int) -> tuple[Columns, Columns]:
-    rows = len(columns["label"])
+    rows = size(columns)
     order = torch.randperm(rows, generator=generator(seed, "test split")).tolist()
     count = min(max(round(fraction * rows), 1), rows - 1)
     return _rows(columns, order[count:]), _rows(columns, order[:count])
 
 
 def _draw(columns: Columns, count: int | None, seed: int, purpose: str) -> Columns:
-    rows = len(columns["label"])
+    rows = size(columns)
     if count is None or count >= rows:
         return columns
     return _rows(columns, torch.randperm(rows, generator=generator(seed, purpose)).tolist()[:count])

@@ -37,10 +37,10 @@ class Table:
     labels: tuple[str, ...] | None = None
 
 
-def find(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
+def find(source: str, test: str | None, label: str | None) -> tuple[Table, Table | None]:
     """The training table, and the test table if the source has one or `test` names one.
 
-    `label` is the column for which the hub may have class names.
+    `label` is the column for which the hub may have class names, if any.
 
     Raises:
         UserError: no such file, data set or split, or not readable.
@@ -85,7 +85,7 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
         raise UserError(f"{path}: {error}") from None
 
 
-def _hub(source: str, test: str | None, label: str) -> tuple[Table, Table | None]:
+def _hub(source: str, test: str | None, label: str | None) -> tuple[Table, Table | None]:
     name, _, subset = source.partition(":")
     try:
         with _no_progress_bars():
@@ -134,7 +134,7 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
     return train, _file(test, "data.test")
 
 
-def of_dataset(dataset: datasets.Dataset, label: str, origin: str) -> Table:
+def of_dataset(dataset: datasets.Dataset, label: str | None, origin: str) -> Table:
     """A data set's columns; the class names of the column `label`, if any, are the label names.
 
     Raises:

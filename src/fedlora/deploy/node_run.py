@@ -59,14 +59,16 @@ class NodeRun:
             labels = list(federated_data.labelled_data.labels)
             if labels != handshake.labels:
                 raise ValueError(f"the labels here are {labels}, the server's {handshake.labels}")
-        clients = [client for client in federated_data.clients if client.id in settings.clients]
-        if unknown := sorted(set(settings.clients) - {client.id for client in clients}):
+        if unknown := sorted(set(settings.clients) - {client.id for client in federated_data.clients}):
             notify(f"the experiment's partition has no client {unknown[0]!r}")
             raise NodeFailure(Reason.CLIENTS, len(unknown))
         with coded_errors(Reason.MODEL, notify):
             session = Session.make(experiment, federated_data).on_all_devices()
+        for note in session.notes:
+            notify(note)
         base = weights_digest(session.adapted.model)
         folder = RunFolder(path)
+        clients = [client for client in session.clients if client.id in settings.clients]
         simulation = SimulationBackend(
             session.method, session.adapted.spec, clients, folder, session.trainer, experiment.seed
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config.experiment import Experiment
+from fedlora.printable import number
 from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
 
@@ -22,7 +23,7 @@ def model_card(
     said = {
         "Base model": f"`{_public(experiment.model)}`",
         "Method": f"`{row.name}` ({row.paper}), rank {experiment.method.rank}",
-        "Data": f"`{_public(data.source)}`, {len(labels)} labels",
+        "Data": f"`{_public(data.source)}`" + (f", {len(labels)} labels" if labels else ""),
         **_results(rows),
         "Made with": f"fedlora {__version__}, seed {experiment.seed}",
     }
@@ -61,8 +62,8 @@ def _results(rows: Sequence[RoundRow]) -> dict[str, str]:
     found = {"Rounds": str(rows[-1].round), "Clients in the last round": str(len(rows[-1].accepted))}
     for row in rows:
         if row.global_ is not None:
-            scores = ", ".join(f"{name} {value:.4f}" for name, value in row.global_.items() if isinstance(value, float))
+            scores = ", ".join(f"{name} {number(value, 4)}" for name, value in row.global_.items() if name != "examples")
             found["Test set"] = f"{scores} after round {row.round}"
         for name, summary in (row.clients or {}).items():
-            found[f"Held-out examples of the clients, {name}"] = f"{summary.mean:.4f} after round {row.round}"
+            found[f"Held-out examples of the clients, {name}"] = f"{number(summary.mean, 4)} after round {row.round}"
     return found

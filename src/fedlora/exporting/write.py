@@ -81,7 +81,8 @@ def to_peft(
         json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
     )
     tokenizer.save_pretrained(folder)
-    (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 
 
 def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:

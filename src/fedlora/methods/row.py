@@ -39,6 +39,8 @@ class Row:
     upload, can cover every upload; "open" means unknown. `secure` is a remark on secure aggregation; whether it is
     possible follows from what the method collects, see `secure_sums`.
 
+    `needs_labels`: whether it needs the labels of the clients' examples, and thus a task that has labels.
+
     `known_failures` maps the name of a law that does not hold to the reason; "law, mixed ranks" refers to mixed ranks only.
     """
 
@@ -54,6 +56,7 @@ class Row:
     weights: Weights = "examples"
     personal: bool = False
     mixed_ranks: bool = False
+    needs_labels: bool = False
     secure: str = ""
     private: str = "open"
     base_update: str = "0"

@@ -342,6 +342,7 @@ _ROWS = (
         first_upload=("3 * classes * (1 + 2 * features)", "8 * classes"),
         head="local",
         personal=True,
+        needs_labels=True,
         private="no: mixtures of features are uploaded; yes with data_weight 0: noise on the small cores suffices",
         known_failures={
             "test_weight_two_is_as_two_of_weight_one": "cores are mixed by similarity, not by weight",

@@ -33,9 +33,10 @@ class AdaptedModel:
         rank_pattern: Mapping[str, int] | None = None,
         head: Iterable[str] = (),
         precision: torch.dtype = torch.float32,
+        classes: int = 0,
     ) -> None:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
-        that are trained without LoRA.
+        that are trained without LoRA, `classes` is the number of the task's labels.
 
         The base computes in `precision`. Factors and heads keep their dtype; base updates are accumulated in fp32.
 
@@ -68,7 +69,7 @@ class AdaptedModel:
             rank_pattern=ranks,
             weight=self._base.pretrained,
             features=getattr(config, "hidden_size", 0),
-            classes=len(getattr(config, "id2label", None) or ()),
+            classes=classes,
             scaling=scaling,
         )
 

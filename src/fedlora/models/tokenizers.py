@@ -82,7 +82,7 @@ def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
         UserError: all tokens are special tokens.
     """
     unread = torch.tensor([*tokenizer.all_special_ids, *_blank(tokenizer)])
-    if features and torch.isin(features["input_ids"], unread).all():
+    if "input_ids" in features and torch.isin(features["input_ids"], unread).all():
         raise UserError("the tokenizer has none of the texts' words in its vocabulary; check that it belongs to the model")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markdown import Markdown
@@ -62,9 +63,10 @@ def setting(entry: Setting) -> Group:
 
 
 def clients(federated_data: FederatedData) -> Group:
-    """Rank, sizes and labels of each client: counts of all labels if they fit, else of the most frequent ones."""
-    labels, partition = federated_data.labelled_data.labels, federated_data.partition
-    counts = label_table(federated_data.keys, partition, len(labels))
+    """Rank, sizes and labels, if any, of each client: counts of all labels if they fit, else of the most frequent ones."""
+    partition, keys = federated_data.partition, federated_data.keys
+    labels = federated_data.labelled_data.labels if keys is not None else ()
+    counts = label_table(keys or (), partition, len(labels)) if labels else np.zeros((len(partition.shares), 0), int)
     few = len(labels) <= _FEW_LABELS
     title = f"{len(federated_data.clients)} clients, {len(federated_data.labelled_data.test)} test examples"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -78,7 +80,9 @@ def clients(federated_data: FederatedData) -> Group:
         cells = map(str, own) if few else (str(sum(count > 0 for count in own)), top)
         row = (client.id, str(client.rank), str(len(share.train)), str(len(share.held_out)), *cells)
         table.add_row(*(Text(printable(cell)) for cell in row))
-    below = [Text(printable("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels))))] if few else []
+    below = (
+        [Text(printable("labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels))))] if labels and few else []
+    )
     if partition.left_out_rows:
         below.append(Text(f"left out: {partition.left_out_rows} examples, {partition.left_out_clients} clients"))
     return Group(table, *below)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.messages import ClientInfo, Round
-from fedlora.printable import printable
+from fedlora.printable import number, printable
 from fedlora.rounds.progress import NullProgress
 from fedlora.rounds.progress import Progress as Callbacks
 from fedlora.rounds.row import RoundRow
@@ -76,21 +76,22 @@ def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
 
 
 def closing(result: Result) -> Table:
-    """Final table with one line per round; held-out accuracy and bottom decile are over the clients."""
+    """Final table with one line per round; the held-out metric and bottom decile are over the clients."""
+    metric = result.main_metric
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     first = ("", "", "train", "test", "held-out", "bottom", "", "", "")
-    second = ("round", "clients", "loss", "accuracy", "accuracy", "decile", "up", "down", "seconds")
+    second = ("round", "clients", "loss", metric, metric, "decile", "up", "down", "seconds")
     for above, below in zip(first, second, strict=True):
         table.add_column(f"{above}\n{below}", justify="right")
     for row in result.rows:
-        accuracy = None if row.clients is None else row.clients.get("accuracy")
+        clients = None if row.clients is None else row.clients.get(metric)
         table.add_row(
             str(row.round),
             str(len(row.accepted)) + (f" of {len(row.chosen)}" if row.rejected else ""),
             _number(row.train_loss),
-            _number(None if row.global_ is None else row.global_["accuracy"]),
-            _number(None if accuracy is None else accuracy.mean),
-            _number(None if accuracy is None else accuracy.worst_decile),
+            _number(None if row.global_ is None else row.global_[metric]),
+            _number(None if clients is None else clients.mean),
+            _number(None if clients is None else clients.worst_decile),
             size(row.bytes_up),
             size(row.bytes_down),
             f"{row.seconds.total:.1f}",
@@ -109,11 +110,11 @@ def size(count: int) -> str:
 
 
 def _scores(row: RoundRow) -> list[str]:
-    found = []
-    if row.global_ is not None:
-        found.append(f"test accuracy {row.global_['accuracy']:.3f}")
-    if row.clients:
-        found.append(f"held-out accuracy {row.clients['accuracy'].mean:.3f}")
+    found, metric = [], row.main_metric
+    if metric and row.global_ is not None:
+        found.append(f"test {metric} {number(row.global_[metric], 3)}")
+    if metric and row.clients:
+        found.append(f"held-out {metric} {number(row.clients[metric].mean, 3)}")
     return found
 
 

@@ -60,16 +60,16 @@ class Backend(Protocol):
 class GlobalEvaluator(Protocol):
     """Evaluates on the global test set."""
 
-    def __call__(self, adapter: Adapter) -> Statistics:
-        """Statistics of the adapter on the global test set."""
+    def __call__(self, adapter: Adapter) -> Mapping[str, int | float]:
+        """Metrics of the adapter on the global test set, and the number of its `examples`."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Settings of all rounds of a run.
 
-    `metrics` computes a task's metrics from statistics. `evaluator` is None without a global model or without a global test
-    set. With `check_cohort` uploads are compared with
+    `metrics` computes a task's metrics from statistics; of those in `lower_is_better`, smaller values are better.
+    `evaluator` is None without a global model or without a global test set. With `check_cohort` uploads are compared with
     the others of their round, see `cohort_checks`; until all are there, those that do not fit in memory are in the folder
     `spool`.
     """
@@ -83,6 +83,7 @@ class Plan:
     uniform_weights: bool = False
     evaluator: GlobalEvaluator | None = None
     metrics: Callable[[Statistics], Mapping[str, float]] = field(kw_only=True)
+    lower_is_better: Collection[str] = field(default=("loss",), kw_only=True)
     check_cohort: bool = False
     spool: Path | None = None
 
@@ -161,7 +162,7 @@ class _Evaluation:
 
     after: RunState
     stats: RoundStats
-    metrics: Callable[[Statistics], Mapping[str, float]]
+    plan: Plan
     scores: Iterator[tuple[ClientInfo, Statistics | None]] | None = None
 
     def finish(self, progress: Progress) -> tuple[RunState, RoundRow]:
@@ -169,7 +170,7 @@ class _Evaluation:
         if self.scores is not None:
             with self.stats.timed("evaluate"):
                 scores = ((client.id, found) for client, found in self.scores if found is not None)
-                self.stats.clients = summary(scores, self.metrics)
+                self.stats.clients = summary(scores, self.plan.metrics, self.plan.lower_is_better)
         row = self.stats.row()
         progress.round_ended(row)
         return self.after, row
@@ -222,7 +223,7 @@ def _train_and_merge(
         backend.merge_into_base(merged.base_update)
         after = replace(after, base_updates=after.base_updates.added(index))
     if (index + 1) % plan.evaluate.every and index + 1 != plan.rounds:
-        return _Evaluation(after, stats, plan.metrics)
+        return _Evaluation(after, stats, plan)
     return _evaluate(plan, backend, store, after, stats)
 
 
@@ -367,8 +368,7 @@ def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunSt
         rnd, base_updates = Round(stats.round, plan.seed), after.base_updates.known(backend.held())
         scores = None
         if plan.evaluator is not None:
-            found = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
-            stats.global_metrics = {**plan.metrics(found), "examples": found.examples}
+            stats.global_metrics = plan.evaluator(global_adapter(plan.method, plan.spec, after.server, rnd))
         everybody = () if plan.evaluate.clients == "none" else sorted(backend.clients(), key=lambda client: client.id)
         evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in stats.accepted]
         if evaluated:
@@ -378,7 +378,7 @@ def _evaluate(plan: Plan, backend: Backend, store: BaseUpdateStore, after: RunSt
             stats.bytes_eval = _sizes(sent).total()
             stats.bytes_down += _sizes(pending)
             base_updates = base_updates.delivered(client.id for client in evaluated)
-    return _Evaluation(replace(after, base_updates=base_updates), stats, plan.metrics, scores)
+    return _Evaluation(replace(after, base_updates=base_updates), stats, plan, scores)
 
 
 def _sizes(sent: Mapping[ClientInfo, Tensors]) -> Counter[str]:

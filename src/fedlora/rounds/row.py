@@ -106,6 +106,11 @@ class RoundRow:
     notes: Mapping[str, float] = field(default_factory=dict)
     """The method's own numbers, each as a key of its own beside those above, see the method's page. Absent: none."""
 
+    @property
+    def main_metric(self) -> str | None:
+        """The task's main metric, which is the first one; None if nothing was evaluated."""
+        return next(iter(self.global_ or self.clients or ()), None)
+
 
 _TRAINING = frozenset(
     ("attempts", "chosen", "accepted", "rejected", "per_client", "bytes_up", "bytes_down", "train_loss", "largest_upload")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError
+from fedlora.printable import number
 from fedlora.rounds.row import RoundRow, key
 
 _NESTED = ("largest_upload", "global_", "clients", "seconds", "notes")
 """Entries of a row with one column for each number in them."""
-
-_ACCURACIES = {"global.accuracy": "test accuracy", "clients.accuracy.mean": "held-out accuracy"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +27,11 @@ class Result:
     rows: Sequence[RoundRow]
     adapters: Mapping[str, Path]
     left_out: str = ""
+
+    @property
+    def main_metric(self) -> str:
+        """The task's main metric, such as accuracy; `score` if nothing was evaluated."""
+        return next((name for row in self.rows if (name := row.main_metric)), "score")
 
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per round and columns such as `train_loss` or `clients.accuracy.mean`.
@@ -58,31 +62,39 @@ class Result:
         )
 
     def plot(self) -> Any:
-        """Returns new `matplotlib` axes with the training loss by round, and the accuracies on a second scale.
+        """Returns new `matplotlib` axes with the training loss by round, and the main metric on a second scale.
 
         Raises:
             UserError: matplotlib or pandas is not installed.
         """
         rounds = self.to_pandas().set_index("round")
         axes = _package("matplotlib.pyplot").subplots()[1]
-        accuracy = axes.twinx()
-        for color, (name, label) in enumerate({"train_loss": "training loss", **_ACCURACIES}.items()):
+        metric = axes.twinx()
+        for color, (name, label) in enumerate({"train_loss": "training loss", **self._scores()}.items()):
             if name in rounds:
                 values = rounds[name].dropna().astype(float)  # missing in rounds without an evaluation
-                drawn_on = axes if name == "train_loss" else accuracy
+                drawn_on = axes if name == "train_loss" else metric
                 drawn_on.plot(values.index, values, "o-", label=label, color=f"C{color}")
         axes.set(xlabel="round", ylabel="training loss", title=self.method)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        accuracy.set(ylabel="accuracy", ylim=(0, 1))
-        axes.legend(handles=[*axes.lines, *accuracy.lines])
+        metric.set(ylabel=self.main_metric)
+        if all(0 <= value <= 1 for line in metric.lines for value in line.get_ydata()):
+            metric.set(ylim=(0, 1))
+        axes.legend(handles=[*axes.lines, *metric.lines])
         return axes
 
     def __repr__(self) -> str:
-        last = [(label, value) for row in self.rows for name, value in _columns(row) if (label := _ACCURACIES.get(name))]
-        accuracies = [f"{label} {value:.3f}" for label, value in dict(last).items()]
+        labels = self._scores()
+        last = {labels[name]: value for row in self.rows for name, value in _columns(row) if name in labels}
+        scores = [f"{label} {number(value, 3)}" for label, value in last.items()]
         count = self.rows[-1].round if self.rows else 0
         rounds = f"{count} round{'' if count == 1 else 's'}"
-        return f"Result({', '.join([self.method, rounds, *accuracies, repr(str(self.folder))])})"
+        return f"Result({', '.join([self.method, rounds, *scores, repr(str(self.folder))])})"
+
+    def _scores(self) -> Mapping[str, str]:
+        """The columns of the main metric, and what they are called."""
+        name = self.main_metric
+        return {f"global.{name}": f"test {name}", f"clients.{name}.mean": f"held-out {name}"}
 
 
 def _columns(row: RoundRow) -> Iterator[tuple[str, Any]]:

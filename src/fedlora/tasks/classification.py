@@ -1,21 +1,20 @@
 """Text classification."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.data.labels import found_labels, label_ids
+from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
-from fedlora.models.loading import load_model, outline_model
-from fedlora.models.tokenizers import cached_tokens, reads_last_token
 from fedlora.tasks.confusion import confusion_metrics
 from fedlora.tasks.task import Examples
+from fedlora.tasks.text_head import encode_texts, head_features, load_head, outline_head, text_columns
 
 _LOAD = """\
 import json
@@ -33,41 +32,38 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 
+@dataclass(frozen=True)
 class Classification:
     """Classification of texts or pairs of texts. Statistics are confusion counts, by label and prediction, and losses."""
 
     peft_type = "SEQ_CLS"
     pipeline_tag = "text-classification"
+    lower_is_better = frozenset({"loss"})
+    test_metrics = None
 
-    def label_space(self, train: Sequence[str], test: Sequence[str]) -> tuple[str, ...]:
-        """The labels that occur; see `found_labels`."""
-        return found_labels(train, test)
+    def columns(self, named: Collection[str]) -> list[Column]:
+        """A text or two, and the label."""
+        return text_columns(named, "label")
 
-    def targets(self, values: Sequence[str], labels: Sequence[str]) -> list[int]:
-        """The index of each label; see `label_ids`."""
-        ids = label_ids(values, labels)
-        return [ids[value] for value in values]
-
-    def partition_keys(self, targets: Sequence[int]) -> list[int]:
+    def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> list[int]:
         """The labels."""
-        return list(targets)
+        return list(train["label"])
+
+    def made_up(self, texts: Sequence[str], classes: int) -> Mapping[str, Sequence[Any]]:
+        """The texts, and all labels in turn."""
+        return {"text": texts, "label": [i % max(classes, 1) for i in range(len(texts))]}
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model with a head for these labels, initialized from `seed` if necessary; see `load_model`."""
-        return load_model(source, transformers.AutoModelForSequenceClassification, _settings(labels), seed)
+        """The model with a head for these labels; see `load_head`."""
+        return load_head(source, _settings(labels), seed)
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
-        """The same model without its weights; see `outline_model`."""
-        return outline_model(source, transformers.AutoModelForSequenceClassification, _settings(labels))
+        """The same model without its weights; see `outline_head`."""
+        return outline_head(source, _settings(labels))
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
-        """Encodes the columns `text`, `label` and, for pairs, `text_pair`, truncated to `max_length` tokens."""
-        if not len(columns["text"]):
-            return Examples({}, torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), {})
-        texts = [list(columns["text"])] + ([list(columns["text_pair"])] if "text_pair" in columns else [])
-        features = cached_tokens(tokenizer, texts, max_length)
-        starts, padding = features.pop("starts"), {"input_ids": tokenizer.pad_token_id}
-        return Examples(features, starts, torch.tensor(list(columns["label"])), {n: padding.get(n, 0) for n in features})
+        """See `encode_texts`."""
+        return encode_texts(tokenizer, columns, max_length, torch.long)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each example, in fp32, and ones."""
@@ -111,25 +107,8 @@ class Classification:
         return _LOAD.format(classes=len(labels), pad=pad)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Last-layer features at the token that the head reads.
-
-        That is the first token ([CLS]), for decoders the last non-padding token, for encoder-decoders the last eos.
-        """
-        whole: Any = model
-        found: list[Tensor] = []
-        hook = whole.base_model.register_forward_hook(lambda *call: found.append(call[-1][0]))
-        try:
-            whole(**inputs)
-        finally:
-            hook.remove()
-        (hidden,), ids = found, inputs["input_ids"]  # [rows, longest, width], [rows, longest]
-        config = getattr(whole, "config", whole.base_model.config).get_text_config()
-        at = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        if reads_last_token(model):
-            at = _last(ids != config.pad_token_id)
-        elif config.is_encoder_decoder:
-            at = _last(ids == config.eos_token_id)
-        return hidden[torch.arange(len(hidden), device=hidden.device), at].float()
+        """See `head_features`."""
+        return head_features(model, inputs)
 
 
 def _settings(labels: Sequence[str]) -> dict[str, Any]:
@@ -139,8 +118,3 @@ def _settings(labels: Sequence[str]) -> dict[str, Any]:
         "label2id": {label: i for i, label in enumerate(labels)},
         "problem_type": None,
     }
-
-
-def _last(which: Bool[Tensor, "rows longest"]) -> Int[Tensor, " rows"]:
-    """The index of the last true entry of each row; 0 if there is none."""
-    return (which * torch.arange(which.shape[1], device=which.device)).argmax(1)

@@ -1,19 +1,24 @@
 """The table of tasks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cache
+from typing import Any
 
 from fedlora.tasks.task import Task
 
 
 @cache
-def tasks() -> Mapping[str, Task]:
-    """Each value of the setting `task.kind`, and its task."""
+def tasks() -> Mapping[str, Callable[..., Task]]:
+    """Each value of the setting `task.kind`, and its task: a dataclass, whose fields are settings of `[task]`."""
     from fedlora.tasks.classification import Classification  # imports transformers, which takes seconds
+    from fedlora.tasks.regression import Regression
 
-    return {"classification": Classification()}
+    return {"classification": Classification, "regression": Regression}
 
 
-def task_of(kind: str) -> Task:
-    """The task of this kind."""
-    return tasks()[kind]
+def task_of(settings: Mapping[str, Any]) -> Task:
+    """The task of the settings in `[task]`."""
+    make: Any = tasks()[settings["kind"]]
+    found: Task = make(**{one.name: settings[one.name] for one in fields(make)})
+    return found

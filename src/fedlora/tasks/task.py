@@ -1,26 +1,36 @@
 """The interface of a task: what is particular to a kind of task, and nothing else in the package knows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
-from fedlora.data.targets import Targets
+from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
+
+NO_TARGET = -100
+"""Marks a token without a target; also the default `ignore_index` of torch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples as token ids: a flat tensor for each model input, and the offsets at which examples start in all of them."""
+    """Encoded examples: a flat tensor for each model input, and the offsets at which examples start in all of them.
 
-    features: Mapping[str, Int[Tensor, " tokens"]]
+    `padding` has the value that fills shorter examples of a batch, for each input; they are filled on the right, or on the
+    `left`. There is one target for each example; or, with `target_starts`, `targets` is flat, too, and example i has those
+    from `target_starts[i]` to `target_starts[i + 1]`, of which some may be `NO_TARGET`.
+    """
+
+    features: Mapping[str, Shaped[Tensor, "tokens ..."]]
     starts: Int[Tensor, " bounds"]
     targets: Tensor
     padding: Mapping[str, int]
+    target_starts: Int[Tensor, " bounds"] | None = None
+    left: bool = False
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -30,23 +40,59 @@ class Examples:
         return self.starts.diff()
 
     def batch(self, rows: Int[Tensor, " rows"], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs [rows, longest] and the targets [rows]; shorter examples are padded on the right."""
-        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
-        place = torch.arange(int(lengths.max()))  # [longest]
-        inside = place < lengths[:, None]  # [rows, longest]
-        at = torch.where(inside, starts[:, None] + place, 0)
-        inputs = {name: flat[at].where(inside, self.padding[name]).to(device) for name, flat in self.features.items()}
-        return inputs, self.targets[rows].to(device)
+        """The model's inputs [rows, longest, ...] and the targets: [rows], or padded as the inputs [rows, most]."""
+        at, inside = self._places(self.starts, rows)
+        inputs = {name: _filled(flat, at, inside, self.padding[name]).to(device) for name, flat in self.features.items()}
+        if self.target_starts is None:
+            return inputs, self.targets[rows].to(device)
+        return inputs, _filled(self.targets, *self._places(self.target_starts, rows), NO_TARGET).to(device)
+
+    def have_targets(self) -> Bool[Tensor, " examples"]:
+        """Whether each example has a target. Those without have no loss, and are neither trained on nor evaluated."""
+        if self.target_starts is None:
+            return torch.ones(len(self), dtype=torch.bool)
+        counted = torch.cat([torch.zeros(1, dtype=torch.long), (self.targets != NO_TARGET).cumsum(0)])
+        return counted[self.target_starts].diff() > 0
+
+    def _places(
+        self, starts: Int[Tensor, " bounds"], rows: Int[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, "rows longest"], Bool[Tensor, "rows longest"]]:
+        """The flat index of each entry of a batch, and whether there is one."""
+        first, lengths = starts[rows][:, None], (starts[rows + 1] - starts[rows])[:, None]  # [rows, 1]
+        longest = int(lengths.max())
+        place = torch.arange(longest) - (longest - lengths if self.left else 0)  # [longest], or [rows, longest]
+        inside = (place >= 0) & (place < lengths)
+        return torch.where(inside, first + place, 0), inside
+
+
+def _filled(flat: Tensor, at: Tensor, inside: Tensor, padding: int) -> Tensor:
+    """The entries of a batch, and the padding outside of the examples."""
+    return flat[at].where(inside.view(*inside.shape, *[1] * (flat.ndim - 1)), padding)
 
 
 @runtime_checkable
-class Task(Targets, Protocol):
+class Task(Protocol):
     """A kind of task. `labels` are the names of the labels, empty for a task without labels."""
 
     peft_type: str
     """PEFT's `task_type`."""
     pipeline_tag: str
     """The hub's name of the task, such as "text-classification"."""
+    lower_is_better: frozenset[str]
+    """The metrics of which smaller values are better."""
+
+    def columns(self, named: Collection[str]) -> Sequence[Column]:
+        """The columns of the examples, given the names of the settings in `[data]` that have a value.
+
+        Raises:
+            ValueError: these settings do not belong together; the message begins with their names.
+        """
+
+    def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> list[int] | None:
+        """The class of each example, by which the partitions `dirichlet`, `pathological` and `shards` divide, if any."""
+
+    def made_up(self, texts: Sequence[str], classes: int) -> Mapping[str, Sequence[Any]]:
+        """The columns of examples with these texts, on which the model is tested; targets are made up."""
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
         """The model, its tokenizer, and facts about its weights on disk."""
@@ -55,10 +101,10 @@ class Task(Targets, Protocol):
         """The model without its weights, and its tokenizer."""
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
-        """Examples as token ids."""
+        """Examples as the model's inputs, of any number, also none."""
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of each example's losses, and their number, which is not zero [rows]: one for each of its targets.
+        """The sum of each example's losses, and their number [rows]: one for each of its targets.
 
         An example's losses do not depend on the other examples of the batch.
         """
@@ -78,7 +124,17 @@ class Task(Targets, Protocol):
         """The reason why non-negative counts and finite sums cannot be those of any examples; None if they can."""
 
     def metrics(self, statistics: Statistics) -> Mapping[str, float]:
-        """The metrics of the examples, `loss` (the mean loss) among them."""
+        """The metrics of the examples: first the main one, which reports show, and among them `loss`, the mean loss.
+
+        An undefined metric is NaN.
+        """
+
+    @property
+    def test_metrics(self) -> Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None:
+        """Further metrics of the test set, which cannot be computed from sums; None if there are none.
+
+        They are computed from the statistics of each single example [examples, ...].
+        """
 
     def loading_code(self, labels: Sequence[str], pad: int) -> str:
         """A Python program that loads the exported adapter and its tokenizer; `pad` is the id of the pad token."""

@@ -98,7 +98,7 @@ class MultiDeviceTrainer:
         """As `LocalTrainer.features`."""
         return self._here.features(client)
 
-    def evaluate(self, adapter: Adapter) -> Statistics:
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int | float]:
         """As `LocalTrainer.evaluate`."""
         return self._here.evaluate(adapter)
 

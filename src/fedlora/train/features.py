@@ -33,7 +33,7 @@ def features(
 def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> None:
     """Enables packing if it leaves the model's features and losses unchanged up to rounding; see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
-    examples = task.encode(tokenizer, {"text": texts, "label": [0] * len(texts)}, max_length)
+    examples = task.encode(tokenizer, task.made_up(texts, adapted.spec.classes), max_length)
     adapted.load_clients([])
     adapted.model.eval()
     parameter = next(adapted.model.parameters())

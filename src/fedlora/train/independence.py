@@ -70,8 +70,7 @@ class _Trial:
     def of(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> "_Trial":
         words = [n for own in _WORDS for n in own]
         texts = [" ".join(_VOCABULARY[(5 * i + j) % len(_VOCABULARY)] for j in range(n)) for i, n in enumerate(words)]
-        labels = [i % max(adapted.spec.classes, 1) for i in range(len(texts))]
-        examples = task.encode(tokenizer, {"text": texts, "label": labels}, max_length)
+        examples = task.encode(tokenizer, task.made_up(texts, adapted.spec.classes), max_length)
         rows = torch.split(torch.arange(len(texts)), [len(own) for own in _WORDS])
         jobs = [
             Job(Fit(_start(adapted, i), frozenset("baw")), own, seed=i, shared_order_seed=0) for i, own in enumerate(rows)

@@ -15,7 +15,7 @@ from fedlora.models.structure import structure
 from fedlora.randomness import derive
 from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together
-from fedlora.train.evaluate import score
+from fedlora.train.evaluate import score, test_set_metrics
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
 from fedlora.train.job import Job, step_key
@@ -89,9 +89,9 @@ class LocalTrainer:
             found |= zip(group, score(self.adapted, self.task, self.examples, pairs, self.eval_batch_size), strict=True)
         return [found.get(i) for i in range(len(asked))]
 
-    def evaluate(self, adapter: Adapter) -> Statistics:
-        """The statistics of the adapter on the global test set."""
-        return score(self.adapted, self.task, self.test, [(torch.arange(len(self.test)), adapter)], self.eval_batch_size)[0]
+    def evaluate(self, adapter: Adapter) -> Mapping[str, int | float]:
+        """The adapter's metrics on the global test set; see `test_set_metrics`."""
+        return test_set_metrics(self.adapted, self.task, self.test, adapter, self.eval_batch_size)
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:
         seed = derive(rnd.seed, "fit", rnd.index, asked.client.id, asked.step)

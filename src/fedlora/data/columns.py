@@ -1,0 +1,62 @@
+"""The columns that a task reads, and what their values may be."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from fedlora.data.names import encodable, name, number
+
+Kind = Literal["text", "number", "label"]
+"""text: not empty. number: finite, a float. label: a name, of which the examples get the index among the run's labels."""
+
+_LARGEST = 3.4028234663852886e38  # the largest number in fp32
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the examples. The setting of this name in `[data]` has the column's name in the file."""
+
+    name: str
+    kind: Kind
+
+
+def reader(kind: Kind) -> Callable[[Any], Any]:
+    """The function that validates the value of a cell.
+
+    It raises a ValueError whose message completes "row 3 ...", without the value.
+    """
+    return _READERS[kind]
+
+
+def named(what: str) -> Callable[[Any], str]:
+    """The reader of names, called `what` in the message about a missing one."""
+
+    def read(value: Any) -> str:
+        if found := name(value):
+            return found
+        raise ValueError(f"has no {what}")
+
+    return read
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return encodable(value)
+    if value is None or isinstance(value, str) or value != value:
+        raise ValueError("is empty")
+    raise ValueError(f"is of type {type(value).__name__}, not text")
+
+
+def _number(value: Any) -> float:
+    found = number(value.strip()) if isinstance(value, str) else value
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        raise ValueError("has no number")
+    if isinstance(value, bool) or not isinstance(found, int | float | Decimal):
+        raise ValueError(f"is of type {type(value).__name__}, not a number")
+    if not -_LARGEST <= found <= _LARGEST:
+        raise ValueError("is infinite, or too large for single precision")
+    return float(found)
+
+
+_READERS: Mapping[Kind, Callable[[Any], Any]] = {"text": _text, "number": _number, "label": named("label")}
