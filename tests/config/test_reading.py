@@ -126,6 +126,19 @@ def test_mixed_ranks_are_refused_for_methods_that_cannot(name, ranks):
     assert build({"method": {"name": name, "rank": 4}, "clients": {"count": 2, "ranks": [4, 4]}}).clients.ranks == [4, 4]
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_weight_decay_is_refused_exactly_for_methods_that_need_none(name):
+    """Before anything is loaded, in one line with the reason."""
+    table, reason = {"method": {"name": name}, "train": {"weight_decay": 0.01}}, TABLE[name].no_weight_decay
+    if not reason:
+        assert build(table).train.weight_decay == 0.01
+        return
+    with pytest.raises(UserError) as refused:
+        build(table)
+    assert str(refused.value) == f"experiment: train.weight_decay = 0.01: {name} needs 0: {reason}"
+    assert build({"method": {"name": name}}).train.weight_decay == 0
+
+
 @pytest.mark.parametrize("override", ["rounds", "=3", "train.=3"])
 def test_an_override_that_is_none_is_refused(override):
     with pytest.raises(UserError, match=f"^--set '{override}': "):

@@ -5,7 +5,7 @@ import torch
 
 from fedlora.linalg.combine import mean
 from fedlora.linalg.lowrank import LowRank
-from fedlora.linalg.subspace import align, angles, frame, orthonormal, rank_change, similarity
+from fedlora.linalg.subspace import align, aligned_rows, angles, frame, orthonormal, rank_change, similarity
 
 from twins import apart, drifted_terms, random_factor
 
@@ -161,3 +161,19 @@ def test_ranks_that_differ_and_wrong_strengths_are_refused():
         align(random_factor(3), random_factor(4), "a")
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         align(random_factor(3), random_factor(3), "a", strength=1.5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("many", [3, 5])
+def test_aligned_rows_do_not_depend_on_the_basis_and_no_others_are_more_aligned(rank, many):
+    rows, fallback = square(many, 9), square(3, 9, seed=1)
+    reference = square(3, rank, seed=2) @ square(rank, 9, seed=3)
+    found = aligned_rows(rows, reference, fallback, 1e-12)
+    for seed in range(4):
+        other = aligned_rows(rotation(many, seed) @ rows, reference, fallback, 1e-12)
+        torch.testing.assert_close(other, found, rtol=0, atol=1e-9)
+    for seed in range(100):
+        turn = rotation(many, seed, det=(-1) ** seed)[:3]
+        assert (found * reference).sum() >= (turn @ rows * reference).sum() - 1e-9
+    turn = found @ torch.linalg.pinv(rows)
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(3, dtype=torch.float64))

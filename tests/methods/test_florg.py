@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fedlora.adapter import AdapterSpec, Scaling
+from fedlora.config.experiment import build
+from fedlora.errors import UserError
 from fedlora.linalg.subspace import orthonormal
 from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.methods.florg import FLoRG
@@ -98,6 +100,30 @@ def test_no_rotation_of_the_factor_is_nearer_to_the_previous_one():
         assert (a - start[key]).norm() <= min(distances)
 
 
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_factor_is_determined_where_the_previous_one_lacks_directions(align, dtype):
+    """Whatever the order of the clients, and whatever rows their Gram matrices are made of."""
+    first = {key: a[:1].expand(RANK, -1).to(dtype) for key, a in method().init_server(WIDE, 0).items()}
+    sent = [{k: a.to(dtype) for k, a in x.items()} for x in uploads(5)]
+    turned = [{k: orthonormal(drawn(RANK, RANK, seed=i)) @ a.double() for k, a in x.items()} for i, x in enumerate(sent)]
+    each, tolerance = method(align=align), 1e-9 if dtype == torch.float64 else 1e-5
+    found = [collect_and_merge(each, first, order) for order in (replies(sent), replies(sent)[::-1], replies(turned))]
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=0, atol=tolerance)
+    for key, a in found[0].items():
+        turns = [orthonormal(drawn(RANK, RANK, seed=i)).to(dtype) for i in range(200)]
+        distances = [float((turn @ a - first[key]).norm()) for turn in turns]
+        assert float((a - first[key]).norm()) <= min(distances) + tolerance
+
+
+def collect_and_merge(each: FLoRG, server: dict[str, Tensor], sent: list[Reply]) -> dict[str, Tensor]:
+    collected = None
+    for reply in sent:
+        collected = each.collect(server, collected, reply)
+    return each.merge(server, collected, ROUND).server
+
+
 @every_frame
 def test_frames_are_orthonormal_the_same_for_everybody_and_never_sent(frame):
     one, other = ClientInfo("x", RANK, 9), ClientInfo("y", RANK, 5)
@@ -133,3 +159,13 @@ def test_a_client_trains_and_uploads_its_factor_alone():
     (done,) = train_clients(method(), trainer, [ClientStart(client, state, server)], ROUND)
     assert done.upload.values.keys() == server.keys()
     assert all(not torch.equal(x, server[key]) for key, x in done.upload.values.items())
+
+
+def test_weight_decay_is_rejected_as_a_factor_of_zeros_never_learns():
+    with pytest.raises(UserError, match=r"train.weight_decay = 0.1: florg needs 0: "):
+        build({"method": {"name": "florg"}, "train": {"weight_decay": 0.1}})
+    trainer, client = Recorder(ToyTrainer()), ClientInfo("0", RANK, 10)
+    state, server = method().init_client(trainer.spec, client, 0), method().init_server(trainer.spec, 0)
+    nothing = {key: torch.zeros_like(x) for key, x in server.items()}
+    (done,) = train_clients(method(), trainer, [ClientStart(client, state, nothing)], ROUND)
+    assert all(not x.any() for x in done.upload.values.values())

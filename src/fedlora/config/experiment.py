@@ -66,6 +66,8 @@ class Experiment(Section):
     def _consistent(self) -> "Experiment":
         if self.clients.partition == "natural" and self.data.user is None and self.data.source != "stdlib-docs":
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
+        if self.train.weight_decay and (reason := self.method.row.no_weight_decay):
+            raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
         ranks = self.clients.ranks
         equal = ranks is None or (isinstance(ranks, list) and set(ranks) == {self.method.rank})
         if not equal and not self.method.row.mixed_ranks:

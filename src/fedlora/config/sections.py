@@ -146,7 +146,7 @@ class Train(Section):
     lr: PositiveFloat = 1e-3
     """The learning rate of the local training."""
     weight_decay: NonNegativeFloat = 0.0
-    """The optimizer's weight decay."""
+    """The optimizer's weight decay. Some methods need 0 (see their pages)."""
     clip_norm: PositiveFloat | None = None
     """The largest gradient norm; larger gradients are scaled down to it. If omitted, gradients are not clipped.
 

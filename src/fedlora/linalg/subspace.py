@@ -93,6 +93,27 @@ def align(factor: LowRank, reference: LowRank, side: Side, strength: float = 1.0
     return LowRank(b=(factor.b.to(WORKING) @ soft).to(dtype), a=(soft.mT @ factor.a.to(WORKING)).to(dtype))
 
 
+def aligned_rows(
+    rows: Float[Tensor, "many n"], reference: Float[Tensor, "k n"], fallback: Float[Tensor, "k n"], tolerance: float
+) -> Float[Tensor, "k n"]:
+    """s @ rows, for the s with k <= many orthonormal rows that has the largest inner product with the reference; fp64.
+
+    For k = many it is nearest to the reference (Procrustes). s is the polar factor of reference @ rows^T, which is not
+    unique if that has a rank below k; s then maps the null spaces to each other as is best for `fallback`. Hence rows
+    with the same rows^T rows give the same result. Singular values up to `tolerance` |reference| |rows| count as zero.
+    """
+    rows, reference = rows.to(WORKING), reference.to(WORKING)
+    u, s, vt = torch.linalg.svd(reference @ rows.mT, full_matrices=False)
+    found = int((s > tolerance * reference.norm() * rows.norm()).sum())
+    turn: Tensor = u[:, :found] @ vt[:found]
+    if found < len(reference):
+        u, _, vt = torch.linalg.svd(reference @ rows.mT)
+        left, right = u[:, found:], vt[found:]
+        x, _, yt = torch.linalg.svd(left.mT @ fallback.to(WORKING) @ rows.mT @ right.mT, full_matrices=False)
+        turn = turn + left @ x @ yt @ right
+    return turn @ rows
+
+
 def _nearest_orthogonal(x: Tensor, proper: bool) -> Tensor:
     u, _, vt = torch.linalg.svd(x)
     if proper:  # a reflection becomes a rotation by a change of sign at the smallest singular value

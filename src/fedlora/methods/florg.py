@@ -36,12 +36,13 @@ class FLoRG(Method[Tensors, Tensors, Rows]):
     updates can be learned: the frame of the shorter side is square, and rotates a. Frames come from the run's seed, and are
     never sent.
 
-    The server's a is the factor of q, rotated to be near the previous a (Procrustes). The mean is exact, the reduction to
-    the rank is not: the clients' a_i together have up to `rank` times the number of clients ranks.
+    The server's a is the factor of q, rotated to be near the previous a (Procrustes), and near the initial a in directions
+    that the previous one lacks. The mean is exact, the reduction to the rank is not: the clients' a_i together have up to
+    `rank` times the number of clients ranks.
 
     Not stated in the paper, and chosen here: `align`, `start`, `std`, and that `rank` is at most min(out, in). a contains
     the square root of alpha / rank. a^T a is positive semidefinite, so that a frame limits what can be learned; a = 0 is
-    stationary, so weight decay should be 0. Clients upload a; uploading a^T a would be larger, but a sum.
+    stationary, so `train.weight_decay` must be 0. Clients upload a; uploading a^T a would be larger, but a sum.
 
     Source: Meng et al. 2026, arXiv:2602.17095.
     """
@@ -96,8 +97,12 @@ class FLoRG(Method[Tensors, Tensors, Rows]):
         """
         if not collected.weight > 0:
             raise ValueError("cannot merge: no reply has a positive weight")
-        root = collected.weight**0.5
-        return Merged({key: self._merged(a, collected.rows[key] / root).to(a) for key, a in server.items()})
+        root, merged = collected.weight**0.5, dict[str, Tensor]()
+        for key, a in server.items():
+            rank, short = a.shape
+            first = _drawn(rank, short, rnd.seed, key.removesuffix(".a"))
+            merged[key] = self._merged(a, collected.rows[key] / root, first).to(a)
+        return Merged(merged)
 
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
         """The change of the product with the uploaded factor."""
@@ -105,20 +110,18 @@ class FLoRG(Method[Tensors, Tensors, Rows]):
         after, before = ({name: part.as_two_factors() for name, part in parts.items()} for parts in both)
         return changes(after, before)
 
-    def _merged(self, previous: Tensor, rows: Tensor) -> Tensor:
-        """A factor a [rank, short] of rows^T rows, for which |a - previous| is minimal among all rotations, fp64."""
+    def _merged(self, previous: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+        """A factor a [rank, short] of rows^T rows, fp64, rotated to be near the previous one, and near the first one
+        where that has no direction."""
         _, s, vt = torch.linalg.svd(rows, full_matrices=False)
         whole = s[:, None] * vt
         kept = whole[: len(previous)] if self.align == "top" else whole
-        u, _, wt = torch.linalg.svd(previous.double() @ kept.mT, full_matrices=False)
-        aligned: Tensor = u @ wt @ kept
-        return aligned
+        return subspace.aligned_rows(kept, previous, first, max(previous.shape) * torch.finfo(previous.dtype).eps)
 
     def _first(self, spec: AdapterSpec, name: str, seed: int) -> Tensor:
         short = min(spec.modules[name])
         rank = min(spec.rank(name, self.rank), short)
-        drawn = torch.randn(rank, short, generator=generator(seed, "florg", name))
-        return (math.sqrt(spec.scale(name, rank)) * self.std * drawn).to(spec.dtype)
+        return (math.sqrt(spec.scale(name, rank)) * self.std * _drawn(rank, short, seed, name)).to(spec.dtype)
 
     def _frame(self, out: int, in_: int, rng: torch.Generator) -> Tensor:
         """Orthonormal rows [out, in], or columns if out > in."""
@@ -130,6 +133,11 @@ class FLoRG(Method[Tensors, Tensors, Rows]):
             signs = 2.0 * torch.randint(2, (short,), generator=rng) - 1
             columns = torch.zeros(long, short).index_put((places, torch.arange(short)), signs)
         return columns if out > in_ else columns.mT.contiguous()
+
+
+def _drawn(rank: int, short: int, seed: int, name: str) -> Tensor:
+    """A module's initial factor before it is scaled."""
+    return torch.randn(rank, short, generator=generator(seed, "florg", name))
 
 
 def _reduced(rows: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Row:
 
     `norms`: whether the layer norms are part of the head by default, as they are trained in the paper.
 
+    `no_weight_decay`: the reason why `train.weight_decay` must be 0, if it must.
+
     `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
 
     `exact` and `private` are short answers, optionally followed by a colon and the reason. `exact`: whether the
@@ -53,6 +55,7 @@ class Row:
     down: tuple[str, ...] = ("r * (out + in)",)
     head: Head = "averaged"
     norms: bool = False
+    no_weight_decay: str = ""
     weights: Weights = "examples"
     personal: bool = False
     mixed_ranks: bool = False

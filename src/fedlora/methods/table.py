@@ -386,6 +386,7 @@ _ROWS = (
         exact="up to the rank: the best approximation of the mean Gram matrix",
         up=("min(r, out, in) * min(out, in)",),
         down=("min(r, out, in) * min(out, in)",),
+        no_weight_decay="the gradient of the trained factor vanishes with it, so that decay would lead to 0 and stay there",
         secure="the mean Gram matrix needs each factor",
         private="open: noise enters quadratically, which adds a bias that averaging does not remove",
     ),

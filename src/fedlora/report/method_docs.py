@@ -95,6 +95,7 @@ def _facts(row: Row) -> dict[str, str]:
         "exact mean of the updates": row.exact,
         "clients with different ranks": yes(row.mixed_ranks),
         "personal models": yes(row.personal),
+        **({"weight decay": f"must be 0: {row.no_weight_decay}"} if row.no_weight_decay else {}),
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
         **({} if row.first_upload[0] == "0" else {"floats up once, for all layers together": f"`{row.first_upload[0]}`"}),
