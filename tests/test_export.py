@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora import Experiment, run
+from fedlora import Experiment, resume, run
 from fedlora.api import export
 from fedlora.errors import UserError
 from fedlora.exporting import write as export_module
@@ -27,6 +27,7 @@ from fedlora.session import Session
 from tiers import fast
 
 from tiny import LABELS, WORDS, tiny_bert, tiny_model, tiny_rows
+from wired import assert_same_runs
 
 TEXTS = [" ".join(WORDS[i : i + 3 + i % 4]) for i in range(0, 60, 10)]
 PERSONAL = [name for name, row in TABLE.items() if row.personal]
@@ -298,6 +299,36 @@ def test_a_mixture_of_experts_ends_its_run_without_an_adapter_and_says_why(tmp_p
         with pytest.raises(UserError, match="cannot be exported: input-dependent mixtures of experts"):
             export(result.folder, to, tmp_path / "out", client)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("base", fast(["bert", "gpt2", "roberta"], "bert"))
+def test_a_model_that_was_trained_whole_is_merged_and_cannot_be_an_adapter(base, finished, tmp_path):
+    folder = finished(base, method={"name": "full-ft", "scope": "all"})
+    with pytest.raises(UserError, match=r"all parameters of the model were trained, .*; export a merged model"):
+        export(folder, "adapter", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists() and not (folder / "adapter").exists()
+    own = own_logits(folder)[""]
+    export(folder, "merged", tmp_path / "merged")
+    assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-5, atol=1e-5)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    begin = transformers.AutoModelForSequenceClassification.from_pretrained(read_folder(folder).model, num_labels=3)
+    pairs = zip(merged.base_model.named_parameters(), begin.base_model.parameters(), strict=True)
+    assert [name for (name, after), before in pairs if torch.equal(after, before)] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_the_whole_model_says_why_it_has_no_adapter_and_resumes_bit_for_bit(tmp_path):
+    given = {
+        "model": str(tiny_bert(tmp_path / "bert")),
+        "data": str(tiny_rows(tmp_path / "rows.jsonl", 45)),
+        "clients": {"count": 3, "partition": "iid"},
+        "method": {"name": "full-ft", "scope": "all"},
+    }
+    whole = run(Experiment.model_validate({**given, "rounds": 2}), tmp_path / "whole")
+    assert whole.left_out.startswith("1 of 1 not written: all parameters of the model were trained") and not whole.adapters
+    run(Experiment.model_validate({**given, "rounds": 1}), tmp_path / "halves")
+    resume(tmp_path / "halves", overrides=["rounds=2"])
+    assert_same_runs(tmp_path / "halves", tmp_path / "whole")
 
 
 def test_a_folder_in_use_is_refused_and_stays_as_it_was(finished, tmp_path):

@@ -51,6 +51,20 @@ def test_a_run_in_bf16_leaves_an_fp32_adapter_and_says_how_it_trained(home, tmp_
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_whole_model_is_trained_one_client_at_a_time_packed_and_in_fp32(home, tmp_path, precision):
+    table = problem(home, "full-ft")
+    train = {**table["train"], "clients_per_step": 4, "precision": precision}
+    for scope, together in (("modules", 4), ("all", 1)):
+        chosen = build({**table, "method": {"name": "full-ft", "scope": scope}, "rounds": 1, "train": train})
+        session = Session.make(chosen, FederatedData.make(chosen))
+        assert (session.trainer.clients_per_step, session.adapted.packing.works) == (together, True)
+        assert not session.notes or precision == "bf16"
+    assert {x.dtype for x in session.adapted.spec.head.values()} == {torch.float32}
+    rows = run(chosen, tmp_path / "run").rows
+    assert 0 < rows[-1].train_loss < 10 and len(rows[-1].accepted) == 4
+
+
 def test_what_is_written_down_says_what_auto_stood_for(home, tmp_path):
     run(experiment(home, precision="auto"), tmp_path / "run")
     written = tomllib.loads((tmp_path / "run/experiment.toml").read_text())["train"]["precision"]

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from fedlora.config.experiment import Experiment
 from fedlora.data.memory import MEMORY
 from fedlora.errors import UserError
-from fedlora.exporting.write import unfit
 from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import begin, finish, require_same, rounds
 from fedlora.models import model_copy
@@ -138,8 +137,5 @@ def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memor
     session = Session.make(experiment, federated_data).on_all_devices()
     run_state = rounds(session, folder, progress, session.simulation(folder), begin(session, folder))
     adapters = session.adapters(run_state, folder, experiment.rounds)
-    reasons = [reason for adapter in adapters.values() if (reason := unfit(adapter))]
-    left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
-    able = {name: adapter for name, adapter in adapters.items() if not unfit(adapter)}
-    written = finish(session, able, folder)
+    written, left_out = finish(session, adapters, folder)
     return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)

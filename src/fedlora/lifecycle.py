@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from fedlora.adapter import Adapter
 from fedlora.config.experiment import Experiment
 from fedlora.errors import RunStopped
+from fedlora.exporting.write import unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.models.fingerprint import fingerprint
 from fedlora.rounds.durable import replacing
@@ -122,21 +123,25 @@ def rounds(
     return run_state
 
 
-def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> Mapping[str, Path]:
-    """Writes the final adapters of a run, replacing earlier ones; returns their folders.
+def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> tuple[Mapping[str, Path], str]:
+    """Writes the final adapters of a run, replacing earlier ones; returns their folders, and why others are missing.
 
     Raises:
         RunStopped: they cannot be written.
     """
     folder.require()
     out = folder.path / "adapter"
-    if not adapters:
-        return {}
+    unfit = {name: unfit_for_peft(adapter, session.adapted) for name, adapter in adapters.items()}
+    reasons = [reason for reason in unfit.values() if reason]
+    left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""
+    able = {name: adapter for name, adapter in adapters.items() if not unfit[name]}
+    if not able:
+        return {}, left_out
     try:
         with replacing(out) as partial:
-            written = session.write(adapters, partial, "adapter", folder.rows())
+            written = session.write(able, partial, "adapter", folder.rows())
             shutil.rmtree(out, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunStopped(f"cannot write {out}: {reason}; all rounds are complete") from error
-    return {name: out / found.relative_to(partial) for name, found in written.items()}
+        why = getattr(error, "strerror", None) or error
+        raise RunStopped(f"cannot write {out}: {why}; all rounds are complete") from error
+    return {name: out / found.relative_to(partial) for name, found in written.items()}, left_out

@@ -62,6 +62,11 @@ class Method(ABC, Generic[S, C, R]):
     rank: int
     """The largest rank of a client."""
 
+    @property
+    def trains_whole_model(self) -> bool:
+        """Whether all parameters outside the adapted modules' weights are trained with the head, one client at a time."""
+        return False
+
     @abstractmethod
     def init_server(self, spec: AdapterSpec, seed: int) -> S:
         """Returns the server's state before the first round."""

@@ -12,13 +12,14 @@ from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
-from fedlora.exporting.write import to_merged, to_peft, unfit
+from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.initial_states import RememberedStates
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
 from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
 from fedlora.models.tokenizers import check_known, check_lengths, positions
@@ -77,11 +78,13 @@ class Session:
             head + (norm_modules(model, head) if experiment.method.with_norms else ()),
             torch.bfloat16 if settings.precision == "bf16" else torch.float32,
             len(federated_data.labelled_data.labels),
+            experiment.method.whole_model,
         )
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.packed:
             try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
-        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, settings.clients_per_step, settings.max_length)
+        wanted = 1 if adapted.whole else settings.clients_per_step
+        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, settings.max_length)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
@@ -111,7 +114,7 @@ class Session:
             *checkpoint.notes,
             *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
         ]
-        if clients_per_step < settings.clients_per_step:
+        if clients_per_step < wanted:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
@@ -174,7 +177,7 @@ class Session:
             UserError: an adapter cannot be represented in the format; nothing was written.
         """
         for name, adapter in adapters.items():
-            if reason := unfit(adapter):
+            if reason := unfit_for_peft(adapter, self.adapted) if to == "adapter" else unfit(adapter):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
         labels, dropout = self.federated_data.labelled_data.labels, self.experiment.lora.dropout
         base = locate(self.experiment.model)
@@ -203,8 +206,11 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
     hardware.devices(experiment.train.device, experiment.train.devices)
     task = task_of(dict(experiment.task))
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
-    lora = experiment.lora
-    check_ranks(*find_targets(model, lora.targets, lora.rank_pattern, head_modules(model, ())), experiment.method.rank)
+    lora, head = experiment.lora, head_modules(model, ())
+    sizes, ranks = find_targets(model, lora.targets, lora.rank_pattern, head)
+    check_ranks(sizes, ranks, experiment.method.rank)
+    if experiment.method.whole_model:
+        other_parameters(model, sizes, head)
     encoded(task, model, tokenizer, federated_data, experiment.train.max_length)
 
 

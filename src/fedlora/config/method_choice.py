@@ -75,9 +75,13 @@ class MethodChoice(BaseModel):
                 f"head = 'method-managed': {self.name} does not treat the head itself; allowed: frozen, averaged, local"
             )
         try:
-            self.make()
+            method = self.make()
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
+        if method.trains_whole_model and self.head != "averaged":
+            raise ValueError(
+                f"head = {self.head!r}: {self.name}, as set, averages all parameters, the head included; allowed: averaged"
+            )
         return self
 
     @property
@@ -89,6 +93,11 @@ class MethodChoice(BaseModel):
     def with_norms(self) -> bool:
         """Whether layer norms are trained with the head."""
         return bool(self.norms)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether all parameters of the model are trained."""
+        return self.make().trains_whole_model
 
     @property
     def uniform(self) -> bool:

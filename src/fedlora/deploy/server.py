@@ -50,7 +50,9 @@ def serve(path: Path, transport: Transport) -> None:
             if experiment.method.row.personal:
                 _save_adapters(session, folder, backend, run_state)
             else:
-                finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
+                _, left_out = finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
+                if left_out:
+                    event_log.notify(f"PEFT adapters: {left_out}")
             backend.finish()
         finally:
             folder.release()

@@ -14,6 +14,7 @@ from fedlora.adapter import Adapter
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base_weights import add_to_weight
+from fedlora.models.targets import within
 from fedlora.parts.table import Part
 
 
@@ -22,6 +23,13 @@ def unfit(adapter: Adapter) -> str | None:
     if any(not part.in_head and part.as_two_factors() is None for part in adapter.values()):
         return "input-dependent mixtures of experts cannot be represented as a PEFT adapter or a merged weight"
     return None
+
+
+def unfit_for_peft(adapter: Adapter, adapted: AdaptedModel) -> str | None:
+    """Reason why PEFT cannot represent the adapter of this model; None if it can."""
+    if any(part.in_head and not within(name, adapted.head) for name, part in adapter.items()):
+        return "all parameters of the model were trained, which a PEFT adapter cannot represent; export a merged model"
+    return unfit(adapter)
 
 
 def two_factors(part: Part) -> LowRank:
@@ -44,7 +52,7 @@ def to_peft(
     """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`, for the adapter with its head.
 
     `adapted` describes the modules and their scaling; `base`, `dropout` and PEFT's task type are recorded. Existing files
-    are replaced. PEFT has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit`.
+    are replaced. PEFT has two factors, so a middle factor is multiplied into b. The adapter must not be `unfit_for_peft`.
     """
     from peft import LoraConfig  # takes a second to import
 

@@ -1,7 +1,8 @@
-"""Full fine-tuning: clients train the weights of the adapted modules themselves, and the server averages them."""
+"""Full fine-tuning: clients train the weights themselves, and the server averages them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -18,15 +19,28 @@ from fedlora.ranges import PositiveInt, checked
 class FullFineTuning(Method[Tensors, None, Mean]):
     """FedAvg of the adapted modules' own weights, as the change of each weight [out, in] from the pretrained one.
 
-    Low-rank methods are often compared with it. It is exact, and sends out * in floats per module. Only the weights of
-    the adapted modules are trained, not their biases, and no other module; `model.targets` selects them. `rank`, alpha
-    and the dropout of LoRA have no effect. Weight decay acts on the change, and thus pulls toward the pretrained weight.
-    Exported to PEFT, the change is stored next to an identity, which is exact but large; a merged export is smaller.
+    Low-rank methods are often compared with it. It is exact, and sends out * in floats per module. `lora.targets` selects
+    the modules. `rank`, alpha and the dropout of LoRA have no effect. Weight decay acts on the change, and thus pulls
+    toward the pretrained weight. Exported to PEFT, the change is stored next to an identity, which is exact but large; a
+    merged export is smaller.
+
+    With `scope` "modules", biases and other modules are frozen, except for the head. With "all", the whole model is
+    trained: every other parameter (embeddings, norms, biases, other weights) is trained itself, sent and averaged with the
+    head, and weight decay pulls it toward 0. Clients are then trained one at a time, and only a merged export is possible,
+    as PEFT cannot represent all parameters. Not supported: quantized parameters, and a weight of an adapted module that
+    another module shares.
 
     Source: McMahan et al. 2017, arXiv:1602.05629.
     """
 
     rank: PositiveInt = 8
+    scope: Literal["modules", "all"] = "modules"
+    """What is trained with the head: the weights of the adapted modules, or all parameters of the model."""
+
+    @property
+    def trains_whole_model(self) -> bool:
+        """Whether the scope is all."""
+        return self.scope == "all"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Tensors:
         """No change."""

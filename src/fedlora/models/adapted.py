@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.base_weights import BaseWeights
+from fedlora.models.in_place import InPlace, in_place, other_parameters
 from fedlora.models.layers import ClientLayout, LoraLayer, PerClientLayer
 from fedlora.models.packing import Packing
 from fedlora.models.requests import check_adapter, check_update
@@ -34,34 +35,41 @@ class AdaptedModel:
         head: Iterable[str] = (),
         precision: torch.dtype = torch.float32,
         classes: int = 0,
+        whole: bool = False,
     ) -> None:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
-        that are trained without LoRA, `classes` is the number of the task's labels.
+        that are trained without LoRA, `classes` is the number of the task's labels. `whole`: all other parameters are
+        trained as well, like those of the head, but only one client can be loaded.
 
         The base computes in `precision`. Factors and heads keep their dtype; base updates are accumulated in fp32.
 
         Raises:
-            UserError: as `find_targets`.
+            UserError: as `find_targets` and `other_parameters`.
         """
         self.model = model.requires_grad_(False)
         self.head = tuple(head)
         sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
+        self.whole = whole
+        others = other_parameters(model, sizes, self.head) if whole else {}
         self.packing = Packing(model)
         self.client_layout = ClientLayout(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
+        named = dict(model.named_parameters())
         for name in sizes:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.client_layout)
             setattr(model.get_submodule(parent), last, self.layers[name])
         self._base = BaseWeights({name: layer.base for name, layer in self.layers.items()}, precision)
-        head_parameters = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if within(n, self.head)}
+        head_parameters = {n: p.detach().cpu().clone() for n, p in named.items() if n in others or within(n, self.head)}
         if precision != torch.float32:
             model.to(precision)
-        self._per_client: dict[str, PerClientLayer] = {}
-        for name in {n.rpartition(".")[0]: None for n in head_parameters}:
+        self._per_client: dict[str, PerClientLayer | InPlace] = {}
+        for name in {n.rpartition(".")[0]: None for n in head_parameters if n not in others}:
             parent, _, last = name.rpartition(".")
-            self._per_client[name] = PerClientLayer(model.get_submodule(name), self.client_layout)
-            setattr(model.get_submodule(parent), last, self._per_client[name])
+            layer = PerClientLayer(model.get_submodule(name), self.client_layout)
+            setattr(model.get_submodule(parent), last, layer)
+            self._per_client[name] = layer
+        self._per_client |= in_place(model, others)
         config = getattr(model, "config", None)
         self.spec = AdapterSpec(
             modules=sizes,
@@ -89,6 +97,7 @@ class AdaptedModel:
         """
         for adapter in adapters:
             check_adapter(self.spec, adapter)
+        assert len(adapters) <= 1 or not self.whole, "clients that train the whole model cannot be loaded together"
         assert len({structure(adapter) for adapter in adapters}) <= 1, (
             "adapters of several structures cannot be loaded together"
         )
@@ -183,7 +192,7 @@ class AdaptedModel:
         """As `read`, with each trained factor replaced by its gradient."""
         return self._read(client, start, train, lambda x: torch.zeros_like(x) if x.grad is None else x.grad, truediv)
 
-    def _layer(self, name: str) -> LoraLayer | PerClientLayer:
+    def _layer(self, name: str) -> LoraLayer | PerClientLayer | InPlace:
         """The layer of a module, or of a parameter of the head."""
         return self.layers[name] if name in self.layers else self._per_client[name.rpartition(".")[0]]
 

@@ -30,6 +30,11 @@ class Wrapper(Method[Any, Any, Any]):
         """The wrapped method's."""
         return self.inner.rank
 
+    @property
+    def trains_whole_model(self) -> bool:
+        """The wrapped method's."""
+        return self.inner.trains_whole_model
+
     def init_server(self, spec: AdapterSpec, seed: int) -> Any:
         """The wrapped method's."""
         return self.inner.init_server(spec, seed)

@@ -1,0 +1,77 @@
+"""Parameters that are trained in their places in the model, wherever it reads them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fedlora.errors import UserError
+from fedlora.models.targets import within
+from fedlora.parts.dense import Dense
+
+Place = tuple[nn.Module, str]
+"""A module, and the name of one of its own parameters."""
+
+
+class InPlace:
+    """Parameters of one module that are replaced in each pass of the model by those of the loaded client, the only one.
+
+    `places` has the places of each, several for a parameter that modules share, that of the module first. Without
+    `per_client`, the model computes with its own parameters. Values are converted to the dtype of these; the gradient is
+    that of the values.
+    """
+
+    def __init__(self, model: nn.Module, places: Mapping[str, Sequence[Place]]) -> None:
+        self.base = next(iter(places.values()))[0][0]
+        self.per_client: dict[str, Dense] = {}
+        self._places = places
+        self._own = {name: self.base.get_parameter(name) for name in places}
+        model.register_forward_pre_hook(self._replace)
+        model.register_forward_hook(self._restore, always_call=True)
+
+    def _replace(self, *_: Any) -> None:
+        for name, part in self.per_client.items():
+            self._set(name, part.w[0].to(self._own[name].dtype))
+
+    def _restore(self, *_: Any) -> None:
+        for name in self.per_client:
+            self._set(name, self._own[name])
+
+    def _set(self, name: str, value: Any) -> None:
+        for module, key in self._places[name]:
+            module._parameters[key] = value
+
+
+def other_parameters(model: nn.Module, modules: Iterable[str], head: Iterable[str]) -> dict[str, list[Place]]:
+    """The places of all parameters outside the head, except the weights of these modules, by the parameter's name.
+
+    Raises:
+        UserError: one of the weights, or a parameter of the head, is shared with another module, or a parameter is
+            quantized; names it.
+    """
+    places: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    head, weights = tuple(head), {id(model.get_submodule(name).weight) for name in modules}
+    others: dict[str, list[Place]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise UserError(f"{name} is quantized, so that all parameters cannot be trained; choose another model")
+        if id(parameter) not in weights and not within(name, head):
+            others[name] = places[id(parameter)]
+        elif len(places[id(parameter)]) > 1:
+            raise UserError(
+                f"{name} is the weight of several modules, so that all parameters cannot be trained; "
+                "choose other lora.targets, or another model"
+            )
+    return others
+
+
+def in_place(model: nn.Module, parameters: Mapping[str, Sequence[Place]]) -> dict[str, InPlace]:
+    """The modules that own these parameters, by name."""
+    by_module: dict[str, dict[str, Sequence[Place]]] = {}
+    for name, places in parameters.items():
+        module, _, key = name.rpartition(".")
+        by_module.setdefault(module, {})[key] = places
+    return {module: InPlace(model, own) for module, own in by_module.items()}
