@@ -98,7 +98,7 @@ def export(
 
     Raises:
         UserError: no such run or client, no complete round, a damaged file, a changed model, `out` in use, `to` is "merged"
-            without a client for a personal method, or the adapter depends on the input.
+            without a client for a personal method, or the adapter cannot be represented in the format.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
