@@ -124,6 +124,14 @@ def test_a_weight_that_is_adapted_and_shared_is_refused_by_name():
         AdaptedModel(Tied(), Scaling(), ["out"], head=["score"], whole=True)
 
 
+def test_a_quantized_parameter_is_refused_by_name():
+    model = Tied()
+    model.read.weight = nn.Parameter(torch.ones(5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"^read\.weight is quantized, "):
+        AdaptedModel(model, Scaling(), ["mid"], head=["score"], whole=True)
+    assert not AdaptedModel(model, Scaling(), ["mid"], head=["score"]).whole
+
+
 def test_two_clients_cannot_be_loaded_together():
     adapted = AdaptedModel(Tied(), Scaling(), ["mid"], head=["score"], whole=True)
     with pytest.raises(AssertionError, match="cannot be loaded together"):
