@@ -17,7 +17,8 @@ from fedlora.methods.row import Row
 from fedlora.methods.wrap.table import WrapperRow
 from fedlora.models.adapted import AdaptedModel
 from fedlora.parts import table
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Task
 

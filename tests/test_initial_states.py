@@ -12,7 +12,8 @@ from fedlora.messages import ClientInfo
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.table import TABLE
 from fedlora.methods.wrap.wrapper import Wrapper
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_plan, toy_simulation
 

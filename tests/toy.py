@@ -20,7 +20,7 @@ from fedlora.parts.dense import Dense
 from fedlora.parts.experts import Experts
 from fedlora.parts.table import Factors
 from fedlora.randomness import generator
-from fedlora.rounds.loop import Plan
+from fedlora.rounds.plan import Plan
 from fedlora.rounds.simulate import SimulationBackend
 
 SPEC = AdapterSpec(

@@ -14,8 +14,10 @@ from fedlora.errors import RunStopped
 from fedlora.exporting.write import unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.models.fingerprint import fingerprint
+from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
-from fedlora.rounds.loop import Backend, Plan, RunState, run_rounds
+from fedlora.rounds.loop import run_rounds
+from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.manifest import Manifest

@@ -23,7 +23,7 @@ from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
 from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
 from fedlora.models.tokenizers import check_known, check_lengths, positions
-from fedlora.rounds.loop import RunState
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.client_folder import client_folder

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.rounds.codec import encode_state, outline
-from fedlora.rounds.loop import Plan, RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import Plan, RunState
 
 from test_laws import CASES, PERIOD, SPEC, Sent, people, run_rounds
 from toy import MemoryStates, Quiet, toy_method, toy_metrics

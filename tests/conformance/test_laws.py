@@ -19,7 +19,8 @@ from fedlora.methods.row import Row
 from fedlora.methods.table import TABLE
 from fedlora.randomness import generator
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed, template_upload
 

@@ -27,7 +27,8 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules, norm_modules
 from fedlora.parts.dense import Dense
 from fedlora.parts.table import Factors
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples

@@ -15,7 +15,8 @@ from fedlora.messages import ClientInfo, Fit, Reply, Round, Trained
 from fedlora.methods.fed_sb import FedSB, decomposed
 from fedlora.methods.table import TABLE
 from fedlora.parts.three_factor import ThreeFactor
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.simulate import SimulationBackend
 
 from merging import merge

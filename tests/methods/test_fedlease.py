@@ -14,7 +14,8 @@ from fedlora.messages import ClientInfo, Reply, Round, Trained, Upload
 from fedlora.methods.fedlease import Allocation, FedLEASE
 from fedlora.methods.table import TABLE
 from fedlora.parts.experts import Experts
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 
 from merging import merge
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation

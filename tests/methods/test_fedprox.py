@@ -23,7 +23,8 @@ from fedlora.parts.heads import Heads
 from fedlora.parts.three_factor import ThreeFactor
 from fedlora.parts.tied import Tied
 from fedlora.parts.weight_change import WeightChange
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, products, toy_clients, toy_method, toy_plan, toy_simulation
 

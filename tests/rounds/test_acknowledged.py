@@ -9,7 +9,8 @@ from fedlora.messages import Acknowledged, Round
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.wrapper import Wrapper
 from fedlora.rounds.codec import decode_state, encode_state
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 
 from toy import SPEC, MemoryStates, Quiet, ToyTrainer, toy_clients, toy_plan, toy_simulation
 

@@ -15,7 +15,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.wrap.head import WithHead
 from fedlora.rounds import checksum, codec
 from fedlora.rounds.codec import decode, decode_state, encode, encode_state, encoded_size, outline
-from fedlora.rounds.loop import RunState
+from fedlora.rounds.plan import RunState
 
 DTYPES = [
     torch.float64,

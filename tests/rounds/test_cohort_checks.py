@@ -1,7 +1,8 @@
 """Comparison of a round's uploads with each other: one liar of ten clients hardly changes what is learned."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,10 @@ from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Upload
 from fedlora.methods.table import TABLE
+from fedlora.methods.wrap.wrapper import Wrapper
 from fedlora.rounds.cohort_checks import CohortCheck, Size, check_cohort, clipped, difference_norm, spectral_norm
-from fedlora.rounds.loop import RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.simulate import SimulationBackend
 from tiers import fast
 
@@ -139,3 +142,23 @@ def test_without_the_checks_such_a_liar_does_harm(lie):
     except RunStopped:
         return  # nothing finite is left
     assert not loss < 2 * honest
+
+
+@dataclass(frozen=True)
+class CountingWork(Wrapper):
+    """Counts how often each client's work is begun: to train, and for its template."""
+
+    calls: Counter[str] = field(default_factory=Counter, compare=False)
+
+    def work(self, state: Any, download: Any, client: ClientInfo, rnd: Round) -> Any:
+        self.calls[client.id] += 1
+        return self.inner.work(state, download, client, rnd)
+
+
+def test_the_template_of_an_upload_is_computed_once_and_again_only_to_clip_it():
+    trainer, method = ToyTrainer(), CountingWork(toy_method(TABLE["fedit"]))
+    backend = OneLiar(method, trainer.spec, toy_clients(10), MemoryStates(), trainer, 0, lie="ten times")
+    plan = replace(toy_plan(method, trainer), check_cohort=True)
+    _, row = one_round(plan, backend, MemoryStates(), RunState(method.init_server(trainer.spec, 0)), 0, Quiet())
+    assert row.clipped is not None and row.clipped.keys() == {"3"}
+    assert method.calls == {client: 3 if client in row.clipped else 2 for client in row.accepted}

@@ -19,8 +19,9 @@ from fedlora.methods.wrap.head import HeadRule
 from fedlora.report.terminal import Live
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.finite import Largest, divergence, is_finite
-from fedlora.rounds.loop import Plan, RunState, one_round
+from fedlora.rounds.loop import one_round
 from fedlora.rounds.loop import run_rounds as rounds
+from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.validator import Failed
 
 from rows import round_row

@@ -12,7 +12,8 @@ from fedlora.config.sections import Evaluate
 from fedlora.messages import ClientInfo, Reply, Round, Statistics
 from fedlora.methods.flora import FLoRA
 from fedlora.rounds.codec import encode
-from fedlora.rounds.loop import RunState, run_rounds
+from fedlora.rounds.loop import run_rounds
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
 

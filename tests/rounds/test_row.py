@@ -16,8 +16,8 @@ from fedlora.messages import Round
 from fedlora.method import global_adapter
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.flora import FLoRA
-from fedlora.rounds.loop import RunState
 from fedlora.rounds.loop import run_rounds as rounds
+from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import ClientRow, LargestUpload, RoundRow, Seconds, from_json, to_json
 from fedlora.rounds.score_summary import Summary
 from fedlora.rounds.validator import Failed

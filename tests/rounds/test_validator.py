@@ -14,7 +14,8 @@ from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.wrap.head import HeadRule
 from fedlora.rounds.codec import encode
 from fedlora.rounds.cohort_checks import difference_norm
-from fedlora.rounds.loop import Plan, RunState, one_round
+from fedlora.rounds.loop import one_round
+from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.sample import choose
 from fedlora.rounds.validator import Failed
 

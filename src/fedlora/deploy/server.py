@@ -14,7 +14,8 @@ from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import Start, begin, finish, require_same, rounds
 from fedlora.messages import Round
 from fedlora.models.weights_digest import weights_digest
-from fedlora.rounds.loop import RunState, pending_base_updates
+from fedlora.rounds.base_updates import pending_base_updates
+from fedlora.rounds.plan import RunState
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.start import read_folder, resolve_settings
 from fedlora.session import Session

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
+from fedlora.messages import ClientInfo
 
 
 @runtime_checkable
@@ -69,6 +70,16 @@ def pending_tensors(base_updates: Mapping[int, Mapping[str, LowRank]], spec: Ada
             else:
                 tensors[f"{index}/{name}.w"] = part.product()
     return tensors
+
+
+def pending_base_updates(
+    spec: AdapterSpec, store: BaseUpdateStore, base_updates: BaseUpdateLog, clients: Sequence[ClientInfo]
+) -> dict[ClientInfo, Tensors]:
+    """Pending base updates of each client that has any; clients with the same pending base updates share the tensors."""
+    made: dict[tuple[int, ...], Tensors] = {}
+    for pending in {base_updates.pending(client.id) for client in clients} - {()}:
+        made[pending] = pending_tensors({index: store.base_update(index) for index in pending}, spec)
+    return {client: made[pending] for client in clients if (pending := base_updates.pending(client.id))}
 
 
 def base_update_indices(tensors: Tensors) -> set[int]:

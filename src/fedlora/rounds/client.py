@@ -20,7 +20,7 @@ from fedlora.messages import (
     Upload,
 )
 from fedlora.method import AnyMethod, Local
-from fedlora.rounds.finite import NOT_FINITE, NumericalError, is_finite
+from fedlora.rounds.finite import NOT_FINITE, NumericalError, error_name, is_finite
 from fedlora.rounds.validator import Failed
 
 
@@ -94,8 +94,7 @@ def train_clients(
                     else Failed(starts[i].client, f"its work ended in {NOT_FINITE}")
                 )
             except NumericalError as error:
-                kind = type(error).__name__.lstrip("_")
-                done[i] = Failed(starts[i].client, f"its work ended in {kind}, as from {NOT_FINITE}")
+                done[i] = Failed(starts[i].client, f"its work ended in {error_name(error)}, as from {NOT_FINITE}")
         answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         for i, trained in answers.items():
             if trained is not None and asked[i].request.role == "upload":

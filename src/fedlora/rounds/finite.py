@@ -20,6 +20,11 @@ NumericalError = (torch.linalg.LinAlgError, np.linalg.LinAlgError, ArithmeticErr
 """Errors that methods raise on overflow, unless the result is NaN or infinite."""
 
 
+def error_name(error: Exception) -> str:
+    """Name of a numerical error, as it is reported."""
+    return type(error).__name__.lstrip("_")
+
+
 def magnitude(tensor: Tensor) -> float:
     """Largest magnitude of the entries; NaN if any is NaN, 0 without entries. Four times as fast as `isfinite`."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0

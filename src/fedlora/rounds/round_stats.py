@@ -101,10 +101,11 @@ class RoundStats:
 
     @contextmanager
     def timed(self, phase: Literal["train", "merge", "evaluate"]) -> Iterator[None]:
-        """Adds the time of its body to a phase."""
-        started = time.perf_counter()
+        """Adds the time of its body, without that of phases timed within it, to a phase."""
+        started, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[phase] += time.perf_counter() - started
+        within = sum(self.seconds.values()) - before
+        self.seconds[phase] += time.perf_counter() - started - within
 
 
 def _weighted_mean(trainings: Collection[Training]) -> float:

@@ -50,17 +50,17 @@ class UploadValidator:
         """
         if reason := self._identity(reply):
             return reason
-        expected = self.expected(reply.client)
+        known = self.known(reply.client)
+        expected = Expected(known, template_upload(self.method, known))
         if reason := self._content(reply, expected):
             return reason
         self._seen.add(reply.client.id)
         return expected
 
-    def expected(self, client: ClientInfo) -> "Expected":
-        """What is known of a chosen client before its reply."""
+    def known(self, client: ClientInfo) -> ClientRound:
+        """What is known of a chosen client's round before its reply."""
         initial = self.method.init_client(self.spec, client, self.rnd.seed)
-        known = ClientRound(self.spec, client, self.rnd, self.sent[client], initial)
-        return Expected(known, template_upload(self.method, known))
+        return ClientRound(self.spec, client, self.rnd, self.sent[client], initial)
 
     def _identity(self, reply: Reply) -> str | None:
         if reply.client.id in self._seen:
