@@ -125,6 +125,8 @@ def test_the_init_file_of_a_folder_holds_its_docstring_alone(folder):
         ("cryptography", ("deploy",)),
         ("sklearn", ("linalg",)),
         ("ot", ("linalg",)),
+        ("rouge_score", ("tasks",)),
+        ("sacrebleu", ("tasks",)),
     ],
 )
 def test_a_library_is_known_only_where_it_belongs(library, homes):
