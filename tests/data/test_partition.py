@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -8,7 +10,7 @@ from fedlora.data import partition as partitions
 from fedlora.errors import UserError
 
 LABELS = 10
-NUMBERED = ["iid", "dirichlet", "pathological", "shards"]
+NUMBERED = ["iid", "dirichlet", "pathological", "shards", "length"]
 
 
 def corpus(rows=600, users=20):
@@ -52,8 +54,8 @@ def test_no_row_has_two_owners_and_those_without_are_counted(partition):
     assert len(given) + division.left_out_rows == 601
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
-def test_iid_and_dirichlet_give_every_row_to_somebody(partition):
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "length"])
+def test_iid_dirichlet_and_length_give_every_row_to_somebody(partition):
     assert divide(corpus(601), Clients(count=8, partition=partition), seed=0).left_out_rows == 0
 
 
@@ -201,3 +203,31 @@ def test_tasks_of_which_a_client_has_too_few_examples_are_left_out():
 def test_tasks_that_make_no_clients_are_refused(users, tasks, words):
     with pytest.raises(UserError, match=words):
         of_tasks(users, tasks, min_size=2)
+
+
+def test_by_length_each_client_has_longer_texts_than_the_one_before():
+    rng = np.random.default_rng(0)
+    rows = {"text": ["x" * n for n in rng.integers(1, 40, 203)], "text_pair": ["y" * n for n in rng.integers(1, 40, 203)]}
+    train = Dataset.from_dict({**rows, "user": ["u" * 100] * 203})
+    found = partitions.divide(train, None, Clients(count=5, partition="length"), seed=0)
+    lengths = [[len(rows["text"][row]) + len(rows["text_pair"][row]) for row in rows_of(share)] for share in found.shares]
+    assert [len(own) for own in lengths] == [41, 41, 41, 40, 40]
+    for shorter, longer in pairwise(lengths):
+        assert max(shorter) <= min(longer)
+
+
+def test_length_counts_the_texts_in_lists_and_mappings_and_needs_some():
+    talks = [[{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in (9, 1, 5, 3)]
+    by_length = Clients(count=2, partition="length", held_out=0.0)
+    found = partitions.divide(Dataset.from_dict({"messages": talks}), None, by_length, seed=0)
+    assert [share.train for share in found.shares] == [(1, 3), (0, 2)]
+    with pytest.raises(UserError, match="have no text"):
+        partitions.divide(Dataset.from_dict({"label": [1.0, 2.0, 3.0, 4.0]}), None, by_length, seed=0)
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "pathological", "shards"])
+def test_without_classes_partitions_by_class_are_rejected_and_the_others_named(partition):
+    with pytest.raises(UserError, match=r"'iid', 'length' or 'natural'"):
+        partitions.divide(corpus(), None, Clients(count=4, partition=partition), seed=0)
+    for able in ("iid", "length", "natural"):
+        assert partitions.divide(corpus(), None, Clients(count=4, partition=able), seed=0).shares

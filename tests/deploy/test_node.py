@@ -180,7 +180,7 @@ def test_a_node_trains_and_evaluates_its_clients_in_one_step(home, tmp_path, mon
     what = experiment(home, "fedit", "train.clients_per_step=4", rounds=1)
     serve(what, tmp_path / "run", Hand(make_nodes(what, tmp_path, (CLIENTS[:3], CLIENTS[3:]))))
     assert sizes["train_together"] == [3, 1]
-    assert sizes["score"] == [1, 3, 1] * 2  # before and after training; the first is the server's own
+    assert sizes["score"] == [3, 1] * 2  # before and after training
 
 
 def counted(function, sizes, place):

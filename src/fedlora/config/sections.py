@@ -156,6 +156,10 @@ class Train(Section):
     """The number of passes over a client's examples in each round."""
     batch_size: PositiveInt = 8
     """Training examples per batch."""
+    reduction: Literal["token", "example"] = "token"
+    """The mean loss that a client's step reduces. token: over all targets of its batch, so that examples with many weigh
+    more. example: over the examples, of each one's mean. They agree if all examples have equally many targets, as in
+    classification and regression."""
     batches: Literal["auto", "random", "by-length"] = "auto"
     """How examples are grouped into batches. random: at random. by-length: examples of similar length, which saves
     padding but may cost accuracy. auto: random if padding is avoided (see `train.packed`), else by-length."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -68,6 +68,14 @@ class Examples:
 def _filled(flat: Tensor, at: Tensor, inside: Tensor, padding: int) -> Tensor:
     """The entries of a batch, and the padding outside of the examples."""
     return flat[at].where(inside.view(*inside.shape, *[1] * (flat.ndim - 1)), padding)
+
+
+Reduction = Literal["token", "example"]
+
+
+def reduced(sums: Tensor, counts: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor]:
+    """The numerators and denominators [rows] whose sums over a client's examples give its mean loss; see `Task.losses`."""
+    return (sums, counts) if reduction == "token" else (sums / counts, torch.ones_like(counts))
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
 from fedlora.randomness import derive
-from fedlora.tasks.task import Examples, Task
+from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import micro_batches
@@ -28,7 +28,7 @@ def train_together(
 ) -> list[Trained]:
     """Trains each client according to its request, with a new optimizer, independently of the other clients.
 
-    A step descends the mean of all losses of the client's batch, of which an example may have several (`Task.losses`).
+    A step descends the mean loss of the client's batch, over its targets or over its examples (`settings.reduction`).
     All requests have the same `step_key`. One step takes the next batch of every client that still has one; factors,
     heads and optimizer states have a client axis. The base processes the batches in micro-batches of at most
     `max_tokens` (padding included) with batches of similar length; a single batch is never split. The order of a
@@ -78,7 +78,7 @@ def train_together(
                 inputs, targets = examples.batch(rows, device)
                 client_dropout.next_pass([generators[i] for i in present], [sizes[place] for place in places])
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
-                    sums, terms = task.losses(adapted.model, inputs, targets)
+                    sums, terms = reduced(*task.losses(adapted.model, inputs, targets), settings.reduction)
                 real = real.to(device)
                 own, own_terms = ((x.view(real.shape) * real).sum(1) for x in (sums, terms))
                 objective = (own / own_terms).sum()

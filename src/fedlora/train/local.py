@@ -68,7 +68,8 @@ class LocalTrainer:
         """
         check_request(self.adapted.spec, request)
         rows = self.rows[client.id]
-        return gradient(self.adapted, self.task, self.examples, rows, request, self.settings.batch_size)
+        settings = self.settings
+        return gradient(self.adapted, self.task, self.examples, rows, request, settings.batch_size, settings.reduction)
 
     def features(self, client: ClientInfo) -> LabelledFeatures:
         """Base-model features of the client's training examples, without any adapter."""
