@@ -32,7 +32,7 @@ def session(tmp_path_factory) -> tuple[AdaptedModel, Examples]:
     model, tokenizer, _ = TASK.load(str(tiny_bert(folder / "model")), LABELS, seed=0)
     table = columns(tiny_rows(folder / "rows.jsonl", 44), "data.source")
     table["label"] = [LABELS.index(label) for label in table["label"]]
-    adapted = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"])
+    adapted = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"], classes=len(LABELS))
     try_packing(adapted, TASK, tokenizer, 64)
     return adapted, TASK.encode(tokenizer, table, 64)
 

@@ -186,7 +186,7 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     """Some rounds with clients of these ranks in turn, in fp64; one module has a rank of its own."""
     model, head = copy.deepcopy(loaded.model), loaded.head
     head += norm_modules(model, head) if row.norms else ()
-    adapted = AdaptedModel(model, Scaling(ALPHA), TARGETS, rank_pattern={"output.dense": 2}, head=head)
+    adapted = AdaptedModel(model, Scaling(ALPHA), TARGETS, rank_pattern={"output.dense": 2}, head=head, classes=len(LABELS))
     adapted.spec = replace(adapted.spec, dtype=torch.float64)
     try_packing(adapted, TASK, loaded.tokenizer, 64)
     clients = [ClientInfo(str(i), ranks[i % len(ranks)], size) for i, size in enumerate(SIZES)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
@@ -51,8 +51,8 @@ class Experiment(Section):
 
     @field_validator(*SHORT_FORMS, mode="before")
     @classmethod
-    def _from_short_form(cls, value: Any, field: ValidationInfo) -> Any:
-        return {SHORT_FORMS[str(field.field_name)]: value} if isinstance(value, str) else value
+    def _from_short_form(cls, value: Any, field: Any) -> Any:
+        return {SHORT_FORMS[field.field_name]: value} if isinstance(value, str) else value
 
     @field_validator("wrap", mode="after")
     @classmethod
