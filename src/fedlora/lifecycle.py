@@ -19,7 +19,7 @@ from fedlora.rounds.durable import replacing
 from fedlora.rounds.loop import run_rounds
 from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.progress import Progress
-from fedlora.runs.folder import RunFolder
+from fedlora.runs.folder import ADAPTER, RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.runs.start import keep_rounds, record
 from fedlora.session import Session
@@ -132,7 +132,7 @@ def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder)
         RunStopped: they cannot be written.
     """
     folder.require()
-    out = folder.path / "adapter"
+    out = folder.path / ADAPTER
     unfit = {name: unfit_for_peft(adapter, session.adapted) for name, adapter in adapters.items()}
     reasons = [reason for reason in unfit.values() if reason]
     left_out = f"{len(reasons)} of {len(adapters)} not written: {reasons[0]}" if reasons else ""

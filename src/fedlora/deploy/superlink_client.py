@@ -17,9 +17,7 @@ from fedlora.deploy.log_file import last_log_line
 from fedlora.deploy.processes import CONNECTION, Printer, Process, flwr, make_private, wait_until_ready, write_connection
 from fedlora.errors import RunStopped, UserError
 from fedlora.rounds.progress import Progress
-from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
-from fedlora.runs.start import read_folder
 
 _POLL = 0.2
 _STATUS_SECONDS = 15.0
@@ -93,13 +91,7 @@ class SuperLink:
             raise
         if how != "done":
             raise (UserError if how == "unusable" else RunStopped)(why)
-        folder = RunFolder(path)
-        try:
-            folder.restore()
-            adapters = {"": path / "adapter"} if (path / "adapter").exists() else {}
-            return Result(path, read_folder(path).method.name, folder.rows(), adapters)
-        finally:
-            folder.release()
+        return Result.read(path)
 
     def _follow(self, run: str, path: Path, reader: Reader) -> tuple[str, str]:
         """Waits for the end of the run; returns its result and reason, from its event log."""

@@ -108,6 +108,21 @@ def decode_state(path: str) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path}: not a state that this version can read: {error}") from error
 
 
+def decode_note(path: str) -> dict[str, Any]:
+    """Reads only the note from a file written with `encode_state`, without verifying the file's checksum.
+
+    Raises:
+        ValueError: not written with `encode_state`.
+    """
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        notes: dict[str, Any] = json.loads(json.loads(header)["__metadata__"]["plan"])["notes"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header is damaged") from error
+    return notes
+
+
 def _plan(state: Any, tensors: list[Tensor]) -> Any:
     """Structure of a state as JSON; appends its tensors to `tensors`."""
     match state:

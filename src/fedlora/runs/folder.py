@@ -20,6 +20,10 @@ from fedlora.runs.row_log import RowLog
 
 DEPLOY = "deploy"
 """Subfolder of a run's folder for files of a deployment."""
+ADAPTER = "adapter"
+"""Subfolder of a run's folder for its exported adapters."""
+CHECKPOINT = "checkpoint.safetensors"
+ROWS = "rounds.jsonl"
 
 
 class RunFolder:
@@ -47,10 +51,10 @@ class RunFolder:
         """
         self.path = path
         self.experiment = path / "experiment.toml"
-        self._checkpoint = path / "checkpoint.safetensors"
+        self._checkpoint = path / CHECKPOINT
         self._lock = FolderLock(path, seconds)
         self._run = ""  # the id in the manifest
-        self._rows = RowLog(path / "rounds.jsonl")
+        self._rows = RowLog(path / ROWS)
         self._files = RoundFiles(path)
 
     @classmethod

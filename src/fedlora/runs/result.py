@@ -1,4 +1,4 @@
-"""Result of a finished run."""
+"""Result of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -9,6 +9,7 @@ from typing import Any
 from fedlora.errors import UserError
 from fedlora.printable import number
 from fedlora.rounds.row import RoundRow, key
+from fedlora.runs.saved_run import SavedRun
 
 _NESTED = ("largest_upload", "global_", "clients", "seconds", "notes")
 """Entries of a row with one column for each number in them."""
@@ -16,7 +17,7 @@ _NESTED = ("largest_upload", "global_", "clients", "seconds", "notes")
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """A finished run: its folder, its method's name, the rows of its round log, and its adapters.
+    """A run: its folder, its method's name, the rows of its round log, and its adapters.
 
     `adapters` has the PEFT folder of the global adapter under the empty name, or that of each client under the client's id.
     `left_out` is the reason for missing adapters, if any.
@@ -27,6 +28,16 @@ class Result:
     rows: Sequence[RoundRow]
     adapters: Mapping[str, Path]
     left_out: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Result":
+        """The result of an earlier run, which may be unfinished; reads its directory without loading a model.
+
+        Raises:
+            UserError: not the directory of a run that has begun, damaged, or from another version.
+        """
+        saved = SavedRun.read(Path(path))
+        return cls(saved.path, saved.manifest.experiment["method"]["name"], saved.rows, saved.adapters())
 
     @property
     def main_metric(self) -> str:

@@ -34,19 +34,28 @@ class RowLog:
         return RowLog(self.path, self.length + len(line), sha256)
 
     @classmethod
+    def read(cls, path: Path, length: int, digest: str) -> "RowLog":
+        """The first `length` bytes of the file, which must have this SHA-256.
+
+        Raises:
+            UserError: rows are missing or changed.
+        """
+        log = cls(path, length, hashlib.sha256(_start(path, length)))
+        if log.sha256.hexdigest() != digest:
+            raise log._damaged()
+        return log
+
+    @classmethod
     def restore(cls, path: Path, length: int, digest: str) -> "RowLog":
-        """Truncates the file to `length` bytes, which must have this SHA-256.
+        """As `read`, but truncates the file to these bytes.
 
         Raises:
             UserError: rows are missing or changed, or from another version.
         """
-        content = path.read_bytes()[:length] if path.exists() else b""
-        log = cls(path, length, hashlib.sha256(content))
-        if log.sha256.hexdigest() != digest:
-            raise log._damaged()
+        log = cls.read(path, length, digest)
         log.rows()  # before anything is trained
         if path.exists() and path.stat().st_size > length:
-            durable.replace(path, content)
+            durable.replace(path, _start(path, length))
         return log
 
     def rows(self) -> list[RoundRow]:
@@ -55,7 +64,7 @@ class RowLog:
         Raises:
             UserError: the file was changed since, or is from another version.
         """
-        content = self.path.read_bytes()[: self.length] if self.path.exists() else b""
+        content = _start(self.path, self.length)
         if hashlib.sha256(content).digest() != self.sha256.digest():
             raise self._damaged()
         return [self._row(number, line) for number, line in enumerate(content.splitlines(), 1)]
@@ -68,3 +77,8 @@ class RowLog:
 
     def _damaged(self) -> Exception:
         return damaged(f"{self.path}: the rows of the complete rounds are missing or changed")
+
+
+def _start(path: Path, length: int) -> bytes:
+    """The file's first `length` bytes, fewer if it is shorter or missing."""
+    return path.read_bytes()[:length] if path.exists() else b""
