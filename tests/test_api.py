@@ -68,7 +68,8 @@ def one_line(call, *parts, error=UserError):
 
 
 def test_the_names_of_the_package_are_the_public_ones_and_each_is_documented():
-    public = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "export", "resume", "run"]
+    public = ["Comparison", "Experiment", "Result", "RunStopped", "UserError", "__version__"]
+    public += ["compare", "export", "resume", "run"]
     assert dir(fedlora) == sorted(fedlora.__all__) == public
     for name in public:
         assert name == "__version__" or getattr(fedlora, name).__doc__
@@ -377,7 +378,7 @@ def test_every_example_of_the_page_runs_and_prints_what_its_comments_say(home, t
     promised, printed = re.findall(r"print\(\w+\)  # (.*?)(?:\.\.\.)?$", page, re.MULTILINE), capsys.readouterr().out
     assert len(promised) == 2 and all(text in printed for text in promised)
     runs = {folder.name: len((folder / "rounds.jsonl").read_text().splitlines()) for folder in Path("runs").iterdir()}
-    assert runs == {"first": 3, "frame": 3, "splits": 2, "model": 2, "watched": 2}
+    assert runs == {"first": 3, "frame": 3, "splits": 2, "model": 2, "watched": 2, "second": 3}
     assert names["model"].num_labels == 3 and Path("first.png").stat().st_size
 
 

@@ -144,6 +144,7 @@ def test_a_library_is_known_only_where_it_belongs(library, homes):
         ("deploy.launch", ("transformers", "datasets")),
         ("report.tables", ("transformers",)),
         ("report.terminal", ("transformers", "datasets")),
+        ("report.comparison", ("transformers", "datasets")),
         ("api", ("peft", "transformers.modeling_utils")),  # before the data are known to be good
     ],
 )

@@ -6,9 +6,9 @@
     result = run(experiment, out="runs/first")
     print(result.to_pandas(), result.adapters)
 
-`run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere. `Experiment`
-has the settings of experiment.toml under the same names. Settings, data and models that cannot be used raise `UserError`; a
-run that has to stop raises `RunStopped`. Both messages are one line.
+`run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere, `compare`
+compares runs. `Experiment` has the settings of experiment.toml under the same names. Settings, data and models that cannot
+be used raise `UserError`; a run that has to stop raises `RunStopped`. Both messages are one line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,27 @@ from fedlora.version import __version__
 if TYPE_CHECKING:
     from fedlora.api import export, resume, run
     from fedlora.config.experiment import Experiment
+    from fedlora.report.comparison import Comparison, compare
     from fedlora.runs.result import Result
 
-__all__ = ["Experiment", "Result", "RunStopped", "UserError", "__version__", "export", "resume", "run"]
+__all__ = [
+    "Comparison",
+    "Experiment",
+    "Result",
+    "RunStopped",
+    "UserError",
+    "__version__",
+    "compare",
+    "export",
+    "resume",
+    "run",
+]
 
 _HOMES = {
+    "Comparison": "report.comparison",
     "Experiment": "config.experiment",
     "Result": "runs.result",
+    "compare": "report.comparison",
     "export": "api",
     "resume": "api",
     "run": "api",

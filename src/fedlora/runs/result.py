@@ -53,7 +53,7 @@ class Result:
         Raises:
             UserError: pandas is not installed.
         """
-        frame = _package("pandas").DataFrame([dict(_columns(row)) for row in self.rows])
+        frame = package("pandas").DataFrame([dict(_columns(row)) for row in self.rows])
         order = [key(one.name) for one in fields(RoundRow)]
         place = {name: order.index(first) for name in frame if (first := name.partition(".")[0]) in order}
         return frame[sorted(frame, key=lambda name: place.get(name, len(order)))]
@@ -64,7 +64,7 @@ class Result:
         Raises:
             UserError: pandas is not installed.
         """
-        return _package("pandas").DataFrame(
+        return package("pandas").DataFrame(
             [
                 {"round": row.round, "client": client, **vars(one)}
                 for row in self.rows
@@ -79,7 +79,7 @@ class Result:
             UserError: matplotlib or pandas is not installed.
         """
         rounds = self.to_pandas().set_index("round")
-        axes = _package("matplotlib.pyplot").subplots()[1]
+        axes = package("matplotlib.pyplot").subplots()[1]
         metric = axes.twinx()
         for color, (name, label) in enumerate({"train_loss": "training loss", **self._scores()}.items()):
             if name in rounds:
@@ -125,7 +125,7 @@ def _nested(value: Any, at: str) -> Iterator[tuple[str, Any]]:
             yield f"{at}{name}", item
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
     """Imports a module that is needed only here."""
     try:
         return import_module(name)

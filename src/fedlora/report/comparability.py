@@ -1,0 +1,102 @@
+"""Why figures of two cases cannot be compared, or only with care."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fedlora.runs.case import Case
+from fedlora.runs.saved_run import SavedRun
+
+Runs = Mapping[int, SavedRun]
+"""The run of each seed."""
+
+
+ONE_SEED = (
+    "differences over one seed: an interval of a test metric needs at least two; that of a held-out metric is over the "
+    "clients of this seed, and leaves out how much seeds vary"
+)
+
+
+def same_data(run: SavedRun, other: SavedRun) -> bool:
+    """Whether both have the same task, examples and labels; their partitions may differ."""
+    return bool(_data(run) == _data(other))
+
+
+def same_clients(run: SavedRun) -> bool:
+    """Whether runs with other seeds have the same clients, instead of a new partition."""
+    settings = run.manifest.experiment
+    return bool(settings["clients"]["partition"] == "natural" or settings["data"]["source"] == "none")
+
+
+def unfinished(case: Case, runs: Runs) -> Iterator[str]:
+    """A line for each of the case's runs that is unfinished or failed."""
+    for seed, run in runs.items():
+        if run.done < run.rounds:
+            yield f"{case.label}, seed {seed}: unfinished, {run.done} of {run.rounds} rounds; left out"
+    for seed, reason in case.failed.items():
+        yield f"{case.label}, seed {seed}: failed: {reason}"
+
+
+def edge_of_search(case: Case) -> Iterator[str]:
+    """A line for each setting whose chosen value is the smallest or largest of the searched values."""
+    if case.searched is None:
+        return
+    for key, chosen in case.searched.chosen.items():
+        values = [candidate[key] for candidate, _ in case.searched.candidates]
+        if len(set(values)) > 1 and all(isinstance(value, int | float) for value in values):
+            for end, word in ((min(values), "smallest"), (max(values), "largest")):
+                if chosen == end:
+                    yield f"{case.label}: {key} = {chosen} is the {word} of the searched values; search beyond it"
+
+
+def against(label: str, runs: Runs, baseline: Runs) -> Iterator[str]:
+    """Lines about a case's runs in comparison to those of the baseline."""
+    if not runs or not baseline:
+        return
+    common = [seed for seed in runs if seed in baseline]
+    if runs.keys() != baseline.keys():
+        found = f"seeds {_listed(runs)}, the baseline has {_listed(baseline)}"
+        yield f"{label}: {found}; differences are over {_listed(common)}" if common else f"{label}: {found}; no difference"
+    pairs = {seed: (runs[seed], baseline[seed]) for seed in common}
+    other = [seed for seed, (run, base) in pairs.items() if not same_data(run, base)]
+    if other:
+        yield f"{label}, seeds {_listed(other)}: other task or examples than the baseline's; no difference for them"
+    moved = [seed for seed in common if seed not in other and _partition(runs[seed]) != _partition(baseline[seed])]
+    if moved:
+        yield (
+            f"{label}, seeds {_listed(moved)}: another partition than the baseline's; the difference is also that of the "
+            "partitions, and clients of the same name have other examples"
+        )
+    differing: dict[str, str] = {}
+    for run, base in pairs.values() or [(next(iter(runs.values())), next(iter(baseline.values())))]:
+        own, theirs = _budget(run), _budget(base)
+        for key in own:
+            if own[key] != theirs[key]:
+                differing.setdefault(key, f"{key} {own[key]} (the baseline {theirs[key]})")
+        if run.manifest.model != base.manifest.model:
+            differing.setdefault("model", "another model")
+    if differing:
+        yield f"{label}: different budget: {', '.join(differing.values())}"
+
+
+def _data(run: SavedRun) -> Any:
+    data = run.manifest.data
+    return run.manifest.experiment["task"], data.labels, data.train, data.test
+
+
+def _partition(run: SavedRun) -> str:
+    return run.manifest.data.partition
+
+
+def _budget(run: SavedRun) -> Mapping[str, int]:
+    """What a run may use. Local steps are those of accepted uploads, of all clients and rounds."""
+    settings = run.manifest.experiment
+    return {
+        "rounds": run.rounds,
+        "local steps": sum(one.steps or 0 for row in run.rows for one in row.per_client.values()),
+        "training examples": run.manifest.data.train.count,
+        "train.max_length": settings["train"]["max_length"],
+    }
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))

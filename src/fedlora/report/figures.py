@@ -1,0 +1,79 @@
+"""The figures of a run that are compared, and their mean over seeds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedlora.report.intervals import Interval
+from fedlora.rounds.row import RoundRow
+from fedlora.rounds.score_summary import LOWER_IS_BETTER
+from fedlora.runs.saved_run import SavedRun
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of the paired differences to the baseline over the seeds of both, and its interval, if it has one."""
+
+    seeds: int
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and standard deviation over the seeds; for one seed, there is no deviation."""
+
+    mean: float
+    std: float | None
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class ComparedCase:
+    """The finished run of each seed of a case, the figures of all of them, and the settings that a search chose."""
+
+    label: str
+    runs: Mapping[int, SavedRun]
+    figures: Mapping[str, Figure]
+    chosen: Mapping[str, Any]
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether lower values of this metric are better."""
+    return metric in LOWER_IS_BETTER
+
+
+def metrics(row: RoundRow) -> list[str]:
+    """Names of the metrics of a row, the task's main metric first."""
+    return [name for name in {**(row.clients or {}), **(row.global_ or {})} if name != "examples"]
+
+
+def figures(run: SavedRun) -> dict[str, float]:
+    """Scores after the last round under the keys of docs/rounds.md, and the costs of all rounds.
+
+    `clients.METRIC.variance` is the variance over the clients. Figures that the run does not have are left out.
+    """
+    last, found = run.rows[-1], {}
+    for name in metrics(last):
+        if last.global_ is not None:
+            found[f"global.{name}"] = float(last.global_[name])
+        if last.clients is not None:
+            own = last.clients[name]
+            found[f"clients.{name}.mean"] = own.mean
+            found[f"clients.{name}.worst_decile"] = own.worst_decile
+            found[f"clients.{name}.variance"] = own.spread**2
+    errors = [row.aggregation_error for row in run.rows if row.aggregation_error is not None]
+    if errors:
+        found["aggregation_error"] = sum(errors) / len(errors)
+    found["bytes_up"] = float(sum(row.bytes_up for row in run.rows))
+    found["bytes_down"] = float(sum(row.bytes_down for row in run.rows))
+    found["seconds"] = sum(row.seconds.total for row in run.rows)
+    return found
+
+
+def over_seeds(values: Mapping[int, float]) -> Figure:
+    """Mean and standard deviation of the values of some seeds."""
+    found = np.array(list(values.values()))
+    return Figure(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None)
