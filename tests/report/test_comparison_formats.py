@@ -44,6 +44,19 @@ def test_numbers_have_a_mean_a_deviation_a_signed_difference_and_its_interval():
     assert "| 0.832 | +0.012 [0.004, 0.020] |" in comparison(BASE, ONE_SEED).to_markdown()
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "plain", "latex"),
+    [
+        (0.25, 0.0, "0.25 ± 0", r"$0.25 \pm 0$"),
+        (1.23e-7, 4e-9, "1.2e-07 ± 4e-09", r"$1.2 \cdot 10^{-7} \pm 4 \cdot 10^{-9}$"),
+    ],
+)
+def test_aggregation_errors_have_two_digits_whatever_their_size(mean, std, plain, latex):
+    cases = [ComparedCase("a", {}, {"aggregation_error": Figure(mean, std)}, {})]
+    found = Comparison(cases, "a", [], [])
+    assert f"| {plain} |" in found.to_markdown() and latex in found.to_latex()
+
+
 def test_columns_that_no_case_has_are_left_out():
     (header, *_) = comparison(BASE, BETTER).to_markdown().splitlines()
     assert header == "| case | seeds | test accuracy | test difference |"

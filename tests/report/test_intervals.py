@@ -19,7 +19,7 @@ def test_the_interval_over_seeds_is_that_of_scipys_t_test():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
-@pytest.mark.parametrize("differences", [[0.1], [0.1, 0.1], [0.1, math.nan]])
+@pytest.mark.parametrize("differences", [[0.1], [0.1, 0.1], [0.1, 0.3 - 0.2], [0.1, math.nan]])
 def test_one_seed_equal_differences_and_nan_have_no_interval_over_seeds(differences):
     assert over_seeds(differences) is None
 
@@ -82,7 +82,9 @@ def test_clients_without_a_finite_difference_are_left_out():
     )
 
 
-@pytest.mark.parametrize("each", [[{}], [clients(0.1)], [clients(0.1, 0.1)], [clients(math.nan, math.nan)]])
+@pytest.mark.parametrize(
+    "each", [[{}], [clients(0.1)], [clients(0.1, 0.1)], [clients(0.1, 0.3 - 0.2)], [clients(math.nan, math.nan)]]
+)
 def test_one_seed_whose_clients_do_not_vary_has_no_interval(each):
     assert over_seeds_and_clients([0.1], each, False) is None
 

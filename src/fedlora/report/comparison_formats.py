@@ -16,7 +16,7 @@ from fedlora.printable import printable
 from fedlora.report.comparison_tables import Cell, Table
 from fedlora.report.figures import ComparedCase
 
-WIDTH = 140
+WIDTH = 160
 """Minimum width, in columns, at which the tables are readable."""
 
 _LATEX = str.maketrans(
@@ -24,7 +24,7 @@ _LATEX = str.maketrans(
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
-_NUMBERS = re.compile(r"[+-]?\d+\.\d+(e[+-]\d+)?( ± .*| \[.*\])?|\d+")
+_NUMBERS = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]\d+)?( ± .*| \[.*\])?")
 """Cells that LaTeX sets in math mode."""
 
 

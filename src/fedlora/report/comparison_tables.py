@@ -47,7 +47,7 @@ def _of_metric(cases: Sequence[ComparedCase], baseline: str, metric: str) -> Tab
 
 def _of_costs(cases: Sequence[ComparedCase]) -> Table:
     columns = {"case": [Cell(case.label) for case in cases]}
-    columns["aggregation error"] = [Cell(_mean(case.figures.get("aggregation_error"), ".1e")) for case in cases]
+    columns["aggregation error"] = [Cell(_mean(case.figures.get("aggregation_error"), ".2g")) for case in cases]
     for name, key in (("up", "bytes_up"), ("down", "bytes_down")):
         found = [case.figures.get(key) for case in cases]
         columns[name] = [Cell(_ABSENT if figure is None else size(round(figure.mean))) for figure in found]

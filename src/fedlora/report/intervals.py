@@ -34,7 +34,7 @@ def over_seeds(differences: Sequence[float]) -> Interval | None:
     None for one seed, and if the differences are all equal, which says nothing about how much they vary.
     """
     found, count = np.asarray(differences, float), len(differences)
-    if count < 2 or not np.isfinite(found).all() or not np.ptp(found):
+    if count < 2 or not np.isfinite(found).all() or _equal(found):
         return None
     half = t.ppf((1 + _LEVEL) / 2, count - 1) * found.std(ddof=1) / np.sqrt(count)
     return Interval(float(found.mean() - half), float(found.mean() + half))
@@ -57,11 +57,16 @@ def over_seeds_and_clients(
         found = _resampled(weight, weighted, same_clients, resamples)
         tail = _expanded_tail(weight.shape[1])
         mean = np.mean(weighted.sum(1) / weight.sum(1))
-        low, high = center + np.nanquantile(found, (tail, 1 - tail)) - mean
-        if low < high:
-            intervals.append(Interval(float(low), float(high)))
+        ends = center + np.nanquantile(found, (tail, 1 - tail)) - mean
+        if not _equal(ends):
+            intervals.append(Interval(*map(float, ends)))
     present = [one for one in intervals if one is not None]
     return Interval(min(one.low for one in present), max(one.high for one in present)) if present else None
+
+
+def _equal(values: NDArray[np.float64]) -> bool:
+    """Whether the values differ by rounding only."""
+    return np.allclose(values, values[0], rtol=1e-6, atol=1e-9)
 
 
 def _expanded_tail(count: int) -> float:
