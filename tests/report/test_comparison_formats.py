@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 
 import pytest
@@ -30,7 +31,7 @@ def comparison(*figures, notes=("a note with 5% & \x1b",)):
         ComparedCase(label, {}, {"global.accuracy": figure, "bytes_up": Figure(1500.0, 0.0)}, {"train.lr": 0.003})
         for label, figure in zip(labels, figures, strict=True)
     ]
-    return Comparison(cases, "a", ["accuracy"], notes)
+    return Comparison(cases, "a", ["accuracy"], notes, {"loss"})
 
 
 BASE, BETTER = Figure(0.82, 0.004), Figure(0.832, 0.004, difference(0.004, 0.020))
@@ -53,8 +54,21 @@ def test_numbers_have_a_mean_a_deviation_a_signed_difference_and_its_interval():
 )
 def test_aggregation_errors_have_two_digits_whatever_their_size(mean, std, plain, latex):
     cases = [ComparedCase("a", {}, {"aggregation_error": Figure(mean, std)}, {})]
-    found = Comparison(cases, "a", [], [])
+    found = Comparison(cases, "a", [], [], ())
     assert f"| {plain} |" in found.to_markdown() and latex in found.to_latex()
+
+
+def test_an_undefined_metric_is_said_and_nothing_is_bold():
+    undefined = Figure(math.nan, math.nan, Difference(3, math.nan, None))
+    assert "| undefined | undefined |" in comparison(BASE, undefined).to_markdown()
+    assert "mathbf" not in comparison(BASE, undefined, BETTER).to_latex()
+
+
+def test_of_a_loss_the_smallest_is_the_best_and_the_top_decile_the_worst():
+    figures = {"global.loss": WORSE, "clients.loss.worst_decile": BASE}
+    cases = [ComparedCase("a", {}, {"global.loss": BASE}, {}), ComparedCase("b", {}, figures, {})]
+    text = Comparison(cases, "a", ["loss"], [], {"loss"}).to_latex()
+    assert r"\mathbf{0.700" in text and "top decile" in text and "bottom decile" not in text
 
 
 def test_columns_that_no_case_has_are_left_out():
@@ -153,7 +167,7 @@ def plotted(tmp_path, monkeypatch):
             rows = [scored(i, 0.1 * i + 0.2 * seed, {"c0": 0.3, "c1": 0.5 + seed}, **absent) for i in (1, 2, 3)]
             runs[seed] = SavedRun.read(write_run(tmp_path / f"{label}{seed}", rows, f"seed={seed}"))
         cases.append(ComparedCase(label, runs, {}, {}))
-    yield Comparison(cases, "a", ["accuracy"], [])
+    yield Comparison(cases, "a", ["accuracy"], [], {"loss"})
     pyplot.close("all")
 
 
@@ -167,6 +181,6 @@ def test_a_plot_has_the_mean_by_round_and_a_band_of_one_standard_deviation(plott
 
 
 def test_a_plot_without_scores_on_a_test_set_shows_those_on_held_out_examples(plotted):
-    axes = Comparison(plotted.cases[1:], "b", ["accuracy"], []).plot("loss")
+    axes = Comparison(plotted.cases[1:], "b", ["accuracy"], [], {"loss"}).plot("loss")
     assert axes.get_ylabel() == "held-out loss"
     assert axes.lines[0].get_ydata() == pytest.approx([0.35] * 3)

@@ -1,6 +1,6 @@
 """Comparison of runs: mean and spread over seeds, and paired differences to a baseline."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from fedlora.runs.saved_run import SavedRun
 class Comparison:
     """Figures of each case, differences to the baseline, and notes on what cannot be compared.
 
-    `metrics` are those that were asked for. docs/sweeps.md describes the figures.
+    The tables have the figures of `metrics`, which docs/sweeps.md describes. Smaller values are better for metrics in
+    `lower_is_better`.
     """
 
     cases: Sequence[ComparedCase]
     baseline: str
     metrics: Sequence[str]
     notes: Sequence[str]
+    lower_is_better: Collection[str]
 
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per case, and the columns of `to_csv`.
@@ -47,7 +49,7 @@ class Comparison:
 
     def tables(self) -> list[Table]:
         """A table for each metric and one of the costs."""
-        return tables(self.cases, self.baseline, self.metrics)
+        return tables(self.cases, self.baseline, self.metrics, self.lower_is_better)
 
     def to_markdown(self) -> str:
         """The tables, and the notes as a list."""
@@ -119,7 +121,8 @@ def compare(
         notes.append(comparability.ONE_SEED)
     known = figures.metrics(finished[0].rows[-1])
     main = [name for name in known if name in (known[0], "loss")]
-    return Comparison(compared, base.label, list(dict.fromkeys(metrics or main)), notes)
+    lower = figures.lower_is_better(finished[0])
+    return Comparison(compared, base.label, list(dict.fromkeys(metrics or main)), notes, lower)
 
 
 def _compared(case: Case, runs: Mapping[int, SavedRun]) -> ComparedCase:

@@ -1,13 +1,14 @@
 """Tables of a comparison, as text cells: one for each metric, and one of the costs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fedlora.report.figures import ComparedCase, Figure, lower_is_better
+from fedlora.report.figures import ComparedCase, Figure
 from fedlora.report.terminal import size
 
-_ABSENT = "-"
+_ABSENT, _UNDEFINED = "-", "undefined"
 
 
 class Cell(NamedTuple):
@@ -26,16 +27,18 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
-def tables(cases: Sequence[ComparedCase], baseline: str, metrics: Sequence[str]) -> list[Table]:
+def tables(
+    cases: Sequence[ComparedCase], baseline: str, metrics: Sequence[str], lower_is_better: Collection[str]
+) -> list[Table]:
     """The tables of these metrics and of the costs, without columns that no case has a value for."""
-    return [*(_of_metric(cases, baseline, metric) for metric in metrics), _of_costs(cases)]
+    return [*(_of_metric(cases, baseline, metric, metric in lower_is_better) for metric in metrics), _of_costs(cases)]
 
 
-def _of_metric(cases: Sequence[ComparedCase], baseline: str, metric: str) -> Table:
-    decile = "top decile" if lower_is_better(metric) else "bottom decile"
+def _of_metric(cases: Sequence[ComparedCase], baseline: str, metric: str, lower_is_better: bool) -> Table:
+    decile = "top decile" if lower_is_better else "bottom decile"
     columns = {"case": [Cell(case.label) for case in cases], "seeds": [Cell(str(len(case.runs))) for case in cases]}
     for name, key in (("test", f"global.{metric}"), ("held-out", f"clients.{metric}.mean")):
-        figures, best = [case.figures.get(key) for case in cases], _best(cases, baseline, key, lower_is_better(metric))
+        figures, best = [case.figures.get(key) for case in cases], _best(cases, baseline, key, lower_is_better)
         columns[f"{name} {metric}"] = [
             Cell(_mean(figure), case.label == best) for case, figure in zip(cases, figures, strict=True)
         ]
@@ -65,7 +68,7 @@ def _table(title: str, columns: Mapping[str, Sequence[Cell]]) -> Table:
 def _best(cases: Sequence[ComparedCase], baseline: str, key: str, lower: bool) -> str | None:
     """Label of the case with the best mean, if intervals tell it from the baseline; the baseline's from all others."""
     means = {case.label: case.figures[key].mean for case in cases if key in case.figures}
-    if len(means) < 2 or any(mean != mean for mean in means.values()):
+    if len(means) < 2 or any(math.isnan(mean) for mean in means.values()):
         return None
     best = (min if lower else max)(means, key=lambda label: means[label])
     others = [case for case in cases if case.label in means and case.label != baseline]
@@ -82,11 +85,15 @@ def _distinguishable(figure: Figure) -> bool:
 def _mean(figure: Figure | None, style: str = ".3f") -> str:
     if figure is None:
         return _ABSENT
+    if math.isnan(figure.mean):
+        return _UNDEFINED
     return f"{figure.mean:{style}}" + ("" if figure.std is None else f" ± {figure.std:{style}}")
 
 
 def _difference(figure: Figure | None) -> str:
     if figure is None or figure.difference is None:
         return _ABSENT
+    if math.isnan(figure.difference.mean):
+        return _UNDEFINED
     interval = figure.difference.interval
     return f"{figure.difference.mean:+.3f}" + ("" if interval is None else f" [{interval.low:.3f}, {interval.high:.3f}]")

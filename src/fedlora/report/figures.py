@@ -1,6 +1,6 @@
 """The figures of a run that are compared, and their mean over seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from fedlora.report.intervals import Interval
 from fedlora.rounds.row import RoundRow
-from fedlora.rounds.score_summary import LOWER_IS_BETTER
 from fedlora.runs.saved_run import SavedRun
+from fedlora.tasks.table import task_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class ComparedCase:
     chosen: Mapping[str, Any]
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether lower values of this metric are better."""
-    return metric in LOWER_IS_BETTER
+def lower_is_better(run: SavedRun) -> Collection[str]:
+    """Metrics of the run's task of which smaller values are better."""
+    return task_of(run.manifest.experiment["task"]).lower_is_better
 
 
 def metrics(row: RoundRow) -> list[str]:
