@@ -12,6 +12,7 @@ from fedlora import UserError, compare
 from fedlora.report.comparability import edge_of_search, unfinished
 from fedlora.report.intervals import over_seeds_and_clients
 from fedlora.runs.case import Case, Searched
+from fedlora.runs.manifest_file import encode_manifest
 
 from saved import scored, write_run
 
@@ -231,3 +232,27 @@ def test_a_chosen_value_at_the_edge_of_the_searched_ones_is_said(tried, chosen, 
 
 def test_a_failed_run_is_named_with_its_reason():
     assert list(unfinished(Case("a", {}, failed={2: "out of memory"}), {})) == ["a, seed 2: failed: out of memory"]
+
+
+def test_a_metric_that_only_the_test_set_has_is_compared_there(tmp_path):
+    paths = [
+        write_run(
+            tmp_path / str(rank),
+            [scored(1, 0.5, each(0.5, 0), global_={"accuracy": 0.5, "loss": 0.5, "spearman": rank / 10, "examples": 9})],
+            f"method.rank={rank}",
+        )
+        for rank in (2, 4)
+    ]
+    found = compare(paths, metrics=["spearman"]).cases[1].figures
+    assert found["global.spearman"].difference.mean == pytest.approx(0.2)
+    assert "clients.spearman.mean" not in found
+
+
+def test_a_run_with_settings_of_another_version_is_rejected_with_its_directory(tmp_path):
+    path = write_run(tmp_path / "run", [scored(1, 0.5, each(0.5, 0))])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["experiment"]["tomorrow"] = 1
+    manifest.pop("sha256")
+    (path / "manifest.json").write_text(encode_manifest(manifest))
+    with pytest.raises(UserError, match="run: the run's settings are not supported by this version"):
+        compare(path)

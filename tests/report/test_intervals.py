@@ -11,7 +11,7 @@ from fedlora.report.intervals import Interval, over_seeds, over_seeds_and_client
 
 
 def clients(*values, weight=1.0):
-    return {str(i): (value, weight) for i, value in enumerate(values)}
+    return {str(i): (float(value), weight) for i, value in enumerate(values)}
 
 
 def test_the_interval_over_seeds_is_that_of_scipys_t_test():
@@ -59,9 +59,9 @@ def plain_bootstrap(seeds, same_clients, resamples):
 @pytest.mark.parametrize("same_clients", [False, True])
 def test_the_bootstrap_of_seeds_and_clients_equals_a_plain_one(same_clients):
     rng = np.random.default_rng(0)
-    weights = rng.integers(1, 9, 8).tolist()
+    weights = rng.integers(1, 9, 8).astype(float).tolist()
     effect = rng.normal(0, 1, 8)  # of a client in all seeds
-    seeds = [{str(i): (x, weights[i]) for i, x in enumerate(effect + rng.normal(0, 0.3, 8))} for _ in range(6)]
+    seeds = [{str(i): (float(x), weights[i]) for i, x in enumerate(effect + rng.normal(0, 0.3, 8))} for _ in range(6)]
     means = [sum(v * w for v, w in each.values()) / sum(weights) for each in seeds]
     found, plain = over_seeds_and_clients(means, seeds, same_clients), plain_bootstrap(seeds, same_clients, 6000)
     by_seeds = over_seeds(means)

@@ -9,7 +9,6 @@ from fedlora.runs.saved_run import SavedRun
 Runs = Mapping[int, SavedRun]
 """The run of each seed."""
 
-
 ONE_SEED = (
     "differences over one seed: an interval of a test metric needs at least two; that of a held-out metric is over the "
     "clients of this seed, and leaves out how much seeds vary"
@@ -23,8 +22,7 @@ def same_data(run: SavedRun, other: SavedRun) -> bool:
 
 def same_clients(run: SavedRun) -> bool:
     """Whether runs with other seeds have the same clients, instead of a new partition."""
-    settings = run.manifest.experiment
-    return bool(settings["clients"]["partition"] == "natural" or settings["data"]["source"] == "none")
+    return run.experiment.clients.partition == "natural" or run.experiment.data.source == "none"
 
 
 def unfinished(case: Case, runs: Runs) -> Iterator[str]:
@@ -80,7 +78,7 @@ def against(label: str, runs: Runs, baseline: Runs) -> Iterator[str]:
 
 def _data(run: SavedRun) -> Any:
     data = run.manifest.data
-    return run.manifest.experiment["task"], data.labels, data.train, data.test
+    return run.experiment.task, data.labels, data.train, data.test
 
 
 def _partition(run: SavedRun) -> str:
@@ -89,12 +87,11 @@ def _partition(run: SavedRun) -> str:
 
 def _budget(run: SavedRun) -> Mapping[str, int]:
     """What a run may use. Local steps are those of accepted uploads, of all clients and rounds."""
-    settings = run.manifest.experiment
     return {
         "rounds": run.rounds,
         "local steps": sum(one.steps or 0 for row in run.rows for one in row.per_client.values()),
         "training examples": run.manifest.data.train.count,
-        "train.max_length": settings["train"]["max_length"],
+        "train.max_length": run.experiment.train.max_length,
     }
 
 

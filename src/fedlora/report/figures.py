@@ -42,7 +42,7 @@ class ComparedCase:
 
 def lower_is_better(run: SavedRun) -> Collection[str]:
     """Metrics of the run's task of which smaller values are better."""
-    return task_of(run.manifest.experiment["task"]).lower_is_better
+    return task_of(dict(run.experiment.task)).lower_is_better
 
 
 def metrics(row: RoundRow) -> list[str]:
@@ -56,11 +56,12 @@ def figures(run: SavedRun) -> dict[str, float]:
     `clients.METRIC.variance` is the variance over the clients. Figures that the run does not have are left out.
     """
     last, found = run.rows[-1], {}
+    test, clients = last.global_ or {}, last.clients or {}
     for name in metrics(last):
-        if last.global_ is not None:
-            found[f"global.{name}"] = float(last.global_[name])
-        if last.clients is not None:
-            own = last.clients[name]
+        if name in test:
+            found[f"global.{name}"] = float(test[name])
+        if name in clients:
+            own = clients[name]
             found[f"clients.{name}.mean"] = own.mean
             found[f"clients.{name}.worst_decile"] = own.worst_decile
             found[f"clients.{name}.variance"] = own.spread**2

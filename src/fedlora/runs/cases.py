@@ -29,7 +29,7 @@ def cases_of_runs(paths: Sequence[Path]) -> list[Case]:
     A case's label is the settings in which the cases differ, as in `method.name=fedit`, or the method's name for one case.
 
     Raises:
-        UserError: not a run directory, or two runs have the same settings and seed.
+        UserError: not a run directory, settings of another version, or two runs have the same settings and seed.
     """
     runs: list[tuple[dict[str, Any], dict[int, Path]]] = []
     for path in paths:
@@ -51,8 +51,12 @@ def _settings(path: Path) -> dict[str, Any]:
     manifest = Manifest.find(path)
     if manifest is None:
         raise UserError(f"{path}: expected the directory of a run that has begun, or of a sweep")
+    try:
+        experiment = manifest.settings()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     found: dict[str, Any] = {}
-    for section, value in manifest.experiment.items():
+    for section, value in experiment.model_dump(mode="json").items():
         found |= {f"{section}.{key}": own for key, own in value.items()} if isinstance(value, Mapping) else {section: value}
     return found
 

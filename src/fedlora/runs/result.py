@@ -37,7 +37,7 @@ class Result:
             UserError: not the directory of a run that has begun, damaged, or from another version.
         """
         saved = SavedRun.read(Path(path))
-        return cls(saved.path, saved.manifest.experiment["method"]["name"], saved.rows, saved.adapters())
+        return cls(saved.path, saved.experiment.method.name, saved.rows, saved.adapters())
 
     @property
     def main_metric(self) -> str:

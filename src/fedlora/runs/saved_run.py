@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.rounds.codec import decode_note
 from fedlora.rounds.row import RoundRow
@@ -46,6 +48,15 @@ class SavedRun:
             raise damaged(f"{checkpoint} belongs to another run than {path / MANIFEST}")
         return cls(path, manifest, RowLog.read(path / ROWS, *note["rows"]).rows())
 
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The run's settings.
+
+        Raises:
+            UserError: one of them is unknown in this version.
+        """
+        return self.manifest.settings()
+
     @property
     def done(self) -> int:
         """The number of complete rounds."""
@@ -54,7 +65,7 @@ class SavedRun:
     @property
     def rounds(self) -> int:
         """The number of rounds that the run has when it is finished."""
-        return int(self.manifest.experiment["rounds"])
+        return self.experiment.rounds
 
     def adapters(self) -> Mapping[str, Path]:
         """PEFT folders of the finished run, as in `Result.adapters`."""
