@@ -1,7 +1,10 @@
 # ruff: noqa: F811  (a fixture)
 """Division of a step into micro-batches."""
 
+import gc
 from dataclasses import replace
+
+import torch
 
 from batched_jobs import TASK, drawn, session  # noqa: F401  (a fixture)
 from fedlora.train.micro_batches import bytes_per_token, micro_batches
@@ -23,3 +26,16 @@ def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(ses
     assert all(layer.part is None for layer in adapted.layers.values())  # the model is as it was
     nothing = replace(examples, starts=examples.starts[:1])
     assert bytes_per_token(adapted, TASK, nothing, drawn(adapted, 4, 0)) == 1
+
+
+def test_measuring_the_memory_of_a_token_leaves_no_graph_behind(session):
+    adapted, examples = session
+    weight = next(iter(adapted.layers.values())).base.weight
+
+    def live():
+        gc.collect()
+        return sum(type(x) in (torch.Tensor, torch.nn.Parameter) for x in gc.get_objects())
+
+    before = live()
+    bytes_per_token(adapted, TASK, examples, drawn(adapted, 4, 0))
+    assert live() == before

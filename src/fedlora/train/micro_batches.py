@@ -31,11 +31,12 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
     if len(examples) == 0:
         return 1
     (parameter, *_) = adapted.load_clients([start], "ba")
-    saved: dict[int, int] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def count(
+        x: Tensor,
+    ) -> None:  # returning x, the output of a node that saves it, would keep the graph in memory for good
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
     longest = examples.lengths().argmax()[None]
     inputs, targets = examples.batch(longest, parameter.device)
@@ -45,4 +46,5 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
         task.losses(adapted.model, inputs, targets)
     own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
     adapted.load_clients([])
-    return max(1, sum(size for pointer, size in saved.items() if pointer not in own) // int(examples.lengths().max()))
+    stored = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
+    return max(1, stored // int(examples.lengths().max()))
