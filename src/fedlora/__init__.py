@@ -6,9 +6,10 @@
     result = run(experiment, out="runs/first")
     print(result.to_pandas(), result.adapters)
 
-`run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere, `compare`
-compares runs. `Experiment` has the settings of experiment.toml under the same names. Settings, data and models that cannot
-be used raise `UserError`; a run that has to stop raises `RunStopped`. Both messages are one line.
+`run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere, `sweep` runs
+experiments that differ in some settings, `compare` compares runs. `Experiment` has the settings of experiment.toml under the
+same names. Settings, data and models that cannot be used raise `UserError`; a run that has to stop raises `RunStopped`. Both
+messages are one line.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fedlora.config.experiment import Experiment
     from fedlora.report.comparison import Comparison, compare
     from fedlora.runs.result import Result
+    from fedlora.sweeping import sweep
 
 __all__ = [
     "Comparison",
@@ -33,6 +35,7 @@ __all__ = [
     "export",
     "resume",
     "run",
+    "sweep",
 ]
 
 _HOMES = {
@@ -43,6 +46,7 @@ _HOMES = {
     "export": "api",
     "resume": "api",
     "run": "api",
+    "sweep": "sweeping",
 }
 
 

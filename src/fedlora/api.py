@@ -16,6 +16,7 @@ from fedlora.models import model_copy
 from fedlora.models.fingerprint import fingerprint
 from fedlora.printable import listed
 from fedlora.report.terminal import shown
+from fedlora.reuse import Reuse
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import DEPLOY, RunFolder
@@ -59,7 +60,7 @@ def run(
         if model is not None or tokenizer is not None:
             experiment = experiment.model_copy(update={"model": model_copy.save(model, tokenizer, saved_model)})
         with shown(experiment.rounds, progress) as callbacks:
-            return _run(experiment, folder, callbacks, data)
+            return finish_run(experiment, folder, callbacks, data)
     finally:
         if not folder.experiment.exists():
             shutil.rmtree(saved_model, ignore_errors=True)
@@ -85,7 +86,7 @@ def resume(
     if overrides:
         extend(Path(path), overrides)
     with opened(Path(path)) as (folder, experiment), shown(experiment.rounds, progress) as callbacks:
-        return _run(experiment, folder, callbacks, data)
+        return finish_run(experiment, folder, callbacks, data)
 
 
 def export(
@@ -131,10 +132,13 @@ def export(
         return {name: out / found.relative_to(partial) for name, found in written.items()}
 
 
-def _run(experiment: Experiment, folder: RunFolder, progress: Progress, in_memory: Any) -> Result:
+def finish_run(
+    experiment: Experiment, folder: RunFolder, progress: Progress, in_memory: Any = None, reuse: Reuse | None = None
+) -> Result:
+    """Runs the remaining rounds of the run in this folder, and exports its adapters; `reuse` as in `Session.make`."""
     federated_data = FederatedData.make(experiment, in_memory)
     require_same(folder, experiment, federated_data)
-    session = Session.make(experiment, federated_data).on_all_devices()
+    session = Session.make(experiment, federated_data, reuse).on_all_devices()
     run_state = rounds(session, folder, progress, session.simulation(folder), begin(session, folder))
     adapters = session.adapters(run_state, folder, experiment.rounds)
     written, left_out = finish(session, adapters, folder)

@@ -13,6 +13,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.errors import RunStopped
 from fedlora.exporting.write import unfit_for_peft
 from fedlora.federated_data import FederatedData
+from fedlora.loaded_model import model_key
 from fedlora.models.fingerprint import fingerprint
 from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
@@ -78,7 +79,11 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
         id=uuid4().hex,
         experiment=experiment.model_dump(mode="json"),
         data=session.federated_data.fingerprint,
-        model=fingerprint(experiment.model),
+        model=session.reuse.get(
+            "fingerprint",
+            model_key(experiment, session.federated_data.labelled_data.labels),
+            lambda: fingerprint(experiment.model),
+        ),
         modules=session.places,
         environment=environment,
     )

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
+"""Endings of the names of data files."""
+
 
 def is_folder(source: str) -> bool:
     """Whether a model's source is a folder, or has the form of a path."""
     return source.startswith((".", "/", "~")) or Path(source).is_dir()
+
+
+def looks_local(name: str) -> bool:
+    """Whether a data source is a file, or has the form of a path."""
+    return name.startswith((".", "/", "~")) or name.lower().endswith(ENDINGS) or Path(name).is_file()
 
 
 def absolute(name: str) -> str:

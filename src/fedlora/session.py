@@ -1,13 +1,13 @@
 """A run's components in memory: data, adapted model, trainer and method."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fedlora.adapter import Adapter, Scaling, lora_init
+from fedlora.adapter import Adapter, lora_init
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
@@ -15,14 +15,16 @@ from fedlora.exporting.card import model_card
 from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.initial_states import RememberedStates
+from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
-from fedlora.models.targets import check_ranks, find_targets, head_modules, norm_modules
+from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.models.tokenizers import check_known, check_lengths, positions
+from fedlora.reuse import Reuse
 from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
@@ -32,8 +34,6 @@ from fedlora.tasks.table import task_of
 from fedlora.tasks.task import Examples, Task
 from fedlora.train import hardware
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
-from fedlora.train.features import try_packing
-from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.local import LocalTrainer
 from fedlora.train.micro_batches import bytes_per_token
 from fedlora.train.targets import check_targets, rows_with_targets
@@ -54,37 +54,24 @@ class Session:
     """The clients, with the numbers of their training examples that have a target."""
     notes: Sequence[str] = ()
     """Messages for the user before the first round."""
+    reuse: Reuse = field(default_factory=Reuse)
+    """Values for the next run of this process."""
 
     @classmethod
-    def make(cls, experiment: Experiment, federated_data: FederatedData) -> "Session":
+    def make(cls, experiment: Experiment, federated_data: FederatedData, reuse: Reuse | None = None) -> "Session":
         """Loads the model and tokenizes the examples. In the session's experiment, `train.batches` is no longer `auto`.
+
+        With `reuse`, values of an earlier session are not computed again; the result is the same.
 
         Raises:
             UserError: invalid model or device, or a model that cannot be trained.
         """
         task, settings = task_of(dict(experiment.task)), experiment.train
         quiet()
-        device = hardware.device(settings.device)
-        model, tokenizer, checkpoint = task.load(experiment.model, federated_data.labelled_data.labels, experiment.seed)
-        model.to(device)
-        head = head_modules(model, checkpoint.new)
-        examples, test = encoded(task, model, tokenizer, federated_data, settings.max_length)
-        adapted = AdaptedModel(
-            model,
-            Scaling(experiment.lora.alpha, experiment.lora.rslora),
-            experiment.lora.targets,
-            experiment.lora.dropout,
-            experiment.lora.rank_pattern,
-            head + (norm_modules(model, head) if experiment.method.with_norms else ()),
-            torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-            len(federated_data.labelled_data.labels),
-            experiment.method.whole_model,
-        )
+        loaded = LoadedModel.load(task, experiment, federated_data.labelled_data.labels, reuse)
+        adapted, tokenizer, checkpoint = loaded.adapted, loaded.tokenizer, loaded.checkpoint
+        examples, test = _tokens(task, loaded, federated_data, experiment, reuse)
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
-        if settings.packed:
-            try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
-        wanted = 1 if adapted.whole else settings.clients_per_step
-        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, settings.max_length)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
@@ -102,7 +89,7 @@ class Session:
             test,
             settings,
             experiment.evaluate.batch_size,
-            clients_per_step,
+            loaded.clients_per_step,
             settings.activation_memory_mb * 1_000_000 // kept,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
@@ -114,7 +101,7 @@ class Session:
             *checkpoint.notes,
             *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
         ]
-        if clients_per_step < wanted:
+        if loaded.one_at_a_time:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
@@ -122,7 +109,7 @@ class Session:
             replace(client, examples=len(rows[client.id])) if client.id in rows else client
             for client in federated_data.clients
         ]
-        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes)
+        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes, reuse or Reuse())
 
     @property
     def places(self) -> list[str]:
@@ -232,6 +219,20 @@ def encoded(
         check_targets(examples, kind)
     check_known(train.features, tokenizer)
     return train, test
+
+
+def _tokens(
+    task: Task, loaded: LoadedModel, federated_data: FederatedData, experiment: Experiment, reuse: Reuse | None
+) -> tuple[Examples, Examples]:
+    """As `encoded`; with `reuse`, those of the same examples are not computed again."""
+
+    def encode() -> tuple[Examples, Examples]:
+        return encoded(task, loaded.adapted.model, loaded.tokenizer, federated_data, experiment.train.max_length)
+
+    if reuse is None:
+        return encode()
+    rows = federated_data.fingerprint
+    return reuse.get("tokens", f"{experiment.model} {experiment.train.max_length} {rows.train} {rows.test}", encode)
 
 
 def _trainer(experiment: Experiment, federated_data: FederatedData, device: str, threads: int) -> LocalTrainer:

@@ -10,8 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from fedlora.config.sections import Data
-from fedlora.data.files import columns, looks_local
+from fedlora.data.files import columns
 from fedlora.errors import UserError
+from fedlora.paths import looks_local
 from reading import load
 
 TABLE = {"text": ['a, "b"\nc', "née", "d"], "label": ["x", "y", "x"]}

@@ -30,7 +30,6 @@ def test_the_memory_of_a_token_is_that_of_what_is_kept_for_the_backward_pass(ses
 
 def test_measuring_the_memory_of_a_token_leaves_no_graph_behind(session):
     adapted, examples = session
-    weight = next(iter(adapted.layers.values())).base.weight
 
     def live():
         gc.collect()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import compare, deploy, describe, runs
+from fedlora.cli import compare, deploy, describe, runs, sweeps
 from fedlora.cli.progress import interruptible, warn
 from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
@@ -33,6 +33,7 @@ for command in (
     runs.run,
     runs.export,
     runs.demo,
+    sweeps.sweep,
     compare.compare,
     describe.init,
     describe.check,

@@ -39,19 +39,31 @@ def overridden(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
     """
     changed = dict(table)
     for override in overrides:
-        _apply(changed, override)
+        dotted, equals, text = override.partition("=")
+        if not equals or not dotted.strip().rpartition(".")[2]:
+            raise UserError(f"--set {override!r}: expected KEY=VALUE, for example method.rank=4")
+        try:
+            value: Any = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a bare word is a string
+        _apply(changed, dotted.strip(), value, f"--set {override!r}")
     return changed
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    *parents, key = dotted.strip().split(".")
-    if not equals or not key:
-        raise UserError(f"--set {override!r}: expected KEY=VALUE, for example method.rank=4")
-    try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
+def with_settings(table: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the table, with these values by dotted key.
+
+    Raises:
+        UserError: a key goes through a value that is not a table.
+    """
+    changed = dict(table)
+    for dotted, value in settings.items():
+        _apply(changed, dotted, value, dotted)
+    return changed
+
+
+def _apply(table: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    *parents, key = dotted.split(".")
     if parents[:1] == ["wrap"] and len(parents) == 2:
         table["wrap"] = _with_wrapper(table.get("wrap", []), parents[1], key, value)
         return
@@ -60,7 +72,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
         if isinstance(inner, str) and parent in SHORT_FORMS:
             inner = {SHORT_FORMS[parent]: inner}
         if not isinstance(inner, dict):
-            raise UserError(f"--set {override!r}: {parent} is not a table")
+            raise UserError(f"{origin}: {parent} is not a table")
         table[parent] = table = {**inner}
     table[key] = value
 

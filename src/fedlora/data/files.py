@@ -11,13 +11,7 @@ from pyarrow import parquet
 
 from fedlora.data import csv_rows, json_rows
 from fedlora.errors import UserError
-
-ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
-
-
-def looks_local(name: str) -> bool:
-    """Whether a data source is a file, or has the form of a path."""
-    return name.startswith((".", "/", "~")) or name.lower().endswith(ENDINGS) or Path(name).is_file()
+from fedlora.paths import ENDINGS
 
 
 def columns(path: Path, key: str) -> dict[str, Any]:

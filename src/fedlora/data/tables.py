@@ -17,6 +17,7 @@ from fedlora.config.hints import closest
 from fedlora.data import files, stdlib_docs
 from fedlora.data.labels import given_labels
 from fedlora.errors import UserError
+from fedlora.paths import looks_local
 from fedlora.printable import listed, quoted
 
 STDLIB_DOCS = "stdlib-docs"
@@ -45,7 +46,7 @@ def find(source: str, test: str | None, label: str | None) -> tuple[Table, Table
     Raises:
         UserError: no such file, data set or split, or not readable.
     """
-    if source != STDLIB_DOCS and not files.looks_local(source):
+    if source != STDLIB_DOCS and not looks_local(source):
         return _hub(source, test, label)
     return with_test_file(_stdlib_docs() if source == STDLIB_DOCS else _file(source, "data.source"), test)
 
@@ -115,7 +116,7 @@ def of_splits(
         return table(split)
 
     train = named("train")
-    if test is not None and files.looks_local(test):
+    if test is not None and looks_local(test):
         return train, _file(test, "data.test")
     found = test or next((split for split in ("test", "validation") if split in splits), None)
     return train, None if found is None else named(found, "data.test: ")
@@ -129,7 +130,7 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
     """
     if test is None:
         return train, None
-    if not files.looks_local(test):
+    if not looks_local(test):
         raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or remove data.test")
     return train, _file(test, "data.test")
 

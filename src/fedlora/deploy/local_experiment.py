@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedlora.config.experiment import Experiment, build
-from fedlora.data.files import looks_local
 from fedlora.errors import UserError
+from fedlora.paths import looks_local
 
 
 def local_experiment(text: str, overrides: Sequence[str], own_file: bool) -> Experiment:

@@ -14,9 +14,8 @@ import torch
 
 from fedlora.config.experiment import Experiment, build
 from fedlora.config.reading import read_table
-from fedlora.data.files import looks_local
 from fedlora.errors import UserError
-from fedlora.paths import absolute, is_folder
+from fedlora.paths import absolute, is_folder, looks_local
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.train.hardware import fast_in_bf16

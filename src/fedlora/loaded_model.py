@@ -1,0 +1,92 @@
+"""A model in memory, ready for training: adapted, and tested for packing and for several clients in one step."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.adapter import Scaling
+from fedlora.config.experiment import Experiment
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.targets import head_modules, norm_modules
+from fedlora.models.tokenizers import positions
+from fedlora.reuse import Reuse
+from fedlora.tasks.task import Task
+from fedlora.train import hardware
+from fedlora.train.features import try_packing
+from fedlora.train.independence import safe_clients_per_step
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An adapted model without clients, its tokenizer, and facts about both."""
+
+    adapted: AdaptedModel
+    tokenizer: Any
+    checkpoint: Checkpoint
+    clients_per_step: int
+    one_at_a_time: bool
+    """Whether clients would influence each other in one step."""
+
+    @classmethod
+    def load(cls, task: Task, experiment: Experiment, labels: Sequence[str], reuse: Reuse | None = None) -> "LoadedModel":
+        """The experiment's model on its device; with `reuse`, a copy of the one kept there, with the same weights.
+
+        Raises:
+            UserError: invalid model, targets or device, or a model that cannot be trained.
+        """
+        if reuse is None:
+            return _load(task, experiment, labels)
+        kept = reuse.get(
+            "model", model_key(experiment, labels), lambda: _load(task, experiment, labels)._moved(torch.device("cpu"))
+        )
+        copies = {
+            id(x): _copied(x) for x in kept.adapted.model.parameters() if type(x) is nn.Parameter and x.is_contiguous()
+        }
+        return replace(kept, adapted=deepcopy(kept.adapted, copies))._moved(hardware.device(experiment.train.device))
+
+    def _moved(self, device: torch.device) -> "LoadedModel":
+        self.adapted.model.to(device)
+        return self
+
+
+def _copied(x: nn.Parameter) -> nn.Parameter:
+    """A copy at an address that is as aligned as that of x, which the file determines: the CPU's kernels round by it."""
+    skipped = x.data_ptr() % 64 // x.element_size()
+    place = torch.empty(skipped + x.numel(), dtype=x.dtype, device=x.device)[skipped:].view(x.shape)
+    return nn.Parameter(place.copy_(x.detach()), x.requires_grad)
+
+
+def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
+    """All settings on which a loaded model depends."""
+    train = {"precision", "device", "packed", "clients_per_step", "max_length"}
+    settings = experiment.model_dump_json(include={"model": True, "task": True, "seed": True, "lora": True, "train": train})
+    return f"{settings} {list(labels)} {experiment.method.with_norms} {experiment.method.whole_model}"
+
+
+def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
+    settings = experiment.train
+    device = hardware.device(settings.device)
+    model, tokenizer, checkpoint = task.load(experiment.model, labels, experiment.seed)
+    model.to(device)
+    head = head_modules(model, checkpoint.new)
+    adapted = AdaptedModel(
+        model,
+        Scaling(experiment.lora.alpha, experiment.lora.rslora),
+        experiment.lora.targets,
+        experiment.lora.dropout,
+        experiment.lora.rank_pattern,
+        head + (norm_modules(model, head) if experiment.method.with_norms else ()),
+        torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        len(labels),
+        experiment.method.whole_model,
+    )
+    if settings.packed:
+        try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
+    wanted = 1 if adapted.whole else settings.clients_per_step
+    clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, settings.max_length)
+    return LoadedModel(adapted, tokenizer, checkpoint, clients_per_step, clients_per_step < wanted)
