@@ -231,8 +231,8 @@ def _tokens(
 
     if reuse is None:
         return encode()
-    rows = federated_data.fingerprint
-    return reuse.get("tokens", f"{experiment.model} {experiment.train.max_length} {rows.train} {rows.test}", encode)
+    rows, settings = federated_data.fingerprint, (experiment.model, experiment.task, experiment.train.max_length)
+    return reuse.get("tokens", f"{settings} {rows.train} {rows.test}", encode)
 
 
 def _trainer(experiment: Experiment, federated_data: FederatedData, device: str, threads: int) -> LocalTrainer:

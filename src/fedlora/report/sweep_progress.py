@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.printable import printable
+from fedlora.printable import number, printable
 from fedlora.rounds.row import RoundRow
 from fedlora.runs.sweep_plan import Outcome, Outcomes, PlannedRun, SweepPlan
 
@@ -127,8 +127,8 @@ def shown_sweep(plan: SweepPlan, outcomes: Outcomes, progress: bool | SweepProgr
 def _scores(row: RoundRow | None) -> str:
     if row is None:
         return ""
-    for name, one in (row.clients or {}).items():  # the first is the task's main metric
-        return f"held-out {name} {one.mean:.3f}"
+    if row.clients and (metric := row.main_metric):
+        return f"held-out {metric} {number(row.clients[metric].mean, 3)}"
     return "" if row.train_loss is None else f"training loss {row.train_loss:.3f}"
 
 
