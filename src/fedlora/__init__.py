@@ -7,9 +7,9 @@
     print(result.to_pandas(), result.adapters)
 
 `run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere, `sweep` runs
-experiments that differ in some settings, `compare` compares runs. `Experiment` has the settings of experiment.toml under the
-same names. Settings, data and models that cannot be used raise `UserError`; a run that has to stop raises `RunStopped`. Both
-messages are one line.
+experiments that differ in some settings, `compare` compares runs. `Experiment` has the settings of experiment.toml under
+the same names. Settings, data and models that cannot be used raise `UserError`; a run that has to stop raises `RunStopped`.
+Both messages are one line.
 """
 
 from typing import TYPE_CHECKING, Any

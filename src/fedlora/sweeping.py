@@ -21,7 +21,7 @@ from fedlora.rounds.row import RoundRow
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.start import opened, resolve_settings
-from fedlora.runs.sweep_folder import SweepFolder, SweepResult, cases
+from fedlora.runs.sweep_folder import SweepFolder, SweepResult, cases_of_sweep
 from fedlora.runs.sweep_plan import Outcome, PlannedRun
 from fedlora.sweep_workers import Next, check_devices, on_devices
 
@@ -88,7 +88,7 @@ def run_sweep(
     try:
         check_devices([run.experiment for run in folder.plan.ready({})], devices)
         _run_all(folder, dict(outcomes), progress, devices)
-        return SweepResult(folder.path, cases(folder.path))
+        return SweepResult(folder.path, cases_of_sweep(folder.path))
     finally:
         folder.release()
 

@@ -10,7 +10,8 @@ import fedlora
 from fedlora import UserError
 from fedlora.config.experiment import build
 from fedlora.config.sweep import Sweep
-from fedlora.runs.sweep_folder import cases
+from fedlora.runs.cases import find_cases
+from fedlora.runs.sweep_folder import cases_of_sweep
 from fedlora.runs.sweep_plan import Outcome, SweepPlan
 from fedlora.train.local import LocalTrainer
 
@@ -170,6 +171,7 @@ def test_a_failing_point_is_named_and_the_others_are_run_and_resuming_repeats_it
     given = table(home, axes={"method.rank": [2, 33, 4]})  # 33 is more than the model's width
     result = fedlora.sweep(given, tmp_path / "sweep")
     assert [bool(one.failed) for one in result.cases] == [False, True, False]
+    assert find_cases([result.folder]) == result.cases
     assert "method.rank = 33" in result.cases[1].failed[0] and result.cases[1].runs == {}
     before = {path: path.stat().st_mtime_ns for one in result.cases for path in one.runs.values()}
     assert fedlora.sweep(resume=tmp_path / "sweep").cases == result.cases
@@ -220,7 +222,7 @@ def test_a_sweep_directory_is_resumed_from_anywhere_without_the_files_of_the_swe
     (tmp_path / "s.toml").write_text(tomli_w.dumps({"base": "e.toml", "seeds": [0, 1]}))
     with pytest.raises(KeyboardInterrupt):
         fedlora.sweep(tmp_path / "s.toml", tmp_path / "sweep", Interrupting(after=1))
-    assert len(cases(tmp_path / "sweep")[0].runs) == 1
+    assert len(cases_of_sweep(tmp_path / "sweep")[0].runs) == 1
     for file in ("e.toml", "s.toml"):
         (tmp_path / file).unlink()
     monkeypatch.chdir(tmp_path)

@@ -9,18 +9,21 @@ from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.runs.case import Case
 from fedlora.runs.manifest import Manifest
+from fedlora.runs.sweep_folder import SWEEP, cases_of_sweep
 
 _OF_THE_RUN = frozenset({"seed", "train.device", "train.devices"})
 """Settings in which the runs of a case may differ: the seed, and where a run computes."""
 
 
 def find_cases(paths: Sequence[Path]) -> list[Case]:
-    """The cases of these directories of runs; those that differ only in their seed are one case.
+    """The cases of these directories of sweeps, then of runs; runs that differ only in their seed are one case.
 
     Raises:
-        UserError: as `cases_of_runs`.
+        UserError: as `cases_of_runs` and `cases_of_sweep`.
     """
-    return cases_of_runs(paths)
+    sweeps = [path for path in paths if (path / SWEEP).is_file()]
+    runs = [path for path in paths if path not in sweeps]
+    return [*(case for path in sweeps for case in cases_of_sweep(path)), *cases_of_runs(runs)]
 
 
 def cases_of_runs(paths: Sequence[Path]) -> list[Case]:

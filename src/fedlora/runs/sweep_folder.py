@@ -130,7 +130,7 @@ class SweepResult:
     cases: list[Case]
 
 
-def cases(path: Path) -> list[Case]:
+def cases_of_sweep(path: Path) -> list[Case]:
     """A case for each point of the sweep in this directory, which need not be complete.
 
     Raises:
