@@ -272,6 +272,12 @@ def test_a_run_shows_its_rounds_in_a_terminal_unless_that_is_turned_off(progress
     assert [f"round {n}/{n}  loss" in printed for n in (1, 2)] == [progress] * 2 and bool(printed) == progress
 
 
+def test_the_rounds_of_a_run_whose_learning_rates_depend_on_them_cannot_be_increased(home, tmp_path):
+    train = {**problem(home)["train"], "round_schedule": "cosine"}
+    folder = run(experiment(home, rounds=1, train=train), tmp_path / "run").folder
+    one_line(lambda: resume(folder, overrides=["rounds=2"]), "rounds = 2", "train.round_schedule = 'cosine'")
+
+
 def test_nothing_is_shown_in_a_file_and_a_given_watcher_takes_the_place_of_the_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # does not make a file a terminal
     monkeypatch.setattr(sys, "stdout", io.StringIO())

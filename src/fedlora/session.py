@@ -91,6 +91,7 @@ class Session:
             experiment.evaluate.batch_size,
             loaded.clients_per_step,
             settings.activation_memory_mb * 1_000_000 // kept,
+            experiment.rounds,
         )
         method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
         for wrapper in experiment.wrap:
@@ -101,6 +102,8 @@ class Session:
             *checkpoint.notes,
             *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
         ]
+        if settings.max_steps is not None and settings.epochs > 1:
+            notes.append(f"train.max_steps = {settings.max_steps}: train.epochs = {settings.epochs} has no effect")
         if loaded.one_at_a_time:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"

@@ -58,8 +58,10 @@ def penalty(adapted: AdaptedModel, client: int) -> Any:
         (Train(batch_size=4, lr=0.1, optimizer="sgd", clip_norm=0.05, batches="random"), {}),
         (Train(batch_size=4, lr=1e-2), {"frozen_extra": frozen_extra, "penalties": penalty}),
         (Train(batch_size=4, lr=1e-2), {"train": "b"}),
+        (Train(batch_size=4, lr=1e-2, schedule="cosine", warmup=2, weight_decay=0.1), {"penalties": penalty}),
+        (Train(batch_size=4, lr=0.1, optimizer="sgd", momentum=0.9, schedule="linear", warmup=0.3, epochs=2), {}),
     ],
-    ids=["adamw", "sgd and clipping", "companions and penalties", "b alone"],
+    ids=["adamw", "sgd and clipping", "companions and penalties", "b alone", "cosine", "momentum and linear"],
 )
 def test_clients_trained_together_train_as_if_alone(session, settings, request_, tokens):
     """Unequal ranks, rows and lengths, dropout in the model and in the LoRA layers, clients that end before others."""

@@ -1,6 +1,8 @@
 """One client's training and evaluation against a plain loop around PEFT's model."""
 
 import copy
+import itertools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.testing import assert_close
+from transformers.trainer_pt_utils import get_parameter_names
 
 from fedlora.adapter import Adapter, lora_init, pack
 from fedlora.config.sections import Train
@@ -74,18 +78,46 @@ def in_peft(setup: Setup, train: str) -> nn.Module:
     return twin
 
 
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+"""Of transformers' `Trainer.get_decay_parameter_names`."""
+
+
+def plain_optimizer(twin: nn.Module, settings: Train, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """torch's optimizer with Trainer's groups, and transformers' schedule."""
+    decays = set(get_parameter_names(twin, [nn.LayerNorm], NO_DECAY))
+    named = [(name, parameter) for name, parameter in twin.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if name in decays], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in named if name not in decays], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "sgd":
+        optimizer: Any = torch.optim.SGD(
+            groups, settings.lr, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=0.0
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, settings.lr, (settings.beta1, settings.beta2), settings.eps)
+    name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    warmup = settings.warmup if settings.warmup >= 1 else math.ceil(settings.warmup * steps)
+    return optimizer, transformers.get_scheduler(name, optimizer, warmup, steps)
+
+
 def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
     """The training as anybody would write it, with the batches of `epoch`."""
     twin = in_peft(setup, train).train()
     parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-    optimizer = make(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    an_epoch = -(-len(ROWS) // settings.batch_size)
+    steps = settings.max_steps or settings.epochs * an_epoch
+    optimizer, schedule = plain_optimizer(twin, settings, steps)
     lengths = torch.tensor([len(setup.tokenizer(setup.texts[row])["input_ids"]) for row in ROWS])
     order, masks = generator(SEED, "order"), [generator(SEED, "dropout")]
-    for index in range(settings.epochs):
-        losses, steps = 0.0, 0
+    losses: list[tuple[float, int]] = []
+    for index in itertools.count():
         shared_order_seed = generator(PACE, "pace", index)
         for batch in epoch(lengths, settings.batch_size, settings.batches == "by-length", order, shared_order_seed):
+            if len(losses) == steps:
+                last = losses[-an_epoch:]
+                mean = sum(loss * rows for loss, rows in last) / sum(rows for _, rows in last)
+                return Trained(out_of_peft(twin, setup.start), mean, steps)
             inputs = setup.tokenizer([setup.texts[row] for row in batch], padding=True, return_tensors="pt")
             optimizer.zero_grad()
             with ClientDropout() as chance:
@@ -95,8 +127,9 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
-            losses, steps = losses + loss.item() * len(batch), steps + 1
-    return Trained(out_of_peft(twin, setup.start), losses / len(ROWS), steps * settings.epochs)
+            schedule.step()
+            losses.append((loss.item(), len(batch)))
+    raise AssertionError("unreachable")
 
 
 def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
@@ -130,6 +163,15 @@ def trained(setup: Setup, train: str, settings: Train, seed: int = SEED) -> Trai
         ("baw", Train(optimizer="sgd", lr=0.1, epochs=2)),
         ("ba", Train(optimizer="sgd", lr=0.1, clip_norm=0.05, batches="random")),
         ("b", Train(optimizer="sgd", lr=0.1, weight_decay=0.1, batch_size=7)),
+        ("baw", Train(lr=1e-2, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-3)),
+        ("baw", Train(optimizer="sgd", lr=0.1, weight_decay=0.3, momentum=0.9, epochs=2)),
+        ("baw", Train(optimizer="sgd", lr=0.1, weight_decay=0.3, momentum=0.9, nesterov=True)),
+        ("baw", Train(lr=1e-2, schedule="linear", weight_decay=0.3, epochs=2)),
+        ("baw", Train(lr=1e-2, schedule="cosine", warmup=0.3, epochs=2)),
+        ("ba", Train(lr=1e-2, warmup=3, clip_norm=0.05)),
+        ("ba", Train(optimizer="sgd", lr=0.1, momentum=0.9, schedule="cosine", warmup=1)),
+        ("ba", Train(lr=1e-2, schedule="linear", max_steps=6, epochs=9)),
+        ("ba", Train(lr=1e-2, max_steps=1)),
     ],
     ids=lambda value: value if isinstance(value, str) else value.optimizer,
 )
@@ -172,6 +214,24 @@ def test_steps_are_batches_and_as_many_as_epochs_have_are_those_epochs(setup):
         assert all(torch.equal(x, pack(by_epochs.adapter)[key]) for key, x in pack(by_steps.adapter).items())
     one = answered(setup, Fit(setup.start, frozenset("ba"), steps=1), settings)
     assert one.steps == 1 and not torch.equal(*(next(iter(pack(x.adapter).values())) for x in (one, by_steps)))
+
+
+def test_a_request_for_steps_or_epochs_precedes_the_steps_of_the_run(setup):
+    settings = Train(batch_size=10, max_steps=5)
+    asked = {"steps": 2}, {"epochs": 2}, {}
+    found = [answered(setup, Fit(setup.start, frozenset("b"), **each), settings).steps for each in asked]
+    assert found == [2, 2 * 3, 5]
+
+
+def test_a_round_trains_with_its_share_of_the_learning_rate(setup):
+    settings, client = Train(lr=0.1, round_schedule="linear", min_lr_rate=0.2), ClientInfo("x", 4, 20)
+    asked = FitRequest(Fit(setup.start, frozenset("ba")), client, 0)
+    for index, lr in enumerate((0.1, 0.08, 0.06, 0.04)):
+        ours, plain = (
+            replace(trainer(setup), settings=each, rounds=4).fit([asked], Round(index, 0))[0]
+            for each in (settings, Train(lr=lr))
+        )
+        assert_close(pack(ours.adapter), pack(plain.adapter), rtol=1e-5, atol=1e-6)
 
 
 def test_a_constant_correction_is_added_to_each_gradient_of_the_adapter(setup):
@@ -255,6 +315,7 @@ DECAYING = [
     Train(lr=0.01, epochs=2, weight_decay=0.1),
     Train(lr=0.01, weight_decay=0.1, clip_norm=0.05),
     Train(optimizer="sgd", lr=0.1, weight_decay=0.1),
+    Train(optimizer="sgd", lr=0.1, weight_decay=0.1, momentum=0.9, schedule="linear"),
 ]
 
 

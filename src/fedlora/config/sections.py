@@ -2,11 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from fedlora.ranges import AtMost, FiniteFloat, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range
+from fedlora.ranges import (
+    AtMost,
+    FiniteFloat,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    UnitInterval,
+)
 
 RankNames = Literal["uniform", "heavy-tail-light", "heavy-tail-strong", "normal"]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Section(BaseModel):
@@ -145,8 +156,30 @@ class Train(Section):
     """The optimizer of the local training; it starts with a new state in each round."""
     lr: PositiveFloat = 1e-3
     """The learning rate of the local training."""
+    schedule: Schedule = "constant"
+    """The learning rate over the steps of a client in one round, as transformers' schedule of that name: constant, or
+    decreasing to 0. Each client's schedule spans its own number of steps."""
+    warmup: NonNegativeInt | Annotated[float, Range(ge=0, lt=1)] = 0
+    """The number of steps at the start of each client's round over which the learning rate increases linearly from 0, or,
+    below 1, their fraction of its steps, rounded up. The first of them has the learning rate 0."""
+    round_schedule: Schedule = "constant"
+    """The learning rate over the rounds, by which `train.schedule` is multiplied: constant, or decreasing from the first
+    round on. Then `rounds` of a run cannot be increased."""
+    min_lr_rate: UnitInterval = 0.0
+    """The fraction of `train.lr` to which `train.round_schedule` decreases, reached after the last round."""
     weight_decay: NonNegativeFloat = 0.0
-    """The optimizer's weight decay. Some methods need 0 (see their pages)."""
+    """The optimizer's weight decay. Biases and weights of normalization layers do not decay. Some methods need 0 (see their
+    pages)."""
+    beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    """The decay of adamw's mean of gradients."""
+    beta2: Annotated[float, Range(ge=0, lt=1)] = 0.999
+    """The decay of adamw's mean of squared gradients."""
+    eps: PositiveFloat = 1e-8
+    """The number that adamw adds to the root of the mean square, against division by zero."""
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """The momentum of sgd."""
+    nesterov: bool = False
+    """Whether the momentum of sgd is Nesterov's."""
     clip_norm: PositiveFloat | None = None
     """The largest gradient norm; larger gradients are scaled down to it. If omitted, gradients are not clipped.
 
@@ -154,6 +187,12 @@ class Train(Section):
     """
     epochs: PositiveInt = 1
     """The number of passes over a client's examples in each round."""
+    max_steps: PositiveInt | None = None
+    """The number of steps of each client in each round, which may be more than an epoch. If given, `train.epochs` has no
+    effect.
+
+    Example: 10
+    """
     batch_size: PositiveInt = 8
     """Training examples per batch."""
     reduction: Literal["token", "example"] = "token"
@@ -181,6 +220,18 @@ class Train(Section):
     devices: PositiveInt | Literal["auto"] = 1
     """The number of devices that train clients in parallel, each with its own process and model. auto: all GPUs, or one
     CPU. Affects results only by rounding. Processes on the CPU share its cores."""
+
+    @model_validator(mode="after")
+    def _all_used(self) -> "Train":
+        other = {"adamw": ("momentum", "nesterov"), "sgd": ("beta1", "beta2", "eps")}[self.optimizer]
+        for key in other:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"train.{key} is not supported by train.optimizer = {self.optimizer!r}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("train.nesterov needs train.momentum above 0")
+        if self.min_lr_rate and self.round_schedule == "constant":
+            raise ValueError("train.min_lr_rate needs train.round_schedule = 'linear' or 'cosine'")
+        return self
 
 
 class Sampling(Section):

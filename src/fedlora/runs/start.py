@@ -118,7 +118,7 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
     """Number of rounds in `given`, which must otherwise equal `saved` and have at least as many rounds.
 
     Raises:
-        UserError: they differ; names the first differing setting.
+        UserError: they differ, or the learning rate of each round depends on their number; names the setting.
     """
     was, now = _flat(saved), _flat(given)
     more = isinstance(now.get("rounds"), int) and now["rounds"] >= was["rounds"]
@@ -128,6 +128,11 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
                 f"{origin}: {key} = {now.get(key)!r}, in the run it is {was.get(key)!r}; a resumed run keeps its settings, "
                 "except for `rounds`, which may be increased"
             )
+    if now["rounds"] != was["rounds"] and (schedule := was.get("train.round_schedule", "constant")) != "constant":
+        raise UserError(
+            f"{origin}: rounds = {now['rounds']!r}, in the run it is {was['rounds']!r}; it cannot be increased with "
+            f"train.round_schedule = {schedule!r}, by which the learning rates of all rounds depend on it"
+        )
     return int(now["rounds"])
 
 

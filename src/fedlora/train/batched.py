@@ -14,7 +14,8 @@ from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import micro_batches
-from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimizer, replace_parameters
+from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimizer, optimizer_step, replace_parameters
+from fedlora.train.schedule import step_rate
 
 
 def train_together(
@@ -41,7 +42,7 @@ def train_together(
     parameters = adapted.load_clients([r.start for r in requests], train, [r.frozen_extra for r in requests])
     keys = [key for key in pack(requests[0].start) if key.rpartition(".")[2] in train]
     named = dict(zip(keys, parameters, strict=True))
-    optimizer = make_optimizer(settings.optimizer, named, settings.lr, requests[0].rates or {}, settings.weight_decay)
+    optimizer = make_optimizer(settings, named, requests[0].rates or {})
     masked = [
         MaskedParameter.of(x, key, requests) for key, x in named.items() if any(key in (r.mask or {}) for r in requests)
     ]
@@ -97,7 +98,7 @@ def train_together(
                 part.clear_gradient()
             if settings.clip_norm is not None:
                 clip_gradients(optimizer, settings.clip_norm)
-            optimizer.step()
+            optimizer_step(optimizer, [step_rate(settings, step, steps[i]) for i in active])
             optimizer.zero_grad()
             for part in masked:
                 part.restore()

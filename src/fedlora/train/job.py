@@ -31,8 +31,10 @@ class Job:
         return -(-len(self.rows) // settings.batch_size)
 
     def steps(self, settings: Train) -> int:
-        """Number of batches: the requested one, else that of all epochs."""
-        return self.request.steps or self.epochs(settings) * self.steps_per_epoch(settings)
+        """Number of batches: the requested one, else that of the requested epochs, else the run's."""
+        if self.request.epochs is None and (steps := self.request.steps or settings.max_steps):
+            return steps
+        return self.epochs(settings) * self.steps_per_epoch(settings)
 
     def batches(self, lengths: Tensor, settings: Train) -> Iterator[Tensor]:
         """Yields the rows of each batch, without end."""

@@ -19,13 +19,14 @@ from fedlora.train.evaluate import score, test_set_metrics
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
 from fedlora.train.job import Job, step_key
+from fedlora.train.schedule import round_rate
 
 
 @dataclass(frozen=True)
 class LocalTrainer:
     """Executes the clients' requests, at most `clients_per_step` clients in one step and `max_tokens` in one micro-batch.
 
-    `rows` and `held_out` are each client's rows of `examples`.
+    `rows` and `held_out` are each client's rows of `examples`; `rounds` is the number of rounds of the run.
     """
 
     adapted: AdaptedModel
@@ -38,6 +39,7 @@ class LocalTrainer:
     eval_batch_size: int
     clients_per_step: int = 1
     max_tokens: int = 1 << 11
+    rounds: int = 1
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """The trained adapters, each with its `loss`, in the order of `asked`.
@@ -48,10 +50,12 @@ class LocalTrainer:
         for one in asked:
             check_request(self.adapted.spec, one.request)
         jobs = [self._job(one, rnd) for one in asked]
+        lr = self.settings.lr * round_rate(self.settings, rnd.index, self.rounds)
+        settings = self.settings.model_copy(update={"lr": lr})
         found: dict[int, Trained] = {}
         for group in self._groups(jobs):
             results = train_together(
-                self.adapted, self.task, self.examples, [jobs[i] for i in group], self.settings, self.max_tokens
+                self.adapted, self.task, self.examples, [jobs[i] for i in group], settings, self.max_tokens
             )
             found |= zip(group, results, strict=True)
         return [found[i] for i in range(len(asked))]

@@ -2,33 +2,55 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import pack
+from fedlora.config.sections import Train
 from fedlora.messages import Fit
 
 
 def make_optimizer(
-    kind: Literal["adamw", "sgd"],
-    parameters: Mapping[str, nn.Parameter],
-    lr: float,
-    rates: Mapping[str, float],
-    weight_decay: float,
+    settings: Train, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """An elementwise optimizer with one parameter group for each factor; its learning rate is `lr` times its rate, if any.
+    """An elementwise optimizer. A factor's learning rate is `train.lr` times its rate, if any.
 
-    `parameters` are named as by `pack`.
+    `parameters` are named as by `pack`. As in transformers' Trainer, biases and weights of normalization layers do not
+    decay: these are the vectors among the parameters that are trained without factors.
     """
-    factors: dict[str, list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
-        factors.setdefault(key.rpartition(".")[2], []).append(parameter)
-    groups = [{"params": own, "lr": lr * rates.get(factor, 1.0)} for factor, own in factors.items()]
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        factor = key.rpartition(".")[2]
+        decays = factor != "w" or parameter.ndim > 2  # [clients, *shape]
+        groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
+    of_groups: list[dict[str, Any]] = [
+        {"params": own, "lr": settings.lr * rates.get(factor, 1.0), "weight_decay": weight_decay}
+        for (factor, weight_decay), own in groups.items()
+    ]
+    for group in of_groups:
+        group["initial_lr"] = group["lr"]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(of_groups, momentum=settings.momentum, nesterov=settings.nesterov)
+    return torch.optim.AdamW(of_groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Makes a step with each client's learning rate multiplied by its rate [clients].
+
+    A group has one learning rate, here that of the largest rate. The step of a client with a smaller rate is scaled down
+    afterwards, which is the same, since steps and weight decay are proportional to the learning rate.
+    """
+    largest = max(rates)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * largest
+    parameters = [p for group in optimizer.param_groups for p in group["params"]] if min(rates) < largest else []
+    before = [p.detach().clone() for p in parameters]
+    optimizer.step()
+    for p, start in zip(parameters, before, strict=True):
+        scale = torch.tensor([rate / largest for rate in rates]).to(p)
+        p.data.copy_(start.lerp(p.data, scale.view(-1, *[1] * (p.ndim - 1))))
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
