@@ -38,6 +38,50 @@ def both(
     ]
 
 
+WHOLE = 100_000
+"""Tokens of a pass for every batch in one."""
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens", [1, 60])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Train(batch_size=7, lr=1e-2, weight_decay=0.1, clip_norm=0.05, schedule="linear"),
+        Train(batch_size=7, lr=0.1, optimizer="sgd", momentum=0.9),
+    ],
+    ids=lambda value: value.optimizer,
+)
+def test_a_batch_cut_into_passes_trains_as_the_whole_one(session, monkeypatch, settings, tokens, packed):
+    """Penalties and corrections count once; examples have unequal numbers of targets."""
+    monkeypatch.setattr(ClientDropout, "_dropout", lambda self, x, *_, **__: x)  # its masks depend on the passes
+    monkeypatch.setattr(session[0].packing, "works", packed)
+    adapted, examples = session
+    wanted = jobs(adapted, frozen_extra=frozen_extra, penalties=penalty, correction=correction)
+    settings = settings.model_copy(update={"accumulate": True})
+    cut, whole = (train_together(adapted, Doubled(), examples, wanted, settings, n) for n in (tokens, WHOLE))
+    for one, other in zip(cut, whole, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5) and one.steps == other.steps
+        assert_close(pack(one.adapter), pack(other.adapter), rtol=1e-4, atol=1e-4)
+
+
+def test_accumulation_limits_the_rows_of_a_pass(session, monkeypatch):
+    adapted, examples = session
+    rows: list[int] = []
+    losses = TASK.losses
+    monkeypatch.setattr(
+        TASK, "losses", lambda model, inputs, targets: rows.append(len(targets)) or losses(model, inputs, targets)
+    )
+    for accumulate in (False, True):
+        train_together(adapted, TASK, examples, jobs(adapted)[:1], Train(batch_size=8, accumulate=accumulate), 1)
+    assert rows == [8, 1, *[1] * 9]
+
+
+def correction(adapted: AdaptedModel, client: int) -> dict[str, Tensor]:
+    name = next(iter(adapted.spec.modules))
+    return {f"{name}.b": torch.full((adapted.spec.modules[name][0], RANKS[client]), 0.01)}
+
+
 def frozen_extra(adapted: AdaptedModel, client: int) -> dict[str, LowRank]:
     return drawn(adapted, 1 + client, 50 + client)
 

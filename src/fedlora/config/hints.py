@@ -74,6 +74,7 @@ ALIASES = {
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "per_device_eval_batch_size": "evaluate.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
     "max_grad_norm": "train.clip_norm",
     "max_seq_length": "train.max_length",
     "bf16": "train.precision",

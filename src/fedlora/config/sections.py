@@ -209,7 +209,10 @@ class Train(Section):
     which clients would influence each other, which is tested when the model is loaded."""
     activation_memory_mb: PositiveInt = 256
     """The activation memory of one forward and backward pass, in MB. A step with many clients is split into several
-    passes."""
+    passes; a client's batch only with `train.accumulate`."""
+    accumulate: bool = False
+    """Whether a client's batch beyond `train.activation_memory_mb` is split into several passes, whose gradients are
+    accumulated to that of the whole batch. Affects results only by rounding, and by the choice of dropout masks."""
     max_length: PositiveInt = 128
     """Tokens per example; longer examples are truncated."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

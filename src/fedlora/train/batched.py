@@ -13,8 +13,15 @@ from fedlora.randomness import derive
 from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
-from fedlora.train.micro_batches import micro_batches
-from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimizer, optimizer_step, replace_parameters
+from fedlora.train.micro_batches import passes
+from fedlora.train.optimizer import (
+    MaskedParameter,
+    clip_gradients,
+    make_optimizer,
+    optimizer_step,
+    replace_parameters,
+    scale_gradients,
+)
 from fedlora.train.schedule import step_rate
 
 
@@ -32,8 +39,9 @@ def train_together(
     A step descends the mean loss of the client's batch, over its targets or over its examples (`settings.reduction`).
     All requests have the same `step_key`. One step takes the next batch of every client that still has one; factors,
     heads and optimizer states have a client axis. The base processes the batches in micro-batches of at most
-    `max_tokens` (padding included) with batches of similar length; a single batch is never split. The order of a
-    client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be smaller.
+    `max_tokens` (padding included) with batches of similar length; a single batch is split only with `train.accumulate`.
+    The order of a client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be
+    smaller.
     `dropout` replaces all nonzero probabilities of the model and the LoRA layers.
     """
     requests = [job.request for job in jobs]
@@ -66,42 +74,45 @@ def train_together(
                 remaining = [active.index(i) for i in unfinished]
                 new = dict(adapted.select_clients(remaining))
                 replace_parameters(optimizer, new, remaining)
-                masked = [part.select_clients(new[part.parameter], remaining) for part in masked]
+                masked = [fixed.select_clients(new[fixed.parameter], remaining) for fixed in masked]
                 active = unfinished
             batches = [next(queues[i]) for i in active]
-            sizes = [(int(lengths[batch].max()), len(batch)) for batch in batches]
-            packed_sizes = [(int(lengths[batch].sum()), 1) for batch in batches]
-            for places in micro_batches(packed_sizes if adapted.packing.works else sizes, max_tokens):
-                present = [active[place] for place in places]
+            total = torch.zeros(1, device=device)
+            for part in passes(batches, lengths, max_tokens, adapted.packing.works, settings.accumulate):
+                present = [active[place] for place in part.places]
                 everyone = len(present) == len(active)
-                adapted.client_layout.index = None if everyone else torch.tensor(places, device=device)
-                rows, real = collate_clients([batches[place] for place in places])
+                adapted.client_layout.index = None if everyone else torch.tensor(part.places, device=device)
+                rows, real = collate_clients(part.rows)
                 inputs, targets = examples.batch(rows, device)
-                client_dropout.next_pass([generators[i] for i in present], [sizes[place] for place in places])
+                sizes = [(int(lengths[own].max()), len(own)) for own in part.rows]
+                client_dropout.next_pass([generators[i] for i in present], sizes)
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
                     sums, terms = reduced(*task.losses(adapted.model, inputs, targets), settings.reduction)
                 real = real.to(device)
-                own, own_terms = ((x.view(real.shape) * real).sum(1) for x in (sums, terms))
-                objective = (own / own_terms).sum()
-                for place, i in zip(places, present, strict=True):
-                    if requests[i].penalties:
+                own_loss, own_terms = ((x.view(real.shape) * real).sum(1) for x in (sums, terms))
+                before, total = total, own_terms if part.first else total + own_terms
+                if not part.first:  # the gradient is that of the mean over the earlier passes
+                    scale_gradients(optimizer, part.places[0], before / total)
+                objective = (own_loss / total).sum()
+                for place, i in zip(part.places, present, strict=True):
+                    if requests[i].penalties and part.last:
                         live = adapted.tensors(place, requests[i].start)
                         objective = sum((penalty(live) for penalty in requests[i].penalties), objective)
                 objective.backward()  # type: ignore[no-untyped-call]
                 counted = torch.tensor([step >= last_epoch[i] for i in present], device=device)
                 at = torch.tensor(present, device=device)
-                losses[at] += own.detach() * counted
+                losses[at] += own_loss.detach() * counted
                 counts[at] += own_terms * counted
             for place, i in enumerate(active):
                 adapted.add_to_gradient(place, requests[i].correction or {}, requests[i].train)
-            for part in masked:
-                part.clear_gradient()
+            for fixed in masked:
+                fixed.clear_gradient()
             if settings.clip_norm is not None:
                 clip_gradients(optimizer, settings.clip_norm)
             optimizer_step(optimizer, [step_rate(settings, step, steps[i]) for i in active])
             optimizer.zero_grad()
-            for part in masked:
-                part.restore()
+            for fixed in masked:
+                fixed.restore()
     done |= {i: read(place, i) for place, i in enumerate(active)}
     means = (losses / counts).cpu().tolist()
     return [Trained(done[i], means[i], steps[i]) for i in range(len(jobs))]

@@ -1,6 +1,7 @@
 """Division of a step into micro-batches that fit in memory."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,47 @@ def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> Iterator
             group = []
         group.append(i)
     yield sorted(group)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: whole batches of the clients at `places`, or a part of one client's batch.
+
+    `rows` are those of each client; `first` and `last` tell whether they begin and end its batch.
+    """
+
+    places: Sequence[int]
+    rows: Sequence[Tensor]
+    first: bool = True
+    last: bool = True
+
+
+def passes(batches: Sequence[Tensor], lengths: Tensor, max_tokens: int, packed: bool, split: bool) -> Iterator[Pass]:
+    """The passes of a step, given each client's batch of rows and the length of every example.
+
+    With `split`, a batch of more than `max_tokens` tokens is cut into several passes of at least one example.
+    """
+    own_lengths = [lengths[batch].tolist() for batch in batches]
+    sizes = [(sum(own), 1) if packed else (max(own), len(own)) for own in own_lengths]
+    for places in micro_batches(sizes, max_tokens):
+        parts = _parts(own_lengths[places[0]], max_tokens, packed) if split and len(places) == 1 else []
+        if len(parts) < 2:
+            yield Pass(places, [batches[place] for place in places])
+            continue
+        for i, rows in enumerate(torch.split(batches[places[0]], parts)):
+            yield Pass(places, [rows], first=i == 0, last=i == len(parts) - 1)
+
+
+def _parts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
+    """Numbers of consecutive examples of at most `max_tokens` tokens together, or of one example each."""
+    parts, part = list[int](), list[int]()
+    for length in lengths:
+        longer = [*part, length]
+        if part and (sum(longer) if packed else max(longer) * len(longer)) > max_tokens:
+            parts.append(len(part))
+            longer = [length]
+        part = longer
+    return [*parts, len(part)]
 
 
 def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start: Adapter) -> int:

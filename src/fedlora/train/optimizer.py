@@ -53,13 +53,23 @@ def optimizer_step(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> 
         p.data.copy_(start.lerp(p.data, scale.view(-1, *[1] * (p.ndim - 1))))
 
 
+def scale_gradients(optimizer: torch.optim.Optimizer, client: int, factor: Tensor) -> None:
+    """Multiplies the gradient of the client at this place by the factor."""
+    for gradient in _gradients(optimizer):
+        gradient[client].mul_(factor)
+
+
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
     """Clips each client's gradient to the norm."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = _gradients(optimizer)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # [clients]
     scale = (norm / (norms + 1e-6)).clamp(max=1)
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def replace_parameters(
