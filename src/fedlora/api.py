@@ -11,13 +11,14 @@ from fedlora.config.experiment import Experiment
 from fedlora.data.memory import MEMORY
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
-from fedlora.lifecycle import begin, finish, require_same, rounds
+from fedlora.lifecycle import begin, final_adapters, finish, require_same, rounds
 from fedlora.models import model_copy
 from fedlora.models.fingerprint import fingerprint
 from fedlora.printable import listed
 from fedlora.report.terminal import shown
 from fedlora.reuse import Reuse
 from fedlora.rounds.durable import replacing
+from fedlora.rounds.early_stopping import until_best
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import DEPLOY, RunFolder
 from fedlora.runs.manifest import Manifest
@@ -94,8 +95,9 @@ def export(
 ) -> Mapping[str, Path]:
     """Writes a run's current adapter, as a PEFT folder or merged into the model; returns the folders.
 
-    For a personal method, each client's adapter, or only that of `client`, is written to a separate folder. The data are
-    not read: labels and clients are taken from the run directory.
+    It is that of the best round with `evaluate.stop_after`, else of the last. For a personal method, each client's
+    adapter, or only that of `client`, is written to a separate folder. The data are not read: labels and clients are taken
+    from the run directory.
 
     Raises:
         UserError: no such run or client, no complete round, a damaged file, a changed model, `out` in use, `to` is "merged"
@@ -116,7 +118,7 @@ def export(
             experiment, FederatedData.without_examples(experiment, manifest.data.labels, manifest.data.client_infos())
         )
         manifest.require_modules(session.places)
-        adapters = session.adapters(run_state, folder, done)
+        adapters = final_adapters(session, folder, run_state)
         if client is not None:
             if client not in adapters:
                 names = [name or "the global adapter (without --client)" for name in adapters]
@@ -126,7 +128,7 @@ def export(
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
             with replacing(out) as partial:
-                written = session.write(adapters, partial, to, folder.rows())
+                written = session.write(adapters, partial, to, until_best(folder.rows()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return {name: out / found.relative_to(partial) for name, found in written.items()}
@@ -140,6 +142,6 @@ def finish_run(
     require_same(folder, experiment, federated_data)
     session = Session.make(experiment, federated_data, reuse).on_all_devices()
     run_state = rounds(session, folder, progress, session.simulation(folder), begin(session, folder))
-    adapters = session.adapters(run_state, folder, experiment.rounds)
+    adapters = final_adapters(session, folder, run_state)
     written, left_out = finish(session, adapters, folder)
     return Result(folder.path, experiment.method.name, folder.rows(), written, left_out)

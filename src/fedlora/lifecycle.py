@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,6 +17,7 @@ from fedlora.loaded_model import model_key
 from fedlora.models.fingerprint import fingerprint
 from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
+from fedlora.rounds.early_stopping import best_round, stops, until_best
 from fedlora.rounds.loop import run_rounds
 from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.progress import Progress
@@ -96,7 +97,8 @@ def rounds(
 ) -> RunState:
     """Runs the rounds after `start` on the backend; returns the server's state after the last.
 
-    In a deployment, uploads are compared with each other unless `sampling.check_cohort` is false.
+    With `evaluate.stop_after`, the adapters of the best round are stored, and rounds without improvement end the run. In a
+    deployment, uploads are compared with each other unless `sampling.check_cohort` is false.
 
     Raises:
         RunStopped: the run cannot continue; all complete rounds are in the folder.
@@ -123,11 +125,36 @@ def rounds(
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))
-    evaluate_before = experiment.evaluate.before and not folder.rows()
+    rows = folder.rows()
+    evaluate_before = experiment.evaluate.before and not rows
+    if stops(rows, experiment.evaluate):
+        return run_state
     for after, row in run_rounds(plan, backend, folder, run_state, start.done, progress, evaluate_before):
+        if experiment.evaluate.stop_after is not None:
+            best = best_round([*rows, row], experiment.evaluate.metric, session.task.lower_is_better)
+            row = replace(row, best_round=best)
+            if row.best_round == row.round:
+                folder.save_best(row.round, session.adapters(after, folder, row.round))
         folder.commit(row.round, after, row)
         run_state = after
+        rows.append(row)
+        if stops(rows, experiment.evaluate):
+            progress.notify(
+                f"stopped after round {row.round}: no improvement of {experiment.evaluate.metric} in "
+                f"evaluate.stop_after = {experiment.evaluate.stop_after} evaluations; the best round is {row.best_round}"
+            )
+            break
     return run_state
+
+
+def final_adapters(session: Session, folder: RunFolder, run_state: RunState) -> Mapping[str, Adapter]:
+    """The adapters to export, named as by `Session.adapters`: those of the best round, if stored, else of the last.
+
+    Raises:
+        UserError: the stored adapters are missing or damaged.
+    """
+    rows = folder.rows()
+    return folder.best() or session.adapters(run_state, folder, rows[-1].round if rows else 0)
 
 
 def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> tuple[Mapping[str, Path], str]:
@@ -146,7 +173,7 @@ def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder)
         return {}, left_out
     try:
         with replacing(out) as partial:
-            written = session.write(able, partial, "adapter", folder.rows())
+            written = session.write(able, partial, "adapter", until_best(folder.rows()))
             shutil.rmtree(out, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error

@@ -145,6 +145,14 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
+def test_over_the_wire_a_run_stops_where_the_simulated_one_does(home, tmp_path):
+    what = experiment(home, "fedit", "evaluate.stop_after=1", "train.lr=0.1", "rounds=5", "clients.held_out=0.3")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path)))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+    assert len(rows_of(tmp_path / "served")) < 6 and rows_of(tmp_path / "served")[-1].best_round is not None
+
+
 @pytest.mark.parametrize("method", fast(["fedit", "lora-a2", "flora"], "flora"))
 def test_a_node_with_all_clients_trains_them_together_bit_for_bit_as_the_simulator_does(home, tmp_path, method):
     what = experiment(home, method, "train.clients_per_step=4")

@@ -37,6 +37,8 @@ def follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], comman
         raise typer.Exit(130) from None
     console.print(terminal.closing(result))
     lines = [f"run directory  {result.folder}"]
+    if result.best_round is not None:
+        lines.append(f"best round     {result.best_round}")
     if "" in result.adapters:
         lines.append(f"PEFT adapter   {result.adapters['']}")
     elif result.adapters:

@@ -76,6 +76,8 @@ ALIASES = {
     "per_device_eval_batch_size": "evaluate.batch_size",
     "gradient_accumulation_steps": "train.accumulate",
     "max_grad_norm": "train.clip_norm",
+    "metric_for_best_model": "evaluate.metric",
+    "early_stopping_patience": "evaluate.stop_after",
     "max_seq_length": "train.max_length",
     "bf16": "train.precision",
     # Flower

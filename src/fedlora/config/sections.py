@@ -278,6 +278,32 @@ class Evaluate(Section):
     (chosen), or none."""
     batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
+    stop_after: PositiveInt | None = None
+    """The number of evaluations without improvement of `evaluate.metric` after which the run stops. The exported adapter is
+    that of the best round, which may be the model before training. If omitted, all rounds are run, and the last adapter is
+    exported.
+
+    Example: 3
+    """
+    metric: str = "clients.loss.mean"
+    """The metric of `evaluate.stop_after` on the clients' held-out examples, as a round's row names it:
+    `clients.NAME.mean` or `clients.NAME.worst_decile`. The test set must not choose the round."""
+
+    @model_validator(mode="after")
+    def _can_stop(self) -> "Evaluate":
+        where, *rest = self.metric.split(".")
+        if where == "global":
+            raise ValueError(
+                f"evaluate.metric = {self.metric!r}: a test set that chooses the round no longer gives an unbiased score; "
+                "use the clients' held-out examples, such as 'clients.loss.mean'"
+            )
+        if where != "clients" or len(rest) != 2 or rest[1] not in ("mean", "worst_decile"):
+            raise ValueError(
+                f"evaluate.metric = {self.metric!r}: expected 'clients.NAME.mean' or 'clients.NAME.worst_decile'"
+            )
+        if self.stop_after is not None and self.clients == "none":
+            raise ValueError("evaluate.stop_after needs evaluate.clients = 'all' or 'chosen'")
+        return self
 
 
 class Deploy(Section):

@@ -11,7 +11,7 @@ from fedlora.deploy.transport import Transport
 from fedlora.deploy.wire import PROTOCOL, Handshake
 from fedlora.errors import RunStopped, UserError
 from fedlora.federated_data import FederatedData
-from fedlora.lifecycle import Start, begin, finish, require_same, rounds
+from fedlora.lifecycle import Start, begin, final_adapters, finish, require_same, rounds
 from fedlora.messages import Round
 from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.base_updates import pending_base_updates
@@ -39,6 +39,11 @@ def serve(path: Path, transport: Transport) -> None:
     event_log = EventLog(path)
     try:
         experiment = resolve_settings(read_folder(path))
+        if experiment.method.row.personal and experiment.evaluate.stop_after is not None:
+            raise UserError(
+                f"evaluate.stop_after is not supported in a deployment of {experiment.method.name}: each node has the "
+                "adapters of its clients after the last round only"
+            )
         folder = RunFolder(path, _LOCK_SECONDS)
         try:
             federated_data = FederatedData.of_server(experiment)
@@ -51,7 +56,7 @@ def serve(path: Path, transport: Transport) -> None:
             if experiment.method.row.personal:
                 _save_adapters(session, folder, backend, run_state)
             else:
-                _, left_out = finish(session, session.adapters(run_state, folder, experiment.rounds), folder)
+                _, left_out = finish(session, final_adapters(session, folder, run_state), folder)
                 if left_out:
                     event_log.notify(f"PEFT adapters: {left_out}")
             backend.finish()

@@ -140,10 +140,11 @@ def _evaluate(
 ) -> tuple[RunState, Cohort | None, RoundRow]:
     """Evaluates the state, and completes the row; returns the cohort of the next round, if there is one, too.
 
-    It is invited before the clients' scores are awaited: nodes poll, and find both requests in one exchange.
+    It is invited before the clients' scores are awaited, unless these may end the run: nodes poll, and find both requests
+    in one exchange.
     """
     state, scores = start_evaluation(plan, backend, store, state, stats)
-    more = stats.round < plan.rounds
+    more = stats.round < plan.rounds and plan.evaluate.stop_after is None
     cohort = invite(plan, backend, store, state, Round(stats.round, plan.seed)) if more else None
     if scores is not None:
         collect_scores(plan, scores, stats)

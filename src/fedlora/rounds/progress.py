@@ -12,7 +12,7 @@ class Progress(Protocol):
     """Progress callbacks."""
 
     def notify(self, message: str) -> None:
-        """Called with a message for the user, before the first round."""
+        """Called with a message for the user, before the first round or after the last."""
 
     def round_started(self, rnd: Round, chosen: Sequence[ClientInfo]) -> None:
         """Called when the cohort has been chosen."""

@@ -101,6 +101,9 @@ class RoundRow:
     is no global model or no test set."""
     clients: Mapping[str, Summary] | None = None
     """Each metric on the clients' held-out examples. Absent: the clients were not evaluated."""
+    best_round: int | None = None
+    """The round, up to this one, with the best `evaluate.metric`. Absent: `evaluate.stop_after` is not set, no round was
+    evaluated yet, or in a progress callback."""
     seconds: Seconds = field(default_factory=Seconds)
     """Time spent in each part. A round's evaluation overlaps with the next round's training on clients elsewhere."""
     notes: Mapping[str, float] = field(default_factory=dict)

@@ -37,10 +37,11 @@ class RunFolder:
     checkpoint.safetensors   the server's state after the last complete round; replacing it commits the round
     clients/ID/ROUND.safetensors   states of stateful clients
     base_updates/ROUND.safetensors   base updates, for methods that produce them
+    best/ROUND.safetensors   adapters of the best round, for runs that may stop early
 
-    Rows, client states and base updates are written before the commit; after a crash those of later rounds are
-    written again. Each state, each base update and the manifest has a checksum. The checkpoint lists the required files,
-    and the length and checksum of the rows, so that `restore` detects missing or damaged files.
+    Rows, client states, base updates and adapters are written before the commit; after a crash those of later rounds are
+    written again. Each state, base update, adapter and the manifest has a checksum. The checkpoint lists the required
+    files, and the length and checksum of the rows, so that `restore` detects missing or damaged files.
     """
 
     def __init__(self, path: Path, seconds: float = 0.0) -> None:
@@ -52,6 +53,7 @@ class RunFolder:
         self.path = path
         self.experiment = path / "experiment.toml"
         self._checkpoint = path / CHECKPOINT
+        self._best = path / "best"
         self._lock = FolderLock(path, seconds)
         self._run = ""  # the id in the manifest
         self._rows = RowLog(path / ROWS)
@@ -133,6 +135,10 @@ class RunFolder:
         durable.replace(self._checkpoint, encode_state(server, **notes))
         self._rows = rows
         self._files.commit(rounds_done)
+        if row is not None:
+            for file in self._best.glob("*.safetensors"):
+                if file != self._best_file(row.best_round):
+                    file.unlink()
 
     def restore(self) -> tuple[int, Any]:
         """Number of complete rounds, and the server's state after them (None before `begin`); truncates later rows.
@@ -158,6 +164,7 @@ class RunFolder:
             require_digest(self.path / "environment.json", manifest["environment"])
         self._files.restore(Listing(notes["states"], notes["base_updates"]))
         self._rows = RowLog.restore(self._rows.path, *notes["rows"])
+        self.best()
         return notes["rounds_done"], server
 
     def rows(self) -> list[RoundRow]:
@@ -182,6 +189,28 @@ class RunFolder:
         self.require()
         self._files.save_base_update(index, base_update)
 
+    def save_best(self, number: int, adapters: Mapping[str, Adapter]) -> None:
+        """Writes the adapters after the round with this number, which counts from 1, before it is committed as the best.
+
+        Raises:
+            RunStopped: the disk is full, or the folder no longer exists.
+        """
+        self.require()
+        durable.folder(self._best)
+        durable.replace(self._best_file(number), encode_state(adapters))
+
+    def best(self) -> Mapping[str, Adapter] | None:
+        """The adapters of the best complete round; None if the run has none.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        rows = self.rows()
+        if not rows or rows[-1].best_round is None:
+            return None
+        found: Mapping[str, Adapter] = read_state(self._best_file(rows[-1].best_round))[0]
+        return found
+
     def base_update(self, index: int) -> Mapping[str, LowRank]:
         """Base update of the round with this index."""
         return self._files.base_update(index)
@@ -193,6 +222,9 @@ class RunFolder:
     def forget(self, done: int) -> None:
         """Removes the base updates and the clients' states of all rounds after the first `done`."""
         self._files.forget(done)
+
+    def _best_file(self, number: int | None) -> Path:
+        return self._best / f"{number}.safetensors"
 
 
 def _require_unused(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora.errors import UserError
 from fedlora.printable import number
+from fedlora.rounds.early_stopping import until_best
 from fedlora.rounds.row import RoundRow, key
 from fedlora.runs.saved_run import SavedRun
 
@@ -43,6 +44,11 @@ class Result:
     def main_metric(self) -> str:
         """The task's main metric, such as accuracy; `score` if nothing was evaluated."""
         return next((name for row in self.rows if (name := row.main_metric)), "score")
+
+    @property
+    def best_round(self) -> int | None:
+        """The round of the adapters; None without `evaluate.stop_after`, for then they are those after the last round."""
+        return self.rows[-1].best_round if self.rows else None
 
     def to_pandas(self) -> Any:
         """Returns a `pandas.DataFrame` with one row per round and columns such as `train_loss` or `clients.accuracy.mean`.
@@ -96,10 +102,11 @@ class Result:
 
     def __repr__(self) -> str:
         labels = self._scores()
-        last = {labels[name]: value for row in self.rows for name, value in _columns(row) if name in labels}
+        last = {labels[name]: value for row in until_best(self.rows) for name, value in _columns(row) if name in labels}
         scores = [f"{label} {number(value, 3)}" for label, value in last.items()]
         count = self.rows[-1].round if self.rows else 0
         rounds = f"{count} round{'' if count == 1 else 's'}"
+        rounds += "" if self.best_round is None else f", best {self.best_round}"
         return f"Result({', '.join([self.method, rounds, *scores, repr(str(self.folder))])})"
 
     def _scores(self) -> Mapping[str, str]:
