@@ -6,8 +6,11 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef
 from torch import nn
+from torch.nn import functional
 from torch.testing import assert_close
+from transformers.trainer_pt_utils import LabelSmoother
 
+from fedlora.errors import UserError
 from fedlora.messages import Statistics
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Task
@@ -95,3 +98,27 @@ def test_statistics_of_other_numbers_of_examples_or_negative_losses_are_rejected
     assert TASK.check(honest) is None
     assert "of 60 examples, not 61" in TASK.check(Statistics(61, honest.sums))
     assert "negative" in TASK.check(Statistics(60, {**honest.sums, "loss": -honest.sums["loss"]}))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [None, [0.5, 3.0, 1.0]])
+def test_the_mean_training_loss_is_that_of_torch_and_of_transformers_trainer(smoothing, weights):
+    logits, labels = logits_and_labels(3, seed=0)
+    sums, counts = Classification(smoothing, weights).losses(Fixed(logits), {}, labels)
+    mean = sums.sum() / counts.sum()
+    tensor = None if weights is None else torch.tensor(weights)
+    assert_close(mean, functional.cross_entropy(logits, labels, tensor, label_smoothing=smoothing))
+    if weights is None:
+        assert_close(mean, LabelSmoother(smoothing)({"logits": logits}, labels))
+
+
+def test_evaluations_have_the_plain_cross_entropy():
+    logits, labels = logits_and_labels(3, seed=0)
+    real = torch.ones(1, ROWS, dtype=torch.bool)
+    plain, other = (task.measure(Fixed(logits), {}, labels, real) for task in (TASK, Classification(0.2, [0.5, 3.0, 1.0])))
+    assert_close(plain, other, rtol=0, atol=0)
+
+
+def test_class_weights_are_one_for_each_label():
+    with pytest.raises(UserError, match=r"task.class_weights has 2 entries for 3 labels.*: x, y, z"):
+        Classification(class_weights=[1.0, 2.0]).outline("unused", ["x", "y", "z"])

@@ -101,8 +101,8 @@ def plain_optimizer(twin: nn.Module, settings: Train, steps: int) -> tuple[torch
     return optimizer, transformers.get_scheduler(name, optimizer, warmup, steps)
 
 
-def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
-    """The training as anybody would write it, with the batches of `epoch`."""
+def plain_loop(setup: Setup, train: str, settings: Train, criterion: nn.Module | None = None) -> Trained:
+    """The training as anybody would write it, with the batches of `epoch`, and with the model's own loss by default."""
     twin = in_peft(setup, train).train()
     parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     an_epoch = -(-len(ROWS) // settings.batch_size)
@@ -122,7 +122,9 @@ def plain_loop(setup: Setup, train: str, settings: Train) -> Trained:
             optimizer.zero_grad()
             with ClientDropout() as chance:
                 chance.next_pass(masks, [(inputs["input_ids"].shape[1], len(batch))])
-                loss = twin(**inputs, labels=setup.examples.targets[batch]).loss
+                targets = setup.examples.targets[batch]
+                found = twin(**inputs, labels=targets)
+            loss = found.loss if criterion is None else criterion(found.logits, targets)
             loss.backward()
             if settings.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
@@ -184,6 +186,21 @@ def test_one_client_trains_as_a_plain_loop_around_peft_does(setup, train, settin
         key.rpartition(".")[2] for key, x in pack(ours.adapter).items() if not torch.equal(x, pack(setup.start)[key])
     }
     assert factors == set(train)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "weights"),
+    [(0.2, None), (0.0, [0.5, 4.0, 1.0]), (0.3, [0.5, 4.0, 1.0])],
+    ids=["smooth", "weights", "both"],
+)
+def test_smoothed_and_weighted_losses_train_as_in_a_plain_loop_with_those_of_torch(setup, smoothing, weights):
+    settings, task = Train(lr=1e-2), Classification(smoothing, weights)
+    criterion = nn.CrossEntropyLoss(None if weights is None else torch.tensor(weights), label_smoothing=smoothing)
+    job = Job(Fit(setup.start, frozenset("baw")), ROWS, SEED, PACE)
+    (ours,) = train_together(setup.adapted, task, setup.examples, [job], settings, max_tokens=1000)
+    plain, unsmoothed = plain_loop(setup, "baw", settings, criterion), plain_loop(setup, "baw", settings)
+    assert_close(pack(ours.adapter), pack(plain.adapter), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*(pack(one.adapter)["classifier.weight.w"] for one in (ours, unsmoothed)), atol=1e-4)
 
 
 def test_training_depends_on_its_seed_and_not_on_the_global_generator(setup):

@@ -75,6 +75,7 @@ ALIASES = {
     "per_device_train_batch_size": "train.batch_size",
     "per_device_eval_batch_size": "evaluate.batch_size",
     "gradient_accumulation_steps": "train.accumulate",
+    "label_smoothing_factor": "task.label_smoothing",
     "max_grad_norm": "train.clip_norm",
     "metric_for_best_model": "evaluate.metric",
     "early_stopping_patience": "evaluate.stop_after",

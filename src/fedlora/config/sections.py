@@ -88,6 +88,21 @@ class Task(Section):
     center: FiniteFloat = 0.0
     """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
     correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
+    label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """The fraction of the target probability of a classification that is spread evenly over all labels, in training."""
+    class_weights: list[PositiveFloat] | None = None
+    """The weight of each label in the training loss of a classification, in the order of the labels' numbers. A batch's
+    loss is the weighted mean, as in torch. If omitted, all weights are 1.
+
+    Example: [1.0, 4.0]
+    """
+
+    @model_validator(mode="after")
+    def _all_used(self) -> "Task":
+        for key in ("label_smoothing", "class_weights") if self.kind != "classification" else ():
+            if getattr(self, key):
+                raise ValueError(f"task.{key} is not supported by task.kind = {self.kind!r}")
+        return self
 
 
 class Clients(Section):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.data.columns import Column
+from fedlora.errors import UserError
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
+from fedlora.printable import listed
 from fedlora.tasks.confusion import confusion_metrics
 from fedlora.tasks.task import Examples
 from fedlora.tasks.text_head import encode_texts, head_features, load_head, outline_head, text_columns
@@ -34,7 +36,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 @dataclass(frozen=True)
 class Classification:
-    """Classification of texts or pairs of texts. Statistics are confusion counts, by label and prediction, and losses."""
+    """Classification of texts or pairs of texts. Statistics are confusion counts, by label and prediction, and losses.
+
+    Label smoothing and class weights change the training loss only, not that of evaluations.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: Sequence[float] | None = None
 
     peft_type = "SEQ_CLS"
     pipeline_tag = "text-classification"
@@ -55,20 +63,22 @@ class Classification:
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
         """The model with a head for these labels; see `load_head`."""
-        return load_head(source, _settings(labels), seed)
+        return load_head(source, self._settings(labels), seed)
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
         """The same model without its weights; see `outline_head`."""
-        return outline_head(source, _settings(labels))
+        return outline_head(source, self._settings(labels))
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
         """See `encode_texts`."""
         return encode_texts(tokenizer, columns, max_length, torch.long)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each example, in fp32, and ones."""
-        found = functional.cross_entropy(model(**inputs).logits.float(), targets, reduction="none")
-        return found, torch.ones_like(found)
+        """Weighted cross-entropy of each example, in fp32, and the weight of its label."""
+        logits = model(**inputs).logits.float()
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights).to(logits)
+        found = functional.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=self.label_smoothing)
+        return found, torch.ones_like(found) if weights is None else weights[targets]
 
     def measure(
         self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]
@@ -110,11 +120,19 @@ class Classification:
         """See `head_features`."""
         return head_features(model, inputs)
 
+    def _settings(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Settings of the model's configuration; the checkpoint may set another problem type, such as "regression".
 
-def _settings(labels: Sequence[str]) -> dict[str, Any]:
-    """Settings of the model's configuration; the checkpoint may set another problem type, such as "regression"."""
-    return {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "problem_type": None,
-    }
+        Raises:
+            UserError: there is not one class weight for each label.
+        """
+        if self.class_weights is not None and len(self.class_weights) != len(labels):
+            raise UserError(
+                f"task.class_weights has {len(self.class_weights)} entries for {len(labels)} labels; expected one for "
+                f"each, in this order: {listed(labels, 10)}"
+            )
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": None,
+        }

@@ -114,6 +114,8 @@ class Task(Protocol):
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of each example's losses, and their number [rows]: one for each of its targets.
 
+        Weighted losses have the sum of their weights in place of their number.
+
         An example's losses do not depend on the other examples of the batch.
         """
 
