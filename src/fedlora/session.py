@@ -36,6 +36,7 @@ from fedlora.train import hardware
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
 from fedlora.train.local import LocalTrainer
 from fedlora.train.micro_batches import bytes_per_token
+from fedlora.train.schedule import schedule_notes
 from fedlora.train.targets import check_targets, rows_with_targets
 
 
@@ -101,9 +102,8 @@ class Session:
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
             *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
+            *schedule_notes(settings, rows),
         ]
-        if settings.max_steps is not None and settings.epochs > 1:
-            notes.append(f"train.max_steps = {settings.max_steps}: train.epochs = {settings.epochs} has no effect")
         if loaded.one_at_a_time:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"

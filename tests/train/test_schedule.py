@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fedlora.config.sections import Train
-from fedlora.train.schedule import round_rate, step_rate
+from fedlora.train.schedule import round_rate, schedule_notes, step_rate
 
 
 def rates(make: Any, steps: int, **settings: Any) -> list[float]:
@@ -53,3 +53,12 @@ def test_a_schedule_over_rounds_begins_at_one_and_never_reaches_its_floor(name):
     settings = Train(round_schedule=name, min_lr_rate=0.0 if name == "constant" else 0.1)
     found = [round_rate(settings, i, 5) for i in range(5)]
     assert found[0] == 1 and found == sorted(found, reverse=True) and found[-1] > settings.min_lr_rate
+
+
+def test_the_user_is_told_which_clients_do_not_train_and_which_settings_have_no_effect():
+    rows = {"x": range(8), "y": range(9), "z": range(3)}
+    assert schedule_notes(Train(), rows) == schedule_notes(Train(warmup=1, epochs=2), rows) == []
+    (note,) = schedule_notes(Train(warmup=0.1), rows)
+    assert "2 of 3 clients" in note
+    assert "3 of 3 clients" in schedule_notes(Train(warmup=2, max_steps=1), rows)[0]
+    assert schedule_notes(Train(max_steps=4, epochs=2), rows) == ["train.max_steps = 4: train.epochs = 2 has no effect"]

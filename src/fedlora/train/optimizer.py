@@ -15,7 +15,7 @@ from fedlora.messages import Fit
 def make_optimizer(
     settings: Train, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """An elementwise optimizer. A factor's learning rate is `train.lr` times its rate, if any.
+    """An elementwise optimizer for `optimizer_step`. A factor's learning rate is `train.lr` times its rate, if any.
 
     `parameters` are named as by `pack`. As in transformers' Trainer, biases and weights of normalization layers do not
     decay: these are the vectors among the parameters that are trained without factors.
@@ -26,11 +26,9 @@ def make_optimizer(
         decays = factor != "w" or parameter.ndim > 2  # [clients, *shape]
         groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
     of_groups: list[dict[str, Any]] = [
-        {"params": own, "lr": settings.lr * rates.get(factor, 1.0), "weight_decay": weight_decay}
+        {"params": own, "initial_lr": settings.lr * rates.get(factor, 1.0), "weight_decay": weight_decay}
         for (factor, weight_decay), own in groups.items()
     ]
-    for group in of_groups:
-        group["initial_lr"] = group["lr"]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(of_groups, momentum=settings.momentum, nesterov=settings.nesterov)
     return torch.optim.AdamW(of_groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)

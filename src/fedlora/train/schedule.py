@@ -1,6 +1,7 @@
 """Learning rates over the steps of a round and over the rounds, as fractions of `train.lr`."""
 
 import math
+from collections.abc import Mapping, Sized
 
 from fedlora.config.sections import Schedule, Train
 
@@ -32,3 +33,17 @@ def step_rate(settings: Train, step: int, steps: int) -> float:
 def round_rate(settings: Train, index: int, rounds: int) -> float:
     """The factor of the learning rate in the round with this index, counted from 0."""
     return settings.min_lr_rate + (1 - settings.min_lr_rate) * decay(settings.round_schedule, index, rounds)
+
+
+def schedule_notes(settings: Train, rows: Mapping[str, Sized]) -> list[str]:
+    """Messages for the user about settings without effect, and clients that do not train; `rows` are the clients'."""
+    notes = []
+    if settings.max_steps is not None and settings.epochs > 1:
+        notes.append(f"train.max_steps = {settings.max_steps}: train.epochs = {settings.epochs} has no effect")
+    steps = [settings.max_steps or settings.epochs * -(-len(own) // settings.batch_size) for own in rows.values()]
+    if settings.warmup and (idle := sum(count == 1 for count in steps)):
+        notes.append(
+            f"train.warmup: {idle} of {len(steps)} clients make one step in a round, whose learning rate is 0; they do not "
+            "train"
+        )
+    return notes
