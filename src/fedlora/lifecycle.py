@@ -127,7 +127,7 @@ def rounds(
         session.trainer.merge_into_base(folder.base_update(index))
     rows = folder.rows()
     evaluate_before = experiment.evaluate.before and not rows
-    if stops(rows, experiment.evaluate):
+    if stops(rows, experiment.evaluate.stop_after):
         return run_state
     for after, row in run_rounds(plan, backend, folder, run_state, start.done, progress, evaluate_before):
         if experiment.evaluate.stop_after is not None:
@@ -138,7 +138,7 @@ def rounds(
         folder.commit(row.round, after, row)
         run_state = after
         rows.append(row)
-        if stops(rows, experiment.evaluate):
+        if stops(rows, experiment.evaluate.stop_after):
             progress.notify(
                 f"stopped after round {row.round}: no improvement of {experiment.evaluate.metric} in "
                 f"evaluate.stop_after = {experiment.evaluate.stop_after} evaluations; the best round is {row.best_round}"

@@ -66,8 +66,8 @@ def test_the_best_round_is_the_first_with_the_best_value(values, best):
 def test_a_run_stops_after_that_many_evaluations_without_improvement(values, patience, stopped):
     rows = log(values)
     rows = [*rows[:-1], *(replace(row, best_round=best_round(rows, "clients.accuracy.mean", [])) for row in rows[-1:])]
-    assert stops(rows, Evaluate(stop_after=patience)) == stopped
-    assert not stops(rows, Evaluate())
+    assert stops(rows, patience) == stopped
+    assert not stops(rows, None)
 
 
 def test_a_metric_that_the_task_does_not_have_is_named_with_those_that_it_has():

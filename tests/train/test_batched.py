@@ -65,15 +65,18 @@ def test_a_batch_cut_into_passes_trains_as_the_whole_one(session, monkeypatch, s
         assert_close(pack(one.adapter), pack(other.adapter), rtol=1e-4, atol=1e-4)
 
 
-def test_accumulation_limits_the_rows_of_a_pass(session, monkeypatch):
+def test_accumulation_limits_the_rows_of_a_pass(session):
     adapted, examples = session
     rows: list[int] = []
-    losses = TASK.losses
-    monkeypatch.setattr(
-        TASK, "losses", lambda model, inputs, targets: rows.append(len(targets)) or losses(model, inputs, targets)
-    )
+
+    class Counted(Classification):
+        def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+            rows.append(len(targets))
+            return super().losses(model, inputs, targets)
+
     for accumulate in (False, True):
-        train_together(adapted, TASK, examples, jobs(adapted)[:1], Train(batch_size=8, accumulate=accumulate), 1)
+        settings = Train(batch_size=8, accumulate=accumulate)
+        train_together(adapted, Counted(), examples, jobs(adapted)[:1], settings, 1)
     assert rows == [8, 1, *[1] * 9]
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Sequence
 
-from fedlora.config.sections import Evaluate
 from fedlora.errors import UserError
 from fedlora.rounds.row import RoundRow
 
@@ -22,13 +21,13 @@ def best_round(rows: Sequence[RoundRow], metric: str, lower_is_better: Collectio
     return max(finite, key=lambda number: (finite[number], -number)) if finite else None
 
 
-def stops(rows: Sequence[RoundRow], settings: Evaluate) -> bool:
-    """Whether the last `evaluate.stop_after` evaluations have not improved `evaluate.metric`."""
-    if settings.stop_after is None or not rows:
+def stops(rows: Sequence[RoundRow], stop_after: int | None) -> bool:
+    """Whether the run ends, since the last `stop_after` evaluations have not improved the metric; never, if it is None."""
+    if stop_after is None or not rows:
         return False
     best = rows[-1].best_round
     since = [row for row in rows if row.clients and (best is None or row.round > best)]
-    return len(since) >= settings.stop_after
+    return len(since) >= stop_after
 
 
 def until_best(rows: Sequence[RoundRow]) -> list[RoundRow]:
