@@ -91,6 +91,10 @@ def test_data_may_be_the_source_alone():
         ({"task": {"label_smoothing": 1.0}}, ["task.label_smoothing = 1.0", "below 1"]),
         ({"task": {"class_weights": [1.0, 0.0]}}, ["task.class_weights.1 = 0.0", "above 0"]),
         ({"task": {"kind": "regression", "class_weights": [1.0]}}, ["task.class_weights", "task.kind = 'regression'"]),
+        (
+            {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
+            ["task.class_weights", "train.reduction"],
+        ),
         ({"train": {"warmup": 1.5}}, ["train.warmup = 1.5", "of at least 0"]),
         ({"train": {"beta2": 1.0}}, ["train.beta2 = 1.0", "below 1"]),
         ({"train": {"max_steps": 0}}, ["train.max_steps = 0", "of at least 1"]),

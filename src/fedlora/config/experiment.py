@@ -68,6 +68,8 @@ class Experiment(Section):
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
         if self.train.weight_decay and (reason := self.method.row.no_weight_decay):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
+        if self.task.class_weights and self.train.reduction == "example":
+            raise ValueError("task.class_weights needs train.reduction = 'token': a mean over examples has equal weights")
         if self.evaluate.stop_after is not None and not self.clients.held_out:
             raise ValueError("evaluate.stop_after needs clients.held_out above 0")
         ranks = self.clients.ranks

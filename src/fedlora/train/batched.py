@@ -41,8 +41,7 @@ def train_together(
     heads and optimizer states have a client axis. The base processes the batches in micro-batches of at most
     `max_tokens` (padding included) with batches of similar length; a single batch is split only with `train.accumulate`.
     The order of a client's examples and its dropout depend on its own seeds alone. The last batch of an epoch may be
-    smaller.
-    `dropout` replaces all nonzero probabilities of the model and the LoRA layers.
+    smaller. `dropout` replaces all nonzero probabilities of the model and the LoRA layers.
     """
     requests = [job.request for job in jobs]
     assert len({step_key(request) for request in requests}) == 1, "requests of several kinds cannot be trained together"
