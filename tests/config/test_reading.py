@@ -95,7 +95,10 @@ def test_data_may_be_the_source_alone():
             {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
             ["task.class_weights", "train.reduction"],
         ),
-        ({"train": {"warmup": 1.5}}, ["train.warmup = 1.5", "of at least 0"]),
+        (
+            {"train": {"warmup": 1.5}},
+            ["train.warmup = 1.5", "a whole number of at least 0, or a number of at least 0 and below 1"],
+        ),
         ({"train": {"beta2": 1.0}}, ["train.beta2 = 1.0", "below 1"]),
         ({"train": {"max_steps": 0}}, ["train.max_steps = 0", "of at least 1"]),
         ({"train": {"schedule": "cosin"}}, ["train.schedule = 'cosin'", "'cosine'"]),

@@ -12,7 +12,7 @@ def error_message(error: ValidationError, experiment: type[BaseModel]) -> str:
     """The first problem in one line, with a suggestion; `experiment` is the class that was validated."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "literal_error" and isinstance(p["input"], str)), problems[0])
-    where = ".".join(str(part) for part in first["loc"] if not _UNION_TAG.fullmatch(str(part)))
+    where = _key(first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, key = (str(part) for part in first["loc"])
         allowed = sections(experiment)[".".join(parents)].model_fields
@@ -23,6 +23,9 @@ def error_message(error: ValidationError, experiment: type[BaseModel]) -> str:
         if isinstance(cause, UnknownKey):
             message += other_key(cause.key, cause.allowed, all_keys(experiment))
         return f"{where}: {message}" if where and not message.startswith(f"{where}.") else message
+    if first["type"] == "range":  # a union has one for each alternative
+        ranges = [p["ctx"]["range"] for p in problems if p["type"] == "range" and _key(p["loc"]) == where]
+        message = f"expected {', or '.join(ranges)}"
     near = nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
     value, may_be_rows = first["input"], first["loc"][:1] in ((), ("data",))  # rows are not quoted
     if isinstance(value, str | int | float | None) or (isinstance(value, list | dict) and not may_be_rows):
@@ -33,6 +36,11 @@ def error_message(error: ValidationError, experiment: type[BaseModel]) -> str:
 
 _UNION_TAG = re.compile(r"str|(list|dict|literal|function-before)[-\[].*")
 """Elements of pydantic's error paths that name the type tried in a union."""
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted name of the setting at pydantic's error path."""
+    return ".".join(str(part) for part in location if not _UNION_TAG.fullmatch(str(part)))
 
 
 def _words(expected: str) -> list[str]:
