@@ -16,6 +16,7 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.report.sweep_progress import SweepProgress, shown_sweep
 from fedlora.reuse import Reuse
 from fedlora.rounds import durable
+from fedlora.rounds.early_stopping import until_best
 from fedlora.rounds.progress import NullProgress
 from fedlora.rounds.row import RoundRow
 from fedlora.runs.folder import RunFolder
@@ -152,9 +153,9 @@ def _finished(run: PlannedRun, path: Path, progress: "_RunProgress", reuse: Reus
 
 
 def _measured(result: Result, metric: str) -> Outcome:
-    """The metric of the last evaluated round."""
+    """The metric of the result: of the last evaluated round, or of the best one with `evaluate.stop_after`."""
     _, name, statistic = metric.split(".")
-    found = [row.clients for row in result.rows if row.clients]
+    found = [row.clients for row in until_best(result.rows) if row.clients]
     if not found or name not in found[-1]:
         known = ", ".join(f"clients.{one}.{statistic}" for one in found[-1]) if found else "none"
         return Outcome(failed=f"search.metric = {metric!r}: no such metric; available: {known}")

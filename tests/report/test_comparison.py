@@ -256,3 +256,13 @@ def test_a_run_with_settings_of_another_version_is_rejected_with_its_directory(t
     (path / "manifest.json").write_text(encode_manifest(manifest))
     with pytest.raises(UserError, match="run: the run's settings are not supported by this version"):
         compare(path)
+
+
+def test_a_run_that_stopped_early_is_finished_and_has_the_scores_of_its_best_round(tmp_path):
+    rows = [scored(n, x, each(x, 0), best_round=min(n, 2)) for n, x in ((1, 0.5), (2, 0.8), (3, 0.6))]
+    stopping = ("rounds=9", "evaluate.stop_after=1", "evaluate.metric=clients.accuracy.mean")
+    comparison = compare(write_run(tmp_path / "run", rows, *stopping))
+    figures = comparison.cases[0].figures
+    assert not comparison.notes
+    assert (figures["global.accuracy"].mean, figures["bytes_up"].mean) == (0.8, sum(row.bytes_up for row in rows))
+    assert figures["clients.accuracy.mean"].mean == rows[1].clients["accuracy"].mean

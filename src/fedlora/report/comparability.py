@@ -28,7 +28,7 @@ def same_clients(run: SavedRun) -> bool:
 def unfinished(case: Case, runs: Runs) -> Iterator[str]:
     """A line for each of the case's runs that is unfinished or failed."""
     for seed, run in runs.items():
-        if run.done < run.rounds:
+        if not run.finished:
             yield f"{case.label}, seed {seed}: unfinished, {run.done} of {run.rounds} rounds; left out"
     for seed, reason in case.failed.items():
         yield f"{case.label}, seed {seed}: failed: {reason}"

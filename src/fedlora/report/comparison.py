@@ -104,7 +104,7 @@ def compare(
     for case in found:
         runs = {seed: SavedRun.read(path) for seed, path in case.runs.items()}
         notes += [*comparability.unfinished(case, runs), *comparability.edge_of_search(case)]
-        cases.append(_compared(case, {seed: run for seed, run in runs.items() if run.done == run.rounds}))
+        cases.append(_compared(case, {seed: run for seed, run in runs.items() if run.finished}))
     finished = [run for one in cases for run in one.runs.values()]
     if not finished:
         raise UserError(
@@ -119,7 +119,7 @@ def compare(
     differences = [figure.difference for one in compared for figure in one.figures.values()]
     if any(difference is not None and difference.seeds == 1 for difference in differences):
         notes.append(comparability.ONE_SEED)
-    known = figures.metrics(finished[0].rows[-1])
+    known = figures.metrics(finished[0].final)
     main = [name for name in known if name in (known[0], "loss")]
     lower = figures.lower_is_better(finished[0])
     return Comparison(compared, base.label, list(dict.fromkeys(metrics or main)), notes, lower)
@@ -174,7 +174,7 @@ def _with_differences(case: ComparedCase, base: ComparedCase) -> ComparedCase:
 
 def _clients(run: SavedRun, other: SavedRun, metric: str) -> dict[str, tuple[float, float]]:
     """The difference of each client that both runs evaluated, and its weight: the number of its examples."""
-    own, theirs = run.rows[-1].clients, other.rows[-1].clients
+    own, theirs = run.final.clients, other.final.clients
     assert own is not None and theirs is not None
     each, base = own[metric].each, theirs[metric].each
     examples = {one.id: float(one.examples) for one in run.manifest.data.clients}
@@ -187,7 +187,7 @@ def _require_metrics(names: Iterable[str], runs: Iterable[SavedRun]) -> None:
     Raises:
         UserError: it does not; names the allowed ones.
     """
-    allowed = list(dict.fromkeys(name for run in runs for name in figures.metrics(run.rows[-1])))
+    allowed = list(dict.fromkeys(name for run in runs for name in figures.metrics(run.final)))
     for name in names:
         if name not in allowed:
             raise UserError(f"no run has the metric {name!r}{nearest(name, allowed)}")

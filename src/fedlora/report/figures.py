@@ -51,11 +51,11 @@ def metrics(row: RoundRow) -> list[str]:
 
 
 def figures(run: SavedRun) -> dict[str, float]:
-    """Scores after the last round under the keys of docs/rounds.md, and the costs of all rounds.
+    """Scores of the result, after the last round or the best one, under the keys of docs/rounds.md, and the costs of all rounds.
 
     `clients.METRIC.variance` is the variance over the clients. Figures that the run does not have are left out.
     """
-    last, found = run.rows[-1], {}
+    last, found = run.final, {}
     test, clients = last.global_ or {}, last.clients or {}
     for name in metrics(last):
         if name in test:

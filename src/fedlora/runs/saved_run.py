@@ -8,6 +8,7 @@ from pathlib import Path
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.rounds.codec import decode_note
+from fedlora.rounds.early_stopping import stops, until_best
 from fedlora.rounds.row import RoundRow
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.damage import damaged, missing
@@ -64,8 +65,18 @@ class SavedRun:
 
     @property
     def rounds(self) -> int:
-        """The number of rounds that the run has when it is finished."""
+        """The number of rounds that the run has when it is finished, unless it stops early."""
         return self.experiment.rounds
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are complete, or the run has stopped early."""
+        return self.done == self.rounds or stops(self.rows, self.experiment.evaluate.stop_after)
+
+    @property
+    def final(self) -> RoundRow:
+        """The row of the round whose adapter is the run's result; see `until_best`."""
+        return until_best(self.rows)[-1]
 
     def adapters(self) -> Mapping[str, Path]:
         """PEFT folders of the finished run, as in `Result.adapters`."""
