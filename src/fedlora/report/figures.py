@@ -51,7 +51,7 @@ def metrics(row: RoundRow) -> list[str]:
 
 
 def figures(run: SavedRun) -> dict[str, float]:
-    """Scores of the result, after the last round or the best one, under the keys of docs/rounds.md, and the costs of all rounds.
+    """Scores of the result, after the last round or the best one, under the keys of docs/rounds.md; costs of all rounds.
 
     `clients.METRIC.variance` is the variance over the clients. Figures that the run does not have are left out.
     """
