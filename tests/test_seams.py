@@ -117,6 +117,7 @@ def test_the_init_file_of_a_folder_holds_its_docstring_alone(folder):
         ("transformers", ("models", "tasks", "exporting", "train/packing.py")),
         ("peft", ("models", "exporting")),
         ("datasets", ("data",)),
+        ("PIL", ("data", "models/image_processor.py")),
         ("sklearn", ("linalg",)),
         ("flwr_datasets", ("data",)),
         ("typer", ("cli/",)),

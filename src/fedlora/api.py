@@ -45,7 +45,7 @@ def run(
         data: rows in place of `data.source`: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame`, or a mapping
             of the splits `train` and `test` to one of these, such as a `DatasetDict`. Only their fingerprint is stored.
         model: a `transformers.PreTrainedModel` in place of the setting `model`. A copy is saved in the run directory.
-        tokenizer: the tokenizer of `model`.
+        tokenizer: the tokenizer or image processor of `model`.
 
     Raises:
         UserError: the experiment, the data, the model or the folder is invalid; nothing was trained.

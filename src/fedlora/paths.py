@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet")
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parquet", ".npz")
 """Endings of the names of data files."""
 
 

@@ -177,7 +177,7 @@ class Session:
         for name, adapter in adapters.items():
             if to == "adapter":
                 to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer, self.task.peft_type)
-                code = self.task.loading_code(labels, self.tokenizer.pad_token_id)
+                code = self.task.loading_code(labels, getattr(self.tokenizer, "pad_token_id", 0))
                 card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:

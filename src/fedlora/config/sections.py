@@ -31,9 +31,9 @@ class Data(Section):
 
     source: str = "stdlib-docs"
     """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both
-    also with .gz, or Parquet. A file `labels.json` in the same folder, a list of names, gives the names of numeric
-    labels (docs/data.md). `none`: a server without examples, which needs `data.labels` if the task has labels. `memory`:
-    rows passed from Python (docs/python.md)."""
+    also with .gz, Parquet, or NumPy arrays (.npz). A file `labels.json` in the same folder, a list of names, gives the
+    names of numeric labels (docs/data.md). `none`: a server without examples, which needs `data.labels` if the task has
+    labels. `memory`: rows passed from Python (docs/python.md)."""
     test: str | None = None
     """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
     has one, else a random part of the examples.
@@ -49,6 +49,8 @@ class Data(Section):
 
     Example: "question"
     """
+    image: str = "image"
+    """The column with the image, for tasks on images: a path relative to the file, or the image itself (docs/data.md)."""
     label: str = "label"
     """The column with the label, or, in a regression, with the score."""
     user: str | None = None
@@ -80,11 +82,20 @@ class Data(Section):
     """
 
 
+_ONLY_OF = {
+    "label_smoothing": ("classification", "image-classification"),
+    "class_weights": ("classification", "image-classification"),
+    "augment": ("image-classification",),
+}
+"""Settings of `[task]` that only some kinds of tasks have."""
+
+
 class Task(Section):
     """The task that the model is fine-tuned for (docs/tasks.md). `task = "KIND"` sets only `task.kind`."""
 
-    kind: Literal["classification", "regression"] = "classification"
-    """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score."""
+    kind: Literal["classification", "regression", "image-classification"] = "classification"
+    """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score.
+    image-classification: an image has one of the labels."""
     center: FiniteFloat = 0.0
     """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
     correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
@@ -96,11 +107,13 @@ class Task(Section):
 
     Example: [1.0, 4.0]
     """
+    augment: Literal["none", "flip"] = "none"
+    """How images are changed at random in training. flip: half of them are mirrored, left to right."""
 
     @model_validator(mode="after")
     def _all_used(self) -> "Task":
-        for key in ("label_smoothing", "class_weights") if self.kind != "classification" else ():
-            if getattr(self, key):
+        for key, kinds in _ONLY_OF.items():
+            if self.kind not in kinds and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"task.{key} is not supported by task.kind = {self.kind!r}")
         return self
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal
 
+from fedlora.data.images import image_reader
 from fedlora.data.names import encodable, name, number
 
-Kind = Literal["text", "number", "label"]
-"""text: not empty. number: finite, a float. label: a name, of which the examples get the index among the run's labels."""
+Kind = Literal["text", "number", "label", "image"]
+"""text: not empty. number: finite, a float. label: a name, of which the examples get the index among the run's labels.
+image: an image, of which the examples get the bytes of a file, see `image_reader`."""
 
 _LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
@@ -21,12 +24,12 @@ class Column:
     kind: Kind
 
 
-def reader(kind: Kind) -> Callable[[Any], Any]:
-    """The function that validates the value of a cell.
+def reader(kind: Kind, folder: Path | None = None) -> Callable[[Any], Any]:
+    """The function that validates the value of a cell; `folder` is that of the table's file, if it is one.
 
     It raises a ValueError whose message completes "row 3 ...", without the value.
     """
-    return _READERS[kind]
+    return image_reader(folder) if kind == "image" else _READERS[kind]
 
 
 def named(what: str) -> Callable[[Any], str]:

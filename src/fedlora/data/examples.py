@@ -25,7 +25,7 @@ def examples(table: Table, data: Data, columns: Sequence[Column], owners_needed:
     """
     if not table.names:
         raise UserError(f"{table.origin} has no examples")
-    read = {column.name: reader(column.kind) for column in columns}
+    read = {column.name: reader(column.kind, table.folder) for column in columns}
     if missing := next((ours for ours in read if getattr(data, ours) is None), None):
         raise UserError(f"data.{missing}: the task needs this setting, the name of a column; set it")
     read |= {ours: named(ours) for ours in ("user", "task") if getattr(data, ours) is not None}

@@ -1,7 +1,8 @@
-"""Tables in local files: JSON, CSV and Parquet, read without type inference."""
+"""Tables in local files: JSON, CSV, Parquet and NumPy arrays, read without type inference."""
 
 import codecs
 import gzip
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from fedlora.data import csv_rows, json_rows
+from fedlora.data import csv_rows, json_rows, npz_rows
 from fedlora.errors import UserError
 from fedlora.paths import ENDINGS
 
@@ -31,9 +32,11 @@ def columns(path: Path, key: str) -> dict[str, Any]:
     try:
         if ending == ".parquet":
             return _parquet(path)
+        if ending == ".npz":
+            return {**npz_rows.columns(path)}
         text = _text(path, ending)
         return {**csv_rows.columns(text)} if ".csv" in ending else json_rows.columns(text)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"{key} = {str(path)!r}: not readable: {reason}; check that it is complete and has the right extension"

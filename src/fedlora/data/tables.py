@@ -28,14 +28,15 @@ _SHOWN = 10  # columns in a message
 class Table:
     """Named columns, not validated.
 
-    `origin` is the setting and value that specify the table, `labels` the label names, by number, if known. `column`
-    returns None for a name shared by several columns.
+    `origin` is the setting and value that specify the table, `labels` the label names, by number, if known, `folder` that
+    of the file, if it is one. `column` returns None for a name shared by several columns.
     """
 
     origin: str
     names: Sequence[str]
     column: Callable[[str], Iterable[Any] | None]
     labels: tuple[str, ...] | None = None
+    folder: Path | None = None
 
 
 def find(source: str, test: str | None, label: str | None) -> tuple[Table, Table | None]:
@@ -68,7 +69,8 @@ def _stdlib_docs() -> Table:
 def _file(name: str, key: str) -> Table:
     path = Path(name).expanduser()
     columns = files.columns(path, key)
-    return Table(f"{key} = {str(path)!r}", list(columns), columns.__getitem__, _label_names(path.parent / "labels.json"))
+    labels = _label_names(path.parent / "labels.json")
+    return Table(f"{key} = {str(path)!r}", list(columns), columns.__getitem__, labels, path.parent)
 
 
 def _label_names(path: Path) -> tuple[str, ...] | None:
@@ -136,11 +138,14 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
 
 
 def of_dataset(dataset: datasets.Dataset, label: str | None, origin: str) -> Table:
-    """A data set's columns; the class names of the column `label`, if any, are the label names.
+    """A data set's columns, with images as they are stored; the class names of the column `label`, if any, are the label
+    names.
 
     Raises:
         UserError: two of these names are equal, or one is empty.
     """
+    for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
     names = getattr(dataset.features.get(label), "names", None)
     if names is None:
         return Table(origin, dataset.column_names, lambda name: dataset[name][:])

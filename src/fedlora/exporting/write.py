@@ -47,7 +47,7 @@ def to_peft(
     adapted: AdaptedModel,
     labels: Sequence[str],
     tokenizer: Any,
-    peft_type: str,
+    peft_type: str | None,
 ) -> None:
     """Writes a folder for `PeftModel.from_pretrained(base_model, folder)`, for the adapter with its head.
 

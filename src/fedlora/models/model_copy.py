@@ -11,19 +11,19 @@ from fedlora.models.loading import quiet
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Saves the model and its tokenizer, unchanged, into the folder, and returns the folder.
+    """Saves the model and its tokenizer or image processor, unchanged, into the folder, and returns the folder.
 
     Raises:
         UserError: the model or the tokenizer has an unsupported type, or the folder cannot be written.
     """
     for name, given, kind in (
-        ("model", model, transformers.PreTrainedModel),
-        ("tokenizer", tokenizer, transformers.PreTrainedTokenizerBase),
+        ("model", model, (transformers.PreTrainedModel,)),
+        ("tokenizer", tokenizer, (transformers.PreTrainedTokenizerBase, transformers.ImageProcessingMixin)),
     ):
         if not isinstance(given, kind):
             raise UserError(
-                f"{name} is of type {type(given).__name__}; expected a transformers.{kind.__name__}: a model is passed "
-                "with its tokenizer, the name or folder of a model as Experiment(model=...)"
+                f"{name} is of type {type(given).__name__}; expected a transformers.{kind[0].__name__}: a model is passed "
+                "with its tokenizer or image processor, the name or folder of a model as Experiment(model=...)"
             )
     quiet()
     try:

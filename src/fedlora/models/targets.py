@@ -9,6 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import UserError
 
+_QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("qkv",))
+"""The default targets of vision transformers, for which PEFT has none; their names depend on transformers' version."""
+
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear-like module: nn.Linear, GPT-2's Conv1D, quantized linears; None for any other."""
@@ -31,6 +34,8 @@ def find_targets(
     """
     head = tuple(head)
     sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, head)}
+    if not sizes:
+        raise UserError(f"models of type {_kind(model)!r} have no linear modules outside their head; LoRA needs some")
     wanted = _default_targets(model, sizes) if targets is None else targets
     names = list(sizes) if wanted == "all-linear" else _match(sizes, wanted)
     listed = targets if isinstance(targets, list) else []
@@ -94,11 +99,18 @@ def _match(names: Iterable[str], targets: Sequence[str] | str) -> list[str]:
 def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> list[str] | str:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = _kind(model)
     targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if targets is None:
-        raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, available: {_ends(sizes)}")
-    return targets
+    if targets is not None:
+        return targets
+    for names in _QUERY_AND_VALUE if getattr(model, "main_input_name", None) == "pixel_values" else ():
+        if all(_match(sizes, [name]) for name in names):
+            return list(names)
+    raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, available: {_ends(sizes)}")
+
+
+def _kind(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _pattern_rank(name: str, pattern: Mapping[str, int]) -> int | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -44,8 +44,8 @@ class Classification:
     label_smoothing: float = 0.0
     class_weights: Sequence[float] | None = None
 
-    peft_type = "SEQ_CLS"
-    pipeline_tag = "text-classification"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
+    pipeline_tag: ClassVar[str] = "text-classification"
     lower_is_better = frozenset({"loss"})
     test_metrics = None
 

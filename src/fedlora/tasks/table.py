@@ -12,9 +12,10 @@ from fedlora.tasks.task import Task
 def tasks() -> Mapping[str, Callable[..., Task]]:
     """Each value of the setting `task.kind`, and its task: a dataclass, whose fields are settings of `[task]`."""
     from fedlora.tasks.classification import Classification  # imports transformers, which takes seconds
+    from fedlora.tasks.image_classification import ImageClassification
     from fedlora.tasks.regression import Regression
 
-    return {"classification": Classification, "regression": Regression}
+    return {"classification": Classification, "regression": Regression, "image-classification": ImageClassification}
 
 
 def task_of(settings: Mapping[str, Any]) -> Task:

@@ -23,6 +23,9 @@ class Examples:
     `padding` has the value that fills shorter examples of a batch, for each input; they are filled on the right, or on the
     `left`. There is one target for each example; or, with `target_starts`, `targets` is flat, too, and example i has those
     from `target_starts[i]` to `target_starts[i + 1]`, of which some may be `NO_TARGET`.
+
+    `decode` turns a batch's features into the model's inputs, if they are stored in another form. `augment` changes a
+    batch's features at random, given a random number for each row; only training does this.
     """
 
     features: Mapping[str, Shaped[Tensor, "tokens ..."]]
@@ -31,6 +34,8 @@ class Examples:
     padding: Mapping[str, int]
     target_starts: Int[Tensor, " bounds"] | None = None
     left: bool = False
+    decode: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    augment: Callable[[dict[str, Tensor], Int[Tensor, " rows"]], dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -39,10 +44,19 @@ class Examples:
         """Number of tokens of each example."""
         return self.starts.diff()
 
-    def batch(self, rows: Int[Tensor, " rows"], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """The model's inputs [rows, longest, ...] and the targets: [rows], or padded as the inputs [rows, most]."""
+    def batch(
+        self, rows: Int[Tensor, " rows"], device: torch.device, draws: Int[Tensor, " rows"] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs [rows, longest, ...] and the targets: [rows], or padded as the inputs [rows, most].
+
+        With `draws`, the examples are augmented.
+        """
         at, inside = self._places(self.starts, rows)
         inputs = {name: _filled(flat, at, inside, self.padding[name]).to(device) for name, flat in self.features.items()}
+        if draws is not None and self.augment is not None:
+            inputs = self.augment(inputs, draws.to(device))
+        if self.decode is not None:
+            inputs = self.decode(inputs)
         if self.target_starts is None:
             return inputs, self.targets[rows].to(device)
         return inputs, _filled(self.targets, *self._places(self.target_starts, rows), NO_TARGET).to(device)
@@ -82,12 +96,14 @@ def reduced(sums: Tensor, counts: Tensor, reduction: Reduction) -> tuple[Tensor,
 class Task(Protocol):
     """A kind of task. `labels` are the names of the labels, empty for a task without labels."""
 
-    peft_type: str
-    """PEFT's `task_type`."""
     pipeline_tag: str
     """The hub's name of the task, such as "text-classification"."""
     lower_is_better: frozenset[str]
     """The metrics of which smaller values are better."""
+
+    @property
+    def peft_type(self) -> str | None:
+        """PEFT's `task_type`; None if PEFT has none for the task."""
 
     def columns(self, named: Collection[str]) -> Sequence[Column]:
         """The columns of the examples, given the names of the settings in `[data]` that have a value.
@@ -103,10 +119,10 @@ class Task(Protocol):
         """The columns of examples with these texts, on which the model is tested; targets are made up."""
 
     def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
-        """The model, its tokenizer, and facts about its weights on disk."""
+        """The model, its tokenizer or image processor, and facts about its weights on disk."""
 
     def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
-        """The model without its weights, and its tokenizer."""
+        """The model without its weights, and its tokenizer or image processor."""
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
         """Examples as the model's inputs, of any number, also none."""
@@ -147,7 +163,8 @@ class Task(Protocol):
         """
 
     def loading_code(self, labels: Sequence[str], pad: int) -> str:
-        """A Python program that loads the exported adapter and its tokenizer; `pad` is the id of the pad token."""
+        """A Python program that loads the exported adapter and its tokenizer; `pad` is the id of the pad token, 0
+        without one."""
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features of each example of a batch [rows, width]."""

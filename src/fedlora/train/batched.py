@@ -9,7 +9,7 @@ from fedlora.config.sections import Train
 from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
-from fedlora.randomness import derive
+from fedlora.randomness import derive, generator
 from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
@@ -56,6 +56,7 @@ def train_together(
     device, lengths = parameters[0].device, examples.lengths()
     queues = [job.batches(lengths, settings) for job in jobs]
     generators = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
+    augmenting = [generator(job.seed, "augment") for job in jobs]
     steps = [job.steps(settings) for job in jobs]
     last_epoch = [n - min(n, job.steps_per_epoch(settings)) for n, job in zip(steps, jobs, strict=True)]
     losses, counts = torch.zeros(2, len(jobs), device=device)
@@ -82,7 +83,11 @@ def train_together(
                 everyone = len(present) == len(active)
                 adapted.client_layout.index = None if everyone else torch.tensor(part.places, device=device)
                 rows, real = collate_clients(part.rows)
-                inputs, targets = examples.batch(rows, device)
+                draws = [
+                    torch.randint(1 << 31, (len(own),), generator=augmenting[i])
+                    for i, own in zip(present, part.rows, strict=True)
+                ]
+                inputs, targets = examples.batch(rows, device, collate_clients(draws)[0])
                 sizes = [(int(lengths[own].max()), len(own)) for own in part.rows]
                 client_dropout.next_pass([generators[i] for i in present], sizes)
                 with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
