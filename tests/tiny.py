@@ -72,9 +72,11 @@ def tiny_tokenizer(
     )
 
 
-def tiny_model(folder: Path, config: transformers.PretrainedConfig, tokenizer: object = None, head: bool = False) -> Path:
+def tiny_model(
+    folder: Path, config: transformers.PretrainedConfig, tokenizer: object = None, head: bool = False, auto: object = None
+) -> Path:
     """Writes a model of this configuration with random weights and a tokenizer; the folder."""
-    kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
+    kind = auto or (transformers.AutoModelForSequenceClassification if head else transformers.AutoModel)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         kind.from_config(config).save_pretrained(folder)

@@ -264,7 +264,16 @@ def toy_plan(
 ) -> Plan:
     """A plan that evaluates on all clients in every round."""
     chosen = Sampling(fraction=fraction, **sampling)
-    return Plan(method, trainer.spec, 0, chosen, Evaluate(), rounds, evaluator=trainer.evaluate, metrics=metrics)
+    return Plan(
+        method,
+        trainer.spec,
+        0,
+        chosen,
+        Evaluate(),
+        rounds,
+        evaluator=lambda adapter, _: trainer.evaluate(adapter),
+        metrics=metrics,
+    )
 
 
 def toy_simulation(method: Any, trainer: ToyTrainer | Recorder, clients: Sequence[ClientInfo]) -> SimulationBackend:

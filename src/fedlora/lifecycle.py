@@ -19,7 +19,7 @@ from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.early_stopping import best_round, stops, until_best
 from fedlora.rounds.loop import run_rounds
-from fedlora.rounds.plan import Plan, RunState
+from fedlora.rounds.plan import GlobalEvaluator, Plan, RunState
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import ADAPTER, RunFolder
 from fedlora.runs.manifest import Manifest
@@ -117,7 +117,7 @@ def rounds(
         experiment.evaluate,
         experiment.rounds,
         experiment.method.uniform,
-        None if experiment.method.row.personal or not len(session.trainer.test) else session.trainer.evaluate,
+        None if experiment.method.row.personal or not len(session.trainer.test) else _evaluator(session, folder),
         deployed if checked is None else checked,
         folder.path / "spool",
         metrics=session.task.metrics,
@@ -155,6 +155,20 @@ def final_adapters(session: Session, folder: RunFolder, run_state: RunState) -> 
     """
     rows = folder.rows()
     return folder.best() or session.adapters(run_state, folder, rows[-1].round if rows else 0)
+
+
+def _evaluator(session: Session, folder: RunFolder) -> GlobalEvaluator:
+    """Evaluates on the test set; generated answers are stored in the run's folder."""
+
+    def evaluate(adapter: Adapter, rounds: int) -> Mapping[str, int | float]:
+        found = session.trainer.evaluate(adapter)
+        if (generation := session.generation) is None:
+            return found
+        answers = generation.answers(session.adapted, adapter)
+        folder.save_samples(rounds, generation.samples(answers))
+        return {**found, **generation.scores(answers)}
+
+    return evaluate
 
 
 def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder) -> tuple[Mapping[str, Path], str]:

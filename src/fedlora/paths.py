@@ -6,9 +6,11 @@ ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".csv.gz", ".parq
 """Endings of the names of data files."""
 
 
-def is_folder(source: str) -> bool:
-    """Whether a model's source is a folder, or has the form of a path."""
-    return source.startswith((".", "/", "~")) or Path(source).is_dir()
+def is_local(source: str) -> bool:
+    """Whether a model's source is a folder or a GGUF file, or has the form of a path."""
+    if source.startswith("package:"):
+        return False
+    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or Path(source).is_dir()
 
 
 def looks_local(name: str) -> bool:

@@ -9,21 +9,23 @@ import torch
 
 from fedlora.adapter import Adapter, lora_init
 from fedlora.config.experiment import Experiment
+from fedlora.encoded_data import EncodedData, Tokens, encode
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
 from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
 from fedlora.federated_data import FederatedData
+from fedlora.generation_setup import generation_of
 from fedlora.initial_states import RememberedStates
 from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.gguf import gguf_arguments
 from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
 from fedlora.models.targets import check_ranks, find_targets, head_modules
-from fedlora.models.tokenizers import check_known, check_lengths, positions
 from fedlora.reuse import Reuse
 from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
@@ -31,13 +33,13 @@ from fedlora.rounds.simulate import SimulationBackend
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.table import task_of
-from fedlora.tasks.task import Examples, Task
+from fedlora.tasks.task import Task
 from fedlora.train import hardware
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess
+from fedlora.train.generation import Generation
 from fedlora.train.local import LocalTrainer
 from fedlora.train.micro_batches import bytes_per_token
 from fedlora.train.schedule import schedule_notes
-from fedlora.train.targets import check_targets, rows_with_targets
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Session:
     """Messages for the user before the first round."""
     reuse: Reuse = field(default_factory=Reuse)
     """Values for the next run of this process."""
+    generation: Generation | None = None
+    """Evaluation by generated answers, if it is configured and there is a test set."""
 
     @classmethod
     def make(cls, experiment: Experiment, federated_data: FederatedData, reuse: Reuse | None = None) -> "Session":
@@ -71,23 +75,21 @@ class Session:
         quiet()
         loaded = LoadedModel.load(task, experiment, federated_data.labelled_data.labels, reuse)
         adapted, tokenizer, checkpoint = loaded.adapted, loaded.tokenizer, loaded.checkpoint
-        examples, test = _tokens(task, loaded, federated_data, experiment, reuse)
+        tokens = _tokens(task, tokenizer, federated_data, experiment, reuse)
+        data = EncodedData.of(tokens, adapted.model, tokenizer, federated_data, settings.max_length)
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
-        kept = bytes_per_token(adapted, task, examples, lora_init(adapted.spec, experiment.method.rank, experiment.seed))
-        shares, have_targets = federated_data.partition.shares, examples.have_targets()
-        rows = rows_with_targets({share.client: share.train for share in shares}, have_targets)
-        if empty := next((client for client, own in rows.items() if not len(own)), None):
-            raise UserError(f"client {empty!r}: none of its training examples has a target; raise train.max_length")
+        start = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
+        kept = bytes_per_token(adapted, task, data.examples, start)
         trainer = LocalTrainer(
             adapted,
             task,
-            examples,
-            rows,
-            rows_with_targets({share.client: share.held_out for share in shares}, have_targets),
-            test,
+            data.examples,
+            data.rows,
+            data.held_out,
+            data.test,
             settings,
             experiment.evaluate.batch_size,
             loaded.clients_per_step,
@@ -101,18 +103,22 @@ class Session:
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
-            *(note for kind, of in (("training", examples), ("test", test)) if (note := check_targets(of, kind))),
-            *schedule_notes(settings, rows),
+            *data.notes,
+            *schedule_notes(settings, data.rows),
         ]
         if loaded.one_at_a_time:
             notes.append(
                 "clients are trained one at a time: together, they would not get what each gets alone in this model"
             )
         clients = [
-            replace(client, examples=len(rows[client.id])) if client.id in rows else client
+            replace(client, examples=len(data.rows[client.id])) if client.id in data.rows else client
             for client in federated_data.clients
         ]
-        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes, reuse or Reuse())
+        generation = generation_of(
+            experiment, task, adapted.model, tokenizer, data.test, federated_data.labelled_data.test[:]
+        )
+        reuse = reuse or Reuse()
+        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes, reuse, generation)
 
     @property
     def places(self) -> list[str]:
@@ -170,14 +176,15 @@ class Session:
             if reason := unfit_for_peft(adapter, self.adapted) if to == "adapter" else unfit(adapter):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
         labels, dropout = self.federated_data.labelled_data.labels, self.experiment.lora.dropout
-        base = locate(self.experiment.model)
+        base, files = gguf_arguments(locate(self.experiment.model))
+        arguments = "".join(f", {name}={value!r}" for name, value in files.items())
         if Path(base).is_dir():
             base = str(Path(base).resolve())
         folders = {name: out / client_folder(name) if name else out for name in adapters}
         for name, adapter in adapters.items():
             if to == "adapter":
                 to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer, self.task.peft_type)
-                code = self.task.loading_code(labels, getattr(self.tokenizer, "pad_token_id", 0))
+                code = self.task.loading_code(labels, getattr(self.tokenizer, "pad_token_id", 0), arguments)
                 card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
             else:
@@ -186,8 +193,10 @@ class Session:
         return folders
 
 
-def check(experiment: Experiment, federated_data: FederatedData) -> None:
+def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     """Checks everything that `Session.make` checks, without reading the model's weights.
+
+    Returns notes about the examples, and for tasks whose targets are tokens the first one, decoded.
 
     Raises:
         UserError: invalid model, tokenizer, targets, ranks or device.
@@ -201,41 +210,22 @@ def check(experiment: Experiment, federated_data: FederatedData) -> None:
     check_ranks(sizes, ranks, experiment.method.rank)
     if experiment.method.whole_model:
         other_parameters(model, sizes, head)
-    encoded(task, model, tokenizer, federated_data, experiment.train.max_length)
-
-
-def encoded(
-    task: Task, model: Any, tokenizer: Any, federated_data: FederatedData, max_length: int
-) -> tuple[Examples, Examples]:
-    """Tokenizes the training and the test examples for the model.
-
-    Raises:
-        UserError: they are too long for the model, none has a target, or the tokenizer has none of their words in its
-            vocabulary.
-    """
-    train, test = (
-        task.encode(tokenizer, rows[:], max_length)
-        for rows in (federated_data.labelled_data.train, federated_data.labelled_data.test)
-    )
-    for kind, examples in (("training", train), ("test", test)):
-        check_lengths(examples.lengths(), max_length, positions(model))
-        check_targets(examples, kind)
-    check_known(train.features, tokenizer)
-    return train, test
+    tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
+    data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
+    generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test[:])
+    return [*data.notes, *data.first_example(tokenizer)]
 
 
 def _tokens(
-    task: Task, loaded: LoadedModel, federated_data: FederatedData, experiment: Experiment, reuse: Reuse | None
-) -> tuple[Examples, Examples]:
-    """As `encoded`; with `reuse`, those of the same examples are not computed again."""
-
-    def encode() -> tuple[Examples, Examples]:
-        return encoded(task, loaded.adapted.model, loaded.tokenizer, federated_data, experiment.train.max_length)
-
+    task: Task, tokenizer: Any, federated_data: FederatedData, experiment: Experiment, reuse: Reuse | None
+) -> Tokens:
+    """As `encode`; with `reuse`, those of the same examples are not computed again."""
+    settings = (experiment.model, experiment.task, experiment.train.max_length)
     if reuse is None:
-        return encode()
-    rows, settings = federated_data.fingerprint, (experiment.model, experiment.task, experiment.train.max_length)
-    return reuse.get("tokens", f"{settings} {rows.train} {rows.test}", encode)
+        return encode(task, tokenizer, federated_data, experiment.train.max_length)
+    rows = federated_data.fingerprint
+    key = f"{settings} {rows.train} {rows.test}"
+    return reuse.get("tokens", key, lambda: encode(task, tokenizer, federated_data, experiment.train.max_length))
 
 
 def _trainer(experiment: Experiment, federated_data: FederatedData, device: str, threads: int) -> LocalTrainer:

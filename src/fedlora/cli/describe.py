@@ -26,7 +26,10 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=Fal
 
 
 def check(file: File, overrides: Overrides = None) -> None:
-    """Check an experiment, its data, model and device without training, and list its clients."""
+    """Check an experiment, its data, model and device without training, and list its clients.
+
+    For a language model, the first training example is shown as the model gets it.
+    """
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
     from fedlora.report import tables
@@ -34,10 +37,12 @@ def check(file: File, overrides: Overrides = None) -> None:
 
     experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)
-    check_experiment(experiment, federated_data)
+    notes = check_experiment(experiment, federated_data)
     console = Console()
     console.width = max(console.width, tables.CLIENTS_WIDTH)
     console.print(tables.clients(federated_data))
+    for note in notes:
+        print(printable(note))
 
 
 def methods(

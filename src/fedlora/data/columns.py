@@ -1,6 +1,6 @@
 """The columns that a task reads, and what their values may be."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -9,9 +9,10 @@ from typing import Any, Literal
 from fedlora.data.images import image_reader
 from fedlora.data.names import encodable, name, number
 
-Kind = Literal["text", "number", "label", "image"]
+Kind = Literal["text", "number", "label", "image", "messages"]
 """text: not empty. number: finite, a float. label: a name, of which the examples get the index among the run's labels.
-image: an image, of which the examples get the bytes of a file, see `image_reader`."""
+image: an image, of which the examples get the bytes of a file, see `image_reader`. messages: a list of mappings with the
+texts `role` and `content`, at least one by the assistant."""
 
 _LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
@@ -62,4 +63,24 @@ def _number(value: Any) -> float:
     return float(found)
 
 
-_READERS: Mapping[Kind, Callable[[Any], Any]] = {"text": _text, "number": _number, "label": named("label")}
+def _messages(value: Any) -> list[dict[str, str]]:
+    found = [_message(one) for one in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])]
+    if not any(one["role"] == "assistant" for one in found):
+        raise ValueError("has no message by the assistant")
+    if any(one["role"] == "assistant" and not one["content"].strip() for one in found):
+        raise ValueError("has an empty message by the assistant")
+    return found
+
+
+def _message(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
+        raise ValueError("is not a list of messages, each with the texts 'role' and 'content'")
+    return {key: encodable(value[key]) for key in ("role", "content")}
+
+
+_READERS: Mapping[Kind, Callable[[Any], Any]] = {
+    "text": _text,
+    "number": _number,
+    "label": named("label"),
+    "messages": _messages,
+}

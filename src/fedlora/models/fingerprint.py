@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from fedlora.errors import UserError
+from fedlora.models.gguf import is_gguf
 from fedlora.models.loading import locate
 
 _READ = (".safetensors", ".json", ".txt", ".model")
@@ -23,9 +24,12 @@ def fingerprint(source: str) -> dict[str, str]:
         UserError: the model does not exist.
     """
     path = locate(source)
-    if not Path(path).is_dir():
+    if is_gguf(path):
+        files = [Path(path)]
+    elif Path(path).is_dir():
+        files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _READ and file.is_file()]
+    else:
         return {"commit": _commit(path)}
-    files = [file for file in sorted(Path(path).iterdir()) if file.suffix in _READ and file.is_file()]
     try:
         return {file.name: _digest(file) for file in files}
     except OSError as error:

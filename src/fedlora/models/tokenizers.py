@@ -15,9 +15,9 @@ from fedlora.errors import UserError
 _TEST_TEXTS = ("a", "\u0378")  # the second is an unassigned code point: unknown to every vocabulary except those of bytes
 
 
-def set_up_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
+def set_up_tokenizer(source: str, tokenizer: Any, model: Any, chat: bool = False) -> None:
     """Sets the same pad token in tokenizer and model config, and makes the tokenizer encode special tokens in a text as
-    plain text.
+    plain text; not for `chat`, where they are part of the tokenizer's template.
 
     Raises:
         UserError: the tokenizer is missing, has tokens that the model lacks, or has no usable pad token.
@@ -33,7 +33,8 @@ def set_up_tokenizer(source: str, tokenizer: Any, model: Any) -> None:
             f"model = {source!r}: the tokenizer has {len(beyond)} tokens beyond the model's {size} embeddings, such as "
             f"{min(beyond)!r}; save the model again after model.resize_token_embeddings(len(tokenizer))"
         )
-    _split_special_tokens(tokenizer)
+    if not chat:
+        _split_special_tokens(tokenizer)
     config = model.config.get_text_config()
     pad = _pad_token(source, tokenizer, config, size, special, reads_last_token(model))
     if pad != tokenizer.pad_token_id:
@@ -84,28 +85,41 @@ def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
     if "input_ids" not in features:
         return
     unread = torch.tensor([*tokenizer.all_special_ids, *_blank(tokenizer)])
-    if torch.isin(features["input_ids"], unread).all():
+    ids = features["input_ids"]
+    if len(ids) and torch.isin(ids, unread).all():
         raise UserError("the tokenizer has none of the texts' words in its vocabulary; check that it belongs to the model")
 
 
-def cached_tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
+def cached_tokens(
+    tokenizer: Any, texts: Sequence[list[str]], max_length: int | None, special: bool = True
+) -> dict[str, Tensor]:
     """The model's inputs, concatenated over the examples, and in `starts` the bounds of the examples.
 
-    Cached if the tokenizer can be serialized.
+    Truncated to `max_length`, if any; the tokenizer adds its special tokens if `special`. Cached if the tokenizer can be
+    serialized.
     """
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        return _tokens(tokenizer, texts, max_length)
+        return _tokens(tokenizer, texts, max_length, special)
     key = [transformers.__version__, repr(tokenizer), backend.to_str(), str(max_length), "split special tokens"]
     for column in texts:
         key += [str(len(column)), *column]
-    return load(cached("tokens", key, lambda: save(_tokens(tokenizer, texts, max_length))))
+    if not special:
+        key.append("no special tokens")
+    return load(cached("tokens", key, lambda: save(_tokens(tokenizer, texts, max_length, special))))
 
 
-def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int) -> dict[str, Tensor]:
-    found = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=True, verbose=False)
+def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int | None, special: bool) -> dict[str, Tensor]:
+    found = tokenizer(
+        *texts,
+        truncation=max_length is not None,
+        max_length=max_length,
+        add_special_tokens=special,
+        split_special_tokens=True,
+        verbose=False,
+    )
     _reset_lengths(tokenizer)
     lengths = [len(ids) for ids in found["input_ids"]]
-    flat = {name: torch.tensor(list(chain.from_iterable(found[name]))) for name in found}
+    flat = {name: torch.tensor(list(chain.from_iterable(found[name])), dtype=torch.long) for name in found}
     return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
 
 

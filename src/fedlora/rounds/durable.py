@@ -9,15 +9,17 @@ from pathlib import Path
 from fedlora.errors import RunStopped
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Replaces the file by write, fsync and atomic rename: a crash leaves either the old or the new file.
+
+    `mode` has the permissions of the new file, before the process's umask.
 
     Raises:
         RunStopped: the disk is full or the folder cannot be written; the old file is unchanged.
     """
     scratch = path.with_name(path.name + ".partial")
     try:
-        with scratch.open("wb") as file:
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

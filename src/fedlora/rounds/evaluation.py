@@ -25,7 +25,8 @@ def start_evaluation(
     with stats.timed("evaluate"):
         rnd = Round(stats.round, plan.seed)
         if plan.evaluator is not None:
-            stats.global_metrics = plan.evaluator(global_adapter(plan.method, plan.spec, state.server, rnd))
+            adapter = global_adapter(plan.method, plan.spec, state.server, rnd)
+            stats.global_metrics = plan.evaluator(adapter, stats.round)
         everybody = () if plan.evaluate.clients == "none" else sorted(backend.clients(), key=lambda client: client.id)
         evaluated = [one for one in everybody if plan.evaluate.clients == "all" or one.id in stats.accepted]
         if not evaluated:

@@ -17,8 +17,8 @@ from fedlora.rounds.finite import Largest
 class GlobalEvaluator(Protocol):
     """Evaluates on the global test set."""
 
-    def __call__(self, adapter: Adapter) -> Mapping[str, int | float]:
-        """Metrics of the adapter on the global test set, and the number of its `examples`."""
+    def __call__(self, adapter: Adapter, rounds: int) -> Mapping[str, int | float]:
+        """Metrics of the adapter after this number of rounds on the global test set, and the number of its `examples`."""
 
 
 @dataclass(frozen=True)

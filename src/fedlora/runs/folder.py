@@ -24,6 +24,8 @@ ADAPTER = "adapter"
 """Subfolder of a run's folder for its exported adapters."""
 CHECKPOINT = "checkpoint.safetensors"
 ROWS = "rounds.jsonl"
+SAMPLES = "samples"
+"""Subfolder of a run's folder for generated answers."""
 
 
 class RunFolder:
@@ -35,6 +37,7 @@ class RunFolder:
     manifest.json        inputs of the run; exists once the run has begun
     rounds.jsonl         one row for each complete round, and for the model before training
     checkpoint.safetensors   the server's state after the last complete round; replacing it commits the round
+    samples/round-N.jsonl   generated answers to test examples, if any, for a person to read
     clients/ID/ROUND.safetensors   states of stateful clients
     base_updates/ROUND.safetensors   base updates, for methods that produce them
     best/ROUND.safetensors   adapters of the best round, for runs that may stop early
@@ -99,6 +102,17 @@ class RunFolder:
         """
         self.require()
         durable.replace(self.path / name, content.encode())
+
+    def save_samples(self, rounds: int, content: str) -> None:
+        """Writes generated answers after this number of rounds to a file that only its user can read.
+
+        Raises:
+            RunStopped: it cannot be written.
+        """
+        self.require()
+        path = self.path / SAMPLES / f"round-{rounds}.jsonl"
+        durable.folder(path.parent)
+        durable.replace(path, content.encode(), mode=0o600)
 
     def begin(self, manifest: Mapping[str, Any], server: Any) -> None:
         """Writes the manifest, which has the entries `id` and `environment`, and the server's state before the first round.

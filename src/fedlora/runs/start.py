@@ -15,7 +15,7 @@ import torch
 from fedlora.config.experiment import Experiment, build
 from fedlora.config.reading import read_table
 from fedlora.errors import UserError
-from fedlora.paths import absolute, is_folder, looks_local
+from fedlora.paths import absolute, is_local, looks_local
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.train.hardware import fast_in_bf16
@@ -98,7 +98,7 @@ def resolve_settings(experiment: Experiment) -> Experiment:
         train = train.model_copy(update={"precision": "bf16" if fast_in_bf16(train.device) else "fp32"})
     places = {key: name for key in ("source", "test") if (name := getattr(data, key)) and looks_local(name)}
     data = data.model_copy(update={key: absolute(name) for key, name in places.items()})
-    model = absolute(experiment.model) if is_folder(experiment.model) else experiment.model
+    model = absolute(experiment.model) if is_local(experiment.model) else experiment.model
     clients = experiment.clients.model_copy(update={"count": experiment.clients.size})
     return experiment.model_copy(update={"model": model, "data": data, "clients": clients, "train": train})
 

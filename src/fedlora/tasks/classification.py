@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 folder = Path()  # where this file is
 labels = dict(enumerate(json.loads((folder / "labels.json").read_text())))
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True
+    folder, num_labels={classes}, id2label=labels, pad_token_id={pad}, ignore_mismatched_sizes=True{arguments}
 )
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -48,6 +48,7 @@ class Classification:
     pipeline_tag: ClassVar[str] = "text-classification"
     lower_is_better = frozenset({"loss"})
     test_metrics = None
+    questions = None
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """A text or two, and the label."""
@@ -112,9 +113,9 @@ class Classification:
         accuracy, f1, mcc = confusion_metrics(statistics.sums["confusion"])
         return {"accuracy": accuracy, "loss": float(statistics.sums["loss"]) / statistics.examples, "f1": f1, "mcc": mcc}
 
-    def loading_code(self, labels: Sequence[str], pad: int) -> str:
+    def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter with the head for these labels."""
-        return _LOAD.format(classes=len(labels), pad=pad)
+        return _LOAD.format(classes=len(labels), pad=pad, arguments=arguments)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `head_features`."""

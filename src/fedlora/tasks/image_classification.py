@@ -110,7 +110,7 @@ class ImageClassification(Classification):
         """As `Classification`."""
         return super().measure(model, _as_model(model, inputs), targets, real)
 
-    def loading_code(self, labels: Sequence[str], pad: int) -> str:
+    def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter with the head for these labels, and the image processor."""
         return _LOAD.format(classes=len(labels))
 

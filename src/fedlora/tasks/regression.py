@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 folder = Path()  # where this file is
 model = AutoPeftModelForSequenceClassification.from_pretrained(
-    folder, num_labels=1, problem_type="regression", pad_token_id={pad}, ignore_mismatched_sizes=True
+    folder, num_labels=1, problem_type="regression", pad_token_id={pad}, ignore_mismatched_sizes=True{arguments}
 )
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
@@ -45,6 +45,7 @@ class Regression:
     peft_type = "SEQ_CLS"
     pipeline_tag = "text-classification"  # the hub's, of text scoring too
     lower_is_better = frozenset({"mse", "loss"})
+    questions = None
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """A text or two, and the score."""
@@ -107,9 +108,9 @@ class Regression:
         """Spearman's rank correlation, which is NaN if predictions or scores are constant."""
         return {"spearman": spearman(each["x"], each["y"])}
 
-    def loading_code(self, labels: Sequence[str], pad: int) -> str:
+    def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter with its head of one output."""
-        return _LOAD.format(pad=pad)
+        return _LOAD.format(pad=pad, arguments=arguments)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `head_features`."""

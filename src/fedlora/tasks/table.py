@@ -11,11 +11,17 @@ from fedlora.tasks.task import Task
 @cache
 def tasks() -> Mapping[str, Callable[..., Task]]:
     """Each value of the setting `task.kind`, and its task: a dataclass, whose fields are settings of `[task]`."""
-    from fedlora.tasks.classification import Classification  # imports transformers, which takes seconds
+    from fedlora.tasks.causal_lm import CausalLM  # imports transformers, which takes seconds
+    from fedlora.tasks.classification import Classification
     from fedlora.tasks.image_classification import ImageClassification
     from fedlora.tasks.regression import Regression
 
-    return {"classification": Classification, "regression": Regression, "image-classification": ImageClassification}
+    return {
+        "classification": Classification,
+        "regression": Regression,
+        "image-classification": ImageClassification,
+        "causal-lm": CausalLM,
+    }
 
 
 def task_of(settings: Mapping[str, Any]) -> Task:

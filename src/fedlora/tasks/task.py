@@ -1,7 +1,7 @@
 """The interface of a task: what is particular to a kind of task, and nothing else in the package knows."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
+from fedlora.tasks.questions import Question
 
 NO_TARGET = -100
 """Marks a token without a target; also the default `ignore_index` of torch's cross-entropy."""
@@ -26,6 +27,9 @@ class Examples:
 
     `decode` turns a batch's features into the model's inputs, if they are stored in another form. `augment` changes a
     batch's features at random, given a random number for each row; only training does this.
+
+    `truncated` counts the examples of which a part, such as the prompt, was truncated, by the part's name. With
+    `block_length`, the examples are passages of text without limit; see `cut_into_blocks`.
     """
 
     features: Mapping[str, Shaped[Tensor, "tokens ..."]]
@@ -36,6 +40,8 @@ class Examples:
     left: bool = False
     decode: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     augment: Callable[[dict[str, Tensor], Int[Tensor, " rows"]], dict[str, Tensor]] | None = None
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    block_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -162,9 +168,19 @@ class Task(Protocol):
         They are computed from the statistics of each single example [examples, ...].
         """
 
-    def loading_code(self, labels: Sequence[str], pad: int) -> str:
-        """A Python program that loads the exported adapter and its tokenizer; `pad` is the id of the pad token, 0
-        without one."""
+    @property
+    def questions(self) -> Callable[[Any, Examples, Mapping[str, Sequence[Any]]], Sequence[Question]] | None:
+        """The prompts of examples that have a target, with their answers; None for a task that generates no text.
+
+        Arguments are the tokenizer, the encoded examples and their columns.
+        """
+
+    def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
+        """A Python program that loads the exported adapter and its tokenizer.
+
+        `pad` is the id of the pad token, 0 without one; `arguments` are further ones that loading the base model needs,
+        such as ', gguf_file="x.gguf"'.
+        """
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features of each example of a batch [rows, width]."""

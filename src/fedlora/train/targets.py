@@ -1,17 +1,19 @@
-"""Leaves out examples without a target: they have no loss."""
+"""Leaves out examples without a target: they have no loss. Counts truncated examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fedlora.errors import UserError
 from fedlora.tasks.task import Examples
 
+K = TypeVar("K", bound=Hashable)
 
-def check_targets(examples: Examples, kind: str) -> str | None:
-    """A note about examples without a target, if there are any; `kind` is what the examples are for.
+
+def check_targets(examples: Examples, kind: str) -> list[str]:
+    """Notes about examples without a target and about truncated ones; `kind` is what the examples are for.
 
     Raises:
         UserError: no example has a target.
@@ -19,12 +21,17 @@ def check_targets(examples: Examples, kind: str) -> str | None:
     kept, count = int(examples.have_targets().sum()), len(examples)
     if kept < count and not kept:
         raise UserError(f"none of the {count} {kind} examples has a target after truncation; raise train.max_length")
-    return None if kept == count else f"{count - kept} of {count} {kind} examples have no target and are left out"
+    notes = [
+        f"the {part} of {cut} of {count} {kind} examples is truncated; see train.max_length"
+        for part, cut in examples.truncated.items()
+    ]
+    return (
+        notes if kept == count else [*notes, f"{count - kept} of {count} {kind} examples have no target and are left out"]
+    )
 
 
 def rows_with_targets(
-    rows: Mapping[str, Sequence[int]], have_targets: Bool[Tensor, " examples"]
-) -> dict[str, Int[Tensor, " rows"]]:
+    rows: Mapping[K, Int[Tensor, " rows"]], have_targets: Bool[Tensor, " examples"]
+) -> dict[K, Int[Tensor, " rows"]]:
     """Each client's rows without those that have no target."""
-    tensors = {client: torch.tensor(own, dtype=torch.long) for client, own in rows.items()}
-    return {client: own[have_targets[own]] for client, own in tensors.items()}
+    return {client: own[have_targets[own]] for client, own in rows.items()}

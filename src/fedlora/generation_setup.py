@@ -1,0 +1,40 @@
+"""Setup of the evaluation by generated answers from a run's settings and test set."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fedlora.config.experiment import Experiment
+from fedlora.errors import UserError
+from fedlora.tasks.questions import grouped, spread
+from fedlora.tasks.task import NO_TARGET, Examples, Task
+from fedlora.train.generation import Generation
+
+
+def generation_of(
+    experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, columns: Mapping[str, Sequence[Any]]
+) -> Generation | None:
+    """The evaluation by generated answers; None if it is not configured, or there is no test set.
+
+    Raises:
+        UserError: the task generates no text.
+    """
+    settings = experiment.evaluate
+    if not settings.generate or not len(test):
+        return None
+    if task.questions is None:
+        raise UserError(f"evaluate.generate: task.kind = {experiment.task.kind!r} generates no text; set it to 0")
+    questions = spread(grouped(task.questions(tokenizer, test, columns)), settings.generate)
+    stop = _stop(model, tokenizer, test)
+    return Generation(questions, tokenizer, stop, settings.max_new_tokens, settings.batch_size, settings.text_metrics)
+
+
+def _stop(model: Any, tokenizer: Any, examples: Examples) -> list[int]:
+    """The ids of the tokens that end an answer: eos, those of the checkpoint, and special tokens that answers end with."""
+    config = getattr(model, "generation_config", None) or model.config
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    special = torch.tensor([i for i, token in tokenizer.added_tokens_decoder.items() if token.special], dtype=torch.long)
+    learned = examples.targets[examples.targets != NO_TARGET]
+    ends = learned[torch.isin(learned, special)].tolist()
+    return sorted({i for i in (tokenizer.eos_token_id, *ids, *ends) if i is not None})

