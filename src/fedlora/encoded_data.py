@@ -32,8 +32,8 @@ class EncodedData:
     """The clients' examples, with each client's rows for training and held-out rows that have targets, and the test set."""
 
     examples: Examples
-    rows: Mapping[str, Int[Tensor, " rows"]]
-    held_out: Mapping[str, Int[Tensor, " rows"]]
+    rows: Mapping[str, Int[Tensor, " _"]]
+    held_out: Mapping[str, Int[Tensor, " _"]]
     test: Examples
     notes: tuple[str, ...]
     """Messages for the user."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
@@ -35,6 +37,15 @@ def _stop(model: Any, tokenizer: Any, examples: Examples) -> list[int]:
     config = getattr(model, "generation_config", None) or model.config
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     special = torch.tensor([i for i, token in tokenizer.added_tokens_decoder.items() if token.special], dtype=torch.long)
-    learned = examples.targets[examples.targets != NO_TARGET]
-    ends = learned[torch.isin(learned, special)].tolist()
+    last = _last_of_answers(examples)
+    ends = last[torch.isin(last, special)].tolist()
     return sorted({i for i in (tokenizer.eos_token_id, *ids, *ends) if i is not None})
+
+
+def _last_of_answers(examples: Examples) -> Int[Tensor, " answers"]:
+    """The last target of each answer; an example may have several."""
+    assert examples.target_starts is not None, "answers have a target for each token"
+    learned = examples.targets != NO_TARGET
+    last = torch.cat([~learned[1:], torch.ones(1, dtype=torch.bool)])
+    last[examples.target_starts[1:] - 1] = True
+    return examples.targets[learned & last]

@@ -54,7 +54,8 @@ class Data(Section):
     label: str = "label"
     """The column with the label, or, in a regression, with the score."""
     prompt: str | None = None
-    """The column with the prompt of a language model, which it does not learn to write. It needs `data.response`.
+    """The column with the prompt of a language model or an encoder-decoder, which it does not learn to write. It needs
+    `data.response`.
 
     Example: "prompt"
     """
@@ -102,6 +103,8 @@ _ONLY_OF = {
     "label_smoothing": ("classification", "image-classification"),
     "class_weights": ("classification", "image-classification"),
     "augment": ("image-classification",),
+    "prefix": ("seq2seq",),
+    "max_target_length": ("seq2seq",),
 }
 """Settings of `[task]` that only some kinds of tasks have."""
 
@@ -109,11 +112,11 @@ _ONLY_OF = {
 class Task(Section):
     """The task that the model is fine-tuned for (docs/tasks.md). `task = "KIND"` sets only `task.kind`."""
 
-    kind: Literal["classification", "regression", "image-classification", "causal-lm"] = "classification"
+    kind: Literal["classification", "regression", "image-classification", "causal-lm", "seq2seq"] = "classification"
     """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score.
     image-classification: an image has one of the labels. causal-lm: a language model learns to answer prompts
     (`data.prompt` and `data.response`), to continue conversations (`data.messages`), or, with neither, to write texts
-    (`data.text`)."""
+    (`data.text`). seq2seq: an encoder-decoder, such as T5 or BART, learns to answer prompts."""
     center: FiniteFloat = 0.0
     """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
     correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
@@ -131,6 +134,11 @@ class Task(Section):
     """The text between the prompt and the answer of a language model."""
     chat: bool = False
     """Whether a language model gets prompt and answer as a conversation, in the form of the tokenizer's chat template."""
+    prefix: str = ""
+    """The text before each prompt of an encoder-decoder, such as `sst2 sentence: `."""
+    max_target_length: PositiveInt = 128
+    """Tokens of an answer of an encoder-decoder; longer answers are truncated. Its prompts have
+    `train.max_length`."""
 
     @model_validator(mode="after")
     def _all_used(self) -> "Task":
@@ -153,7 +161,8 @@ class Clients(Section):
     """How the examples are partitioned. iid: at random. dirichlet: random label proportions for each client.
     pathological: a few labels per client. shards: contiguous pieces of the data sorted by label. natural: by the column
     `data.user`. length: by the number of characters, the shortest for the first client. In a regression, five equal
-    intervals between the smallest and the largest score take the place of the labels."""
+    intervals between the smallest and the largest score take the place of the labels; for an encoder-decoder, the answers
+    do, if they are few (docs/tasks.md)."""
     alpha: PositiveFloat = 0.5
     """Concentration parameter of the dirichlet partition: the smaller, the more the clients' labels differ."""
     min_size: PositiveInt = 2
@@ -265,7 +274,7 @@ class Train(Section):
     accumulated to that of the whole batch. Affects results only by rounding, and by the choice of dropout masks."""
     max_length: PositiveInt = 128
     """Tokens per example; longer examples are truncated: prompts of language models on the left, all other texts on the
-    right."""
+    right. The answers of an encoder-decoder have `task.max_target_length`."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """The precision of the frozen base; factors, heads, optimizer and base updates are fp32. auto: bf16 if the
     processor has matrix instructions for it. Without these, bf16 is up to a hundred times slower than fp32."""

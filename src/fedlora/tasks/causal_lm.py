@@ -1,6 +1,5 @@
 """Causal language models: answers to prompts, conversations, texts."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from fedlora.tasks.prompts import eos, leading, pairs, to_examples, token_exampl
 from fedlora.tasks.questions import Question
 from fedlora.tasks.task import NO_TARGET, Examples
 from fedlora.tasks.token_losses import token_losses, with_decoder_output
+from fedlora.tasks.token_metrics import token_metrics
 
 _LOAD = """\
 from pathlib import Path
@@ -119,14 +119,8 @@ class CausalLM:
         return "its loss is negative" if loss < 0 else None
 
     def metrics(self, statistics: Statistics) -> Mapping[str, float]:
-        """The mean loss of a target, its exponential, and the fraction of targets that are predicted; NaN for none."""
-        loss, tokens, right = (float(statistics.sums[name]) for name in ("loss", "tokens", "right"))
-        mean = loss / tokens if tokens else math.nan
-        return {
-            "loss": mean,
-            "perplexity": math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan,
-            "token_accuracy": right / tokens if tokens else math.nan,
-        }
+        """See `token_metrics`."""
+        return token_metrics(statistics.sums)
 
     def questions(self, tokenizer: Any, examples: Examples, columns: Mapping[str, Sequence[Any]]) -> list[Question]:
         """The ids before each example's last answer, from which training goes on, and the answer's text.

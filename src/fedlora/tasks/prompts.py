@@ -43,9 +43,14 @@ def token_lists(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def leading(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts before a text, such as bos."""
+    return surrounding(tokenizer)[0]
+
+
+def surrounding(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before a text, and those that it puts after a text."""
     with_special, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     at = next(i for i in range(len(with_special) + 1) if with_special[i : i + len(text)] == text)
-    return list(with_special[:at])
+    return list(with_special[:at]), list(with_special[at + len(text) :])
 
 
 def eos(tokenizer: Any, texts: Iterable[str]) -> int:

@@ -15,12 +15,14 @@ def tasks() -> Mapping[str, Callable[..., Task]]:
     from fedlora.tasks.classification import Classification
     from fedlora.tasks.image_classification import ImageClassification
     from fedlora.tasks.regression import Regression
+    from fedlora.tasks.seq2seq import Seq2Seq
 
     return {
         "classification": Classification,
         "regression": Regression,
         "image-classification": ImageClassification,
         "causal-lm": CausalLM,
+        "seq2seq": Seq2Seq,
     }
 
 

@@ -14,9 +14,7 @@ from fedlora.tasks.task import NO_TARGET, Examples
 K = TypeVar("K", bound=Hashable)
 
 
-def cut_into_blocks(
-    examples: Examples, rows: Mapping[K, Int[Tensor, " rows"]]
-) -> tuple[Examples, dict[K, Int[Tensor, " rows"]]]:
+def cut_into_blocks(examples: Examples, rows: Mapping[K, Int[Tensor, " _"]]) -> tuple[Examples, dict[K, Int[Tensor, " _"]]]:
     """The examples of each group, one after the other, as blocks of `block_length` tokens, the last one shorter; and the
     rows of each group's blocks.
 

@@ -69,7 +69,10 @@ def _parts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
 
 
 def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start: Adapter) -> int:
-    """Bytes that a training pass stores for its backward pass, per token of the longest example; 1 without examples."""
+    """Bytes that a training pass stores for its backward pass, per token of an example; 1 without examples.
+
+    Those of the longest example, with its targets, if these are tokens.
+    """
     if len(examples) == 0:
         return 1
     (parameter, *_) = adapted.load_clients([start], "ba")
@@ -80,13 +83,15 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
     ) -> None:  # returning x, the output of a node that saves it, would keep the graph in memory for good
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
-    longest = examples.lengths().argmax()[None]
+    targets_of_each = 0 if examples.target_starts is None else examples.target_starts.diff()
+    longest = (examples.lengths() + targets_of_each).argmax()[None]
+    length = int(examples.lengths()[longest])
     inputs, targets = examples.batch(longest, parameter.device)
     adapted.model.train()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), ClientDropout() as dropout:
-        dropout.next_pass([torch.Generator(parameter.device).manual_seed(0)], [(int(examples.lengths().max()), 1)])
+        dropout.next_pass([torch.Generator(parameter.device).manual_seed(0)], [(length, 1)])
         task.losses(adapted.model, inputs, targets)
     own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
     adapted.load_clients([])
     stored = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
-    return max(1, stored // int(examples.lengths().max()))
+    return max(1, stored // length)

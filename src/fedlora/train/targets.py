@@ -31,7 +31,7 @@ def check_targets(examples: Examples, kind: str) -> list[str]:
 
 
 def rows_with_targets(
-    rows: Mapping[K, Int[Tensor, " rows"]], have_targets: Bool[Tensor, " examples"]
-) -> dict[K, Int[Tensor, " rows"]]:
+    rows: Mapping[K, Int[Tensor, " _"]], have_targets: Bool[Tensor, " examples"]
+) -> dict[K, Int[Tensor, " _"]]:
     """Each client's rows without those that have no target."""
     return {client: own[have_targets[own]] for client, own in rows.items()}
