@@ -10,7 +10,6 @@ from typing import Any
 from fedlora.config.experiment import Experiment
 from fedlora.config.sections import Data
 from fedlora.data.columns import Column
-from fedlora.data.examples import label_of
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
@@ -119,12 +118,12 @@ def _loaded(experiment: Experiment, in_memory: Any = None) -> LabelledData:
     """All examples.
 
     Raises:
-        UserError: they cannot be read, or have no labels and the method needs them.
+        UserError: they cannot be read, or do not have one label each, and the method needs it.
     """
     columns = _columns(experiment)
-    if experiment.method.row.needs_labels and label_of(columns) is None:
+    if experiment.method.row.needs_labels and not any(column.kind == "label" for column in columns):
         raise UserError(
             f"method.name = {experiment.method.name!r} needs labelled examples, task.kind = {experiment.task.kind!r} has "
-            "no labels; choose another method"
+            "no labels of whole examples; choose another method"
         )
     return load(experiment.data, experiment.seed, columns, in_memory)

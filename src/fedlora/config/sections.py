@@ -53,9 +53,13 @@ class Data(Section):
     """The column with the image, for tasks on images: a path relative to the file, or the image itself (docs/data.md)."""
     label: str = "label"
     """The column with the label, or, in a regression, with the score."""
+    tokens: str = "tokens"
+    """The column with the words of a text that is tagged: a list."""
+    tags: str = "tags"
+    """The column with the tags: a list with one for each word."""
     prompt: str | None = None
-    """The column with the prompt of a language model or an encoder-decoder, which it does not learn to write. It needs
-    `data.response`.
+    """The column with the prompt of a language model or an encoder-decoder, which it does not learn to write, or with the
+    question of multiple choice.
 
     Example: "prompt"
     """
@@ -69,6 +73,16 @@ class Data(Section):
     messages of the assistant, in the form of the tokenizer's chat template.
 
     Example: "messages"
+    """
+    options: str | None = None
+    """The column with the options of a question: a list of two texts or more.
+
+    Example: "choices"
+    """
+    answer: str | None = None
+    """The column with the right option: its text, or its index, counted from 0.
+
+    Example: "answer"
     """
     user: str | None = None
     """The column that names the owner of an example; the natural partition needs it.
@@ -105,6 +119,8 @@ _ONLY_OF = {
     "augment": ("image-classification",),
     "prefix": ("seq2seq",),
     "max_target_length": ("seq2seq",),
+    "objective": ("multiple-choice",),
+    "all_subwords": ("tagging",),
 }
 """Settings of `[task]` that only some kinds of tasks have."""
 
@@ -112,14 +128,23 @@ _ONLY_OF = {
 class Task(Section):
     """The task that the model is fine-tuned for (docs/tasks.md). `task = "KIND"` sets only `task.kind`."""
 
-    kind: Literal["classification", "regression", "image-classification", "causal-lm", "seq2seq"] = "classification"
+    kind: Literal[
+        "classification", "regression", "image-classification", "tagging", "multiple-choice", "causal-lm", "seq2seq"
+    ] = "classification"
     """The kind of task. classification: a text, or a pair of texts, has one of the labels. regression: it has a score.
-    image-classification: an image has one of the labels. causal-lm: a language model learns to answer prompts
-    (`data.prompt` and `data.response`), to continue conversations (`data.messages`), or, with neither, to write texts
-    (`data.text`). seq2seq: an encoder-decoder, such as T5 or BART, learns to answer prompts."""
+    image-classification: an image has one of the labels. tagging: each word has a tag, such as those of named entities.
+    multiple-choice: a language model answers a question by the likelihoods of its options. causal-lm: a language model
+    learns to answer prompts (`data.prompt` and `data.response`), to continue conversations (`data.messages`), or, with
+    neither, to write texts (`data.text`). seq2seq: an encoder-decoder, such as T5 or BART, learns to answer prompts."""
     center: FiniteFloat = 0.0
     """A number near the scores of a regression, such as their mean. It changes only the rounding of the Pearson
     correlation, and is needed if the scores differ by less than a ten-thousandth of their size."""
+    objective: Literal["choice", "answer"] = "choice"
+    """The training loss of multiple choice. choice: the cross-entropy of the right option among those of its question, by
+    their log-likelihoods. answer: that of the tokens of the right option alone, as in instruction tuning."""
+    all_subwords: bool = False
+    """Whether tagging is trained on all tokens of a word, not only the first; with a B- tag, the others have the I- tag.
+    Predictions are those at the first token."""
     label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """The fraction of the target probability of a classification that is spread evenly over all labels, in training."""
     class_weights: list[PositiveFloat] | None = None

@@ -1,11 +1,13 @@
 """Validated columns of a table, under this package's names."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from fedlora.config.sections import Data
-from fedlora.data.columns import Column, named, reader
+from fedlora.data.columns import Column, Kind, match, named, reader
 from fedlora.data.labels import LabelError, label_ids
+from fedlora.data.lists import as_lists, flat
 from fedlora.data.names import name, number, unified
 from fedlora.data.tables import Table, choices
 from fedlora.errors import UserError
@@ -38,9 +40,13 @@ def examples(table: Table, data: Data, columns: Sequence[Column], owners_needed:
     found = {ours: _read(table, getattr(data, ours), ours, read_cell) for ours, read_cell in read.items()}
     if not size(found):
         raise UserError(f"{table.origin} has no examples")
+    for column in columns:
+        if column.of is not None:
+            pairs, kind = zip(found[column.name], found[column.of], strict=True), column.kind
+            found[column.name] = list(_checked(pairs, partial(_match, kind), where(table, data, column.name)))
     label = label_of(columns)
     for ours in found.keys() & {label, "user", "task"}:
-        found[ours] = unified(found[ours])
+        found[ours] = as_lists(unified(flat(found[ours])), found[ours])
     if label is not None and table.labels is not None:
         found[label] = _by_table(found[label], table.labels, where(table, data, label))
     return found
@@ -52,8 +58,8 @@ def size(columns: Columns) -> int:
 
 
 def label_of(columns: Sequence[Column]) -> str | None:
-    """The name of the column with the labels; None if the task has none."""
-    return next((column.name for column in columns if column.kind == "label"), None)
+    """The name of the column with the labels, one or a list for each example; None if the task has none."""
+    return next((column.name for column in columns if column.kind in ("label", "tags")), None)
 
 
 def where(table: Table, data: Data, ours: str) -> str:
@@ -61,18 +67,24 @@ def where(table: Table, data: Data, ours: str) -> str:
     return _place(table, getattr(data, ours), ours)
 
 
-def row_of(error: LabelError, labels: Sequence[str], place: str) -> UserError:
+def row_of(error: LabelError, column: Sequence[Any], place: str) -> UserError:
     """An error about a label, reported for the first row that has it."""
-    return UserError(f"{place}: row {labels.index(error.label) + 1} has a label that {error}")
+    row = next(row for row, value in enumerate(column, 1) if error.label in flat([value]))
+    return UserError(f"{place}: row {row} has a label that {error}")
 
 
-def _by_table(labels: list[str], names: Sequence[str], place: str) -> list[str]:
+def _by_table(column: list[Any], names: Sequence[str], place: str) -> list[Any]:
     """The labels, with numbers replaced by the table's names for them."""
+    labels = flat(column)
     try:
         ids = label_ids([label for label in labels if number(label) is not None], names)
     except LabelError as error:
-        raise row_of(error, labels, place) from None
-    return [name(names[ids[label]]) if label in ids else label for label in labels]
+        raise row_of(error, column, place) from None
+    return as_lists([name(names[ids[label]]) if label in ids else label for label in labels], column)
+
+
+def _match(kind: Kind, pair: tuple[Any, Any]) -> Any:
+    return match(kind, *pair)
 
 
 def _read(table: Table, column: str, ours: str, read: Callable[[Any], Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from fedlora.data import memory
 from fedlora.data.columns import Column
 from fedlora.data.examples import Columns, examples, label_of, row_of, size, where
 from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
+from fedlora.data.lists import as_lists, flat
 from fedlora.data.tables import STDLIB_DOCS, find
 from fedlora.errors import UserError
 from fedlora.randomness import generator
@@ -105,21 +106,23 @@ def _given(labels: list[str] | None) -> tuple[str, ...] | None:
         raise UserError(f"data.labels: {error}") from None
 
 
-def _found(train: list[str], train_place: str, test: list[str], test_place: str) -> tuple[str, ...]:
+def _found(train: list[Any], train_place: str, test: list[Any], test_place: str) -> tuple[str, ...]:
+    labels = flat(train)
     try:
-        return found_labels(train, test)
+        return found_labels(labels, flat(test))
     except LabelError as error:
-        raise row_of(error, train, train_place) if error.label in train else row_of(error, test, test_place) from None
+        raise row_of(error, train, train_place) if error.label in labels else row_of(error, test, test_place) from None
     except ValueError as error:
         raise UserError(f"{train_place}: {error}") from None
 
 
-def _indices(labels: list[str], names: Sequence[str], place: str) -> list[int]:
+def _indices(column: list[Any], names: Sequence[str], place: str) -> list[Any]:
+    labels = flat(column)
     try:
         ids = label_ids(labels, names)
     except LabelError as error:
-        raise row_of(error, labels, place) from None
-    return [ids[label] for label in labels]
+        raise row_of(error, column, place) from None
+    return as_lists([ids[label] for label in labels], column)
 
 
 def _split(columns: Columns, fraction: float, seed: int) -> tuple[Columns, Columns]:

@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,8 @@ def of_dataset(dataset: datasets.Dataset, label: str | None, origin: str) -> Tab
     """
     for name in [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]:
         dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    names = getattr(dataset.features.get(label), "names", None)
+    feature = dataset.features.get(label)
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list: those of its elements
     if names is None:
         return Table(origin, dataset.column_names, lambda name: dataset[name][:])
     # a ClassLabel is an index into its names, even if these are numbers; -1 means no label
@@ -158,9 +159,14 @@ def of_dataset(dataset: datasets.Dataset, label: str | None, origin: str) -> Tab
     return Table(
         origin,
         dataset.column_names,
-        lambda name: [name_of.get(value) for value in dataset[name]] if name == label else dataset[name][:],
+        lambda name: [_named(value, name_of) for value in dataset[name]] if name == label else dataset[name][:],
         labels,
     )
+
+
+def _named(value: Any, name_of: Mapping[Any, str]) -> Any:
+    """The name of a class, or the names of those in a list."""
+    return [name_of.get(one) for one in value] if isinstance(value, list) else name_of.get(value)
 
 
 @contextmanager

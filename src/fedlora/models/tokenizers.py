@@ -41,7 +41,7 @@ def set_up_tokenizer(source: str, tokenizer: Any, model: Any, chat: bool = False
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     if not _valid(getattr(config, "pad_token_id", None), size):
         config.pad_token_id = pad
-    _reset_lengths(tokenizer)
+    reset_lengths(tokenizer)
 
 
 def reads_last_token(model: Any) -> bool:
@@ -117,13 +117,13 @@ def _tokens(tokenizer: Any, texts: Sequence[list[str]], max_length: int | None, 
         split_special_tokens=True,
         verbose=False,
     )
-    _reset_lengths(tokenizer)
+    reset_lengths(tokenizer)
     lengths = [len(ids) for ids in found["input_ids"]]
     flat = {name: torch.tensor(list(chain.from_iterable(found[name])), dtype=torch.long) for name in found}
     return {**flat, "starts": torch.tensor([0, *lengths]).cumsum(0)}
 
 
-def _reset_lengths(tokenizer: Any) -> None:
+def reset_lengths(tokenizer: Any) -> None:
     """Resets truncation and padding set by a call, so that the saved tokenizer does not depend on earlier calls."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         backend.no_truncation()

@@ -14,13 +14,17 @@ def tasks() -> Mapping[str, Callable[..., Task]]:
     from fedlora.tasks.causal_lm import CausalLM  # imports transformers, which takes seconds
     from fedlora.tasks.classification import Classification
     from fedlora.tasks.image_classification import ImageClassification
+    from fedlora.tasks.multiple_choice import MultipleChoice
     from fedlora.tasks.regression import Regression
     from fedlora.tasks.seq2seq import Seq2Seq
+    from fedlora.tasks.tagging import Tagging
 
     return {
         "classification": Classification,
         "regression": Regression,
         "image-classification": ImageClassification,
+        "tagging": Tagging,
+        "multiple-choice": MultipleChoice,
         "causal-lm": CausalLM,
         "seq2seq": Seq2Seq,
     }
