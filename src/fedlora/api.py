@@ -137,8 +137,11 @@ def export(
 def finish_run(
     experiment: Experiment, folder: RunFolder, progress: Progress, in_memory: Any = None, reuse: Reuse | None = None
 ) -> Result:
-    """Runs the remaining rounds of the run in this folder, and exports its adapters; `reuse` as in `Session.make`."""
-    federated_data = FederatedData.make(experiment, in_memory)
+    """Runs the remaining rounds of the run in this folder, and exports its adapters.
+
+    With `reuse`, which is for data in files, values of an earlier run of this process are not computed again.
+    """
+    federated_data = FederatedData.make(experiment, in_memory, reuse)
     require_same(folder, experiment, federated_data)
     session = Session.make(experiment, federated_data, reuse).on_all_devices()
     run_state = rounds(session, folder, progress, session.simulation(folder), begin(session, folder))

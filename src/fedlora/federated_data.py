@@ -16,6 +16,7 @@ from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import LabelledData, load, load_own
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
+from fedlora.reuse import Reuse
 from fedlora.rounds.sample import check_cohort
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.manifest import Client, DataFingerprint, Examples
@@ -49,13 +50,15 @@ class FederatedData:
         )
 
     @classmethod
-    def make(cls, experiment: Experiment, in_memory: Any = None) -> "FederatedData":
+    def make(cls, experiment: Experiment, in_memory: Any = None, reuse: Reuse | None = None) -> "FederatedData":
         """Reads and partitions the data, or the rows in memory; does not need the model.
+
+        With `reuse`, which is for data in files, the examples of an earlier run are not read again.
 
         Raises:
             UserError: the data cannot be read, or cannot be partitioned as configured.
         """
-        labelled_data = _loaded(experiment, in_memory)
+        labelled_data = _loaded(experiment, in_memory, reuse)
         keys = task_of(dict(experiment.task)).partition_keys(labelled_data.train[:])
         partition = divide(labelled_data.train, keys, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
@@ -114,7 +117,7 @@ def _columns(experiment: Experiment) -> Sequence[Column]:
         raise UserError(f"data: {error}") from None
 
 
-def _loaded(experiment: Experiment, in_memory: Any = None) -> LabelledData:
+def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None = None) -> LabelledData:
     """All examples.
 
     Raises:
@@ -126,4 +129,7 @@ def _loaded(experiment: Experiment, in_memory: Any = None) -> LabelledData:
             f"method.name = {experiment.method.name!r} needs labelled examples, task.kind = {experiment.task.kind!r} has "
             "no labels of whole examples; choose another method"
         )
-    return load(experiment.data, experiment.seed, columns, in_memory)
+    if reuse is None:
+        return load(experiment.data, experiment.seed, columns, in_memory)
+    key = experiment.model_dump_json(include={"data": True, "task": True, "seed": True})
+    return reuse.get("examples", key, lambda: load(experiment.data, experiment.seed, columns))

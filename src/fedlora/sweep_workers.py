@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedlora.config.experiment import Experiment
+from fedlora.config.sweep import Search
 from fedlora.errors import UserError
 from fedlora.report.sweep_progress import NullSweepProgress, SweepProgress
 from fedlora.reuse import Reuse
@@ -19,7 +20,7 @@ from fedlora.train import hardware
 
 Next = Callable[[], tuple[PlannedRun, Path] | None]
 """The next run and its directory; None if no run can start now."""
-Execute = Callable[[PlannedRun, Path, str | None, SweepProgress, Reuse], Outcome]
+Execute = Callable[[PlannedRun, Path, Search | None, SweepProgress, Reuse], Outcome]
 
 
 def check_devices(experiments: Sequence[Experiment], count: int) -> None:
@@ -45,11 +46,11 @@ def check_devices(experiments: Sequence[Experiment], count: int) -> None:
 class Worker:
     """A process that executes one run after the other, with GPU `index` as its only one."""
 
-    def __init__(self, index: int, threads: int, execute: Execute, metric: str | None) -> None:
+    def __init__(self, index: int, threads: int, execute: Execute, search: Search | None) -> None:
         context = get_context("spawn")
         self.connection, remote_end = context.Pipe()
         self.run: PlannedRun | None = None
-        self._process = context.Process(target=_serve, args=(remote_end, index, threads, execute, metric), daemon=True)
+        self._process = context.Process(target=_serve, args=(remote_end, index, threads, execute, search), daemon=True)
         self._process.start()
         remote_end.close()
 
@@ -80,10 +81,10 @@ class Worker:
 
 def on_devices(
     count: int, execute: Execute
-) -> Callable[[Next, str | None, SweepProgress], Iterator[tuple[PlannedRun, Outcome]]]:
+) -> Callable[[Next, Search | None, SweepProgress], Iterator[tuple[PlannedRun, Outcome]]]:
     """A function that executes the runs in `count` processes, and yields each with its outcome when it has ended."""
 
-    def work(next_run: Next, metric: str | None, progress: SweepProgress) -> Iterator[tuple[PlannedRun, Outcome]]:
+    def work(next_run: Next, search: Search | None, progress: SweepProgress) -> Iterator[tuple[PlannedRun, Outcome]]:
         threads = max(1, torch.get_num_threads() // count)
         workers: list[Worker | None] = [None] * count
         try:
@@ -91,7 +92,7 @@ def on_devices(
                 for i, worker in enumerate(workers):
                     if (worker is None or worker.run is None) and (found := next_run()):
                         if worker is None or not worker.alive:
-                            worker = workers[i] = Worker(i, threads, execute, metric)
+                            worker = workers[i] = Worker(i, threads, execute, search)
                         worker.start(*found)
                 busy = [worker for worker in workers if worker and worker.run]
                 if not busy:
@@ -124,7 +125,7 @@ class _Sender(NullSweepProgress):
         self._connection.send(row)
 
 
-def _serve(connection: Connection, index: int, threads: int, execute: Execute, metric: str | None) -> None:
+def _serve(connection: Connection, index: int, threads: int, execute: Execute, search: Search | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, which ends this one
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
@@ -135,4 +136,4 @@ def _serve(connection: Connection, index: int, threads: int, execute: Execute, m
             run, path = connection.recv()
         except EOFError:
             return
-        connection.send(execute(run, path, metric, progress, reuse))
+        connection.send(execute(run, path, search, progress, reuse))

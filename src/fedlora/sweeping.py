@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedlora.api import finish_run
-from fedlora.config.sweep import Sweep
+from fedlora.config.sweep import Search, Sweep
 from fedlora.errors import RunStopped, UserError
 from fedlora.report.sweep_progress import SweepProgress, shown_sweep
 from fedlora.reuse import Reuse
@@ -23,7 +23,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.start import opened, resolve_settings
 from fedlora.runs.sweep_folder import SweepFolder, SweepResult, cases_of_sweep
-from fedlora.runs.sweep_plan import Outcome, PlannedRun
+from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan
 from fedlora.sweep_workers import Next, check_devices, on_devices
 
 _TRACEBACK = "traceback.txt"
@@ -52,7 +52,7 @@ def sweep(
         UserError: the sweep or one of its experiments is invalid, or the directory cannot be used; nothing was trained.
         RunStopped: the sweep's directory cannot be written.
     """
-    folder, outcomes = open_sweep(source, out, resume, overrides)
+    folder, outcomes = open_sweep(source, out, resume, overrides, devices)
     with shown_sweep(folder.plan, outcomes, progress) as callbacks:
         return run_sweep(folder, outcomes, callbacks, devices)
 
@@ -62,15 +62,26 @@ def open_sweep(
     out: str | Path | None,
     resume: str | Path | None,
     overrides: Iterable[str],
+    devices: int = 1,
 ) -> tuple[SweepFolder, dict[str, Outcome]]:
-    """Locks the directory of a new or an earlier sweep; returns it with the outcomes of the complete runs."""
+    """Locks the directory of a new or an earlier sweep; returns it with the outcomes of the complete runs.
+
+    A new directory is created only if the sweep is valid and there are `devices` for it.
+    """
     if resume is not None:
         if source is not None or out is not None or list(overrides):
             raise UserError(
                 "--resume: expected no sweep file, no --out and no --set, as a sweep keeps its settings and its directory"
             )
-        return SweepFolder.open(Path(resume))
+        folder, outcomes = SweepFolder.open(Path(resume))
+        try:
+            check_devices([run.experiment for run in folder.plan.ready({})], devices)
+        except UserError:
+            folder.release()
+            raise
+        return folder, outcomes
     sweep = read_sweep(source, overrides)
+    check_devices([run.experiment for run in SweepPlan(sweep).ready({})], devices)
     path = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-sweep") if out is None else Path(out)
     return SweepFolder.create(path, sweep), {}
 
@@ -87,7 +98,6 @@ def run_sweep(
 ) -> SweepResult:
     """Runs what the sweep lacks, and releases its directory."""
     try:
-        check_devices([run.experiment for run in folder.plan.ready({})], devices)
         _run_all(folder, dict(outcomes), progress, devices)
         return SweepResult(folder.path, cases_of_sweep(folder.path))
     finally:
@@ -104,32 +114,33 @@ def _run_all(folder: SweepFolder, outcomes: dict[str, Outcome], progress: SweepP
         running.add(run.name)
         return run, folder.run(run.name)
 
-    metric = folder.plan.sweep.search.metric if folder.plan.sweep.search else None
     work = _in_this_process if devices == 1 else on_devices(devices, execute)
-    for run, outcome in work(next_run, metric, progress):
+    for run, outcome in work(next_run, folder.plan.sweep.search, progress):
         running.discard(run.name)
         outcomes[run.name] = outcome
         folder.save(outcomes)
         progress.run_ended(run, outcome)
 
 
-def _in_this_process(next_run: Next, metric: str | None, progress: SweepProgress) -> Iterator[tuple[PlannedRun, Outcome]]:
+def _in_this_process(
+    next_run: Next, search: Search | None, progress: SweepProgress
+) -> Iterator[tuple[PlannedRun, Outcome]]:
     reuse, ignored = Reuse(), signal.getsignal(signal.SIGINT)
     while found := next_run():
         run, path = found
-        outcome = execute(run, path, metric, progress, reuse)
+        outcome = execute(run, path, search, progress, reuse)
         if outcome.failed is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN is not ignored:
             raise KeyboardInterrupt  # compiled code may raise another error when it is interrupted
         yield run, outcome
 
 
-def execute(run: PlannedRun, path: Path, metric: str | None, progress: SweepProgress, reuse: Reuse) -> Outcome:
+def execute(run: PlannedRun, path: Path, search: Search | None, progress: SweepProgress, reuse: Reuse) -> Outcome:
     """Begins or resumes the run in its directory; returns its outcome, also if it fails."""
     threads = torch.get_num_threads()
     try:
         (path / _TRACEBACK).unlink(missing_ok=True)
         result = _finished(run, path, _RunProgress(run, progress), reuse)
-        return Outcome() if metric is None else _measured(result, metric)
+        return Outcome() if search is None else _measured(result, search.metric)
     except (UserError, RunStopped) as error:
         return Outcome(failed=str(error))
     except Exception as error:  # a programming error, or an error of a library, must not stop the other runs
@@ -152,14 +163,23 @@ def _finished(run: PlannedRun, path: Path, progress: "_RunProgress", reuse: Reus
         folder.release()
 
 
-def _measured(result: Result, metric: str) -> Outcome:
-    """The metric of the result: of the last evaluated round, or of the best one with `evaluate.stop_after`."""
+def _measured(result: Result, metric: str | None) -> Outcome:
+    """The metric of the result, by default the mean of the task's main one.
+
+    It is that of the last evaluated round, or of the best one with `evaluate.stop_after`.
+    """
+    row = next((row for row in reversed(until_best(result.rows)) if row.clients), None)
+    if row is None or not row.clients:
+        return Outcome(
+            failed="the search needs scores on held-out examples, and no client has any; raise clients.held_out or lower "
+            "clients.count"
+        )
+    metric = metric or f"clients.{row.main_metric}.mean"
     _, name, statistic = metric.split(".")
-    found = [row.clients for row in until_best(result.rows) if row.clients]
-    if not found or name not in found[-1]:
-        known = ", ".join(f"clients.{one}.{statistic}" for one in found[-1]) if found else "none"
+    if name not in row.clients:
+        known = ", ".join(f"clients.{one}.{statistic}" for one in row.clients)
         return Outcome(failed=f"search.metric = {metric!r}: no such metric; available: {known}")
-    return Outcome(float(getattr(found[-1][name], statistic)))
+    return Outcome(float(getattr(row.clients[name], statistic)), metric)
 
 
 class _RunProgress(NullProgress):

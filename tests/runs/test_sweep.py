@@ -7,7 +7,7 @@ import pytest
 import tomli_w
 
 import fedlora
-from fedlora import UserError
+from fedlora import UserError, federated_data
 from fedlora.config.experiment import build
 from fedlora.config.sweep import Sweep
 from fedlora.runs.cases import find_cases
@@ -15,6 +15,7 @@ from fedlora.runs.sweep_folder import cases_of_sweep
 from fedlora.runs.sweep_plan import Outcome, SweepPlan
 from fedlora.train.local import LocalTrainer
 
+from tiny import LABELS
 from wired import assert_same_runs, furnish, problem
 
 HELD_OUT = {"count": 3, "partition": "iid", "held_out": 0.3}
@@ -100,7 +101,11 @@ def test_the_text_of_a_sweep_is_the_sweep(tmp_path):
         ({"search": {"values": {"train": {"lr": [0.1, 0.0]}}}}, ["point 'base', train.lr=0.0", "train.lr = 0.0"]),
         (
             {"search": {"values": {"train": {"lr": [0.1]}}}, "base": {"clients": {"held_out": 0.0}}},
-            ["clients.held_out = 0", "held-out"],
+            ["clients.held_out = 0", "set clients.held_out = 0.2"],
+        ),
+        (
+            {"search": {"values": {"train": {"lr": [0.1]}}}, "base": {"evaluate": {"clients": "none"}}},
+            ["evaluate.clients = 'none'", "set evaluate.clients = 'all'"],
         ),
         ({"search": {"values": {"train.lr": [0.1]}}, "axes": {"train.lr": [0.2]}}, ["train.lr is both"]),
     ],
@@ -117,7 +122,8 @@ def test_seeds_wait_for_the_search_and_the_best_candidate_is_the_run_of_its_seed
     plan = SweepPlan(Sweep.load({"axes": {"method.rank": [1, 2]}, "seeds": [0, 1], "search": search}))
     first, second = plan.candidates
     assert plan.ready({}) == [*first, *second]
-    outcomes = {first[0].name: Outcome(0.5), first[1].name: Outcome(0.5), first[2].name: Outcome(failed="too large")}
+    half = Outcome(0.5, "clients.accuracy.mean")
+    outcomes = {first[0].name: half, first[1].name: half, first[2].name: Outcome(failed="too large")}
     assert plan.chosen(0, outcomes) == {"train.lr": 0.1}
     runs = plan.runs(0, outcomes)
     assert runs[0] == first[0] and plan.ready(outcomes) == [*second, runs[1]]
@@ -125,12 +131,19 @@ def test_seeds_wait_for_the_search_and_the_best_candidate_is_the_run_of_its_seed
 
 
 @pytest.mark.parametrize(
-    ("search", "best"),
-    [({}, 0.2), ({"metric": "clients.loss.mean"}, 0.1), ({"metric": "clients.loss.mean", "mode": "max"}, 0.2)],
+    ("metric", "more", "best"),
+    [
+        ("clients.accuracy.mean", {}, 0.2),
+        ("clients.accuracy.spread", {}, 0.1),
+        ("clients.loss.mean", {}, 0.1),
+        ("clients.loss.mean", {"mode": "max"}, 0.2),
+    ],
 )
-def test_losses_are_minimized_and_other_metrics_maximized_unless_the_search_says_otherwise(search, best):
-    plan = SweepPlan(Sweep.load({"search": {"values": {"train.lr": [0.1, 0.2]}, **search}}))
-    outcomes = {run.name: Outcome(run.experiment.train.lr) for run in plan.candidates[0]}
+@pytest.mark.parametrize("named", [True, False])  # else the metric is the one that the runs measured by default
+def test_losses_are_minimized_and_other_metrics_maximized_unless_the_search_says_otherwise(metric, more, best, named):
+    given = {"metric": metric, **more} if named else more
+    plan = SweepPlan(Sweep.load({"search": {"values": {"train.lr": [0.1, 0.2]}, **given}}))
+    outcomes = {run.name: Outcome(run.experiment.train.lr, metric) for run in plan.candidates[0]}
     assert plan.chosen(0, outcomes) == {"train.lr": best}
 
 
@@ -153,6 +166,18 @@ def test_a_run_of_a_sweep_equals_the_same_run_alone(home, tmp_path):
             settings = [f"method.name={name}", f"seed={seed}"]
             fedlora.run(build(given["base"], settings), tmp_path / f"{name}{seed}")
             assert_same_runs(path, tmp_path / f"{name}{seed}")
+
+
+def test_the_examples_are_read_once_for_each_seed(home, tmp_path, monkeypatch):
+    read, seeds = federated_data.load, []
+
+    def counted(data, seed, *more):
+        seeds.append(seed)
+        return read(data, seed, *more)
+
+    monkeypatch.setattr(federated_data, "load", counted)
+    fedlora.sweep(table(home, axes={"method.rank": [33, 34]}, seeds=[0, 1]), tmp_path / "sweep")  # too large to train
+    assert seeds == [0, 1]
 
 
 def test_the_search_keeps_the_best_value_for_all_seeds(home, tmp_path):
@@ -212,7 +237,38 @@ def test_a_search_by_a_metric_that_no_round_has_names_those_that_exist(home, tmp
     assert "clients.accuracy.mean" in case.failed[0]
 
 
+def test_a_search_without_a_metric_takes_the_tasks_main_one_also_after_resuming(home, tmp_path):
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    rows = [{"text": row["text"], "label": LABELS.index(row["label"])} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    base = {"data": {"source": str(tmp_path / "rows.jsonl")}, "task": "regression", "evaluate": {"before": False}}
+    given = table(home, base=base, search={"values": {"train.lr": [1e-3, 1e-1]}}, seeds=[0, 1])
+    with pytest.raises(KeyboardInterrupt):
+        fedlora.sweep(given, tmp_path / "sweep", Interrupting(after=2))
+    (case,) = fedlora.sweep(resume=tmp_path / "sweep").cases
+    assert not case.failed
+    assert case.searched.metric == "clients.pearson.mean" and set(case.runs) == {0, 1}
+    reached = dict((one["train.lr"], score) for one, score in case.searched.candidates)
+    assert case.searched.chosen == {"train.lr": max(reached, key=reached.get)}
+    chosen = fedlora.Result.read(case.runs[0]).rows[-1].clients
+    assert chosen[next(iter(chosen))].mean == max(reached.values())
+
+
+def test_a_search_whose_clients_have_no_held_out_examples_says_what_to_set(home, tmp_path):
+    base = {"data": {**problem(home)["data"], "rows": 3}, "clients": {**HELD_OUT, "min_size": 1}}  # one example each
+    given = table(home, base=base, search={"values": {"train.lr": [0.1]}})
+    (case,) = fedlora.sweep(given, tmp_path / "sweep").cases
+    assert "raise clients.held_out" in case.failed[0]
+
+
 # the directory
+
+
+def test_a_sweep_without_enough_devices_leaves_no_directory(home, tmp_path):
+    given = table(home, base={"train": {"device": "cuda:1"}})
+    with pytest.raises(UserError, match=r"devices = 2: train\.device"):
+        fedlora.sweep(given, tmp_path / "sweep", devices=2)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_sweep_directory_is_resumed_from_anywhere_without_the_files_of_the_sweep(home, tmp_path, monkeypatch):

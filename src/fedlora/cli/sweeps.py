@@ -38,7 +38,7 @@ def sweep(
             missing = folder.plan.missing(outcomes)
         print(*map(printable, missing), f"{len(missing)} runs", sep="\n")
         return
-    folder, outcomes = open_sweep(file, out, resume, overrides or ())
+    folder, outcomes = open_sweep(file, out, resume, overrides or (), devices)
     again = f"resume with: {shlex.join(['fedlora', 'sweep', '--resume', str(folder.path)])}"
     console = Console()
     try:

@@ -26,8 +26,9 @@ class Search(Section):
 
     values: dict[str, Any] = Field(default_factory=dict)
     """A list of values for each searched setting; every combination is tried."""
-    metric: str = "clients.accuracy.mean"
-    """The metric of the last evaluated round: `clients.NAME.mean`, `clients.NAME.worst_decile` or `clients.NAME.spread`."""
+    metric: str | None = None
+    """The metric of the last evaluated round: `clients.NAME.mean`, `clients.NAME.worst_decile` or `clients.NAME.spread`.
+    If omitted, the mean of the task's main metric, such as `clients.accuracy.mean`."""
     mode: Literal["max", "min"] | None = None
     """Whether the largest or the smallest value is the best. If omitted, as the task says; for a spread the smallest."""
     seed: NonNegativeInt | None = None
@@ -128,8 +129,14 @@ def _planned(file: SweepFile, folder: Path, overrides: Sequence[str]) -> Sweep:
             except UserError as error:
                 raise UserError(f"{where}: {str(error).removeprefix('experiment: ')}") from None
             if search and (experiment.evaluate.clients == "none" or not experiment.clients.held_out):
-                key = "clients.held_out = 0" if not experiment.clients.held_out else "evaluate.clients = 'none'"
-                raise UserError(f"{where}: {key}: a search needs the clients' scores on held-out examples")
+                found, wanted = (
+                    ("clients.held_out = 0", "clients.held_out = 0.2")
+                    if not experiment.clients.held_out
+                    else ("evaluate.clients = 'none'", "evaluate.clients = 'all'")
+                )
+                raise UserError(
+                    f"{where}: {found}: a search needs the clients' scores on held-out examples; set {wanted}, for example"
+                )
     return sweep
 
 
@@ -138,11 +145,14 @@ def _check_search(search: Search | None) -> None:
         return
     if not search.values:
         raise ValueError("search.values is empty; list the values of at least one setting, as in train.lr = [0.001, 0.003]")
+    if search.metric is None:
+        return
     first, *rest = search.metric.split(".")
     if first == "global":
         raise ValueError(
             f"search.metric = {search.metric!r} is measured on the test set, which no longer tests settings that were "
-            "chosen by it; choose a metric of the clients' held-out examples, such as 'clients.accuracy.mean'"
+            "chosen by it; choose one of the clients' held-out examples, as in clients.NAME.mean, or omit it for the "
+            "task's main metric"
         )
     if first != "clients" or len(rest) != 2 or rest[1] not in ("mean", "worst_decile", "spread"):
         raise ValueError(

@@ -109,15 +109,19 @@ class SweepFolder:
                 {"settings": dict(settings), "run": run.name, **_json(outcomes.get(run.name))}
                 for settings, run in zip(point.candidates, self.plan.candidates[index], strict=True)
             ]
+            names = [outcomes[run.name].name for run in self.plan.candidates[index] if run.name in outcomes]
             found["search"] = {
-                "metric": sweep.search.metric,
+                "metric": sweep.search.metric or next(filter(None, names), None),
                 "seed": sweep.search_seed,
                 "candidates": candidates,
                 "chosen": self.plan.chosen(index, outcomes),
             }
         found["runs"] = [{"seed": seed, "run": run.name, **_json(outcomes.get(run.name))} for seed, run in runs.items()]
         if self.plan.all_failed(index, outcomes):
-            reason = "; ".join(f"{run.title}: {outcomes[run.name].failed}" for run in self.plan.candidates[index])
+            reason = "; ".join(
+                f"{run.title}: {outcomes[run.name].failed or 'the metric is undefined'}"
+                for run in self.plan.candidates[index]
+            )
             found["failed"] = f"all candidates of the search failed: {reason}"
         return found
 
@@ -166,12 +170,16 @@ def _json(outcome: Outcome | None) -> dict[str, Any]:
 
 
 def _complete(state: Mapping[str, Any]) -> dict[str, Outcome]:
-    entries = [one for point in state["points"] for one in [*point["runs"], *point.get("search", {}).get("candidates", ())]]
-    return {
-        one["run"]: Outcome((math.nan if one["metric"] is None else one["metric"]) if "metric" in one else None)
-        for one in entries
-        if one.get("done")
-    }
+    found = {}
+    for point in state["points"]:
+        search = point.get("search", {})
+        for one in [*point["runs"], *search.get("candidates", ())]:
+            if one.get("done"):
+                metric = one.get("metric", math.nan)  # an undefined one is null
+                found[one["run"]] = (
+                    Outcome(math.nan if metric is None else metric, search["metric"]) if search else Outcome()
+                )
+    return found
 
 
 def _text(path: Path) -> str:

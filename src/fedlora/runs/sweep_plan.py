@@ -24,9 +24,10 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a run: the value of the search's metric, if there is a search, or the reason of its failure."""
+    """End of a run: the value of the search's metric and its name, if there is a search, or the reason of its failure."""
 
     metric: float | None = None
+    name: str = ""
     failed: str | None = None
 
 
@@ -54,20 +55,20 @@ class SweepPlan:
         for run, settings in zip(self.candidates[point], self.sweep.points[point].candidates, strict=True):
             if run.name not in outcomes:
                 return None
-            metric = outcomes[run.name].metric
-            if metric is not None and not math.isnan(metric):
-                value = -metric if self._minimizes(run) else metric
+            outcome = outcomes[run.name]
+            if outcome.metric is not None and not math.isnan(outcome.metric):
+                value = -outcome.metric if self._minimizes(run, outcome.name) else outcome.metric
                 if chosen is None or value > best:
                     best, chosen = value, settings
         return chosen
 
-    def _minimizes(self, run: PlannedRun) -> bool:
-        """Whether the smallest value of the search's metric is the best."""
+    def _minimizes(self, run: PlannedRun, metric: str) -> bool:
+        """Whether the smallest value of the metric is the best."""
         search = self.sweep.search
         assert search is not None
         if search.mode is not None:
             return search.mode == "min"
-        _, name, statistic = search.metric.split(".")
+        _, name, statistic = metric.split(".")
         return statistic == "spread" or name in task_of(dict(run.experiment.task)).lower_is_better
 
     def runs(self, point: int, outcomes: Outcomes) -> dict[int, PlannedRun]:
