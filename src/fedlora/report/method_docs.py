@@ -35,7 +35,7 @@ care:
 - Some results are of the best round, selected on the evaluation data, others of the last round.
 - Personal models, evaluated on the clients' own data, are not comparable to a global model on a common test set.
 - The baselines fedit and ffa-lora differ by up to twenty points, in either direction. Learning rate, number of clients,
-  head and rank have a larger effect than the method; `benchmarks/claims.py` keeps them equal, or searches them."""
+  head and rank have a larger effect than the method; `benchmarks/claims` keeps them equal, or searches them."""
 
 
 def page(row: Row) -> str:
