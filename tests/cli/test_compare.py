@@ -29,14 +29,14 @@ def runs(tmp_path_factory):
 def test_the_table_is_printed_with_its_notes(runs, command):
     code, printed, errors = command("compare", *runs[:3])
     assert (code, errors) == (0, "")
-    assert all(text in printed for text in ("method.name=flora", "test accuracy", "0.505 ± 0.007", "held-out loss"))
-    assert "method.name=flora: seeds 0, the baseline has 0, 1" in printed
+    assert all(text in printed for text in ("flora", "test accuracy", "0.505 ± 0.007", "held-out loss"))
+    assert "flora: seeds 0, the baseline has 0, 1" in printed
 
 
 @pytest.mark.parametrize("form", ["csv", "latex", "markdown", "json"])
 def test_each_format_is_that_of_the_python_interface(form, runs, command, tmp_path):
-    options = ("--metric", "loss", "--baseline", "method.name=flora", "--format", form)
-    expected = getattr(compare(runs, baseline="method.name=flora", metrics=["loss"]), f"to_{form}")()
+    options = ("--metric", "loss", "--baseline", "flora", "--format", form)
+    expected = getattr(compare(runs, baseline="flora", metrics=["loss"]), f"to_{form}")()
     assert command("compare", *runs, *options) == (0, expected, "")
     assert command("compare", *runs, *options, "--out", tmp_path / "out") == (0, "", "")
     assert (tmp_path / "out").read_text() == expected
@@ -58,5 +58,5 @@ def test_a_run_by_training_can_be_compared(by_python, command):
 def test_what_cannot_be_compared_is_refused_in_one_line(runs, command, tmp_path):
     assert_refused(command("compare", tmp_path), str(tmp_path), "expected the directory of a run", "sweep")
     assert_refused(command("compare", *runs, "--metric", "acuracy"), "'acuracy'", "did you mean 'accuracy'")
-    assert_refused(command("compare", *runs, "--baseline", "fedit"), "'fedit'", "method.name=fedit")
+    assert_refused(command("compare", *runs, "--baseline", "fedt"), "'fedt'", "'fedit'")
     assert_refused(command("compare", *runs, "--out", tmp_path / "no" / "file"), "cannot be written")

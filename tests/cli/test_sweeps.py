@@ -20,9 +20,10 @@ def sweep_file(place, tmp_path):
 def test_a_sweep_prints_each_run_and_names_failures_at_the_end(sweep_file, command, tmp_path):
     code, printed, errors = command("sweep", sweep_file, "--out", tmp_path / "out")
     assert code == 1
-    assert [line.partition(" ")[0] for line in printed.splitlines()[:-1]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line.partition(" ")[0] for line in printed.splitlines()[:-2]] == ["1/4", "2/4", "3/4", "4/4"]
     assert "4/4 runs  method.rank=33 seed=1: failed: method.rank = 33" in printed
     assert f"sweep directory  {tmp_path / 'out'}\n" in printed
+    assert f"fedlora compare {tmp_path / 'out'}\n" in printed
     for seed in (0, 1):
         assert f"failed: method.rank=33, seed {seed}: method.rank = 33" in errors
     assert f"2 runs failed; to repeat them, resume with: fedlora sweep --resume {tmp_path / 'out'}" in errors

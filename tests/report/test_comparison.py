@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 def test_runs_that_differ_only_in_their_seed_are_one_case_and_labels_are_what_differs(runs):
     found = compare(runs)
-    assert [case.label for case in found.cases] == ["method.name=fedit", "method.name=flora"]
+    assert [case.label for case in found.cases] == ["fedit", "flora"]
     assert [list(case.runs) for case in found.cases] == [[0, 1, 2]] * 2
     assert compare(runs[:3]).cases[0].label == "fedit"
 
@@ -55,9 +55,9 @@ def test_a_setting_that_only_one_method_has_is_named_if_its_runs_differ_in_it(tm
         *(written(tmp_path, str(w), "ditto", 0, 0.5, f"method.prox_weight={w}") for w in (0.25, 0.5)),
     ]
     assert [case.label for case in compare(paths).cases] == [
-        "method.name=fedit",
-        "method.name=ditto method.prox_weight=0.25",
-        "method.name=ditto method.prox_weight=0.5",
+        "fedit",
+        "ditto method.prox_weight=0.25",
+        "ditto method.prox_weight=0.5",
     ]
 
 
@@ -109,7 +109,7 @@ def test_the_difference_of_a_held_out_metric_is_paired_by_client_and_weighted_by
 
 
 def test_a_baseline_is_chosen_by_its_label_and_has_no_difference_to_itself(runs):
-    one, other = compare(runs).cases, compare(runs, baseline="method.name=flora").cases
+    one, other = compare(runs).cases, compare(runs, baseline="flora").cases
     assert one[0].figures["global.loss"].difference is None and other[1].figures["global.loss"].difference is None
     there, back = (case.figures["global.loss"].difference for case in (one[1], other[0]))
     assert there.mean == pytest.approx(-back.mean)
@@ -159,7 +159,7 @@ def test_an_unfinished_run_is_left_out_and_said(runs, tmp_path):
     part = written(tmp_path, "part", "flora", 3, 0.9, "rounds=2", rounds=1)
     found = compare([*runs, part])
     assert [list(case.runs) for case in found.cases] == [[0, 1, 2], [0, 1, 2]]
-    assert "method.name=flora, seed 3: unfinished, 1 of 2 rounds; left out" in found.notes
+    assert "flora, seed 3: unfinished, 1 of 2 rounds; left out" in found.notes
     with pytest.raises(UserError, match="no run is finished; flora, seed 3: unfinished, 1 of 2"):
         compare(part)
 
@@ -180,7 +180,7 @@ def test_the_same_run_twice_is_rejected(runs):
     [
         ({"metrics": ["acuracy"]}, "no run has the metric 'acuracy'; did you mean 'accuracy'"),
         ({"metrics": ["x"]}, "allowed: accuracy, loss"),
-        ({"baseline": "method.name=flor"}, "did you mean 'method.name=flora'"),
+        ({"baseline": "flor"}, "did you mean 'flora'"),
     ],
 )
 def test_an_unknown_metric_or_baseline_is_rejected_with_the_allowed_ones(given, part, runs):

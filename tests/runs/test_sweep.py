@@ -44,7 +44,7 @@ def refused(source, *parts):
 def test_axes_make_every_combination_and_each_point_of_the_list_is_combined_with_them():
     axes = {"method": {"name": ["fedit", "flora"]}, "clients.alpha": [0.1, 1.0]}
     assert [one.label for one in Sweep.load({"axes": axes}).points] == [
-        f"method.name={name} clients.alpha={alpha}" for name in ("fedit", "flora") for alpha in (0.1, 1.0)
+        f"{name} clients.alpha={alpha}" for name in ("fedit", "flora") for alpha in (0.1, 1.0)
     ]
     points = [{"label": "small", "method": {"rank": 2}}, {"method": {"rank": 8}}]
     found = Sweep.load({"points": points, "axes": {"train.lr": [0.1, 0.2]}}).points
@@ -160,7 +160,7 @@ def test_a_run_of_a_sweep_equals_the_same_run_alone(home, tmp_path):
     methods = ["fedit", "flora"]  # the second changes the base
     given = table(home, axes={"method.name": methods}, seeds=[0], base={"lora": {"dropout": 0.1}})
     result = fedlora.sweep(given, tmp_path / "sweep")
-    assert [one.label for one in result.cases] == [f"method.name={name}" for name in methods]
+    assert [one.label for one in result.cases] == methods
     for name, case in zip(methods, result.cases, strict=True):
         for seed, path in case.runs.items():
             settings = [f"method.name={name}", f"seed={seed}"]

@@ -55,6 +55,8 @@ def sweep(
         warn(f"interrupted; {again}", "yellow")
         raise typer.Exit(130) from None
     print(printable(f"sweep directory  {result.folder}"))
+    if any(one.runs for one in result.cases):
+        print(printable(f"tables           {shlex.join(['fedlora', 'compare', str(result.folder)])}"))
     failed = [(one.label, seed, reason) for one in result.cases for seed, reason in one.failed.items()]
     for label, seed, reason in failed:
         warn(f"failed: {label}, seed {seed}: {reason}", "red")

@@ -197,8 +197,8 @@ def _labelled(points: Sequence[Point]) -> list[Point]:
 
 
 def label_of(settings: Settings) -> str:
-    """Settings in one line, as in "method.name=fedit train.lr=0.001"."""
-    return " ".join(f"{key}={value}" for key, value in settings.items())
+    """Settings in one line, the method by its name alone, as in "fedit train.lr=0.001"."""
+    return " ".join(str(value) if key == "method.name" else f"{key}={value}" for key, value in settings.items())
 
 
 def _grid(values: Mapping[str, Sequence[Any]]) -> list[Settings]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.method_choice import MethodChoice
+from fedlora.config.sweep import label_of
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.runs.case import Case
@@ -29,7 +30,7 @@ def find_cases(paths: Sequence[Path]) -> list[Case]:
 def cases_of_runs(paths: Sequence[Path]) -> list[Case]:
     """The cases of these runs, in the order of their first runs.
 
-    A case's label is the settings in which the cases differ, as in `method.name=fedit`, or the method's name for one case.
+    A case's label is the settings in which the cases differ, as in `fedit train.lr=0.001`; for one case, the method's name.
 
     Raises:
         UserError: not a run directory, settings of another version, or two runs have the same settings and seed.
@@ -75,7 +76,7 @@ def _labels(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         if any(case[key] != other[key] for case in cases for other in cases if key in case and key in other)
         and any(case[key] != default.get(key) for case, default in zip(cases, defaults, strict=True) if key in case)
     ]
-    return [" ".join(f"{key}={case[key]}" for key in keys if key in case) for case in cases]
+    return [label_of({key: case[key] for key in keys if key in case}) for case in cases]
 
 
 def _defaults(method: str) -> Mapping[str, Any]:

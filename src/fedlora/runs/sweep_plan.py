@@ -106,7 +106,7 @@ class SweepPlan:
         for i, point in enumerate(self.sweep.points):
             if not self.runs(i, outcomes):
                 seeds = [seed for seed in self.sweep.seeds if seed != self.sweep.search_seed]
-                found |= {f"{i} {seed}": f"{point.label} (values of the search) seed={seed}" for seed in seeds}
+                found |= {f"{i} {seed}": f"{point.label} (best of the search) seed={seed}" for seed in seeds}
         return list(found.values())
 
     def _run(self, index: int, more: Settings, seed: int) -> PlannedRun:
