@@ -139,7 +139,7 @@ def finish_run(
 ) -> Result:
     """Runs the remaining rounds of the run in this folder, and exports its adapters.
 
-    With `reuse`, which is for data in files, values of an earlier run of this process are not computed again.
+    With `reuse`, values of an earlier run of this process are not computed again.
     """
     federated_data = FederatedData.make(experiment, in_memory, reuse)
     require_same(folder, experiment, federated_data)

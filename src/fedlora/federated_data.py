@@ -53,7 +53,7 @@ class FederatedData:
     def make(cls, experiment: Experiment, in_memory: Any = None, reuse: Reuse | None = None) -> "FederatedData":
         """Reads and partitions the data, or the rows in memory; does not need the model.
 
-        With `reuse`, which is for data in files, the examples of an earlier run are not read again.
+        With `reuse`, examples that an earlier run of this process has read are not read again.
 
         Raises:
             UserError: the data cannot be read, or cannot be partitioned as configured.
@@ -129,7 +129,7 @@ def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None =
             f"method.name = {experiment.method.name!r} needs labelled examples, task.kind = {experiment.task.kind!r} has "
             "no labels of whole examples; choose another method"
         )
-    if reuse is None:
+    if reuse is None or in_memory is not None:
         return load(experiment.data, experiment.seed, columns, in_memory)
     key = experiment.model_dump_json(include={"data": True, "task": True, "seed": True})
     return reuse.get("examples", key, lambda: load(experiment.data, experiment.seed, columns))

@@ -174,7 +174,7 @@ def _measured(result: Result, metric: str | None) -> Outcome:
             failed="the search needs scores on held-out examples, and no client has any; raise clients.held_out or lower "
             "clients.count"
         )
-    metric = metric or f"clients.{row.main_metric}.mean"
+    metric = metric or f"clients.{next(iter(row.clients))}.mean"
     _, name, statistic = metric.split(".")
     if name not in row.clients:
         known = ", ".join(f"clients.{one}.{statistic}" for one in row.clients)

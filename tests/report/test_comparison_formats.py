@@ -45,6 +45,13 @@ def test_numbers_have_a_mean_a_deviation_a_signed_difference_and_its_interval():
     assert "| 0.832 | +0.012 [0.004, 0.020] |" in comparison(BASE, ONE_SEED).to_markdown()
 
 
+def test_the_baseline_of_differences_is_named_in_its_line():
+    found = comparison(BASE, BETTER, WORSE)
+    lines = [[cell.text for cell in row] for row in found.tables()[0].rows]
+    assert [one[0] for one in lines if "baseline" in one] == [found.baseline]
+    assert "baseline" not in comparison(BASE).to_markdown()
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "plain", "latex"),
     [

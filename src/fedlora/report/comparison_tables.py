@@ -42,7 +42,7 @@ def _of_metric(cases: Sequence[ComparedCase], baseline: str, metric: str, lower_
         columns[f"{name} {metric}"] = [
             Cell(_mean(figure), case.label == best) for case, figure in zip(cases, figures, strict=True)
         ]
-        columns[f"{name} difference"] = [Cell(_difference(figure)) for figure in figures]
+        columns[f"{name} difference"] = _differences(cases, baseline, figures)
     for name, key, style in ((decile, "worst_decile", ".3f"), ("variance", "variance", ".4f")):
         columns[name] = [Cell(_mean(case.figures.get(f"clients.{metric}.{key}"), style)) for case in cases]
     return _table(metric, columns)
@@ -88,6 +88,14 @@ def _mean(figure: Figure | None, style: str = ".3f") -> str:
     if math.isnan(figure.mean):
         return _UNDEFINED
     return f"{figure.mean:{style}}" + ("" if figure.std is None else f" ± {figure.std:{style}}")
+
+
+def _differences(cases: Sequence[ComparedCase], baseline: str, figures: Sequence[Figure | None]) -> list[Cell]:
+    """A cell for each case; if there are differences, that of the baseline names it."""
+    found = [_difference(figure) for figure in figures]
+    if any(text != _ABSENT for text in found):
+        found = ["baseline" if case.label == baseline else text for case, text in zip(cases, found, strict=True)]
+    return [Cell(text) for text in found]
 
 
 def _difference(figure: Figure | None) -> str:
