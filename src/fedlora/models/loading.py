@@ -102,8 +102,8 @@ def locate(source: str) -> str:
         except ModuleNotFoundError:  # raised for its parent package
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            hint = f"; {_INSTALLED_BY[name]} installs it" if name in _INSTALLED_BY else ""
-            raise UserError(f"model = {source!r}: the package {name!r} is not installed{hint}")
+            command = _INSTALLED_BY.get(name, "pip install, with the name of its distribution,")
+            raise UserError(f"model = {source!r}: the package {name!r} is not installed; {command} installs it")
         path = Path(next(iter(spec.submodule_search_locations)), folder)
     elif is_local(source):
         path = Path(source).expanduser()
