@@ -1,6 +1,7 @@
 """A run that stops early: its adapters, its log, and its resumption."""
 
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from fedlora import Result, UserError, export, resume, run
 from fedlora.config.experiment import build
 from fedlora.deploy.server import serve
+from fedlora.deploy.transport import Transport
 from fedlora.rounds.progress import NullProgress
 from tiers import fast
 
@@ -46,6 +48,7 @@ def stopped(request, home, tmp_path_factory) -> tuple[str, Result]:
     return request.param, run(experiment(home, request.param, stop_after=2), folder, progress=False)
 
 
+@pytest.mark.slow
 def test_the_adapters_of_a_stopped_run_are_those_of_its_best_round(stopped, home, tmp_path):
     method, result = stopped
     losses = [row.clients["loss"].mean for row in result.rows]
@@ -59,6 +62,7 @@ def test_the_adapters_of_a_stopped_run_are_those_of_its_best_round(stopped, home
     assert [file.name for file in (result.folder / "best").iterdir()] == ["1.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_stops_where_it_would_have(stopped, home, tmp_path):
     method, result = stopped
     other = tmp_path / "run"
@@ -76,6 +80,7 @@ def test_a_stopped_run_trains_no_further_round(stopped):
     assert_same_adapters(again.adapters, result.adapters)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_so_and_its_card_has_the_scores_of_its_best_round(home, tmp_path):
     messages: list[str] = []
 
@@ -90,6 +95,7 @@ def test_a_stopped_run_says_so_and_its_card_has_the_scores_of_its_best_round(hom
     assert "after round 1" in card and "after round 2" not in card
 
 
+@pytest.mark.slow
 def test_a_run_without_the_adapter_of_its_best_round_is_damaged(home, tmp_path):
     folder = run(experiment(home, stop_after=1), tmp_path / "run", progress=False).folder
     (folder / "best" / "1.safetensors").unlink()
@@ -97,6 +103,7 @@ def test_a_run_without_the_adapter_of_its_best_round_is_damaged(home, tmp_path):
         resume(folder, progress=False)
 
 
+@pytest.mark.slow
 def test_the_model_before_training_may_be_the_best(home, tmp_path):
     result = run(experiment(home, before=True, stop_after=2), tmp_path / "run", progress=False)
     assert result.best_round == 0 and [row.round for row in result.rows] == [0, 1, 2]
@@ -130,4 +137,4 @@ def test_an_unknown_metric_ends_the_run_before_training(home, tmp_path):
 def test_a_deployment_of_a_personal_method_cannot_stop_early(home, tmp_path):
     (tmp_path / "experiment.toml").write_text(experiment(home, "fedsa-lora", stop_after=1).to_toml())
     with pytest.raises(UserError, match=r"evaluate.stop_after is not supported in a deployment of fedsa-lora"):
-        serve(tmp_path, None)
+        serve(tmp_path, create_autospec(Transport, instance=True))

@@ -17,6 +17,7 @@ def sweep_file(place, tmp_path):
     return tmp_path / "sweep.toml"
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_each_run_and_names_failures_at_the_end(sweep_file, command, tmp_path):
     code, printed, errors = command("sweep", sweep_file, "--out", tmp_path / "out")
     assert code == 1

@@ -48,6 +48,7 @@ def test_without_a_weight_it_is_the_method_itself_bit_for_bit(name):
     assert all(torch.equal(x, wrapped[client][key]) for client, own in plain.items() for key, x in own.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_with_a_weight_every_method_runs_and_learns_something_else(name):
     method = toy_method(TABLE[name])

@@ -168,6 +168,7 @@ def test_a_run_of_a_sweep_equals_the_same_run_alone(home, tmp_path):
             assert_same_runs(path, tmp_path / f"{name}{seed}")
 
 
+@pytest.mark.slow
 def test_the_examples_are_read_once_for_each_seed(home, tmp_path, monkeypatch):
     read, seeds = federated_data.load, []
 
@@ -203,6 +204,7 @@ def test_a_failing_point_is_named_and_the_others_are_run_and_resuming_repeats_it
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.slow
 def test_a_programming_error_fails_its_run_alone_with_the_traceback_in_a_file(home, tmp_path, monkeypatch):
     fit = LocalTrainer.fit
 
@@ -231,12 +233,14 @@ def test_two_processes_give_the_runs_of_one(home, tmp_path):
         assert_same_runs(path, two.cases[0].runs[seed])
 
 
+@pytest.mark.slow
 def test_a_search_by_a_metric_that_no_round_has_names_those_that_exist(home, tmp_path):
     given = table(home, search={"values": {"train.lr": [0.1]}, "metric": "clients.acuracy.mean"})
     (case,) = fedlora.sweep(given, tmp_path / "sweep").cases
     assert "clients.accuracy.mean" in case.failed[0]
 
 
+@pytest.mark.slow
 def test_a_search_without_a_metric_takes_the_tasks_main_one_also_after_resuming(home, tmp_path):
     rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
     rows = [{"text": row["text"], "label": LABELS.index(row["label"])} for row in rows]
@@ -254,6 +258,7 @@ def test_a_search_without_a_metric_takes_the_tasks_main_one_also_after_resuming(
     assert chosen[next(iter(chosen))].mean == max(reached.values())
 
 
+@pytest.mark.slow
 def test_a_search_whose_clients_have_no_held_out_examples_says_what_to_set(home, tmp_path):
     base = {"data": {**problem(home)["data"], "rows": 3}, "clients": {**HELD_OUT, "min_size": 1}}  # one example each
     given = table(home, base=base, search={"values": {"train.lr": [0.1]}})
@@ -271,6 +276,7 @@ def test_a_sweep_without_enough_devices_leaves_no_directory(home, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_directory_is_resumed_from_anywhere_without_the_files_of_the_sweep(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     base = {**table(home)["base"], "model": "bert", "data": {"source": "rows.jsonl"}}
@@ -317,6 +323,7 @@ def test_a_used_directory_is_refused_and_so_is_a_changed_sweep(home, tmp_path):
         fedlora.sweep(resume=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_runs_is_locked_for_others(home, tmp_path):
     refusals = []
 

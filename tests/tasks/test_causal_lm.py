@@ -66,6 +66,7 @@ def fit(session):
     return trained, session.trainer.evaluate(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [PAIR, {"messages": "messages"}, {}], ids=["pair", "messages", "text"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_clients_train_the_same_together_packed_padded_and_one_at_a_time(home, kind, columns):
@@ -114,6 +115,7 @@ def test_one_client_trains_as_a_plain_loop_with_peft_and_transformers_own_loss(h
         assert_close(part.b, scaled, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_full_fine_tuning_of_the_whole_model_is_a_plain_loop_over_all_its_parameters(home, kind):
     table = experiment(home, kind, clients=1).model_dump(exclude_none=True)

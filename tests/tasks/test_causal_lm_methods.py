@@ -40,6 +40,7 @@ def trained(home, out, method, norms=False, precision="fp32", **train):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KINDS)
 def test_each_kind_of_part_trains_the_same_packed_together_and_padded_alone(home, tmp_path, method):
     norms = method == "fedit"  # dense parameters, too

@@ -102,6 +102,7 @@ def result_of(task, rows, folder, model, monkeypatch, **data):
     return run(build(settings), folder, notes), notes.notes
 
 
+@pytest.mark.slow
 def test_examples_without_a_target_are_left_out_counted_and_weigh_nothing(tmp_path, monkeypatch):
     model, whole = tiny_bert(tmp_path / "model"), tiny_rows(tmp_path / "whole.jsonl", 40)
     lines = [line for line in whole.read_text().splitlines() if f'"{LABELS[0]}"' not in line]

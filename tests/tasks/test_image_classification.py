@@ -148,6 +148,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_clients_trained_in_one_step_get_what_each_gets_alone(kind, tmp_path):
     targets = {"convnext": ["pwconv1", "pwconv2"]}.get(kind)
@@ -276,12 +277,14 @@ def home(tmp_path_factory):
 KINDS = ["fedit", "ffa-lora", "fed-sb", "ravan", "ce-lora", "fedlease", "florg", "full-ft", "flora", "fed-dpa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fast(KINDS, "fedit", "ce-lora"))
 def test_every_kind_of_part_is_trained_and_evaluated(name, home, tmp_path):
     result = run(experiment(home, method={"name": name, "rank": 2}), tmp_path / "run", progress=False)
     assert np.isfinite(result.rows[-1].train_loss) and np.isfinite(result.rows[-1].clients["loss"].mean)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes_bit_for_bit_with_mirrored_images(home, tmp_path):
     settings = {"task": {"kind": "image-classification", "augment": "flip"}, "method": {"name": "fedit", "rank": 4}}
     settings |= {"train": {"lr": 0.02, "epochs": 4, "device": "cpu"}, "clients": {"count": 2, "partition": "dirichlet"}}

@@ -190,6 +190,7 @@ def experiment(home, **more):
     return build({**table, **more})
 
 
+@pytest.mark.slow
 def test_the_exported_adapter_and_the_merged_model_reach_the_logged_metrics(home, tmp_path, monkeypatch):
     done = run(experiment(home, train={"lr": 0.02}, rounds=2), tmp_path / "run", False)
     found = {name: done.rows[-1].global_[name] for name in ("acc_norm", "acc", "loss")}
@@ -205,6 +206,7 @@ def test_the_exported_adapter_and_the_merged_model_reach_the_logged_metrics(home
     assert found["loss"] < done.rows[0].global_["loss"] and repr(done).startswith("Result(fedit, 2 rounds, test acc_norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["choice", "answer"])
 def test_one_client_learns_as_a_loop_with_peft_and_one_pass_for_each_option(home, tmp_path, objective):
     settings = {"optimizer": "sgd", "lr": 0.05, "batch_size": 60}
@@ -242,6 +244,7 @@ METHODS = ("fedit", "fed-sb", "ravan", "fedlease", "florg", "full-ft")
 CASES = list(zip(METHODS, (True, False) * 3, ("llama", "gpt2") * 3, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "packed", "kind"), CASES)
 def test_every_kind_of_part_learns_to_choose(home, tmp_path, method, packed, kind):
     training = {"lr": 0.003, "packed": packed, "epochs": 4}
@@ -250,6 +253,7 @@ def test_every_kind_of_part_learns_to_choose(home, tmp_path, method, packed, kin
     assert last.train_loss < first.train_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"packed": False}, {"clients_per_step": 1}])
 def test_packing_and_clients_in_one_step_change_results_only_by_rounding(home, tmp_path, other):
     found = [
@@ -268,6 +272,7 @@ def test_questions_are_packed_and_clients_trained_in_one_step(home, kind):
     assert session.adapted.head == ()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_multiple_choice_in_bf16_ends_as_an_uninterrupted_one(home, tmp_path):
     training = {"precision": "bf16", "lr": 0.01}
     whole = run(experiment(home, rounds=2, train=training), tmp_path / "whole", False)

@@ -79,6 +79,7 @@ def test_questions_are_chosen_at_equal_distances(count, chosen):
     assert [int(one.prompt) for one in spread(questions, count)] == chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [{"prompt": "prompt", "response": "response"}, {"messages": "messages"}])
 def test_a_run_scores_and_stores_the_answers_that_the_model_gives_to_each_prompt_alone(home, tmp_path, columns):
     chosen = experiment(home, columns, text_metrics=["exact-match", "chrf"])

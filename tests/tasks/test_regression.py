@@ -239,6 +239,7 @@ METHODS = ("fedit", "fed-sb", "ravan", "fedlease", "florg", "full-ft")
 """One for each kind of part: two factors, three, heads, experts, tied ones, and a whole weight."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "packed"), list(zip(METHODS, (True, False) * 3, strict=True)))
 def test_every_kind_of_part_learns_a_regression(home, tmp_path, method, packed):
     training = {"lr": 0.003, "packed": packed, "epochs": 4}
@@ -256,6 +257,7 @@ def test_packing_changes_the_metrics_only_by_rounding(home, tmp_path):
     assert found[0].train_loss == pytest.approx(found[1].train_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_regression_ends_as_an_uninterrupted_one(home, tmp_path):
     whole = run(experiment(home, rounds=2), tmp_path / "whole", False)
     run(experiment(home), tmp_path / "parts", False)

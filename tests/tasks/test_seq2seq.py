@@ -188,6 +188,7 @@ def test_one_client_learns_as_a_loop_with_peft(home, tmp_path, kind):
     assert losses == pytest.approx(expected, rel=1e-5) and expected[-1] < expected[0] - 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_clients_learn_together_what_each_learns_alone(home, tmp_path, kind, precision):
@@ -223,6 +224,7 @@ METHODS = ("fedit", "fed-sb", "ravan", "fedlease", "florg", "full-ft")
 """One for each kind of part: two factors, three, heads, experts, tied ones, and a whole weight."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", fast(METHODS, "fedit", "fed-sb"))
 def test_every_kind_of_part_learns_answers(home, tmp_path, method):
     kind = KINDS[METHODS.index(method) % 2]
@@ -243,6 +245,7 @@ def words_of_classes(path, count):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_t5_without_pretraining_learns_to_answer_with_the_names_of_classes(home, tmp_path):
     given = experiment(
         home,
@@ -284,6 +287,7 @@ def test_answers_are_classes_of_the_partition_only_if_they_are_few():
     assert TASK.partition_keys({"response": [str(i % 101) for i in range(999)]}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exported_adapter_and_the_merged_model_reach_the_logged_loss(home, tmp_path, kind):
     done = run(experiment(home, kind, train={"lr": 0.02}), tmp_path / "run", False)
@@ -301,6 +305,7 @@ def test_the_exported_adapter_and_the_merged_model_reach_the_logged_loss(home, t
         assert float(sums.sum() / counts.sum()) == pytest.approx(done.rows[-1].global_["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(home, tmp_path):
     whole = run(experiment(home, "bart", rounds=2), tmp_path / "whole", False)
     run(experiment(home, "bart"), tmp_path / "parts", False)

@@ -341,6 +341,7 @@ def tagged(model, tokenizer, file):
     return expected([row["tags"] for row in rows], predicted)
 
 
+@pytest.mark.slow
 def test_the_exported_adapter_and_the_merged_model_reach_the_logged_metrics(home, tmp_path, monkeypatch):
     done = run(experiment(home, train={"lr": 0.02}, rounds=2), tmp_path / "run", False)
     found = {name: done.rows[-1].global_[name] for name in ("f1", "precision", "recall", "f1_macro")}
@@ -392,6 +393,7 @@ METHODS = ("fedit", "fed-sb", "ravan", "fedlease", "florg", "full-ft")
 """One for each kind of part: two factors, three, heads, experts, tied ones, and a whole weight."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "packed"), list(zip(METHODS, (True, False) * 3, strict=True)))
 def test_every_kind_of_part_learns_tags(home, tmp_path, method, packed):
     training = {"lr": 0.003, "packed": packed, "epochs": 4}
@@ -401,6 +403,7 @@ def test_every_kind_of_part_learns_tags(home, tmp_path, method, packed):
     assert last.clients["loss"].mean < first.clients["loss"].mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"packed": False}, {"clients_per_step": 1}, {"activation_memory_mb": 1}])
 def test_packing_clients_in_one_step_and_passes_change_results_only_by_rounding(home, tmp_path, other):
     found = [
@@ -418,6 +421,7 @@ def test_tagging_is_packed_and_trains_its_clients_in_one_step(home):
     assert session.trainer.clients_per_step == given.train.clients_per_step
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_tagging_ends_as_an_uninterrupted_one(home, tmp_path):
     whole = run(experiment(home, rounds=2), tmp_path / "whole", False)
     run(experiment(home), tmp_path / "parts", False)
@@ -425,6 +429,7 @@ def test_a_resumed_run_of_tagging_ends_as_an_uninterrupted_one(home, tmp_path):
     assert parts.rows[-1].global_ == whole.rows[-1].global_ and parts.rows[-1].clients == whole.rows[-1].clients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "distilbert"])
 def test_other_architectures_learn_tags(home, tmp_path, architecture):
     sizes = {
@@ -449,6 +454,7 @@ def test_other_architectures_learn_tags(home, tmp_path, architecture):
     assert last.global_["loss"] < first.global_["loss"]
 
 
+@pytest.mark.slow
 def test_tags_are_learned_in_bf16(home, tmp_path):
     training = {"lr": 0.01, "epochs": 4, "precision": "bf16"}
     first, last = run(
