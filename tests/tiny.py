@@ -15,7 +15,7 @@ WORDS = [first + last for first in ("ba", "ce", "di", "fo", "gu", "ha", "li", "m
 LABELS = ("east", "north", "west")
 
 
-def tiny_bert(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
+def tiny_bert(folder: Path, seed: int = 0, hidden: int = 32, dropout: float = 0.1) -> Path:
     """Writes a BERT with random weights and without a task head, and its tokenizer of some 100 words; the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", ","]
@@ -29,6 +29,8 @@ def tiny_bert(folder: Path, seed: int = 0, hidden: int = 32) -> Path:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -54,7 +54,7 @@ def tiny_lm(folder: Path, kind: str = "llama", template: str | None = None, **mo
         "pad_token_id": 1,
         "eos_token_id": 1,
         "bos_token_id": 3,
-        **CONFIGS[kind],
+        **CONFIGS.get(kind, {}),
         **more,
     }
     config = transformers.AutoConfig.for_model(kind, **settings)

@@ -1,6 +1,5 @@
-"""Tiny encoder-decoders with random weights, their tokenizers, and prompts with answers. Need no network."""
+"""Tiny encoder-decoders with random weights, and their tokenizers. Need no network."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import transformers
 from tokenizers import decoders, processors
 
 from architectures import CONFIGS
-from tiny import WORDS, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 KINDS = ("t5", "bart")
 
@@ -33,19 +32,3 @@ def tiny_seq2seq(folder: Path, kind: str, **more: Any) -> Path:
     start = {"decoder_start_token_id": 1 if kind == "t5" else 2}
     config = transformers.AutoConfig.for_model(kind, **{**CONFIGS[kind], **still, **ids, **start, **more})
     return tiny_model(folder, config, tokenizer, auto=transformers.AutoModelForSeq2SeqLM)
-
-
-def pairs(n: int) -> list[dict[str, str]]:
-    """Prompts of 2 to 7 words, with answers of 1 to 4 words."""
-    rows = []
-    for i in range(n):
-        prompt = [WORDS[(7 * i + j) % len(WORDS)] for j in range(2 + i % 6)]
-        answer = [WORDS[(3 * i + 5 * j) % len(WORDS)] for j in range(1 + (i * i + i // 2) % 4)]
-        rows.append({"prompt": " ".join(prompt), "response": " ".join(answer), "user": f"u{i % 4}"})
-    return rows
-
-
-def pair_rows(path: Path, n: int) -> Path:
-    """Writes these pairs as JSON Lines; the file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(n)), encoding="utf-8")
-    return path

@@ -34,7 +34,6 @@ from fedlora.train.batched import train_together
 from fedlora.train.batches import epoch
 from fedlora.train.independence import safe_clients_per_step
 from fedlora.train.job import Job
-from tiers import fast
 from tiny_images import SMALL, tiny_npz, tiny_pictures, tiny_vision, tiny_vit, vit_processor
 
 from wired import assert_same_runs
@@ -274,12 +273,9 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("images")
 
 
-KINDS = ["fedit", "ffa-lora", "fed-sb", "ravan", "ce-lora", "fedlease", "florg", "full-ft", "flora", "fed-dpa"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fast(KINDS, "fedit", "ce-lora"))
-def test_every_kind_of_part_is_trained_and_evaluated(name, home, tmp_path):
+@pytest.mark.parametrize("name", ["ce-lora", "flora", "fed-dpa"])
+def test_features_base_updates_and_frozen_extra_adapters_work_with_images(name, home, tmp_path):
     result = run(experiment(home, method={"name": name, "rank": 2}), tmp_path / "run", progress=False)
     assert np.isfinite(result.rows[-1].train_loss) and np.isfinite(result.rows[-1].clients["loss"].mean)
 

@@ -92,14 +92,11 @@ class Fixed(nn.Module):
 
 def with_pieces(folder: Path) -> Path:
     """A tiny BERT whose words may end in the pieces ##s and ##t."""
-    tiny_bert(folder)
+    tiny_bert(folder, dropout=0.0)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", "##t"]
     file = folder / "pieces.txt"
     file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     transformers.BertTokenizerFast(str(file), model_max_length=64).save_pretrained(folder)
-    config = folder / "config.json"
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config.write_text(json.dumps({**json.loads(config.read_text()), **without}))
     return folder
 
 
@@ -389,26 +386,10 @@ def test_one_client_learns_as_a_loop_with_peft(home, tmp_path):
     assert losses == pytest.approx(expected_losses, rel=1e-5) and losses[-1] < losses[0]
 
 
-METHODS = ("fedit", "fed-sb", "ravan", "fedlease", "florg", "full-ft")
-"""One for each kind of part: two factors, three, heads, experts, tied ones, and a whole weight."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "packed"), list(zip(METHODS, (True, False) * 3, strict=True)))
-def test_every_kind_of_part_learns_tags(home, tmp_path, method, packed):
-    training = {"lr": 0.003, "packed": packed, "epochs": 4}
-    first, *_, last = run(
-        experiment(home, method={"name": method, "rank": 4}, train=training, rounds=2), tmp_path, False
-    ).rows
-    assert last.clients["loss"].mean < first.clients["loss"].mean
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("other", [{"packed": False}, {"clients_per_step": 1}, {"activation_memory_mb": 1}])
-def test_packing_clients_in_one_step_and_passes_change_results_only_by_rounding(home, tmp_path, other):
+def test_the_number_of_passes_of_a_step_changes_results_only_by_rounding(home, tmp_path):
     found = [
-        run(experiment(home, train={"batches": "random", **settings}), tmp_path / str(i), False).rows[-1]
-        for i, settings in enumerate(({}, other))
+        run(experiment(home, train={"activation_memory_mb": mb}), tmp_path / str(mb), False).rows[-1] for mb in (256, 1)
     ]
     assert found[0].train_loss == pytest.approx(found[1].train_loss, rel=1e-5)
     assert found[0].global_["loss"] == pytest.approx(found[1].global_["loss"], rel=1e-5)
@@ -463,8 +444,6 @@ def test_tags_are_learned_in_bf16(home, tmp_path):
     assert last.global_["loss"] < first.global_["loss"]
 
 
-def test_methods_that_need_one_label_and_partitions_by_class_are_rejected(home):
-    with pytest.raises(UserError, match=r"'ce-lora' needs labelled examples.*no labels of whole examples"):
-        FederatedData.make(experiment(home, method={"name": "ce-lora"}))
+def test_partitions_by_class_are_rejected(home):
     with pytest.raises(UserError, match="'iid', 'length' or 'natural'"):
         FederatedData.make(experiment(home, clients={"count": 3}))
