@@ -42,6 +42,8 @@ def write_run(
     *overrides: str,
     partition: str = "p",
     train: str = "t",
+    test: str = "s",
+    model: str = "m",
     examples: Sequence[int] = (10, 10, 10, 10),
 ) -> Path:
     """Writes a run of as many rounds as rows unless an override sets `rounds`; the path."""
@@ -49,7 +51,7 @@ def write_run(
     data = DataFingerprint(
         labels=["a", "b"],
         train=Examples(count=40, digest=train),
-        test=Examples(count=9, digest="s"),
+        test=Examples(count=9, digest=test),
         partition=partition,
         clients=[Client(id=f"c{i}", rank=4, examples=count) for i, count in enumerate(examples)],
     )
@@ -57,7 +59,7 @@ def write_run(
         id=path.name,
         experiment=experiment.model_dump(mode="json"),
         data=data,
-        model={"config.json": "m"},
+        model={"config.json": model},
         modules=["q"],
         environment="e",
     )

@@ -9,10 +9,13 @@ import pytest
 from scipy import stats
 
 from fedlora import UserError, compare
+from fedlora.config.sweep import Sweep
 from fedlora.report.comparability import edge_of_search, unfinished
 from fedlora.report.intervals import over_seeds_and_clients
 from fedlora.runs.case import Case, Searched
 from fedlora.runs.manifest_file import encode_manifest
+from fedlora.runs.sweep_folder import SweepFolder
+from fedlora.runs.sweep_plan import Outcome
 
 from saved import scored, write_run
 
@@ -231,7 +234,7 @@ def test_a_chosen_value_at_the_edge_of_the_searched_ones_is_said(tried, chosen, 
 
 
 def test_a_failed_run_is_named_with_its_reason():
-    assert list(unfinished(Case("a", {}, failed={2: "out of memory"}), {})) == ["a, seed 2: failed: out of memory"]
+    assert list(unfinished(Case("a", {}, failed={2: "out of memory"}), {})) == ["a, seed 2: no finished run: out of memory"]
 
 
 def test_a_metric_that_only_the_test_set_has_is_compared_there(tmp_path):
@@ -266,3 +269,68 @@ def test_a_run_that_stopped_early_is_finished_and_has_the_scores_of_its_best_rou
     assert not comparison.notes
     assert (figures["global.accuracy"].mean, figures["bytes_up"].mean) == (0.8, sum(row.bytes_up for row in rows))
     assert figures["clients.accuracy.mean"].mean == rows[1].clients["accuracy"].mean
+
+
+def swept(path, values, methods=("fedit", "flora"), done=None):
+    """A sweep with these accuracies by seed, of which only the runs of the seeds `done` have ended."""
+    sweep = Sweep.load({"base": {"rounds": 1}, "axes": {"method.name": list(methods)}, "seeds": list(values)})
+    folder, outcomes = SweepFolder.create(path, sweep), {}
+    for point, method in enumerate(methods):
+        for seed, planned in folder.plan.runs(point, {}).items():
+            if done is None or seed in done:
+                given = (f"method.name={method}", f"seed={seed}")
+                write_run(folder.run(planned.name), [scored(1, values[seed], each(values[seed], seed))], *given)
+                outcomes[planned.name] = Outcome()
+    folder.save(outcomes)
+    folder.release()
+    return path
+
+
+def test_equal_labels_of_two_sweeps_and_of_runs_have_the_names_of_their_directories(tmp_path, runs):
+    paths = [swept(tmp_path / name, values) for name, values in (("a", FEDIT), ("b", FLORA), ("c/a", FEDIT))]
+    assert [case.label for case in compare(paths[0]).cases] == ["fedit", "flora"]
+    found = compare([*paths[:2], *runs[:3]])
+    assert [case.label for case in found.cases] == ["a fedit", "a flora", "b fedit", "b flora", "fedit0 fedit"]
+    lines = [[cell.text for cell in row] for row in found.tables()[0].rows]
+    assert [row[0] for row in lines if "baseline" in row] == ["a fedit"]
+    assert len({case.label for case in compare([paths[0], paths[2]]).cases}) == 4
+    with pytest.raises(UserError, match="given twice"):
+        compare([paths[0], paths[0]])
+
+
+def test_seeds_of_a_sweep_that_have_not_run_are_said(tmp_path):
+    found = compare(swept(tmp_path / "sweep", FEDIT, done=(0, 1)))
+    assert [list(case.runs) for case in found.cases] == [[0, 1]] * 2
+    assert [note for note in found.notes if "not run yet" in note] == [
+        f"{method}, seed 2: no finished run: not run yet" for method in ("fedit", "flora")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compared"),
+    [
+        (("task.label_smoothing=0.1",), True),
+        (("task.class_weights=[1.0, 2.0]",), True),
+        (("task.kind=regression",), False),
+    ],
+)
+def test_training_options_of_the_task_keep_the_difference_and_another_task_leaves_it_out(overrides, compared, tmp_path):
+    paths = [written(tmp_path, str(i), "fedit", 0, 0.5, *given) for i, given in enumerate(((), overrides))]
+    assert (compare(paths).cases[1].figures["global.accuracy"].difference is not None) == compared
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "part"),
+    [
+        ({"model": "other"}, (), "other model of seeds 1"),
+        ({"examples": (10, 10, 10)}, (), None),
+        ({"train": "other"}, (), None),  # the examples of another seed
+        ({"test": "other"}, (), None),
+        ({"test": "other"}, ("data.test=test.csv",), "other test examples of seeds 1"),
+        ({"test": "other"}, ("data.test=test.csv", "data.test_rows=5"), None),
+    ],
+)
+def test_seeds_of_a_case_with_other_models_or_data_are_said(given, overrides, part, tmp_path):
+    paths = [written(tmp_path, str(seed), "fedit", seed, 0.5, *overrides, **more) for seed, more in ((0, {}), (1, given))]
+    notes = [note for note in compare(paths).notes if "with the same settings" in note]
+    assert [part in note for note in notes] == ([] if part is None else [True])

@@ -106,6 +106,18 @@ def test_the_best_mean_is_bold_only_if_the_interval_of_several_seeds_excludes_ze
     assert re.findall(r"\\mathbf\{([\d.]+)", comparison(*figures).to_latex()) == bold
 
 
+@pytest.mark.parametrize(
+    ("figures", "bold"),
+    [
+        ((BASE, Figure(0.9, 0.01, difference(-0.2, -0.1, mean=-0.15))), []),  # better over other seeds only
+        ((BASE, Figure(0.9, 0.01, difference(0.01, 0.02)), Figure(0.85, 0.01, difference(0.03, 0.05, mean=0.04))), []),
+        ((Figure(0.9, 0.01), BETTER), []),
+    ],
+)
+def test_a_mean_over_other_seeds_is_bold_only_if_it_is_also_the_best_over_the_common_ones(figures, bold):
+    assert re.findall(r"\\mathbf\{([\d.]+)", comparison(*figures).to_latex()) == bold
+
+
 def test_latex_is_balanced_escaped_and_has_as_many_columns_as_declared():
     text = comparison(BASE, WORSE).to_latex()
     comments = [line for line in text.splitlines() if line.startswith("%")]

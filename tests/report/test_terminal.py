@@ -45,7 +45,7 @@ def test_every_number_stands_in_its_own_column():
         "train loss": "0.123",
         "test accuracy": "0.250",
         "held-out accuracy": "0.500",
-        "bottom decile": "0.125",
+        "worst decile": "0.125",
         "up": "1.5 kB",
         "down": "2.3 MB",
         "seconds": "2.0",

@@ -1,10 +1,13 @@
 """Why figures of two cases cannot be compared, or only with care."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from fedlora.runs.case import Case
 from fedlora.runs.saved_run import SavedRun
+
+_TRAINING = frozenset({"label_smoothing", "class_weights", "augment"})
+"""Settings of `[task]` that change only the training. The others change the examples or the metrics."""
 
 Runs = Mapping[int, SavedRun]
 """The run of each seed."""
@@ -16,7 +19,7 @@ ONE_SEED = (
 
 
 def same_data(run: SavedRun, other: SavedRun) -> bool:
-    """Whether both have the same task, examples and labels; their partitions may differ."""
+    """Whether both have the same evaluation, examples and labels; their partitions may differ."""
     return bool(_data(run) == _data(other))
 
 
@@ -26,12 +29,25 @@ def same_clients(run: SavedRun) -> bool:
 
 
 def unfinished(case: Case, runs: Runs) -> Iterator[str]:
-    """A line for each of the case's runs that is unfinished or failed."""
+    """A line for each of the case's runs that is unfinished, failed, or has not run."""
     for seed, run in runs.items():
         if not run.finished:
             yield f"{case.label}, seed {seed}: unfinished, {run.done} of {run.rounds} rounds; left out"
     for seed, reason in case.failed.items():
-        yield f"{case.label}, seed {seed}: failed: {reason}"
+        yield f"{case.label}, seed {seed}: no finished run: {reason}"
+
+
+def within(label: str, runs: Runs) -> Iterator[str]:
+    """A line if runs of a case have other models or data than the first, although their settings are the same."""
+    if not runs:
+        return
+    first, *others = runs.values()
+    found = {what: [run.experiment.seed for run in others if value(run) != value(first)] for what, value in _EQUAL.items()}
+    if differing := [f"{what} of seeds {_listed(seeds)}" for what, seeds in found.items() if seeds]:
+        yield (
+            f"{label}: other {', other '.join(differing)} than of seed {first.experiment.seed}, with the same settings; "
+            "the mean is over different problems"
+        )
 
 
 def edge_of_search(case: Case) -> Iterator[str]:
@@ -78,7 +94,23 @@ def against(label: str, runs: Runs, baseline: Runs) -> Iterator[str]:
 
 def _data(run: SavedRun) -> Any:
     data = run.manifest.data
-    return run.experiment.task, data.labels, data.train, data.test
+    task = {key: value for key, value in run.experiment.task if key not in _TRAINING}
+    return task, data.labels, data.train, data.test
+
+
+def _fixed_test_set(run: SavedRun) -> str | None:
+    """Digest of the test set, if it does not depend on the seed."""
+    data = run.experiment.data
+    return run.manifest.data.test.digest if data.test is not None and data.test_rows is None else None
+
+
+_EQUAL: Mapping[str, Callable[[SavedRun], Any]] = {
+    "model": lambda run: run.manifest.model,
+    "labels": lambda run: run.manifest.data.labels,
+    "number of examples": lambda run: (run.manifest.data.train.count, run.manifest.data.test.count),
+    "test examples": _fixed_test_set,
+}
+"""What is the same in all seeds of a case, unless a file has changed between the runs."""
 
 
 def _partition(run: SavedRun) -> str:

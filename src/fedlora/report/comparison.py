@@ -58,8 +58,8 @@ class Comparison:
     def to_latex(self) -> str:
         """The tables for the package booktabs, and the notes as comments.
 
-        The best mean is bold if it is distinguishable from the baseline: the interval of the difference excludes 0, over at
-        least two seeds.
+        The best mean is bold if it is distinguishable from the baseline: the interval of the difference, over at least two
+        common seeds, is on the better side of 0, and no other case has a better difference.
         """
         return comparison_formats.to_latex(self.tables(), self.notes)
 
@@ -104,7 +104,9 @@ def compare(
     for case in found:
         runs = {seed: SavedRun.read(path) for seed, path in case.runs.items()}
         notes += [*comparability.unfinished(case, runs), *comparability.edge_of_search(case)]
-        cases.append(_compared(case, {seed: run for seed, run in runs.items() if run.finished}))
+        finished_runs = {seed: run for seed, run in runs.items() if run.finished}
+        notes += comparability.within(case.label, finished_runs)
+        cases.append(_compared(case, finished_runs))
     finished = [run for one in cases for run in one.runs.values()]
     if not finished:
         raise UserError(

@@ -66,20 +66,28 @@ def _table(title: str, columns: Mapping[str, Sequence[Cell]]) -> Table:
 
 
 def _best(cases: Sequence[ComparedCase], baseline: str, key: str, lower: bool) -> str | None:
-    """Label of the case with the best mean, if intervals tell it from the baseline; the baseline's from all others."""
+    """Label of the case with the best mean, if intervals show that it is better than the baseline; the baseline, than all.
+
+    As means may be over different seeds, its difference over the common seeds must also be the best.
+    """
     means = {case.label: case.figures[key].mean for case in cases if key in case.figures}
     if len(means) < 2 or any(math.isnan(mean) for mean in means.values()):
         return None
     best = (min if lower else max)(means, key=lambda label: means[label])
-    others = [case for case in cases if case.label in means and case.label != baseline]
-    compared = others if best == baseline else [case for case in others if case.label == best]
-    return best if all(_distinguishable(case.figures[key]) for case in compared) else None
+    better, others = -1 if lower else 1, {case.label: case.figures[key] for case in cases if case.label in means}
+    others.pop(baseline, None)
+    if best == baseline:
+        return best if all(_distinguishable(figure, -better) for figure in others.values()) else None
+    gains = {label: better * figure.difference.mean for label, figure in others.items() if figure.difference}
+    return best if _distinguishable(others[best], better) and gains[best] >= max(gains.values()) else None
 
 
-def _distinguishable(figure: Figure) -> bool:
-    """Whether the interval excludes 0; that of one seed does not tell, as it leaves out how much seeds vary."""
+def _distinguishable(figure: Figure, side: int) -> bool:
+    """Whether the interval is above 0 (`side` 1) or below (-1); that of one seed leaves out how much seeds vary."""
     difference = figure.difference
-    return bool(difference and difference.seeds > 1 and difference.interval and difference.interval.excludes_zero)
+    if difference is None or difference.seeds < 2 or difference.interval is None:
+        return False
+    return difference.interval.excludes_zero and side * difference.interval.low > 0
 
 
 def _mean(figure: Figure | None, style: str = ".3f") -> str:

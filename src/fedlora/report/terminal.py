@@ -76,10 +76,10 @@ def shown(rounds: int, progress: bool | Callbacks) -> Iterator[Callbacks]:
 
 
 def closing(result: Result) -> Table:
-    """Final table with one line per round; the held-out metric and bottom decile are over the clients."""
+    """Final table with one line per round; the held-out metric and worst decile are over the clients."""
     metric = result.main_metric
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    first = ("", "", "train", "test", "held-out", "bottom", "", "", "")
+    first = ("", "", "train", "test", "held-out", "worst", "", "", "")
     second = ("round", "clients", "loss", metric, metric, "decile", "up", "down", "seconds")
     for above, below in zip(first, second, strict=True):
         table.add_column(f"{above}\n{below}", justify="right")

@@ -1,6 +1,8 @@
 """Cases of the directories of runs and sweeps."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,29 @@ _OF_THE_RUN = frozenset({"seed", "train.device", "train.devices"})
 def find_cases(paths: Sequence[Path]) -> list[Case]:
     """The cases of these directories of sweeps, then of runs; runs that differ only in their seed are one case.
 
+    A label that several cases have is preceded by the name of the sweep's directory, or of the case's first run.
+
     Raises:
-        UserError: as `cases_of_runs` and `cases_of_sweep`.
+        UserError: as `cases_of_runs` and `cases_of_sweep`, or a sweep is given twice.
     """
     sweeps = [path for path in paths if (path / SWEEP).is_file()]
     runs = [path for path in paths if path not in sweeps]
-    return [*(case for path in sweeps for case in cases_of_sweep(path)), *cases_of_runs(runs)]
+    if twice := [path for path, count in Counter(path.resolve() for path in sweeps).items() if count > 1]:
+        raise UserError(f"{twice[0]}: the sweep is given twice; leave out one of them")
+    found = [(path, case) for path in sweeps for case in cases_of_sweep(path)]
+    return _with_unique_labels([*found, *((next(iter(one.runs.values())), one) for one in cases_of_runs(runs))])
+
+
+def _with_unique_labels(found: Sequence[tuple[Path, Case]]) -> list[Case]:
+    """The cases; repeated labels have the names of their directories, or the paths where these are also the same."""
+    labels = Counter(case.label for _, case in found)
+    names = Counter(path.name for path in {path.resolve() for path, _ in found})
+    cases = []
+    for path, case in found:
+        place = path.resolve()
+        name = place.name if names[place.name] == 1 else str(place)
+        cases.append(case if labels[case.label] == 1 else replace(case, label=f"{name} {case.label}"))
+    return cases
 
 
 def cases_of_runs(paths: Sequence[Path]) -> list[Case]:

@@ -18,6 +18,8 @@ from fedlora.runs.sweep_plan import Outcome, Outcomes, SweepPlan
 SWEEP, STATE, RUNS = "sweep.toml", "sweep.json", "runs"
 VERSION = 1
 """Version of sweep.json; it changes if the meaning of a key changes."""
+NOT_RUN = "not run yet"
+"""The reason of a seed whose run has not ended."""
 
 
 class SweepFolder:
@@ -144,10 +146,11 @@ def cases_of_sweep(path: Path) -> list[Case]:
     found, seeds = [], Sweep.load(path / SWEEP).seeds
     for point in _state(path)["points"]:
         runs = {one["seed"]: one for one in point["runs"]}
-        failed = {seed: point.get("failed") or runs.get(seed, {}).get("failed") for seed in seeds}
         done = {seed: path / RUNS / one["run"] for seed, one in runs.items() if one.get("done")}
-        reasons = {seed: reason for seed, reason in failed.items() if reason}
-        found.append(Case(point["label"], done, _searched(point.get("search")), reasons))
+        failed = {
+            seed: point.get("failed") or runs.get(seed, {}).get("failed") or NOT_RUN for seed in seeds if seed not in done
+        }
+        found.append(Case(point["label"], done, _searched(point.get("search")), failed))
     return found
 
 
