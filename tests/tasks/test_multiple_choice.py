@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from fedlora.adapter import lora_init
 from fedlora.api import export, resume, run
 from fedlora.config.experiment import build
 from fedlora.config.sections import Data
@@ -22,6 +23,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 from fedlora.tasks.multiple_choice import MultipleChoice
 from fedlora.tasks.task import NO_TARGET, Task
+from fedlora.train.micro_batches import bytes_per_token
 from tiny_lm import tiny_lm
 
 from tiny import WORDS
@@ -139,6 +141,19 @@ def test_a_question_is_truncated_on_its_left_and_without_room_has_no_target(toke
     assert without.targets.tolist() == [NO_TARGET] and int(without.lengths()) == 4
     none = TASK.encode(tokenizer, columns([]), 4)
     assert len(none) == 0 and not none.features
+
+
+def test_the_memory_of_a_pass_is_that_of_the_longest_question_with_a_target(home):
+    given = experiment(home)
+    session = Session.make(given, FederatedData.make(given))
+    fits = {"prompt": "bab bad", "options": ["ced", "cef"], "answer": 1}
+    too_long = {**fits, "options": [" ".join(["ced"] * 30), "cef"]}
+    start = lora_init(session.adapted.spec, 4, 0)
+    both, one, none = (
+        bytes_per_token(session.adapted, TASK, TASK.encode(session.tokenizer, columns(rows), 16), start)
+        for rows in ([fits, too_long], [fits], [too_long])
+    )
+    assert both == one > 1 == none
 
 
 def read(tmp_path, rows):

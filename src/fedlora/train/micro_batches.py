@@ -71,9 +71,10 @@ def _parts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
 def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start: Adapter) -> int:
     """Bytes that a training pass stores for its backward pass, per token of an example; 1 without examples.
 
-    Those of the longest example, with its targets, if these are tokens.
+    Those of the longest example that has targets, together with these, if they are tokens.
     """
-    if len(examples) == 0:
+    rows = examples.have_targets().nonzero()[:, 0]
+    if len(rows) == 0:
         return 1
     (parameter, *_) = adapted.load_clients([start], "ba")
     saved: dict[int, torch.UntypedStorage] = {}
@@ -84,7 +85,7 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
     targets_of_each = 0 if examples.target_starts is None else examples.target_starts.diff()
-    longest = (examples.lengths() + targets_of_each).argmax()[None]
+    longest = rows[(examples.lengths() + targets_of_each)[rows].argmax()][None]
     length = int(examples.lengths()[longest])
     inputs, targets = examples.batch(longest, parameter.device)
     adapted.model.train()
