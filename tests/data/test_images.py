@@ -135,6 +135,14 @@ def test_a_photo_is_turned_upright():
     assert decoded(encoded(PIXELS[0], exif=exif)).size == (12, 10) == PIXELS[0].shape
 
 
+def test_a_photo_in_memory_is_turned_upright_as_its_file_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = encoded(PIXELS[0], exif=exif)
+    in_memory = decoded(image_reader(None)(Image.open(io.BytesIO(file))))
+    assert np.array_equal(np.asarray(in_memory), np.asarray(decoded(file)))
+
+
 BROKEN = {
     "cut.png": (encoded(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8))[:900], "is not readable"),
     "cut.jpg": (encoded(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8), "JPEG")[:900], "is not readable"),

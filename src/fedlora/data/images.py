@@ -46,7 +46,7 @@ def image_reader(folder: Path | None) -> Callable[[Any], bytes]:
             _checked(value, "has an image that")
             return value
         if isinstance(value, Image.Image):
-            return _of_pixels(np.asarray(_plain(value, "has an image that")))
+            return _of_pixels(np.asarray(_plain(ImageOps.exif_transpose(value), "has an image that")))
         if isinstance(value, np.ndarray):
             return _of_pixels(value)
         raise ValueError(f"is of type {type(value).__name__}, not an image, its bytes or its path")
