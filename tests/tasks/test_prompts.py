@@ -90,6 +90,14 @@ def test_the_system_message_is_kept_when_the_prompt_is_cut():
     assert targets == "ceb </s>" and examples.truncated == {"prompt": 1}
 
 
+def test_a_system_message_that_the_template_rejects_alone_is_not_kept():
+    needs_user = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user') }}{% endif %}" + MARKED
+    columns = {"messages": [talk[:-1] for talk in TALKS]}
+    examples, expected = (CausalLM().encode(lm_tokenizer(one), columns, 64) for one in (needs_user, MARKED))
+    assert torch.equal(examples.features["input_ids"], expected.features["input_ids"])
+    assert torch.equal(examples.targets, expected.targets)
+
+
 def test_an_answer_that_is_too_long_alone_is_cut_on_its_right_without_an_end_mark():
     tokenizer = lm_tokenizer()
     columns = {"prompt": ["bab", "bab"], "response": ["ceb ced cef cek cel", "ced"]}

@@ -61,10 +61,12 @@ def _special(tokenizer: Any) -> list[str]:
 
 def _kept(tokenizer: Any, messages: Messages) -> int:
     """The number of ids at the start that truncation keeps: the system's message, else bos."""
-    if messages[0]["role"] == "system":
-        system, whole = _ids(tokenizer, messages[:1]), _ids(tokenizer, messages)
-        if whole[: len(system)] == system:
-            return len(system)
+    try:
+        system = _ids(tokenizer, messages[:1]) if messages[0]["role"] == "system" else []
+    except UserError:  # the template needs further messages
+        system = []
+    if system and _ids(tokenizer, messages)[: len(system)] == system:
+        return len(system)
     return len(leading(tokenizer))
 
 
