@@ -91,6 +91,13 @@ def test_data_may_be_the_source_alone():
         ({"task": {"label_smoothing": 1.0}}, ["task.label_smoothing = 1.0", "below 1"]),
         ({"task": {"class_weights": [1.0, 0.0]}}, ["task.class_weights.1 = 0.0", "above 0"]),
         ({"task": {"kind": "regression", "class_weights": [1.0]}}, ["task.class_weights", "task.kind = 'regression'"]),
+        ({"task": {"center": 1.0}}, ["task.center", "task.kind = 'classification'"]),
+        ({"task": {"kind": "seq2seq", "separator": " "}}, ["task.separator", "task.kind = 'seq2seq'"]),
+        ({"task": {"kind": "multiple-choice", "chat": True}}, ["task.chat", "task.kind = 'multiple-choice'"]),
+        (
+            {"task": {"kind": "causal-lm", "chat": True}, "data": {"messages": "messages"}},
+            ["task.chat", "data.messages"],
+        ),
         (
             {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
             ["task.class_weights", "train.reduction"],

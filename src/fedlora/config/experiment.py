@@ -71,6 +71,8 @@ class Experiment(Section):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
         if self.task.class_weights and self.train.reduction == "example":
             raise ValueError("task.class_weights needs train.reduction = 'token': a mean over examples has equal weights")
+        if self.task.chat and self.data.messages is not None:
+            raise ValueError("task.chat is for data.prompt and data.response; with data.messages, remove it")
         if self.evaluate.stop_after is not None and not self.clients.held_out:
             raise ValueError("evaluate.stop_after needs clients.held_out above 0")
         ranks = self.clients.ranks

@@ -121,6 +121,9 @@ _ONLY_OF = {
     "max_target_length": ("seq2seq",),
     "objective": ("multiple-choice",),
     "all_subwords": ("tagging",),
+    "center": ("regression",),
+    "separator": ("causal-lm",),
+    "chat": ("causal-lm",),
 }
 """Settings of `[task]` that only some kinds of tasks have."""
 
