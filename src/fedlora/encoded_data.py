@@ -72,10 +72,10 @@ class EncodedData:
             tuple(notes),
         )
 
-    def first_example(self, tokenizer: Any) -> list[str]:
+    def first_example(self, task: Task, tokenizer: Any) -> list[str]:
         """The first training example as the model gets it, and its targets, decoded; empty if targets are not tokens."""
         starts = self.examples.target_starts
-        if starts is None or not len(self.examples):
+        if task.questions is None or starts is None or not len(self.examples):
             return []
         ids = self.examples.features["input_ids"][: int(self.examples.starts[1])]
         targets = self.examples.targets[: int(starts[1])]

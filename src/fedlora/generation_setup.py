@@ -27,9 +27,22 @@ def generation_of(
         return None
     if task.questions is None:
         raise UserError(f"evaluate.generate: task.kind = {experiment.task.kind!r} generates no text; set it to 0")
-    questions = spread(grouped(task.questions(tokenizer, test, columns)), settings.generate)
+    questions = spread(grouped(task.questions(tokenizer, columns, experiment.train.max_length)), settings.generate)
     stop = _stop(model, tokenizer, test)
     return Generation(questions, tokenizer, stop, settings.max_new_tokens, settings.batch_size, settings.text_metrics)
+
+
+def generation_notes(experiment: Experiment, test: Examples) -> list[str]:
+    """A note if answers are to be generated, but no adapter is evaluated on a test set."""
+    if not experiment.evaluate.generate:
+        return []
+    if experiment.method.row.personal:
+        reason = f"{experiment.method.name} has an adapter for each client, and none is evaluated on the test set"
+    elif not len(test):
+        reason = "there is no test set"
+    else:
+        return []
+    return [f"evaluate.generate = {experiment.evaluate.generate}: no answers are generated: {reason}"]
 
 
 def _stop(model: Any, tokenizer: Any, examples: Examples) -> list[int]:

@@ -13,6 +13,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.errors import RunStopped
 from fedlora.exporting.write import unfit_for_peft
 from fedlora.federated_data import FederatedData
+from fedlora.generation_setup import generation_notes
 from fedlora.loaded_model import model_key
 from fedlora.models.fingerprint import fingerprint
 from fedlora.rounds.backend import Backend
@@ -74,7 +75,7 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
         **path,
         packed=packing.works,
         skips_unused_activations=packing.narrows,
-        notes=list(session.notes),
+        notes=_notes(session),
     )
     manifest = Manifest(
         id=uuid4().hex,
@@ -92,6 +93,11 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
     return manifest
 
 
+def _notes(session: Session) -> list[str]:
+    """Those of the session, and of the evaluation on the test set, which a client does not make."""
+    return [*session.notes, *generation_notes(session.experiment, session.trainer.test)]
+
+
 def rounds(
     session: Session, folder: RunFolder, progress: Progress, backend: Backend, start: Start, deployed: bool = False
 ) -> RunState:
@@ -105,7 +111,7 @@ def rounds(
     """
     experiment = session.experiment
     checked = experiment.sampling.check_cohort
-    for note in session.notes:
+    for note in _notes(session):
         progress.notify(note)
     run_state = start.run_state
     method, spec = session.method, session.adapted.spec

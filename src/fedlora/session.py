@@ -15,7 +15,7 @@ from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
 from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
 from fedlora.federated_data import FederatedData
-from fedlora.generation_setup import generation_of
+from fedlora.generation_setup import generation_notes, generation_of
 from fedlora.initial_states import RememberedStates
 from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
@@ -213,7 +213,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
     generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test[:])
-    return [*data.notes, *data.first_example(tokenizer)]
+    return [*data.notes, *generation_notes(experiment, data.test), *data.first_example(task, tokenizer)]
 
 
 def _tokens(

@@ -11,7 +11,7 @@ from fedlora.api import run
 from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
-from fedlora.session import Session
+from fedlora.session import Session, check
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.questions import Question, grouped, spread
 from fedlora.tasks.text_metrics import TEXT_METRICS
@@ -51,7 +51,7 @@ def experiment(home, columns, **evaluate):
 def test_a_question_is_what_precedes_the_last_answer_and_the_whole_answer_is_its_reference():
     tokenizer = lm_tokenizer(CHATML)
     columns = {"messages": [TALK, TALK[:2]]}
-    found = CausalLM().questions(tokenizer, CausalLM().encode(tokenizer, columns, 64), columns)
+    found = CausalLM().questions(tokenizer, columns, 64)
     assert [tokenizer.decode(one.prompt) for one in found] == [
         "<|im_start|> user bab bad </s> <|im_start|> assistant ceb </s> <|im_start|> user baf </s> <|im_start|> assistant",
         "<|im_start|> user bab bad </s> <|im_start|> assistant",
@@ -61,8 +61,36 @@ def test_a_question_is_what_precedes_the_last_answer_and_the_whole_answer_is_its
 
 def test_the_reference_is_whole_also_if_the_example_was_truncated():
     tokenizer, columns = lm_tokenizer(), {"prompt": ["bab bad baf"], "response": ["ceb ced cef"]}
-    (cut,) = CausalLM().questions(tokenizer, CausalLM().encode(tokenizer, columns, 3), columns)
+    (cut,) = CausalLM().questions(tokenizer, columns, 3)
     assert cut.references == ("ceb ced cef",)
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3, 4, 64])
+def test_a_prompt_is_its_own_end_whatever_the_length_of_the_answer(max_length):
+    tokenizer, answers = lm_tokenizer(), ["ceb", "ceb ced", "ceb ced cef cek cel"]
+    columns = {"prompt": ["bab bad baf"] * 3, "response": answers}
+    (one,) = grouped(CausalLM(separator=" ").questions(tokenizer, columns, max_length))
+    assert tokenizer.decode(one.prompt).split() == ["bab", "bad", "baf"][-max_length:]
+    assert one.references == tuple(answers)
+
+
+@pytest.mark.parametrize("max_length", [5, 6])
+def test_a_prompt_keeps_the_system_message_if_there_is_room_for_more(max_length):
+    tokenizer = lm_tokenizer(CHATML)
+    system = [{"role": "system", "content": "nuk mok"}]  # 5 ids
+    columns = {"messages": [[*system, *TALK[:2]], [*system, *TALK]]}
+    found = [tokenizer.decode(one.prompt).split() for one in CausalLM().questions(tokenizer, columns, max_length)]
+    whole = [tokenizer.decode(one.prompt).split() for one in CausalLM().questions(tokenizer, columns, 64)]
+    kept = 5 if max_length > 5 else 1
+    assert found == [[*words[:kept], *words[kept - max_length :]] for words in whole]
+
+
+def test_an_answer_that_training_truncates_away_is_asked_for_by_its_own_prompt():
+    tokenizer, length = lm_tokenizer(CHATML), 8
+    talk = [*TALK[:2], {"role": "user", "content": "bak"}, {"role": "assistant", "content": " ".join(["ced"] * length)}]
+    (one,) = CausalLM().questions(tokenizer, {"messages": [talk]}, length)
+    assert tokenizer.decode(one.prompt).endswith("<|im_start|> user bak </s> <|im_start|> assistant")
+    assert one.references == (talk[-1]["content"],)
 
 
 def test_prompts_that_occur_several_times_are_one_question_with_all_references():
@@ -109,6 +137,14 @@ def test_a_run_scores_and_stores_the_answers_that_the_model_gives_to_each_prompt
     expected = chrf.metrics(chrf.statistics(answers, references).sum(0), 2)
     assert result.rows[0].global_.items() >= {"exact_match": 0.0, **expected}.items()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and (tmp_path / "run/samples/round-1.jsonl").is_file()
+
+
+@pytest.mark.parametrize(("method", "noted"), [("fedit", []), ("fedsa-lora", ["an adapter for each client"])])
+def test_a_note_tells_that_a_personal_method_generates_no_answers(home, method, noted):
+    given = experiment(home, {"prompt": "prompt", "response": "response"})
+    given = build({**given.model_dump(exclude_none=True), "method": {"name": method, "rank": 2}})
+    found = [note for note in check(given, FederatedData.make(given)) if "evaluate.generate = 2" in note]
+    assert len(found) == len(noted) and all(text in note for text, note in zip(noted, found, strict=True))
 
 
 def test_texts_without_prompts_cannot_be_evaluated_by_generation(home):

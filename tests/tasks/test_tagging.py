@@ -28,7 +28,7 @@ from fedlora.federated_data import FederatedData
 from fedlora.messages import Statistics
 from fedlora.rounds.plan import RunState
 from fedlora.runs.folder import RunFolder
-from fedlora.session import Session
+from fedlora.session import Session, check
 from fedlora.tasks.entities import scheme
 from fedlora.tasks.tagging import Tagging
 from fedlora.tasks.task import NO_TARGET, Task
@@ -229,6 +229,12 @@ def test_the_first_token_of_a_word_has_its_tag_and_if_set_the_others_the_inner_o
         assert float(sums) < 1e-9 and int(counts) == sum(tag != NO_TARGET for tag in wanted)
         found = task.measure(Fixed(logits), inputs, targets, torch.ones(1, 1, dtype=torch.bool))
         assert found["right"].tolist() == [2] == found["words"].tolist()
+
+
+@pytest.mark.parametrize("all_subwords", [False, True])
+def test_a_check_shows_no_tags_as_if_they_were_tokens(home, all_subwords):
+    given = experiment(home, task={"kind": "tagging", "all_subwords": all_subwords})
+    assert not [note for note in check(given, FederatedData.make(given)) if "first example" in note or "targets" in note]
 
 
 def test_a_text_without_any_word_left_has_no_target(tokenizer):

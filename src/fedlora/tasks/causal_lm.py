@@ -1,6 +1,6 @@
 """Causal language models: answers to prompts, conversations, texts."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -17,7 +17,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, load_tokenizer, outline_model
 from fedlora.tasks.conversations import Messages, conversations
-from fedlora.tasks.prompts import eos, leading, pairs, to_examples, token_examples, token_lists
+from fedlora.tasks.prompts import Prompted, eos, last_prompt, leading, pairs, to_examples, token_examples, token_lists
 from fedlora.tasks.questions import Question
 from fedlora.tasks.task import NO_TARGET, Examples
 from fedlora.tasks.token_losses import token_losses, with_decoder_output
@@ -84,15 +84,9 @@ class CausalLM:
 
     def encode(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> Examples:
         """Each conversation, or prompt with its answer, truncated as in `to_examples`; each text whole, and eos."""
-        pad = tokenizer.pad_token_id
-        if "messages" in columns:
-            return to_examples(conversations(tokenizer, columns["messages"]), max_length, pad)
-        if "prompt" not in columns:
+        if "text" in columns:
             return _passages(tokenizer, columns["text"], max_length)
-        prompts, answers = columns["prompt"], columns["response"]
-        if self.chat:
-            return to_examples(conversations(tokenizer, list(map(_exchange, prompts, answers))), max_length, pad)
-        return to_examples(pairs(tokenizer, [text + self.separator for text in prompts], answers), max_length, pad)
+        return to_examples(self._prompted(tokenizer, columns), max_length, tokenizer.pad_token_id)
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies of each example's targets, in fp32, and their number."""
@@ -122,8 +116,10 @@ class CausalLM:
         """See `token_metrics`."""
         return token_metrics(statistics.sums)
 
-    def questions(self, tokenizer: Any, examples: Examples, columns: Mapping[str, Sequence[Any]]) -> list[Question]:
-        """The ids before each example's last answer, from which training goes on, and the answer's text.
+    def questions(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> list[Question]:
+        """The ids before each example's last answer (see `last_prompt`), and the answer's text.
+
+        An example that has no answer, or no token before it, is left out.
 
         Raises:
             UserError: the examples are plain texts.
@@ -133,13 +129,8 @@ class CausalLM:
                 "evaluate.generate: plain texts have no answers; set it to 0, or use data.prompt or data.messages"
             )
         answers = columns.get("response") or [_last_answer(row) for row in columns["messages"]]
-        found = []
-        for row in examples.have_targets().nonzero()[:, 0].tolist():
-            at = slice(*examples.starts[row : row + 2].tolist())
-            none = (examples.targets[at] == NO_TARGET)[:-1].nonzero()[:, 0]  # the last token never has one
-            first = int(none[-1]) + 2 if len(none) else 1
-            found.append(Question(examples.features["input_ids"][at][:first], (answers[row],)))
-        return found
+        prompts = (last_prompt(one, max_length) for one in self._prompted(tokenizer, columns))
+        return [Question(torch.tensor(ids), (text,)) for ids, text in zip(prompts, answers, strict=True) if len(ids)]
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter on its language model."""
@@ -153,6 +144,15 @@ class CausalLM:
         inside = inputs["attention_mask"][..., None].to(hidden)
         mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
         return mean
+
+    def _prompted(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]]) -> Iterable[Prompted]:
+        """The whole ids of each conversation, or prompt with its answer."""
+        if "messages" in columns:
+            return conversations(tokenizer, columns["messages"])
+        prompts, answers = columns["prompt"], columns["response"]
+        if self.chat:
+            return conversations(tokenizer, list(map(_exchange, prompts, answers)))
+        return pairs(tokenizer, [text + self.separator for text in prompts], answers)
 
 
 def _check_causal(source: str, model: Any) -> None:

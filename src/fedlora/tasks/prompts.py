@@ -95,8 +95,7 @@ def to_examples(found: Iterable[Prompted], max_length: int, pad: int) -> Example
         room = max(max_length - len(answer), min(one.kept, 1))
         if len(prompt) > room:
             cut["prompt"] += 1
-            kept = one.kept if one.kept <= room else min(one.kept, 1)
-            prompt = [*prompt[:kept], *prompt[len(prompt) - (room - kept) :]]
+            prompt = _cut_left(prompt, room, one.kept if one.kept <= room else min(one.kept, 1))
         if len(prompt) + len(answer) > max_length:
             cut["answer"] += 1
             answer = answer[: max_length - len(prompt)]
@@ -106,6 +105,20 @@ def to_examples(found: Iterable[Prompted], max_length: int, pad: int) -> Example
         starts.append(len(ids))
     truncated = {part: count for part, count in cut.items() if count}
     return token_examples(ids, targets, starts, pad, truncated=truncated)
+
+
+def last_prompt(one: Prompted, max_length: int) -> Sequence[int]:
+    """The ids before the last answer, truncated as in `to_examples`, but whatever the answer; none without an answer."""
+    begins = (i for i in range(len(one.ids) - 1, -1, -1) if one.learned[i] and not (i and one.learned[i - 1]))
+    prompt = one.ids[: next(begins, 0)]
+    if len(prompt) <= max_length:
+        return prompt
+    return _cut_left(prompt, max_length, one.kept if one.kept < max_length else min(one.kept, 1))
+
+
+def _cut_left(ids: Sequence[int], room: int, kept: int) -> list[int]:
+    """The first `kept` ids, and as many of the last ones as there is room for."""
+    return [*ids[:kept], *ids[len(ids) - (room - kept) :]]
 
 
 def token_examples(ids: list[int], targets: list[int], starts: list[int], pad: int, **more: Any) -> Examples:

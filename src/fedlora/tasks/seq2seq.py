@@ -148,8 +148,9 @@ class Seq2Seq:
             "accuracy": exact / statistics.examples if statistics.examples else math.nan,
         }
 
-    def questions(self, tokenizer: Any, examples: Examples, columns: Mapping[str, Sequence[Any]]) -> list[Question]:
+    def questions(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> list[Question]:
         """The ids that the encoder reads, and the text of the answer."""
+        examples = self.encode(tokenizer, columns, max_length)
         prompts = torch.tensor_split(examples.features["input_ids"], examples.starts[1:-1])
         return [Question(ids, (answer,)) for ids, answer in zip(prompts, columns["response"], strict=True)]
 

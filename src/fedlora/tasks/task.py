@@ -169,10 +169,11 @@ class Task(Protocol):
         """
 
     @property
-    def questions(self) -> Callable[[Any, Examples, Mapping[str, Sequence[Any]]], Sequence[Question]] | None:
-        """The prompts of examples that have a target, with their answers; None for a task that generates no text.
+    def questions(self) -> Callable[[Any, Mapping[str, Sequence[Any]], int], Sequence[Question]] | None:
+        """The prompts of examples, with their answers; None for a task that generates no text.
 
-        Arguments are the tokenizer, the encoded examples and their columns.
+        Arguments are the tokenizer, the examples' columns and the maximum length of a prompt, which does not depend on its
+        answer.
         """
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
