@@ -17,22 +17,13 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, load_tokenizer, outline_model
 from fedlora.tasks.conversations import Messages, conversations
+from fedlora.tasks.language_models import language_model_code
 from fedlora.tasks.prompts import Prompted, eos, last_prompt, leading, pairs, to_examples, token_examples, token_lists
 from fedlora.tasks.questions import Question
-from fedlora.tasks.task import NO_TARGET, Examples
+from fedlora.tasks.task import NO_TARGET, Examples, client_sums
+from fedlora.tasks.token_features import mean_of_tokens
 from fedlora.tasks.token_losses import token_losses, with_decoder_output
 from fedlora.tasks.token_metrics import token_metrics
-
-_LOAD = """\
-from pathlib import Path
-
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = Path()  # where this file is
-model = AutoPeftModelForCausalLM.from_pretrained(folder{arguments})
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
 
 _chat_tokenizer = partial(load_tokenizer, chat=True)
 
@@ -98,7 +89,7 @@ class CausalLM:
         """Each of the sums [clients]. The prediction is the token with the largest logit, the first of several."""
         losses, right = token_losses(model, inputs, targets)
         sums = {"loss": losses.double(), "tokens": (targets != NO_TARGET).long(), "right": right.long()}
-        return {name: x.sum(1).view(real.shape).where(real, 0).sum(1) for name, x in sums.items()}
+        return {name: client_sums(x.sum(1), real) for name, x in sums.items()}
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""
@@ -134,16 +125,12 @@ class CausalLM:
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter on its language model."""
-        return _LOAD.format(arguments=arguments)
+        return language_model_code(arguments)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the last layer over the tokens that are not padding [rows, width]."""
-        hidden = with_decoder_output(
-            model, inputs, lambda output: output.last_hidden_state
-        ).float()  # [rows, longest, width]
-        inside = inputs["attention_mask"][..., None].to(hidden)
-        mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
-        return mean
+        hidden = with_decoder_output(model, inputs, lambda output: output.last_hidden_state)
+        return mean_of_tokens(hidden, inputs["attention_mask"])
 
     def _prompted(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]]) -> Iterable[Prompted]:
         """The whole ids of each conversation, or prompt with its answer."""

@@ -15,20 +15,12 @@ from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
+from fedlora.tasks.language_models import language_model_code
 from fedlora.tasks.options import FILLER, call, check_apart, encode_questions, log_likelihoods
-from fedlora.tasks.task import Examples
+from fedlora.tasks.task import Examples, client_sums
+from fedlora.tasks.token_features import mean_of_tokens
 
 _COUNTS = ("targets", "right", "right_per_byte")
-_LOAD = """\
-from pathlib import Path
-
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = Path()  # where this file is
-model = AutoPeftModelForCausalLM.from_pretrained(folder{arguments})
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ class MultipleChoice:
         guesses = (scores.masked_fill(absent, -math.inf).argmax(1) for scores in (sums, sums / sizes.clamp(min=1)))
         each = (loss.double(), terms, *((guess == right).long() for guess in guesses))
         named = zip(("loss", *_COUNTS), each, strict=True)
-        return {name: x.view(real.shape).where(real, 0).sum(1) for name, x in named}
+        return {name: client_sums(x, real) for name, x in named}
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""
@@ -115,15 +107,12 @@ class MultipleChoice:
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter on its language model."""
-        return _LOAD.format(arguments=arguments)
+        return language_model_code(arguments)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the last layer over the tokens that are not padding [rows, width]."""
         whole: Any = model
-        hidden = call(whole.base_model, inputs)[0].float()  # [rows, longest, width]
-        inside = (inputs["option"] != FILLER)[..., None].to(hidden)
-        mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
-        return mean
+        return mean_of_tokens(call(whole.base_model, inputs)[0], inputs["option"] != FILLER)
 
     def _losses(self, sums: Tensor, counts: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if self.objective == "answer":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedlora.data.lists import as_lists, flat
 from fedlora.errors import UserError
+from fedlora.tasks.prompts import leading, token_lists
 from fedlora.tasks.task import NO_TARGET, Examples
 from fedlora.tasks.word_tokens import blank
 
@@ -27,10 +28,10 @@ def encode_questions(tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_l
     if not len(columns["prompt"]):
         none = torch.zeros(1, dtype=torch.long)
         return Examples({}, none, none[:0], {}, none)
-    before, first = blank(tokenizer), _leading(tokenizer)
+    before, first = blank(tokenizer), leading(tokenizer)
     texts = flat(columns["options"])
-    prompts = _ids(tokenizer, columns["prompt"])
-    options = as_lists(_ids(tokenizer, [before + text for text in texts]), columns["options"])
+    prompts = token_lists(tokenizer, columns["prompt"])
+    options = as_lists(token_lists(tokenizer, [before + text for text in texts]), columns["options"])
     sizes = as_lists([len(text.encode()) for text in texts], columns["options"])
     tokens: list[_Token] = []
     starts, targets = [0], []
@@ -105,20 +106,6 @@ def check_apart(source: str, model: nn.Module) -> None:
         raise UserError(f"model = {source!r}: models of its type cannot be used for multiple choice: {reason}") from error
     finally:
         model.train(trained)
-
-
-def _leading(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
-    with_special, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return list(with_special[: with_special.index(text[0])])
-
-
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without special tokens."""
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-    return found
 
 
 def _tokens(question: Sequence[int], options: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[_Token]:

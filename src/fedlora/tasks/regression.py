@@ -12,7 +12,7 @@ from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.tasks.correlation import pearson, spearman
-from fedlora.tasks.task import Examples
+from fedlora.tasks.task import Examples, client_sums
 from fedlora.tasks.text_head import encode_texts, head_features, load_head, outline_head, text_columns
 
 _BINS = 5
@@ -88,7 +88,7 @@ class Regression:
         predictions = _predictions(model, inputs)
         x, y = predictions.double() - self.center, targets.double() - self.center
         terms = (x, y, x * x, y * y, x * y, (predictions - targets).square().double())
-        return {name: term.view(real.shape).where(real, 0.0).sum(1) for name, term in zip(_SUMS, terms, strict=True)}
+        return {name: client_sums(term, real) for name, term in zip(_SUMS, terms, strict=True)}
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""

@@ -20,7 +20,8 @@ from fedlora.models.loading import load_model, outline_model
 from fedlora.models.tokenizers import positions
 from fedlora.tasks.prompts import eos, surrounding, token_lists
 from fedlora.tasks.questions import Question
-from fedlora.tasks.task import NO_TARGET, Examples
+from fedlora.tasks.task import NO_TARGET, Examples, client_sums
+from fedlora.tasks.token_features import mean_of_tokens
 from fedlora.tasks.token_metrics import token_metrics
 
 _MANY = 100
@@ -123,7 +124,7 @@ class Seq2Seq:
         losses, right = _token_losses(model, inputs, targets)
         tokens, hits = (targets != NO_TARGET).sum(1), right.sum(1)
         each = {"loss": losses.double().sum(1), "tokens": tokens, "right": hits, "exact": (hits == tokens).long()}
-        return {name: x.view(real.shape).where(real, 0).sum(1) for name, x in each.items()}
+        return {name: client_sums(x, real) for name, x in each.items()}
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""
@@ -161,10 +162,7 @@ class Seq2Seq:
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the encoder's last layer over the tokens of each prompt [rows, width]."""
         whole: Any = model
-        hidden = whole.get_encoder()(**inputs).last_hidden_state.float()  # [rows, longest, width]
-        inside = inputs["attention_mask"][..., None].to(hidden)
-        mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
-        return mean
+        return mean_of_tokens(whole.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"])
 
     def _check_positions(self, source: str, model: nn.Module) -> None:
         limit = positions(model)

@@ -18,6 +18,7 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.entities import inner, scheme
 from fedlora.tasks.task import NO_TARGET, Examples
+from fedlora.tasks.token_features import mean_of_tokens
 from fedlora.tasks.word_tokens import word_tokens
 
 _COUNTS = ("targets", "words", "right")
@@ -170,10 +171,7 @@ class Tagging:
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the last layer over the tokens that are not padding [rows, width]."""
         whole: Any = model
-        hidden = whole.base_model(**inputs)[0].float()  # [rows, longest, width]
-        inside = inputs["attention_mask"][..., None].to(hidden)
-        mean: Tensor = (hidden * inside).sum(1) / inside.sum(1)
-        return mean
+        return mean_of_tokens(whole.base_model(**inputs)[0], inputs["attention_mask"])
 
     def _targets(self, words: Sequence[int], tags: Sequence[int]) -> list[int]:
         """The targets of a text, given the word of each token, -1 for special tokens, and the tag of each word."""

@@ -98,6 +98,11 @@ def reduced(sums: Tensor, counts: Tensor, reduction: Reduction) -> tuple[Tensor,
     return (sums, counts) if reduction == "token" else (sums / counts, torch.ones_like(counts))
 
 
+def client_sums(values: Shaped[Tensor, " rows"], real: Bool[Tensor, "clients longest"]) -> Shaped[Tensor, " clients"]:
+    """The sum of each client's values, without those of rows that are not real; see `Task.measure`."""
+    return values.view(real.shape).where(real, 0).sum(1)
+
+
 @runtime_checkable
 class Task(Protocol):
     """A kind of task. `labels` are the names of the labels, empty for a task without labels."""
