@@ -17,6 +17,7 @@ from fedlora.reuse import Reuse
 from fedlora.rounds.row import RoundRow
 from fedlora.runs.sweep_plan import Outcome, PlannedRun
 from fedlora.train import hardware
+from fedlora.watchdog import end_with_parent
 
 Next = Callable[[], tuple[PlannedRun, Path] | None]
 """The next run and its directory; None if no run can start now."""
@@ -126,6 +127,7 @@ class _Sender(NullSweepProgress):
 
 
 def _serve(connection: Connection, index: int, threads: int, execute: Execute, search: Search | None) -> None:
+    end_with_parent()  # a run without its sweep would keep its directory locked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, which ends this one
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)

@@ -27,6 +27,7 @@ from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan
 from fedlora.sweep_workers import Next, check_devices, on_devices
 
 _TRACEBACK = "traceback.txt"
+_LOCK_SECONDS = 10.0  # the processes of a killed sweep end a moment later
 
 
 def sweep(
@@ -145,7 +146,7 @@ def execute(run: PlannedRun, path: Path, search: Search | None, progress: SweepP
         return Outcome(failed=str(error))
     except Exception as error:  # a programming error, or an error of a library, must not stop the other runs
         durable.folder(path)
-        durable.replace(path / _TRACEBACK, traceback.format_exc().encode())
+        durable.replace(path / _TRACEBACK, traceback.format_exc().encode(), mode=0o600)  # it may quote data
         return Outcome(failed=f"{type(error).__name__}; see runs/{path.name}/{_TRACEBACK} in the sweep directory")
     finally:
         torch.set_num_threads(threads)  # a run with several processes on the CPU takes fewer
@@ -154,9 +155,9 @@ def execute(run: PlannedRun, path: Path, search: Search | None, progress: SweepP
 
 def _finished(run: PlannedRun, path: Path, progress: "_RunProgress", reuse: Reuse) -> Result:
     if (path / "experiment.toml").exists():
-        with opened(path) as (folder, experiment):
+        with opened(path, _LOCK_SECONDS) as (folder, experiment):
             return finish_run(experiment, folder, progress, None, reuse)
-    folder = RunFolder.create(path)
+    folder = RunFolder.create(path, _LOCK_SECONDS)
     try:
         return finish_run(resolve_settings(run.experiment), folder, progress, None, reuse)
     finally:

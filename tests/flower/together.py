@@ -11,9 +11,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.deploy.grid_transport import GridTransport
 from fedlora.deploy.server import serve
-from fedlora.deploy.watchdog import end_with
 from fedlora.deploy.wire import Batch, decode_message, encode_message
 from fedlora.session import Session
+from fedlora.watchdog import end_with
 
 app = ServerApp()
 

@@ -149,8 +149,12 @@ def test_losses_are_minimized_and_other_metrics_maximized_unless_the_search_says
 
 def test_a_point_without_a_successful_candidate_has_no_runs():
     plan = SweepPlan(Sweep.load({"search": {"values": {"train.lr": [0.1, 0.2]}}}))
-    outcomes = {plan.candidates[0][0].name: Outcome(float("nan")), plan.candidates[0][1].name: Outcome(failed="why")}
-    assert plan.all_failed(0, outcomes) and plan.ready(outcomes) == []
+    for undefined in ("nan", "inf", "-inf"):
+        outcomes = {
+            plan.candidates[0][0].name: Outcome(float(undefined)),
+            plan.candidates[0][1].name: Outcome(failed="why"),
+        }
+        assert plan.all_failed(0, outcomes) and plan.ready(outcomes) == []
 
 
 # the runs
@@ -218,7 +222,7 @@ def test_a_programming_error_fails_its_run_alone_with_the_traceback_in_a_file(ho
     assert set(case.runs) == {2} and set(case.failed) == {1}
     found = re.fullmatch(r"KeyError; see (.*) in the sweep directory", case.failed[1])
     file = tmp_path / "sweep" / found[1]
-    assert "in broken" in file.read_text()
+    assert "in broken" in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     monkeypatch.undo()
     (case,) = fedlora.sweep(resume=tmp_path / "sweep").cases
     assert set(case.runs) == {1, 2} and not case.failed and not file.exists()

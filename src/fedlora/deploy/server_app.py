@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.deploy.grid_transport import GridTransport
 from fedlora.deploy.keys import Keys
 from fedlora.deploy.server import serve
-from fedlora.deploy.watchdog import end_with
+from fedlora.watchdog import end_with
 
 app = ServerApp()
 

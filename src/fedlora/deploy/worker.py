@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedlora.deploy.watchdog import end_with
 from fedlora.deploy.worker_socket import NOTE, REPLY, receive, send, short_path
 from fedlora.printable import printable
+from fedlora.watchdog import end_with
 
 LOCK = "worker.lock"
 PID = "worker.pid"

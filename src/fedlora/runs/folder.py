@@ -63,8 +63,8 @@ class RunFolder:
         self._files = RoundFiles(path)
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
-        """Creates and locks a new folder.
+    def create(cls, path: Path, seconds: float = 0.0) -> "RunFolder":
+        """Creates and locks a new folder; waits up to `seconds` for another process to release it.
 
         Raises:
             UserError: it has been used before, or cannot be created.
@@ -74,7 +74,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot be created: {error.strerror}; choose another directory with --out") from error
         _require_unused(path)
-        folder = cls(path)
+        folder = cls(path, seconds)
         try:
             _require_unused(path)  # another process may have used it meanwhile
         except UserError:

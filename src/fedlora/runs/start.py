@@ -56,10 +56,10 @@ def read_folder(path: Path) -> Experiment:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[RunFolder, Experiment]]:
-    """Locks and returns the folder of an earlier run, with its experiment."""
+def opened(path: Path, seconds: float = 0.0) -> Iterator[tuple[RunFolder, Experiment]]:
+    """Locks and returns the folder of an earlier run, with its experiment; waits up to `seconds` for the lock."""
     experiment = read_folder(path)
-    folder = RunFolder(path)
+    folder = RunFolder(path, seconds)
     try:
         yield folder, experiment
     finally:

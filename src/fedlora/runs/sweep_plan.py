@@ -56,7 +56,7 @@ class SweepPlan:
             if run.name not in outcomes:
                 return None
             outcome = outcomes[run.name]
-            if outcome.metric is not None and not math.isnan(outcome.metric):
+            if outcome.metric is not None and math.isfinite(outcome.metric):
                 value = -outcome.metric if self._minimizes(run, outcome.name) else outcome.metric
                 if chosen is None or value > best:
                     best, chosen = value, settings

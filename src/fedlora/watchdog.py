@@ -3,6 +3,7 @@
 import os
 import select
 import threading
+from multiprocessing import parent_process
 
 
 def end_with(pid: int) -> None:
@@ -14,9 +15,19 @@ def end_with(pid: int) -> None:
         other = os.pidfd_open(pid)
     except ProcessLookupError:
         os._exit(1)
+    _end_when_readable(other)
 
+
+def end_with_parent() -> None:
+    """As `end_with`, for the parent of a process of `multiprocessing`; not limited to Linux."""
+    parent = parent_process()
+    assert parent is not None, "a process of multiprocessing has a parent"
+    _end_when_readable(parent.sentinel)
+
+
+def _end_when_readable(descriptor: int) -> None:
     def wait() -> None:
-        select.select([other], [], [])
+        select.select([descriptor], [], [])
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
