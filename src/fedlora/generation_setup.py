@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
+from fedlora.models.generate import check_positions
 from fedlora.tasks.questions import grouped, spread
 from fedlora.tasks.task import NO_TARGET, Examples, Task
 from fedlora.train.generation import Generation
@@ -20,7 +21,7 @@ def generation_of(
     """The evaluation by generated answers; None if it is not configured, or there is no test set.
 
     Raises:
-        UserError: the task generates no text.
+        UserError: the task generates no text, or the model has too few positions for the prompts and the answers.
     """
     settings = experiment.evaluate
     if not settings.generate or not len(test):
@@ -28,6 +29,7 @@ def generation_of(
     if task.questions is None:
         raise UserError(f"evaluate.generate: task.kind = {experiment.task.kind!r} generates no text; set it to 0")
     questions = spread(grouped(task.questions(tokenizer, columns, experiment.train.max_length)), settings.generate)
+    check_positions(model, max((len(one.prompt) for one in questions), default=0), settings.max_new_tokens)
     stop = _stop(model, tokenizer, test)
     return Generation(questions, tokenizer, stop, settings.max_new_tokens, settings.batch_size, settings.text_metrics)
 

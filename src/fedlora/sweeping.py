@@ -23,7 +23,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.start import opened, resolve_settings
 from fedlora.runs.sweep_folder import SweepFolder, SweepResult, cases_of_sweep
-from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan
+from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan, check_metric
 from fedlora.sweep_workers import Next, check_devices, on_devices
 
 _TRACEBACK = "traceback.txt"
@@ -91,7 +91,9 @@ def read_sweep(source: str | Path | Mapping[str, Any] | None, overrides: Iterabl
     """The sweep in a file or a table; see `Sweep.load`."""
     if source is None:
         raise UserError("expected a sweep file or --resume SWEEP_DIR, found neither")
-    return Sweep.load(source, list(overrides))
+    sweep = Sweep.load(source, list(overrides))
+    check_metric(sweep)
+    return sweep
 
 
 def run_sweep(

@@ -7,7 +7,7 @@ import pytest
 import tomli_w
 
 import fedlora
-from fedlora import UserError, federated_data
+from fedlora import UserError, federated_data, sweeping
 from fedlora.config.experiment import build
 from fedlora.config.sweep import Sweep
 from fedlora.runs.cases import find_cases
@@ -237,11 +237,34 @@ def test_two_processes_give_the_runs_of_one(home, tmp_path):
         assert_same_runs(path, two.cases[0].runs[seed])
 
 
-@pytest.mark.slow
-def test_a_search_by_a_metric_that_no_round_has_names_those_that_exist(home, tmp_path):
-    given = table(home, search={"values": {"train.lr": [0.1]}, "metric": "clients.acuracy.mean"})
-    (case,) = fedlora.sweep(given, tmp_path / "sweep").cases
-    assert "clients.accuracy.mean" in case.failed[0]
+@pytest.mark.parametrize("kind", ["classification", "regression", "tagging", "multiple-choice", "causal-lm", "seq2seq"])
+def test_a_search_by_a_metric_that_the_task_has_not_is_refused_before_anything_is_trained(kind, tmp_path):
+    given = {"base": {"task": kind}, "search": {"values": {"train.lr": [0.1]}, "metric": "clients.loss.mean"}}
+    sweeping.read_sweep(given, [])
+    given["search"]["metric"] = "clients.acuracy.mean"
+    with pytest.raises(UserError, match=r"no such metric; available: .*clients\.loss\.mean"):
+        fedlora.sweep(given, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_runs_of_a_sweep_are_planned_once(monkeypatch):
+    made, experiment = [], Sweep.experiment
+    plan = SweepPlan(Sweep.load({"axes": {"method.rank": [2, 4]}, "seeds": [0, 1]}))
+    monkeypatch.setattr(Sweep, "experiment", lambda self, *given: made.append(given) or experiment(self, *given))
+    assert plan.ready({}) == plan.ready({}) and len(made) == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"axes": {"train.clip_norm": [None, 1.0]}},
+        {"points": [{"train": {"clip_norm": None}}]},
+        {"base": {"train": {"clip_norm": None}}},
+        {"search": {"values": {"train.clip_norm": [None, 1.0]}}},
+    ],
+)
+def test_none_in_a_sweep_is_refused(given):
+    refused(given, "train.clip_norm: None cannot be stored", "leave the setting out")
 
 
 @pytest.mark.slow

@@ -160,3 +160,10 @@ def test_a_task_that_generates_no_text_cannot_be_evaluated_by_generation(home):
     )
     with pytest.raises(UserError, match=r"evaluate\.generate: task\.kind = 'classification' generates no text"):
         Session.make(tiny, FederatedData.make(tiny))
+
+
+@pytest.mark.parametrize("checked", [check, Session.make])
+def test_too_few_positions_for_the_answers_are_refused_before_training(checked, home):
+    given = experiment(home, {"prompt": "prompt", "response": "response"}, max_new_tokens=100_000)
+    with pytest.raises(UserError, match="an answer of up to 100000 tokens need"):
+        checked(given, FederatedData.make(given))

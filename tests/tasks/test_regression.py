@@ -249,3 +249,7 @@ def test_names_of_labels_are_rejected_for_a_task_without_any(home):
 def test_the_clients_of_a_regression_are_listed_without_labels(home):
     table = clients(FederatedData.make(experiment(home))).renderables[0]
     assert [column.header for column in table.columns] == ["client", "rank", "train", "held out"]
+
+
+def test_no_examples_have_no_partition_keys():
+    assert TASK.partition_keys({"label": []}) == []

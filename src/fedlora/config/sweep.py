@@ -234,7 +234,17 @@ def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
                 found |= {f"wrap.{key}.{own}": one for own, one in inner.items()}
             else:
                 found[f"{name}.{key}"] = inner
+    if missing := next((key for key, value in found.items() if _has_none(value)), None):
+        raise ValueError(
+            f"{missing}: None cannot be stored, as TOML has no null; leave the setting out, as in another point"
+        )
     return found
+
+
+def _has_none(value: Any) -> bool:
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(map(_has_none, value.values() if isinstance(value, Mapping) else value))
+    return value is None
 
 
 def _absolute(settings: Settings) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def generate(
         UserError: the longest prompt and the answer need more positions than the model has.
     """
     longest = max((len(prompt) for prompts, _ in asked for prompt in prompts), default=0)
-    _check_positions(adapted.model, longest, max_new_tokens)
+    check_positions(adapted.model, longest, max_new_tokens)
     adapted.load_clients([adapter for _, adapter in asked])
     adapted.model.eval()
     order = [sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for prompts, _ in asked]
@@ -87,8 +87,12 @@ def _greedy(model: Any, max_new_tokens: int, stop: Collection[int]) -> Iterator[
         model.generation_config = original
 
 
-def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
-    """Rejects prompts of up to this length if the model has too few positions for them and the answers."""
+def check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
+    """Checks that the model has enough positions for prompts of up to this length and their answers.
+
+    Raises:
+        UserError: it has too few.
+    """
     limit = positions(model)
     needed = max(longest, max_new_tokens) if model.config.is_encoder_decoder else longest + max_new_tokens
     if limit is not None and needed > limit:

@@ -9,6 +9,8 @@ from functools import cached_property
 
 from fedlora.config.experiment import Experiment
 from fedlora.config.sweep import Point, Settings, Sweep, label_of
+from fedlora.errors import UserError
+from fedlora.tasks.metric_names import metric_names
 from fedlora.tasks.table import task_of
 
 
@@ -109,10 +111,40 @@ class SweepPlan:
                 found |= {f"{i} {seed}": f"{point.label} (best of the search) seed={seed}" for seed in seeds}
         return list(found.values())
 
+    @cached_property
+    def _planned(self) -> dict[tuple[int, str, int], PlannedRun]:
+        return {}
+
     def _run(self, index: int, more: Settings, seed: int) -> PlannedRun:
+        """The run, planned once: a live table asks for all runs several times a second."""
+        key = index, str(dict(more)), seed
+        if key not in self._planned:
+            self._planned[key] = self._new_run(index, more, seed)
+        return self._planned[key]
+
+    def _new_run(self, index: int, more: Settings, seed: int) -> PlannedRun:
         point: Point = self.sweep.points[index]
         experiment = self.sweep.experiment({**point.settings, **more}, seed)
         title = " ".join(filter(None, [point.label, label_of(more), f"seed={seed}"]))
         digest = hashlib.sha256(experiment.to_toml().encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")
         return PlannedRun(f"{slug[:80]}-{digest}", index, title, experiment)
+
+
+def check_metric(sweep: Sweep) -> None:
+    """Checks that the tasks of all points have the metric of the search.
+
+    Raises:
+        UserError: one has not; names its metrics.
+    """
+    if sweep.search is None or sweep.search.metric is None:
+        return
+    _, name, statistic = sweep.search.metric.split(".")
+    for point in sweep.points:
+        task = sweep.experiment({**point.settings, **point.candidates[0]}, sweep.search_seed).task
+        names = metric_names(task_of(dict(task)), ("O", "B-NAME"))  # tags of entities, which have most metrics
+        if name not in names:
+            known = ", ".join(f"clients.{one}.{statistic}" for one in names)
+            raise UserError(
+                f"search.metric = {sweep.search.metric!r}: task.kind = {task.kind!r} has no such metric; available: {known}"
+            )

@@ -54,6 +54,8 @@ class Regression:
     def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> list[int]:
         """The index of the score's interval, of five equal ones between the smallest and the largest score."""
         scores = torch.tensor(train["label"], dtype=torch.float64)
+        if not len(scores):
+            return []
         width = scores.max() - scores.min()
         if not width:
             return [0] * len(scores)
