@@ -1,9 +1,9 @@
 """Setup of the evaluation by generated answers from a run's settings and test set."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
@@ -16,9 +16,11 @@ from fedlora.train.generation import Generation
 
 
 def generation_of(
-    experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, columns: Mapping[str, Sequence[Any]]
+    experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, rows: Dataset
 ) -> Generation | None:
     """The evaluation by generated answers; None if it is not configured, or there is no test set.
+
+    `rows` are those that `test` encodes; they are read only if answers are generated.
 
     Raises:
         UserError: the task generates no text, or the model has too few positions for the prompts and the answers.
@@ -28,7 +30,7 @@ def generation_of(
         return None
     if task.questions is None:
         raise UserError(f"evaluate.generate: task.kind = {experiment.task.kind!r} generates no text; set it to 0")
-    questions = spread(grouped(task.questions(tokenizer, columns, experiment.train.max_length)), settings.generate)
+    questions = spread(grouped(task.questions(tokenizer, rows[:], experiment.train.max_length)), settings.generate)
     check_positions(model, max((len(one.prompt) for one in questions), default=0), settings.max_new_tokens)
     stop = _stop(model, tokenizer, test)
     return Generation(questions, tokenizer, stop, settings.max_new_tokens, settings.batch_size, settings.text_metrics)

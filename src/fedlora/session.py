@@ -114,9 +114,7 @@ class Session:
             replace(client, examples=len(data.rows[client.id])) if client.id in data.rows else client
             for client in federated_data.clients
         ]
-        generation = generation_of(
-            experiment, task, adapted.model, tokenizer, data.test, federated_data.labelled_data.test[:]
-        )
+        generation = generation_of(experiment, task, adapted.model, tokenizer, data.test, federated_data.labelled_data.test)
         reuse = reuse or Reuse()
         return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes, reuse, generation)
 
@@ -212,7 +210,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
         other_parameters(model, sizes, head)
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
-    generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test[:])
+    generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test)
     return [*data.notes, *generation_notes(experiment, data.test), *data.first_example(task, tokenizer)]
 
 
