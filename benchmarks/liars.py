@@ -81,7 +81,7 @@ def main() -> None:
     for name, default in (("rows", 2000), ("clients", 10), ("rounds", 20), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--lies", default=",".join(LIES))
+    parser.add_argument("--lies", default=";".join(LIES), help="separated by semicolons")
     given = parser.parse_args()
     table = {
         "data": {"rows": given.rows},
@@ -91,7 +91,7 @@ def main() -> None:
         "rounds": given.rounds,
     }
     found: list[dict[str, Any]] = []
-    cases = [("", False), ("", True), *((lie, True) for lie in given.lies.split(",") if lie)]
+    cases = [("", False), ("", True), *((lie, True) for lie in given.lies.split(";") if lie)]
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(given.seeds):
             for lie, checked in cases:

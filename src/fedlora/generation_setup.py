@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
@@ -16,11 +15,11 @@ from fedlora.train.generation import Generation
 
 
 def generation_of(
-    experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, rows: Dataset
+    experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, rows: Any
 ) -> Generation | None:
     """The evaluation by generated answers; None if it is not configured, or there is no test set.
 
-    `rows` are those that `test` encodes; they are read only if answers are generated.
+    `rows` is the data set that `test` encodes; it is read only if answers are generated.
 
     Raises:
         UserError: the task generates no text, or the model has too few positions for the prompts and the answers.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from fedlora import sweeping
+from fedlora import Result, sweeping
 from fedlora.config.sweep import Sweep
 from fedlora.report.sweep_progress import NullSweepProgress
 from fedlora.reuse import Reuse
@@ -56,7 +56,7 @@ def test_a_worker_ends_with_the_process_of_its_sweep(tmp_path):
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_resumed_sweep_waits_for_a_process_that_still_holds_a_run(begun, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "finish_run", lambda *_: None)
+    monkeypatch.setattr(sweeping, "finish_run", lambda *_: Result(tmp_path, "fedit", [], {}))
     run = SweepPlan(Sweep.load({})).ready({})[0]
     if begun:
         (tmp_path / "experiment.toml").write_text(run.experiment.to_toml())

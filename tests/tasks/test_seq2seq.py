@@ -257,7 +257,7 @@ def test_a_t5_without_pretraining_learns_to_answer_with_the_names_of_classes(hom
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_eos_ends_a_generated_answer_though_answers_of_bart_begin_with_bos(home, kind):
-    given = experiment(home, kind, evaluate={"generate": 3})
+    given = experiment(home, kind, evaluate={"generate": 3, "max_new_tokens": 8})
     session = Session.make(given, FederatedData.make(given))
     generation = session.generation
     assert generation is not None and list(generation.stop) == [session.tokenizer.eos_token_id]
