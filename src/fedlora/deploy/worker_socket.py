@@ -5,7 +5,9 @@ first byte distinguishes them. The socket is in the node's folder, accessible to
 """
 
 import os
+import select
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from fedlora.deploy.log_file import last_log_line
 NAME = "worker.sock"
 LOG = "worker.log"
 _START_SECONDS = 120.0
+_END_SECONDS = 10.0
 _MAX_BYTES = 2**31
 NOTE, REPLY = b"n", b"r"
 
@@ -38,13 +41,14 @@ def ask(folder: Path, message: bytes, until: int, notify: Callable[[str], None])
     """
     for _ in range(2):
         with _connected(folder, until) as connection:
+            worker = _listener(connection)
             try:
                 send(connection, message)
                 while (frame := receive(connection))[:1] == NOTE:
                     notify(frame[1:].decode(errors="replace"))
                 return frame[1:]
             except (OSError, EOFError):
-                continue
+                _await_end(worker)
     raise Unreachable(f"the worker crashed twice on one message; last log line: {last_log_line(folder / LOG)}")
 
 
@@ -96,6 +100,22 @@ def _connected(folder: Path, until: int) -> Iterator[socket.socket]:
             time.sleep(0.05)
     with connection:
         yield connection
+
+
+def _listener(connection: socket.socket) -> int:
+    """The process that listens at the other end."""
+    pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
+    return pid
+
+
+def _await_end(pid: int) -> None:
+    """Waits at most `_END_SECONDS` until a process that is ending has ended: before, it may still accept connections."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    select.select([process], [], [], _END_SECONDS)
+    os.close(process)
 
 
 def _start(folder: Path, until: int) -> "subprocess.Popen[bytes]":
