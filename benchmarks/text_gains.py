@@ -64,7 +64,10 @@ def main() -> None:
             metric = TEXT_METRICS[key]
             pair = [statistics(metric, found) for found in (before, after)]
             first, last, low, high = gain(metric, name, *pair, given.samples)
-            print(f"| {run.name} | {len(before)} | {name} | {first:.1f} | {last:.1f} | {low:+.1f} to {high:+.1f} |", flush=True)
+            print(
+                f"| {run.name} | {len(before)} | {name} | {first:.1f} | {last:.1f} | {low:+.1f} to {high:+.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
