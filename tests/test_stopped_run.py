@@ -1,5 +1,6 @@
 """A run that stops early: its adapters, its log, and its resumption."""
 
+import json
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -127,11 +128,29 @@ def test_a_run_that_cannot_stop_early_as_wanted_is_invalid(override, message):
         build({}, ["evaluate.stop_after=2", override])
 
 
-def test_an_unknown_metric_ends_the_run_before_training(home, tmp_path):
-    settings = build(experiment(home, before=True).model_dump(exclude_none=True), ["evaluate.metric='clients.bleu.mean'"])
-    settings = build(settings.model_dump(exclude_none=True), ["evaluate.stop_after=1"])
-    with pytest.raises(UserError, match=r"'clients.bleu.mean'.*available: clients.accuracy.mean, clients.loss.mean"):
-        run(settings, tmp_path / "run", Interrupted())
+UNKNOWN = r"^evaluate.metric = 'clients.bleu.mean': .*available: clients.accuracy.mean, clients.loss.mean"
+
+
+@pytest.mark.parametrize("stop_after", [1, None])
+def test_an_unknown_metric_ends_a_run_before_its_model_is_read(stop_after, home, tmp_path):
+    settings = experiment(home, metric="clients.bleu.mean", stop_after=stop_after)
+    settings = settings.model_copy(update={"model": str(tmp_path / "absent")})
+    with pytest.raises(UserError, match=UNKNOWN):
+        run(settings, tmp_path / "run", progress=False)
+
+
+def test_an_unknown_metric_ends_a_deployment_before_its_clients_connect(home, tmp_path):
+    (tmp_path / "experiment.toml").write_text(experiment(home, metric="clients.bleu.mean", stop_after=1).to_toml())
+    with pytest.raises(UserError, match=UNKNOWN):
+        serve(tmp_path, create_autospec(Transport, instance=True))
+
+
+def test_metrics_of_entities_are_unknown_if_the_tags_are_not_those_of_entities(home, tmp_path):
+    rows = [{"tokens": ["bab", "bad"], "tags": ["noun", "verb"]}] * 8
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"task": "tagging", "data": str(tmp_path / "rows.jsonl"), "clients": {"count": 2, "partition": "iid"}}
+    with pytest.raises(UserError, match=r"available: clients.accuracy.mean, clients.loss.mean$"):
+        run(build({**problem(home), **given, "evaluate": {"metric": "clients.f1.mean"}}), tmp_path / "run", progress=False)
 
 
 def test_a_deployment_of_a_personal_method_cannot_stop_early(home, tmp_path):

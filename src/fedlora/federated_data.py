@@ -21,6 +21,7 @@ from fedlora.rounds.sample import check_cohort
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.manifest import Client, DataFingerprint, Examples
 from fedlora.tasks.table import task_of
+from fedlora.tasks.metric_names import check_metric
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None =
     """All examples.
 
     Raises:
-        UserError: they cannot be read, or do not have one label each, and the method needs it.
+        UserError: they cannot be read, do not have one label each, and the method needs it, or lack `evaluate.metric`.
     """
     columns = _columns(experiment)
     if experiment.method.row.needs_labels and not any(column.kind == "label" for column in columns):
@@ -130,6 +131,9 @@ def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None =
             "no labels of whole examples; choose another method"
         )
     if reuse is None or in_memory is not None:
-        return load(experiment.data, experiment.seed, columns, in_memory)
-    key = experiment.model_dump_json(include={"data": True, "task": True, "seed": True})
-    return reuse.get("examples", key, lambda: load(experiment.data, experiment.seed, columns))
+        found = load(experiment.data, experiment.seed, columns, in_memory)
+    else:
+        key = experiment.model_dump_json(include={"data": True, "task": True, "seed": True})
+        found = reuse.get("examples", key, lambda: load(experiment.data, experiment.seed, columns))
+    check_metric("evaluate.metric", experiment.evaluate.metric, experiment.task, found.labels)
+    return found

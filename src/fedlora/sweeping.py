@@ -23,7 +23,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.start import opened, resolve_settings
 from fedlora.runs.sweep_folder import SweepFolder, SweepResult, cases_of_sweep
-from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan, check_metric
+from fedlora.runs.sweep_plan import Outcome, PlannedRun, SweepPlan, check_metrics
 from fedlora.sweep_workers import Next, check_devices, on_devices
 
 _TRACEBACK = "traceback.txt"
@@ -92,7 +92,7 @@ def read_sweep(source: str | Path | Mapping[str, Any] | None, overrides: Iterabl
     if source is None:
         raise UserError("expected a sweep file or --resume SWEEP_DIR, found neither")
     sweep = Sweep.load(source, list(overrides))
-    check_metric(sweep)
+    check_metrics(sweep)
     return sweep
 
 

@@ -247,6 +247,12 @@ def test_a_search_by_a_metric_that_the_task_has_not_is_refused_before_anything_i
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_whose_runs_would_stop_by_a_metric_that_the_task_has_not_is_refused(tmp_path):
+    given = {"points": [{"train.lr": 0.1}, {"evaluate.metric": "clients.acuracy.mean"}]}
+    with pytest.raises(UserError, match=r"^evaluate.metric = .* no such metric; available: clients\.accuracy\.mean"):
+        fedlora.sweep(given, tmp_path / "sweep")
+
+
 def test_the_runs_of_a_sweep_are_planned_once(monkeypatch):
     made, experiment = [], Sweep.experiment
     plan = SweepPlan(Sweep.load({"axes": {"method.rank": [2, 4]}, "seeds": [0, 1]}))

@@ -9,8 +9,7 @@ from functools import cached_property
 
 from fedlora.config.experiment import Experiment
 from fedlora.config.sweep import Point, Settings, Sweep, label_of
-from fedlora.errors import UserError
-from fedlora.tasks.metric_names import metric_names
+from fedlora.tasks.metric_names import check_metric
 from fedlora.tasks.table import task_of
 
 
@@ -131,20 +130,17 @@ class SweepPlan:
         return PlannedRun(f"{slug[:80]}-{digest}", index, title, experiment)
 
 
-def check_metric(sweep: Sweep) -> None:
-    """Checks that the tasks of all points have the metric of the search.
+def check_metrics(sweep: Sweep) -> None:
+    """Checks that the tasks of all points have the metric of the search, and that of early stopping.
 
     Raises:
         UserError: one has not; names its metrics.
     """
-    if sweep.search is None or sweep.search.metric is None:
-        return
-    _, name, statistic = sweep.search.metric.split(".")
     for point in sweep.points:
-        task = sweep.experiment({**point.settings, **point.candidates[0]}, sweep.search_seed).task
-        names = metric_names(task_of(dict(task)), ("O", "B-NAME"))  # tags of entities, which have most metrics
-        if name not in names:
-            known = ", ".join(f"clients.{one}.{statistic}" for one in names)
-            raise UserError(
-                f"search.metric = {sweep.search.metric!r}: task.kind = {task.kind!r} has no such metric; available: {known}"
-            )
+        for candidate in point.candidates or [{}]:
+            experiment = sweep.experiment({**point.settings, **candidate}, sweep.search_seed)
+            metrics = {"evaluate.metric": experiment.evaluate.metric}
+            if sweep.search is not None and sweep.search.metric is not None:
+                metrics["search.metric"] = sweep.search.metric
+            for key, metric in metrics.items():
+                check_metric(key, metric, experiment.task, ("O", "B-NAME"))  # tags of entities have most metrics
