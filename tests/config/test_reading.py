@@ -100,6 +100,16 @@ def test_data_may_be_the_source_alone():
         ),
         (
             {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
+        ({"task": {"kind": "causal-lm", "chat": True}}, ["task.chat", "plain texts (data.text)", "remove it"]),
+        ({"task": {"kind": "causal-lm", "separator": " "}}, ["task.separator", "plain texts (data.text)", "remove it"]),
+        (
+            {"task": {"kind": "causal-lm", "separator": " "}, "data": {"messages": "messages"}},
+            ["task.separator", "data.messages", "remove it"],
+        ),
+        (
+            {"task": {"kind": "causal-lm", "separator": " ", "chat": True}, "data": {"prompt": "q", "response": "a"}},
+            ["task.separator", "task.chat", "remove it"],
+        ),
             ["task.class_weights", "train.reduction"],
         ),
         (

@@ -71,8 +71,7 @@ class Experiment(Section):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
         if self.task.class_weights and self.train.reduction == "example":
             raise ValueError("task.class_weights needs train.reduction = 'token': a mean over examples has equal weights")
-        if self.task.chat and self.data.messages is not None:
-            raise ValueError("task.chat is for data.prompt and data.response; with data.messages, remove it")
+        self._check_prompt_settings()
         if self.evaluate.stop_after is not None and not self.clients.held_out:
             raise ValueError("evaluate.stop_after needs clients.held_out above 0")
         ranks = self.clients.ranks
@@ -99,6 +98,20 @@ class Experiment(Section):
             except ValueError as error:
                 raise ValueError(f"{section}.{error}") from error
         return self
+
+    def _check_prompt_settings(self) -> None:
+        """Rejects settings of a language model's prompts and answers if the data have no such columns."""
+        if self.task.kind != "causal-lm" or self.data.source == "none":
+            return
+        other = None
+        if self.data.messages is not None:
+            other = "data.messages"
+        elif self.data.prompt is None and self.data.response is None:
+            other = "plain texts (data.text)"
+        in_place_of = {"chat": other, "separator": other or ("task.chat" if self.task.chat else None)}
+        for key, reason in in_place_of.items():
+            if reason is not None and getattr(self.task, key) != Task.model_fields[key].default:
+                raise ValueError(f"task.{key} is for data.prompt and data.response; with {reason}, remove it")
 
     @model_validator(mode="wrap")
     @classmethod
