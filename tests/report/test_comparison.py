@@ -29,8 +29,8 @@ def each(accuracy, seed):
     return {client: accuracy + (i - 1.5) * 0.01 * (1 + seed) for i, client in enumerate(CLIENTS)}
 
 
-def written(tmp_path, name, method, seed, accuracy, *overrides, rounds=2, **given):
-    rows = [scored(i + 1, accuracy * (i + 1) / rounds, each(accuracy, seed)) for i in range(rounds)]
+def written(tmp_path, name, method, seed, accuracy, *overrides, rounds=2, held_out=None, **given):
+    rows = [scored(i + 1, accuracy * (i + 1) / rounds, each(accuracy, seed), held_out=held_out) for i in range(rounds)]
     return write_run(tmp_path / name, rows, f"method.name={method}", f"seed={seed}", *overrides, **given)
 
 
@@ -95,10 +95,13 @@ def test_the_difference_of_a_test_metric_is_scipys_paired_t_test(runs):
     assert (difference.interval.low, difference.interval.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_the_difference_of_a_held_out_metric_is_paired_by_client_and_weighted_by_its_examples(tmp_path):
-    sizes = (10, 20, 30, 40)
+@pytest.mark.parametrize("known", [True, False])  # rows of earlier releases have no numbers of held-out examples
+def test_the_difference_of_a_held_out_metric_is_paired_by_client_and_weighted_by_its_held_out_examples(known, tmp_path):
+    training = (10, 20, 30, 40)
+    sizes = (7, 1, 3, 2) if known else training
+    held_out = dict(zip(CLIENTS, sizes, strict=True)) if known else None
     paths = [
-        written(tmp_path, f"{method}{seed}", method, seed, values[seed], examples=sizes)
+        written(tmp_path, f"{method}{seed}", method, seed, values[seed], examples=training, held_out=held_out)
         for method, values in (("fedit", FEDIT), ("flora", FLORA))
         for seed in (0, 2)
     ]

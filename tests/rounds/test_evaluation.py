@@ -38,6 +38,14 @@ def test_all_clients_those_of_the_round_or_none_are_evaluated():
     assert all(row.clients is None and row.global_ is not None for row in none)
 
 
+def test_a_row_has_the_number_of_held_out_examples_of_each_evaluated_client():
+    everybody, chosen, none = (rows(Evaluate(clients=which), 2, 0.5) for which in ("all", "chosen", "none"))
+    sizes = {client.id: client.examples for client in toy_clients(4)}  # the toy evaluates on as many as it trains on
+    assert all(row.held_out == sizes for row in everybody)
+    assert all(row.held_out == {client: sizes[client] for client in row.accepted} for row in chosen)
+    assert all(row.held_out is None for row in none)
+
+
 @dataclass(frozen=True)
 class Noting(SimulationBackend):
     """Notes when requests are sent and when scores are collected, each with the number of rounds before it."""

@@ -43,6 +43,7 @@ FULL = round_row(
     aggregation_error=1e-3,
     global_={"accuracy": 0.5, "examples": 8},
     clients={"accuracy": Summary(0.5, 0.25, 0.125, {"a": 0.25, "b": 0.75})},
+    held_out={"a": 3, "b": 4},
     seconds=Seconds(1.0, 2.0, 3.0),
     notes={"clusters": 2.0},
 )
@@ -160,7 +161,9 @@ def test_the_row_before_training_has_the_scores_of_the_initial_model_and_nothing
     assert first.round == 0 and first.global_ == trainer.evaluate(initial)
     each = {client.id: -float(trainer.loss(initial, client.id)) for client in toy_clients()}
     assert first.clients["accuracy"].each == each
-    assert line(first).keys() == {"round", "version", "started", "ended", "bytes_eval", "global", "clients", "seconds"}
+    assert first.held_out == {client.id: client.examples for client in toy_clients()}
+    scores = {"bytes_eval", "global", "clients", "held_out"}
+    assert line(first).keys() == {"round", "version", "started", "ended", "seconds", *scores}
 
 
 @pytest.mark.parametrize("method", [FLoRA(rank=3), FactorAveraging(rank=3, shared="a")])

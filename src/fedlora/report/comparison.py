@@ -175,12 +175,15 @@ def _with_differences(case: ComparedCase, base: ComparedCase) -> ComparedCase:
 
 
 def _clients(run: SavedRun, other: SavedRun, metric: str) -> dict[str, tuple[float, float]]:
-    """The difference of each client that both runs evaluated, and its weight: the number of its examples."""
+    """The difference of each client that both runs evaluated, and its weight: the number of its held-out examples.
+
+    Rows of earlier releases do not have that number; the number of training examples takes its place.
+    """
     own, theirs = run.final.clients, other.final.clients
     assert own is not None and theirs is not None
     each, base = own[metric].each, theirs[metric].each
-    examples = {one.id: float(one.examples) for one in run.manifest.data.clients}
-    return {name: (value - base[name], examples.get(name) or 1.0) for name, value in each.items() if name in base}
+    examples = run.final.held_out or {one.id: one.examples for one in run.manifest.data.clients}
+    return {name: (value - base[name], float(examples.get(name) or 1)) for name, value in each.items() if name in base}
 
 
 def _require_metrics(names: Iterable[str], runs: Iterable[SavedRun]) -> None:

@@ -26,8 +26,8 @@ _INTRO = f"""\
 of `fedlora.rounds.row.RoundRow`, whose attributes have the names of the keys, except `global_` for `global`.
 
 A number that is not finite is `null`, and NaN in Python. An absent value has no key, and is None or empty in Python. `*`
-stands for any key: a client in `rejected`, `clipped`, `per_client` and `each`, else a metric. A line of another version is
-rejected. The methods' own keys, such as `clusters` of fl-tac, are numbers; in Python they are in `notes`."""
+stands for any key: a client in `rejected`, `clipped`, `per_client`, `held_out` and `each`, else a metric. A line of another
+version is rejected. The methods' own keys, such as `clusters` of fl-tac, are numbers; in Python they are in `notes`."""
 
 _WORDS: Mapping[Any, str] = {int: "integer", float: "number", str: "text", datetime: "text"}
 

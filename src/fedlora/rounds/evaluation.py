@@ -1,8 +1,9 @@
 """Evaluation of the model between two rounds."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from fedlora.messages import Round
+from fedlora.messages import Round, Statistics
 from fedlora.method import global_adapter
 from fedlora.rounds.backend import Backend, Scores
 from fedlora.rounds.base_updates import BaseUpdateStore
@@ -40,7 +41,15 @@ def start_evaluation(
 
 
 def collect_scores(plan: Plan, scores: Scores, stats: RoundStats) -> None:
-    """Waits for the clients' scores, and adds their summary to the round's statistics."""
+    """Waits for the clients' scores, and adds their summary and their numbers of examples to the round's statistics."""
+    held_out: dict[str, int] = {}
+
+    def found() -> Iterator[tuple[str, Statistics]]:
+        for client, statistics in scores:
+            if statistics is not None:
+                held_out[client.id] = statistics.examples
+                yield client.id, statistics
+
     with stats.timed("evaluate"):
-        found = ((client.id, statistics) for client, statistics in scores if statistics is not None)
-        stats.clients = summary(found, plan.metrics, plan.lower_is_better)
+        stats.clients = summary(found(), plan.metrics, plan.lower_is_better)
+        stats.held_out = held_out

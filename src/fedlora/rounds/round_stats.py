@@ -47,6 +47,7 @@ class RoundStats:
     notes: Mapping[str, float] = field(default_factory=dict)
     global_metrics: Mapping[str, float] | None = None
     clients: Mapping[str, Summary] | None = None
+    held_out: Mapping[str, int] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "merge": 0.0, "evaluate": 0.0})
 
     def begin(self, chosen: Sequence[str], bytes_down: Mapping[str, int]) -> None:
@@ -91,6 +92,7 @@ class RoundStats:
             aggregation_error=self.aggregation_error,
             global_=self.global_metrics,
             clients=self.clients,
+            held_out=self.held_out,
             seconds=Seconds(**{phase: round(seconds, 4) for phase, seconds in self.seconds.items()}),
             notes=self.notes,
         )

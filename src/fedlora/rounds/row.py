@@ -101,6 +101,8 @@ class RoundRow:
     is no global model or no test set."""
     clients: Mapping[str, Summary] | None = None
     """Each metric on the clients' held-out examples. Absent: the clients were not evaluated."""
+    held_out: Mapping[str, int] | None = None
+    """The number of held-out examples on which each client was evaluated. Absent: the clients were not evaluated."""
     best_round: int | None = None
     """The round, up to this one, with the best `evaluate.metric`. Absent: `evaluate.stop_after` is not set, no round was
     evaluated yet, or in a progress callback."""
