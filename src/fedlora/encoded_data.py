@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedlora.data.sources import columns_of
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.models.tokenizers import check_known, check_lengths, positions
@@ -24,7 +25,8 @@ _TRAIN, _HELD_OUT = "train", "held out"
 def encode(task: Task, tokenizer: Any, federated_data: FederatedData, max_length: int) -> Tokens:
     """Tokenizes the training and the test examples."""
     data = federated_data.labelled_data
-    return task.encode(tokenizer, data.train[:], max_length), task.encode(tokenizer, data.test[:], max_length)
+    train, test = (task.encode(tokenizer, columns_of(part), max_length) for part in (data.train, data.test))
+    return train, test
 
 
 @dataclass(frozen=True)

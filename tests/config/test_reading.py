@@ -91,6 +91,8 @@ def test_data_may_be_the_source_alone():
         ({"task": {"label_smoothing": 1.0}}, ["task.label_smoothing = 1.0", "below 1"]),
         ({"task": {"class_weights": [1.0, 0.0]}}, ["task.class_weights.1 = 0.0", "above 0"]),
         ({"task": {"kind": "regression", "class_weights": [1.0]}}, ["task.class_weights", "task.kind = 'regression'"]),
+        ({"task": {"kind": "image-classification", "crop_padding": -1}}, ["task.crop_padding = -1", "of at least 0"]),
+        ({"task": {"crop_padding": 4}}, ["task.crop_padding", "task.kind = 'classification'"]),
         ({"task": {"center": 1.0}}, ["task.center", "task.kind = 'classification'"]),
         ({"task": {"kind": "seq2seq", "separator": " "}}, ["task.separator", "task.kind = 'seq2seq'"]),
         ({"task": {"kind": "multiple-choice", "chat": True}}, ["task.chat", "task.kind = 'multiple-choice'"]),
@@ -98,8 +100,6 @@ def test_data_may_be_the_source_alone():
             {"task": {"kind": "causal-lm", "chat": True}, "data": {"messages": "messages"}},
             ["task.chat", "data.messages"],
         ),
-        (
-            {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
         ({"task": {"kind": "causal-lm", "chat": True}}, ["task.chat", "plain texts (data.text)", "remove it"]),
         ({"task": {"kind": "causal-lm", "separator": " "}}, ["task.separator", "plain texts (data.text)", "remove it"]),
         (
@@ -110,6 +110,8 @@ def test_data_may_be_the_source_alone():
             {"task": {"kind": "causal-lm", "separator": " ", "chat": True}, "data": {"prompt": "q", "response": "a"}},
             ["task.separator", "task.chat", "remove it"],
         ),
+        (
+            {"task": {"class_weights": [1.0, 2.0]}, "train": {"reduction": "example"}},
             ["task.class_weights", "train.reduction"],
         ),
         (

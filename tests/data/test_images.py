@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -192,6 +193,21 @@ def test_an_image_that_would_fill_the_memory_is_rejected(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="more than 100 pixels"):
         image_reader(None)(encoded(PIXELS[0]))
+
+
+def test_reading_holds_images_once_as_files_and_once_as_a_data_set():
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 40, 40, 3), np.uint8)
+    rows = [{"image": one, "label": i % 3} for i, one in enumerate(pixels)]
+    load("memory", rows[:9])  # what is made once
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        data = load("memory", rows)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(data.train) + len(data.test) == 600
+    assert most < 1.5 * pixels.size and pa.total_allocated_bytes() - before < 1.5 * pixels.size
 
 
 @pytest.mark.parametrize(

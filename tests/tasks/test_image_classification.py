@@ -3,8 +3,12 @@
 import copy
 import json
 import re
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -19,6 +23,7 @@ from fedlora.adapter import Scaling, lora_init, pack
 from fedlora.config.experiment import build
 from fedlora.config.sections import Train
 from fedlora.data.images import image_reader
+from fedlora.data.sources import columns_of
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.linalg.lowrank import LowRank
@@ -141,6 +146,45 @@ def test_half_of_the_images_are_mirrored_in_training_by_the_client_s_own_generat
     assert_close(turned["pixel_values"][[1, 3]], plain["pixel_values"][[1, 3]].flip(-1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_random_crops_are_all_parts_of_the_padded_image_equally_often(augment, tmp_path):
+    setup = set_up(tiny_vit(tmp_path), task=ImageClassification(augment=augment, crop_padding=2), n=3)
+    count, pixels = 2 * 25, setup.examples.features["pixel_values"][0]
+    rows, draws = torch.zeros(count, dtype=torch.long), torch.arange(count)
+    keeping = replace(setup.examples, decode=None)
+    found = keeping.batch(rows, torch.device("cpu"), draws)[0]["pixel_values"][:, 0].numpy()
+    padded = np.pad(pixels.numpy(), ((0, 0), (2, 2), (2, 2)))
+    parts = [padded[:, top : top + 28, left : left + 28] for top in range(5) for left in range(5)]
+    others = [part[:, :, ::-1] for part in parts] if augment == "flip" else parts
+    assert Counter(x.tobytes() for x in found) == Counter(x.tobytes() for x in [*parts, *others])
+    unchanged = keeping.batch(rows, torch.device("cpu"))[0]["pixel_values"]
+    assert_close(unchanged, pixels.expand_as(unchanged), rtol=0, atol=0)
+
+
+def test_a_padding_as_large_as_the_images_is_rejected(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^task.crop_padding = 28: the model's images have 28 x 28 pixels; set .* most 27$"
+    ):
+        set_up(tiny_vit(tmp_path), task=ImageClassification(crop_padding=28))
+
+
+def test_encoding_holds_no_more_than_the_pixels_of_the_model_s_size_beside_the_images(tmp_path):
+    """Images of 28 x 28 pixels with three channels for a model of one: their files are three times as large."""
+    task = ImageClassification()
+    _, encoder = task.outline(str(tiny_vit(tmp_path)), LABELS)
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 28, 28, 3), np.uint8)
+    rows = {"image": list(map(image_reader(None), noise)), "label": [0] * len(noise)}
+    examples = columns_of(datasets.Dataset.from_dict(rows))
+    tracemalloc.start()
+    try:
+        found = task.encode(encoder, examples, 128).features["pixel_values"]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.numel() == 1500 * 28 * 28 and found.dtype == torch.uint8
+    assert most < 1.5 * found.numel()
+
+
 MODELS = {
     "vit": lambda folder: tiny_vit(folder, 3),
     "convnext": lambda folder: tiny_vision(folder, CONVNEXT),
@@ -179,14 +223,14 @@ def test_pixels_are_kept_as_bytes_and_become_the_processor_s_output(kind, tmp_pa
     _, encoder = ImageClassification().outline(str(tmp_path), LABELS)
     images = [Image.fromarray(one).convert("RGB" if channels == 3 else "L") for one in tiny_pictures(3, (50, 44))[0]]
     expected = torch.from_numpy(np.stack(processor(images, return_tensors="np")["pixel_values"])).float()
-    pixels = encoder.pixels(images)
+    pixels = encoder.pixels(images, len(images))
     assert pixels.dtype == torch.uint8 and pixels.shape == expected.shape
     assert_close(encoder.normalized(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_without_a_processor_gets_images_of_its_size_from_minus_one_to_one_and_the_user_is_told(tmp_path):
     _, encoder, checkpoint = ImageClassification().load(str(tiny_vit(tmp_path, 3, processor=False)), LABELS, 0)
-    found = encoder.normalized(encoder.pixels([Image.new("L", (9, 9), value) for value in (0, 255)]))
+    found = encoder.normalized(encoder.pixels([Image.new("L", (9, 9), value) for value in (0, 255)], 2))
     assert_close(found, torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 28, 28))
     assert "28 x 28" in checkpoint.notes[0] and "-1..1" in checkpoint.notes[0]
 
@@ -307,7 +351,7 @@ def test_the_exported_adapter_and_the_merged_model_compute_what_the_run_does(hom
         session.adapted.load_clients([session.adapters(state, run_folder, done)[""]])
         encoder = session.tokenizer
         with torch.no_grad():
-            expected = session.adapted.model.eval()(pixel_values=encoder.normalized(encoder.pixels(images))).logits
+            expected = session.adapted.model.eval()(pixel_values=encoder.normalized(encoder.pixels(images, 4))).logits
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "adapter" / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder / "adapter")
     loaded = {}

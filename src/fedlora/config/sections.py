@@ -117,6 +117,7 @@ _ONLY_OF = {
     "label_smoothing": ("classification", "image-classification"),
     "class_weights": ("classification", "image-classification"),
     "augment": ("image-classification",),
+    "crop_padding": ("image-classification",),
     "prefix": ("seq2seq",),
     "max_target_length": ("seq2seq",),
     "objective": ("multiple-choice",),
@@ -158,6 +159,9 @@ class Task(Section):
     """
     augment: Literal["none", "flip"] = "none"
     """How images are changed at random in training. flip: half of them are mirrored, left to right."""
+    crop_padding: NonNegativeInt = 0
+    """The padding of random crops in training, in pixels of the model's images: an image is padded with black on all sides,
+    and a part of the original size is cut out at random. 4 is usual for images of 32 x 32 pixels. 0: no random crops."""
     separator: str = "\n"
     """The text between the prompt and the answer of a language model."""
     chat: bool = False

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import datasets
+import pyarrow as pa
 import torch
 
 from fedlora.config.sections import Data
@@ -16,6 +18,8 @@ from fedlora.data.lists import as_lists, flat
 from fedlora.data.tables import STDLIB_DOCS, find
 from fedlora.errors import UserError
 from fedlora.randomness import generator
+
+_PART = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class LabelledData:
     train: datasets.Dataset
     test: datasets.Dataset
     labels: tuple[str, ...]
+
+
+def columns_of(rows: datasets.Dataset) -> dict[str, Sequence[Any]]:
+    """The columns as lists; one of bytes, such as images, as a sequence that reads them from `rows` one after the other."""
+    return {
+        name: rows[name] if getattr(kind, "dtype", None) == "binary" else rows[name][:]
+        for name, kind in rows.features.items()
+    }
 
 
 def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None) -> LabelledData:
@@ -54,7 +66,7 @@ def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None
     if data.source == "none":
         if label is not None and not data.labels:
             raise UserError("data.source = 'none' needs data.labels, the names of the clients' labels")
-        empty = datasets.Dataset.from_dict({column.name: [] for column in columns})
+        empty = _data_set({column.name: [] for column in columns})
         return LabelledData(empty, empty, _given(data.labels) or ())
     if in_memory is None:
         table, test_table = find(data.source, data.test, _class_column(data, label))
@@ -74,8 +86,8 @@ def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
     return LabelledData(
-        train=datasets.Dataset.from_dict(_draw(train, data.rows, seed, "rows")),
-        test=datasets.Dataset.from_dict(_draw(test, data.test_rows, seed, "test rows")),
+        train=_data_set(_draw(train, data.rows, seed, "rows")),
+        test=_data_set(_draw(test, data.test_rows, seed, "test rows")),
         labels=names,
     )
 
@@ -91,7 +103,7 @@ def load_own(data: Data, file: str, labels: Sequence[str], seed: int, columns: S
     found = examples(table, data.model_copy(update={"user": None, "task": None}), columns)
     if label is not None:
         found[label] = _indices(found[label], labels, where(table, data, label))
-    return datasets.Dataset.from_dict(_draw(found, data.rows, seed, "rows"))
+    return _data_set(_draw(found, data.rows, seed, "rows"))
 
 
 def _class_column(data: Data, label: str | None) -> str | None:
@@ -137,6 +149,21 @@ def _draw(columns: Columns, count: int | None, seed: int, purpose: str) -> Colum
     if count is None or count >= rows:
         return columns
     return _rows(columns, torch.randperm(rows, generator=generator(seed, purpose)).tolist()[:count])
+
+
+def _data_set(columns: Columns) -> datasets.Dataset:
+    """The columns as a data set in memory, of the same types as with `Dataset.from_dict`.
+
+    That function computes a fingerprint, for which it holds the data several times more. Bytes are in parts, as an array of
+    Arrow has at most 2 GB, and is copied while it grows.
+    """
+    arrays = {
+        name: pa.chunked_array([pa.array(values[i : i + _PART]) for i in range(0, len(values), _PART)])
+        if values and isinstance(values[0], bytes)
+        else pa.array(values)
+        for name, values in columns.items()
+    }
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.table(arrays)), fingerprint=uuid4().hex)
 
 
 def _rows(columns: Columns, rows: list[int]) -> Columns:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,14 @@ class ImageEncoder:
     notes: tuple[str, ...] = ()
     """Notes for the user."""
 
-    def pixels(self, images: Iterable[Image.Image]) -> UInt8[Tensor, "images channels height width"]:
-        """The images in the model's mode and size, of which there is at least one."""
-        return torch.from_numpy(np.stack([_resized(self.processor, image.convert(self.mode)) for image in images]))
+    def pixels(self, images: Iterable[Image.Image], count: int) -> UInt8[Tensor, "count channels height width"]:
+        """The images, `count` of them and at least one, in the model's mode and size; they are read one after the other."""
+        found = (_resized(self.processor, image.convert(self.mode)) for image in images)
+        first = next(found)
+        pixels = np.empty((count, *first.shape), np.uint8)
+        for place, one in zip(pixels, chain([first], found), strict=True):
+            place[...] = one
+        return torch.from_numpy(pixels)
 
     def normalized(
         self, pixels: UInt8[Tensor, "*images channels height width"]
@@ -122,7 +128,10 @@ def _encoder(processor: Any, mode: str, notes: tuple[str, ...]) -> ImageEncoder 
         shift, largest = (_processed(processor, Image.new("L", (32, 32), value).convert(mode)) for value in (0, 255))
         shift, largest = (x[:, x.shape[1] // 2, x.shape[2] // 2, None, None] for x in (shift, largest))
         encoder = ImageEncoder(processor, mode, (largest - shift) / 255, shift, notes)
-        found, expected = encoder.normalized(encoder.pixels(tried)), torch.stack([_processed(processor, x) for x in tried])
+        found, expected = (
+            encoder.normalized(encoder.pixels(tried, len(tried))),
+            torch.stack([_processed(processor, x) for x in tried]),
+        )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     except Exception:  # any error of a processor that does not fit
         return None

@@ -6,7 +6,7 @@ from typing import Any
 from fedlora.runs.case import Case
 from fedlora.runs.saved_run import SavedRun
 
-_TRAINING = frozenset({"label_smoothing", "class_weights", "augment"})
+_TRAINING = frozenset({"label_smoothing", "class_weights", "augment", "crop_padding"})
 """Settings of `[task]` that change only the training. The others change the examples or the metrics."""
 
 Runs = Mapping[int, SavedRun]

@@ -6,17 +6,20 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedlora.data.columns import Column
 from fedlora.data.images import decoded
+from fedlora.errors import UserError
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.image_processor import ImageEncoder, check_independent, load_image_processor, without_drop_path
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
 
+Pixels = UInt8[Tensor, "rows 1 channels height width"]
 _LOAD = """\
 import json
 from pathlib import Path
@@ -49,6 +52,7 @@ class ImageClassification(Classification):
     pipeline_tag = "image-classification"
 
     augment: Literal["none", "flip"] = "none"
+    crop_padding: int = 0
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """The image and the label."""
@@ -88,17 +92,34 @@ class ImageClassification(Classification):
         if not len(targets):
             return Examples({}, starts, targets, {})
 
+        pixels = encoder.pixels(map(decoded, columns["image"]), len(targets))
+        height, width = pixels.shape[-2:]
+        if self.crop_padding >= min(height, width):
+            raise UserError(
+                f"task.crop_padding = {self.crop_padding}: the model's images have {height} x {width} pixels; set "
+                f"task.crop_padding to at most {min(height, width) - 1}"
+            )
+
         def decode(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"pixel_values": encoder.normalized(inputs["pixel_values"].squeeze(1))}
 
         return Examples(
-            {"pixel_values": encoder.pixels(map(decoded, columns["image"]))},
+            {"pixel_values": pixels},
             starts,
             targets,
             {"pixel_values": 0},
             decode=decode,
-            augment=_flip if self.augment == "flip" else None,
+            augment=self._augmented if self.augment == "flip" or self.crop_padding else None,
         )
+
+    def _augmented(self, inputs: dict[str, Tensor], draws: Int[Tensor, " rows"]) -> dict[str, Tensor]:
+        """The images cropped and mirrored at random, given a random number for each; its lowest bit is for mirroring."""
+        pixels = inputs["pixel_values"]
+        if self.crop_padding:
+            pixels = _cropped(pixels, draws // 2, self.crop_padding)
+        if self.augment == "flip":
+            pixels = _flipped(pixels, draws)
+        return {"pixel_values": pixels}
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """As `Classification`."""
@@ -128,11 +149,20 @@ class ImageClassification(Classification):
         return (hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]).float()
 
 
-def _flip(inputs: dict[str, Tensor], draws: Int[Tensor, " rows"]) -> dict[str, Tensor]:
+def _flipped(pixels: Pixels, draws: Int[Tensor, " rows"]) -> Pixels:
     """The images with an odd number mirrored, left to right."""
-    pixels = inputs["pixel_values"]
-    odd = (draws % 2 == 1).view(-1, *[1] * (pixels.ndim - 1))
-    return {"pixel_values": torch.where(odd, pixels.flip(-1), pixels)}
+    return torch.where((draws % 2 == 1).view(-1, 1, 1, 1, 1), pixels.flip(-1), pixels)
+
+
+def _cropped(pixels: Pixels, draws: Int[Tensor, " rows"], padding: int) -> Pixels:
+    """The parts of the original size, at places given by the numbers, of the images padded with black on all sides."""
+    height, width = pixels.shape[-2:]
+    places, row = 2 * padding + 1, torch.arange(len(pixels), device=pixels.device)
+    top, left = draws % places, draws // places % places
+    y = top[:, None] + torch.arange(height, device=pixels.device)  # [rows, height]
+    x = left[:, None] + torch.arange(width, device=pixels.device)  # [rows, width]
+    padded = functional.pad(pixels, [padding] * 4)
+    return padded[row[:, None, None], :, :, y[:, :, None], x[:, None, :]].movedim((1, 2), (3, 4))
 
 
 def _as_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
