@@ -13,15 +13,16 @@ from fedlora.data.columns import Column
 from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import LabelledData, load, load_own
+from fedlora.data.sources import LabelledData, columns_of, load, load_own
+from fedlora.embedding_clusters import embedding_clusters
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.reuse import Reuse
 from fedlora.rounds.sample import check_cohort
 from fedlora.runs.client_folder import client_folder
 from fedlora.runs.manifest import Client, DataFingerprint, Examples
-from fedlora.tasks.table import task_of
 from fedlora.tasks.metric_names import check_metric
+from fedlora.tasks.table import task_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FederatedData:
     partition: Partition
     clients: Sequence[ClientInfo]
     keys: Sequence[int] | None = ()
-    """The class of each training example, by which the examples are partitioned; None if they have none."""
+    """The class of each training example, by which they are partitioned, but for clusters; None if they have none."""
 
     @cached_property
     def fingerprint(self) -> DataFingerprint:
@@ -52,7 +53,7 @@ class FederatedData:
 
     @classmethod
     def make(cls, experiment: Experiment, in_memory: Any = None, reuse: Reuse | None = None) -> "FederatedData":
-        """Reads and partitions the data, or the rows in memory; does not need the model.
+        """Reads and partitions the data, or the rows in memory; needs the model only for the partition by clusters.
 
         With `reuse`, examples that an earlier run of this process has read are not read again.
 
@@ -60,8 +61,10 @@ class FederatedData:
             UserError: the data cannot be read, or cannot be partitioned as configured.
         """
         labelled_data = _loaded(experiment, in_memory, reuse)
-        keys = task_of(dict(experiment.task)).partition_keys(labelled_data.train[:])
-        partition = divide(labelled_data.train, keys, experiment.clients, experiment.seed)
+        keys = task_of(dict(experiment.task)).partition_keys(columns_of(labelled_data.train))
+        by_clusters = experiment.clients.partition == "clusters"
+        classes = embedding_clusters(experiment, labelled_data) if by_clusters else keys
+        partition = divide(labelled_data.train, classes, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data have {count} clients")

@@ -227,7 +227,7 @@ def test_length_counts_the_texts_in_lists_and_mappings_and_needs_some():
 
 @pytest.mark.parametrize("partition", ["dirichlet", "pathological", "shards"])
 def test_without_classes_partitions_by_class_are_rejected_and_the_others_named(partition):
-    with pytest.raises(UserError, match=r"'iid', 'length' or 'natural'"):
+    with pytest.raises(UserError, match=r"'iid', 'clusters', 'length' or 'natural'"):
         partitions.divide(corpus(), None, Clients(count=4, partition=partition), seed=0)
     for able in ("iid", "length", "natural"):
         assert partitions.divide(corpus(), None, Clients(count=4, partition=able), seed=0).shares

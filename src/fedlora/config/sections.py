@@ -189,14 +189,18 @@ class Clients(Section):
 
     Example: 20
     """
-    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural", "length"] = "dirichlet"
+    partition: Literal["iid", "dirichlet", "pathological", "shards", "natural", "length", "clusters"] = "dirichlet"
     """How the examples are partitioned. iid: at random. dirichlet: random label proportions for each client.
     pathological: a few labels per client. shards: contiguous pieces of the data sorted by label. natural: by the column
-    `data.user`. length: by the number of characters, the shortest for the first client. In a regression, five equal
-    intervals between the smallest and the largest score take the place of the labels; for an encoder-decoder, the answers
-    do, if they are few (docs/tasks.md)."""
+    `data.user`. length: by the number of characters, the shortest for the first client. clusters: as dirichlet, with
+    clusters of the base model's embeddings in place of the labels, in every task. In a regression, five equal intervals
+    between the smallest and the largest score take the place of the labels; for an encoder-decoder, the answers do, if
+    they are few (docs/tasks.md)."""
     alpha: PositiveFloat = 0.5
-    """Concentration parameter of the dirichlet partition: the smaller, the more the clients' labels differ."""
+    """Concentration parameter of the dirichlet and the clusters partition: the smaller, the more the clients' labels, or
+    clusters, differ."""
+    clusters: Annotated[int, Range(ge=2)] = 10
+    """The number of clusters of the clusters partition."""
     min_size: PositiveInt = 2
     """The minimum number of examples of a client, including held-out ones."""
     classes: PositiveInt = 2

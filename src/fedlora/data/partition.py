@@ -40,13 +40,14 @@ class Partition:
     left_out_clients: int
 
 
-_BY_CLASS = ("dirichlet", "pathological", "shards")
+_BY_CLASS = ("dirichlet", "pathological", "shards", "clusters")
 
 
 def divide(train: Dataset, keys: Sequence[int] | None, clients: Clients, seed: int) -> Partition:
     """The partition of `train`: no row belongs to two clients, and every client has at least `min_size` rows.
 
-    `keys` are the classes of the examples, by which dirichlet, pathological and shards divide; None if they have none.
+    `keys` are the classes of the examples, by which dirichlet, pathological and shards divide, or their clusters, by which
+    clusters does; None if they have none.
     A client's held-out rows are drawn at random for its id: at least one if it has two or more rows, never all.
     Numbered clients are "000", "001", ...; clients of the natural partition have their user's name. Takes about two
     milliseconds per client, less for iid, length and natural. If the examples have tasks, a client's rows of each task
@@ -58,7 +59,7 @@ def divide(train: Dataset, keys: Sequence[int] | None, clients: Clients, seed: i
     if keys is None and clients.partition in _BY_CLASS:
         raise UserError(
             f"clients.partition = {clients.partition!r} divides by classes of the examples, which this task does not have; "
-            "set clients.partition to 'iid', 'length' or 'natural'"
+            "set clients.partition to 'iid', 'clusters', 'length' or 'natural'"
         )
     rows_of = _users(train, clients) if clients.partition == "natural" else _numbered(train, keys, clients, seed)
     users = len(train.unique("user")) if clients.partition == "natural" else len(rows_of)
@@ -189,7 +190,7 @@ def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[n
 
     partitioner: Partitioner
     match clients.partition:
-        case "dirichlet":
+        case "dirichlet" | "clusters":
             partitioner = DirichletPartitioner(count, "label", clients.alpha, clients.min_size, seed=seed)
             advice = (
                 f"lower clients.count or clients.min_size = {clients.min_size}, or change clients.alpha = {clients.alpha}"
