@@ -13,7 +13,7 @@ from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.rounds.progress import NullProgress
 from fedlora.runs.start import resolve_settings
-from fedlora.session import Session
+from fedlora.session import Session, check
 from fedlora.train import hardware
 
 from tiny import tiny_rows
@@ -36,6 +36,16 @@ def test_the_base_computes_in_the_precision_that_is_set(home, precision, dtype):
     session = Session.make(chosen, FederatedData.make(chosen))
     assert {p.dtype for p in session.adapted.model.parameters()} == {dtype}
     assert {x.dtype for x in session.adapted.spec.head.values()} == {torch.float32}
+
+
+def test_labels_that_only_the_test_set_has_are_told_before_training(home, tmp_path):
+    rows = [json.loads(line) for line in (home / "rows.jsonl").read_text().splitlines()]
+    kept = [json.dumps(row) for row in rows if row["label"] != "west"]
+    (tmp_path / "train.jsonl").write_text("\n".join(kept))
+    data = {"source": str(tmp_path / "train.jsonl"), "test": str(home / "rows.jsonl")}
+    chosen = build({**problem(home), "data": data})
+    notes = check(chosen, FederatedData.make(chosen))
+    assert "labels of the test set without a training example, which no client learns: 'west'" in notes
 
 
 @pytest.mark.parametrize("packed", [True, False])

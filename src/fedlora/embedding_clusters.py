@@ -18,6 +18,7 @@ from fedlora.errors import UserError
 from fedlora.linalg.kmeans import kmeans
 from fedlora.loaded_model import LoadedModel
 from fedlora.models.fingerprint import fingerprint as model_fingerprint
+from fedlora.models.loading import quiet
 from fedlora.models.tokenizers import check_lengths, positions
 from fedlora.randomness import derive
 from fedlora.tasks.table import task_of
@@ -64,6 +65,7 @@ def _embeddings(experiment: Experiment, labelled_data: LabelledData) -> Float[Te
     task = task_of(dict(experiment.task))
     plain = {"precision": "fp32", "packed": False, "clients_per_step": 1}
     settings = experiment.model_copy(update={"train": experiment.train.model_copy(update=plain)})
+    quiet()
     loaded = LoadedModel.load(task, settings, labelled_data.labels)
     if not loaded.adapted.spec.features:
         raise UserError(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedlora.data.sources import columns_of
+from fedlora.data.sources import columns_of, unlearned_labels
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.models.tokenizers import check_known, check_lengths, positions
@@ -57,7 +57,7 @@ class EncodedData:
         if examples.block_length is not None:
             examples, rows = cut_into_blocks(examples, rows)
             test, _ = cut_into_blocks(test, {"": torch.arange(len(test))})
-        notes: list[str] = []
+        notes = unlearned_labels(federated_data.labelled_data)
         for kind, of in (("training", examples), ("test", test)):
             check_lengths(of.lengths(), max_length, positions(model))
             notes += check_targets(of, kind)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from fedlora.config.sections import Data
 from fedlora.data.labels import found_labels
+from fedlora.data.sources import unlearned_labels
 from fedlora.errors import UserError
 from reading import load, load_own
 
@@ -121,7 +122,17 @@ def test_names_that_are_given_make_minus_one_and_fractions_clear(tmp_path):
 
 def test_codes_with_leading_zeros_are_never_indices(tmp_path):
     path = write(tmp_path / "d.csv", ["01", "00"])
-    assert "row 1 has a label that is not among the 2 names" in rejection_reason(source=path, labels=["red", "green"])
+    found = rejection_reason(source=path, labels=["red", "green"])
+    assert "row 1 has a label that is not among the 2 names" in found and "correct it, or complete data.labels" in found
+
+
+@pytest.mark.parametrize("given", [None, ["left", "right", "up", "down"]])
+def test_labels_of_the_test_set_that_no_client_learns_are_named(tmp_path, given):
+    train = write(tmp_path / "train.jsonl", ["left", "right", "left"])
+    test = write(tmp_path / "test.jsonl", ["up", "right", "up"])
+    (note,) = unlearned_labels(load(Data(source=train, test=test, labels=given), 0))
+    assert note == "labels of the test set without a training example, which no client learns: 'up'"
+    assert unlearned_labels(load(Data(source=train, test=train, labels=given), 0)) == []
 
 
 @pytest.mark.parametrize(

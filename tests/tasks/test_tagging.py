@@ -451,5 +451,5 @@ def test_tags_are_learned_in_bf16(home, tmp_path):
 
 
 def test_partitions_by_class_are_rejected(home):
-    with pytest.raises(UserError, match="'iid', 'length' or 'natural'"):
+    with pytest.raises(UserError, match="'iid', 'clusters', 'length' or 'natural'"):
         FederatedData.make(experiment(home, clients={"count": 3}))

@@ -85,7 +85,9 @@ def label_ids(labels: Sequence[str], names: Sequence[str]) -> Mapping[str, int]:
         found = (by_name.get(label), by_number.get(number(label)), by_index.get(whole(label)))
         if (index := next((index for index in found if index is not None), None)) is None:
             numbers = ", which are numbers themselves and not counted from 0" if by_number else ""
-            raise LabelError(label, f"is not among the {len(names)} names of the labels{numbers}")
+            raise LabelError(
+                label, f"is not among the {len(names)} names of the labels{numbers}; correct it, or complete data.labels"
+            )
         ids[label] = index
     return ids
 

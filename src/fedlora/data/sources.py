@@ -17,6 +17,7 @@ from fedlora.data.labels import LabelError, found_labels, given_labels, label_id
 from fedlora.data.lists import as_lists, flat
 from fedlora.data.tables import STDLIB_DOCS, find
 from fedlora.errors import UserError
+from fedlora.printable import listed, quoted
 from fedlora.randomness import generator
 
 _PART = 256  # rows
@@ -41,6 +42,17 @@ def columns_of(rows: datasets.Dataset) -> dict[str, Sequence[Any]]:
         name: rows[name] if getattr(kind, "dtype", None) == "binary" else rows[name][:]
         for name, kind in rows.features.items()
     }
+
+
+def unlearned_labels(data: LabelledData) -> list[str]:
+    """A note if labels of the test set have no training example; none if there is no training set."""
+    column = next((name for name in ("label", "tags") if name in data.train.column_names), None)
+    if not data.labels or column is None or not len(data.train) or not len(data.test):
+        return []
+    train, test = ({*flat(part[column][:])} for part in (data.train, data.test))
+    if not (names := [quoted(data.labels[i]) for i in sorted(test - train)]):
+        return []
+    return [f"labels of the test set without a training example, which no client learns: {listed(names, 5)}"]
 
 
 def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None) -> LabelledData:

@@ -87,7 +87,10 @@ def check_known(features: Mapping[str, Tensor], tokenizer: Any) -> None:
     unread = torch.tensor([*tokenizer.all_special_ids, *_blank(tokenizer)])
     ids = features["input_ids"]
     if len(ids) and torch.isin(ids, unread).all():
-        raise UserError("the tokenizer has none of the texts' words in its vocabulary; check that it belongs to the model")
+        raise UserError(
+            "no text has a word of the tokenizer's vocabulary within train.max_length; raise it, or check that the "
+            "tokenizer belongs to the model"
+        )
 
 
 def cached_tokens(
