@@ -3,9 +3,9 @@
 import gc
 import json
 from dataclasses import replace
+from importlib.metadata import version
 
 import torch
-import transformers
 from jaxtyping import Float
 from safetensors.torch import load, save
 from torch import Tensor
@@ -42,7 +42,7 @@ def embedding_clusters(experiment: Experiment, labelled_data: LabelledData) -> l
     if count > len(train):
         raise UserError(f"clients.clusters = {count}: the training set has {len(train)} examples; lower it")
     key = [
-        transformers.__version__,
+        version("transformers"),
         json.dumps(model_fingerprint(experiment.model)),
         experiment.task.model_dump_json(),
         str(experiment.train.max_length),

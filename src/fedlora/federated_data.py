@@ -14,7 +14,6 @@ from fedlora.data.fingerprint import fingerprint
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import LabelledData, columns_of, load, load_own
-from fedlora.embedding_clusters import embedding_clusters
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.reuse import Reuse
@@ -62,8 +61,11 @@ class FederatedData:
         """
         labelled_data = _loaded(experiment, in_memory, reuse)
         keys = task_of(dict(experiment.task)).partition_keys(columns_of(labelled_data.train))
-        by_clusters = experiment.clients.partition == "clusters"
-        classes = embedding_clusters(experiment, labelled_data) if by_clusters else keys
+        classes = keys
+        if experiment.clients.partition == "clusters":
+            from fedlora.embedding_clusters import embedding_clusters  # imports what loads models
+
+            classes = embedding_clusters(experiment, labelled_data)
         partition = divide(labelled_data.train, classes, experiment.clients, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
@@ -138,5 +140,5 @@ def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None =
     else:
         key = experiment.model_dump_json(include={"data": True, "task": True, "seed": True})
         found = reuse.get("examples", key, lambda: load(experiment.data, experiment.seed, columns))
-    check_metric("evaluate.metric", experiment.evaluate.metric, experiment.task, found.labels)
+    check_metric("evaluate.metric", experiment.evaluate.metric, dict(experiment.task), found.labels)
     return found

@@ -115,7 +115,7 @@ def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypat
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
         ),
         ("data.source={place}/long.jsonl", ["train.max_length = 128", "at most 64"]),
-        ("data.source={place}/unknown.jsonl", ["the tokenizer has none of the texts"]),
+        ("data.source={place}/unknown.jsonl", ["no text has a word of the tokenizer's vocabulary"]),
     ],
 )
 @pytest.mark.parametrize("verb", ["check", "run"])

@@ -143,4 +143,4 @@ def check_metrics(sweep: Sweep) -> None:
             if sweep.search is not None and sweep.search.metric is not None:
                 metrics["search.metric"] = sweep.search.metric
             for key, metric in metrics.items():
-                check_metric(key, metric, experiment.task, ("O", "B-NAME"))  # tags of entities have most metrics
+                check_metric(key, metric, dict(experiment.task), ("O", "B-NAME"))  # tags of entities have most metrics

@@ -1,8 +1,8 @@
 """Names of a task's metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fedlora.config.sections import Task as Settings
 from fedlora.errors import UserError
 from fedlora.messages import Statistics
 from fedlora.tasks.table import task_of
@@ -14,14 +14,14 @@ def metric_names(task: Task, labels: Sequence[str]) -> list[str]:
     return list(task.metrics(Statistics(1, task.no_statistics(labels))))
 
 
-def check_metric(key: str, metric: str, task: Settings, labels: Sequence[str]) -> None:
-    """Checks that the task has the metric `clients.NAME.STATISTIC` that is the value of the setting `key`.
+def check_metric(key: str, metric: str, task: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Checks that the task of these settings has the metric `clients.NAME.STATISTIC`, the value of the setting `key`.
 
     Raises:
         UserError: it has not; names the setting and the available metrics.
     """
     _, name, statistic = metric.split(".")
-    names = metric_names(task_of(dict(task)), labels)
+    names = metric_names(task_of(task), labels)
     if name not in names:
         known = ", ".join(f"clients.{one}.{statistic}" for one in names)
-        raise UserError(f"{key} = {metric!r}: task.kind = {task.kind!r} has no such metric; available: {known}")
+        raise UserError(f"{key} = {metric!r}: task.kind = {task['kind']!r} has no such metric; available: {known}")
