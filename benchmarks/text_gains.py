@@ -1,4 +1,4 @@
-"""Gains of generated answers from before the first round to after the last one, with bootstrap intervals over test examples.
+"""Gains of generated answers from before the first round to after the last one, with bootstrap intervals over examples.
 
     python benchmarks/text_gains.py RUN... [--samples 2000]
 
