@@ -7,8 +7,9 @@
     print(result.to_pandas(), result.adapters)
 
 `run` trains, `resume` continues an interrupted run, `export` writes the adapter of a run for use elsewhere, `sweep` runs
-experiments that differ in some settings, `compare` compares runs. `Experiment` has the settings of experiment.toml under
-the same names. Settings, data and models that cannot be used raise `UserError`; a run that has to stop raises `RunStopped`.
+experiments that differ in some settings, `compare` compares runs; `evaluate` and `predict` use a trained adapter.
+`Experiment` has the settings of experiment.toml under the same names. Settings, data and models that cannot be used raise
+`UserError`; a run that has to stop raises `RunStopped`.
 Both messages are one line.
 """
 
@@ -20,6 +21,8 @@ from fedlora.version import __version__
 if TYPE_CHECKING:
     from fedlora.api import export, resume, run
     from fedlora.config.experiment import Experiment
+    from fedlora.evaluating import evaluate
+    from fedlora.predicting import predict
     from fedlora.report.comparison import Comparison, compare
     from fedlora.runs.result import Result
     from fedlora.sweeping import sweep
@@ -32,7 +35,9 @@ __all__ = [
     "UserError",
     "__version__",
     "compare",
+    "evaluate",
     "export",
+    "predict",
     "resume",
     "run",
     "sweep",
@@ -43,7 +48,9 @@ _HOMES = {
     "Experiment": "config.experiment",
     "Result": "runs.result",
     "compare": "report.comparison",
+    "evaluate": "evaluating",
     "export": "api",
+    "predict": "predicting",
     "resume": "api",
     "run": "api",
     "sweep": "sweeping",

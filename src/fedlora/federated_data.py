@@ -11,6 +11,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.config.sections import Data
 from fedlora.data.columns import Column
 from fedlora.data.fingerprint import fingerprint
+from fedlora.data.other import load_labelled, load_unlabelled
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
 from fedlora.data.sources import LabelledData, columns_of, load, load_own
@@ -99,7 +100,21 @@ class FederatedData:
     ) -> "FederatedData":
         """Label names and clients only, which suffice for an export."""
         nothing = Data(source="none", labels=list(labels) or None)
-        return cls(load(nothing, 0, _columns(experiment)), Partition((), 0, 0), clients)
+        return cls(load(nothing, 0, columns_of(experiment)), Partition((), 0, 0), clients)
+
+    @classmethod
+    def of_test_set(cls, experiment: Experiment, rows: Any, labels: Sequence[str], targets: bool = True) -> "FederatedData":
+        """Only the examples in a file or in memory, as the test set; without `targets`, with placeholders for these.
+
+        Raises:
+            UserError: see `load_labelled` and `load_unlabelled`.
+        """
+        columns = columns_of(experiment)
+        if targets:
+            test = load_labelled(experiment.data, rows, labels, columns)
+        else:
+            test = load_unlabelled(experiment.data, rows, columns)
+        return cls(LabelledData(test.select([]), test, tuple(labels)), Partition((), 0, 0), [])
 
     @classmethod
     def of_client(cls, experiment: Experiment, client: str, file: str, rank: int, labels: Sequence[str]) -> "FederatedData":
@@ -108,14 +123,18 @@ class FederatedData:
         Raises:
             UserError: the file cannot be read, or has a label not in `labels`.
         """
-        examples = load_own(experiment.data, file, labels, experiment.seed, _columns(experiment))
+        examples = load_own(experiment.data, file, labels, experiment.seed, columns_of(experiment))
         own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
         labelled_data = LabelledData(examples, examples.select([]), tuple(labels))
         return cls(labelled_data, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
 
 
-def _columns(experiment: Experiment) -> Sequence[Column]:
-    """The columns that the task reads, as configured."""
+def columns_of(experiment: Experiment) -> Sequence[Column]:
+    """The columns that the task reads, as configured.
+
+    Raises:
+        UserError: these settings do not belong together.
+    """
     named = {name for name, value in experiment.data if value is not None}
     try:
         return task_of(dict(experiment.task)).columns(named)
@@ -129,7 +148,7 @@ def _loaded(experiment: Experiment, in_memory: Any = None, reuse: Reuse | None =
     Raises:
         UserError: they cannot be read, do not have one label each, and the method needs it, or lack `evaluate.metric`.
     """
-    columns = _columns(experiment)
+    columns = columns_of(experiment)
     if experiment.method.row.needs_labels and not any(column.kind == "label" for column in columns):
         raise UserError(
             f"method.name = {experiment.method.name!r} needs labelled examples, task.kind = {experiment.task.kind!r} has "

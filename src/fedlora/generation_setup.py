@@ -13,6 +13,9 @@ from fedlora.tasks.questions import grouped, spread
 from fedlora.tasks.task import NO_TARGET, Examples, Task
 from fedlora.train.generation import Generation
 
+UNLIMITED = 1 << 30
+"""A maximum length that truncates nothing: a truncated answer does not show how answers end."""
+
 
 def generation_of(
     experiment: Experiment, task: Task, model: Any, tokenizer: Any, test: Examples, rows: Any
@@ -29,9 +32,12 @@ def generation_of(
         return None
     if task.questions is None:
         raise UserError(f"evaluate.generate: task.kind = {experiment.task.kind!r} generates no text; set it to 0")
-    questions = spread(grouped(task.questions(tokenizer, rows[:], experiment.train.max_length)), settings.generate)
+    asked = task.questions(tokenizer, rows[:], experiment.train.max_length)
+    if not all(one.references for one in asked):
+        raise UserError("evaluate.generate: plain texts have no answers; set it to 0, or use data.prompt or data.messages")
+    questions = spread(grouped(asked), settings.generate)
     check_positions(model, max((len(one.prompt) for one in questions), default=0), settings.max_new_tokens)
-    stop = _stop(model, tokenizer, test)
+    stop = stop_tokens(model, tokenizer, test)
     return Generation(questions, tokenizer, stop, settings.max_new_tokens, settings.batch_size, settings.text_metrics)
 
 
@@ -48,7 +54,7 @@ def generation_notes(experiment: Experiment, test: Examples) -> list[str]:
     return [f"evaluate.generate = {experiment.evaluate.generate}: no answers are generated: {reason}"]
 
 
-def _stop(model: Any, tokenizer: Any, examples: Examples) -> list[int]:
+def stop_tokens(model: Any, tokenizer: Any, examples: Examples) -> list[int]:
     """The ids of the tokens that end an answer: eos, those of the checkpoint, and special tokens that answers end with."""
     config = getattr(model, "generation_config", None) or model.config
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -1,6 +1,6 @@
 """A model in memory, ready for training: adapted, and tested for packing and for several clients in one step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from fedlora.adapter import Scaling
 from fedlora.config.experiment import Experiment
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpoint import Checkpoint
-from fedlora.models.targets import head_modules, norm_modules
+from fedlora.models.targets import head_modules, norm_modules, within
 from fedlora.models.tokenizers import positions
 from fedlora.reuse import Reuse
 from fedlora.tasks.task import Task
@@ -49,6 +49,19 @@ class LoadedModel:
         }
         return replace(kept, adapted=deepcopy(kept.adapted, copies))._moved(hardware.device(experiment.train.device))
 
+    @classmethod
+    def for_inference(
+        cls, task: Task, experiment: Experiment, labels: Sequence[str], dense: Iterable[str] = ()
+    ) -> "LoadedModel":
+        """The experiment's model on its device, tested for packing but not for training.
+
+        `dense` names parameters that an adapter has without factors, which count as those of the head.
+
+        Raises:
+            UserError: invalid model, targets or device.
+        """
+        return _adapted(task, experiment, labels, dense)
+
     def _moved(self, device: torch.device) -> "LoadedModel":
         self.adapted.model.to(device)
         return self
@@ -69,24 +82,33 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
 
 
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
+    found, settings = _adapted(task, experiment, labels), experiment.train
+    wanted = 1 if found.adapted.whole else settings.clients_per_step
+    clients_per_step = safe_clients_per_step(found.adapted, task, found.tokenizer, wanted, settings.max_length)
+    return replace(found, clients_per_step=clients_per_step, one_at_a_time=clients_per_step < wanted)
+
+
+def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: Iterable[str] = ()) -> LoadedModel:
     settings = experiment.train
     device = hardware.device(settings.device)
     model, tokenizer, checkpoint = task.load(experiment.model, labels, experiment.seed)
     model.to(device)
     head = head_modules(model, checkpoint.new)
+    head += norm_modules(model, head) if experiment.method.with_norms else ()
+    modules = dict(model.named_modules())
+    owners = (name.rpartition(".")[0] for name in dense if not within(name, head))
+    head += tuple(dict.fromkeys(owner for owner in owners if owner in modules))
     adapted = AdaptedModel(
         model,
         Scaling(experiment.lora.alpha, experiment.lora.rslora),
         experiment.lora.targets,
         experiment.lora.dropout,
         experiment.lora.rank_pattern,
-        head + (norm_modules(model, head) if experiment.method.with_norms else ()),
+        head,
         torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         len(labels),
         experiment.method.whole_model,
     )
     if settings.packed:
         try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
-    wanted = 1 if adapted.whole else settings.clients_per_step
-    clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, settings.max_length)
-    return LoadedModel(adapted, tokenizer, checkpoint, clients_per_step, clients_per_step < wanted)
+    return LoadedModel(adapted, tokenizer, checkpoint, 1, False)

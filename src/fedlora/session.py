@@ -13,6 +13,7 @@ from fedlora.encoded_data import EncodedData, Tokens, encode
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
+from fedlora.exporting.usage_file import write_usage
 from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes, generation_of
@@ -96,10 +97,7 @@ class Session:
             settings.activation_memory_mb * 1_000_000 // kept,
             experiment.rounds,
         )
-        method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
-        for wrapper in experiment.wrap:
-            method = wrapper.around(method)
-        method = RememberedStates(method)
+        method = RememberedStates(method_of(experiment))
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
@@ -185,10 +183,20 @@ class Session:
                 code = self.task.loading_code(labels, getattr(self.tokenizer, "pad_token_id", 0), arguments)
                 card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
                 (folders[name] / "README.md").write_text(card, encoding="utf-8")
+                write_usage(self.experiment, labels, folders[name], with_model=True)
             else:
                 model, tokenizer, checkpoint = self.task.load(self.experiment.model, labels, self.experiment.seed)
                 to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
+                write_usage(self.experiment, labels, folders[name], with_model=False)
         return folders
+
+
+def method_of(experiment: Experiment) -> AnyMethod:
+    """The experiment's method, with its head and its wrappers."""
+    method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+    for wrapper in experiment.wrap:
+        method = wrapper.around(method)
+    return method
 
 
 def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:

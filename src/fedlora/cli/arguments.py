@@ -17,6 +17,21 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="A new directory for the run; by default one in runs/.")]
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.TOML", show_default=False)]
 OptionalFile = Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.TOML]", show_default=False)]
+Trained = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR | ADAPTER | MODEL", show_default=False, help="A run, an exported adapter or a merged model."
+    ),
+]
+UsageOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting, as in data.text=COLUMN; may be repeated (docs/evaluation.md).",
+    ),
+]
+Client = Annotated[str | None, typer.Option(help="The client whose adapter is used, for a personal method.")]
 Resume = Annotated[
     Path | None,
     typer.Option(metavar="RUN_DIR", help="Resume the run in this directory; --set rounds=N raises its number of rounds."),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import compare, deploy, describe, runs, sweeps
+from fedlora.cli import chat, compare, deploy, describe, evaluating, predicting, runs, sweeps
 from fedlora.cli.progress import interruptible, warn
 from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
@@ -35,6 +35,9 @@ for command in (
     runs.demo,
     sweeps.sweep,
     compare.compare,
+    evaluating.evaluate,
+    predicting.predict,
+    chat.chat,
     describe.init,
     describe.check,
     describe.methods,

@@ -11,11 +11,12 @@ import numpy as np
 from fedlora.data.images import image_reader
 from fedlora.data.names import encodable, name, number
 
-Kind = Literal["text", "number", "label", "image", "messages", "texts", "tags", "choice"]
+Kind = Literal["text", "number", "label", "image", "messages", "conversation", "texts", "tags", "choice"]
 """text: not empty. number: finite, a float. label: a name, of which the examples get the index among the run's labels.
 image: an image, of which the examples get the bytes of a file, see `image_reader`. messages: a list of mappings with the
-texts `role` and `content`, at least one by the assistant. texts: a list of texts. tags: a list of labels, one for each
-element of another column. choice: an element of another column, by its index or text; the examples get the index."""
+texts `role` and `content`, at least one by the assistant. conversation: the same, also without one. texts: a list of
+texts. tags: a list of labels, one for each element of another column. choice: an element of another column, by its index
+or text; the examples get the index."""
 
 _LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
@@ -28,6 +29,8 @@ class Column:
     kind: Kind
     of: str | None = None
     """The column to whose lists the values belong, if any; see `match`."""
+    target: bool = False
+    """Whether the task learns to predict the values; examples to be predicted lack the column."""
 
 
 def reader(kind: Kind, folder: Path | None = None) -> Callable[[Any], Any]:
@@ -80,9 +83,14 @@ def _number(value: Any) -> float:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    found = [_message(one) for one in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])]
+    found = _conversation(value)
     if not any(one["role"] == "assistant" for one in found):
         raise ValueError("has no message by the assistant")
+    return found
+
+
+def _conversation(value: Any) -> list[dict[str, str]]:
+    found = [_message(one) for one in (value if isinstance(value, Sequence) and not isinstance(value, str) else [value])]
     if any(one["role"] == "assistant" and not one["content"].strip() for one in found):
         raise ValueError("has an empty message by the assistant")
     return found
@@ -138,6 +146,7 @@ _READERS: Mapping[Kind, Callable[[Any], Any]] = {
     "number": _number,
     "label": named("label"),
     "messages": _messages,
+    "conversation": _conversation,
     "texts": _list_of(_element),
     "tags": _list_of(named("tag")),
     "choice": _choice,

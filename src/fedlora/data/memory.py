@@ -13,7 +13,9 @@ from fedlora.errors import UserError
 MEMORY = "memory"
 """The `data.source` of a run whose rows were passed from Python."""
 
-_EXPECTED = "expected a list of mappings, a datasets.Dataset, a pandas.DataFrame, or a mapping of the splits train and test"
+_TABLES = "a list of mappings, a datasets.Dataset, a pandas.DataFrame"
+_EXPECTED = f"expected {_TABLES}, or a mapping of the splits train and test"
+EXPECTED_TABLE = f"expected the name of a file, {_TABLES}"
 
 
 def find(rows: Any, test: str | None, label: str | None) -> tuple[Table, Table | None]:
@@ -23,20 +25,25 @@ def find(rows: Any, test: str | None, label: str | None) -> tuple[Table, Table |
         UserError: the rows have an unsupported type, or the split or file does not exist.
     """
     if isinstance(rows, Mapping):  # datasets.DatasetDict is one
-        return of_splits(rows, lambda split: _table(rows[split], f"data[{split!r}]", label), test, "data")
-    return with_test_file(_table(rows, "data", label), test)
+        return of_splits(rows, lambda split: table(rows[split], f"data[{split!r}]", label), test, "data")
+    return with_test_file(table(rows, "data", label), test)
 
 
-def _table(rows: Any, origin: str, label: str | None) -> Table:
+def table(rows: Any, origin: str, label: str | None, expected: str = _EXPECTED) -> Table:
+    """The table of these rows; `expected` is the end of the message about rows of an unsupported type.
+
+    Raises:
+        UserError: the rows have an unsupported type.
+    """
     origin = f"{origin} ({type(rows).__name__})"
     if isinstance(rows, datasets.Dataset):
         return of_dataset(rows.with_format(None), label, origin)
     if (pandas := sys.modules.get("pandas")) is not None and isinstance(rows, pandas.DataFrame):
         return _of_frame(rows, origin)
     if not isinstance(rows, list | tuple):
-        raise UserError(f"{origin}: {_EXPECTED}")
+        raise UserError(f"{origin}: {expected}")
     if (wrong := next((i for i, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)) is not None:
-        raise UserError(f"{origin}: row {wrong} is of type {type(rows[wrong - 1]).__name__}; {_EXPECTED}")
+        raise UserError(f"{origin}: row {wrong} is of type {type(rows[wrong - 1]).__name__}; {expected}")
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
     return Table(origin, names, lambda name: [_plain(row.get(name)) for row in rows])
 

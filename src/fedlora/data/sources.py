@@ -15,7 +15,7 @@ from fedlora.data.columns import Column
 from fedlora.data.examples import Columns, examples, label_of, row_of, size, where
 from fedlora.data.labels import LabelError, found_labels, given_labels, label_ids
 from fedlora.data.lists import as_lists, flat
-from fedlora.data.tables import STDLIB_DOCS, find
+from fedlora.data.tables import STDLIB_DOCS, Table, find
 from fedlora.errors import UserError
 from fedlora.printable import listed, quoted
 from fedlora.randomness import generator
@@ -78,7 +78,7 @@ def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None
     if data.source == "none":
         if label is not None and not data.labels:
             raise UserError("data.source = 'none' needs data.labels, the names of the clients' labels")
-        empty = _data_set({column.name: [] for column in columns})
+        empty = data_set({column.name: [] for column in columns})
         return LabelledData(empty, empty, _given(data.labels) or ())
     if in_memory is None:
         table, test_table = find(data.source, data.test, _class_column(data, label))
@@ -98,8 +98,8 @@ def load(data: Data, seed: int, columns: Sequence[Column], in_memory: Any = None
     if test_table is None:
         train, test = _split(train, data.test_fraction, seed)
     return LabelledData(
-        train=_data_set(_draw(train, data.rows, seed, "rows")),
-        test=_data_set(_draw(test, data.test_rows, seed, "test rows")),
+        train=data_set(_draw(train, data.rows, seed, "rows")),
+        test=data_set(_draw(test, data.test_rows, seed, "test rows")),
         labels=names,
     )
 
@@ -110,12 +110,20 @@ def load_own(data: Data, file: str, labels: Sequence[str], seed: int, columns: S
     Raises:
         UserError: not readable, an invalid value, or a label that the run does not have.
     """
-    label = label_of(columns)
-    table, _ = find(file, None, _class_column(data, label))
-    found = examples(table, data.model_copy(update={"user": None, "task": None}), columns)
+    table, _ = find(file, None, _class_column(data, label_of(columns)))
+    return data_set(_draw(labelled(table, data, labels, columns), data.rows, seed, "rows"))
+
+
+def labelled(table: Table, data: Data, labels: Sequence[str], columns: Sequence[Column]) -> Columns:
+    """The examples of a table without owners, with indices into the labels of a run.
+
+    Raises:
+        UserError: an invalid value, or a label that the run does not have.
+    """
+    found, label = examples(table, data.model_copy(update={"user": None, "task": None}), columns), label_of(columns)
     if label is not None:
         found[label] = _indices(found[label], labels, where(table, data, label))
-    return _data_set(_draw(found, data.rows, seed, "rows"))
+    return found
 
 
 def _class_column(data: Data, label: str | None) -> str | None:
@@ -163,7 +171,7 @@ def _draw(columns: Columns, count: int | None, seed: int, purpose: str) -> Colum
     return _rows(columns, torch.randperm(rows, generator=generator(seed, purpose)).tolist()[:count])
 
 
-def _data_set(columns: Columns) -> datasets.Dataset:
+def data_set(columns: Columns) -> datasets.Dataset:
     """The columns as a data set in memory, of the same types as with `Dataset.from_dict`.
 
     That function computes a fingerprint, for which it holds the data several times more. Bytes are in parts, as an array of

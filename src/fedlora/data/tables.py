@@ -49,7 +49,7 @@ def find(source: str, test: str | None, label: str | None) -> tuple[Table, Table
     """
     if source != STDLIB_DOCS and not looks_local(source):
         return _hub(source, test, label)
-    return with_test_file(_stdlib_docs() if source == STDLIB_DOCS else _file(source, "data.source"), test)
+    return with_test_file(_stdlib_docs() if source == STDLIB_DOCS else of_file(source, "data.source"), test)
 
 
 def choices(word: str, allowed: Iterable[str]) -> str:
@@ -66,7 +66,12 @@ def _stdlib_docs() -> Table:
     return Table(f"data.source = {STDLIB_DOCS!r}", ["text", "label", "user"], lambda name: [row[name] for row in rows])
 
 
-def _file(name: str, key: str) -> Table:
+def of_file(name: str, key: str) -> Table:
+    """The table in a file, named by the setting `key`.
+
+    Raises:
+        UserError: no such file, or not readable.
+    """
     path = Path(name).expanduser()
     columns = files.columns(path, key)
     labels = _label_names(path.parent / "labels.json")
@@ -119,7 +124,7 @@ def of_splits(
 
     train = named("train")
     if test is not None and looks_local(test):
-        return train, _file(test, "data.test")
+        return train, of_file(test, "data.test")
     found = test or next((split for split in ("test", "validation") if split in splits), None)
     return train, None if found is None else named(found, "data.test: ")
 
@@ -134,7 +139,7 @@ def with_test_file(train: Table, test: str | None) -> tuple[Table, Table | None]
         return train, None
     if not looks_local(test):
         raise UserError(f"data.test = {test!r}: {train.origin} has no splits; name a file, or remove data.test")
-    return train, _file(test, "data.test")
+    return train, of_file(test, "data.test")
 
 
 def of_dataset(dataset: datasets.Dataset, label: str | None, origin: str) -> Table:

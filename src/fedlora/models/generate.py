@@ -42,7 +42,7 @@ def generate(
     order = [sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for prompts, _ in asked]
     answers: list[dict[int, Tensor]] = [{} for _ in asked]
     rows_per_adapter, max_rows = max(1, batch_size // len(asked)), max(len(rows) for rows in order)
-    with torch.inference_mode(), _greedy(adapted.model, max_new_tokens, stop):
+    with torch.inference_mode(), decoding(adapted.model, max_new_tokens, stop):
         for start in range(0, max_rows, rows_per_adapter):
             batches = [rows[start : start + rows_per_adapter] for rows in order]
             run = max(len(rows) for rows in batches)
@@ -68,12 +68,18 @@ def _continue(model: Any, prompts: Sequence[Int[Tensor, " _"] | None]) -> Int[Te
 
 
 @contextmanager
-def _greedy(model: Any, max_new_tokens: int, stop: Collection[int]) -> Iterator[None]:
-    """Replaces the checkpoint's `generation_config`, from which `generate` would take every setting that is not given."""
+def decoding(model: Any, max_new_tokens: int, stop: Collection[int], temperature: float = 0.0) -> Iterator[None]:
+    """Replaces the checkpoint's `generation_config`, from which `generate` would take every setting that is not given.
+
+    Decoding is greedy, or samples with a temperature above 0.
+    """
     config, original = model.config, model.generation_config
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    )
     model.generation_config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **sampling,
         num_beams=1,
         use_cache=True,
         disable_compile=True,

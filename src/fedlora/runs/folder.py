@@ -24,6 +24,8 @@ ADAPTER = "adapter"
 """Subfolder of a run's folder for its exported adapters."""
 CHECKPOINT = "checkpoint.safetensors"
 ROWS = "rounds.jsonl"
+BEST = "best"
+"""Subfolder of a run's folder for the adapters of the best round."""
 SAMPLES = "samples"
 """Subfolder of a run's folder for generated answers."""
 
@@ -56,7 +58,7 @@ class RunFolder:
         self.path = path
         self.experiment = path / "experiment.toml"
         self._checkpoint = path / CHECKPOINT
-        self._best = path / "best"
+        self._best = path / BEST
         self._lock = FolderLock(path, seconds)
         self._run = ""  # the id in the manifest
         self._rows = RowLog(path / ROWS)

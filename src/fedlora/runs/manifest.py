@@ -97,22 +97,23 @@ class Manifest(_Part):
             UserError: they differ; names the difference.
         """
         was = self.data
-        if change := _of_labels(was.labels, now.labels):
-            raise UserError(f"the data differ from those of the run: {change}")
-        for kind, then, there in (("training", was.train, now.train), ("test", was.test, now.test)):
-            if then.count != there.count:
-                raise UserError(
-                    f"the data differ from those of the run: it has {then.count} {kind} examples, found {there.count}"
-                )
-            if then != there:
-                raise UserError(
-                    f"the data differ from those of the run: some of its {then.count} {kind} examples have changed"
-                )
+        _require_labels(was.labels, now.labels)
+        _require_examples("training", was.train, now.train)
+        _require_examples("test", was.test, now.test)
         if (was.partition, was.clients) != (now.partition, now.clients):
             raise UserError(
                 "the same data and settings now give a different partition than in the run; install the versions of "
                 "numpy, torch and flwr-datasets in its environment.json"
             )
+
+    def require_test_set(self, now: DataFingerprint) -> None:
+        """Checks that labels and test set are those with which the run began.
+
+        Raises:
+            UserError: they differ; names the difference.
+        """
+        _require_labels(self.data.labels, now.labels)
+        _require_examples("test", self.data.test, now.test)
 
     def require_model(self, source: str, now: Mapping[str, str]) -> None:
         """Checks that the model is the one with which the run began.
@@ -137,6 +138,18 @@ class Manifest(_Part):
                 f"the model is adapted in different modules than in the run: {differing[0]} {how}; install the versions of "
                 "peft and transformers in its environment.json"
             )
+
+
+def _require_labels(was: Sequence[str], now: Sequence[str]) -> None:
+    if change := _of_labels(was, now):
+        raise UserError(f"the data differ from those of the run: {change}")
+
+
+def _require_examples(kind: str, was: Examples, now: Examples) -> None:
+    if was.count != now.count:
+        raise UserError(f"the data differ from those of the run: it has {was.count} {kind} examples, found {now.count}")
+    if was != now:
+        raise UserError(f"the data differ from those of the run: some of its {was.count} {kind} examples have changed")
 
 
 def _of_labels(was: Sequence[str], now: Sequence[str]) -> str:

@@ -22,15 +22,18 @@ class Listing:
     base_updates: Sequence[int] = ()
 
 
+_NOTHING = Listing()
+
+
 class RoundFiles:
     """Files clients/ID/ROUND.safetensors and base_updates/ROUND.safetensors of a folder.
 
     Files of rounds after the last complete one exist, but are not listed; those rounds write them again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listing: Listing = _NOTHING) -> None:
         self._path = path
-        self._listing = Listing()
+        self._listing = listing
         self._new: list[tuple[int, str | None]] = []  # states (round, client) and base updates (round, None), not listed
 
     def listing(self, rounds_done: int) -> Listing:

@@ -18,7 +18,17 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, load_tokenizer, outline_model
 from fedlora.tasks.conversations import Messages, conversations
 from fedlora.tasks.language_models import language_model_code
-from fedlora.tasks.prompts import Prompted, eos, last_prompt, leading, pairs, to_examples, token_examples, token_lists
+from fedlora.tasks.prompts import (
+    Prompted,
+    eos,
+    last_prompt,
+    leading,
+    pairs,
+    to_examples,
+    token_examples,
+    token_lists,
+    truncated,
+)
 from fedlora.tasks.questions import Question
 from fedlora.tasks.task import NO_TARGET, Examples, client_sums
 from fedlora.tasks.token_features import mean_of_tokens
@@ -42,6 +52,7 @@ class CausalLM:
     pipeline_tag = "text-generation"
     lower_is_better = frozenset({"loss", "perplexity"})
     test_metrics = None
+    predict = None
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """Conversations, or a prompt and its answer, or a text."""
@@ -52,7 +63,7 @@ class CausalLM:
             return [Column("messages", "messages")]
         if len(pair) == 1:
             raise ValueError("prompt and response: a language model needs both; set the other, too")
-        return [Column(name, "text") for name in pair or ["text"]]
+        return [Column(name, "text", target=name == "response") for name in pair or ["text"]]
 
     def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> None:
         """None: texts have no classes."""
@@ -110,15 +121,12 @@ class CausalLM:
     def questions(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_length: int) -> list[Question]:
         """The ids before each example's last answer (see `last_prompt`), and the answer's text.
 
-        An example that has no answer, or no token before it, is left out.
-
-        Raises:
-            UserError: the examples are plain texts.
+        An example that has no answer, or no token before it, is left out. Plain texts are prompts without an answer.
         """
         if "text" in columns:
-            raise UserError(
-                "evaluate.generate: plain texts have no answers; set it to 0, or use data.prompt or data.messages"
-            )
+            start = leading(tokenizer)
+            texts = ([*start, *ids] for ids in token_lists(tokenizer, columns["text"]))
+            return [Question(torch.tensor(truncated(ids, max_length, len(start))), ()) for ids in texts if ids]
         answers = columns.get("response") or [_last_answer(row) for row in columns["messages"]]
         prompts = (last_prompt(one, max_length) for one in self._prompted(tokenizer, columns))
         return [Question(torch.tensor(ids), (text,)) for ids, text in zip(prompts, answers, strict=True) if len(ids)]

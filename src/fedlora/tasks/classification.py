@@ -96,6 +96,16 @@ class Classification:
         counts.scatter_add_(1, cells, real.long())
         return {"confusion": counts.view(clients, labels, labels), "loss": losses.where(real, 0.0).sum(1)}
 
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The label with the largest logit, the first of several, and its probability."""
+        whole: Any = model
+        each = whole(**inputs).logits.float().softmax(-1)
+        best = each.argmax(-1)
+        names, probabilities = whole.config.id2label, each.gather(1, best[:, None])[:, 0]
+        return [{"label": names[i], "probability": x} for i, x in zip(best.tolist(), probabilities.tolist(), strict=True)]
+
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """No counts and no losses."""
         confusion = torch.zeros(len(labels), len(labels), dtype=torch.long)

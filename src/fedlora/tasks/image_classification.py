@@ -56,7 +56,7 @@ class ImageClassification(Classification):
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """The image and the label."""
-        return [Column("image", "image"), Column("label", "label")]
+        return [Column("image", "image"), Column("label", "label", target=True)]
 
     def made_up(self, texts: Sequence[str], classes: int) -> Mapping[str, Sequence[Any]]:
         """An image of noise for each text, and all labels in turn."""
@@ -130,6 +130,12 @@ class ImageClassification(Classification):
     ) -> Mapping[str, Tensor]:
         """As `Classification`."""
         return super().measure(model, _as_model(model, inputs), targets, real)
+
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """As `Classification`."""
+        return super().predict(model, _as_model(model, inputs), targets, columns)
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter with the head for these labels, and the image processor."""

@@ -17,7 +17,7 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.language_models import language_model_code
 from fedlora.tasks.options import FILLER, call, check_apart, encode_questions, log_likelihoods
-from fedlora.tasks.task import Examples, client_sums
+from fedlora.tasks.task import NO_TARGET, Examples, client_sums
 from fedlora.tasks.token_features import mean_of_tokens
 
 _COUNTS = ("targets", "right", "right_per_byte")
@@ -41,7 +41,8 @@ class MultipleChoice:
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """The question, its options, and the right one."""
-        return [Column("prompt", "text"), Column("options", "texts"), Column("answer", "choice", of="options")]
+        answer = Column("answer", "choice", of="options", target=True)
+        return [Column("prompt", "text"), Column("options", "texts"), answer]
 
     def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> None:
         """None: questions have no classes."""
@@ -77,11 +78,21 @@ class MultipleChoice:
         sums, counts, sizes = log_likelihoods(model, inputs)
         right = targets[:, 0]
         loss, terms = self._losses(sums, counts, right)
-        absent = counts == 0
-        guesses = (scores.masked_fill(absent, -math.inf).argmax(1) for scores in (sums, sums / sizes.clamp(min=1)))
+        guesses = (_best(scores, counts) for scores in (sums, _per_byte(sums, sizes)))
         each = (loss.double(), terms, *((guess == right).long() for guess in guesses))
         named = zip(("loss", *_COUNTS), each, strict=True)
         return {name: client_sums(x, real) for name, x in named}
+
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The option with the largest log-likelihood per byte, its text and index; None for a question without room."""
+        sums, counts, sizes = log_likelihoods(model, inputs)
+        best = _best(_per_byte(sums, sizes), counts).where(targets[:, 0] != NO_TARGET, -1).tolist()
+        return [
+            {"option": None if i < 0 else options[i], "index": None if i < 0 else i}
+            for i, options in zip(best, columns["options"], strict=True)
+        ]
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""
@@ -119,3 +130,13 @@ class MultipleChoice:
             return -sums.gather(1, right[:, None])[:, 0], counts.gather(1, right[:, None])[:, 0]
         found = functional.cross_entropy(sums.masked_fill(counts == 0, -math.inf), right, reduction="none")
         return found, torch.ones_like(right)
+
+
+def _per_byte(sums: Tensor, sizes: Tensor) -> Tensor:
+    """The log-likelihoods of options, divided by their sizes."""
+    return sums / sizes.clamp(min=1)
+
+
+def _best(scores: Tensor, counts: Tensor) -> Tensor:
+    """The index of the option with the largest score, the first of several; options without tokens are absent."""
+    return scores.masked_fill(counts == 0, -math.inf).argmax(1)

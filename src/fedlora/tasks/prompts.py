@@ -110,10 +110,14 @@ def to_examples(found: Iterable[Prompted], max_length: int, pad: int) -> Example
 def last_prompt(one: Prompted, max_length: int) -> Sequence[int]:
     """The ids before the last answer, truncated as in `to_examples`, but whatever the answer; none without an answer."""
     begins = (i for i in range(len(one.ids) - 1, -1, -1) if one.learned[i] and not (i and one.learned[i - 1]))
-    prompt = one.ids[: next(begins, 0)]
+    return truncated(one.ids[: next(begins, 0)], max_length, one.kept)
+
+
+def truncated(prompt: Sequence[int], max_length: int, kept: int) -> Sequence[int]:
+    """The ids of a prompt, truncated on the left after the first `kept`, or only the first one if these are too long."""
     if len(prompt) <= max_length:
         return prompt
-    return _cut_left(prompt, max_length, one.kept if one.kept < max_length else min(one.kept, 1))
+    return _cut_left(prompt, max_length, kept if kept < max_length else min(kept, 1))
 
 
 def _cut_left(ids: Sequence[int], room: int, kept: int) -> list[int]:

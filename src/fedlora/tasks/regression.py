@@ -92,6 +92,12 @@ class Regression:
         terms = (x, y, x * x, y * y, x * y, (predictions - targets).square().double())
         return {name: client_sums(term, real) for name, term in zip(_SUMS, terms, strict=True)}
 
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The score."""
+        return [{"score": score} for score in _predictions(model, inputs).tolist()]
+
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero."""
         return {name: torch.zeros((), dtype=torch.float64) for name in _SUMS}

@@ -54,10 +54,11 @@ class Seq2Seq:
     pipeline_tag = "text2text-generation"
     lower_is_better = frozenset({"loss", "perplexity"})
     test_metrics = None
+    predict = None
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """The prompt, and its answer."""
-        return [Column("prompt", "text"), Column("response", "text")]
+        return [Column("prompt", "text"), Column("response", "text", target=True)]
 
     def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> list[int] | None:
         """The index of the answer among the sorted answers, if these are the names of classes: at most 100, each of them

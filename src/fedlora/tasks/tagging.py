@@ -59,7 +59,7 @@ class Tagging:
 
     def columns(self, named: Collection[str]) -> list[Column]:
         """The words, and their tags."""
-        return [Column("tokens", "texts"), Column("tags", "tags", of="tokens")]
+        return [Column("tokens", "texts"), Column("tags", "tags", of="tokens", target=True)]
 
     def partition_keys(self, train: Mapping[str, Sequence[Any]]) -> None:
         """None: a text has many tags."""
@@ -123,6 +123,17 @@ class Tagging:
         if (tags := scheme(_labels(model))) is not None:
             each["entities"] = tags.counts(gold, predicted)
         return {name: _sums(x, real) for name, x in each.items()}
+
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> list[dict[str, Any]]:
+        """The tag of each word, as in `measure`; None for a word without tokens."""
+        logits, of_tokens = model(**inputs).logits, _of_tokens(inputs, targets)
+        _, found = _tags_of_words(logits.argmax(-1), of_tokens, _of_words(inputs, targets), logits.shape[-1])
+        names = (*_labels(model), None)
+        tags = [[names[tag] for tag in own] for own in found.tolist()]
+        missing = [None] * max(map(len, columns["tokens"]))
+        return [{"tags": [*own, *missing][: len(words)]} for own, words in zip(tags, columns["tokens"], strict=True)]
 
     def no_statistics(self, labels: Sequence[str]) -> Mapping[str, Tensor]:
         """Sums of zero; tags that do not mark entities have no counts of them."""

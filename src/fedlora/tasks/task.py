@@ -174,6 +174,15 @@ class Task(Protocol):
         """
 
     @property
+    def predict(
+        self,
+    ) -> Callable[[nn.Module, Mapping[str, Tensor], Tensor, Mapping[str, Sequence[Any]]], list[dict[str, Any]]] | None:
+        """A JSON object with the prediction for each example of a batch; None for a task that generates text.
+
+        Arguments are the model, its inputs and targets, of which only the form matters, and the examples' columns.
+        """
+
+    @property
     def questions(self) -> Callable[[Any, Mapping[str, Sequence[Any]], int], Sequence[Question]] | None:
         """The prompts of examples, with their answers; None for a task that generates no text.
 

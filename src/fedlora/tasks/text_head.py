@@ -18,7 +18,7 @@ from fedlora.tasks.task import Examples
 def text_columns(named: Collection[str], label: Kind) -> list[Column]:
     """The columns `text`, for pairs `text_pair`, and `label`, of this kind."""
     texts = ["text", "text_pair"] if "text_pair" in named else ["text"]
-    return [*(Column(name, "text") for name in texts), Column("label", label)]
+    return [*(Column(name, "text") for name in texts), Column("label", label, target=True)]
 
 
 def load_head(source: str, settings: Mapping[str, Any], seed: int) -> tuple[nn.Module, Any, Checkpoint]:
