@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.cache import cached
 from fedlora.config.experiment import Experiment
 from fedlora.data.fingerprint import fingerprint as data_fingerprint
-from fedlora.data.sources import LabelledData, columns_of
+from fedlora.data.sources import LabelledData, column_values
 from fedlora.errors import UserError
 from fedlora.linalg.kmeans import kmeans
 from fedlora.loaded_model import LoadedModel
@@ -73,7 +73,7 @@ def _embeddings(experiment: Experiment, labelled_data: LabelledData) -> Float[Te
             "(hidden_size in config.json); choose another partition"
         )
     max_length = experiment.train.max_length
-    examples = task.encode(loaded.tokenizer, columns_of(labelled_data.train), max_length)
+    examples = task.encode(loaded.tokenizer, column_values(labelled_data.train), max_length)
     if examples.block_length is not None:
         examples = _beginnings(examples, examples.block_length)
     check_lengths(examples.lengths(), max_length, positions(loaded.adapted.model))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedlora.data.sources import columns_of, unlearned_labels
+from fedlora.data.sources import column_values, unlearned_labels
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.models.tokenizers import check_known, check_lengths, positions
@@ -25,7 +25,7 @@ _TRAIN, _HELD_OUT = "train", "held out"
 def encode(task: Task, tokenizer: Any, federated_data: FederatedData, max_length: int) -> Tokens:
     """Tokenizes the training and the test examples."""
     data = federated_data.labelled_data
-    train, test = (task.encode(tokenizer, columns_of(part), max_length) for part in (data.train, data.test))
+    train, test = (task.encode(tokenizer, column_values(part), max_length) for part in (data.train, data.test))
     return train, test
 
 

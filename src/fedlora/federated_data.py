@@ -14,7 +14,7 @@ from fedlora.data.fingerprint import fingerprint
 from fedlora.data.other import load_labelled, load_unlabelled
 from fedlora.data.partition import Partition, divide, share
 from fedlora.data.ranks import client_ranks
-from fedlora.data.sources import LabelledData, columns_of, load, load_own
+from fedlora.data.sources import LabelledData, column_values, load, load_own
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo
 from fedlora.reuse import Reuse
@@ -61,7 +61,7 @@ class FederatedData:
             UserError: the data cannot be read, or cannot be partitioned as configured.
         """
         labelled_data = _loaded(experiment, in_memory, reuse)
-        keys = task_of(dict(experiment.task)).partition_keys(columns_of(labelled_data.train))
+        keys = task_of(dict(experiment.task)).partition_keys(column_values(labelled_data.train))
         classes = keys
         if experiment.clients.partition == "clusters":
             from fedlora.embedding_clusters import embedding_clusters  # imports what loads models

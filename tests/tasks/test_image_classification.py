@@ -23,7 +23,7 @@ from fedlora.adapter import Scaling, lora_init, pack
 from fedlora.config.experiment import build
 from fedlora.config.sections import Train
 from fedlora.data.images import image_reader
-from fedlora.data.sources import columns_of
+from fedlora.data.sources import column_values
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.linalg.lowrank import LowRank
@@ -174,7 +174,7 @@ def test_encoding_holds_no_more_than_the_pixels_of_the_model_s_size_beside_the_i
     _, encoder = task.outline(str(tiny_vit(tmp_path)), LABELS)
     noise = np.random.default_rng(0).integers(0, 256, (1500, 28, 28, 3), np.uint8)
     rows = {"image": list(map(image_reader(None), noise)), "label": [0] * len(noise)}
-    examples = columns_of(datasets.Dataset.from_dict(rows))
+    examples = column_values(datasets.Dataset.from_dict(rows))
     tracemalloc.start()
     try:
         found = task.encode(encoder, examples, 128).features["pixel_values"]

@@ -36,8 +36,8 @@ class LabelledData:
     labels: tuple[str, ...]
 
 
-def columns_of(rows: datasets.Dataset) -> dict[str, Sequence[Any]]:
-    """The columns as lists; one of bytes, such as images, as a sequence that reads them from `rows` one after the other."""
+def column_values(rows: datasets.Dataset) -> dict[str, Sequence[Any]]:
+    """The values of each column as a list; those of bytes, such as images, as a sequence that reads one after the other."""
     return {
         name: rows[name] if getattr(kind, "dtype", None) == "binary" else rows[name][:]
         for name, kind in rows.features.items()
