@@ -3,17 +3,19 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
 from fedlora.config.experiment import Experiment
 from fedlora.data.memory import MEMORY
 from fedlora.errors import UserError
+from fedlora.exporting.forms import Dtype, Form, is_gguf, is_whole_model
 from fedlora.federated_data import FederatedData
 from fedlora.lifecycle import begin, final_adapters, finish, require_same, rounds
 from fedlora.models import model_copy
 from fedlora.models.fingerprint import fingerprint
+from fedlora.models.gguf import missing as gguf_missing
 from fedlora.printable import listed
 from fedlora.report.terminal import shown
 from fedlora.reuse import Reuse
@@ -91,18 +93,31 @@ def resume(
 
 
 def export(
-    path: str | Path, to: Literal["adapter", "merged"], out: str | Path, client: str | None = None
+    path: str | Path, to: Form, out: str | Path, client: str | None = None, dtype: Dtype | None = None
 ) -> Mapping[str, Path]:
-    """Writes a run's current adapter, as a PEFT folder or merged into the model; returns the folders.
+    """Writes a run's current adapter, alone or merged into the model; returns the folders.
 
     It is that of the best round with `evaluate.stop_after`, else of the last. For a personal method, each client's
     adapter, or only that of `client`, is written to a separate folder. The data are not read: labels and clients are taken
     from the run directory.
 
+    Args:
+        path: the run's folder.
+        to: "adapter", a PEFT folder; "serving", a PEFT folder of one rank and scale, as vLLM and LoRAX read it; "merged",
+            the whole model as a folder of transformers; "gguf-adapter" and "gguf-merged", the same two as the files
+            `adapter.gguf` and `model.gguf` for llama.cpp.
+        out: a new or empty folder.
+        client: the client of a personal method.
+        dtype: the data type of a whole model's weights; by default that of the model's checkpoint.
+
     Raises:
-        UserError: no such run or client, no complete round, a damaged file, a changed model, `out` in use, `to` is "merged"
-            without a client for a personal method, or the adapter cannot be represented in the format.
+        UserError: no such run or client, no complete round, a damaged file, a changed model, `out` in use, a whole model
+            of a personal method without a client, or the adapter cannot be represented in the form.
     """
+    if dtype is not None and not is_whole_model(to):
+        raise UserError(f"dtype = {dtype!r}: adapters are written in fp32; choose it for a merged model only")
+    if is_gguf(to) and (reason := gguf_missing()):
+        raise UserError(f"{to}: {reason}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; choose another directory")
@@ -124,11 +139,11 @@ def export(
                 names = [name or "the global adapter (without --client)" for name in adapters]
                 raise UserError(f"{client!r}: no client with this name has an adapter; available: {listed(names, 5)}")
             adapters = {"": adapters[client]}
-        if to == "merged" and len(adapters) > 1:
+        if is_whole_model(to) and len(adapters) > 1:
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
             with replacing(out) as partial:
-                written = session.write(adapters, partial, to, until_best(folder.rows()))
+                written = session.write(adapters, partial, to, until_best(folder.rows()), dtype)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return {name: out / found.relative_to(partial) for name, found in written.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,8 +13,13 @@ from fedlora.encoded_data import EncodedData, Tokens, encode
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
+from fedlora.exporting.forms import Dtype, Form, is_whole_model
+from fedlora.exporting.gguf_adapter import to_gguf_adapter
+from fedlora.exporting.gguf_model import to_gguf_model
+from fedlora.exporting.serving import to_serving
+from fedlora.exporting.unfit import unfit_for
 from fedlora.exporting.usage_file import write_usage
-from fedlora.exporting.write import to_merged, to_peft, unfit, unfit_for_peft
+from fedlora.exporting.write import DTYPES, merge, to_merged, to_peft
 from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes, generation_of
 from fedlora.initial_states import RememberedStates
@@ -158,37 +163,58 @@ class Session:
         self,
         adapters: Mapping[str, Adapter],
         out: Path,
-        to: Literal["adapter", "merged"],
+        to: Form,
         rows: Sequence[RoundRow] = (),
+        dtype: Dtype | None = None,
     ) -> dict[str, Path]:
         """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
 
-        `rows` are the rows of the round log, for the adapter's model card.
+        `rows` are the rows of the round log, for the adapter's model card. `dtype` is that of a whole model, by default
+        that of its checkpoint.
 
         Raises:
-            UserError: an adapter cannot be represented in the format; nothing was written.
+            UserError: an adapter or the model cannot be represented in the form or in `dtype`.
         """
         for name, adapter in adapters.items():
-            if reason := unfit_for_peft(adapter, self.adapted) if to == "adapter" else unfit(adapter):
+            if reason := unfit_for(to, adapter, self.adapted):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
-        labels, dropout = self.federated_data.labelled_data.labels, self.experiment.lora.dropout
+        folders = {name: out / client_folder(name) if name else out for name in adapters}
+        for name, adapter in adapters.items():
+            if is_whole_model(to):
+                self._write_model(adapter, folders[name], to, dtype)
+            elif to == "gguf-adapter":
+                folders[name].mkdir(parents=True, exist_ok=True)
+                to_gguf_adapter(adapter, folders[name] / "adapter.gguf", self.adapted)
+            else:
+                self._write_peft(adapter, folders[name], to, rows)
+        return folders
+
+    def _write_peft(self, adapter: Adapter, folder: Path, to: Form, rows: Sequence[RoundRow]) -> None:
+        """Writes a PEFT folder with a model card."""
+        labels, tokenizer = self.federated_data.labelled_data.labels, self.tokenizer
         base, files = gguf_arguments(locate(self.experiment.model))
         arguments = "".join(f", {name}={value!r}" for name, value in files.items())
         if Path(base).is_dir():
             base = str(Path(base).resolve())
-        folders = {name: out / client_folder(name) if name else out for name in adapters}
-        for name, adapter in adapters.items():
-            if to == "adapter":
-                to_peft(adapter, folders[name], dropout, base, self.adapted, labels, self.tokenizer, self.task.peft_type)
-                code = self.task.loading_code(labels, getattr(self.tokenizer, "pad_token_id", 0), arguments)
-                card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
-                (folders[name] / "README.md").write_text(card, encoding="utf-8")
-                write_usage(self.experiment, labels, folders[name], with_model=True)
-            else:
-                model, tokenizer, checkpoint = self.task.load(self.experiment.model, labels, self.experiment.seed)
-                to_merged(adapter, folders[name], model, tokenizer, checkpoint.dtype)
-                write_usage(self.experiment, labels, folders[name], with_model=False)
-        return folders
+        write = to_serving if to == "serving" else to_peft
+        write(adapter, folder, self.experiment.lora.dropout, base, self.adapted, labels, tokenizer, self.task.peft_type)
+        code = self.task.loading_code(labels, getattr(tokenizer, "pad_token_id", 0), arguments)
+        card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_usage(self.experiment, labels, folder, with_model=True)
+
+    def _write_model(self, adapter: Adapter, folder: Path, to: Form, dtype: Dtype | None) -> None:
+        """Writes the whole model, read again in fp32."""
+        source, labels = self.experiment.model, self.federated_data.labelled_data.labels
+        model, tokenizer, checkpoint = self.task.load(source, labels, self.experiment.seed)
+        stored = DTYPES[dtype] if dtype else checkpoint.dtype
+        if to == "merged":
+            to_merged(adapter, folder, model, tokenizer, stored)
+            write_usage(self.experiment, labels, folder, with_model=False)
+            return
+        merge(adapter, model, stored)
+        folder.mkdir(parents=True, exist_ok=True)
+        to_gguf_model(model, folder / "model.gguf", tokenizer, stored, source)
 
 
 def method_of(experiment: Experiment) -> AnyMethod:

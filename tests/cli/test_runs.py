@@ -137,6 +137,19 @@ def test_an_export_prints_where_it_wrote(by_python, command, tmp_path):
     assert_refused(command("export", by_python, tmp_path / "merged"), "not empty")
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--to", "serving"), ["classifier.weight", "are not LoRA factors", "export a merged model"]),
+        (("--to", "gguf-merged"), ["models of type 'bert' are not exported to GGUF", "llama"]),
+        (("--dtype", "bf16"), ["dtype = 'bf16'", "adapters are written in fp32"]),
+    ],
+)
+def test_a_form_that_cannot_hold_the_adapter_is_rejected_in_one_line(options, parts, by_python, command, tmp_path):
+    assert_refused(command("export", by_python, tmp_path / "out", *options), *parts)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_of_an_unknown_client_lists_the_available_ones(by_python, command, tmp_path):
     result = command("export", by_python, tmp_path / "out", "--client", "nobody")
     assert_refused(result, "'nobody'", "available: the global adapter (without --client)")

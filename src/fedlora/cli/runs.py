@@ -1,12 +1,13 @@
 """Commands for runs on this machine: run, export, demo."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedlora.cli.arguments import OptionalFile, Out, Overrides, Resume, select_run
 from fedlora.cli.progress import follow
+from fedlora.exporting.forms import Dtype, Form
 from fedlora.printable import printable
 
 if TYPE_CHECKING:
@@ -38,14 +39,22 @@ def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
     to: Annotated[
-        Literal["adapter", "merged"], typer.Option(help="A PEFT adapter, or the model with the adapter merged into it.")
+        Form,
+        typer.Option(
+            help="A PEFT adapter; one for vLLM and LoRAX; the model with the adapter merged into it; "
+            "the adapter, or this model, as a file for llama.cpp."
+        ),
     ] = "adapter",
     client: Annotated[str | None, typer.Option(help="Only the adapter of this client, for a personal method.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="The data type of a merged model; by default that of the model's checkpoint."),
+    ] = None,
 ) -> None:
     """Export the current adapter of a run to the directory OUT."""
     from fedlora.api import export as write
 
-    for folder in write(run_dir, to, out, client).values():
+    for folder in write(run_dir, to, out, client, dtype).values():
         print(printable(str(folder)))
 
 

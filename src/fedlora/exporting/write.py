@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.adapter import Adapter
+from fedlora.errors import UserError
+from fedlora.exporting.forms import Dtype
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base_weights import add_to_weight
 from fedlora.models.targets import within
 from fedlora.parts.table import Part
+
+DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def unfit(adapter: Adapter) -> str | None:
@@ -64,13 +68,7 @@ def to_peft(
     for name, part in factors.items():
         tensors[f"{name}.lora_A.weight"] = part.a
         tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    LoraConfig(
+    config = LoraConfig(
         task_type=peft_type,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -82,21 +80,33 @@ def to_peft(
         rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
         fan_in_fan_out=adapted.transposed,
         modules_to_save=list(adapted.head) or None,
-    ).save_pretrained(str(folder))
-    config = folder / "adapter_config.json"  # peft stores the targets as a set, and writes them in arbitrary order
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(
-        json.dumps({**settings, "target_modules": sorted(factors)}, indent=2, sort_keys=True), encoding="utf-8"
     )
+    save_peft(config, tensors, folder, labels, tokenizer)
+
+
+def save_peft(config: Any, tensors: Mapping[str, Tensor], folder: Path, labels: Sequence[str], tokenizer: Any) -> None:
+    """Writes a PEFT folder with this `LoraConfig` and these tensors, named as in the base model, and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous().clone() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
+    file = folder / "adapter_config.json"  # peft stores the targets as a set, and writes them in arbitrary order
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(config.target_modules)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     tokenizer.save_pretrained(folder)
     if labels:
         (folder / "labels.json").write_text(json.dumps(list(labels), indent=1), encoding="utf-8")
 
 
-def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    """Writes a folder that transformers loads without PEFT, in `dtype`. Modifies `model`, the original fp32 base.
+def merge(adapter: Adapter, model: Any, dtype: torch.dtype) -> None:
+    """Adds the adapter to the parameters of `model`, the original fp32 base. The adapter must not be `unfit`.
 
-    The adapter must not be `unfit`.
+    Raises:
+        UserError: a weight is beyond the range of `dtype`, in which the model is to be stored.
     """
     parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
@@ -105,5 +115,20 @@ def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype:
                 parameters[name].copy_(part.w)
             elif (product := part.product()) is not None:
                 add_to_weight(model.get_submodule(name), product.float())
+        for name, parameter in parameters.items():
+            dense = parameter.is_floating_point() and parameter.numel()
+            if dense and parameter.abs().max() > torch.finfo(dtype).max:
+                raise UserError(f"{name} has a weight beyond the range of {dtype}; choose the data type bf16 or fp32")
+
+
+def to_merged(adapter: Adapter, folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """Writes a folder that transformers loads without PEFT, in `dtype`. Modifies `model`, the original fp32 base.
+
+    The adapter must not be `unfit`.
+
+    Raises:
+        UserError: see `merge`.
+    """
+    merge(adapter, model, dtype)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -26,9 +26,20 @@ def unusable(path: Path) -> str | None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             return "not a GGUF file; download it again"
+    return missing()
+
+
+def missing() -> str | None:
+    """The reason why GGUF files can be neither read nor written; None if they can."""
     if importlib.util.find_spec("gguf") is None:
         return "the package 'gguf' is not installed; pip install 'fedlora[gguf]' installs it"
     return None
+
+
+def mark_as_dense(model: Any) -> None:
+    """Removes the mark of a quantized model, as its weights are dense; transformers would refuse to save it."""
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # transformers 4 has no such mark
+        quantizer.remove_quantization_config(model)
 
 
 @contextmanager

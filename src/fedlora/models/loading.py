@@ -14,7 +14,7 @@ from torch import nn
 
 from fedlora.errors import UserError
 from fedlora.models.checkpoint import Checkpoint
-from fedlora.models.gguf import gguf_arguments, is_gguf, no_progress_bar, unusable
+from fedlora.models.gguf import gguf_arguments, is_gguf, mark_as_dense, no_progress_bar, unusable
 from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_local
 from fedlora.randomness import derive
@@ -63,6 +63,8 @@ def load_model(
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
+    if file:
+        mark_as_dense(model)
     sizes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
     _check_complete(source, model, {*info["missing_keys"], *sizes})
     return (
