@@ -17,16 +17,19 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.layout import Layout
 from fedlora.models.packing import Packing
 from fedlora.models.targets import norm_modules
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.features import try_packing
+from tiny_lm import pair, tiny_lm
 
 from tiny import LABELS, tiny_bert, tiny_rows
 
 TASK = Classification()
 LENGTHS = torch.tensor([[5, 30], [11, 0]])
+FIRST = (torch.arange(30) == 0).expand(4, 30)
 SMALL = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "hidden_size": 32, "num_attention_heads": 4}
 BLOCKS = {**SMALL, "num_hidden_layers": 2, "intermediate_size": 48}
 GROUPED = {**BLOCKS, "num_key_value_heads": 2}
@@ -42,7 +45,7 @@ PACKS: dict[str, Any] = {
     "llama, groups of heads and rotations": transformers.LlamaConfig(**GROUPED),
     "mistral, a window of 8 tokens": transformers.MistralConfig(**GROUPED, sliding_window=8),
 }
-NARROWS = {"bert", "roberta"}  # their blocks add up in modules of their own
+NARROWS = {"bert", "roberta", "distilbert"}  # their heads read the first token alone
 PADS: dict[str, Any] = {
     "albert, one block for all layers": transformers.AlbertConfig(**BLOCKS, embedding_size=16),
     "deberta, positions in its attention": transformers.DebertaV2Config(**BLOCKS),
@@ -69,18 +72,23 @@ def outputs(model: nn.Module) -> torch.Tensor:
     return torch.cat([TASK.features(model, inputs()), model(**inputs()).logits], 1)[:3]
 
 
+def outputs_in(packing: Packing, model: nn.Module) -> torch.Tensor:
+    with packing.of(LENGTHS, torch.device("cpu"), FIRST):
+        return outputs(model)
+
+
 @pytest.mark.parametrize("name", PACKS)
 def test_a_model_gives_the_same_packed_and_computes_no_padding(name):
     model = model_of(PACKS[name])
     packing, seen = Packing(model), []
     with torch.inference_mode():
         padded = outputs(model)
-        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        packing.try_out(lambda: outputs_in(packing, model), 1e-5)
         assert packing.works and packing.narrows == (name in NARROWS)
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.in_features == 48:  # the last one of each block
                 module.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[:-1].numel()))
-        with packing.of(LENGTHS, padded.device) as layout:
+        with packing.of(LENGTHS, padded.device, FIRST) as layout:
             assert layout is not None
             packed = outputs(model)
         assert_close(outputs(model), padded, rtol=0, atol=0)
@@ -107,9 +115,9 @@ def test_a_head_that_reads_other_tokens_too_gets_all_of_them():
     packing = Packing(model)
     with torch.inference_mode():
         padded = outputs(model)
-        packing.try_out(lambda: outputs(model), LENGTHS, 0.1)
+        packing.try_out(lambda: outputs_in(packing, model), 0.1)
         assert packing.works and not packing.narrows
-        with packing.of(LENGTHS, padded.device):
+        with packing.of(LENGTHS, padded.device, FIRST):
             assert_close(outputs(model), padded, rtol=1e-5, atol=1e-6)
 
 
@@ -119,7 +127,7 @@ def test_a_model_that_cannot_be_packed_is_seen_and_stays_padded(name):
     packing = Packing(model)
     with torch.inference_mode():
         before = outputs(model)
-        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        packing.try_out(lambda: outputs_in(packing, model), 1e-5)
         assert not packing.works
         with packing.of(LENGTHS, before.device) as layout:
             assert layout is None
@@ -131,10 +139,10 @@ def test_a_call_that_fails_inside_the_blocks_leaves_nothing_behind():
     packing = Packing(model)
     with torch.inference_mode():
         expected = outputs(model)
-        packing.try_out(lambda: outputs(model), LENGTHS, 1e-5)
+        packing.try_out(lambda: outputs_in(packing, model), 1e-5)
         failing = model.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError), packing.of(LENGTHS, expected.device):
-            outputs(model)
+        with pytest.raises(ZeroDivisionError):
+            outputs_in(packing, model)
         failing.remove()
         assert packing.inside is None
         assert_close(outputs(model), expected, rtol=0, atol=0)
@@ -184,6 +192,61 @@ def test_what_is_trained_after_the_last_attention_learns_the_same_from_the_first
         assert_close(pack(packed.adapter), pack(padded.adapter), rtol=1e-4, atol=1e-5)
 
 
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {**BLOCKS, "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "opt": {**SMALL, "num_hidden_layers": 2, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": BLOCKS,  # its blocks compute attention and the rest side by side
+    "gemma": {**GROUPED, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_last_block_of_a_language_model_computes_only_the_tokens_that_are_read(kind):
+    config = transformers.AutoConfig.for_model(kind, **{**DECODERS[kind], "vocab_size": 50, "pad_token_id": 0})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    packing, ids, seen = Packing(model), inputs()["input_ids"], []
+    read = torch.rand(4, 30, generator=torch.Generator().manual_seed(0)) < 0.2
+    real = torch.arange(30) < LENGTHS.view(4, 1)
+
+    def logits() -> torch.Tensor:
+        with packing.of(LENGTHS, torch.device("cpu"), read):
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found[read & real]
+
+    with torch.inference_mode():
+        padded = logits()
+        packing.try_out(logits, 1e-5)
+        assert packing.works and packing.narrows
+        for module in [*packing._blocks[-1].modules()][1:]:
+            module.register_forward_hook(lambda _module, args, _output: seen.extend(x.shape for x in args[:1]))
+        assert_close(logits(), padded, rtol=1e-5, atol=1e-6)
+    assert seen[-1].numel() == int((read & real).sum()) * seen[-1][-1] < 46 * seen[-1][-1]
+
+
+def test_a_language_model_learns_the_same_from_the_tokens_with_targets_as_from_all(tmp_path):
+    task = CausalLM()
+    model, tokenizer, _ = task.load(str(tiny_lm(tmp_path / "llama", attention_dropout=0.1)), (), 0)
+    adapted = AdaptedModel(model, Scaling(16.0), "all-linear", dropout=0.1, head=norm_modules(model, ()))
+    try_packing(adapted, task, tokenizer, 64)
+    assert adapted.packing.works and adapted.packing.narrows
+    pairs = [pair(i) for i in range(44)]
+    examples = task.encode(tokenizer, {"prompt": [p for p, _ in pairs], "response": [r for _, r in pairs]}, 64)
+    settings, found = Train(batch_size=4, lr=0.1, optimizer="sgd"), []
+    for packed, narrow in ((True, True), (True, False), (False, False)):
+        adapted.packing.works, adapted.packing.narrows = packed, narrow
+        some = jobs(adapted)
+        trained = train_together(adapted, task, examples, some, settings, 100_000)
+        asked = [(job.rows, one.adapter) for job, one in zip(some, trained, strict=True)]
+        losses = [task.metrics(one)["loss"] for one in score(adapted, task, examples, asked, 16)]
+        found.append(([pack(one.adapter) for one in trained], losses))
+    for adapters, losses in found[:2]:
+        assert_close(adapters, found[2][0], rtol=1e-4, atol=1e-5)
+        assert losses == pytest.approx(found[2][1], rel=1e-5)
+
+
 def evaluated(adapted: AdaptedModel, examples: Examples, some: Any, works: bool) -> list[float]:
     adapted.packing.works = works
     try:
@@ -203,17 +266,20 @@ def test_clients_that_are_evaluated_on_long_examples_only_may_have_fewer_than_ot
         assert TASK.metrics(ours) == pytest.approx(TASK.metrics(theirs), rel=1e-5)
 
 
-def test_the_first_tokens_have_a_layout_of_their_own():
-    layout = Layout.of(torch.tensor([[0, 5], [11, 2], [0, 0]]), torch.device("cpu"))
+def test_the_tokens_that_are_read_have_a_layout_of_their_own():
+    chosen = torch.tensor([[1, 1], [0, 4], [2, 0], [2, 10], [3, 1], [4, 0]])  # of a filler row, and beyond a row's end, too
+    read = torch.zeros(6, 11, dtype=torch.bool)
+    read[chosen[:, 0], chosen[:, 1]] = True
+    layout = Layout.of(torch.tensor([[0, 5], [11, 2], [0, 0]]), torch.device("cpu"), read)
     whole = torch.arange(1.0, 19)[None, :, None]
-    first = layout.first
-    assert first is not None and first.packed == (1, 3) and first.by_client == (3, 2)
-    narrow = whole[:, layout.at_first]
-    assert narrow.flatten().tolist() == [1, 6, 17]
-    assert_close(first.unpack(narrow)[:, 0], layout.unpack(whole)[:, 0])
-    assert_close(first.pack(layout.unpack(whole)), narrow)
-    assert first.to_client_axis(narrow)[..., 0].tolist() == [[1, 0], [6, 17], [0, 0]]
-    assert_close(first.from_client_axis(first.to_client_axis(narrow)), narrow)
+    narrow = layout.read
+    assert narrow is not None and narrow.packed == (1, 4) and narrow.by_client == (3, 3)
+    found = layout.select_read(whole)
+    assert found.flatten().tolist() == [2, 6, 16, 18]
+    assert_close(narrow.unpack(found), layout.unpack(whole).where(read[..., None], 0))
+    assert_close(narrow.pack(layout.unpack(whole)), found)
+    assert narrow.to_client_axis(found)[..., 0].tolist() == [[2, 0, 0], [6, 16, 18], [0, 0, 0]]
+    assert_close(narrow.from_client_axis(narrow.to_client_axis(found)), found)
 
 
 def test_the_forms_of_a_layout_hold_the_same_tokens_and_gradients():

@@ -21,6 +21,7 @@ from fedlora.messages import Statistics
 from fedlora.rounds.plan import RunState
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
+from fedlora.tasks import token_losses
 from fedlora.tasks.multiple_choice import MultipleChoice
 from fedlora.tasks.task import NO_TARGET, Task
 from fedlora.train.micro_batches import bytes_per_token
@@ -105,6 +106,18 @@ def test_scores_and_losses_are_those_of_one_pass_for_each_option(home, kind):
     assert TASK.metrics(statistics) == pytest.approx(scores(model, tokenizer, rows), rel=1e-4)
     torch.testing.assert_close(sums, -torch.stack(each), rtol=1e-4, atol=1e-4)
     assert counts.tolist() == [len(row["options"][row["answer"]].split()) for row in rows]
+
+
+def test_logits_are_those_of_the_options_tokens_only(home, monkeypatch):
+    monkeypatch.setattr(token_losses, "_LOGITS", 1)
+    model, tokenizer, _ = TASK.load(str(home / "llama"), (), 0)
+    model.requires_grad_(False)
+    rows, seen = questions(5, seed=6), []
+    inputs, targets = TASK.encode(tokenizer, columns(rows), 64).batch(torch.arange(5), CPU)
+    model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[-1].shape[:-1].numel()))
+    TASK.losses(model, inputs, targets)
+    tokens = sum(len(option.split()) for row in rows for option in row["options"])
+    assert seen == [1] * (tokens + 1), "one at a time, and one that the call of the model itself ends with"
 
 
 def test_clients_that_share_a_pass_have_their_own_statistics_and_filler_rows_count_for_none(home):

@@ -11,9 +11,11 @@ from peft import AutoPeftModelForSeq2SeqLM
 from torch.nn import functional
 from torch.testing import assert_close
 
-from fedlora.adapter import Scaling, lora_init
+from batched_jobs import jobs
+from fedlora.adapter import Scaling, lora_init, pack
 from fedlora.api import export, resume, run
 from fedlora.config.experiment import build
+from fedlora.config.sections import Train
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.messages import Statistics
@@ -24,6 +26,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.session import Session, check
 from fedlora.tasks.seq2seq import Seq2Seq
 from fedlora.tasks.task import NO_TARGET, Task
+from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score
 from fedlora.train.micro_batches import bytes_per_token
 from tiny_lm import pair, pair_rows
@@ -213,11 +216,40 @@ def test_the_memory_of_a_pass_is_estimated_by_an_example_with_a_long_answer(home
     assert both == long > 2 * short
 
 
-def test_models_with_dropout_train_one_client_at_a_time_and_say_so(home, tmp_path):
-    tiny_seq2seq(tmp_path / "t5", "t5", dropout_rate=0.1)
-    given = experiment(tmp_path, data={**dict(experiment(home).data)})
+DROPOUT = {"dropout_rate": 0.1, "dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+LENGTHS = {
+    "the longest prompt and answer differ": ((6, 2), (3, 9), (5, 4), (1, 1)),
+    "the longest prompt and answer are equal": ((6, 2), (3, 6), (5, 5), (1, 1)),
+}
+"""The largest numbers of words in the prompts and in the answers of four clients."""
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_dropout_clients_get_together_what_each_gets_alone(tmp_path, kind, lengths):
+    model, tokenizer, _ = TASK.load(str(tiny_seq2seq(tmp_path / kind, kind, **DROPOUT)), (), 0)
+    adapted = AdaptedModel(model, Scaling(8.0), "all-linear", dropout=0.1)
+    some, columns = jobs(adapted), {"prompt": [""] * 44, "response": [""] * 44}
+    for job, most in zip(some, lengths, strict=True):
+        for column, n in zip(columns.values(), most, strict=True):
+            for i, row in enumerate(job.rows.tolist()):
+                column[row] = " ".join(WORDS[row % 40 :][: max(1, n - i % 4)])
+    examples, settings = TASK.encode(tokenizer, columns, 32), Train(batch_size=4, lr=0.1, optimizer="sgd")
+    together = train_together(adapted, TASK, examples, some, settings, 100_000)
+    for job, one in zip(some, together, strict=True):
+        (alone,) = train_together(adapted, TASK, examples, [job], settings, 100_000)
+        (still,) = train_together(adapted, TASK, examples, [replace(job, seed=job.seed + 9)], settings, 100_000)
+        assert one.loss == pytest.approx(alone.loss, rel=1e-5) and still.loss != pytest.approx(alone.loss, rel=1e-4)
+        assert_close(pack(one.adapter), pack(alone.adapter), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_with_dropout_train_many_clients_in_one_step(home, tmp_path, kind):
+    tiny_seq2seq(tmp_path / kind, kind, **DROPOUT)
+    given = experiment(tmp_path, kind, data={**dict(experiment(home).data)})
     session = Session.make(given, FederatedData.make(given))
-    assert [note for note in session.notes if "one at a time" in note] and session.trainer.clients_per_step == 1
+    assert session.trainer.clients_per_step == given.train.clients_per_step > 1
+    assert not [note for note in session.notes if "one at a time" in note]
 
 
 def words_of_classes(path, count):

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from fedlora.tasks import token_losses as module
+from fedlora.tasks.seq2seq import Seq2Seq
 from fedlora.tasks.task import NO_TARGET
 from fedlora.tasks.token_losses import token_losses
 from tiny_lm import CONFIGS
@@ -22,6 +23,23 @@ KINDS = {
     "gpt_neox": {k: v for k, v in CONFIGS["llama"].items() if k != "num_key_value_heads"},
     "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16},
 }
+
+
+_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SEQ2SEQ = {
+    "t5": {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "d_kv": 8, "dropout_rate": 0.0},
+    "t5, scaled": {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "d_kv": 8, "scale_decoder_outputs": True},
+    **dict.fromkeys(("bart", "mbart", "m2m_100", "blenderbot"), _BART),
+}
+
+
+def seq2seq_of(kind):
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(kind.partition(",")[0], vocab_size=90, **ids, **heads, **SEQ2SEQ[kind])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
 
 
 def model_of(kind):
@@ -39,12 +57,12 @@ def batch():
     learned[:, -1] = False
     targets = ids.roll(-1, 1).where(learned, NO_TARGET)
     targets[3] = NO_TARGET
-    return {"input_ids": ids.where(inside, 0), "attention_mask": inside.long()}, targets
+    return {"input_ids": ids.where(inside, 0)}, targets
 
 
-def own_losses(model, inputs, targets):
-    """Those of all logits at once, with the padding masked."""
-    logits = model(**inputs, use_cache=False).logits.float()
+def own_losses(model, call, targets):
+    """Those of all logits at once."""
+    logits = model(**call, use_cache=False).logits.float()
     losses = functional.cross_entropy(logits.mT, targets, reduction="none")
     return losses, (logits.argmax(-1) == targets)
 
@@ -116,3 +134,37 @@ def test_the_model_is_left_as_it_was_also_after_an_error():
     with pytest.raises(IndexError):
         token_losses(model, inputs, targets.where(targets == NO_TARGET, 10_000))
     assert "forward" not in vars(model.model) and torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("trained", ["the encoder", "the output layer"])
+@pytest.mark.parametrize("logits", [1 << 24, 1])
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_losses_and_gradients_of_an_encoder_decoder_are_those_of_all_logits(kind, logits, trained, monkeypatch):
+    monkeypatch.setattr(module, "_LOGITS", logits)
+    model, (inputs, targets) = seq2seq_of(kind), batch()
+    call = {**inputs, "decoder_input_ids": inputs["input_ids"].roll(1, 1)}
+    weight = (model.get_output_embeddings() if trained == "the output layer" else next(layers(model.get_encoder()))).weight
+    model.requires_grad_(False)
+    weight.requires_grad_(True)
+    found, parts, encoded = [], [0], [0]
+    monkeypatch.setattr(module._Losses, "apply", counting(module._Losses.apply, parts))
+    model.get_encoder().register_forward_hook(counting(lambda *_: None, encoded))
+    for compute in (own_losses, token_losses):
+        losses, right = compute(model, call, targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), weight)
+        found.append((losses.detach(), right, gradient))
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert encoded == [2] and (parts[0] > 0) == (trained == "the encoder")
+
+
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_the_decoder_reads_the_targets_as_the_model_itself_shifts_them(kind):
+    model, (inputs, _) = seq2seq_of(kind), batch()
+    targets = inputs["input_ids"].where(torch.arange(9) < torch.tensor([4, 9, 2, 7])[:, None], NO_TARGET)
+    with torch.inference_mode():
+        sums, counts = Seq2Seq().losses(model, inputs, targets)
+        assert_close(sums.sum() / counts.sum(), model(**inputs, labels=targets).loss, rtol=1e-5, atol=1e-6)
+
+
+def layers(stack):
+    return (m for m in stack.modules() if isinstance(m, torch.nn.Linear))

@@ -21,9 +21,10 @@ class ClientDropout(TorchFunctionMode):
     The first axis of the input has the rows of one client after the other, the same number for each, or the tokens of
     these rows, flattened; with several clients, any other tensor is an error. A client's mask has the shape that it
     would have alone: the client's own rows and longest example. Inputs are [rows, length, ...], attention weights
-    [rows, heads, length, length]; with two axes there is no length. Packed tensors get the same masks as padded ones.
-    The probability is rounded to a multiple of 2^-8, and kept entries are scaled up to match. Attention with dropout is
-    computed unfused, since the masks inside a fused kernel are not accessible.
+    [rows, heads, length, length]; with two axes there is no length. In an encoder-decoder there are two lengths, those of
+    prompts and of answers (see `answer_length`). Packed tensors get the same masks as padded ones. The probability is
+    rounded to a multiple of 2^-8, and kept entries are scaled up to match. Attention with dropout is computed unfused,
+    since the masks inside a fused kernel are not accessible.
     """
 
     def __init__(self, packing: Packing | None = None, p: float | None = None) -> None:
@@ -32,10 +33,16 @@ class ClientDropout(TorchFunctionMode):
         self._packing, self._p = packing, p
         self._generators: Sequence[torch.Generator] = ()
         self._sizes: Sequence[tuple[int, int]] = ()
+        self._answers: Sequence[int] = ()
 
-    def next_pass(self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]]) -> None:
-        """Sets each client's generator, and (length of its longest row, number of rows), for the next pass."""
-        self._generators, self._sizes = generators, sizes
+    def next_pass(
+        self, generators: Sequence[torch.Generator], sizes: Sequence[tuple[int, int]], answers: Sequence[int] = ()
+    ) -> None:
+        """Sets each client's generator, and (length of its longest row, number of rows), for the next pass.
+
+        `answers`: the length of each client's longest answer in the decoder of an encoder-decoder.
+        """
+        self._generators, self._sizes, self._answers = generators, sizes, answers
 
     @no_type_check  # called for every torch operation
     def __torch_function__(
@@ -84,20 +91,29 @@ class ClientDropout(TorchFunctionMode):
             return _bytes(shape, self._generators[0]).to(device)
         longest, run = max(length for length, _ in self._sizes), max(rows for _, rows in self._sizes)
         rows = len(self._generators) * run
-        if len(shape) == 2 and shape[0] == rows * longest:
-            return self._padded((rows, longest, shape[1]), device, cut).flatten(0, 1)
+        lengths: dict[int, Sequence[int]] = {longest: [length for length, _ in self._sizes]}
+        if self._answers:
+            lengths[answer_length(longest, max(self._answers))] = self._answers
+        if len(shape) == 2 and shape[0] != rows and shape[0] // rows in lengths and shape[0] % rows == 0:
+            return self._padded((rows, shape[0] // rows, shape[1]), device, cut).flatten(0, 1)
         if shape[0] != rows:
             raise ValueError(
                 f"dropout of a tensor {list(shape)}: expected the {rows} rows of the clients on its first axis"
             )
         axes = {3: (1,), 4: (2, 3)}.get(len(shape), ())
         drawn = torch.empty(len(self._generators), run, *shape[1:], dtype=torch.int8, device=device)
-        for state, generator, (length, real) in zip(drawn, self._generators, self._sizes, strict=True):
-            own = [real, *(length if i in axes and n == longest else n for i, n in enumerate(shape) if i > 0)]
+        for i, (state, generator, (_, real)) in enumerate(zip(drawn, self._generators, self._sizes, strict=True)):
+            own = [real, *(lengths[n][i] if axis in axes and n in lengths else n for axis, n in enumerate(shape) if axis)]
             if own != list(state.shape) and not cut:
                 state.fill_(_LEVELS // 2 - 1)
             state[tuple(slice(n) for n in own)] = _bytes(own, generator)
         return drawn.flatten(0, 1)
+
+
+def answer_length(prompts: int, answers: int) -> int:
+    """The length to which the answers of several clients are padded in a pass, given the longest prompt and answer: never
+    that of the prompts, so that the shape of a tensor tells whether it has prompts or answers."""
+    return answers + (answers == prompts)
 
 
 class _Kept(torch.autograd.Function):

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 _NEAR = 0.75  # fraction of the longest example of a bucket: shorter examples go to another bucket
@@ -26,7 +26,8 @@ class Layout:
     """Position of each token of a pass in the packed form [1, tokens, ...] and in three others: padded
     [rows, longest, ...], by client [clients, tokens of the largest client, ...], and concatenated buckets [places, ...].
 
-    `first` is the layout of the examples' first tokens only, whose positions are `at_first`; it has no buckets.
+    `read` is the layout of the tokens alone that are read after the last block, whose positions are `at_read`; it has no
+    buckets. None: all are read.
     """
 
     packed: tuple[int, int]
@@ -36,13 +37,17 @@ class Layout:
     at_client: Int[Tensor, " tokens"]
     buckets: tuple[Bucket, ...]
     at_bucket: Int[Tensor, " places"]
-    first: "Layout | None" = None
-    at_first: Int[Tensor, " examples"] | None = None
+    read: "Layout | None" = None
+    at_read: Int[Tensor, " read"] | None = None
 
     @staticmethod
-    def of(lengths: Int[Tensor, "clients run"], device: torch.device) -> "Layout":
-        """The layout for each client's examples of these lengths. Length 0 marks a filler row, which the packed form
-        omits; it is at most as long as the longest example."""
+    def of(
+        lengths: Int[Tensor, "clients run"], device: torch.device, read: Bool[Tensor, "rows longest"] | None = None
+    ) -> "Layout":
+        """The layout for each client's examples of these lengths, of which the tokens in `read` are read; None: all.
+
+        Length 0 marks a filler row, which the packed form omits; it is at most as long as the longest example.
+        """
         clients, run = lengths.shape
         of_row = lengths.flatten()
         longest, max_tokens = int(of_row.max()), int(lengths.sum(1).max())
@@ -60,20 +65,7 @@ class Layout:
             starts[rows] = start + width * torch.arange(end - begin)
             start += width * (end - begin)
             buckets.append(Bucket(rows.to(device), width))
-        real = (lengths > 0).long()
-        examples = int(real.sum(1).max())
-        place = (real.cumsum(1) - 1 + torch.arange(clients)[:, None] * examples).flatten()
-        real_rows = of_row.nonzero()[:, 0]
-        first = Layout(
-            packed=(1, len(real_rows)),
-            padded=(clients * run, longest),
-            at_padded=(real_rows * longest).to(device),
-            by_client=(clients, examples),
-            at_client=place[real_rows].to(device),
-            buckets=(),
-            at_bucket=real_rows[:0].to(device),
-        )
-        return Layout(
+        layout = Layout(
             packed=(1, len(row)),
             padded=(clients * run, longest),
             at_padded=(row * longest + at).to(device),
@@ -81,9 +73,24 @@ class Layout:
             at_client=(by_client[row] + at).to(device),
             buckets=tuple(buckets),
             at_bucket=(starts[row] + at).to(device),
-            first=first,
-            at_first=(at == 0).nonzero()[:, 0].to(device),
         )
+        if read is None:
+            return layout
+        at_read = read.cpu()[row, at].nonzero()[:, 0]
+        client = row[at_read] // run
+        counts = client.bincount(minlength=clients)  # the tokens of a client follow each other
+        place = torch.arange(len(at_read)) - (counts.cumsum(0) - counts)[client]
+        most = int(counts.max())
+        narrow = Layout(
+            packed=(1, len(at_read)),
+            padded=layout.padded,
+            at_padded=layout.at_padded[at_read.to(device)],
+            by_client=(clients, most),
+            at_client=(client * most + place).to(device),
+            buckets=(),
+            at_bucket=at_read[:0].to(device),
+        )
+        return replace(layout, read=narrow, at_read=at_read.to(device))
 
     def pack(self, x: Tensor) -> Tensor:
         """[rows, longest, ...] to [1, tokens, ...]."""
@@ -101,10 +108,10 @@ class Layout:
         """[clients, tokens of the largest client, ...] to [1, tokens, ...]."""
         return _taken(x.flatten(0, 1), self.at_client)[None]
 
-    def select_first(self, x: Tensor) -> Tensor:
-        """[1, tokens, ...] to the packed form of `first`."""
-        assert self.at_first is not None
-        return _taken(x[0], self.at_first)[None]
+    def select_read(self, x: Tensor) -> Tensor:
+        """[1, tokens, ...] to the packed form of `read`."""
+        assert self.at_read is not None
+        return _taken(x[0], self.at_read)[None]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[1, heads, tokens, size] to [n, heads, longest, size] of each bucket."""

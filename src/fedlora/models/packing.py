@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from typing import Any, no_type_check
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedlora.models.attention import Attention
 from fedlora.models.layout import Layout
+
+_SUMS = frozenset({torch.add, Tensor.add, Tensor.add_})
 
 
 class Packing(TorchFunctionMode):
@@ -23,9 +25,8 @@ class Packing(TorchFunctionMode):
     with the model's own mask cut to the bucket. This requires a single list of blocks that call torch's
     `scaled_dot_product_attention` and otherwise process each token independently, which `try_out` tests.
 
-    After the attention of the last block, only each example's first token is computed, if no later code reads other
-    tokens. This requires a block whose residual sums are computed by its submodules, not by the block itself, and is
-    also tested.
+    After the attention of the last block, only the tokens that are read later are computed: its modules get these, and
+    where it adds them to all tokens, as in its residual sums, these are reduced, too. This is also tested.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,19 +38,20 @@ class Packing(TorchFunctionMode):
         self.works = False
         """Whether the packed form is used."""
         self.narrows = False
-        """Whether the last block continues with the first tokens only after its attention."""
+        """Whether the last block continues after its attention with the tokens alone that are read later."""
         self._last = self._attended = False  # the last block is running; its attention is done
         self._trying = False  # uncomputed entries are NaN, so that any use is detected
+        self._narrowed = False  # there were any
         self._blocks = _blocks(model)
         for block in self._blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
         if self._blocks:
             self._blocks[-1].register_forward_hook(self._leave)
 
-    def try_out(self, call: Callable[[], Tensor], lengths: Int[Tensor, "clients run"], tolerance: float) -> None:
+    def try_out(self, call: Callable[[], Tensor], tolerance: float) -> None:
         """Enables the packed form, and narrowing, each if `call` then returns the same [rows, width] as in the padded form.
 
-        The result of `call` must depend on all outputs of the model that are used later.
+        `call` calls the model within `of`, and its result depends on all outputs of the model that are used later.
         """
         self.works = self.narrows = False
         if not self._blocks:
@@ -60,26 +62,33 @@ class Packing(TorchFunctionMode):
             return
         for module in self._blocks[-1].modules():
             if module is not self._blocks[-1]:
-                module.register_forward_pre_hook(self._select_first, with_kwargs=True)
+                module.register_forward_pre_hook(self._select_read, with_kwargs=True)
         for self.works, self.narrows in ((True, True), (True, False), (False, False)):
-            self._trying = True
+            self._trying, self._narrowed = True, False
             try:
-                with self.of(lengths, expected.device):
-                    difference = (call() - expected).norm() / expected.norm()
+                difference = (call() - expected).norm() / expected.norm()
             except Exception:  # any error of an architecture that does not fit
                 continue
             finally:
                 self._trying = False
-            if difference < tolerance:
+            if difference < tolerance and self._narrowed == self.narrows:
                 return
 
     @contextmanager
-    def of(self, lengths: Int[Tensor, "clients run"], device: torch.device) -> Iterator[Layout | None]:
-        """Packs calls of the model with examples of these lengths (0: filler); yields None if they are computed padded."""
+    def of(
+        self,
+        lengths: Int[Tensor, "clients run"],
+        device: torch.device,
+        read: Bool[Tensor, "rows longest"] | None = None,
+    ) -> Iterator[Layout | None]:
+        """Packs calls of the model with examples of these lengths (0: filler); yields None if they are computed padded.
+
+        Of the output of the last block, only the tokens in `read` are read (None: all); others may be zero.
+        """
         if not self.works:
             yield None
             return
-        self._layout = Layout.of(lengths, device)
+        self._layout = Layout.of(lengths, device, read if self.narrows else None)
         try:
             with self:
                 yield self._layout
@@ -93,19 +102,21 @@ class Packing(TorchFunctionMode):
         self.inside, self._last = layout, block is self._blocks[-1]
         return _pack(args, layout), _pack(kwargs, layout)
 
-    def _select_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if not self._attended or self.inside is None or self.inside.at_first is None:
+    def _select_read(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not self._attended or (layout := self._layout) is None:
             return None
-        layout, self.inside = self.inside, self.inside.first
-        return _first(args, layout), _first(kwargs, layout)
+        self.inside = layout.read
+        return _narrowed(args, layout), _narrowed(kwargs, layout)
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if (layout := self.inside) is None:
             return None
-        self.inside, self._attended = None, False
-        padded = layout.unpack(output if isinstance(output, Tensor) else output[0])
-        if self._trying and layout.first is None:
-            padded[:, 1:] = float("nan")
+        narrowed, self.inside, self._attended = self._attended, None, False
+        self._narrowed |= narrowed
+        packed = output if isinstance(output, Tensor) else output[0]
+        padded = layout.unpack(packed)
+        if self._trying and narrowed:
+            padded = padded.where(layout.unpack(torch.ones_like(packed)) > 0, float("nan"))
         return padded if isinstance(output, Tensor) else (padded, *output[1:])
 
     @no_type_check  # called for every torch operation
@@ -113,8 +124,10 @@ class Packing(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and self.inside is not None:
-            self._attended = self.narrows and self._last
+            self._attended = self._last and self.inside.read is not None
             return _attention(self.inside, Attention(*args, **(kwargs or {})))
+        if self._attended and func in _SUMS and _are_mixed(args, self._layout):
+            args = _narrowed(args, self._layout)
         return func(*args, **(kwargs or {}))
 
 
@@ -169,9 +182,17 @@ def _pack(x: Any, layout: Layout) -> Any:
     return _each_tensor(x, pack)
 
 
-def _first(x: Any, layout: Layout) -> Any:
-    """Reduces all packed tensors to the first tokens."""
-    return _each_tensor(x, lambda one: layout.select_first(one) if tuple(one.shape[:2]) == layout.packed else one)
+def _narrowed(x: Any, layout: Layout) -> Any:
+    """Reduces all packed tensors to the tokens that are read."""
+    return _each_tensor(x, lambda one: layout.select_read(one) if tuple(one.shape[:2]) == layout.packed else one)
+
+
+def _are_mixed(args: Sequence[Any], layout: Layout | None) -> bool:
+    """Whether the terms of a sum have all tokens, and those that are read."""
+    if layout is None or layout.read is None:
+        return False
+    sizes = {tuple(x.shape[:2]) for x in args if isinstance(x, Tensor)}
+    return sizes == {layout.packed, layout.read.packed} and layout.packed != layout.read.packed
 
 
 def _each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:

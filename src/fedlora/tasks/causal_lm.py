@@ -92,13 +92,13 @@ class CausalLM:
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies of each example's targets, in fp32, and their number."""
-        return token_losses(model, inputs, targets)[0].sum(1), (targets != NO_TARGET).sum(1)
+        return token_losses(model, _call(inputs), targets)[0].sum(1), (targets != NO_TARGET).sum(1)
 
     def measure(
         self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]
     ) -> Mapping[str, Tensor]:
         """Each of the sums [clients]. The prediction is the token with the largest logit, the first of several."""
-        losses, right = token_losses(model, inputs, targets)
+        losses, right = token_losses(model, _call(inputs), targets)
         sums = {"loss": losses.double(), "tokens": (targets != NO_TARGET).long(), "right": right.long()}
         return {name: client_sums(x.sum(1), real) for name, x in sums.items()}
 
@@ -137,8 +137,12 @@ class CausalLM:
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the last layer over the tokens that are not padding [rows, width]."""
-        hidden = with_decoder_output(model, inputs, lambda output: output.last_hidden_state)
+        hidden = with_decoder_output(model, _call(inputs), lambda output: output.last_hidden_state)
         return mean_of_tokens(hidden, inputs["attention_mask"])
+
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Bool[Tensor, "rows longest"] | None:
+        """Those with a target."""
+        return None if targets is None else targets != NO_TARGET
 
     def _prompted(self, tokenizer: Any, columns: Mapping[str, Sequence[Any]]) -> Iterable[Prompted]:
         """The whole ids of each conversation, or prompt with its answer."""
@@ -148,6 +152,11 @@ class CausalLM:
         if self.chat:
             return conversations(tokenizer, list(map(_exchange, prompts, answers)))
         return pairs(tokenizer, [text + self.separator for text in prompts], answers)
+
+
+def _call(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of the model. It needs no mask: the padding is on the right, where no token of a causal model looks."""
+    return {"input_ids": inputs["input_ids"]}
 
 
 def _check_causal(source: str, model: Any) -> None:

@@ -16,7 +16,7 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.printable import listed
 from fedlora.tasks.confusion import confusion_metrics
 from fedlora.tasks.task import Examples
-from fedlora.tasks.text_head import encode_texts, head_features, load_head, outline_head, text_columns
+from fedlora.tasks.text_head import encode_texts, first_tokens, head_features, load_head, outline_head, text_columns
 
 _LOAD = """\
 import json
@@ -130,6 +130,10 @@ class Classification:
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `head_features`."""
         return head_features(model, inputs)
+
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Bool[Tensor, "rows longest"] | None:
+        """The first ones."""
+        return first_tokens(inputs)
 
     def _settings(self, labels: Sequence[str]) -> dict[str, Any]:
         """Settings of the model's configuration; the checkpoint may set another problem type, such as "regression".

@@ -154,6 +154,9 @@ class ImageClassification(Classification):
         hidden: Tensor = found[0][0]  # [rows, tokens, width], or [rows, width, height, width of the map]
         return (hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]).float()
 
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> None:
+        """All, as an image has no token in its inputs."""
+
 
 def _flipped(pixels: Pixels, draws: Int[Tensor, " rows"]) -> Pixels:
     """The images with an odd number mirrored, left to right."""

@@ -16,7 +16,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.language_models import language_model_code
-from fedlora.tasks.options import FILLER, call, check_apart, encode_questions, log_likelihoods
+from fedlora.tasks.options import FILLER, call, check_apart, encode_questions, learned, log_likelihoods
 from fedlora.tasks.task import NO_TARGET, Examples, client_sums
 from fedlora.tasks.token_features import mean_of_tokens
 
@@ -123,7 +123,12 @@ class MultipleChoice:
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean of the last layer over the tokens that are not padding [rows, width]."""
         whole: Any = model
-        return mean_of_tokens(call(whole.base_model, inputs)[0], inputs["option"] != FILLER)
+        hidden = whole.base_model(**call(model, inputs), use_cache=False)[0]
+        return mean_of_tokens(hidden, inputs["option"] != FILLER)
+
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Bool[Tensor, "rows longest"] | None:
+        """Those before a token of an option."""
+        return None if targets is None else learned(inputs)
 
     def _losses(self, sums: Tensor, counts: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if self.objective == "answer":

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fedlora.data.lists import as_lists, flat
 from fedlora.errors import UserError
 from fedlora.tasks.prompts import leading, token_lists
 from fedlora.tasks.task import NO_TARGET, Examples
+from fedlora.tasks.token_losses import token_losses
 from fedlora.tasks.word_tokens import blank
 
 PROMPT, FILLER = 0, -1
@@ -47,8 +48,8 @@ def encode_questions(tokenizer: Any, columns: Mapping[str, Sequence[Any]], max_l
     return Examples(features, torch.tensor(starts), torch.tensor(targets), padding, torch.arange(len(targets) + 1))
 
 
-def call(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """The output of the model, in which a token attends to its question and its own option alone."""
+def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of the model with which a token attends to its question and its own option alone."""
     option = inputs["option"]
     rows, longest = option.shape
     past = torch.ones(longest, longest, dtype=torch.bool, device=option.device).tril()
@@ -56,24 +57,27 @@ def call(model: Any, inputs: Mapping[str, Tensor]) -> Any:
     dtype = next(x.dtype for x in model.parameters() if x.is_floating_point())
     mask = torch.zeros(rows, 1, longest, longest, dtype=dtype, device=option.device)
     mask = mask.masked_fill(~seen[:, None], torch.finfo(dtype).min)
-    return model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=inputs["position_ids"], use_cache=False)
+    return {"input_ids": inputs["input_ids"], "attention_mask": mask, "position_ids": inputs["position_ids"]}
+
+
+def learned(inputs: Mapping[str, Tensor]) -> Bool[Tensor, "rows longest"]:
+    """The tokens whose next one is of the same option."""
+    option = inputs["option"]
+    following = nn.functional.pad(option[:, 1:], (0, 1), value=FILLER)
+    return (option == following) & (option > PROMPT)
 
 
 def log_likelihoods(
     model: nn.Module, inputs: Mapping[str, Tensor]
 ) -> tuple[Float[Tensor, "rows options"], Int[Tensor, "rows options"], Int[Tensor, "rows options"]]:
     """The log-likelihood of each option in fp32, its number of tokens and its bytes; 0 where a row has fewer options."""
-    logits, option = call(model, inputs).logits, inputs["option"]
-    most = int(option.max())
-    learned = (option[:, 1:] == option[:, :-1]) & (option[:, 1:] > PROMPT)  # the next token is of the same option
-    rows, at = learned.nonzero(as_tuple=True)
-    wanted = inputs["input_ids"][rows, at + 1]
-    of_tokens = -nn.functional.cross_entropy(logits[rows, at].float(), wanted, reduction="none")
-    place = rows * most + option[rows, at] - 1
-    zeros = torch.zeros(len(option) * most, device=option.device)
-    sums = zeros.index_add(0, place, of_tokens).view(-1, most)
-    counts = zeros.long().index_add(0, place, torch.ones_like(place)).view(-1, most)
-    sizes = torch.zeros_like(counts).scatter_add(1, (option - 1).clamp(min=0), inputs["bytes"])
+    option, at = inputs["option"], learned(inputs)
+    losses, _ = token_losses(model, call(model, inputs), inputs["input_ids"].roll(-1, 1).where(at, NO_TARGET))
+    place = (option - 1).clamp(min=0)
+    zeros = torch.zeros(len(option), int(option.max()), device=option.device)
+    sums = zeros.scatter_add(1, place, -losses)
+    counts = zeros.long().scatter_add(1, place, at.long())
+    sizes = torch.zeros_like(counts).scatter_add(1, place, inputs["bytes"])
     return sums, counts, sizes
 
 

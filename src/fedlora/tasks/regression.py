@@ -13,7 +13,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.tasks.correlation import pearson, spearman
 from fedlora.tasks.task import Examples, client_sums
-from fedlora.tasks.text_head import encode_texts, head_features, load_head, outline_head, text_columns
+from fedlora.tasks.text_head import encode_texts, first_tokens, head_features, load_head, outline_head, text_columns
 
 _BINS = 5
 _SETTINGS = {"num_labels": 1, "problem_type": "regression"}
@@ -123,6 +123,10 @@ class Regression:
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `head_features`."""
         return head_features(model, inputs)
+
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Bool[Tensor, "rows longest"] | None:
+        """The first ones."""
+        return first_tokens(inputs)
 
 
 def _predictions(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from fedlora.tasks.prompts import eos, surrounding, token_lists
 from fedlora.tasks.questions import Question
 from fedlora.tasks.task import NO_TARGET, Examples, client_sums
 from fedlora.tasks.token_features import mean_of_tokens
+from fedlora.tasks.token_losses import token_losses
 from fedlora.tasks.token_metrics import token_metrics
 
 _MANY = 100
@@ -112,17 +113,18 @@ class Seq2Seq:
             {"input_ids": tokenizer.pad_token_id, "attention_mask": 0},
             target_starts,
             truncated={part: count for part, count in cut.items() if count},
+            decoded=True,
         )
 
     def losses(self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies of each example's targets, in fp32, and their number."""
-        return _token_losses(model, inputs, targets)[0].sum(1), (targets != NO_TARGET).sum(1)
+        return token_losses(model, _call(model, inputs, targets), targets)[0].sum(1), (targets != NO_TARGET).sum(1)
 
     def measure(
         self, model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor, real: Bool[Tensor, "clients longest"]
     ) -> Mapping[str, Tensor]:
         """Each of the sums [clients]. Of several tokens with the largest logit, the first one counts."""
-        losses, right = _token_losses(model, inputs, targets)
+        losses, right = token_losses(model, _call(model, inputs, targets), targets)
         tokens, hits = (targets != NO_TARGET).sum(1), right.sum(1)
         each = {"loss": losses.double().sum(1), "tokens": tokens, "right": hits, "exact": (hits == tokens).long()}
         return {name: client_sums(x, real) for name, x in each.items()}
@@ -165,6 +167,9 @@ class Seq2Seq:
         whole: Any = model
         return mean_of_tokens(whole.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"])
 
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> None:
+        """All of the prompt."""
+
     def _check_positions(self, source: str, model: nn.Module) -> None:
         limit = positions(model)
         if limit is not None and self.max_target_length > limit:
@@ -179,11 +184,12 @@ def _flat(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, " tokens"], Int[Te
     return torch.tensor([*chain.from_iterable(rows)], dtype=torch.long), torch.tensor([0, *accumulate(map(len, rows))])
 
 
-def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each target in fp32, 0 without a target, and whether the target has the largest logit.
+def _call(model: Any, inputs: Mapping[str, Tensor], targets: Int[Tensor, "rows most"]) -> dict[str, Tensor]:
+    """The arguments of the model, with the targets as the decoder's inputs: shifted right, after the model's start token.
 
-    The model itself makes the decoder's inputs from the targets: shifted right, after its start token.
+    Most models have a method for this, as some, such as mBART, have another start token.
     """
-    logits = model(**inputs, labels=targets, use_cache=False).logits.float()  # [rows, most, vocabulary]
-    losses = functional.cross_entropy(logits.mT, targets, ignore_index=NO_TARGET, reduction="none")
-    return losses, logits.argmax(-1) == targets
+    if (shift := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+        return {**inputs, "decoder_input_ids": shift(targets)}
+    shifted = functional.pad(targets[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+    return {**inputs, "decoder_input_ids": shifted.where(shifted != NO_TARGET, model.config.pad_token_id)}

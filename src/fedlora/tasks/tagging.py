@@ -184,6 +184,9 @@ class Tagging:
         whole: Any = model
         return mean_of_tokens(whole.base_model(**inputs)[0], inputs["attention_mask"])
 
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> None:
+        """All."""
+
     def _targets(self, words: Sequence[int], tags: Sequence[int]) -> list[int]:
         """The targets of a text, given the word of each token, -1 for special tokens, and the tag of each word."""
         if not any(word >= 0 for word in words):

@@ -28,6 +28,8 @@ class Examples:
     `decode` turns a batch's features into the model's inputs, if they are stored in another form. `augment` changes a
     batch's features at random, given a random number for each row; only training does this.
 
+    With `decoded`, the targets are answers that a decoder reads, so that their lengths are not those of the inputs.
+
     `truncated` counts the examples of which a part, such as the prompt, was truncated, by the part's name. With
     `block_length`, the examples are passages of text without limit; see `cut_into_blocks`.
     """
@@ -42,6 +44,7 @@ class Examples:
     augment: Callable[[dict[str, Tensor], Int[Tensor, " rows"]], dict[str, Tensor]] | None = None
     truncated: Mapping[str, int] = field(default_factory=dict)
     block_length: int | None = None
+    decoded: bool = False
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -66,6 +69,13 @@ class Examples:
         if self.target_starts is None:
             return inputs, self.targets[rows].to(device)
         return inputs, _filled(self.targets, *self._places(self.target_starts, rows), NO_TARGET).to(device)
+
+    def longest_answers(self, batches: Sequence[Int[Tensor, " _"]]) -> list[int]:
+        """The number of targets of each batch's longest answer; empty unless `decoded`."""
+        if not self.decoded or self.target_starts is None:
+            return []
+        lengths = self.target_starts.diff()
+        return [int(lengths[rows].max()) for rows in batches]
 
     def have_targets(self) -> Bool[Tensor, " examples"]:
         """Whether each example has a target. Those without have no loss, and are neither trained on nor evaluated."""
@@ -199,3 +209,9 @@ class Task(Protocol):
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Last-layer features of each example of a batch [rows, width]."""
+
+    def tokens_read(self, inputs: Mapping[str, Tensor], targets: Tensor | None) -> Bool[Tensor, "rows longest"] | None:
+        """The tokens whose output of the last block `losses`, `measure` and `predict` read, given the targets; None: all.
+
+        Without targets, those that `features` reads. If a model reads others, as the test at load finds, all are computed.
+        """

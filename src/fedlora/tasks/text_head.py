@@ -64,6 +64,13 @@ def head_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), at].float()
 
 
+def first_tokens(inputs: Mapping[str, Tensor]) -> Bool[Tensor, "rows longest"]:
+    """The first token of each row, [CLS], which the heads of most encoders read."""
+    first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    first[:, 0] = True
+    return first
+
+
 def _last(which: Bool[Tensor, "rows longest"]) -> Int[Tensor, " rows"]:
     """The index of the last true entry of each row; 0 if there is none."""
     return (which * torch.arange(which.shape[1], device=which.device)).argmax(1)

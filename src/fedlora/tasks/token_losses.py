@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
 from fedlora.tasks.task import NO_TARGET
 
@@ -18,28 +19,27 @@ T = TypeVar("T")
 
 
 def token_losses(
-    model: nn.Module, inputs: Mapping[str, Tensor], targets: Int[Tensor, "rows longest"]
+    model: nn.Module, call: Mapping[str, Tensor], targets: Int[Tensor, "rows longest"]
 ) -> tuple[Float[Tensor, "rows longest"], Bool[Tensor, "rows longest"]]:
-    """The cross-entropy in fp32 at each position, and whether the target has the largest logit, the first of several.
+    """The cross-entropy in fp32 at each position of the decoder, and whether the target has the largest logit, the first of
+    several, in a call of the model with these arguments.
 
-    `targets` are the tokens that follow the positions; those without one (`NO_TARGET`) have 0 and False. Only their logits
-    are computed: some at a time, or all at once if the output layer is trained.
+    `targets` are the tokens that the positions predict; those without one (`NO_TARGET`) have 0 and False. Only the logits
+    of targets are computed: some at a time, or all at once if the output layer is trained.
     """
     at = targets != NO_TARGET
     wanted = targets[at]
     try:
-        losses, right = with_decoder_output(model, inputs, lambda output: _of_output(model, output, at, wanted))
+        losses, right = with_decoder_output(model, call, lambda output: _of_output(model, output, at, wanted))
     except _NotReplacedError:
-        logits = _whole(model)(input_ids=inputs["input_ids"], use_cache=False).logits[at]
+        logits = _whole(model)(**call, use_cache=False).logits[at]
         losses, right = _of_logits(logits, wanted)
     zeros = torch.zeros(targets.shape, device=targets.device)
     return zeros.masked_scatter(at, losses), torch.zeros_like(at).masked_scatter(at, right)
 
 
-def with_decoder_output(model: nn.Module, inputs: Mapping[str, Tensor], compute: Callable[[Any], T]) -> T:
-    """The result of a function of the output of the model's decoder, called within the model's own call.
-
-    The batch is filled on the right, where the tokens of a causal model do not look: it needs no mask.
+def with_decoder_output(model: nn.Module, call: Mapping[str, Tensor], compute: Callable[[Any], T]) -> T:
+    """The result of a function of the output of the model's decoder, called within a call of the model.
 
     Raises:
         _NotReplacedError: the model has no decoder apart from its output layer, or does not call it.
@@ -55,7 +55,7 @@ def with_decoder_output(model: nn.Module, inputs: Mapping[str, Tensor], compute:
 
     handle = decoder.register_forward_hook(hook)
     try:
-        whole(input_ids=inputs["input_ids"], use_cache=False)
+        whole(**call, use_cache=False)
     finally:
         handle.remove()
     if not found:
@@ -120,9 +120,12 @@ def _logits(model: nn.Module, output: Any, hidden: Float[Tensor, "rows width"]) 
     whole = _whole(model)
     decoder = whole.get_decoder()
     decoder.forward = lambda *_, **__: _with_hidden(output, hidden[None])
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    call: dict[str, Any] = {"input_ids": ids}
+    if whole.config.is_encoder_decoder:
+        call = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden[None]), "decoder_input_ids": ids}
     try:
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        found: Tensor = whole.forward(input_ids=ids, use_cache=False).logits[0]
+        found: Tensor = whole.forward(**call, use_cache=False).logits[0]
     finally:
         del decoder.forward
     return found
@@ -134,8 +137,11 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def _output_layer_is_trained(model: nn.Module) -> bool:
-    """Whether a parameter outside the decoder has a gradient; `named_parameters` does not see replaced ones."""
-    inside = set(_whole(model).get_decoder().modules())
+    """Whether a parameter after the decoder has a gradient; `named_parameters` does not see replaced ones."""
+    whole = _whole(model)
+    inside = set(whole.get_decoder().modules())
+    if whole.config.is_encoder_decoder:
+        inside.update(whole.get_encoder().modules())
     outside = (module for module in model.modules() if module not in inside)
     return any(x is not None and x.requires_grad for module in outside for x in module._parameters.values())
 

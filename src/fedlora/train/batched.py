@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from fedlora.adapter import Adapter, pack
 from fedlora.config.sections import Train
 from fedlora.messages import Trained
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.dropout import ClientDropout
+from fedlora.models.dropout import ClientDropout, answer_length
 from fedlora.randomness import derive, generator
-from fedlora.tasks.task import Examples, Task, reduced
+from fedlora.tasks.task import NO_TARGET, Examples, Task, reduced
 from fedlora.train.batches import collate_clients
 from fedlora.train.job import Job, step_key
 from fedlora.train.micro_batches import passes
@@ -89,8 +90,13 @@ def train_together(
                 ]
                 inputs, targets = examples.batch(rows, device, collate_clients(draws)[0])
                 sizes = [(int(lengths[own].max()), len(own)) for own in part.rows]
-                client_dropout.next_pass([generators[i] for i in present], sizes)
-                with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
+                answers = examples.longest_answers(part.rows)
+                client_dropout.next_pass([generators[i] for i in present], sizes, answers)
+                if answers and len(present) > 1:
+                    filler = answer_length(max(length for length, _ in sizes), targets.shape[1]) - targets.shape[1]
+                    targets = functional.pad(targets, (0, filler), value=NO_TARGET)
+                own_lengths = lengths[rows].view(real.shape) * real
+                with adapted.packing.of(own_lengths, device, task.tokens_read(inputs, targets)):
                     sums, terms = reduced(*task.losses(adapted.model, inputs, targets), settings.reduction)
                 real = real.to(device)
                 own_loss, own_terms = ((x.view(real.shape) * real).sum(1) for x in (sums, terms))

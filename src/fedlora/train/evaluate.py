@@ -22,7 +22,7 @@ def score(
     """
     sums: dict[str, Tensor] = {}
     with torch.inference_mode():
-        for inputs, targets, real in _passes(adapted, examples, asked, batch_size):
+        for inputs, targets, real in _passes(adapted, task, examples, asked, batch_size):
             found = task.measure(adapted.model, inputs, targets, real)
             sums = {name: sums[name] + x for name, x in found.items()} if sums else dict(found)
     kept = {name: x.cpu() for name, x in sums.items()}  # [adapters, ...]
@@ -40,7 +40,7 @@ def test_set_metrics(
     with torch.inference_mode():
         parts = [
             task.measure(adapted.model, inputs, targets, real.view(-1, 1))  # each example as a client of its own
-            for inputs, targets, real in _passes(adapted, examples, [(rows, adapter)], batch_size)
+            for inputs, targets, real in _passes(adapted, task, examples, [(rows, adapter)], batch_size)
         ]
     each = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}  # [examples, ...]
     total = Statistics(len(rows), {name: x.sum(0) for name, x in each.items()})
@@ -48,7 +48,11 @@ def test_set_metrics(
 
 
 def _passes(
-    adapted: AdaptedModel, examples: Examples, asked: Sequence[tuple[torch.Tensor, Adapter]], batch_size: int
+    adapted: AdaptedModel,
+    task: Task,
+    examples: Examples,
+    asked: Sequence[tuple[torch.Tensor, Adapter]],
+    batch_size: int,
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor, Bool[Tensor, "adapters longest"]]]:
     """Loads the adapters; yields the inputs, targets and real rows of each pass, in order of length."""
     adapted.load_clients([adapter for _, adapter in asked])
@@ -61,5 +65,6 @@ def _passes(
         batches = [rows[start : start + rows_per_adapter] for rows in sorted_rows]
         rows, real = collate_clients(batches)
         inputs, targets = examples.batch(rows, device)
-        with adapted.packing.of(lengths[rows].view(real.shape) * real, device):
+        own_lengths = lengths[rows].view(real.shape) * real
+        with adapted.packing.of(own_lengths, device, task.tokens_read(inputs, targets)):
             yield inputs, targets, real.to(device)

@@ -25,7 +25,7 @@ def features(
     with torch.inference_mode():
         for places in torch.split(lengths.argsort(stable=True), batch_size):
             inputs, _ = examples.batch(rows[places], device)
-            with adapted.packing.of(lengths[places][None], device):
+            with adapted.packing.of(lengths[places][None], device, task.tokens_read(inputs, None)):
                 found[places] = task.features(adapted.model, inputs).float().cpu()
     return found
 
@@ -40,8 +40,12 @@ def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: i
     inputs, targets = examples.batch(torch.arange(len(texts)), parameter.device)
 
     def outputs() -> Tensor:
-        found = task.features(adapted.model, inputs)
-        return torch.cat([found, task.losses(adapted.model, inputs, targets)[0][:, None].to(found)], 1)
+        lengths = examples.lengths().view(2, -1)
+        with adapted.packing.of(lengths, parameter.device, task.tokens_read(inputs, None)):
+            found = task.features(adapted.model, inputs)
+        with adapted.packing.of(lengths, parameter.device, task.tokens_read(inputs, targets)):
+            losses = task.losses(adapted.model, inputs, targets)[0]
+        return torch.cat([found, losses[:, None].to(found)], 1)
 
     with torch.inference_mode():
-        adapted.packing.try_out(outputs, examples.lengths().view(2, -1), torch.finfo(parameter.dtype).eps ** 0.5)
+        adapted.packing.try_out(outputs, torch.finfo(parameter.dtype).eps ** 0.5)

@@ -26,7 +26,7 @@ def gradient(
     terms = torch.zeros((), device=device)
     for places in torch.split(lengths.argsort(stable=True), batch_size):
         inputs, targets = examples.batch(rows[places], device)
-        with adapted.packing.of(lengths[places][None], device):
+        with adapted.packing.of(lengths[places][None], device, task.tokens_read(inputs, targets)):
             sums, counts = reduced(*task.losses(adapted.model, inputs, targets), reduction)
             loss = sums.sum() / len(rows)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -32,6 +32,6 @@ def predictions(
         for rows in torch.split(lengths.argsort(stable=True), batch_size):
             inputs, targets = examples.batch(rows, device)
             values = {name: [column[row] for row in rows.tolist()] for name, column in columns.items()}
-            with adapted.packing.of(lengths[rows][None], device):
+            with adapted.packing.of(lengths[rows][None], device, task.tokens_read(inputs, targets)):
                 found |= zip(rows.tolist(), task.predict(adapted.model, inputs, targets, values), strict=True)
     return [found[row] for row in range(len(examples))]
