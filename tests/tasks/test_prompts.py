@@ -5,6 +5,7 @@ import torch
 
 from fedlora.errors import UserError
 from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.conversations import conversations
 from fedlora.tasks.task import NO_TARGET
 from fedlora.train.blocks import cut_into_blocks
 from fedlora.train.targets import check_targets
@@ -63,6 +64,29 @@ def test_both_kinds_of_templates_and_prompts_in_chat_form_give_the_same_ids_and_
     for other in others:
         assert torch.equal(other.features["input_ids"], by_prefix.features["input_ids"])
         assert torch.equal(other.targets, by_prefix.targets) and other.truncated == by_prefix.truncated
+
+
+DATED = CHATML + "{% set year = strftime_now('%Y') %}"
+
+
+@pytest.mark.parametrize(("template", "is_cached"), [(CHATML, True), (MARKED, True), (DATED, False)])
+def test_conversations_are_rendered_once_unless_the_template_reads_the_date(template, is_cached, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
+    found, rendered = [], []
+    for name in ("before", "after", "other"):
+        tokenizer = lm_tokenizer(template if name != "other" else template + " ")
+        render, calls = tokenizer.apply_chat_template, []
+
+        def counted(*args, render=render, calls=calls, **more):
+            calls.append(args)
+            return render(*args, **more)
+
+        monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+        found.append(conversations(tokenizer, TALKS))
+        rendered.append(len(calls))
+    assert found[0] == found[1] and [one.kept for one in found[0]] == [4] * len(TALKS)
+    assert rendered[0] > 0 and rendered[2] > 0, "another template renders them anew"
+    assert rendered[1] == (0 if is_cached else rendered[0])
 
 
 def test_truncation_keeps_the_answer_and_cuts_the_prompt_on_its_left_after_bos():

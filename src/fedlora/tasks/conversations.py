@@ -1,19 +1,28 @@
 """Conversations in the form of a tokenizer's chat template; the model learns the messages of the assistant."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedlora.cache import cached
 from fedlora.errors import UserError
 from fedlora.tasks.prompts import Prompted, leading, reject_tokens
 
 Messages = Sequence[Mapping[str, str]]
 
 
-def conversations(tokenizer: Any, rows: Sequence[Messages]) -> Iterable[Prompted]:
+def conversations(tokenizer: Any, rows: Sequence[Messages]) -> list[Prompted]:
     """The ids of each conversation, of which the assistant's messages are learned, each with its end mark.
 
     A template with `{% generation %}` marks these itself. Otherwise they are what each message adds to the conversation
-    before it, which the template must not change.
+    before it, which the template must not change. Cached, unless the template reads the date.
 
     Raises:
         UserError: the tokenizer has no template, or one that changes earlier messages or rejects these; or a message
@@ -27,8 +36,33 @@ def conversations(tokenizer: Any, rows: Sequence[Messages]) -> Iterable[Prompted
     reject_tokens(_special(tokenizer), (one["content"] for row in rows for one in row))
     marked = "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template
     of = _marked if marked else _by_prefixes
-    for row in rows:
-        yield of(tokenizer, list(row))
+
+    def make() -> bytes:
+        return save(_flat([of(tokenizer, list(row)) for row in rows]))
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or "strftime_now" in tokenizer.chat_template:
+        return _each(load(make()))
+    key = [Path(__file__).read_text(encoding="utf-8"), transformers.__version__, repr(tokenizer), backend.to_str()]
+    key += [str(tokenizer.chat_template), *(json.dumps(list(map(dict, row))) for row in rows)]
+    return _each(load(cached("conversations", key, make)))
+
+
+def _flat(found: Sequence[Prompted]) -> dict[str, Tensor]:
+    """The ids of all conversations, which of them are learned, and the length and the kept ids of each."""
+    return {
+        "ids": torch.tensor([*chain.from_iterable(one.ids for one in found)], dtype=torch.long),
+        "learned": torch.tensor([*chain.from_iterable(one.learned for one in found)], dtype=torch.bool),
+        "lengths": torch.tensor([len(one.ids) for one in found], dtype=torch.long),
+        "kept": torch.tensor([one.kept for one in found], dtype=torch.long),
+    }
+
+
+def _each(flat: dict[str, Tensor]) -> list[Prompted]:
+    """The inverse of `_flat`."""
+    ends, kept = flat["lengths"].cumsum(0).tolist(), flat["kept"].tolist()
+    ids, learned = flat["ids"].tolist(), flat["learned"].tolist()
+    return [Prompted(ids[a:b], learned[a:b], n) for a, b, n in zip([0, *ends], ends, kept, strict=False)]
 
 
 def _marked(tokenizer: Any, messages: Messages) -> Prompted:
