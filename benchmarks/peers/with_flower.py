@@ -16,7 +16,8 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from work import Memory, Work, put, say, state
+from memory import Memory, say
+from work import Work, put, state
 
 server = ServerApp()
 work = Work.read(sys.argv[1])

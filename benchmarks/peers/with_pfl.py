@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import Memory, say
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -23,23 +24,20 @@ from pfl.data.sampling import get_user_sampler
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
-from torch.nn.functional import cross_entropy
-from work import Memory, Work, padded, say
+from work import Work
 
 
-class Classifier(torch.nn.Module):
+class Trained(torch.nn.Module):
     """What pfl trains: it gets rows, and asks for a loss."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        self.work, self.inner, self.targets = work, work.make(), torch.tensor(work.labels)
+        self.work, self.inner = work, work.make()
 
     def loss(self, rows: torch.Tensor, _: Any = None) -> torch.Tensor:
         """Of a batch."""
         self.train()
-        rows = rows.long()  # pfl makes floats of what it is given
-        logits = self.inner(**padded([self.work.ids[row] for row in rows.tolist()])).logits
-        return cross_entropy(logits, self.targets[rows])
+        return self.work.loss(self.inner, rows.long().tolist())  # pfl makes floats of what it is given
 
     def metrics(self, rows: torch.Tensor, _: Any = None) -> dict[str, Weighted]:
         """Asked for in the first round; says nothing."""
@@ -74,7 +72,7 @@ if __name__ == "__main__":
         return Dataset((rows, rows))
 
     users = FederatedDataset(dataset, get_user_sampler("minimize_reuse", list(range(len(work.clients)))))
-    network = Classifier(work)
+    network = Trained(work)
     trained = [p for p in network.parameters() if p.requires_grad]
     model = PyTorchModel(network, partial(torch.optim.AdamW, weight_decay=0.0), torch.optim.SGD(trained, lr=1.0))
     FederatedAveraging().run(

@@ -4,32 +4,37 @@ Knows nothing of fedlora, so that other frameworks can import it in environments
 """
 
 import json
-import os
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 State = dict[str, torch.Tensor]
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Work:
-    """Token ids and labels of all training and test examples, the rows of each client, and how they are trained."""
+    """Token ids and labels of all training and test examples, the rows of each client, and how they are trained.
 
+    In a classification an example has one label, in a causal-lm each of its tokens has, `IGNORED` if it is not learned.
+    """
+
+    kind: Literal["classification", "causal-lm"]
     model: str
     classes: int
+    pad: int
+    targets: Sequence[str]
     ids: Sequence[Sequence[int]]
-    labels: Sequence[int]
+    labels: Sequence[Any]
     test_ids: Sequence[Sequence[int]]
-    test_labels: Sequence[int]
+    test_labels: Sequence[Any]
     clients: Sequence[Sequence[int]]
     chosen: int
     rounds: int
@@ -37,7 +42,9 @@ class Work:
     alpha: float
     rank: int
     batch: int
+    eval_batch: int
     seed: int
+    device: str = "cpu"
 
     def write(self, file: Path) -> None:
         """As JSON."""
@@ -48,24 +55,51 @@ class Work:
         """What `write` wrote."""
         return Work(**json.loads(Path(file).read_text(encoding="utf-8")))
 
+    def source(self) -> tuple[str, dict[str, str]]:
+        """The first argument of `from_pretrained`, and further ones."""
+        file = Path(self.model)
+        return (str(file.parent), {"gguf_file": file.name}) if file.suffix == ".gguf" else (self.model, {})
+
     def make(self, dtype: torch.dtype = torch.float32) -> PeftModel:
         """The model with a fresh adapter on query and value."""
         torch.manual_seed(self.seed)
-        base = AutoModelForSequenceClassification.from_pretrained(self.model, num_labels=self.classes, dtype=dtype)
-        lora = LoraConfig(task_type="SEQ_CLS", r=self.rank, lora_alpha=self.alpha, target_modules=["query", "value"])
-        return get_peft_model(base, lora, autocast_adapter_dtype=False)
+        if self.kind == "classification":
+            task, more = "SEQ_CLS", {"num_labels": self.classes}
+            base = AutoModelForSequenceClassification.from_pretrained(self.model, dtype=dtype, **more)
+        else:
+            task, (folder, more) = "CAUSAL_LM", self.source()
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+        lora = LoraConfig(task_type=task, r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets))
+        return get_peft_model(base, lora, autocast_adapter_dtype=False).to(self.device)
 
-    def train(self, model: PeftModel, batches: Sequence[torch.Tensor]) -> None:
+    def train(self, model: PeftModel, batches: Sequence[torch.Tensor], lean: bool = False) -> None:
         """One client's work, with an optimiser of its own."""
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
-        labels = torch.tensor(self.labels)
         model.train()
         for rows in batches:
-            loss = cross_entropy(model(**padded([self.ids[row] for row in rows.tolist()])).logits, labels[rows])
-            loss.backward()
+            (self.lean_loss if lean else self.loss)(model, rows.tolist()).backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    def loss(self, model: torch.nn.Module, rows: Sequence[int]) -> torch.Tensor:
+        """The mean loss of these training examples, as one would write it."""
+        inputs = self.padded([self.ids[row] for row in rows])
+        labels = self._labels([self.labels[row] for row in rows])
+        if self.kind == "classification":
+            return cross_entropy(model(**inputs).logits, labels)
+        return model(**inputs, labels=labels, use_cache=False).loss
+
+    def lean_loss(self, model: PeftModel, rows: Sequence[int]) -> torch.Tensor:
+        """The same with the logits of the learned tokens only, and no mask, as the padding follows all that is read."""
+        if self.kind == "classification":
+            return self.loss(model, rows)
+        whole = model.get_base_model()
+        inputs = self.padded([self.ids[row] for row in rows])
+        wanted = self._labels([self.labels[row] for row in rows]).roll(-1, 1)
+        at = wanted != IGNORED  # the first token has no label
+        hidden = whole.get_decoder()(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+        return cross_entropy(whole.get_output_embeddings()(hidden[at]).float(), wanted[at])
 
     def shuffled(self, client: int) -> list[torch.Tensor]:
         """The client's rows in batches, in random order."""
@@ -73,20 +107,30 @@ class Work:
         return list(torch.split(rows[torch.randperm(len(rows))], self.batch))
 
     def accuracy(self, model: PeftModel) -> float:
-        """On the test examples."""
+        """The fraction of the test examples, or of their learned tokens, that are predicted."""
         model.eval()
-        labels, right = torch.tensor(self.test_labels), 0
+        right, count = 0, 0
         with torch.inference_mode():
-            for rows in torch.split(torch.arange(len(labels)), 64):
-                found = model(**padded([self.test_ids[row] for row in rows.tolist()])).logits.argmax(-1)
-                right += int((found == labels[rows]).sum())
-        return right / len(labels)
+            for rows in torch.split(torch.arange(len(self.test_ids)), self.eval_batch):
+                found = model(**self.padded([self.test_ids[row] for row in rows.tolist()])).logits.argmax(-1)
+                labels = self._labels([self.test_labels[row] for row in rows.tolist()])
+                if self.kind == "causal-lm":
+                    found, labels = found[:, :-1], labels[:, 1:]
+                right += int((found == labels).sum())
+                count += int((labels != IGNORED).sum())
+        return right / count
 
+    def padded(self, ids: Sequence[Sequence[int]]) -> State:
+        """A batch as the model takes it."""
+        tokens = pad_sequence([torch.tensor(one) for one in ids], batch_first=True, padding_value=self.pad)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([len(one) for one in ids])[:, None]
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask.long().to(self.device)}
 
-def padded(ids: Sequence[Sequence[int]]) -> State:
-    """A batch as the model takes it."""
-    tokens = pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
-    return {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
+    def _labels(self, labels: Sequence[Any]) -> torch.Tensor:
+        each = [torch.tensor(one) for one in labels]
+        if self.kind == "classification":
+            return torch.stack(each).to(self.device)
+        return pad_sequence(each, batch_first=True, padding_value=IGNORED).to(self.device)
 
 
 def state(model: PeftModel) -> State:
@@ -96,45 +140,3 @@ def state(model: PeftModel) -> State:
 
 def put(model: PeftModel, adapter: State) -> None:
     set_peft_model_state_dict(model, adapter)
-
-
-class Memory(threading.Thread):
-    """Watches what this process and all that it started have in memory, shared pages counted once."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak_mb = 0.0
-        self.start()
-
-    def run(self) -> None:
-        """Looks twice a second."""
-        while True:
-            self.peak_mb = max(self.peak_mb, sum(map(_mb, _family())))
-            time.sleep(0.5)
-
-
-def _family() -> list[int]:
-    """This process and its descendants."""
-    parents = {}
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            parents[int(pid)] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return list(family)
-
-
-def _mb(pid: int) -> float:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith("Pss:")), 0.0)
-
-
-def say(**found: float) -> None:
-    """The last line that a measured process prints."""
-    print(json.dumps(found), flush=True)
