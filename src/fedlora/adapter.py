@@ -17,14 +17,19 @@ Adapter = Mapping[str, Factors]
 
 @dataclass(frozen=True)
 class Scaling:
-    """PEFT's alpha, divided by the rank or, for rsLoRA, by its square root. The scale is 1 without an alpha."""
+    """PEFT's alpha, divided by the rank or, for rsLoRA, by its square root. The scale is 1 without an alpha.
+
+    `alphas` has those of individual modules, which replace alpha.
+    """
 
     alpha: float | None = None
     rslora: bool = False
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
-    def of(self, rank: int) -> float:
+    def of(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
-        return 1.0 if self.alpha is None else self.alpha / (rank**0.5 if self.rslora else rank)
+        alpha = self.alphas.get(module, self.alpha)
+        return 1.0 if alpha is None else alpha / (rank**0.5 if self.rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class AdapterSpec:
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
     of individual modules, regardless of the client's rank. `weight` reads a module's pretrained weight, fp32 [out, in].
+    `embeddings` are the modules whose input is a token id, with the size of the vocabulary as in.
     `features` is the width of the last layer, `classes` the number of labels. `scaling` determines `scale`.
     """
 
@@ -44,6 +50,7 @@ class AdapterSpec:
     features: int = 0
     classes: int = 0
     scaling: Scaling = Scaling()
+    embeddings: frozenset[str] = frozenset()
 
     def rank(self, module: str, rank: int) -> int:
         """Rank of `module` for a client of rank `rank`."""
@@ -55,7 +62,7 @@ class AdapterSpec:
         With a middle factor c, b contains the scale, and c = lora_C. If b and a are trained, all three are trained as
         in (alpha / rank) lora_B lora_C lora_A; if they are frozen, c is trained as in b c a, independently of alpha.
         """
-        return self.scaling.of(rank)
+        return self.scaling.of(module, rank)
 
     def scales(self, rank: int) -> dict[str, float]:
         """Scale of each module for a client of rank `rank`."""
@@ -69,7 +76,7 @@ def pack(adapter: Adapter) -> dict[str, Tensor]:
 
 def units(adapter: Adapter, scaling: Scaling) -> dict[str, float]:
     """The number by which PEFT's factor is multiplied to give that of the adapter, named as by `pack`."""
-    scales = {name: 1.0 if part.in_head else scaling.of(part.rank) for name, part in adapter.items()}
+    scales = {name: 1.0 if part.in_head else scaling.of(name, part.rank) for name, part in adapter.items()}
     return {f"{name}.{f}": float(part.unit(f, scales[name])) for name, part in adapter.items() for f in vars(part)}
 
 
@@ -104,16 +111,15 @@ def pick(tensors: Tensors, factors: Iterable[str]) -> dict[str, Tensor]:
 def lora_init(spec: AdapterSpec, rank: int, seed: int) -> dict[str, LowRank]:
     """Initial factors with zero update: b = 0 [out, rank], a uniform in +-1/sqrt(in) [rank, in] (PEFT's initialization).
 
-    Each module has its own seed, so that modules of equal shape get different factors. The first rows of `a` depend on
-    the rank.
+    For an embedding, a is standard normal: PEFT has a = 0 and such a b, but all methods train b first or alone. Each module
+    has its own seed, so that modules of equal shape get different factors. The first rows of `a` depend on the rank.
     """
-    return {
-        name: LowRank(
-            b=torch.zeros(out, spec.rank(name, rank), dtype=spec.dtype),
-            a=_uniform(spec.rank(name, rank), in_, generator(seed, "lora_init", name)).to(spec.dtype),
-        )
-        for name, (out, in_) in spec.modules.items()
-    }
+    found: dict[str, LowRank] = {}
+    for name, (out, in_) in spec.modules.items():
+        rng, own = generator(seed, "lora_init", name), spec.rank(name, rank)
+        a = torch.randn(own, in_, generator=rng) if name in spec.embeddings else _uniform(own, in_, rng)
+        found[name] = LowRank(b=torch.zeros(out, own, dtype=spec.dtype), a=a.to(spec.dtype))
+    return found
 
 
 def _uniform(rank: int, in_: int, rng: torch.Generator) -> Tensor:

@@ -108,6 +108,8 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         len(labels),
         experiment.method.whole_model,
+        experiment.lora.alpha_pattern,
+        experiment.lora.layers,
     )
     if settings.packed:
         try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))

@@ -238,10 +238,10 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     task = task_of(dict(experiment.task))
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora, head = experiment.lora, head_modules(model, ())
-    sizes, ranks = find_targets(model, lora.targets, lora.rank_pattern, head)
-    check_ranks(sizes, ranks, experiment.method.rank)
+    found = find_targets(model, lora.targets, lora.rank_pattern, head, lora.alpha_pattern, lora.layers)
+    check_ranks(found.sizes, found.ranks, experiment.method.rank)
     if experiment.method.whole_model:
-        other_parameters(model, sizes, head)
+        other_parameters(model, found.sizes, head)
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
     generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test)

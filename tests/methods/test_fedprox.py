@@ -98,7 +98,13 @@ def test_the_penalty_is_half_the_squared_distance_of_pefts_factors_in_every_kind
     expected = 0.0
     for factor, x in vars(live.start["q"]).items():
         if factor in start.train:
-            scale = scaling.of(x.shape[-1]) if factor == "b" else scaling.of(3) ** 0.5 if kind == "a tied factor" else 1.0
+            scale = (
+                scaling.of("q", x.shape[-1])
+                if factor == "b"
+                else scaling.of("q", 3) ** 0.5
+                if kind == "a tied factor"
+                else 1.0
+            )
             expected += float(((x - getattr(start.start["q"], factor)) / scale).square().sum())
     assert float(proximal(0.3, trained(start), units(start.start, scaling), pack(live.start))) == pytest.approx(
         0.15 * expected

@@ -179,7 +179,7 @@ def in_model(request: Fit, scaling: Scaling, optimizer: Any, lr: float, steps: i
     found = {}
     for name, part in request.start.items():
         assert isinstance(part, LowRank)
-        scale, rate = scaling.of(part.rank), (request.rates or {}).get("b", 1.0)
+        scale, rate = scaling.of(name, part.rank), (request.rates or {}).get("b", 1.0)
         b, a = (part.b.double() / scale).requires_grad_(), part.a.double().requires_grad_()
         descend([b, a], [rate, 1.0], optimizer, lr, steps, lambda b, a, s=scale, n=name: distance(n, s * b @ a))
         found[name] = LowRank(b=(scale * b.detach()).float(), a=a.detach().float())
@@ -216,7 +216,7 @@ def apart(scaling: str, rslora: bool, optimizer: Any) -> float:
     with pytest.raises(StopIteration) as done:
         job.send(Trained(trained))
     after = merge(m, WIDE, [Reply(client, RND, done.value.value[1], 10.0)], SPEC).server.adapter
-    wanted = sketched(scale.of(5), client, optimizer, lr, 10)
+    wanted = sketched(scale.of("", 5), client, optimizer, lr, 10)
     assert all((wanted[n].b - part.b).abs().max() > 1e-3 for n, part in WIDE.adapter.items())
     return max(float((after[n].b - x.b).abs().max() + (after[n].a - x.a).abs().max()) for n, x in wanted.items())
 

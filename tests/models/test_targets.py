@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -126,3 +127,37 @@ def test_ranks_above_the_size_of_a_module_are_refused_with_the_largest():
         check_ranks(sizes, {}, 6)
     with pytest.raises(UserError, match=r"lora.rank_pattern = 17 is above the size of wide"):
         check_ranks(sizes, {"wide": 17}, 4)
+
+
+@pytest.mark.parametrize(
+    "kind", fast(("bart", "bert", "gpt2", "llama", "modernbert", "roberta", "t5"), "bart", "bert", "t5")
+)
+def test_layers_are_those_of_pefts_layers_to_transform(kind):
+    model = model_of(kind)
+    wanted = sorted({n.rpartition(".")[2] for n in find_targets(model, targets(model), {}, head_modules(model, ())).sizes})
+    own = find_targets(model, wanted, {}, head_modules(model, ()), layers=[1]).sizes
+    config = peft.LoraConfig(target_modules=wanted, layers_to_transform=[1])
+    twin = peft.get_peft_model(copy.deepcopy(model), config).base_model.model
+    assert own.keys() == {n for n, m in twin.named_modules() if isinstance(m, BaseTunerLayer) and "lora_" not in n} != set()
+
+
+def test_a_layer_without_targets_is_refused_with_those_that_have_some():
+    model = model_of("bert")
+    with pytest.raises(UserError, match=r"lora.layers: layer 2 has no target module; available: 0, 1$"):
+        find_targets(model, None, {}, head_modules(model, ()), layers=[1, 2])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alphas_of_single_modules_are_exported_and_peft_computes_the_same(rslora, tmp_path):
+    model = model_of("bert").eval()
+    plain, pattern = copy.deepcopy(model), {"layer.0.attention.self.query": 64.0, "value": 2.0}
+    head = head_modules(model, ())
+    adapted = AdaptedModel(model, Scaling(8.0, rslora), head=head, alpha_pattern=pattern)
+    name = "bert.encoder.layer.0.attention.self.query"
+    assert adapted.spec.scale(name, 4) == 8 * adapted.spec.scale(name.replace("layer.0", "layer.1"), 4)
+    assert adapted.spec.scale(name, 4) == 32 * adapted.spec.scale(name.replace("query", "value"), 4)
+    adapter = moved(adapted)
+    adapted.load_clients([adapter])
+    to_peft(adapter, tmp_path, 0.0, "base", adapted, LABELS, tiny_tokenizer("<unk>"), "SEQ_CLS")
+    own = logits(adapted.model)
+    assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), own, rtol=1e-4, atol=1e-5)

@@ -48,3 +48,12 @@ def test_factors_as_trained_compute_the_matrix_whatever_the_scale(kind, size):
     assert_close(each[0], each[1])
     if (product := part.product()) is not None:
         assert_close(each[0], x @ product.mT)
+
+
+@every_kind
+@every_size
+def test_token_ids_stand_for_rows_of_the_identity(kind, size):
+    parts = [as_trained(examples(*size, rank=2)[kind], scale) for scale in SCALES]
+    ids = torch.tensor([[0, 3, 4, 3], [2, 2, 1, 0]])
+    rows, scale = torch.eye(size[1]).double()[ids], torch.tensor(SCALES).double()[:, None, None]
+    assert_close(stacked(parts).apply(ids, ids, scale), stacked(parts).apply(rows, rows, scale))

@@ -55,6 +55,7 @@ ALIASES = {
     "lora_dropout": "lora.dropout",
     "use_rslora": "lora.rslora",
     "target_modules": "lora.targets",
+    "layers_to_transform": "lora.layers",
     # transformers
     "model_name": "model",
     "model_name_or_path": "model",

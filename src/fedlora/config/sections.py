@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedlora.ranges import (
     AtMost,
@@ -233,7 +233,8 @@ class Lora(Section):
     """Dropout probability on the input of the factors."""
     targets: list[str] | str | None = None
     """PEFT's `target_modules`: a list of names or name suffixes, or one regular expression, or "all-linear". If
-    omitted, PEFT's defaults for the architecture.
+    omitted, PEFT's defaults for the architecture. A list can also name embeddings and the output layer of a language model,
+    such as "embed_tokens" and "lm_head".
 
     Example: ["query", "value"]
     """
@@ -241,6 +242,16 @@ class Lora(Section):
     """PEFT's `rank_pattern`: fixed ranks of single modules, as name, name suffix or regular expression = rank.
 
     Example: { "layer.0.attention.self.query" = 4 }
+    """
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    """PEFT's `alpha_pattern`: the alphas of single modules, as name, name suffix or regular expression = alpha.
+
+    Example: { "layer.0.attention.self.query" = 32.0 }
+    """
+    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """PEFT's `layers_to_transform`: the layers of the model with LoRA factors, counted from 0. If omitted, all.
+
+    Example: [10, 11]
     """
 
 

@@ -16,7 +16,7 @@ from fedlora.exporting.forms import Dtype
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base_weights import add_to_weight
-from fedlora.models.targets import within
+from fedlora.models.targets import shared_weights, within
 from fedlora.parts.table import Part
 
 DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +34,13 @@ def unfit_for_peft(adapter: Adapter, adapted: AdaptedModel) -> str | None:
     if any(part.in_head and not within(name, adapted.head) for name, part in adapter.items()):
         return "all parameters of the model were trained, which a PEFT adapter cannot represent; export a merged model"
     return unfit(adapter)
+
+
+def _untie(model: Any, name: str) -> None:
+    """Gives a module a weight of its own, so that adding to it does not change the module that it is tied to."""
+    module = model.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.detach().clone())
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
 
 
 def two_factors(part: Part) -> LowRank:
@@ -66,8 +73,13 @@ def to_peft(
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {name: part.w for name, part in adapter.items() if part.in_head}
     for name, part in factors.items():
-        tensors[f"{name}.lora_A.weight"] = part.a
-        tensors[f"{name}.lora_B.weight"] = part.b / adapted.spec.scale(name, part.rank)
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if name in adapted.spec.embeddings
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        tensors[f"{name}.{a}"] = part.a
+        tensors[f"{name}.{b}"] = part.b / adapted.spec.scale(name, part.rank)
     config = LoraConfig(
         task_type=peft_type,
         base_model_name_or_path=base,
@@ -78,6 +90,7 @@ def to_peft(
         lora_dropout=dropout,
         target_modules=sorted(factors),
         rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
+        alpha_pattern={name: alpha for name, alpha in scaling.alphas.items() if name in factors},
         fan_in_fan_out=adapted.transposed,
         modules_to_save=list(adapted.head) or None,
     )
@@ -114,6 +127,8 @@ def merge(adapter: Adapter, model: Any, dtype: torch.dtype) -> None:
             if part.in_head:
                 parameters[name].copy_(part.w)
             elif (product := part.product()) is not None:
+                if shared_weights(model, [name]):
+                    _untie(model, name)
                 add_to_weight(model.get_submodule(name), product.float())
         for name, parameter in parameters.items():
             dense = parameter.is_floating_point() and parameter.numel()

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+Rows = Float[Tensor, "*batch rows in"] | Int[Tensor, "*batch rows"]
+"""Inputs of a module: vectors, or the token ids of an embedding, which stand for rows of the identity."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,33 @@ class LowRank:
         """Number by which the trained factor is multiplied to give this one: b contains the scale."""
         return scale if factor == "b" else 1.0
 
-    def times(self, x: Float[Tensor, "*batch_or_rows rows in"]) -> Float[Tensor, "*batch_or_rows rows out"]:
-        """b a x for each row, in the dtype of x."""
+    def times(self, x: Tensor) -> Tensor:
+        """b a x for each row of x [*batch_or_rows, rows, in], in its dtype, or for each token id [*batch_or_rows, rows]."""
         return applied(x, self.a, self.b)
 
-    def apply(
-        self, x: Float[Tensor, "*batch rows in"], dropped: Float[Tensor, "*batch rows in"], scale: Tensor
-    ) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
         """scale * b a dropped, in the dtype of `dropped`."""
         return applied(dropped, self.a, self.b, scale)
 
 
 def applied(x: Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None, middle: Tensor | None = None) -> Tensor:
-    """b (scale * middle a x) for each row of x [*batch, rows, in], in the dtype of x.
+    """b (scale * middle a x) for each of the `Rows` x, in the dtype of x, or of a for token ids.
 
     `scale` broadcasts to [*batch, rows, rank]; `middle` is [*batch, rank, rank].
     """
-    inner = x @ a.to(x.dtype).mT  # [*batch, rows, rank]
-    inner = inner if middle is None else inner @ middle.to(x.dtype).mT
-    inner = inner if scale is None else inner * scale.to(x.dtype)
-    return inner @ b.to(x.dtype).mT
+    inner = times_transposed(x, a)  # [*batch, rows, rank]
+    inner = inner if middle is None else inner @ middle.to(inner.dtype).mT
+    inner = inner if scale is None else inner * scale.to(inner.dtype)
+    return inner @ b.to(inner.dtype).mT
+
+
+def times_transposed(x: Tensor, a: Float[Tensor, "*batch rank in"]) -> Tensor:
+    """x a^T for each of the `Rows` x, in the dtype of x; for token ids, the columns of a that they select."""
+    if x.is_floating_point():
+        return x @ a.to(x.dtype).mT
+    if a.ndim == 2:
+        return a.mT[x]
+    return a.mT.gather(-2, x[..., None].expand(*x.shape, a.shape[-2]))
 
 
 def beside_identity(matrix: Float[Tensor, "*batch out in"]) -> LowRank:

@@ -82,7 +82,7 @@ class HetLoRA(Method[Sliced, Kept, Mapping[str, Mean]]):
         """Trains with the penalty, prunes if the tail shrank, and uploads the factors at the original rank."""
         start = self._own(state, download)
         kept = {name: self._kept(part.rank) for name, part in start.items()}
-        scales = {name: state.scaling.of(part.rank) for name, part in start.items()}
+        scales = {name: state.scaling.of(name, part.rank) for name, part in start.items()}
         penalty = partial(_penalty, self.tail_penalty, kept, scales) if self.tail_penalty else None
         trained = low_rank((yield from fit(start, penalty=penalty)))
         if tail(unscaled(trained, scales), kept) < tail(unscaled(start, scales), kept):

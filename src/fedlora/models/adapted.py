@@ -2,6 +2,7 @@
 module classes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import mul, truediv
 from typing import Any, cast
@@ -18,7 +19,7 @@ from fedlora.models.layers import ClientLayout, LoraLayer, PerClientLayer
 from fedlora.models.packing import Packing
 from fedlora.models.requests import check_adapter, check_update
 from fedlora.models.structure import structure
-from fedlora.models.targets import find_targets, within
+from fedlora.models.targets import find_targets, shared_weights, within
 from fedlora.parts.table import Factors, as_trained, mapped, stacked
 
 
@@ -36,6 +37,8 @@ class AdaptedModel:
         precision: torch.dtype = torch.float32,
         classes: int = 0,
         whole: bool = False,
+        alpha_pattern: Mapping[str, float] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
         that are trained without LoRA, `classes` is the number of the task's labels. `whole`: all other parameters are
@@ -48,18 +51,20 @@ class AdaptedModel:
         """
         self.model = model.requires_grad_(False)
         self.head = tuple(head)
-        sizes, ranks = find_targets(model, targets, rank_pattern or {}, self.head)
+        found = find_targets(model, targets, rank_pattern or {}, self.head, alpha_pattern, layers)
+        sizes = found.sizes
         self.whole = whole
         others = other_parameters(model, sizes, self.head) if whole else {}
         self.packing = Packing(model)
         self.client_layout = ClientLayout(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
         named = dict(model.named_parameters())
+        shared = shared_weights(model, sizes)
         for name in sizes:
             parent, _, last = name.rpartition(".")
             self.layers[name] = LoraLayer(model.get_submodule(name), dropout, self.client_layout)
             setattr(model.get_submodule(parent), last, self.layers[name])
-        self._base = BaseWeights({name: layer.base for name, layer in self.layers.items()}, precision)
+        self._base = BaseWeights({name: layer.base for name, layer in self.layers.items()}, precision, shared)
         head_parameters = {n: p.detach().cpu().clone() for n, p in named.items() if n in others or within(n, self.head)}
         if precision != torch.float32:
             model.to(precision)
@@ -74,11 +79,12 @@ class AdaptedModel:
         self.spec = AdapterSpec(
             modules=sizes,
             head=head_parameters,
-            rank_pattern=ranks,
+            rank_pattern=found.ranks,
             weight=self._base.pretrained,
             features=_width(config) or _width(getattr(config, "vision_config", None)),
             classes=classes,
-            scaling=scaling,
+            scaling=replace(scaling, alphas=found.alphas),
+            embeddings=frozenset(name for name, layer in self.layers.items() if isinstance(layer.base, nn.Embedding)),
         )
 
     def load_clients(
@@ -151,7 +157,8 @@ class AdaptedModel:
     @property
     def transposed(self) -> bool:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
-        return all(isinstance(layer.base, Conv1D) for layer in self.layers.values())
+        bases = (layer.base for layer in self.layers.values())
+        return all(isinstance(base, Conv1D) for base in bases if not isinstance(base, nn.Embedding))
 
     def tensors(self, client: int, template: Adapter) -> dict[str, Tensor]:
         """A loaded client's whole current adapter, packed and differentiable, with the shapes of `template`."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,6 +43,8 @@ class ClientLayout:
 class LoraLayer(nn.Module):
     """A module that maps [..., in] to [..., out], plus the update of a part. Without a part it equals that module.
 
+    The input of an embedding is token ids [...], to which dropout does not apply.
+
     The factors of `part`, as PEFT trains them, have a leading client axis, and so has `scale`; the first axis of the input
     has the rows of one client after the other, the same number for each. The part computes in the dtype of the input.
     """
@@ -61,7 +63,7 @@ class LoraLayer(nn.Module):
         """Other attributes of the base: some models read their layers' weights to find the dtype."""
         return _base_attribute(self, name)
 
-    def forward(self, x: Float[Tensor, "rows *rest in"]) -> Float[Tensor, "rows *rest out"]:
+    def forward(self, x: Float[Tensor, "rows *rest in"] | Int[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest out"]:
         """base(x) + the update of dropout(x) + the frozen extra factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
         for extra in self.frozen_extra:
@@ -71,7 +73,7 @@ class LoraLayer(nn.Module):
         part, scale = self.part, self.scale
         if self.client_layout.index is not None:
             part, scale = mapped(part, self.client_layout.select), self.client_layout.select(scale)
-        dropped = functional.dropout(x, self.dropout, self.training)
+        dropped = functional.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
         undropped = self._rows(x, len(scale)) if part.reads_input else None
         rows = self._rows(dropped, len(scale))
         update = part.apply(rows if undropped is None else undropped, rows, scale)
@@ -86,8 +88,10 @@ class LoraLayer(nn.Module):
         return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
 
     def _rows(self, x: Tensor, clients: int) -> Tensor:
-        """The input as [clients, rows of one client * rest, in]."""
-        return self.client_layout.to_client_axis(x, clients).flatten(1, -2)
+        """The input as [clients, rows of one client * rest, in], or token ids without the last axis."""
+        if x.is_floating_point():
+            return self.client_layout.to_client_axis(x, clients).flatten(1, -2)
+        return self.client_layout.to_client_axis(x[..., None], clients).flatten(1)
 
 
 class PerClientLayer(nn.Module):

@@ -1,8 +1,10 @@
 """Selection of the modules that get LoRA factors, and of those that make up the head."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,30 +25,51 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+@dataclass(frozen=True)
+class Targets:
+    """The modules that get factors: (out, in) of each by name, and the ranks and alphas that patterns fix."""
+
+    sizes: Mapping[str, tuple[int, int]]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+
 def find_targets(
-    model: nn.Module, targets: Sequence[str] | str | None, rank_pattern: Mapping[str, int], head: Iterable[str]
-) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """The linear modules outside the head and the output layer that PEFT would match, with sizes (out, in), and ranks fixed
-    by `rank_pattern`.
+    model: nn.Module,
+    targets: Sequence[str] | str | None,
+    rank_pattern: Mapping[str, int],
+    head: Iterable[str],
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Targets:
+    """The linear modules outside the head and the output layer that PEFT would match, in these layers only, if given.
+
+    A list of names can also name embeddings and the output layer of a language model, which belong to no layer; those of an
+    encoder-decoder are not supported.
 
     Raises:
-        UserError: a target or a key of the pattern matches no module, or the architecture has no default; names the
-            available modules.
+        UserError: a target, a layer or a key of a pattern matches no module, or the architecture has no default; names
+            what is available.
     """
     outside = (*head, *(n for n, m in model.named_modules() if m in output_layer(model)))
     sizes = {n: size for n, m in model.named_modules() if (size := linear_size(m)) and not within(n, outside)}
     if not sizes:
         raise UserError(f"models of type {_kind(model)!r} have no linear modules outside their head; LoRA needs some")
     wanted = _default_targets(model, sizes) if targets is None else targets
-    names = list(sizes) if wanted == "all-linear" else _match(sizes, wanted)
     listed = targets if isinstance(targets, list) else []
+    others = _embeddings_and_output(model)
+    sizes |= {n: others[n] for n in _match(others, listed)}
+    names = [*sizes] if wanted == "all-linear" else _match(sizes, wanted)
     if lost := [one for one in listed if not _match(sizes, [one])] or ([] if names else [wanted]):
         raise UserError(f"lora.targets: {lost[0]!r} matches no linear module; available: {_ends(sizes)}")
-    for key in rank_pattern:
-        if not any(_pattern_rank(name, {key: 1}) for name in names):
-            raise UserError(f"lora.rank_pattern: {key!r} matches no target module; available: {_ends(names)}")
-    ranks = {n: rank for n in names if (rank := _pattern_rank(n, rank_pattern)) is not None}
-    return {name: sizes[name] for name in names}, ranks
+    if layers is not None:
+        available = {_layer(name) for name in names if name not in others}
+        if unknown := [layer for layer in layers if layer not in available]:
+            found = ", ".join(str(layer) for layer in sorted(available - {-1}))
+            raise UserError(f"lora.layers: layer {unknown[0]} has no target module; available: {found}")
+        names = [name for name in names if name in others or _layer(name) in layers]
+    ranks = _of_pattern("rank_pattern", rank_pattern, names)
+    return Targets({n: sizes[n] for n in names}, ranks, _of_pattern("alpha_pattern", alpha_pattern or {}, names))
 
 
 def check_ranks(sizes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], rank: int) -> None:
@@ -87,6 +110,12 @@ def output_layer(model: nn.Module) -> tuple[nn.Module, ...]:
     return () if found is None else (found,)
 
 
+def shared_weights(model: nn.Module, modules: Iterable[str]) -> frozenset[str]:
+    """Those of the modules whose weight is also that of another module: a tied embedding or output layer."""
+    owners = Counter(id(module.weight) for module in model.modules() if "weight" in module._parameters)
+    return frozenset(name for name in modules if owners[id(model.get_submodule(name).weight)] > 1)
+
+
 def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
     """The normalization modules with parameters outside the head, such as LayerNorm and RMSNorm."""
     norms = (n for n, m in model.named_modules() if type(m).__name__.endswith("Norm") and any(True for _ in m.parameters()))
@@ -120,15 +149,40 @@ def _kind(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _pattern_rank(name: str, pattern: Mapping[str, int]) -> int | None:
-    """PEFT's rule for rank_pattern: the first key that matches the name or a suffix of it, as a regular expression."""
-    for key, rank in pattern.items():
+def _embeddings_and_output(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of the modules that get factors only if a list names them; none of an encoder-decoder.
+
+    Embeddings that scale their output are not supported.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    output = output_layer(model)
+    embeddings = {n: (m.embedding_dim, m.num_embeddings) for n, m in model.named_modules() if type(m) is nn.Embedding}
+    return embeddings | {n: size for n, m in model.named_modules() if m in output and (size := linear_size(m))}
+
+
+def _layer(name: str) -> int:
+    """PEFT's rule for layers_to_transform: the first number in a module's name; -1 without one."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+Value = TypeVar("Value", int, float)
+
+
+def _of_pattern(setting: str, pattern: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
+    """PEFT's rule for patterns: the value of the first key, a regular expression, that matches a name or a suffix of it."""
+
+    def matches(key: str, name: str) -> bool:
         try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return rank
+            return re.match(rf"(.*\.)?({key})$", name) is not None
         except re.error as error:
-            raise UserError(f"lora.rank_pattern: {key!r} is not a regular expression: {error}") from error
-    return None
+            raise UserError(f"lora.{setting}: {key!r} is not a regular expression: {error}") from error
+
+    for key in pattern:
+        if not any(matches(key, name) for name in names):
+            raise UserError(f"lora.{setting}: {key!r} matches no target module; available: {_ends(names)}")
+    return {name: pattern[keys[0]] for name in names if (keys := [key for key in pattern if matches(key, name)])}
 
 
 def _ends(sizes: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank, applied
+from fedlora.linalg.lowrank import LowRank, Rows, applied, times_transposed
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Experts:
         """The rank of each expert."""
         return self.b.shape[-1]
 
-    def weights(self, x: Float[Tensor, "*batch rows in"]) -> Float[Tensor, "*batch rows experts"]:
+    def weights(self, x: Rows) -> Float[Tensor, "*batch rows experts"]:
         """The weight of each expert for each row of x, in at least fp32; weights sum to 1, and the first one is positive.
 
         The `experts` largest entries of the softmax over the slots are normalized again and summed for each expert. As
         the other experts together have only `experts` - 1 slots, the own expert always has a slot among them.
         """
         experts = self.others_b.shape[-3] + 1
-        logits = x @ self.g.mT
+        logits = times_transposed(x, self.g)
         best = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(experts, -1)
         slots = torch.zeros_like(logits, dtype=best.values.dtype).scatter(-1, best.indices, best.values.softmax(-1))
         return torch.cat([slots[..., :experts].sum(-1, keepdim=True), slots[..., experts:]], -1)
@@ -77,11 +77,10 @@ class Experts:
         """Factor between PEFT's factor and this one: b = scale * lora_B; `others_b` is not scaled."""
         return scale if factor == "b" else 1.0
 
-    def apply(
-        self, x: Float[Tensor, "*batch rows in"], dropped: Float[Tensor, "*batch rows in"], scale: Tensor
-    ) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
         """sum_e w_e(x) b_e a_e dropped, in one product for all experts, with the own b times `scale`."""
         factors = (self.b * scale, self.a, self.g, self.others_b, self.others_a)
-        experts = Experts(*(factor.to(x.dtype) for factor in factors))
+        dtype = x.dtype if x.is_floating_point() else self.b.dtype
+        experts = Experts(*(factor.to(dtype) for factor in factors))
         pair = experts.concat_factors()
         return applied(dropped, pair.a, pair.b, experts.weights(x).repeat_interleave(experts.rank, -1))

@@ -21,7 +21,8 @@ Part = LowRank | ThreeFactor | Heads | Experts | WeightChange | Tied
   on the input in another way than by one matrix.
 - `shapes(out, in_)`: the shapes that the factors must have for a module of that size.
 - `unit(factor, scale)`: the number by which the factor that is trained, PEFT's, is multiplied to give the part's.
-- `apply(x, dropped, scale)`: the update of rows [clients, rows, in], for factors with a client axis, as they are trained.
+- `apply(x, dropped, scale)`: the update of rows [clients, rows, in], for factors with a client axis, as they are trained;
+  or of token ids [clients, rows], if the module is an embedding.
   `dropped` is the input after dropout, and x that before it if the part `reads_input`, else the same as `dropped`.
 - `structure`: what parts that are loaded together must share. Apart from that, `stacked` pads smaller parts.
 """

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
+from fedlora.models.layers import LoraLayer
 from fedlora.tasks.task import NO_TARGET
 
 _LOGITS = 1 << 24
@@ -25,11 +26,14 @@ def token_losses(
     several, in a call of the model with these arguments.
 
     `targets` are the tokens that the positions predict; those without one (`NO_TARGET`) have 0 and False. Only the logits
-    of targets are computed: some at a time, or all at once if the output layer is trained.
+    of targets are computed: some at a time, or all at once if the output layer is trained. An output layer with factors
+    computes those of all positions.
     """
     at = targets != NO_TARGET
     wanted = targets[at]
     try:
+        if isinstance(_whole(model).get_output_embeddings(), LoraLayer):  # it needs to see whose row each position is
+            raise _NotReplacedError
         losses, right = with_decoder_output(model, call, lambda output: _of_output(model, output, at, wanted))
     except _NotReplacedError:
         logits = _whole(model)(**call, use_cache=False).logits[at]
