@@ -76,7 +76,7 @@ def _copied(x: nn.Parameter) -> nn.Parameter:
 
 def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
     """All settings on which a loaded model depends."""
-    train = {"precision", "device", "packed", "clients_per_step", "max_length"}
+    train = {"precision", "device", "packed", "clients_per_step", "max_length", "gradient_checkpointing"}
     settings = experiment.model_dump_json(include={"model": True, "task": True, "seed": True, "lora": True, "train": train})
     return f"{settings} {list(labels)} {experiment.method.with_norms} {experiment.method.whole_model}"
 
@@ -111,6 +111,8 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         experiment.lora.alpha_pattern,
         experiment.lora.layers,
     )
+    if settings.gradient_checkpointing:
+        adapted.checkpointing.enable()
     if settings.packed:
         try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
     return LoadedModel(adapted, tokenizer, checkpoint, 1, False)

@@ -28,6 +28,7 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.checkpointing import checkpointed_blocks
 from fedlora.models.gguf import gguf_arguments
 from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
@@ -240,6 +241,8 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     lora, head = experiment.lora, head_modules(model, ())
     found = find_targets(model, lora.targets, lora.rank_pattern, head, lora.alpha_pattern, lora.layers)
     check_ranks(found.sizes, found.ranks, experiment.method.rank)
+    if experiment.train.gradient_checkpointing:
+        checkpointed_blocks(model)
     if experiment.method.whole_model:
         other_parameters(model, found.sizes, head)
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)

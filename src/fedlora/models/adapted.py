@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, AdapterSpec, Scaling, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.base_weights import BaseWeights
+from fedlora.models.checkpointing import Checkpointing
 from fedlora.models.in_place import InPlace, in_place, other_parameters
 from fedlora.models.layers import ClientLayout, LoraLayer, PerClientLayer
 from fedlora.models.packing import Packing
@@ -56,6 +57,7 @@ class AdaptedModel:
         self.whole = whole
         others = other_parameters(model, sizes, self.head) if whole else {}
         self.packing = Packing(model)
+        self.checkpointing = Checkpointing(model)
         self.client_layout = ClientLayout(packing=self.packing)
         self.layers: dict[str, LoraLayer] = {}
         named = dict(model.named_parameters())

@@ -1,7 +1,8 @@
 """Dropout with per-client masks, so that a client's result does not depend on the others in its step."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, no_type_check
 
 import torch
@@ -43,6 +44,24 @@ class ClientDropout(TorchFunctionMode):
         `answers`: the length of each client's longest answer in the decoder of an encoder-decoder.
         """
         self._generators, self._sizes, self._answers = generators, sizes, answers
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which a block is computed again with the masks of one that is called now."""
+        generators, sizes, states = self._generators, self._sizes, _states(self._generators)
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            before = self._generators, self._sizes, _states(generators)
+            self._generators, self._sizes = generators, sizes
+            _set_states(generators, states)
+            try:
+                with self:
+                    yield
+            finally:
+                self._generators, self._sizes, now = before
+                _set_states(generators, now)
+
+        return restored
 
     @no_type_check  # called for every torch operation
     def __torch_function__(
@@ -131,6 +150,15 @@ class _Kept(torch.autograd.Function):
         """gradient * mask * scale."""
         (mask,) = ctx.saved_tensors
         return gradient * mask.to(gradient.dtype).mul_(ctx.scale), None, None
+
+
+def _states(generators: Sequence[torch.Generator]) -> list[Tensor]:
+    return [generator.get_state() for generator in generators]
+
+
+def _set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
 
 
 def _bytes(shape: Sequence[int], generator: torch.Generator) -> Tensor:

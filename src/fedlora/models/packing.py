@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, no_type_check
 
 import torch
@@ -95,6 +95,22 @@ class Packing(TorchFunctionMode):
         finally:
             self._layout = self.inside = None  # also after a block has failed
             self._attended = False
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which a block is computed again as one that is called now."""
+        state = self._layout, self.inside, self._last, self._attended
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            before = self._layout, self.inside, self._last, self._attended
+            self._layout, self.inside, self._last, self._attended = state
+            try:
+                with nullcontext() if self._layout is None else self:
+                    yield
+            finally:
+                self._layout, self.inside, self._last, self._attended = before
+
+        return restored
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if (layout := self._layout) is None:

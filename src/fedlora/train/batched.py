@@ -69,6 +69,7 @@ def train_together(
 
     adapted.model.train()
     with ClientDropout(adapted.packing, dropout) as client_dropout:
+        adapted.checkpointing.modes = (client_dropout, adapted.packing)
         for step in range(max(steps)):
             if len(unfinished := [i for i in active if steps[i] > step]) < len(active):
                 done |= {i: read(place, i) for place, i in enumerate(active) if steps[i] == step}

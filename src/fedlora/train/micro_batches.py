@@ -1,6 +1,6 @@
 """Division of a step into micro-batches that fit in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,12 +71,27 @@ def _parts(lengths: Sequence[int], max_tokens: int, packed: bool) -> list[int]:
 def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start: Adapter) -> int:
     """Bytes that a training pass stores for its backward pass, per token of an example; 1 without examples.
 
-    Those of the longest example that has targets, together with these, if they are tokens.
+    Those of the longest example that has targets, together with these, if they are tokens. With gradient checkpointing, the
+    backward pass stores the activations of one block at a time, which are counted, too.
     """
     rows = examples.have_targets().nonzero()[:, 0]
     if len(rows) == 0:
         return 1
     (parameter, *_) = adapted.load_clients([start], "ba")
+    targets_of_each = 0 if examples.target_starts is None else examples.target_starts.diff()
+    longest = rows[(examples.lengths() + targets_of_each)[rows].argmax()][None]
+    batch = examples.batch(longest, parameter.device)
+    length = int(examples.lengths()[longest])
+    stored = _stored(adapted, task, batch, length)
+    if adapted.checkpointing.blocks:
+        with adapted.checkpointing.disabled():
+            stored += _stored(adapted, task, batch, length) // len(adapted.checkpointing.blocks)
+    adapted.load_clients([])
+    return max(1, stored // length)
+
+
+def _stored(adapted: AdaptedModel, task: Task, batch: tuple[Mapping[str, Tensor], Tensor], length: int) -> int:
+    """Bytes that the forward pass of one example of this length stores, without the model's own tensors."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def count(
@@ -84,15 +99,10 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
     ) -> None:  # returning x, the output of a node that saves it, would keep the graph in memory for good
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
-    targets_of_each = 0 if examples.target_starts is None else examples.target_starts.diff()
-    longest = rows[(examples.lengths() + targets_of_each)[rows].argmax()][None]
-    length = int(examples.lengths()[longest])
-    inputs, targets = examples.batch(longest, parameter.device)
+    inputs, targets = batch
     adapted.model.train()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), ClientDropout() as dropout:
-        dropout.next_pass([torch.Generator(parameter.device).manual_seed(0)], [(length, 1)])
+        dropout.next_pass([torch.Generator(targets.device).manual_seed(0)], [(length, 1)])
         task.losses(adapted.model, inputs, targets)
     own = {x.untyped_storage().data_ptr() for x in (*adapted.model.parameters(), *adapted.model.buffers())}
-    adapted.load_clients([])
-    stored = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
-    return max(1, stored // length)
+    return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
