@@ -12,6 +12,7 @@ from fedlora.adapter import Scaling
 from fedlora.config.experiment import Experiment
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.quantized import quantize
 from fedlora.models.targets import head_modules, norm_modules, within
 from fedlora.models.tokenizers import positions
 from fedlora.reuse import Reuse
@@ -76,8 +77,9 @@ def _copied(x: nn.Parameter) -> nn.Parameter:
 
 def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
     """All settings on which a loaded model depends."""
-    train = {"precision", "device", "packed", "clients_per_step", "max_length", "gradient_checkpointing"}
-    settings = experiment.model_dump_json(include={"model": True, "task": True, "seed": True, "lora": True, "train": train})
+    train = {"precision", "device", "packed", "clients_per_step", "gradient_checkpointing", "max_length"}
+    whole = {"model", "quantize", "task", "seed", "lora"}
+    settings = experiment.model_dump_json(include={**dict.fromkeys(whole, True), "train": train})
     return f"{settings} {list(labels)} {experiment.method.with_norms} {experiment.method.whole_model}"
 
 
@@ -92,12 +94,15 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
     settings = experiment.train
     device = hardware.device(settings.device)
     model, tokenizer, checkpoint = task.load(experiment.model, labels, experiment.seed)
-    model.to(device)
     head = head_modules(model, checkpoint.new)
     head += norm_modules(model, head) if experiment.method.with_norms else ()
     modules = dict(model.named_modules())
     owners = (name.rpartition(".")[0] for name in dense if not within(name, head))
     head += tuple(dict.fromkeys(owner for owner in owners if owner in modules))
+    if experiment.quantize is not None:
+        note = quantize(model, experiment.quantize, head)
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+    model.to(device)
     adapted = AdaptedModel(
         model,
         Scaling(experiment.lora.alpha, experiment.lora.rslora),

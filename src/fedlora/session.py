@@ -32,6 +32,7 @@ from fedlora.models.checkpointing import checkpointed_blocks
 from fedlora.models.gguf import gguf_arguments
 from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
+from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.reuse import Reuse
 from fedlora.rounds.plan import RunState
@@ -194,6 +195,8 @@ class Session:
         """Writes a PEFT folder with a model card."""
         labels, tokenizer = self.federated_data.labelled_data.labels, self.tokenizer
         base, files = gguf_arguments(locate(self.experiment.model))
+        if (kind := self.experiment.quantize) is not None and not files:  # transformers quantizes no GGUF file
+            files = {"quantization_config": loading_settings(self.adapted.model, kind, self.adapted.head)}
         arguments = "".join(f", {name}={value!r}" for name, value in files.items())
         if Path(base).is_dir():
             base = str(Path(base).resolve())
@@ -208,6 +211,8 @@ class Session:
         """Writes the whole model, read again in fp32."""
         source, labels = self.experiment.model, self.federated_data.labelled_data.labels
         model, tokenizer, checkpoint = self.task.load(source, labels, self.experiment.seed)
+        if self.experiment.quantize is not None:  # the adapter was trained on the rounded weights
+            round_weights(model, self.experiment.quantize, head_modules(model, checkpoint.new))
         stored = DTYPES[dtype] if dtype else checkpoint.dtype
         if to == "merged":
             to_merged(adapter, folder, model, tokenizer, stored)
@@ -239,6 +244,8 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     task = task_of(dict(experiment.task))
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
     lora, head = experiment.lora, head_modules(model, ())
+    if experiment.quantize is not None:
+        quantizable(model, experiment.quantize, head)
     found = find_targets(model, lora.targets, lora.rank_pattern, head, lora.alpha_pattern, lora.layers)
     check_ranks(found.sizes, found.ranks, experiment.method.rank)
     if experiment.train.gradient_checkpointing:

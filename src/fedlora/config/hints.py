@@ -57,6 +57,8 @@ ALIASES = {
     "target_modules": "lora.targets",
     "layers_to_transform": "lora.layers",
     # transformers
+    "load_in_4bit": "quantize",
+    "load_in_8bit": "quantize",
     "model_name": "model",
     "model_name_or_path": "model",
     "base_model": "model",

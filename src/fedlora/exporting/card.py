@@ -21,7 +21,7 @@ def model_card(
     front = {**hub, "library_name": "peft", "pipeline_tag": tag, "tags": "[lora, federated-learning]"}
     row, data = experiment.method.row, experiment.data
     said = {
-        "Base model": f"`{_public(experiment.model)}`",
+        "Base model": f"`{_public(experiment.model)}`" + _quantization(experiment.quantize),
         "Method": f"`{row.name}` ({row.paper}), rank {experiment.method.rank}",
         "Data": f"`{_public(data.source)}`" + (f", {len(labels)} labels" if labels else ""),
         **_results(rows),
@@ -48,6 +48,10 @@ def model_card(
             "",
         ]
     )
+
+
+def _quantization(kind: str | None) -> str:
+    return "" if kind is None else f", quantized to {kind} by bitsandbytes: load it in this form, or export a merged model"
 
 
 def _public(source: str) -> str:

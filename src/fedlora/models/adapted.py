@@ -157,10 +157,15 @@ class AdaptedModel:
         return pairs
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The data type in which the base computes."""
+        return next(x.dtype for x in self.model.parameters() if x.is_floating_point())
+
+    @property
     def transposed(self) -> bool:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
-        bases = (layer.base for layer in self.layers.values())
-        return all(isinstance(base, Conv1D) for base in bases if not isinstance(base, nn.Embedding))
+        bases = (layer.base for layer in self.layers.values() if not isinstance(layer.base, nn.Embedding))
+        return all(isinstance(base, Conv1D) or getattr(base, "transposed", False) for base in bases)
 
     def tensors(self, client: int, template: Adapter) -> dict[str, Tensor]:
         """A loaded client's whole current adapter, packed and differentiable, with the shapes of `template`."""

@@ -61,7 +61,7 @@ def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
         UserError: the weight is quantized.
     """
     weight = base.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # of a checkpoint that is stored quantized
         raise UserError(
             "this method reads the pretrained weights, which is not supported for quantized ones; choose another model"
         )

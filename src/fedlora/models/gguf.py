@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def gguf_arguments(path: str) -> tuple[str, dict[str, str]]:
+def gguf_arguments(path: str) -> tuple[str, dict[str, Any]]:
     """The first argument of `from_pretrained` for this path, and further ones: a GGUF file is named within its folder."""
     file = Path(path)
     return (str(file.parent), {"gguf_file": file.name}) if is_gguf(path) else (path, {})

@@ -113,7 +113,7 @@ def output_layer(model: nn.Module) -> tuple[nn.Module, ...]:
 def shared_weights(model: nn.Module, modules: Iterable[str]) -> frozenset[str]:
     """Those of the modules whose weight is also that of another module: a tied embedding or output layer."""
     owners = Counter(id(module.weight) for module in model.modules() if "weight" in module._parameters)
-    return frozenset(name for name in modules if owners[id(model.get_submodule(name).weight)] > 1)
+    return frozenset(n for n in modules if owners[id(model.get_submodule(n)._parameters.get("weight"))] > 1)
 
 
 def norm_modules(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:

@@ -48,4 +48,4 @@ def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: i
         return torch.cat([found, losses[:, None].to(found)], 1)
 
     with torch.inference_mode():
-        adapted.packing.try_out(outputs, torch.finfo(parameter.dtype).eps ** 0.5)
+        adapted.packing.try_out(outputs, torch.finfo(adapted.dtype).eps ** 0.5)

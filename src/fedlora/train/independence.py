@@ -49,7 +49,7 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, cli
         kind = getattr(getattr(adapted.model, "config", None), "model_type", type(adapted.model).__name__)
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"models of type {kind!r} cannot be trained: {type(error).__name__}: {reason}") from error
-    tolerance = torch.finfo(next(adapted.model.parameters()).dtype).eps ** 0.4
+    tolerance = torch.finfo(adapted.dtype).eps ** 0.4
     for tried, adapted.packing.works in ((groups, packs), (groups, False), (each, packs), (each, False)):
         if tried and trial.agrees(alone, tried, tolerance):
             break
