@@ -3,16 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedlora.linalg.fit import truncate
 from fedlora.linalg.lowrank import LowRank
 from fedlora.parts.table import Factors, Kind
 from fedlora.randomness import generator
 
 Tensors = Mapping[str, Tensor]
 Adapter = Mapping[str, Factors]
+Init = Literal["uniform", "gaussian", "pissa"]
+"""PEFT's initializations of the factors: its default, "gaussian", and "pissa"."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class AdapterSpec:
 
     `modules` maps a module's name to (out, in). `head` holds the task head's initial values. `rank_pattern` fixes the rank
     of individual modules, regardless of the client's rank. `weight` reads a module's pretrained weight, fp32 [out, in].
-    `embeddings` are the modules whose input is a token id, with the size of the vocabulary as in.
+    `embeddings` are the modules whose input is a token id, with the size of the vocabulary as in. `init` is the
+    initialization of `lora_init`.
     `features` is the width of the last layer, `classes` the number of labels. `scaling` determines `scale`.
     """
 
@@ -51,6 +56,7 @@ class AdapterSpec:
     classes: int = 0
     scaling: Scaling = Scaling()
     embeddings: frozenset[str] = frozenset()
+    init: Init = "uniform"
 
     def rank(self, module: str, rank: int) -> int:
         """Rank of `module` for a client of rank `rank`."""
@@ -111,14 +117,38 @@ def pick(tensors: Tensors, factors: Iterable[str]) -> dict[str, Tensor]:
 def lora_init(spec: AdapterSpec, rank: int, seed: int) -> dict[str, LowRank]:
     """Initial factors with zero update: b = 0 [out, rank], a uniform in +-1/sqrt(in) [rank, in] (PEFT's initialization).
 
-    For an embedding, a is standard normal: PEFT has a = 0 and such a b, but all methods train b first or alone. Each module
-    has its own seed, so that modules of equal shape get different factors. The first rows of `a` depend on the rank.
+    With the initialization "gaussian", a is normal with standard deviation 1 / rank. For an embedding, it is always
+    standard normal: PEFT has a = 0 and such a b, but all methods train b first or alone. Each module has its own seed, so
+    that modules of equal shape get different factors. The first rows of `a` depend on the rank.
+
+    With "pissa", the update is that of `principal_parts`, which the base lacks.
     """
+    if spec.init == "pissa":
+        return principal_parts(spec, rank)
     found: dict[str, LowRank] = {}
     for name, (out, in_) in spec.modules.items():
         rng, own = generator(seed, "lora_init", name), spec.rank(name, rank)
-        a = torch.randn(own, in_, generator=rng) if name in spec.embeddings else _uniform(own, in_, rng)
+        if name in spec.embeddings or spec.init == "gaussian":
+            a = torch.randn(own, in_, generator=rng) / (1 if name in spec.embeddings else own)
+        else:
+            a = _uniform(own, in_, rng)
         found[name] = LowRank(b=torch.zeros(out, own, dtype=spec.dtype), a=a.to(spec.dtype))
+    return found
+
+
+def principal_parts(spec: AdapterSpec, rank: int) -> dict[str, LowRank]:
+    """The best approximations of the pretrained weights: PEFT's factors are balanced, lora_B^T lora_B = lora_A lora_A^T.
+
+    The product is the same on all machines up to rounding, the factors only up to sign.
+
+    Source: Meng et al. 2024, arXiv:2404.02948 (PiSSA).
+    """
+    assert spec.weight is not None, "the spec cannot read the pretrained weights"
+    found: dict[str, LowRank] = {}
+    for name in spec.modules:
+        own = spec.rank(name, rank)
+        part, root = truncate(spec.weight(name), own, "balanced"), spec.scale(name, own) ** 0.5
+        found[name] = LowRank(b=(part.b * root).to(spec.dtype), a=(part.a / root).to(spec.dtype))
     return found
 
 

@@ -115,6 +115,7 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         experiment.method.whole_model,
         experiment.lora.alpha_pattern,
         experiment.lora.layers,
+        experiment.lora.init,
     )
     if settings.gradient_checkpointing:
         adapted.checkpointing.enable()

@@ -77,6 +77,8 @@ class Experiment(Section):
             raise ValueError("clients.partition = 'natural' needs data.user, the column that names the owner")
         if self.train.weight_decay and (reason := self.method.row.no_weight_decay):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
+        if rejected := self.method.row.rejects_init(self.lora.init):
+            raise ValueError(f"lora.init = {self.lora.init!r} is not supported by {self.method.name}: {rejected}")
         if self.quantize is not None and self.method.whole_model:
             raise ValueError(f"quantize = {self.quantize!r}: not supported by method.scope = 'all'")
         if self.task.class_weights and self.train.reduction == "example":

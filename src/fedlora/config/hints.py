@@ -55,6 +55,7 @@ ALIASES = {
     "lora_dropout": "lora.dropout",
     "use_rslora": "lora.rslora",
     "target_modules": "lora.targets",
+    "init_lora_weights": "lora.init",
     "layers_to_transform": "lora.layers",
     # transformers
     "load_in_4bit": "quantize",

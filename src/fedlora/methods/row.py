@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from fedlora.adapter import Init
 from fedlora.method import AnyMethod
 
 Head = Literal["frozen", "averaged", "local", "method-managed"]
@@ -32,6 +33,9 @@ class Row:
 
     `norms`: whether the layer norms are part of the head by default, as they are trained in the paper.
 
+    `init`: the initial factors that the method can start from: any, such as the principal parts of the weights, which need
+    both factors to be downloaded, or to stay on one client; those with b = 0, drawn from the seed; or only its own.
+
     `no_weight_decay`: the reason why `train.weight_decay` must be 0, if it must.
 
     `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
@@ -57,6 +61,7 @@ class Row:
     norms: bool = False
     no_weight_decay: str = ""
     weights: Weights = "examples"
+    init: Literal["any", "drawn", "own"] = "drawn"
     personal: bool = False
     mixed_ranks: bool = False
     needs_labels: bool = False
@@ -79,6 +84,14 @@ class Row:
         if not self.needs_individual_uploads and self.index_counts is None:
             return f"yes: {self.secure}" if self.secure else "yes"
         return f"no: {self.secure or 'the server needs individual uploads'}"
+
+    def rejects_init(self, init: Init) -> str | None:
+        """The reason why the method cannot start from `lora.init`; None if it can."""
+        if self.init == "any" or init == "uniform":
+            return None
+        if self.init == "own":
+            return "it has initial factors of its own"
+        return "it starts from b = 0, or draws a on each machine; use uniform or gaussian" if init == "pissa" else None
 
     def settings(self) -> dict[str, Any]:
         """The user's settings, with their defaults."""

@@ -34,6 +34,7 @@ _ROWS = (
         name="fedit",
         make=FactorAveraging,
         fixed_settings={"shared": "ba", "schedule": ("ba",)},
+        init="any",
         paper="Zhang et al. 2024, arXiv:2305.05644",
         summary="averages b and a separately",
         exact="no: the error is the covariance of the factors",
@@ -55,6 +56,7 @@ _ROWS = (
         name="rolora",
         make=FactorAveraging,
         fixed_settings={"shared": "ba", "schedule": ("b", "a")},
+        init="any",
         paper="Chen et al. 2025, arXiv:2502.01755",
         summary="trains and averages b and a in alternate rounds",
         exact="yes, in each round",
@@ -78,6 +80,7 @@ _ROWS = (
         name="local-only",
         make=FactorAveraging,
         fixed_settings={"shared": "", "schedule": ("ba",)},
+        init="any",
         paper="none (a baseline)",
         summary="trains b, a and the head on each client alone, without any upload",
         exact="nothing is merged",
@@ -123,6 +126,7 @@ _ROWS = (
     Row(
         name="fedex-lora",
         make=FedExLoRA,
+        init="any",
         paper="Singhal et al. 2025, arXiv:2410.09432",
         summary="averages b and a separately; merges the residual into the base",
         exact="yes",
@@ -142,6 +146,7 @@ _ROWS = (
     Row(
         name="lora-fair",
         make=LoRAFAIR,
+        init="any",
         paper="Bian et al. 2025, arXiv:2411.14961",
         summary="averages b and a, and corrects b toward the mean of the products",
         exact="no: exact only in the row space of the mean a",
@@ -151,6 +156,7 @@ _ROWS = (
     Row(
         name="frlora",
         make=FRLoRA,
+        init="own",
         paper="Yan et al. 2025, ICLR, openreview e0rQRMUhs7",
         summary="starts from the principal part of the weights; updates the base",
         exact="no: the error is the covariance of the factors; exact if only b is trained",
@@ -304,6 +310,7 @@ _ROWS = (
     Row(
         name="fed-sb",
         make=FedSB,
+        init="own",
         paper="Singhal et al. 2025, arXiv:2502.15436",
         summary="freezes a common b and a; trains and averages a small core c",
         exact="yes",
@@ -315,6 +322,7 @@ _ROWS = (
     Row(
         name="ravan",
         make=Ravan,
+        init="own",
         paper="Raje et al. 2025, arXiv:2506.05568",
         summary="freezes several random heads; averages the small core of each",
         exact="yes, for each head",
@@ -333,6 +341,7 @@ _ROWS = (
     Row(
         name="ce-lora",
         make=CELoRA,
+        init="own",
         paper="Li et al. 2025, arXiv:2503.23869",
         summary="keeps b and a personal; mixes cores c by data and core similarity",
         exact="cores only: there is no global model",
@@ -381,6 +390,7 @@ _ROWS = (
     Row(
         name="florg",
         make=FLoRG,
+        init="own",
         paper="Meng et al. 2026, arXiv:2602.17095",
         summary="trains one factor, used twice; averages and aligns Gram matrices",
         exact="up to the rank: the best approximation of the mean Gram matrix",
@@ -393,6 +403,7 @@ _ROWS = (
     Row(
         name="full-ft",
         make=FullFineTuning,
+        init="own",
         paper="McMahan et al. 2017, arXiv:1602.05629",
         summary="averages the adapted modules' own weights, without low-rank factors",
         exact="yes",

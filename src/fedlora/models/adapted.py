@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.adapter import Adapter, AdapterSpec, Scaling, pack
+from fedlora.adapter import Adapter, AdapterSpec, Init, Scaling, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.base_weights import BaseWeights
 from fedlora.models.checkpointing import Checkpointing
@@ -40,6 +40,7 @@ class AdaptedModel:
         whole: bool = False,
         alpha_pattern: Mapping[str, float] | None = None,
         layers: Sequence[int] | None = None,
+        init: Init = "uniform",
     ) -> None:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
         that are trained without LoRA, `classes` is the number of the task's labels. `whole`: all other parameters are
@@ -86,6 +87,7 @@ class AdaptedModel:
             features=_width(config) or _width(getattr(config, "vision_config", None)),
             classes=classes,
             scaling=replace(scaling, alphas=found.alphas),
+            init=init,
             embeddings=frozenset(name for name, layer in self.layers.items() if isinstance(layer.base, nn.Embedding)),
         )
 
@@ -197,6 +199,15 @@ class AdaptedModel:
         """
         check_update(self.spec, change, "base update")
         self._base.merge(change)
+
+    def keep_beside_base(self, change: Mapping[str, LowRank]) -> None:
+        """Adds the products to the base as frozen factors, before any base update; the weights remain as they are.
+
+        Raises:
+            ValueError: as for `merge_into_base`.
+        """
+        check_update(self.spec, change, "change of the base")
+        self._base.separate.update(change)
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
         """A loaded client's current adapter: the trained factors from the model, the others from `start`."""

@@ -26,7 +26,7 @@ class BaseWeights:
         if precision != torch.float32:
             self._fp32 = {name: dense_weight(base) for name, base in modules.items() if _is_dense(base)}
         self.separate: dict[str, LowRank] = {}
-        """Base updates of modules whose weight cannot be changed."""
+        """Base updates of modules whose weight cannot be changed, and a constant change of any module."""
 
     def pretrained(self, name: str) -> Float[Tensor, "out in"]:
         """The module's weight before any base update.

@@ -1,7 +1,7 @@
 """Tests whether clients of this model trained in one step get the same results as each of them alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class _Trial:
 def _start(adapted: AdaptedModel, client: int) -> Adapter:
     """An adapter whose output is as large as the base's, and a head that differs between clients."""
     rng, start = generator(client, "independence"), dict[str, Any]()
-    for name, part in lora_init(adapted.spec, 1 + client % 2, client).items():
+    for name, part in lora_init(replace(adapted.spec, init="uniform"), 1 + client % 2, client).items():
         start[name] = LowRank((torch.randn(part.b.shape, generator=rng) / 2).to(part.b), part.a)
     for name, w in adapted.spec.head.items():
         start[name] = Dense(w + (torch.randn(w.shape, generator=rng) / 10).to(w))
