@@ -325,7 +325,7 @@ class Train(Section):
     accumulated to that of the whole batch. Affects results only by rounding, and by the choice of dropout masks."""
     gradient_checkpointing: bool = False
     """Whether the activations of the model's blocks are not stored, but computed again in the backward pass, which takes
-    longer and saves memory. Results are the same, as far as passes have the same clients."""
+    longer and saves memory. Affects results only by rounding, if more clients then share a pass."""
     max_length: PositiveInt = 128
     """Tokens per example; longer examples are truncated: prompts of language models on the left, all other texts on the
     right. The answers of an encoder-decoder have `task.max_target_length`."""

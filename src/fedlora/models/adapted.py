@@ -1,5 +1,5 @@
-"""Loads LoRA factors into a transformer and reads them back. Only this file, `base_weights`, `layers` and `targets` use
-module classes."""
+"""Loads LoRA factors into a transformer and reads them back. Only this file, `base_weights`, `layers`, `quantized` and
+`targets` use module classes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
