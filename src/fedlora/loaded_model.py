@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora.adapter import Scaling
+from fedlora.adapter import Scaling, lora_init
 from fedlora.config.experiment import Experiment
+from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.quantized import quantize
-from fedlora.models.targets import head_modules, norm_modules, within
+from fedlora.models.targets import check_ranks, head_modules, norm_modules, within
 from fedlora.models.tokenizers import positions
 from fedlora.reuse import Reuse
 from fedlora.tasks.task import Task
@@ -80,7 +81,9 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
     train = {"precision", "device", "packed", "clients_per_step", "gradient_checkpointing", "max_length"}
     whole = {"model", "quantize", "task", "seed", "lora"}
     settings = experiment.model_dump_json(include={**dict.fromkeys(whole, True), "train": train})
-    return f"{settings} {list(labels)} {experiment.method.with_norms} {experiment.method.whole_model}"
+    method = experiment.method
+    rank = method.rank if experiment.lora.init == "pissa" else None
+    return f"{settings} {list(labels)} {method.with_norms} {method.whole_model} {rank}"
 
 
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
@@ -117,6 +120,10 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         experiment.lora.layers,
         experiment.lora.init,
     )
+    if experiment.lora.init == "pissa":  # minus the initial update, so that training starts from the pretrained model
+        check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
+        start = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
+        adapted.keep_beside_base({name: LowRank(b=-part.b, a=part.a) for name, part in start.items()})
     if settings.gradient_checkpointing:
         adapted.checkpointing.enable()
     if settings.packed:

@@ -23,7 +23,6 @@ from fedlora.exporting.write import DTYPES, merge, to_merged, to_peft
 from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes, generation_of
 from fedlora.initial_states import RememberedStates
-from fedlora.linalg.lowrank import LowRank
 from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
@@ -70,9 +69,6 @@ class Session:
     """Values for the next run of this process."""
     generation: Generation | None = None
     """Evaluation by generated answers, if it is configured and there is a test set."""
-    base_change: Mapping[str, LowRank] = field(default_factory=dict)
-    """A constant change of the base beside its weights, to which adapters are added: minus the initial update of
-    `lora.init = "pissa"`, so that training starts from the pretrained model."""
 
     @classmethod
     def make(cls, experiment: Experiment, federated_data: FederatedData, reuse: Reuse | None = None) -> "Session":
@@ -94,9 +90,6 @@ class Session:
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
         start = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
-        pissa = experiment.lora.init == "pissa"
-        base_change = {name: LowRank(b=-part.b, a=part.a) for name, part in start.items()} if pissa else {}
-        adapted.keep_beside_base(base_change)
         kept = bytes_per_token(adapted, task, data.examples, start)
         trainer = LocalTrainer(
             adapted,
@@ -128,20 +121,7 @@ class Session:
         ]
         generation = generation_of(experiment, task, adapted.model, tokenizer, data.test, federated_data.labelled_data.test)
         reuse = reuse or Reuse()
-        return cls(
-            experiment,
-            federated_data,
-            adapted,
-            trainer,
-            method,
-            task,
-            tokenizer,
-            clients,
-            notes,
-            reuse,
-            generation,
-            base_change,
-        )
+        return cls(experiment, federated_data, adapted, trainer, method, task, tokenizer, clients, notes, reuse, generation)
 
     @property
     def places(self) -> list[str]:
@@ -197,8 +177,8 @@ class Session:
         Raises:
             UserError: an adapter or the model cannot be represented in the form or in `dtype`.
         """
-        if self.base_change:  # others load the adapter on the pretrained weights
-            adapters = {name: with_base_updates(adapter, [self.base_change]) for name, adapter in adapters.items()}
+        if change := self.adapted.base_change:  # others load the adapter on the pretrained weights
+            adapters = {name: with_base_updates(adapter, [change]) for name, adapter in adapters.items()}
         for name, adapter in adapters.items():
             if reason := unfit_for(to, adapter, self.adapted):
                 raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from fedlora import evaluate
 from fedlora.adapter import AdapterSpec, lora_init
 from fedlora.api import resume, run
 from fedlora.config.experiment import Experiment, build
@@ -102,6 +103,10 @@ def test_a_run_from_principal_parts_starts_at_the_pretrained_model_resumes_and_i
     run(settings.model_copy(update={"rounds": 1}), tmp_path / "half")
     again = resume(tmp_path / "half", overrides=["rounds=2"])
     assert [row.train_loss for row in again.rows] == [row.train_loss for row in found.rows]
+    if not TABLE[name].personal:
+        assert evaluate(found.folder) == found.rows[-1].global_
+        scores = [evaluate(path, settings.data.source) for path in (found.folder, found.folder / "adapter")]
+        assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
     for client, own in own_logits(found.folder).items():
         assert_close(in_peft(found.folder, found.folder / "adapter" / client), own, rtol=1e-4, atol=1e-4)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, lora_init
+from fedlora.exporting.peft_folder import PeftFolder
 from fedlora.exporting.write import to_merged, to_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
@@ -58,6 +59,9 @@ def test_an_exported_adapter_of_embeddings_and_output_layer_computes_the_same_in
     own = logits(adapted.model)
     to_peft(adapter, tmp_path / "out", 0.0, "base", adapted, (), lm_tokenizer(), "CAUSAL_LM")
     assert_close(logits(peft.PeftModel.from_pretrained(model, tmp_path / "out")), own, rtol=1e-5, atol=1e-5)
+    again = PeftFolder.read(tmp_path / "out").adapter
+    assert again.keys() == adapter.keys()
+    assert all(torch.allclose(again[name].product(), part.product(), atol=1e-5) for name, part in adapter.items())
     assert (own - before).abs().max() > 1e-2
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from fedlora import evaluate
 from fedlora.adapter import lora_init
 from fedlora.api import export, resume, run
 from fedlora.config.experiment import Experiment
@@ -129,6 +130,9 @@ def test_a_run_on_a_quantized_base_resumes_to_the_bit_and_is_exported(kind, meth
     resumed = resume(tmp_path / "half", overrides=["rounds=2"])
     files = [load_file(one.folder / "adapter" / "adapter_model.safetensors") for one in (whole, resumed)]
     assert all(torch.equal(files[1][key], x) for key, x in files[0].items())
+    assert evaluate(whole.folder) == whole.rows[-1].global_
+    scores = [evaluate(path, settings.data.source) for path in (whole.folder, whole.folder / "adapter")]
+    assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=1e-4)
     own = own_logits(whole.folder)[""]
     export(whole.folder, "merged", tmp_path / "merged")
     assert_close(in_transformers(tmp_path / "merged"), own, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from fedlora.parts.table import Factors
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
+_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PeftFolder:
         """Reads the folder; the scale of PEFT's factors becomes part of b.
 
         Raises:
-            UserError: a file is missing or damaged, or the adapter is not a plain LoRA of linear modules.
+            UserError: a file is missing or damaged, or the adapter is not a plain LoRA of linear modules and embeddings.
         """
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -66,7 +66,8 @@ class PeftFolder:
         factors = {name: match for name in tensors if (match := _FACTOR.fullmatch(name))}
         if other := next((name for name in tensors if "lora_" in name and name not in factors), None):
             raise UserError(
-                f"{folder}: {other!r} is not a factor of a linear module; merge the adapter into the model with PEFT first"
+                f"{folder}: {other!r} is not a factor of a linear module or an embedding; merge the adapter into the model "
+                "with PEFT first"
             )
         adapter: dict[str, Factors] = {name: Dense(x) for name, x in tensors.items() if name not in factors}
         for name in dict.fromkeys(match[1] for match in factors.values()):
@@ -75,13 +76,14 @@ class PeftFolder:
 
 
 def _scaled(folder: Path, config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> LowRank:
-    a, b = (tensors.get(f"{name}.lora_{factor}.weight") for factor in "AB")
+    names = {factor: (f"{name}.lora_{factor}.weight", f"{name}.lora_embedding_{factor}") for factor in "AB"}
+    a, b = (next((tensors[key] for key in names[factor] if key in tensors), None) for factor in "AB")
     if a is None or b is None:
         raise UserError(f"{folder / _WEIGHTS}: {name} lacks one of its two factors; export the adapter again")
     pattern = config.get("alpha_pattern") or {}
     key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)  # PEFT's rule
     alpha = float(config["lora_alpha"] if key is None else pattern[key])
-    return LowRank(b=b * Scaling(alpha, bool(config.get("use_rslora"))).of(a.shape[0]), a=a)
+    return LowRank(b=b * Scaling(alpha, bool(config.get("use_rslora"))).of(name, a.shape[0]), a=a)
 
 
 def _number(value: Any) -> bool:

@@ -14,8 +14,10 @@ FILE = "fedlora.toml"
 
 
 def write_usage(experiment: Experiment, labels: Sequence[str], folder: Path, with_model: bool) -> None:
-    """Writes task, columns and inputs of the model, and for an adapter, `with_model`, the source of its base model."""
+    """Writes task, columns and inputs of the model, and for an adapter, `with_model`, its base model and quantization."""
     model = {"model": experiment.model} if with_model else {}
+    if with_model and experiment.quantize is not None:
+        model["quantize"] = experiment.quantize
     (folder / FILE).write_text(tomli_w.dumps({**model, **form_of_examples(experiment, labels)}), encoding="utf-8")
 
 

@@ -71,6 +71,8 @@ class AdaptedModel:
         head_parameters = {n: p.detach().cpu().clone() for n, p in named.items() if n in others or within(n, self.head)}
         if precision != torch.float32:
             model.to(precision)
+        self.base_change: Mapping[str, LowRank] = {}
+        """A constant change of the base, beside its weights; adapters are added to the changed base."""
         self._per_client: dict[str, PerClientLayer | InPlace] = {}
         for name in {n.rpartition(".")[0]: None for n in head_parameters if n not in others}:
             parent, _, last = name.rpartition(".")
@@ -207,6 +209,7 @@ class AdaptedModel:
             ValueError: as for `merge_into_base`.
         """
         check_update(self.spec, change, "change of the base")
+        self.base_change = change
         self._base.separate.update(change)
 
     def read(self, client: int, start: Adapter, train: Iterable[str]) -> dict[str, Factors]:
