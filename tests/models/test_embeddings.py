@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fedlora.adapter import Adapter, lora_init
+from fedlora.exporting.one_rank import unfit_for_one_rank
 from fedlora.exporting.peft_folder import PeftFolder
 from fedlora.exporting.write import to_merged, to_peft
 from fedlora.linalg.lowrank import LowRank
@@ -136,3 +137,11 @@ def test_a_is_drawn_for_an_embedding_as_for_inputs_of_length_one(tmp_path):
     adapted, _ = adapted_lm(tmp_path, "llama", tied=True)
     a = lora_init(adapted.spec, 8, 0)["model.embed_tokens"].a
     assert float(a.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_an_adapter_of_an_embedding_is_refused_by_the_forms_for_servers(tmp_path):
+    adapted, _ = adapted_lm(tmp_path, "llama", tied=False)
+    reason = unfit_for_one_rank(moved(adapted), adapted)
+    assert reason == (
+        "model.embed_tokens is an embedding, whose factors are not supported in this form; export a merged model"
+    )

@@ -15,6 +15,8 @@ def unfit_for_one_rank(adapter: Adapter, adapted: AdaptedModel) -> str | None:
     if own := [name for name, part in adapter.items() if part.in_head]:
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         return f"{own[0]}{more} are not LoRA factors, and servers of adapters load nothing else; export a merged model"
+    if embeddings := [name for name in adapter if name in adapted.spec.embeddings]:
+        return f"{embeddings[0]} is an embedding, whose factors are not supported in this form; export a merged model"
     return None
 
 
