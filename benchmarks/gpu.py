@@ -3,8 +3,9 @@
     python benchmarks/gpu.py TRAIN.jsonl.gz TEST.jsonl.gz PROMPTS.jsonl.gz TEST_PROMPTS.jsonl.gz [--minutes 8]
 
 W1 as in `simulator.py`, on the first two files; W3 with 16 clients of 32 rows, on the last two, both in fp32 and bf16. The
-same as W3 with 8 clients of 16 rows for a Llama of a billion random parameters, in bf16, and with its base in nf4. Every
-measurement runs in a process of its own. One that is not possible, or for which no time is left, is marked absent.
+same as W3 with 8 clients of 16 rows for a Llama of a billion random parameters, in bf16, and with its base in nf4, compared
+with the loop in bf16. Every measurement runs in a process of its own. One that is not possible, or for which no time is
+left, is marked absent.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from simulation.sides import by_hand, product
@@ -49,14 +51,16 @@ TINY_LLAMA = {
 }
 
 
-def reason(precision: str, device: str, seconds_left: float) -> str | None:
+def reason(side: str, precision: str, device: str, seconds_left: float) -> str | None:
     """Why nothing can be measured; None if it can."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU"
-    if precision == "nf4":
-        return "fedlora does not quantize models"
+    if precision == "nf4" and find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    if precision == "nf4" and not side.startswith("fedlora"):
+        return "written for bf16"
     return None if seconds_left > 0 else "no time left"
 
 
@@ -80,6 +84,8 @@ def measure(name: str, work: Work, files: Sequence[str], precision: str, device:
     """One side: seconds of a round (median), accuracy, peak memory of the GPU in MB."""
     import torch
 
+    if precision == "nf4":
+        work, precision = replace(work, settings={**work.settings, "quantize": "nf4"}), "bf16"
     if name.startswith("fedlora"):
         found = product(files, work, 0, 16 if "16" in name else 1, precision, device)
     else:
@@ -114,15 +120,15 @@ def main() -> None:
         files = given.files[:2] if kind == "W1" else given.files[2:]
         print(json.dumps(measure(name, work, files, precision, device)))
         return
-    end = time.perf_counter() + 60 * given.minutes
+    end, baseline = time.perf_counter() + 60 * given.minutes, 0.0
     print("| work | side | seconds per round | samples/s | speed relative to baseline | peak memory | test accuracy |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for kind, precision in LINES:
-            title, baseline = f"{kind}, {precision}", 0.0
+            title, baseline = f"{kind}, {precision}", baseline if precision == "nf4" else 0.0
             for name in SIDES:
                 left = end - time.perf_counter()
-                absent = reason(precision, device, left)
+                absent = reason(name, precision, device, left)
                 if absent is None and kind == "Llama 1B" and not list(Path(folder).iterdir()):
                     write_llama(Path(folder), **(TINY_LLAMA if given.tiny else {}))
                 tiny = ["--tiny"] if given.tiny else []

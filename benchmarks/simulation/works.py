@@ -105,7 +105,7 @@ def handed(files: Sequence[str], work: Work, seed: int, device: str = "cpu") -> 
     setup = experiment(files, work, seed)
     problem, task = FederatedData.make(setup), task_of(dict(setup.task))
     model, tokenizer = task.outline(setup.model, problem.labelled_data.labels)
-    modules = find_targets(model, setup.lora.targets, {}, ())[0]
+    modules = find_targets(model, setup.lora.targets, {}, ()).sizes
     parts = []
     for examples in encode(task, tokenizer, problem, work.longest):
         labels = examples.targets.tolist()
