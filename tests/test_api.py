@@ -69,7 +69,7 @@ def one_line(call, *parts, error=UserError):
 
 def test_the_names_of_the_package_are_the_public_ones_and_each_is_documented():
     public = ["Comparison", "Experiment", "Result", "RunStopped", "UserError", "__version__"]
-    public += ["compare", "export", "resume", "run", "sweep"]
+    public += ["compare", "evaluate", "export", "predict", "resume", "run", "sweep"]
     assert dir(fedlora) == sorted(fedlora.__all__) == public
     for name in public:
         assert name == "__version__" or getattr(fedlora, name).__doc__

@@ -145,6 +145,8 @@ def test_a_layer_without_targets_is_refused_with_those_that_have_some():
     model = model_of("bert")
     with pytest.raises(UserError, match=r"lora.layers: layer 2 has no target module; available: 0, 1$"):
         find_targets(model, None, {}, head_modules(model, ()), layers=[1, 2])
+    with pytest.raises(UserError, match=r"lora.layers = \[\]: expected at least one layer"):
+        find_targets(model, None, {}, head_modules(model, ()), layers=[])
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from fedlora.ranges import (
     AtMost,
@@ -252,7 +252,7 @@ class Lora(Section):
 
     Example: { "layer.0.attention.self.query" = 32.0 }
     """
-    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    layers: list[NonNegativeInt] | None = None
     """PEFT's `layers_to_transform`: the layers of the model with LoRA factors, counted from 0. If omitted, all.
 
     Example: [10, 11]

@@ -63,6 +63,8 @@ def find_targets(
     if lost := [one for one in listed if not _match(sizes, [one])] or ([] if names else [wanted]):
         raise UserError(f"lora.targets: {lost[0]!r} matches no linear module; available: {_ends(sizes)}")
     if layers is not None:
+        if not layers:
+            raise UserError("lora.layers = []: expected at least one layer; omit it for all layers")
         available = {_layer(name) for name in names if name not in others}
         if unknown := [layer for layer in layers if layer not in available]:
             found = ", ".join(str(layer) for layer in sorted(available - {-1}))
