@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,13 @@ def test_rounded_weights_are_those_of_the_quantized_model():
     ids = torch.randint(4, 128, (2, 6))
     assert_close(one.eval()(input_ids=ids).logits, other.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.equal(other.transformer.h[0].attn.c_attn.weight, model_of("gpt2").transformer.h[0].attn.c_attn.weight)
+
+
+@pytest.mark.slow
+def test_bitsandbytes_is_imported_without_a_word():
+    code = "from fedlora.models.loading import quiet; quiet(); import bitsandbytes"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_what_cannot_be_quantized_is_refused_in_one_line(tmp_path):

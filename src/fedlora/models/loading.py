@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,8 @@ def locate(source: str) -> str:
 
 
 def quiet() -> None:
-    """Silences the loading reports and progress bars of transformers."""
+    """Silences the loading reports and progress bars of transformers, and bitsandbytes' report of a missing kernel."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
