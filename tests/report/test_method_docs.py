@@ -1,10 +1,13 @@
 """The methods' pages, and what they tell of results that others have published."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from fedlora import Experiment
+from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.report import method_docs
 from fedlora.report.published_results import read, reported
@@ -45,6 +48,22 @@ def test_a_page_tells_all_that_its_row_says():
             for part in (row.exact, row.secure_sums(), row.private, *row.up, *row.down, *row.known_failures.values())
         )
         assert all(f"`{key} = " in page for key in row.settings())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_page_and_the_index_name_the_initial_factors_that_an_experiment_accepts(name):
+    def accepted(init):
+        try:
+            return bool(Experiment(method={"name": name}, lora={"init": init}))
+        except UserError:
+            return False
+
+    page, index = method_docs.page(TABLE[name]), method_docs.index()
+    (listed,) = re.findall(r"^\| initial factors .*\| (.*) \|$", page, re.MULTILINE)
+    (line,) = re.findall(rf"^\| \[{name}\].*$", index, re.MULTILINE)
+    named = set(re.findall("`(.*?)`", listed)) or {"uniform"}  # a method's own factors replace the default
+    assert named == {init for init in ("uniform", "gaussian", "pissa") if accepted(init)}
+    assert line.split(" | ")[4] == ("yes" if "pissa" in named else "no")
 
 
 def test_pages_of_methods_that_are_gone_are_removed(tmp_path):

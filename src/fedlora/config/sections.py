@@ -232,7 +232,7 @@ class Lora(Section):
     init: Literal["uniform", "gaussian", "pissa"] = "uniform"
     """The initial factors, as PEFT's `init_lora_weights`. uniform: PEFT's default, b = 0. gaussian: a normal a, b = 0.
     pissa: the principal part of the pretrained weight, which the base then lacks; weight decay would shrink it. Not all
-    methods support it."""
+    methods support it (see their pages)."""
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Dropout probability on the input of the factors."""
     targets: list[str] | str | None = None

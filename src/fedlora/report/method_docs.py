@@ -10,7 +10,9 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
+from fedlora.adapter import Init
 from fedlora.methods.row import Row
 from fedlora.methods.table import TABLE
 from fedlora.report.published_results import Claim, Study, reported
@@ -29,6 +31,8 @@ also sends the indices of these ranks or entries. A *base update* is a change of
 *Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in training or on
 the clipped upload, can cover every upload; the package does not add noise yet."""
 _INDEX = """\
+*PiSSA*: whether the method can start from the principal parts of the pretrained weights, `lora.init = "pissa"`.
+
 Each page ends with published results and their sources. Figures from secondary sources may contain errors. Compare with
 care:
 
@@ -59,7 +63,18 @@ def page(row: Row) -> str:
 
 def index() -> str:
     """Table of all methods, with an explanation."""
-    titles = ["method", "exact", "mixed ranks", "personal", "floats up", "floats down", "needs each upload", "secure", "DP"]
+    titles = [
+        "method",
+        "exact",
+        "mixed ranks",
+        "personal",
+        "PiSSA",
+        "floats up",
+        "floats down",
+        "needs each upload",
+        "secure",
+        "DP",
+    ]
     return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
 
 
@@ -95,6 +110,7 @@ def _facts(row: Row) -> dict[str, str]:
         "exact mean of the updates": row.exact,
         "clients with different ranks": yes(row.mixed_ranks),
         "personal models": yes(row.personal),
+        "initial factors (`lora.init`)": _inits(row),
         **({"weight decay": f"must be 0: {row.no_weight_decay}"} if row.no_weight_decay else {}),
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
@@ -113,12 +129,19 @@ def _line(row: Row) -> list[str]:
         short(row.exact),
         yes(row.mixed_ranks),
         yes(row.personal),
+        yes(row.rejects_init("pissa") is None),
         up,
         down if row.base_update == "0" else f"{down} and base updates",
         yes(row.needs_individual_uploads),
         short(row.secure_sums()),
         short(row.private),
     ]
+
+
+def _inits(row: Row) -> str:
+    if row.init == "own":
+        return "the method's own"
+    return ", ".join(f"`{init}`" for init in get_args(Init) if row.rejects_init(init) is None)
 
 
 def _floats(formulas: Iterable[str], picked: bool) -> str:
