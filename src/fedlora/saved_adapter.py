@@ -12,6 +12,7 @@ from fedlora.config.usage import TASK_AND_LABELS, check_overrides
 from fedlora.data.examples import label_of
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
+from fedlora.exporting.forms import GGUF_ADAPTER, GGUF_MODEL
 from fedlora.exporting.peft_folder import CONFIG, PeftFolder
 from fedlora.exporting.usage_file import FILE, read_usage
 from fedlora.federated_data import columns_of
@@ -96,9 +97,17 @@ class SavedAdapter:
             raise UserError(f"{path}: not a run directory, so --client {client!r} does not apply; leave it out")
         if (path / CONFIG).is_file():
             return _of_peft(path, overrides)
+        if (path / GGUF_ADAPTER).is_file() or path.name == GGUF_ADAPTER:
+            raise UserError(
+                f"{path}: an adapter in a GGUF file is for llama.cpp only; use the run directory, or export it --to adapter"
+            )
+        if (path / GGUF_MODEL).is_file():
+            path = path / GGUF_MODEL
         if (path / "config.json").is_file() or (is_gguf(str(path)) and path.is_file()):
             return _of_model(path, overrides)
-        raise UserError(f"{path}: expected a run directory, the folder of a PEFT adapter, or a model")
+        raise UserError(
+            f"{path}: expected a run directory, the folder of a PEFT adapter, or a model (a folder or a GGUF file)"
+        )
 
     def load(self) -> LoadedAdapter:
         """Loads the model on the device of `train.device`.
@@ -167,7 +176,8 @@ def _of_peft(path: Path, overrides: Iterable[str]) -> SavedAdapter:
 
 
 def _of_model(path: Path, overrides: Iterable[str]) -> SavedAdapter:
-    table = {**read_usage(path), "model": str(path), "lora": {"targets": "all-linear"}}
+    folder = path.parent if is_gguf(str(path)) else path
+    table = {**read_usage(folder), "model": str(path), "lora": {"targets": "all-linear"}}
     experiment = _build(path, table, overrides)
     return SavedAdapter(path, experiment, _labels(path, experiment), lambda _: {})
 

@@ -13,7 +13,7 @@ from fedlora.encoded_data import EncodedData, Tokens, encode
 from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.exporting.card import model_card
-from fedlora.exporting.forms import Dtype, Form, is_whole_model
+from fedlora.exporting.forms import GGUF_ADAPTER, GGUF_MODEL, Dtype, Form, is_whole_model
 from fedlora.exporting.gguf_adapter import to_gguf_adapter
 from fedlora.exporting.gguf_model import to_gguf_model
 from fedlora.exporting.serving import to_serving
@@ -188,7 +188,7 @@ class Session:
                 self._write_model(adapter, folders[name], to, dtype)
             elif to == "gguf-adapter":
                 folders[name].mkdir(parents=True, exist_ok=True)
-                to_gguf_adapter(adapter, folders[name] / "adapter.gguf", self.adapted)
+                to_gguf_adapter(adapter, folders[name] / GGUF_ADAPTER, self.adapted)
             else:
                 self._write_peft(adapter, folders[name], to, rows)
         return folders
@@ -218,11 +218,11 @@ class Session:
         stored = DTYPES[dtype] if dtype else checkpoint.dtype
         if to == "merged":
             to_merged(adapter, folder, model, tokenizer, stored)
-            write_usage(self.experiment, labels, folder, with_model=False)
-            return
-        merge(adapter, model, stored)
-        folder.mkdir(parents=True, exist_ok=True)
-        to_gguf_model(model, folder / "model.gguf", tokenizer, stored, source)
+        else:
+            merge(adapter, model, stored)
+            folder.mkdir(parents=True, exist_ok=True)
+            to_gguf_model(model, folder / GGUF_MODEL, tokenizer, stored, source)
+        write_usage(self.experiment, labels, folder, with_model=False)
 
 
 def method_of(experiment: Experiment) -> AnyMethod:

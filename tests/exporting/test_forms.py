@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor
 from torch.testing import assert_close
 
-from fedlora import Experiment, run
+from fedlora import Experiment, evaluate, run
 from fedlora.api import export
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
-from fedlora.runs.start import opened
+from fedlora.runs.start import opened, read_folder
 from fedlora.session import Session
 from tiny_gguf import tiny_gguf
 from tiny_lm import pair_rows
@@ -120,6 +120,23 @@ def test_a_run_on_a_gguf_file_is_merged_into_a_gguf_file_and_a_folder(finished, 
     assert_close(in_gguf(tmp_path / "file"), expected, rtol=1e-4, atol=1e-5)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert_close(logits(merged, tokenizer_in(tmp_path / "folder")), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_gguf_file_and_its_folder_are_evaluated_as_the_run_without_any_setting(finished, tmp_path):
+    folder = finished(**FLORA)
+    rows, out = read_folder(folder).data.source, tmp_path / "out"
+    export(folder, "gguf-merged", out)
+    expected = pytest.approx(evaluate(folder, rows), rel=1e-4)
+    assert evaluate(out, rows) == expected and evaluate(out / "model.gguf", rows) == expected
+
+
+def test_an_adapter_for_llama_cpp_is_rejected_with_what_to_use(finished, tmp_path):
+    export(finished(**FLORA), "gguf-adapter", tmp_path / "out")
+    for path in (tmp_path / "out", tmp_path / "out" / "adapter.gguf"):
+        with pytest.raises(
+            UserError, match=r"in a GGUF file is for llama\.cpp only; use the run directory, or .* --to adapter"
+        ):
+            evaluate(path, "other.jsonl")
 
 
 def test_each_client_of_a_personal_method_has_an_adapter_file_and_one_is_merged(finished, tmp_path):

@@ -27,6 +27,8 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.quantized import QuantizedLinear, quantizable, quantize, round_weights
 from fedlora.session import Session
 from test_export import in_transformers, own_logits
+from tiny_gguf import tiny_gguf
+from tiny_lm import pair_rows
 from tiny_tasks import tiny_task
 
 from architectures import model_of
@@ -158,6 +160,25 @@ def test_the_code_in_the_adapters_readme_quantizes_the_same_modules_to_the_same_
     for name, weight in loaded.items():
         if not hasattr(weight.quant_state, "original_dtype"):  # not yet packed for a kernel
             assert_close(bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float(), own[name])
+
+
+def test_the_readme_of_an_adapter_on_a_quantized_gguf_file_says_that_its_code_does_not_quantize(tmp_path):
+    pytest.importorskip("gguf")
+    base, rows = tiny_gguf(tmp_path / "base", "llama"), pair_rows(tmp_path / "rows.jsonl", 24)
+    data = {"source": str(rows), "prompt": "prompt", "response": "response"}
+    clients = {"count": 2, "partition": "iid"}
+    begin = Experiment.model_validate(
+        {"model": str(base), "task": "causal-lm", "data": data, "clients": clients, "rounds": 1}
+    )
+    export(run(begin, tmp_path / "begin").folder, "gguf-merged", tmp_path / "gguf")
+    file = str(tmp_path / "gguf" / "model.gguf")
+    folder = run(begin.model_copy(update={"model": file, "quantize": "nf4"}), tmp_path / "run").folder
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "quantized to nf4 by bitsandbytes, which the code below does not do" in card and "gguf_file='model.gguf'" in card
+    scores = [evaluate(path, str(rows))["loss"] for path in (folder, folder / "adapter")]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)  # quantized as in training
+    export(folder, "merged", tmp_path / "merged")
+    assert evaluate(tmp_path / "merged", str(rows))["loss"] == pytest.approx(scores[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq"])

@@ -1,5 +1,6 @@
 """The table of tasks."""
 
+import ast
 from dataclasses import fields
 from typing import get_args
 
@@ -21,6 +22,17 @@ def test_every_field_of_a_task_is_a_setting_with_the_same_default():
     settings = dict(TaskSection())
     for make in tasks().values():
         assert {one.name: one.default for one in fields(make)}.items() <= settings.items()
+
+
+@pytest.mark.parametrize("kind", tasks())
+def test_the_code_in_an_adapters_readme_passes_on_what_loading_the_base_needs(kind):
+    code = task_of(dict(TaskSection(kind=kind))).loading_code(("a", "b"), 0, ", quantization_config={'load_in_4bit': True}")
+    (call,) = (one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Call) and _keyword(one) is not None)
+    assert ast.literal_eval(_keyword(call)) == {"load_in_4bit": True} and ast.unparse(call.func).endswith("from_pretrained")
+
+
+def _keyword(call: ast.Call) -> ast.expr | None:
+    return next((one.value for one in call.keywords if one.arg == "quantization_config"), None)
 
 
 def test_an_experiment_names_its_task_in_full_or_in_short():

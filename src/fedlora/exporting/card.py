@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config.experiment import Experiment
+from fedlora.models.gguf import is_gguf
 from fedlora.printable import number
 from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
@@ -21,7 +22,7 @@ def model_card(
     front = {**hub, "library_name": "peft", "pipeline_tag": tag, "tags": "[lora, federated-learning]"}
     row, data = experiment.method.row, experiment.data
     said = {
-        "Base model": f"`{_public(experiment.model)}`" + _quantization(experiment.quantize),
+        "Base model": f"`{_public(experiment.model)}`" + _quantization(experiment),
         "Method": f"`{row.name}` ({row.paper}), rank {experiment.method.rank}",
         "Data": f"`{_public(data.source)}`" + (f", {len(labels)} labels" if labels else ""),
         **_results(rows),
@@ -50,8 +51,19 @@ def model_card(
     )
 
 
-def _quantization(kind: str | None) -> str:
-    return "" if kind is None else f", quantized to {kind} by bitsandbytes: load it in this form, or export a merged model"
+def _quantization(experiment: Experiment) -> str:
+    """How the base was quantized in training, and how to load it so."""
+    if experiment.quantize is None:
+        return ""
+    if not is_gguf(experiment.model):
+        how = "as the code below loads it"
+    else:
+        how = (
+            "which the code below does not do, as transformers does not quantize GGUF files, so that its outputs differ "
+            "somewhat. `fedlora evaluate`, `predict` and `chat` quantize it as in training; a merged export has the "
+            "quantized weights"
+        )
+    return f", quantized to {experiment.quantize} by bitsandbytes, {how}"
 
 
 def _public(source: str) -> str:

@@ -6,6 +6,9 @@ Form = Literal["adapter", "serving", "merged", "gguf-adapter", "gguf-merged"]
 """adapter: a PEFT folder. serving: a PEFT folder of one rank and scale, for vLLM and LoRAX. merged: the whole model as a
 folder of transformers. gguf-adapter, gguf-merged: a file for llama.cpp, of the adapter or of the whole model."""
 
+GGUF_ADAPTER, GGUF_MODEL = "adapter.gguf", "model.gguf"
+"""The names of the files for llama.cpp."""
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 """The data type of a whole model's weights."""
 

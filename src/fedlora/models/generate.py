@@ -104,5 +104,6 @@ def check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
     if limit is not None and needed > limit:
         raise UserError(
             f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} tokens need {needed} positions, the "
-            f"model has {limit}; generate at most {max_new_tokens - needed + limit} tokens, or shorten the prompts"
+            f"model has {limit}; generate at most {max_new_tokens - needed + limit} tokens (evaluate.max_new_tokens), or "
+            "shorten the prompts"
         )

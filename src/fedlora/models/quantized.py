@@ -41,6 +41,11 @@ class QuantizedLinear(nn.Module):
         """The dequantized weight in fp32."""
         return self._dequantize(self.quantized, self._statistics).float()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized weight and of its statistics."""
+        return self.quantized.nbytes + _bytes(self._statistics)
+
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """x w^T + the bias."""
         y: Tensor = _TimesDequantized.apply(x, self.quantized, self._dense)  # type: ignore[no-untyped-call]
@@ -86,7 +91,7 @@ def quantize(model: nn.Module, kind: Quantization, head: Iterable[str]) -> str:
         module = QuantizedLinear(model.get_submodule(name), kind)
         setattr(model.get_submodule(parent), last, module)
         before += 4 * module.in_features * module.out_features
-        after += module.quantized.nbytes + _bytes(module._statistics)
+        after += module.nbytes
     return (
         f"quantize = {kind!r}: the weights of {len(names)} linear modules take {after / 1e6:.3f} MB instead of "
         f"{before / 1e6:.3f} MB in fp32; the others, {_other_bytes(model) / 1e6:.3f} MB, are not quantized"

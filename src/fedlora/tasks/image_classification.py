@@ -33,7 +33,7 @@ base = AutoModelForImageClassification.from_pretrained(
     PeftConfig.from_pretrained(folder).base_model_name_or_path,
     num_labels={classes},
     id2label=labels,
-    ignore_mismatched_sizes=True,
+    ignore_mismatched_sizes=True{arguments},
 )
 model = PeftModel.from_pretrained(base, folder)
 processor = AutoImageProcessor.from_pretrained(folder)
@@ -139,7 +139,7 @@ class ImageClassification(Classification):
 
     def loading_code(self, labels: Sequence[str], pad: int, arguments: str) -> str:
         """Loads the adapter with the head for these labels, and the image processor."""
-        return _LOAD.format(classes=len(labels))
+        return _LOAD.format(classes=len(labels), arguments=arguments)
 
     def features(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The last layer's first token, or of a map of features the mean over its places [rows, width]."""
