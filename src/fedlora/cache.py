@@ -25,18 +25,25 @@ def cached(kind: str, key: Iterable[str], make: Callable[[], bytes]) -> bytes:
     path = folder / f"{kind}-{digest.hexdigest()}"
     with suppress(OSError):
         content = path.read_bytes()
-        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+        if content[:_DIGEST] == _checksum(path, content[_DIGEST:]):
             return content[_DIGEST:]
     content = make()
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=folder, delete=False) as file, ExitStack() as undo:
             undo.callback(os.unlink, file.name)
-            file.write(hashlib.sha256(content).digest() + content)
+            file.write(_checksum(path, content) + content)
             file.flush()
             os.replace(file.name, path)
             undo.pop_all()
     return content
+
+
+def _checksum(path: Path, content: bytes) -> bytes:
+    """SHA-256 of a file's name and content: the content of another key, under this name, is not intact."""
+    digest = hashlib.sha256(path.name.encode())
+    digest.update(content)
+    return digest.digest()
 
 
 def _folder() -> Path | None:

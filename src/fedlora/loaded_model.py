@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.quantized import quantize
 from fedlora.models.targets import check_ranks, head_modules, norm_modules, within
-from fedlora.models.tokenizers import positions
 from fedlora.reuse import Reuse
 from fedlora.tasks.task import Task
+from fedlora.tests_at_load import conditions, tested_clients_per_step
 from fedlora.train import hardware
 from fedlora.train.features import try_packing
-from fedlora.train.independence import safe_clients_per_step
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ class LoadedModel:
         Raises:
             UserError: invalid model, targets or device.
         """
-        return _adapted(task, experiment, labels, dense)
+        found, train = _adapted(task, experiment, labels, dense), experiment.train
+        if train.packed:
+            try_packing(found.adapted, task, found.tokenizer, train.max_length)
+        return found
 
     def _moved(self, device: torch.device) -> "LoadedModel":
         self.adapted.model.to(device)
@@ -89,7 +92,10 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
     found, settings = _adapted(task, experiment, labels), experiment.train
     wanted = 1 if found.adapted.whole else settings.clients_per_step
-    clients_per_step = safe_clients_per_step(found.adapted, task, found.tokenizer, wanted, settings.max_length)
+    key = chain([model_key(experiment, labels)], conditions(found.adapted, task, experiment.model))
+    clients_per_step = tested_clients_per_step(
+        found.adapted, task, found.tokenizer, settings.packed, wanted, settings.max_length, key
+    )
     return replace(found, clients_per_step=clients_per_step, one_at_a_time=clients_per_step < wanted)
 
 
@@ -126,6 +132,4 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         adapted.keep_beside_base({name: LowRank(b=-part.b, a=part.a) for name, part in start.items()})
     if settings.gradient_checkpointing:
         adapted.checkpointing.enable()
-    if settings.packed:
-        try_packing(adapted, task, tokenizer, min(settings.max_length, positions(model) or settings.max_length))
     return LoadedModel(adapted, tokenizer, checkpoint, 1, False)

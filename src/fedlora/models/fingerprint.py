@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from fedlora.errors import UserError
+from fedlora.models.file_digest import sha256
 from fedlora.models.gguf import is_gguf
 from fedlora.models.loading import locate
 
@@ -37,10 +38,9 @@ def fingerprint(source: str) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
+    if (size := path.stat().st_size) <= _WHOLE:
+        return sha256(path)
     with path.open("rb") as file:
-        if size <= _WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
         return hashlib.sha256(file.read(2**20) + str(size).encode()).hexdigest()
 
 

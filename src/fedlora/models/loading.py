@@ -1,6 +1,5 @@
 """Loads a model and its tokenizer from the hub, a folder or a package. Remote code is never run."""
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -15,6 +14,7 @@ from torch import nn
 
 from fedlora.errors import UserError
 from fedlora.models.checkpoint import Checkpoint
+from fedlora.models.file_digest import sha256
 from fedlora.models.gguf import gguf_arguments, is_gguf, mark_as_dense, no_progress_bar, unusable
 from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_local
@@ -137,7 +137,7 @@ def quiet() -> None:
 
 
 def _check_pinned(source: str, weights: Path) -> None:
-    if source in PINNED and _sha256(weights) != PINNED[source]:
+    if source in PINNED and sha256(weights) != PINNED[source]:
         raise UserError(f"model = {source!r}: {weights} is not the published file; install the package again")
 
 
@@ -228,11 +228,6 @@ def _damage(file: Path) -> str | None:
             return "is damaged: it has no safetensors header; download it again"
     expected = 8 + int.from_bytes(first, "little") + end
     return None if size == expected else f"is damaged: it has {size} bytes instead of {expected}; download it again"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

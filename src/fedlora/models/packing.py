@@ -42,6 +42,7 @@ class Packing(TorchFunctionMode):
         self._last = self._attended = False  # the last block is running; its attention is done
         self._trying = False  # uncomputed entries are NaN, so that any use is detected
         self._narrowed = False  # there were any
+        self._selects = False  # the modules of the last block select the tokens that are read
         self._blocks = _blocks(model)
         for block in self._blocks:
             block.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -58,21 +59,32 @@ class Packing(TorchFunctionMode):
             return
         try:
             expected = call()
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the padded form reports the error
             return
-        for module in self._blocks[-1].modules():
-            if module is not self._blocks[-1]:
-                module.register_forward_pre_hook(self._select_read, with_kwargs=True)
-        for self.works, self.narrows in ((True, True), (True, False), (False, False)):
+        for works, narrows in ((True, True), (True, False), (False, False)):
+            self.enable(works, narrows)
             self._trying, self._narrowed = True, False
             try:
                 difference = (call() - expected).norm() / expected.norm()
+            except torch.OutOfMemoryError:  # which says nothing about the architecture
+                raise
             except Exception:  # any error of an architecture that does not fit
                 continue
             finally:
                 self._trying = False
             if difference < tolerance and self._narrowed == self.narrows:
                 return
+
+    def enable(self, works: bool, narrows: bool) -> None:
+        """Sets whether the packed form is used, and narrowing, as an earlier `try_out` of the same model did."""
+        self.works, self.narrows = works, narrows
+        if narrows and not self._selects:
+            self._selects = True
+            for module in self._blocks[-1].modules():
+                if module is not self._blocks[-1]:
+                    module.register_forward_pre_hook(self._select_read, with_kwargs=True)
 
     @contextmanager
     def of(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.tokenizers import positions
 from fedlora.tasks.task import Examples, Task
 
 
@@ -33,7 +34,8 @@ def features(
 def try_packing(adapted: AdaptedModel, task: Task, tokenizer: Any, max_length: int) -> None:
     """Enables packing if it leaves the model's features and losses unchanged up to rounding; see `Packing`."""
     texts = ["one", "a few words", " ".join(["many words"] * 20), "more"]
-    examples = task.encode(tokenizer, task.made_up(texts, adapted.spec.classes), max_length)
+    longest = min(max_length, positions(adapted.model) or max_length)
+    examples = task.encode(tokenizer, task.made_up(texts, adapted.spec.classes), longest)
     adapted.load_clients([])
     adapted.model.eval()
     parameter = next(adapted.model.parameters())

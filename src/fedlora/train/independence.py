@@ -79,7 +79,9 @@ class _Trial:
 
     def results(self, group: Sequence[Job]) -> list[Mapping[str, Tensor]]:
         """Each client's losses in training and in evaluation, and its gradients."""
-        with torch.random.fork_rng(devices=[]):  # the seed differs between groups, to detect a model that uses it
+        device = next(self.adapted.model.parameters()).device
+        forked = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=forked):  # the seed differs between groups, to detect a model that uses it
             torch.manual_seed(len(group))
             trained = train_together(self.adapted, self.task, self.examples, group, _STEP, 1 << 20, dropout=0.5)
         asked = [(job.rows, job.request.start) for job in group]
@@ -99,6 +101,8 @@ class _Trial:
                 for group in groups
                 for job, one in zip(group, self.results(group), strict=True)
             )
+        except torch.OutOfMemoryError:  # which says nothing about the architecture
+            raise
         except Exception:  # as above
             return False
 
