@@ -13,6 +13,11 @@ LABELS = 10
 NUMBERED = ["iid", "dirichlet", "pathological", "shards", "length"]
 
 
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", "")
+
+
 def corpus(rows=600, users=20):
     rng = np.random.default_rng(0)
     label, user = rng.integers(0, LABELS, rows), rng.integers(0, users, rows)
@@ -44,6 +49,21 @@ def test_the_seed_and_nothing_else_decides(partition):
     np.random.seed(2)
     assert divide(corpus(), clients, seed=5) == first
     assert divide(corpus(), clients, seed=6) != first
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "pathological", "shards"])
+def test_the_same_rows_are_divided_by_flwr_datasets_only_once(partition, tmp_path, monkeypatch):
+    train, clients = corpus(601), Clients(count=8, partition=partition)
+    expected = divide(train, clients, seed=5)
+    others = [(corpus(600), clients, 5), (train, clients.model_copy(update={"count": 7}), 5), (train, clients, 6)]
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    assert divide(train, clients, seed=5) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(partitions, "_parts", lambda *_: pytest.fail("divided again"))
+        assert divide(train, clients, seed=5) == expected
+    for other in others:
+        assert divide(*other) != expected
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 @pytest.mark.parametrize("partition", [*NUMBERED, "natural"])

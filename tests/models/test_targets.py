@@ -17,7 +17,7 @@ from fedlora.errors import UserError
 from fedlora.exporting.write import to_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
-from fedlora.models.targets import check_ranks, find_targets, head_modules
+from fedlora.models.targets import _peft_targets, check_ranks, find_targets, head_modules
 from fedlora.parts.dense import Dense
 from fedlora.tasks.classification import Classification
 from tiers import fast
@@ -163,3 +163,13 @@ def test_alphas_of_single_modules_are_exported_and_peft_computes_the_same(rslora
     to_peft(adapter, tmp_path, 0.0, "base", adapted, LABELS, tiny_tokenizer("<unk>"), "SEQ_CLS")
     own = logits(adapted.model)
     assert_close(logits(peft.PeftModel.from_pretrained(plain, tmp_path)), own, rtol=1e-4, atol=1e-5)
+
+
+def test_pefts_default_targets_are_read_once_for_each_version_of_peft(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found = [_peft_targets()]
+    monkeypatch.setattr(peft.utils.constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", {"bert": ["key"]})
+    found.append(_peft_targets())
+    monkeypatch.setattr("fedlora.models.targets.version", lambda _: "another")
+    assert found == [known, known] and _peft_targets() == {"bert": ["key"]}

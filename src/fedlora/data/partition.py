@@ -1,16 +1,21 @@
 """Partition of the training set among the clients."""
 
+import hashlib
+import platform
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Int
+from safetensors.numpy import load, save
 
+from fedlora.cache import cached
 from fedlora.config.sections import Clients
 from fedlora.errors import UserError
 from fedlora.randomness import derive, generator
@@ -137,8 +142,7 @@ def _numbered(train: Dataset, keys: Sequence[int] | None, clients: Clients, seed
     if keys is None or clients.partition not in _BY_CLASS:
         parts = np.array_split(order, count)  # equals flwr_datasets' IidPartitioner, which takes 20 s for 10,000 clients
     else:
-        shuffled = Dataset.from_dict({"row": order, "label": np.asarray(keys)[order]}).with_format("numpy")
-        parts = _parts(shuffled, clients, count, derive(seed, "partition"))
+        parts = _cached_parts(order, keys, clients, derive(seed, "partition"))
     smallest = min(len(part) for part in parts)
     if smallest < clients.min_size:
         raise UserError(
@@ -183,9 +187,26 @@ def _check_enough(rows: int, keys: Sequence[int] | None, clients: Clients, count
         raise UserError(f"clients.classes = {clients.classes}: the training set has {present} labels; lower it")
 
 
+def _cached_parts(
+    order: Int[np.ndarray, " rows"], keys: Sequence[int], clients: Clients, seed: int
+) -> list[Int[np.ndarray, " _"]]:
+    """`order`, in parts by the classes of these rows; cached, as flwr_datasets takes seconds to import."""
+    labels, count = np.asarray(keys)[order], clients.size or 1
+
+    def make() -> bytes:
+        shuffled = Dataset.from_dict({"row": order, "label": labels}).with_format("numpy")
+        parts = _parts(shuffled, clients, count, seed)
+        return save({"rows": np.concatenate(parts), "bounds": np.cumsum([len(part) for part in parts])[:-1]})
+
+    rows = hashlib.sha256(order.tobytes() + labels.tobytes()).hexdigest()
+    versions = [version("flwr-datasets"), version("numpy"), platform.machine()]
+    found = load(cached("partition", [*versions, clients.model_dump_json(), str(seed), rows], make))
+    return np.split(found["rows"], found["bounds"])
+
+
 def _parts(shuffled: Dataset, clients: Clients, count: int, seed: int) -> list[np.ndarray]:
     """The values of `row` in each partition, by flwr_datasets, of a data set with the columns row and label."""
-    # imported here because it imports matplotlib and seaborn, which takes a second
+    # imported here because it imports matplotlib and seaborn, which takes seconds
     from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner, ShardPartitioner
 
     partitioner: Partitioner

@@ -1,14 +1,17 @@
 """Selection of the modules that get LoRA factors, and of those that make up the head."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.cache import cached
 from fedlora.errors import UserError
 
 _QUERY_AND_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("qkv",))
@@ -135,16 +138,25 @@ def _match(names: Iterable[str], targets: Sequence[str] | str) -> list[str]:
 
 
 def _default_targets(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> list[str] | str:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
     kind = _kind(model)
-    targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    if targets is not None:
+    if (targets := _peft_targets().get(kind)) is not None:
         return targets
     for names in _QUERY_AND_VALUE if getattr(model, "main_input_name", None) == "pixel_values" else ():
         if all(_match(sizes, [name]) for name in names):
             return list(names)
     raise UserError(f"PEFT has no default target modules for {kind!r}; set lora.targets, available: {_ends(sizes)}")
+
+
+def _peft_targets() -> Mapping[str | None, list[str] | str]:
+    """PEFT's default targets by the type of the model, from the disk cache: PEFT takes a second to import."""
+
+    def read() -> bytes:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+        return json.dumps(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING).encode()
+
+    found: Mapping[str | None, list[str] | str] = json.loads(cached("peft targets", [version("peft")], read))
+    return found
 
 
 def _kind(model: nn.Module) -> str | None:
