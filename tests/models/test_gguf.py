@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fedlora.errors import UserError
+from fedlora.exporting.gguf_model import to_gguf_model
 from fedlora.models import gguf, loading
 from fedlora.models.fingerprint import fingerprint
 from fedlora.models.loading import PINNED, SMOLLM2, locate
 from fedlora.paths import is_local
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.task import NO_TARGET
+from tiny_gguf import model_of, tokenizer_of
 
 PROMPTS, ANSWERS = ["What is 2 + 3?", "Name a color."], ["2 + 3 is 5.", "Blue"]
 
@@ -51,6 +54,27 @@ def test_a_damaged_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as found:
         CausalLM().load(str(tmp_path / "x.gguf"), (), 0)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_file_is_parsed_once_and_gives_what_transformers_gives(tmp_path, monkeypatch, kind):
+    import gguf as package
+
+    file, tokenizer = tmp_path / "x.gguf", tokenizer_of(kind)
+    to_gguf_model(model_of(kind, tokenizer), file, tokenizer, torch.float32, "x")
+    parsed, loaders = [], (package.GGUFReader, package.get_tensor_name_map)
+    parse = package.GGUFReader._build_fields
+    monkeypatch.setattr(package.GGUFReader, "_build_fields", lambda *given: parsed.append(1) or parse(*given))
+    model, tokenizer, _ = CausalLM().load(str(file), (), 0)
+    assert len(parsed) == 1 and (package.GGUFReader, package.get_tensor_name_map) == loaders
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    expected = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+    plain = transformers.AutoTokenizer.from_pretrained(**where)
+    assert tokenizer.backend_tokenizer.to_str() == plain.backend_tokenizer.to_str()
+    assert len(parsed) > 1
 
 
 @pytest.mark.skipif(

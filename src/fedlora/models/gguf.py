@@ -2,10 +2,12 @@
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def gguf_arguments(path: str) -> tuple[str, dict[str, Any]]:
@@ -43,14 +45,40 @@ def mark_as_dense(model: Any) -> None:
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Hides the progress bar that transformers shows for GGUF files only, which its own settings do not disable."""
-    from transformers import modeling_gguf_pytorch_utils
+def parsed_once(source: str) -> Iterator[None]:
+    """While transformers loads a GGUF file, hides its progress bar, and lets it parse the file only once.
 
-    module: Any = modeling_gguf_pytorch_utils
-    shown = module.tqdm
-    module.tqdm = partial(shown, disable=True)
-    try:
+    It parses all metadata, with the vocabulary, anew for the configuration, the weights and the tokenizer, and derives the
+    names of the tensors anew for each module of the model, which together takes most of the time. Other models are loaded
+    as always.
+    """
+    if not is_gguf(source) or missing():
         yield
-    finally:
-        module.tqdm = shown
+        return
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    with ExitStack() as undo:
+        for module, name, value in (
+            (loader, "tqdm", partial(loader.tqdm, disable=True)),  # which transformers' own settings do not disable
+            (gguf, "GGUFReader", lru_cache(maxsize=1)(_reader(gguf.GGUFReader))),
+            (gguf, "get_tensor_name_map", lru_cache(gguf.get_tensor_name_map)),
+        ):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+def _reader(reader: Any) -> Any:
+    """The class of a reader that slices an array, which takes half the time of slicing numpy's memory map."""
+
+    class Reader(reader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._array
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._array = mapped.view(np.ndarray)
+
+    return Reader

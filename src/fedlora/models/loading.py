@@ -15,7 +15,7 @@ from torch import nn
 from fedlora.errors import UserError
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.file_digest import sha256
-from fedlora.models.gguf import gguf_arguments, is_gguf, mark_as_dense, no_progress_bar, unusable
+from fedlora.models.gguf import gguf_arguments, is_gguf, mark_as_dense, parsed_once, unusable
 from fedlora.models.tokenizers import set_up_tokenizer
 from fedlora.paths import is_local
 from fedlora.randomness import derive
@@ -49,30 +49,28 @@ def load_model(
         UserError: the source cannot be found or loaded, has no safetensors or GGUF file, is not the pinned file, lacks a
             part of the model, needs remote code, or its tokenizer does not fit.
     """
-    path, config = _configured(source, auto_class, settings)
-    stored = getattr(config, "dtype", None) or torch.float32
-    folder, file = gguf_arguments(path)
-    with torch.random.fork_rng(devices=[]), no_progress_bar(), user_errors(source):
-        torch.manual_seed(derive(seed, "head"))
-        model, info = auto_class.from_pretrained(
-            folder,
-            **file,
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    if file:
-        mark_as_dense(model)
-    sizes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
-    _check_complete(source, model, {*info["missing_keys"], *sizes})
-    return (
-        model,
-        (processor or load_tokenizer)(source, path, model),
-        Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes))),
-    )
+    with parsed_once(source):
+        path, config = _configured(source, auto_class, settings)
+        stored = getattr(config, "dtype", None) or torch.float32
+        folder, file = gguf_arguments(path)
+        with torch.random.fork_rng(devices=[]), user_errors(source):
+            torch.manual_seed(derive(seed, "head"))
+            model, info = auto_class.from_pretrained(
+                folder,
+                **file,
+                config=config,
+                output_loading_info=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )
+        if file:
+            mark_as_dense(model)
+        sizes = {name: (list(found), list(wanted)) for name, found, wanted in info["mismatched_keys"]}
+        _check_complete(source, model, {*info["missing_keys"], *sizes})
+        tokenizer = (processor or load_tokenizer)(source, path, model)
+    return model, tokenizer, Checkpoint((*info["missing_keys"], *sizes), stored, tuple(_fresh_head(source, sizes)))
 
 
 def outline_model(
@@ -83,12 +81,13 @@ def outline_model(
     Raises:
         UserError: see `load_model`, except for errors that only reading the weights can find.
     """
-    path, config = _configured(source, auto_class, settings)
-    with torch.device("meta"), user_errors(source):
-        if quantization := getattr(config, "quantization_config", None):
-            transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
-        model = auto_class.from_config(config, trust_remote_code=False)
-    return model, (processor or load_tokenizer)(source, path, model)
+    with parsed_once(source):
+        path, config = _configured(source, auto_class, settings)
+        with torch.device("meta"), user_errors(source):
+            if quantization := getattr(config, "quantization_config", None):
+                transformers.quantizers.AutoHfQuantizer.from_config(quantization).validate_environment()
+            model = auto_class.from_config(config, trust_remote_code=False)
+        return model, (processor or load_tokenizer)(source, path, model)
 
 
 def locate(source: str) -> str:
