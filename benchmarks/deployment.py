@@ -26,8 +26,8 @@ from pathlib import Path
 import flwr
 import tomli_w
 
+from fedlora.config.demos import DEMOS
 from fedlora.config.experiment import build
-from fedlora.config.reading import DEMO
 from fedlora.deploy import launch as deploy
 from fedlora.deploy.address import Address
 from fedlora.deploy.join import start_node
@@ -61,7 +61,9 @@ class Clock(NullProgress):
 
 def measured(home: Path, nodes: int, rounds: int, overrides: Sequence[str]) -> tuple[list[float], list[float], int]:
     """Seconds of each round but the first and the last, the work in each, and the bytes that one node was sent."""
-    what = build(DEMO, [*SMALL, f"clients.count={nodes}", f"rounds={rounds}", "deploy.wait=300", *overrides])
+    what = build(
+        DEMOS["classification"], [*SMALL, f"clients.count={nodes}", f"rounds={rounds}", "deploy.wait=300", *overrides]
+    )
     evaluated = what.evaluate.clients != "none"
     address, clock = Address("127.0.0.1", free_port()), Clock()
     deploy.prepare(what, home / "run")

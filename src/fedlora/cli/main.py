@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import chat, compare, deploy, describe, evaluating, predicting, runs, sweeps
+from fedlora.cli import chat, compare, demo, deploy, describe, evaluating, predicting, runs, sweeps
 from fedlora.cli.progress import interruptible, warn
 from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
@@ -32,7 +32,7 @@ def options(
 for command in (
     runs.run,
     runs.export,
-    runs.demo,
+    demo.demo,
     sweeps.sweep,
     compare.compare,
     evaluating.evaluate,

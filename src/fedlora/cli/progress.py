@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from fedlora.runs.result import Result
 
 
-def follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: Sequence[str] = ("run",)) -> None:
-    """Shows the progress of a run and its table at the end; if it stops, prints how `command` resumes it."""
+def follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], command: Sequence[str] = ("run",)) -> "Result":
+    """Shows the progress of a run and its table at the end; if it stops, prints how `command` resumes it.
+
+    Returns the result.
+    """
     from fedlora.report import terminal
 
     console = Console()
@@ -48,6 +51,7 @@ def follow(path: Path, rounds: int, go: Callable[["Progress"], "Result"], comman
         lines.append(f"PEFT adapters  {result.left_out}")
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
+    return result
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Commands for runs on this machine: run, export, demo."""
+"""Commands for runs on this machine: run and export."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,29 +10,17 @@ from fedlora.cli.progress import follow
 from fedlora.exporting.forms import Dtype, Form
 from fedlora.printable import printable
 
-if TYPE_CHECKING:
-    from fedlora.config.experiment import Experiment
-
 
 def run(file: OptionalFile = None, overrides: Overrides = None, out: Out = None, resume: Resume = None) -> None:
     """Run an experiment, or resume a run."""
     path, experiment = select_run(file, overrides, out, resume)
-    if resume is None:
-        _run(experiment, path)
-        return
     from fedlora.api import resume as resume_run
+    from fedlora.api import run as run_experiment
 
-    follow(path, experiment.rounds, lambda progress: resume_run(path, progress))
-
-
-def demo(overrides: Overrides = None, out: Out = None) -> None:
-    """Run the built-in example: ten clients fine-tune a MiniLM on the documentation of Python's standard library."""
-    from fedlora.config.experiment import build
-    from fedlora.config.reading import DEMO
-    from fedlora.runs.start import new_folder
-
-    experiment = build(DEMO, overrides or ())
-    _run(experiment, out or new_folder(experiment))
+    if resume is None:
+        follow(path, experiment.rounds, lambda progress: run_experiment(experiment, path, progress))
+    else:
+        follow(path, experiment.rounds, lambda progress: resume_run(path, progress))
 
 
 def export(
@@ -56,9 +44,3 @@ def export(
 
     for folder in write(run_dir, to, out, client, dtype).values():
         print(printable(str(folder)))
-
-
-def _run(experiment: "Experiment", path: Path) -> None:
-    from fedlora.api import run as run_experiment
-
-    follow(path, experiment.rounds, lambda progress: run_experiment(experiment, path, progress))

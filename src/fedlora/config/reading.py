@@ -1,4 +1,4 @@
-"""Unvalidated tables of settings: from TOML files, with overrides, and of the built-in experiment."""
+"""Unvalidated tables of settings: from TOML files, and with overrides."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -6,12 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import UserError
-
-DEMO: Mapping[str, Any] = {
-    "data": {"source": "stdlib-docs", "rows": 2500},
-    "train": {"lr": 3e-3, "max_length": 64, "precision": "auto"},
-}
-"""The table of the built-in experiment, which takes about three minutes on two cores."""
 
 SHORT_FORMS: Mapping[str, str] = {"data": "source", "task": "kind"}
 """Sections that may be one text instead of a table, and the setting that the text is: `task = "KIND"`."""

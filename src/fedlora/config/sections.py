@@ -30,10 +30,11 @@ class Data(Section):
     """The source of the examples, and the names of their columns. `data = "FILE"` sets only `data.source`."""
 
     source: str = "stdlib-docs"
-    """`stdlib-docs`, a hub data set (`name` or `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both
-    also with .gz, Parquet, or NumPy arrays (.npz). A file `labels.json` in the same folder, a list of names, gives the
-    names of numeric labels (docs/data.md). `none`: a server without examples, which needs `data.labels` if the task has
-    labels. `memory`: rows passed from Python (docs/python.md)."""
+    """`stdlib-docs` or `stdlib-signatures`, which every Python has (docs/data.md), a hub data set (`name` or
+    `name:subset`), or a local file: JSON Lines (.jsonl, .json), CSV, both also with .gz, Parquet, or NumPy arrays (.npz). A
+    file `labels.json` in the same folder, a list of names, gives the names of numeric labels (docs/data.md). `none`: a
+    server without examples, which needs `data.labels` if the task has labels. `memory`: rows passed from Python
+    (docs/python.md)."""
     test: str | None = None
     """The test set: a file, or the name of a split of the hub data set. If omitted, the split `test` of a hub data set that
     has one, else a random part of the examples.

@@ -1,4 +1,4 @@
-"""Raw tables: the standard library's docstrings, local files, and data sets on the hub."""
+"""Raw tables: data sets of the standard library, local files, and data sets on the hub."""
 
 import inspect
 import json
@@ -14,13 +14,14 @@ import datasets
 
 from fedlora.cache import cached
 from fedlora.config.hints import closest
-from fedlora.data import files, stdlib_docs
+from fedlora.data import files, stdlib_docs, stdlib_signatures, stdlib_sources
 from fedlora.data.labels import given_labels
 from fedlora.errors import UserError
 from fedlora.paths import looks_local
 from fedlora.printable import listed, quoted
 
 STDLIB_DOCS = "stdlib-docs"
+_BUILT_IN = {STDLIB_DOCS: stdlib_docs, "stdlib-signatures": stdlib_signatures}
 _SHOWN = 10  # columns in a message
 
 
@@ -47,9 +48,11 @@ def find(source: str, test: str | None, label: str | None) -> tuple[Table, Table
     Raises:
         UserError: no such file, data set or split, or not readable.
     """
-    if source != STDLIB_DOCS and not looks_local(source):
+    if source in _BUILT_IN:
+        return with_test_file(_built_in(source), test)
+    if not looks_local(source):
         return _hub(source, test, label)
-    return with_test_file(_stdlib_docs() if source == STDLIB_DOCS else of_file(source, "data.source"), test)
+    return with_test_file(of_file(source, "data.source"), test)
 
 
 def choices(word: str, allowed: Iterable[str]) -> str:
@@ -60,10 +63,12 @@ def choices(word: str, allowed: Iterable[str]) -> str:
     return f"{hint} available: {listed(list(map(quoted, names)), _SHOWN)}"
 
 
-def _stdlib_docs() -> Table:
-    key = [sys.version, sysconfig.get_paths()["stdlib"], inspect.getsource(stdlib_docs)]
-    rows = json.loads(cached("stdlib-docs", key, lambda: json.dumps(stdlib_docs.examples()).encode()))
-    return Table(f"data.source = {STDLIB_DOCS!r}", ["text", "label", "user"], lambda name: [row[name] for row in rows])
+def _built_in(source: str) -> Table:
+    module = _BUILT_IN[source]
+    code = [inspect.getsource(one) for one in (stdlib_sources, module)]
+    key = [sys.version, sysconfig.get_paths()["stdlib"], *code]
+    rows = json.loads(cached(source, key, lambda: json.dumps(module.examples()).encode()))
+    return Table(f"data.source = {source!r}", list(rows[0]) if rows else [], lambda name: [row[name] for row in rows])
 
 
 def of_file(name: str, key: str) -> Table:

