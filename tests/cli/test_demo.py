@@ -29,7 +29,7 @@ def test_the_generation_demo_shows_answers_before_and_after_and_the_next_command
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, errors = command("demo", "generation", "--out", tmp_path / "run of mine", *tiny)
     assert (code, errors) == (0, "")
-    assert "4 clients teach" in printed and "each of 6 test functions" in printed
+    assert "4 clients teach" in printed and "each of 6 test functions" in " ".join(printed.split())
     assert printed.partition("test examples")[2].count("reference") == 4
     assert re.search(r"ROUGE-L +\d+\.\d +\d+\.\d +[+-]\d+\.\d +[+-]\d", printed)
     run = shlex.quote(str(tmp_path / "run of mine"))

@@ -39,7 +39,7 @@ def demo(
     experiment = build(DEMOS[name], overrides or ())
     locate(experiment.model)  # the package may be missing, and reading the data takes seconds
     if name == "generation":
-        print(_introduction(experiment))
+        Console().print(Text(_introduction(experiment)))
     path = out or new_folder(experiment)
     result = follow(path, experiment.rounds, lambda progress: run(experiment, path, progress))
     if name == "generation":
@@ -48,13 +48,14 @@ def demo(
 
 def _introduction(experiment: "Experiment") -> str:
     clients, count = experiment.clients.count, experiment.evaluate.generate
+    model = printable(Path(experiment.model).name.removesuffix(".gguf"))
+    teach = f"teach {model}, a language model, to write the first sentence of a function's documentation"
+    has = "Each has the functions of one chapter of Python's library reference, and sends the server only LoRA factors."
     return f"""\
-{clients} clients teach SmolLM2-135M-Instruct, a language model, to write the first sentence of
-a function's documentation from its signature. Each client has the functions of
-one chapter of Python's library reference, and sends the server only LoRA factors.
+{clients} clients {teach} from its signature. {has}
 
-1. The model writes a sentence about each of {count} test functions, as it is.
-2. In {experiment.rounds} rounds, each client trains the adapter, and the server averages.
+1. The model writes a sentence about each of {count} test functions, before training.
+2. In {experiment.rounds} rounds, each client trains the adapter, and the server averages the adapters.
 3. The model writes about the test functions again.
 """
 
@@ -69,7 +70,7 @@ def _show(result: "Result") -> None:
     run = shlex.quote(str(result.folder))
     lines = [
         f"fedlora chat {run}    # type a signature; /base switches to the model before training",
-        f"fedlora export {run} model --to gguf-merged    # model/model.gguf, for llama.cpp",
+        f"fedlora export {run} model --to gguf-merged --dtype bf16    # model/model.gguf, for llama.cpp",
     ]
     if shutil.which("fedlora") is None and (activate := Path(sys.prefix, "bin", "activate")).is_file():
         lines.insert(0, f". {shlex.quote(str(activate))}    # puts fedlora on the path")

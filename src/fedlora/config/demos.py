@@ -26,7 +26,7 @@ DEMOS: Mapping[Demo, Mapping[str, Any]] = {
             "lr": 3e-3,
             "batch_size": 4,
             "max_steps": 4,
-            "clients_per_step": 4,
+            "clients_per_step": 1,
             "max_length": 96,
             "precision": "auto",
         },
