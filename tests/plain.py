@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapter import Adapter, pack
 from fedlora.linalg.lowrank import LowRank
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
 from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.table import Factors
@@ -35,6 +36,12 @@ def dense(part: Factors) -> Tensor:
         return part.b @ part.c @ part.a
     assert isinstance(part, LowRank)
     return part.b @ part.a
+
+
+def changed(part: Dora, weight: Tensor) -> Tensor:
+    """diag(m / n) (weight + b a), with n the norms of the rows of the sum, without a gradient."""
+    total = weight + part.b @ part.a
+    return (part.m / torch.linalg.norm(total, dim=1).detach())[:, None] * total
 
 
 def pass_by_pass(part: Experts, x: Tensor, dropped: Tensor) -> Tensor:
@@ -69,12 +76,17 @@ class PlainModel:
     ) -> Tensor:
         """Of the weights plus all that was added, plus the products of the adapter and of what acts beside it; of the
         adapter's head. A mixture of experts is added to what its module gives. Differentiable."""
-        products = [(n, dense(part)) for n, part in adapter.items() if not isinstance(part, Dense | Experts)]
+        products = [(n, dense(part)) for n, part in adapter.items() if not isinstance(part, Dense | Experts | Dora)]
         products += [(name, dense(part)) for name, part in (frozen_extra or {}).items()]
         weights: dict[str, Tensor] = {name: part.w for name, part in adapter.items() if isinstance(part, Dense)}
         for name, update in [*self.added.items(), *products]:
             module, key = self.model.get_submodule(name), f"{name}.weight"
             weights[key] = weights.get(key, module.weight) + (update.mT if isinstance(module, Conv1D) else update)
+        for name, part in adapter.items():
+            if isinstance(part, Dora):
+                module = self.model.get_submodule(name)
+                assert not isinstance(module, Conv1D) and f"{name}.weight" not in weights
+                weights[f"{name}.weight"] = changed(part, module.weight)
         hooks = [
             self.model.get_submodule(name).register_forward_hook(_plus(part))
             for name, part in adapter.items()

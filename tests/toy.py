@@ -1,7 +1,7 @@
 """A problem small enough to reason about: least squares on non-square modules, and a trainer without a transformer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -15,8 +15,10 @@ from fedlora.messages import ClientInfo, Fit, FitRequest, Gradient, LabelledFeat
 from fedlora.method import AnyMethod
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.head import with_head
+from fedlora.methods.wrap.magnitudes import Magnitudes
 from fedlora.models.requests import check_request, check_update
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
 from fedlora.parts.experts import Experts
 from fedlora.parts.table import Factors
 from fedlora.randomness import generator
@@ -75,7 +77,7 @@ class ToyTrainer:
 
     def weights(self, adapter: Adapter) -> dict[str, Tensor]:
         """What the model computes with: each module's base updates and product, and the head."""
-        return {name: x + self.base.get(name, 0) for name, x in products(adapter).items()}
+        return {name: x + self.base.get(name, 0) for name, x in products(adapter, self.spec).items()}
 
     def merge_into_base(self, change: Mapping[str, LowRank]) -> None:
         """Adds to the base for good."""
@@ -101,7 +103,7 @@ class ToyTrainer:
         steps = request.steps or self.steps * (request.epochs or 1)
         for _ in range(steps):
             live = {name: _times(kinds[name](**tensors), scales.get(name, 1.0)) for name, tensors in parts.items()}
-            weights = {name: _matrix(part) + fixed[name] for name, part in live.items()}
+            weights = {name: _matrix(part, self.spec, name) + fixed[name] for name, part in live.items()}
             loss = self._distance(weights, target)
             for penalty in request.penalties:
                 loss = loss + penalty(pack(live))
@@ -121,7 +123,7 @@ class ToyTrainer:
         parts = {name: _leaves(part, request.train) for name, part in request.start.items()}
         trained = [(name, key) for name, tensors in parts.items() for key in tensors if key in request.train]
         kinds = {name: type(part) for name, part in request.start.items()}
-        weights = {n: _matrix(kinds[n](**tensors)) + self.base.get(n, 0) for n, tensors in parts.items()}
+        weights = {n: _matrix(kinds[n](**x), self.spec, n) + self.base.get(n, 0) for n, x in parts.items()}
         found = torch.autograd.grad(
             self._distance(weights, self.target(client.id)), [parts[name][key] for name, key in trained]
         )
@@ -243,9 +245,25 @@ def toy_clients(count: int = 4, rank: int | Sequence[int] = 3) -> list[ClientInf
     return [ClientInfo(str(i), ranks[i], 10 + 7 * i) for i in range(count)]
 
 
+class DoraRow(Row):
+    """A row whose method has DoRA's magnitudes; what it sends is that of LoRA's row, and the magnitudes with b."""
+
+    @staticmethod
+    def of(row: Row) -> "DoraRow":
+        """The row with `lora.dora`."""
+        shared = row.magnitudes == "averaged"
+        up = tuple(f"{floats} + out" if shared and "out" in floats else floats for floats in row.up)
+        down = tuple(f"{floats} + out" if shared else floats for floats in row.down)
+        alpha = {"test_alpha_only_scales_the_updates": "magnitudes are trained as they are, whatever alpha is"}
+        values = {field.name: getattr(row, field.name) for field in fields(row)}
+        own = {"name": f"{row.name} with dora", "up": up, "down": down, "known_failures": {**row.known_failures, **alpha}}
+        return DoraRow(**{**values, **own})
+
+
 def toy_method(row: Row, rank: int = 3, **settings: Any) -> AnyMethod:
     """A row's method of that rank, with its own head rule."""
-    return with_head(row.make(**row.fixed_settings, rank=rank, **settings), row.head)
+    method = row.make(**row.fixed_settings, rank=rank, **settings)
+    return with_head(Magnitudes(method, row.magnitudes) if isinstance(row, DoraRow) else method, row.head)
 
 
 def toy_metrics(statistics: Statistics) -> dict[str, float]:
@@ -286,13 +304,16 @@ def sum_of(terms: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum()
 
 
-def products(adapter: Adapter) -> dict[str, Tensor]:
+def products(adapter: Adapter, spec: AdapterSpec = SPEC) -> dict[str, Tensor]:
     """The dense matrix of each module and the head as it is: what may be compared."""
-    return {name: _matrix(part) for name, part in adapter.items()}
+    return {name: _matrix(part, spec, name) for name, part in adapter.items()}
 
 
-def _matrix(part: Factors) -> Tensor:
-    """What the part makes of each unit vector: that is its matrix, if it has one."""
+def _matrix(part: Factors, spec: AdapterSpec, name: str) -> Tensor:
+    """What the part makes of each unit vector: that is its matrix, if it has one; of DoRA's, the change of the weight."""
+    if isinstance(part, Dora):
+        weight = spec.weight(name).to(part.a.dtype)
+        return part.changed(weight) - weight
     if isinstance(part, Experts):
         shares = part.weights(torch.eye(part.a.shape[1], dtype=part.a.dtype)).repeat_interleave(part.rank, -1)
         pair = part.concat_factors()

@@ -45,6 +45,7 @@ class AdapterSpec:
     `embeddings` are the modules whose input is a token id, with the size of the vocabulary as in. `init` is the
     initialization of `lora_init`.
     `features` is the width of the last layer, `classes` the number of labels. `scaling` determines `scale`.
+    `magnitudes` are DoRA's initial magnitudes, the norms of the rows of each module's weight [out]; empty without DoRA.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -57,6 +58,7 @@ class AdapterSpec:
     scaling: Scaling = Scaling()
     embeddings: frozenset[str] = frozenset()
     init: Init = "uniform"
+    magnitudes: Tensors = field(default_factory=dict)
 
     def rank(self, module: str, rank: int) -> int:
         """Rank of `module` for a client of rank `rank`."""

@@ -125,6 +125,7 @@ def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: I
         experiment.lora.alpha_pattern,
         experiment.lora.layers,
         experiment.lora.init,
+        experiment.lora.dora,
     )
     if experiment.lora.init == "pissa":  # minus the initial update, so that training starts from the pretrained model
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)

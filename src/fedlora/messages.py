@@ -211,10 +211,10 @@ class Fit:
     """Request for local training from `start`; the answer is a `Trained`.
 
     `train` names the trained factors (`b`, `a`, `c` of ThreeFactor and Heads, `s` of Heads, `g` of Experts, `a` of Tied,
-    `delta` of WeightChange, `w` of Dense); the others are frozen. `steps` is a number of batches, `epochs` one of passes
-    over the examples; if both are None, the run's setting applies. `frozen_extra` are frozen factors that act in addition
-    to `start`. `role` is the purpose: "upload", "probe" (the result only informs the client's choices) or "personal" (it
-    stays on the client).
+    `delta` of WeightChange, `m` of Dora, `w` of Dense); the others are frozen. `steps` is a number of batches, `epochs` one
+    of passes over the examples; if both are None, the run's setting applies. `frozen_extra` are frozen factors that act in
+    addition to `start`. `role` is the purpose: "upload", "probe" (the result only informs the client's choices) or
+    "personal" (it stays on the client).
 
     `penalties` are added to the loss of each step; their argument has all current tensors of the adapter, including the
     head, named as by `pack`. They must be picklable, since they may be evaluated in another process: module-level

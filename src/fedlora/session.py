@@ -27,6 +27,7 @@ from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
 from fedlora.methods.wrap.head import with_head
+from fedlora.methods.wrap.magnitudes import Magnitudes, with_magnitudes
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpointing import checkpointed_blocks
 from fedlora.models.gguf import gguf_arguments
@@ -89,7 +90,9 @@ class Session:
         if settings.batches == "auto":
             settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
             experiment = experiment.model_copy(update={"train": settings})
-        start = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
+        start: Adapter = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
+        if experiment.lora.dora:
+            start = with_magnitudes(start, adapted.spec.magnitudes)
         kept = bytes_per_token(adapted, task, data.examples, start)
         trainer = LocalTrainer(
             adapted,
@@ -226,8 +229,12 @@ class Session:
 
 
 def method_of(experiment: Experiment) -> AnyMethod:
-    """The experiment's method, with its head and its wrappers."""
-    method = with_head(experiment.method.make(), experiment.method.head or experiment.method.row.head)
+    """The experiment's method, with its magnitudes, its head and its wrappers."""
+    method, row = experiment.method.make(), experiment.method.row
+    if experiment.lora.dora:
+        assert row.magnitudes is not None, "an experiment with DoRA has a method that supports it"
+        method = Magnitudes(method, row.magnitudes)
+    method = with_head(method, experiment.method.head or row.head)
     for wrapper in experiment.wrap:
         method = wrapper.around(method)
     return method

@@ -25,7 +25,7 @@ from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed, template_upload
 
 from merging import known_of, merge
-from toy import MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
+from toy import DoraRow, MemoryStates, Quiet, Recorder, ToyTrainer, products, toy_clients, toy_method, toy_plan
 
 
 def brief(row: Row) -> Row:
@@ -39,12 +39,15 @@ def brief(row: Row) -> Row:
     )
 
 
+ROWS = {**TABLE, **{dora.name: dora for row in TABLE.values() if row.magnitudes for dora in [DoraRow.of(row)]}}
+"""The rows, and with DoRA those that support it."""
 CASES = {name: (brief(row), (3,)) for name, row in TABLE.items()}
-MIXED = {f"{name}, mixed ranks": (brief(row), (2, 3, 1)) for name, row in TABLE.items() if row.mixed_ranks}
+DORA = {name: (brief(row), (3,)) for name, row in ROWS.items() if name not in TABLE}
+MIXED = {f"{name}, mixed ranks": (brief(row), (2, 3, 1)) for name, row in ROWS.items() if row.mixed_ranks}
 every_row = pytest.mark.parametrize(
     ("row", "ranks"),
     [pytest.param(*case, id=name) for name, case in CASES.items()]
-    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MIXED.items()],
+    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in {**DORA, **MIXED}.items()],
 )
 mixed_rows = pytest.mark.parametrize(("row", "ranks"), MIXED.values(), ids=MIXED)
 MEANS = {name: case for name, case in CASES.items() if toy_method(case[0]).collects_mean}
@@ -302,7 +305,7 @@ def test_it_learns(row, ranks):
 def test_a_frozen_head_never_travels_and_never_changes(row, ranks):
     game = run_rounds(replace(row, head="frozen"), people(ranks), rounds=PERIOD)
     for view in game.views.values():
-        assert all(torch.equal(products(view)[name], x) for name, x in SPEC.head.items())
+        assert all(torch.equal(products(view, SPEC)[name], x) for name, x in SPEC.head.items())
     assert not any(name.startswith("head/") for upload in game.backend.uploads for name in upload.values)
 
 
@@ -311,16 +314,18 @@ def test_an_averaged_head_is_the_weighted_mean_of_the_trained_heads(row, ranks):
     clients = people(ranks)
     game = run_rounds(replace(row, head="averaged"), clients, rounds=1)
     total = sum(client.examples for client in clients)
-    heads = [(client.examples / total, products(game.trainer.last[client.id])) for client in clients]
+    heads = [(client.examples / total, products(game.trainer.last[client.id], SPEC)) for client in clients]
     mean = {name: sum(weight * head[name] for weight, head in heads) for name in SPEC.head}
-    assert_close({name: products(game.views["0"])[name] for name in SPEC.head}, mean)
+    assert_close({name: products(game.views["0"], SPEC)[name] for name in SPEC.head}, mean)
 
 
 @every_row
 def test_a_local_head_stays_on_its_client(row, ranks):
     game = run_rounds(replace(row, head="local"), people(ranks), rounds=PERIOD)
     for client, view in game.views.items():
-        assert all(torch.equal(products(view)[name], products(game.trainer.last[client])[name]) for name in SPEC.head)
+        assert all(
+            torch.equal(products(view, SPEC)[name], products(game.trainer.last[client], SPEC)[name]) for name in SPEC.head
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- the players
@@ -333,6 +338,7 @@ SPEC = AdapterSpec(
     features=6,
     classes=3,
 )
+SPEC = replace(SPEC, magnitudes={name: SPEC.weight(name).norm(dim=1) for name in SPEC.modules})
 """Two modules of one shape, one of them of a fixed rank: the first client's where ranks are mixed. The third one's fixed
 rank is above all clients'."""
 
@@ -467,7 +473,8 @@ def toy(**settings: Any) -> ToyTrainer:
 
 def in_unit(unit: float) -> AdapterSpec:
     """The laws' modules with an alpha, and with pretrained weights, in this unit."""
-    return replace(SPEC, scaling=Scaling(3 * unit), weight=lambda name: unit * SPEC.weight(name))
+    magnitudes = {name: unit * x for name, x in SPEC.magnitudes.items()}
+    return replace(SPEC, scaling=Scaling(3 * unit), weight=lambda name: unit * SPEC.weight(name), magnitudes=magnitudes)
 
 
 def people(ranks: Sequence[int], count: int = 3) -> list[ClientInfo]:
@@ -478,13 +485,13 @@ def people(ranks: Sequence[int], count: int = 3) -> list[ClientInfo]:
 @cache
 def whole_game(name: str, ranks: tuple[int, ...]) -> Game:
     """The rounds of a row that several laws look at and none changes."""
-    return run_rounds(brief(TABLE[name]), people(ranks))
+    return run_rounds(brief(ROWS[name]), people(ranks))
 
 
 @cache
 def a_round_of_replies(name: str, ranks: tuple[int, ...]) -> tuple[Any, Any, list[Reply]]:
     """Those of the row as it is, which several laws look at and none changes."""
-    return round_of_replies(brief(TABLE[name]), ranks)[:3]
+    return round_of_replies(brief(ROWS[name]), ranks)[:3]
 
 
 def round_of_replies(row: Row, ranks: Sequence[int]) -> tuple[Any, Any, list[Reply], MemoryStates]:
@@ -501,7 +508,7 @@ def change(method: Any, merged: Merged[Any], client: ClientInfo, state: Any = No
     state = method.init_client(SPEC, client, 0) if state is None else state
     view = method.view(state, method.send(merged.server, client, Round(PERIOD + 1, 0)), client)
     merged_updates = {name: part.product() for name, part in (merged.base_update or {}).items()}
-    return {name: x + merged_updates.get(name, 0) for name, x in products(view).items()}
+    return {name: x + merged_updates.get(name, 0) for name, x in products(view, SPEC).items()}
 
 
 def unchanged(trainer: Any, client: ClientInfo, request: Any) -> Any:

@@ -36,9 +36,9 @@ from fedlora.train.features import try_packing
 from fedlora.train.local import LocalTrainer
 
 from plain import PlainModel
-from test_laws import CASES, MIXED, every_row
+from test_laws import CASES, DORA, MIXED, every_row
 from tiny import LABELS, tiny_bert, tiny_rows
-from toy import MemoryStates, Quiet, toy_method, toy_plan
+from toy import DoraRow, MemoryStates, Quiet, toy_method, toy_plan
 
 TASK = Classification()
 ALPHA = 5.0  # of no client's rank
@@ -186,7 +186,15 @@ def game_of(row: Row, ranks: Sequence[int], loaded: Loaded) -> Game:
     """Some rounds with clients of these ranks in turn, in fp64; one module has a rank of its own."""
     model, head = copy.deepcopy(loaded.model), loaded.head
     head += norm_modules(model, head) if row.norms else ()
-    adapted = AdaptedModel(model, Scaling(ALPHA), TARGETS, rank_pattern={"output.dense": 2}, head=head, classes=len(LABELS))
+    adapted = AdaptedModel(
+        model,
+        Scaling(ALPHA),
+        TARGETS,
+        rank_pattern={"output.dense": 2},
+        head=head,
+        classes=len(LABELS),
+        dora=isinstance(row, DoraRow),
+    )
     adapted.spec = replace(adapted.spec, dtype=torch.float64)
     try_packing(adapted, TASK, loaded.tokenizer, 64)
     clients = [ClientInfo(str(i), ranks[i % len(ranks)], size) for i, size in enumerate(SIZES)]
@@ -285,13 +293,13 @@ def test_exported_weights_give_the_logits_of_the_view(row, ranks, games, tmp_pat
 @pytest.mark.slow
 def test_the_rows_together_ask_for_all_that_can_be_asked(games):
     """So that the laws above are about all of it."""
-    played = [games(row, ranks) for row, ranks in [*CASES.values(), *MIXED.values()]]
+    played = [games(row, ranks) for row, ranks in [*CASES.values(), *DORA.values(), *MIXED.values()]]
     fits = [request for game in played for request, _ in game.trainer.fits]
     for name in ("epochs", "frozen_extra", "penalties", "mask", "rates"):
         assert any(getattr(request, name) for request in fits), name
     assert any(not moves.all() for request in fits for moves in (request.mask or {}).values())
     kinds = {type(part) for request in fits for part in request.start.values()}
     assert kinds == set(get_args(Factors))
-    assert {factor for request in fits for factor in request.train} == {*"abcgsw", "delta"}
+    assert {factor for request in fits for factor in request.train} == {*"abcgmsw", "delta"}
     assert any(game.trainer.gradients for game in played) and any(game.states.base_updates for game in played)
     assert any(one.what.endswith("features") for game in played for one in game.trainer.checked)

@@ -145,6 +145,14 @@ def test_over_the_wire_a_run_is_bit_for_bit_the_simulated_one(home, tmp_path, me
     assert_same_runs(tmp_path / "simulated", tmp_path / "served")
 
 
+@pytest.mark.parametrize("method", fast(["rolora", "fedsa-lora"], "rolora"))
+def test_over_the_wire_a_run_with_dora_is_bit_for_bit_the_simulated_one(home, tmp_path, method):
+    what = experiment(home, method, "lora.dora=true", "rounds=2")
+    run(what, tmp_path / "simulated")
+    serve(what, tmp_path / "served", Hand(make_nodes(what, tmp_path)))
+    assert_same_runs(tmp_path / "simulated", tmp_path / "served")
+
+
 def test_over_the_wire_a_run_stops_where_the_simulated_one_does(home, tmp_path):
     what = experiment(home, "fedit", "evaluate.stop_after=1", "train.lr=0.1", "rounds=5", "clients.held_out=0.3")
     run(what, tmp_path / "simulated")

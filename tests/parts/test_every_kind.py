@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from kinds import drawn, examples
+from kinds import drawn, examples, update
 from torch.testing import assert_close
 
 from fedlora.parts.table import Part, as_trained, stacked
@@ -34,9 +34,10 @@ def test_clients_of_unequal_ranks_together_compute_what_each_computes_alone(kind
         parts = [parts[0], parts[0]]
     trained = [as_trained(part, scale) for part, scale in zip(parts, SCALES, strict=True)]
     x, dropped, scale = drawn(2, 4, size[1]), drawn(2, 4, size[1], seed=1), torch.tensor(SCALES).double()[:, None, None]
-    together = stacked(trained).apply(x, dropped, scale)
+    together = update(stacked(trained), x, dropped, scale, size)
     for i, part in enumerate(trained):
-        assert_close(together[i], stacked([part]).apply(x[i : i + 1], dropped[i : i + 1], scale[i : i + 1])[0])
+        own = slice(i, i + 1)
+        assert_close(together[i], update(stacked([part]), x[own], dropped[own], scale[own], size)[0])
 
 
 @every_kind
@@ -44,7 +45,8 @@ def test_clients_of_unequal_ranks_together_compute_what_each_computes_alone(kind
 def test_factors_as_trained_compute_the_matrix_whatever_the_scale(kind, size):
     part = examples(*size, rank=2)[kind]
     x = drawn(1, 4, size[1])
-    each = [stacked([as_trained(part, scale)]).apply(x, x, torch.full((1, 1, 1), scale).double()) for scale in SCALES]
+    scales = [torch.full((1, 1, 1), scale).double() for scale in SCALES]
+    each = [update(stacked([as_trained(part, float(scale))]), x, x, scale, size) for scale in scales]
     assert_close(each[0], each[1])
     if (product := part.product()) is not None:
         assert_close(each[0], x @ product.mT)
@@ -56,4 +58,4 @@ def test_token_ids_stand_for_rows_of_the_identity(kind, size):
     parts = [as_trained(examples(*size, rank=2)[kind], scale) for scale in SCALES]
     ids = torch.tensor([[0, 3, 4, 3], [2, 2, 1, 0]])
     rows, scale = torch.eye(size[1]).double()[ids], torch.tensor(SCALES).double()[:, None, None]
-    assert_close(stacked(parts).apply(ids, ids, scale), stacked(parts).apply(rows, rows, scale))
+    assert_close(update(stacked(parts), ids, ids, scale, size), update(stacked(parts), rows, rows, scale, size))

@@ -16,6 +16,7 @@ from fedlora.lifecycle import begin, rounds
 from fedlora.linalg.lowrank import LowRank
 from fedlora.methods.table import TABLE
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
 from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.table import Part
@@ -37,8 +38,9 @@ PARTS = {
     "fedlease": Experts,
     "full-ft": WeightChange,
     "florg": Tied,
+    "rolora": Dora,
 }
-"""A method for each kind of part."""
+"""A method for each kind of part; the one with `Dora` has `lora.dora`."""
 FACTORS = {
     "task": tuple(tasks()),
     "method": tuple(PARTS),
@@ -112,6 +114,7 @@ def experiment(settings, method, wrapper, **train):
             "rounds": 2 if method == "fedlease" else 1,  # experts exist after the first
             "clients": {"count": 3, "partition": "iid", **ranks},
             "method": {"name": method, "rank": 4, "head": head, "norms": wrapper == "norms"},
+            "lora": {**settings.get("lora", {}), "dora": PARTS[method] is Dora},
             "wrap": [{"name": "fedprox", "mu": 0.1}] if wrapper == "fedprox" else [],
             "train": {"optimizer": "sgd", "lr": 0.1, "batch_size": 4, "batches": "random", "device": "cpu", **train},
             "evaluate": {"before": False},

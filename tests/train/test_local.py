@@ -24,6 +24,8 @@ from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.dropout import ClientDropout
 from fedlora.models.requests import check_request
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
+from fedlora.parts.table import Factors
 from fedlora.randomness import generator
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
@@ -65,8 +67,8 @@ def setup(tmp_path_factory) -> Setup:
 
 def in_peft(setup: Setup, train: str) -> nn.Module:
     """PEFT's model with the factors of `setup.start`, of which those in `train` are trainable."""
-    save = ["classifier"] if "w" in train else None
-    config = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.1, modules_to_save=save)
+    save, dora = ["classifier"] if "w" in train else None, any(isinstance(part, Dora) for part in setup.start.values())
+    config = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.1, modules_to_save=save, use_dora=dora)
     twin = peft.get_peft_model(copy.deepcopy(setup.model), config)
     for name, layer in twin.named_modules():
         if isinstance(layer, peft.tuners.lora.Linear):
@@ -75,6 +77,9 @@ def in_peft(setup: Setup, train: str) -> nn.Module:
             layer.lora_B["default"].weight.data.copy_(part.b / (16 / 4))
             layer.lora_A.requires_grad_("a" in train)
             layer.lora_B.requires_grad_("b" in train)
+            if isinstance(part, Dora):
+                layer.lora_magnitude_vector["default"].weight.data.copy_(part.m)
+                layer.lora_magnitude_vector.requires_grad_("m" in train)
     return twin
 
 
@@ -136,14 +141,15 @@ def plain_loop(setup: Setup, train: str, settings: Train, criterion: nn.Module |
 
 def out_of_peft(twin: nn.Module, names: Adapter) -> Adapter:
     found = peft.get_peft_model_state_dict(twin) | dict(twin.base_model.model.named_parameters())
-    return {
-        name: LowRank(
-            found[f"base_model.model.{name}.lora_B.weight"] * (16 / 4), found[f"base_model.model.{name}.lora_A.weight"]
-        )
-        if isinstance(part, LowRank)
-        else Dense(found[f"base_model.model.{name}" if f"base_model.model.{name}" in found else name])
-        for name, part in names.items()
-    }
+    adapter: dict[str, Factors] = {}
+    for name, part in names.items():
+        inside = f"base_model.model.{name}"
+        if isinstance(part, Dense):
+            adapter[name] = Dense(found[inside if inside in found else name])
+            continue
+        b, a = found[f"{inside}.lora_B.weight"] * (16 / 4), found[f"{inside}.lora_A.weight"]
+        adapter[name] = Dora(b, a, found[f"{inside}.lora_magnitude_vector"]) if isinstance(part, Dora) else LowRank(b, a)
+    return adapter
 
 
 def answered(setup: Setup, request: Fit, settings: Train, seed: int = SEED) -> Trained:
@@ -185,6 +191,27 @@ def test_one_client_trains_as_a_plain_loop_around_peft_does(setup, train, settin
     factors = {
         key.rpartition(".")[2] for key, x in pack(ours.adapter).items() if not torch.equal(x, pack(setup.start)[key])
     }
+    assert factors == set(train)
+
+
+@pytest.mark.parametrize(
+    ("train", "settings"),
+    [
+        ("bamw", Train(lr=1e-2, weight_decay=0.1, epochs=2)),
+        ("bm", Train(optimizer="sgd", lr=0.1, clip_norm=0.05)),
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_one_client_trains_dora_as_a_plain_loop_around_peft_does(setup, train, settings):
+    """With weight decay also of the magnitudes, as Trainer has it, and with dropout."""
+    adapted = AdaptedModel(copy.deepcopy(setup.model), Scaling(16.0), dropout=0.1, head=["classifier"], dora=True)
+    norms = adapted.spec.magnitudes
+    start = {n: Dora(p.b, p.a, norms[n] * 1.1) if isinstance(p, LowRank) else p for n, p in setup.start.items()}
+    setup = replace(setup, adapted=adapted, start=start)
+    ours, plain = trained(setup, train, settings), plain_loop(setup, train, settings)
+    assert_close(ours.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    assert_close(pack(ours.adapter), pack(plain.adapter), rtol=1e-5, atol=1e-5)
+    factors = {key.rpartition(".")[2] for key, x in pack(ours.adapter).items() if not torch.equal(x, pack(start)[key])}
     assert factors == set(train)
 
 

@@ -79,6 +79,16 @@ class Experiment(Section):
             raise ValueError(f"train.weight_decay = {self.train.weight_decay:g}: {self.method.name} needs 0: {reason}")
         if rejected := self.method.row.rejects_init(self.lora.init):
             raise ValueError(f"lora.init = {self.lora.init!r} is not supported by {self.method.name}: {rejected}")
+        if self.lora.dora and self.method.row.magnitudes is None:
+            with_dora = ", ".join(sorted(name for name, row in TABLE.items() if row.magnitudes is not None))
+            raise ValueError(
+                f"lora.dora is not supported by {self.method.name}, which is defined for weights W + b a, or for other "
+                f"factors; methods that support it: {with_dora}"
+            )
+        if self.lora.dora and self.lora.init == "pissa":
+            raise ValueError(
+                "lora.dora needs lora.init = 'uniform' or 'gaussian': the magnitudes start from unchanged weights"
+            )
         if self.quantize is not None and self.method.whole_model:
             raise ValueError(f"quantize = {self.quantize!r}: not supported by method.scope = 'all'")
         if self.task.class_weights and self.train.reduction == "example":

@@ -6,12 +6,18 @@ from fedlora.adapter import Adapter
 from fedlora.exporting.write import two_factors, unfit_for_peft
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
+from fedlora.parts.dora import Dora
 
 
 def unfit_for_one_rank(adapter: Adapter, adapted: AdaptedModel) -> str | None:
     """Reason why factors of one rank, and nothing besides, cannot represent the adapter; None if they can."""
     if reason := unfit_for_peft(adapter, adapted):
         return reason
+    if any(isinstance(part, Dora) for part in adapter.values()):
+        return (
+            "the adapter has DoRA's magnitudes, which vLLM, LoRAX and llama.cpp do not support; export a merged model "
+            "(merged, gguf-merged)"
+        )
     if own := [name for name, part in adapter.items() if part.in_head]:
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         return f"{own[0]}{more} are not LoRA factors, and servers of adapters load nothing else; export a merged model"

@@ -15,12 +15,13 @@ from fedlora.adapter import Scaling
 from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
 from fedlora.parts.table import Factors
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
+_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B)|magnitude_vector)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class PeftFolder:
             "targets": targets,
             "alpha": float(self.config["lora_alpha"]),
             "rslora": bool(self.config.get("use_rslora")),
+            "dora": bool(self.config.get("use_dora")),
         }
 
     @classmethod
@@ -53,7 +55,7 @@ class PeftFolder:
         """Reads the folder; the scale of PEFT's factors becomes part of b.
 
         Raises:
-            UserError: a file is missing or damaged, or the adapter is not a plain LoRA of linear modules and embeddings.
+            UserError: a file is missing or damaged, or the adapter is not a LoRA or DoRA of linear modules and embeddings.
         """
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -71,7 +73,8 @@ class PeftFolder:
             )
         adapter: dict[str, Factors] = {name: Dense(x) for name, x in tensors.items() if name not in factors}
         for name in dict.fromkeys(match[1] for match in factors.values()):
-            adapter[name] = _scaled(folder, config, name, tensors)
+            part, m = _scaled(folder, config, name, tensors), tensors.get(f"{name}.lora_magnitude_vector")
+            adapter[name] = part if m is None else Dora(part.b, part.a, m)
         return cls(adapter, config)
 
 

@@ -15,8 +15,9 @@ from fedlora.errors import UserError
 from fedlora.exporting.forms import Dtype
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.base_weights import add_to_weight
+from fedlora.models.base_weights import add_to_weight, dense_weight, set_weight
 from fedlora.models.targets import shared_weights, within
+from fedlora.parts.dora import Dora
 from fedlora.parts.table import Part
 
 DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +25,7 @@ DTYPES: Mapping[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bflo
 
 def unfit(adapter: Adapter) -> str | None:
     """Reason why PEFT and transformers cannot represent the adapter; None if they can."""
-    if any(not part.in_head and part.as_two_factors() is None for part in adapter.values()):
+    if any(not (part.in_head or isinstance(part, Dora)) and part.as_two_factors() is None for part in adapter.values()):
         return "input-dependent mixtures of experts cannot be represented as a PEFT adapter or a merged weight"
     return None
 
@@ -44,7 +45,7 @@ def _untie(model: Any, name: str) -> None:
 
 
 def two_factors(part: Part) -> LowRank:
-    """The part's matrix as two factors; the part must not be `unfit`."""
+    """The part's matrix as two factors; the part must not be `unfit`, nor DoRA's."""
     found = part.as_two_factors()
     assert found is not None
     return found
@@ -69,9 +70,15 @@ def to_peft(
 
     scaling = adapted.spec.scaling
     assert scaling.alpha is not None, "the scale must be one that PEFT can compute"
-    factors = {name: two_factors(part) for name, part in adapter.items() if not part.in_head}
+    factors = {
+        name: part.without_magnitudes() if isinstance(part, Dora) else two_factors(part)
+        for name, part in adapter.items()
+        if not part.in_head
+    }
     common = Counter(part.rank for part in factors.values()).most_common(1)[0][0]
     tensors = {name: part.w for name, part in adapter.items() if part.in_head}
+    magnitudes = {name: part.m for name, part in adapter.items() if isinstance(part, Dora)}
+    tensors |= {f"{name}.lora_magnitude_vector": m for name, m in magnitudes.items()}
     for name, part in factors.items():
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
@@ -87,6 +94,7 @@ def to_peft(
         r=common,
         lora_alpha=scaling.alpha,
         use_rslora=scaling.rslora,
+        use_dora=bool(magnitudes),
         lora_dropout=dropout,
         target_modules=sorted(factors),
         rank_pattern={name: part.rank for name, part in factors.items() if part.rank != common},
@@ -116,7 +124,7 @@ def save_peft(config: Any, tensors: Mapping[str, Tensor], folder: Path, labels: 
 
 
 def merge(adapter: Adapter, model: Any, dtype: torch.dtype) -> None:
-    """Adds the adapter to the parameters of `model`, the original fp32 base. The adapter must not be `unfit`.
+    """Applies the adapter to the parameters of `model`, the original fp32 base. The adapter must not be `unfit`.
 
     Raises:
         UserError: a weight is beyond the range of `dtype`, in which the model is to be stored.
@@ -126,10 +134,14 @@ def merge(adapter: Adapter, model: Any, dtype: torch.dtype) -> None:
         for name, part in adapter.items():
             if part.in_head:
                 parameters[name].copy_(part.w)
+                continue
+            if shared_weights(model, [name]):
+                _untie(model, name)
+            module = model.get_submodule(name)
+            if isinstance(part, Dora):
+                set_weight(module, part.changed(dense_weight(module)))
             elif (product := part.product()) is not None:
-                if shared_weights(model, [name]):
-                    _untie(model, name)
-                add_to_weight(model.get_submodule(name), product.float())
+                add_to_weight(module, product.float())
         for name, parameter in parameters.items():
             dense = parameter.is_floating_point() and parameter.numel()
             if dense and parameter.abs().max() > torch.finfo(dtype).max:

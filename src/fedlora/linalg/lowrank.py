@@ -1,7 +1,7 @@
 """Matrices in factored form."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +9,19 @@ from torch import Tensor
 
 Rows = Float[Tensor, "*batch rows in"] | Int[Tensor, "*batch rows"]
 """Inputs of a module: vectors, or the token ids of an embedding, which stand for rows of the identity."""
+
+
+class Base(Protocol):
+    """A frozen linear map W, next to which factors are applied to rows x."""
+
+    def product(self) -> Float[Tensor, "*batch rows out"]:
+        """W x."""
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """W."""
+
+    def row_norms(self) -> Float[Tensor, " out"]:
+        """The norms of the rows of W."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class LowRank:
         """b a x for each row of x [*batch_or_rows, rows, in], in its dtype, or for each token id [*batch_or_rows, rows]."""
         return applied(x, self.a, self.b)
 
-    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor, base: Base) -> Float[Tensor, "*batch rows out"]:
         """scale * b a dropped, in the dtype of `dropped`."""
         return applied(dropped, self.a, self.b, scale)
 

@@ -36,6 +36,9 @@ class Row:
     `init`: the initial factors that the method can start from: any, such as the principal parts of the weights, which need
     both factors to be downloaded, or to stay on one client; those with b = 0, drawn from the seed; or only its own.
 
+    `magnitudes`: whether DoRA's magnitudes, which are trained with b, are averaged or stay on the client; None for methods
+    whose algebra is that of products b a or of other factors, and which DoRA thus does not fit.
+
     `no_weight_decay`: the reason why `train.weight_decay` must be 0, if it must.
 
     `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
@@ -62,6 +65,7 @@ class Row:
     no_weight_decay: str = ""
     weights: Weights = "examples"
     init: Literal["any", "drawn", "own"] = "drawn"
+    magnitudes: Literal["averaged", "local"] | None = None
     personal: bool = False
     mixed_ranks: bool = False
     needs_labels: bool = False

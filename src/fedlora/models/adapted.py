@@ -41,10 +41,12 @@ class AdaptedModel:
         alpha_pattern: Mapping[str, float] | None = None,
         layers: Sequence[int] | None = None,
         init: Init = "uniform",
+        dora: bool = False,
     ) -> None:
         """Finds and wraps the targets, and freezes all weights. `head` names the modules of the task head and any others
         that are trained without LoRA, `classes` is the number of the task's labels. `whole`: all other parameters are
-        trained as well, like those of the head, but only one client can be loaded.
+        trained as well, like those of the head, but only one client can be loaded. `dora`: the norms of the weights' rows
+        are computed, which DoRA's parts need.
 
         The base computes in `precision`. Factors and heads keep their dtype; base updates are accumulated in fp32.
 
@@ -91,6 +93,7 @@ class AdaptedModel:
             scaling=replace(scaling, alphas=found.alphas),
             init=init,
             embeddings=frozenset(name for name, layer in self.layers.items() if isinstance(layer.base, nn.Embedding)),
+            magnitudes={name: self._base.pretrained(name).norm(dim=1) for name in sizes} if dora else {},
         )
 
     def load_clients(
@@ -137,6 +140,8 @@ class AdaptedModel:
             if name in self.layers:
                 dtype = next(iter(loaded.values())).dtype
                 self.layers[name].scale = torch.tensor(scales, dtype=dtype, device=device)[:, None, None]
+                if (row_norms := self.spec.magnitudes.get(name)) is not None:
+                    self.layers[name].row_norms = row_norms.to(device)
             trained += [x for factor, x in loaded.items() if factor in train]
         return trained
 
@@ -199,6 +204,7 @@ class AdaptedModel:
         Raises:
             ValueError: a part does not fit the base, see `check_update`.
         """
+        assert not self.spec.magnitudes, "with DoRA, the norms of the base's weights are constant"
         check_update(self.spec, change, "base update")
         self._base.merge(change)
 
@@ -208,6 +214,7 @@ class AdaptedModel:
         Raises:
             ValueError: as for `merge_into_base`.
         """
+        assert not self.spec.magnitudes, "with DoRA, the norms of the base's weights are constant"
         check_update(self.spec, change, "change of the base")
         self.base_change = change
         self._base.separate.update(change)

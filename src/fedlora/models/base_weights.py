@@ -54,18 +54,28 @@ class BaseWeights:
                 self.separate[name] = recompress(stack([(1.0, one) for one in (*parts, part)]))
 
 
-def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
-    """A copy of a module's weight as [out, in], fp32 on the CPU, whether or not the module stores it transposed.
+def weight_of(base: nn.Module) -> Float[Tensor, "out in"]:
+    """A module's weight as [out, in], whether or not the module stores it transposed; dequantized, if it can be.
 
     Raises:
-        UserError: the weight is quantized.
+        UserError: the checkpoint is stored quantized.
     """
     weight = base.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # of a checkpoint that is stored quantized
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise UserError(
-            "this method reads the pretrained weights, which is not supported for quantized ones; choose another model"
+            "this method reads the pretrained weights, as does lora.dora, which is not supported for a checkpoint that is "
+            "stored quantized; choose another model"
         )
-    return (weight.mT if _transposed(base) else weight).detach().float().cpu().clone()
+    return (weight.mT if _transposed(base) else weight).detach()
+
+
+def dense_weight(base: nn.Module) -> Float[Tensor, "out in"]:
+    """A copy of a module's weight as [out, in], fp32 on the CPU.
+
+    Raises:
+        UserError: as `weight_of`.
+    """
+    return weight_of(base).float().cpu().clone()
 
 
 def add_to_weight(base: nn.Module, delta: Float[Tensor, "out in"]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.linalg.lowrank import LowRank
+from fedlora.models.base_weights import weight_of
 from fedlora.models.packing import Packing
 from fedlora.parts.dense import Dense
 from fedlora.parts.table import Part, mapped
@@ -58,6 +59,8 @@ class LoraLayer(nn.Module):
         self.scale: Float[Tensor, "clients 1 1"] = torch.ones(1, 1, 1)
         self.frozen_extra: list[LowRank] = []
         """Frozen extra factors, applied in addition to the trained ones; with a client axis or common to all."""
+        self.row_norms: Float[Tensor, " out"] | None = None
+        """The norms of the rows of the base's weight, for parts that need them."""
 
     def __getattr__(self, name: str) -> Any:
         """Other attributes of the base: some models read their layers' weights to find the dtype."""
@@ -66,6 +69,7 @@ class LoraLayer(nn.Module):
     def forward(self, x: Float[Tensor, "rows *rest in"] | Int[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest out"]:
         """base(x) + the update of dropout(x) + the frozen extra factors' products with x, in the dtype of base(x)."""
         y: Tensor = self.base(x)
+        unchanged = y
         for extra in self.frozen_extra:
             y = self._plus_extra(y, x, extra)
         if self.part is None:
@@ -73,10 +77,12 @@ class LoraLayer(nn.Module):
         part, scale = self.part, self.scale
         if self.client_layout.index is not None:
             part, scale = mapped(part, self.client_layout.select), self.client_layout.select(scale)
-        dropped = functional.dropout(x, self.dropout, self.training) if x.is_floating_point() else x
+        drops = self.training and self.dropout > 0 and x.is_floating_point()
+        dropped = functional.dropout(x, self.dropout) if drops else x
         undropped = self._rows(x, len(scale)) if part.reads_input else None
         rows = self._rows(dropped, len(scale))
-        update = part.apply(rows if undropped is None else undropped, rows, scale)
+        base = _Base(self, dropped, None if drops else unchanged, len(scale))
+        update = part.apply(rows if undropped is None else undropped, rows, scale, base)
         return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
 
     def _plus_extra(self, y: Tensor, x: Tensor, extra: LowRank) -> Tensor:
@@ -92,6 +98,31 @@ class LoraLayer(nn.Module):
         if x.is_floating_point():
             return self.client_layout.to_client_axis(x, clients).flatten(1, -2)
         return self.client_layout.to_client_axis(x[..., None], clients).flatten(1)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base of a layer in one pass, without its bias: the input after dropout, and the output for it, if known."""
+
+    layer: LoraLayer
+    dropped: Tensor
+    output: Tensor | None
+    clients: int
+
+    def product(self) -> Tensor:
+        """[clients, rows of one client * rest, out]."""
+        y: Tensor = self.layer.base(self.dropped) if self.output is None else self.output
+        bias = getattr(self.layer.base, "bias", None)
+        return self.layer._rows(y if bias is None else y - bias.to(y.dtype), self.clients)
+
+    def weight(self) -> Tensor:
+        """[out, in]."""
+        return weight_of(self.layer.base)
+
+    def row_norms(self) -> Tensor:
+        """[out]."""
+        assert self.layer.row_norms is not None, "the model was loaded without the norms of its weights"
+        return self.layer.row_norms
 
 
 class PerClientLayer(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank, Rows, applied, times_transposed
+from fedlora.linalg.lowrank import Base, LowRank, Rows, applied, times_transposed
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Experts:
         """Factor between PEFT's factor and this one: b = scale * lora_B; `others_b` is not scaled."""
         return scale if factor == "b" else 1.0
 
-    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor, base: Base) -> Float[Tensor, "*batch rows out"]:
         """sum_e w_e(x) b_e a_e dropped, in one product for all experts, with the own b times `scale`."""
         factors = (self.b * scale, self.a, self.g, self.others_b, self.others_a)
         dtype = x.dtype if x.is_floating_point() else self.b.dtype

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank, Rows, applied, block_diagonal
+from fedlora.linalg.lowrank import Base, LowRank, Rows, applied, block_diagonal
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Heads:
         """Factor between PEFT's factor and this one: b = scale * lora_B."""
         return scale if factor == "b" else 1.0
 
-    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor, base: Base) -> Float[Tensor, "*batch rows out"]:
         """scale * b core a dropped."""
         return applied(dropped, self.a, self.b, scale, self._core())
 

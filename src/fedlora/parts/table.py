@@ -7,23 +7,25 @@ from torch import Tensor
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.parts.dense import Dense
+from fedlora.parts.dora import Dora
 from fedlora.parts.experts import Experts
 from fedlora.parts.heads import Heads
 from fedlora.parts.three_factor import ThreeFactor
 from fedlora.parts.tied import Tied
 from fedlora.parts.weight_change import WeightChange
 
-Part = LowRank | ThreeFactor | Heads | Experts | WeightChange | Tied
+Part = LowRank | ThreeFactor | Heads | Experts | WeightChange | Tied | Dora
 """Any part that changes what a module computes: a frozen dataclass whose fields are its factors.
 
 - `rank`: the rank of which `AdapterSpec.scale` gives the scale.
-- `product()` is the matrix [out, in], and `as_two_factors()` the same as two factors; both are None if the update depends
-  on the input in another way than by one matrix.
+- `product()` is the matrix [out, in], and `as_two_factors()` the same as two factors; both are None if no such matrix
+  follows from the factors alone.
 - `shapes(out, in_)`: the shapes that the factors must have for a module of that size.
 - `unit(factor, scale)`: the number by which the factor that is trained, PEFT's, is multiplied to give the part's.
-- `apply(x, dropped, scale)`: the update of rows [clients, rows, in], for factors with a client axis, as they are trained;
-  or of token ids [clients, rows], if the module is an embedding.
-  `dropped` is the input after dropout, and x that before it if the part `reads_input`, else the same as `dropped`.
+- `apply(x, dropped, scale, base)`: the update of rows [clients, rows, in], for factors with a client axis, as they are
+  trained; or of token ids [clients, rows], if the module is an embedding.
+  `dropped` is the input after dropout, and x that before it if the part `reads_input`, else the same as `dropped`. `base`
+  is the module without its bias, applied to `dropped`.
 - `structure`: what parts that are loaded together must share. Apart from that, `stacked` pads smaller parts.
 """
 

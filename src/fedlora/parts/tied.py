@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank, Rows, applied
+from fedlora.linalg.lowrank import Base, LowRank, Rows, applied
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tied:
         """The square root of the scale for a and the offset, in which the product is quadratic."""
         return 1.0 if factor == "frame" else scale**0.5
 
-    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor, base: Base) -> Float[Tensor, "*batch rows out"]:
         """scale times the matrix, applied to `dropped` as two factors."""
         pair = self.as_two_factors()
         return applied(dropped, pair.a, pair.b, scale)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.lowrank import LowRank, Rows, beside_identity, times_transposed
+from fedlora.linalg.lowrank import Base, LowRank, Rows, beside_identity, times_transposed
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,6 @@ class WeightChange:
         """1: alpha does not apply to the weight itself."""
         return 1.0
 
-    def apply(self, x: Rows, dropped: Rows, scale: Tensor) -> Float[Tensor, "*batch rows out"]:
+    def apply(self, x: Rows, dropped: Rows, scale: Tensor, base: Base) -> Float[Tensor, "*batch rows out"]:
         """delta x: the dropout of LoRA does not apply to the weight itself."""
         return times_transposed(x, self.delta)

@@ -27,9 +27,10 @@ _READ = {
 _LEGEND = """\
 Floats are for each adapted layer, client and round, without the head: r is the client's rank, `rank` the largest one, in
 and out are the layer's sizes, K is the number of the round's clients, R the sum of their ranks. With *positions* a client
-also sends the indices of these ranks or entries. A *base update* is a change of the base model, sent in addition.
-*Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in training or on
-the clipped upload, can cover every upload; the package does not add noise yet."""
+also sends the indices of these ranks or entries. With DoRA, averaged magnitudes add out floats down, and up in the rounds
+that train b; local ones stay on the client; no average is exact. A *base update* is a change of the base model, sent in
+addition. *Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in
+training or on the clipped upload, can cover every upload; the package does not add noise yet."""
 _INDEX = """\
 *PiSSA*: whether the method can start from the principal parts of the pretrained weights, `lora.init = "pissa"`.
 
@@ -115,6 +116,7 @@ def _facts(row: Row) -> dict[str, str]:
         "floats up": _floats(row.up, row.index_counts is not None),
         "floats down": _floats(row.down, row.index_counts_down is not None),
         **({} if row.first_upload[0] == "0" else {"floats up once, for all layers together": f"`{row.first_upload[0]}`"}),
+        "DoRA (`lora.dora`)": f"yes: magnitudes are {row.magnitudes}" if row.magnitudes else "no",
         "floats of a base update": "none" if row.base_update == "0" else f"`{row.base_update}`",
         "server needs individual uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),

@@ -77,7 +77,7 @@ def bytes_per_token(adapted: AdaptedModel, task: Task, examples: Examples, start
     rows = examples.have_targets().nonzero()[:, 0]
     if len(rows) == 0:
         return 1
-    (parameter, *_) = adapted.load_clients([start], "ba")
+    (parameter, *_) = adapted.load_clients([start], "bam")
     targets_of_each = 0 if examples.target_starts is None else examples.target_starts.diff()
     longest = rows[(examples.lengths() + targets_of_each)[rows].argmax()][None]
     batch = examples.batch(longest, parameter.device)

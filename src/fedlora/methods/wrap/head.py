@@ -2,19 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import ClientInfo, Features, Fit, Gradient, Mean, Merged, Reply, Round, Upload
+from fedlora.messages import ClientInfo, Features, Fit, Gradient, Mean, Merged, Round, Upload
 from fedlora.method import AnyMethod, ClientRound, Local
 from fedlora.methods.row import Head
-from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
+from fedlora.methods.wrap.beside import Beside, Collected
+from fedlora.methods.wrap.wrapper import Request, relay
 from fedlora.parts.dense import Dense
-
-_MARK = "head/"
 
 
 def with_head(method: AnyMethod, rule: Head) -> AnyMethod:
@@ -31,15 +28,7 @@ class WithHead:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What a wrapped method has collected, and the mean of the heads."""
-
-    inner: Any
-    heads: Mean
-
-
-@dataclass(frozen=True)
-class HeadRule(Wrapper):
+class HeadRule(Beside):
     """Adds the task head to a method, which gets only its factors, and a spec without a head.
 
     frozen: the head of the loaded model, which is not sent. averaged: it is trained, and averaged with the replies'
@@ -47,6 +36,8 @@ class HeadRule(Wrapper):
     """
 
     rule: Head
+
+    prefix: ClassVar[str] = "head/"
 
     def init_server(self, spec: AdapterSpec, seed: int) -> WithHead:
         """The wrapped method's state, and the head if it is averaged."""
@@ -58,16 +49,16 @@ class HeadRule(Wrapper):
 
     def send(self, server: WithHead, client: ClientInfo, rnd: Round) -> Tensors:
         """The wrapped method's download, and the head if it is averaged."""
-        return {**self.inner.send(server.inner, client, rnd), **_marked(server.head)}
+        return {**self.inner.send(server.inner, client, rnd), **self.marked(server.head)}
 
     def view(self, state: WithHead, download: Tensors, client: ClientInfo) -> Adapter:
         """The wrapped method's adapter with the head."""
-        head, rest = _split(download)
+        head, rest = self.split(download)
         return {**self.inner.view(state.inner, rest, client), **_parts({**state.head, **head})}
 
     def work(self, state: WithHead, download: Tensors, client: ClientInfo, rnd: Round) -> Local[tuple[WithHead, Upload]]:
         """The wrapped method's work; each training that it requests trains the head too, unless that is frozen."""
-        received, rest = _split(download)
+        received, rest = self.split(download)
         head: Tensors = {**state.head, **received}
 
         def ask(request: Request) -> Request:
@@ -88,61 +79,27 @@ class HeadRule(Wrapper):
 
         inner, upload = yield from relay(self.inner.work(state.inner, rest, client, rnd), ask, answer)
         if self.rule == "averaged":
-            return WithHead(inner, {}), replace(upload, values={**upload.values, **_marked(head)})
+            return WithHead(inner, {}), replace(upload, values={**upload.values, **self.marked(head)})
         return WithHead(inner, head), upload
 
     def inside(self, known: ClientRound) -> ClientRound:
         """The client's round without the head."""
-        _, rest = _split(known.download)
+        _, rest = self.split(known.download)
         return replace(known, spec=_headless(known.spec), download=rest, initial=known.initial.inner)
-
-    def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
-        """The upload that the wrapped method expects, with the head."""
-        (_, rest), (head, expected) = _split(upload.values), _split(template.values)
-        inner = replace(upload, values=rest), replace(template, values=expected)
-        found = self.inner.expected_upload(self.inside(known), *inner)
-        return replace(found, values={**found.values, **_marked(head)})
-
-    def expand(self, known: ClientRound, upload: Upload) -> Tensors:
-        """The wrapped method's expanded upload, with the head."""
-        head, rest = _split(upload.values)
-        return {**self.inner.expand(self.inside(known), replace(upload, values=rest)), **_marked(head)}
-
-    def collect(self, server: WithHead, collected: Collected | Mean | None, reply: Reply) -> Collected:
-        """The wrapped method's collection, and the mean of the heads."""
-        so_far = collected if isinstance(collected, Collected) else Collected(None, Mean())
-        head, rest = _split(reply.upload.values)
-        so_far.heads.add(reply.weight, head, reply.client.id)
-        bare = replace(reply, upload=replace(reply.upload, values=rest))
-        return replace(so_far, inner=self.inner.collect(server.inner, so_far.inner, bare))
 
     def merge(self, server: WithHead, collected: Collected | Mean, rnd: Round) -> Merged[WithHead]:
         """The wrapped method's merge, and the mean of the heads."""
-        if isinstance(collected, Mean):
-            marked = {name: name.removeprefix(_MARK) for name in collected.names() if name.startswith(_MARK)}
-            rest = {name: name for name in collected.names() if name not in marked}
-            collected = Collected(collected.select(rest), collected.select(marked))
-        merged = self.inner.merge(server.inner, collected.inner, rnd)
-        return Merged(WithHead(merged.server, collected.heads.tensors()), merged.base_update, merged.notes)
+        merged, heads = self.merge_both(server, collected, rnd)
+        return replace(merged, server=WithHead(merged.server, heads))
 
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank] | None:
         """The wrapped method's: the head is no module."""
-        _, rest = _split(upload.values)
+        _, rest = self.split(upload.values)
         return self.inner.update(self.inside(known), replace(upload, values=rest))
 
 
 def _headless(spec: AdapterSpec) -> AdapterSpec:
     return replace(spec, head={})
-
-
-def _marked(head: Tensors) -> dict[str, Tensor]:
-    return {_MARK + name: tensor for name, tensor in head.items()}
-
-
-def _split(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The head's tensors, without their prefix, and the other tensors."""
-    head = {name.removeprefix(_MARK): tensor for name, tensor in tensors.items() if name.startswith(_MARK)}
-    return head, {name: tensor for name, tensor in tensors.items() if not name.startswith(_MARK)}
 
 
 def _parts(head: Tensors) -> dict[str, Dense]:
