@@ -231,9 +231,9 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dora: bool = False
-    """PEFT's `use_dora`: magnitudes m are trained, too, which are the norms of the rows of the changed weight: W becomes
-    m / |W + b a| (W + b a), row by row. Only some methods support it (see their pages). With any of them, the average of
-    factors and magnitudes is not that of the clients' weights. vLLM and llama.cpp need a merged model."""
+    """PEFT's `use_dora`: also trains magnitudes m, the norms of the changed weight's rows. W becomes diag(m / n) (W + b a),
+    where n are the norms of the rows of W + b a. Only some methods support it (see their pages). With any of them, the
+    average of factors and magnitudes is not that of the clients' weights. vLLM and llama.cpp need a merged model."""
     init: Literal["uniform", "gaussian", "pissa"] = "uniform"
     """The initial factors, as PEFT's `init_lora_weights`. uniform: PEFT's default, b = 0. gaussian: a normal a, b = 0.
     pissa: the principal part of the pretrained weight, which the base then lacks; weight decay would shrink it. Not all
