@@ -139,6 +139,14 @@ def test_an_adapter_for_llama_cpp_is_rejected_with_what_to_use(finished, tmp_pat
             evaluate(path, "other.jsonl")
 
 
+def test_a_run_with_dora_is_merged_into_a_gguf_file(finished, tmp_path):
+    folder = finished(lora={**LORA, "dora": True})
+    export(folder, "gguf-merged", tmp_path / "out")
+    assert_close(in_gguf(tmp_path / "out"), own(folder), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="DoRA's magnitudes"):
+        export(folder, "gguf-adapter", tmp_path / "adapter")
+
+
 def test_each_client_of_a_personal_method_has_an_adapter_file_and_one_is_merged(finished, tmp_path):
     folder = finished(method={"name": "fedsa-lora", "rank": 2})
     written = export(folder, "gguf-adapter", tmp_path / "files")
