@@ -43,7 +43,7 @@ def test_without_generated_answers_the_generation_demo_ends_with_the_next_comman
     assert code == 0 and "ROUGE" not in printed and "fedlora chat" in printed
 
 
-def test_without_a_name_the_demo_is_that_of_classification(command, tmp_path, monkeypatch):
+def test_without_a_name_the_demo_is_that_of_chapters(command, tmp_path, monkeypatch):
     asked = []
 
     def run(experiment, out, progress):
@@ -53,7 +53,7 @@ def test_without_a_name_the_demo_is_that_of_classification(command, tmp_path, mo
     monkeypatch.setattr(fedlora.api, "run", run)
     code, printed, _ = command("demo", "--out", tmp_path / "run", "--set", f"model={tiny_lm(tmp_path / 'model')}")
     assert (code, printed.splitlines()[-1]) == (0, f"run directory  {tmp_path / 'run'}")
-    assert asked == [build({**DEMOS["classification"], "model": str(tmp_path / "model")})]
+    assert asked == [build({**DEMOS["chapters"], "model": str(tmp_path / "model")})]
 
 
 def test_the_language_model_is_the_pinned_one():

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def demo(
-    name: Annotated[Demo, typer.Argument(metavar="[classification | generation]", show_default=False)] = "classification",
+    name: Annotated[Demo, typer.Argument(metavar="[chapters | generation]", show_default=False)] = "chapters",
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
     """Run a built-in example on the documentation of Python's standard library.
 
-    classification (default): ten clients fine-tune a MiniLM to tell the chapters apart.
+    chapters (default): ten clients fine-tune a MiniLM to tell the chapters apart.
 
     generation: eight clients teach SmolLM2, a language model, to write the first sentence about a function.
     """

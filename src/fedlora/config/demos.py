@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Demo = Literal["classification", "generation"]
+Demo = Literal["chapters", "generation"]
 
 DEMOS: Mapping[Demo, Mapping[str, Any]] = {
-    "classification": {
+    "chapters": {
         "data": {"source": "stdlib-docs", "rows": 2500},
         "train": {"lr": 3e-3, "max_length": 64, "precision": "auto"},
     },
