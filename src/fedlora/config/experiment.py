@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
+from fedlora.config.privacy import Privacy
 from fedlora.config.reading import SHORT_FORMS, overridden, read_table
 from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Task, Train
 from fedlora.config.wrap_choice import WrapChoice
@@ -56,6 +57,7 @@ class Experiment(Section):
     train: Train = Train()
     sampling: Sampling = Sampling()
     evaluate: Evaluate = Evaluate()
+    privacy: Privacy = Privacy()
     deploy: Deploy = Deploy()
 
     @field_validator(*SHORT_FORMS, mode="before")
