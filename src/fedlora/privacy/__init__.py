@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, their account, the statement of a guarantee, and audits."""
