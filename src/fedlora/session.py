@@ -35,6 +35,7 @@ from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
+from fedlora.planning import statement_of
 from fedlora.reuse import Reuse
 from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
@@ -208,7 +209,10 @@ class Session:
         write = to_serving if to == "serving" else to_peft
         write(adapter, folder, self.experiment.lora.dropout, base, self.adapted, labels, tokenizer, self.task.peft_type)
         code = self.task.loading_code(labels, getattr(tokenizer, "pad_token_id", 0), arguments)
-        card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows)
+        examples = {client.id: client.examples for client in self.clients}
+        statement = statement_of(self.experiment, examples, rows[-1].round if rows else 0)
+        privacy = None if statement is None else statement.text()
+        card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows, privacy)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_usage(self.experiment, labels, folder, with_model=True)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import chat, compare, demo, deploy, describe, evaluating, predicting, runs, sweeps
+from fedlora.cli import chat, compare, demo, deploy, describe, evaluating, predicting, privacy, runs, sweeps
 from fedlora.cli.progress import interruptible, warn
 from fedlora.errors import RunStopped, UserError
 from fedlora.version import __version__
@@ -42,6 +42,8 @@ for command in (
     describe.check,
     describe.methods,
     describe.settings,
+    privacy.privacy,
+    privacy.audit,
     deploy.serve,
     deploy.join,
     deploy.keys,

@@ -9,14 +9,22 @@ from fedlora.printable import number
 from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
 
+_WITHOUT_PRIVACY = "No differential privacy was used. An adapter may reveal something about the examples it was trained on."
+
 
 def model_card(
-    experiment: Experiment, base: str, tag: str, code: str, labels: Sequence[str], rows: Sequence[RoundRow]
+    experiment: Experiment,
+    base: str,
+    tag: str,
+    code: str,
+    labels: Sequence[str],
+    rows: Sequence[RoundRow],
+    privacy: str | None = None,
 ) -> str:
     """Model card in Markdown.
 
     `base` is the base model's name or path for PEFT, `tag` the hub's name of the task, `code` loads the adapter; `rows` are
-    the rows of the round log.
+    the rows of the round log, `privacy` is the statement about differential privacy, None without it.
     """
     hub = {} if Path(base).is_dir() else {"base_model": base}
     front = {**hub, "library_name": "peft", "pipeline_tag": tag, "tags": "[lora, federated-learning]"}
@@ -41,7 +49,7 @@ def model_card(
             "",
             "## Privacy",
             "",
-            "No differential privacy was used. An adapter may reveal something about the examples it was trained on.",
+            privacy or _WITHOUT_PRIVACY,
             "",
             "## Load it",
             "",

@@ -1,0 +1,141 @@
+"""Audits of experiments: training with canaries, and what it shows about them."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from fedlora.adapter import Adapter
+from fedlora.canaries import Canaries, client_canaries, example_canaries
+from fedlora.config.experiment import Experiment
+from fedlora.errors import UserError
+from fedlora.federated_data import FederatedData
+from fedlora.lifecycle import begin, rounds
+from fedlora.messages import ClientInfo, Round
+from fedlora.method import global_adapter
+from fedlora.planning import plan_of
+from fedlora.privacy.audit import Audit, judge
+from fedlora.rounds.plan import RunState
+from fedlora.rounds.progress import NullProgress
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.start import resolve_settings
+from fedlora.session import Session
+from fedlora.train.local import LocalTrainer
+
+_DELTA = 1e-5  # without privacy.delta
+
+
+@dataclass(frozen=True)
+class ExperimentAudit:
+    """The result of an audit, and the epsilon that is claimed for its canaries; infinite without differential privacy."""
+
+    unit: Literal["record", "client"]
+    found: Audit
+    claimed: float
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether the lower bound contradicts the claim."""
+        return self.found.bound > self.claimed
+
+    def text(self) -> str:
+        """The result in words."""
+        claimed = "none" if math.isinf(self.claimed) else f"{self.claimed:.2f}"
+        what = "examples of a client" if self.unit == "record" else "clients"
+        return f"canaries are {what}; {self.found.text()}; claimed epsilon {claimed}, at delta {self.found.delta:g}"
+
+    def to_json(self) -> str:
+        """An object in one line of strict JSON; `claimed` is null if it is infinite."""
+        found = {
+            "unit": self.unit,
+            "bound": self.found.bound,
+            "ceiling": self.found.ceiling,
+            "claimed": None if math.isinf(self.claimed) else self.claimed,
+            **vars(self.found),
+        }
+        return json.dumps(found, allow_nan=False)
+
+
+def audit(
+    experiment: Experiment,
+    canaries: int = 200,
+    guesses: int | None = None,
+    *,
+    data: Any = None,
+    notify: Callable[[str], None] = lambda note: None,
+) -> ExperimentAudit:
+    """Trains the experiment with canaries, and guesses from their losses before and after which ones were included.
+
+    Canaries are clients with `privacy.unit = "client"`, else examples of the smallest client.
+
+    Args:
+        experiment: the settings; clients are not evaluated.
+        canaries: the number of canaries; a fair coin includes each.
+        guesses: the number of guesses on each side, by default a tenth of the canaries.
+        data: as in `run`.
+        notify: is called with messages about the examples.
+
+    Raises:
+        UserError: invalid settings or data, or a task or method that cannot be audited.
+        RunStopped: the training cannot continue.
+    """
+    each = max(1, canaries // 10) if guesses is None else guesses
+    if not 1 <= each <= canaries // 2:
+        raise UserError(f"expected 1 to {canaries // 2} guesses on each side for {canaries} canaries, found {each}")
+    unit: Literal["record", "client"] = "client" if experiment.privacy.unit == "client" else "record"
+    if unit == "client" and experiment.method.row.personal:
+        raise UserError(f"method.name = {experiment.method.name!r}: an audit of clients needs a global model")
+    experiment = _without_evaluation(resolve_settings(experiment))
+    federated_data = FederatedData.make(experiment, data)
+    plant = client_canaries if unit == "client" else example_canaries
+    planted = plant(experiment, federated_data, canaries)
+    session = Session.make(experiment, planted.data)
+    for note in session.notes:
+        notify(note)
+    with TemporaryDirectory() as home:
+        folder = RunFolder.create(Path(home) / "run")
+        try:
+            start = begin(session, folder)
+            before = _losses(session, _view(session, folder, start.run_state, 0, planted), planted)
+            after_rounds = rounds(session, folder, NullProgress(), session.simulation(folder), start)
+            adapter = _view(session, folder, after_rounds, experiment.rounds, planted)
+            scores = before - _losses(session, adapter, planted)
+        finally:
+            folder.release()
+    delta = experiment.privacy.delta or _DELTA
+    return ExperimentAudit(unit, judge(scores, planted.included, each, delta), _claimed(session, planted, delta))
+
+
+def _claimed(session: Session, planted: Canaries, delta: float) -> float:
+    """The planned epsilon of the canaries' client, or of all clients."""
+    clients = session.clients if planted.client is None else [x for x in session.clients if x.id == planted.client.id]
+    plan = plan_of(session.experiment, {client.id: client.examples for client in clients})
+    return math.inf if plan is None else plan.worst().epsilon(delta)
+
+
+def _without_evaluation(experiment: Experiment) -> Experiment:
+    changes = {"every": experiment.rounds, "before": False, "clients": "none", "generate": 0, "stop_after": None}
+    return experiment.model_copy(update={"evaluate": experiment.evaluate.model_copy(update=changes)})
+
+
+def _view(session: Session, folder: RunFolder, state: RunState, done: int, planted: Canaries) -> Adapter:
+    """The adapter after some rounds of the client with canaries, or of anybody."""
+    rnd = Round(done, session.experiment.seed)
+    if (client := planted.client) is None:
+        return global_adapter(session.method, session.adapted.spec, state.server, rnd)
+    return session.simulation(folder).view(client, session.method.send(state.server, client, rnd), rnd)
+
+
+def _losses(session: Session, adapter: Adapter, planted: Canaries) -> torch.Tensor:
+    """The mean loss of each canary's examples [canaries]."""
+    trainer = session.trainer
+    assert isinstance(trainer, LocalTrainer)
+    asked = [(ClientInfo(str(i), 1, 1), adapter) for i in range(len(planted.rows))]
+    trainer = replace(trainer, held_out={str(i): torch.tensor(list(rows)) for i, rows in enumerate(planted.rows)})
+    scores = trainer.scores(asked)
+    return torch.tensor([math.nan if one is None else session.task.metrics(one)["loss"] for one in scores])

@@ -1,0 +1,88 @@
+"""A privacy plan, as tables and as JSON."""
+
+import json
+import math
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.printable import printable
+from fedlora.privacy.account import version
+from fedlora.privacy.plan import PrivacyPlan
+
+
+def warnings(plan: PrivacyPlan) -> list[str]:
+    """What weakens the guarantee."""
+    found = []
+    if plan.delta > plan.largest_delta:
+        found.append(
+            f"privacy.delta = {plan.delta:g} is above 1 / (10 n) = {plan.largest_delta:.1e} for n = {plan.units} "
+            f"{_units(plan)}; lower it"
+        )
+    if math.isinf(plan.worst().epsilon(plan.delta)):
+        found.append("privacy.noise_multiplier = 0 gives no guarantee")
+    return found
+
+
+def table(plan: PrivacyPlan) -> Group:
+    """The mechanisms, epsilon by rounds, and the guarantee in a line."""
+    mechanisms = _table("client", "examples") if plan.unit == "record" else _table("clients")
+    for name in ("rate", "expected", "noise multiplier", "steps", "epsilon"):
+        mechanisms.add_column(name, justify="right")
+    for one in plan.mechanisms:
+        who = [printable(one.name), str(one.units)] if plan.unit == "record" else [str(one.units)]
+        numbers = (one.rate, one.expected, one.noise_multiplier)
+        mechanisms.add_row(*map(Text, who), *map(_short, numbers), str(one.steps), _short(one.epsilon(plan.delta)))
+    rounds = _table()
+    rounds.add_column("after round" if plan.unit == "client" else "rounds of a client", justify="right")
+    rounds.add_column("epsilon", justify="right")
+    for done, epsilon in plan.by_round().items():
+        rounds.add_row(str(done), _short(epsilon))
+    return Group(mechanisms, rounds, Text(_summary(plan)))
+
+
+def to_json(plan: PrivacyPlan) -> str:
+    """An object in one line of strict JSON: numbers that are not finite are null."""
+    worst = plan.worst()
+    found = {
+        "unit": plan.unit,
+        "epsilon": _finite(worst.epsilon(plan.delta)),
+        "epsilon_rdp": _finite(worst.epsilon(plan.delta, "rdp")),
+        "delta": plan.delta,
+        "largest_delta": plan.largest_delta,
+        "units": plan.units,
+        "clip": plan.clip,
+        "accountant": version(),
+        "mechanisms": [{**vars(one), "epsilon": _finite(one.epsilon(plan.delta))} for one in plan.mechanisms],
+        "rounds": [{"round": done, "epsilon": _finite(epsilon)} for done, epsilon in plan.by_round().items()],
+        "warnings": warnings(plan),
+    }
+    return json.dumps(found, allow_nan=False)
+
+
+def _summary(plan: PrivacyPlan) -> str:
+    worst, unit = plan.worst(), "example" if plan.unit == "record" else "client"
+    bounds = f"epsilon {_short(worst.epsilon(plan.delta))} by PLD, {_short(worst.epsilon(plan.delta, 'rdp'))} by RDP"
+    return (
+        f"{bounds}, at delta {plan.delta:g} (n = {plan.units} {_units(plan)}), for one {unit} added or removed; clip "
+        f"{_short(plan.clip)}; {version()}"
+    )
+
+
+def _units(plan: PrivacyPlan) -> str:
+    return "training examples of the largest client" if plan.unit == "record" else "clients"
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _finite(value: float) -> Any:
+    return value if math.isfinite(value) else None

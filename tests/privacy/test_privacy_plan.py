@@ -1,0 +1,128 @@
+"""Plans of runs, the statement about them, and the command that prints them."""
+
+import pytest
+
+from fedlora import Experiment
+from fedlora.config.privacy import Privacy
+from fedlora.planning import plan_of, statement_of
+from fedlora.privacy.account import epsilon, noise_for
+from fedlora.privacy.events import Gaussian
+from fedlora.privacy.plan import client_plan, record_plan
+from fedlora.privacy.statement import Statement
+
+RECORDS = Privacy(unit="record", noise_multiplier=1.0, delta=1e-4)
+CLIENTS = Privacy(unit="client", noise_multiplier=1.0, delta=1e-3, clip=0.5)
+
+
+def steps(examples):
+    return -(-examples // 8)
+
+
+def test_a_client_has_its_own_rate_steps_and_epsilon():
+    plan = record_plan(RECORDS, 3, 8, {"a": 5, "b": 80}, steps)
+    small, large = plan.mechanisms
+    assert (small.name, small.units, small.rate, small.steps, small.expected) == ("a", 5, 1.0, 3, 5.0)
+    assert (large.name, large.units, large.rate, large.steps, large.expected) == ("b", 80, 0.1, 30, 8.0)
+    for one in plan.mechanisms:
+        assert one.epsilon(1e-4) == epsilon([Gaussian(1.0, one.rate, one.steps)], 1e-4)
+    assert plan.worst() is small and plan.units == 80 and plan.largest_delta == pytest.approx(1 / 800)
+
+
+def test_participations_bound_the_steps():
+    privacy = RECORDS.model_copy(update={"participations": 2})
+    (one,) = record_plan(privacy, 10, 8, {"a": 16}, steps).mechanisms
+    assert one.steps == 4
+
+
+def test_a_target_is_met_by_all_clients_with_noise_of_their_own():
+    privacy = Privacy(unit="record", epsilon=2.0, delta=1e-4)
+    plan = record_plan(privacy, 1, 8, {"a": 5, "b": 80}, steps)
+    assert [one.noise_multiplier for one in plan.mechanisms] == [
+        noise_for(2.0, 1e-4, 1.0, 1),
+        noise_for(2.0, 1e-4, 0.1, 10),
+    ]
+    assert all(1.9 < one.epsilon(1e-4) <= 2.0 for one in plan.mechanisms)
+
+
+def plan_of_one(examples):
+    privacy = RECORDS.model_copy(update={"noise_multiplier": 50.0})
+    return record_plan(privacy, 1, 8, {"a": examples}, steps).worst()
+
+
+def test_of_many_clients_those_at_the_quantiles_and_the_most_used_are_shown():
+    privacy = RECORDS.model_copy(update={"noise_multiplier": 50.0})
+    sizes = {f"{i:03}": i for i in range(8, 108)}  # with 9 examples, two batches of 8 take nearly all twice
+    plan = record_plan(privacy, 1, 8, sizes, steps)
+    assert [one.units for one in plan.mechanisms] == [8, 9, 33, 58, 82, 107]
+    used = max(sizes.values(), key=lambda n: plan_of_one(n).epsilon(1e-4) if n in (8, 9, 16, 17, 107) else 0.0)
+    assert plan.worst().units == used == 9
+
+
+def test_rounds_of_clients_are_the_steps_of_one_mechanism():
+    plan = client_plan(CLIENTS, 50, 1.0, 40)
+    (one,) = plan.mechanisms
+    assert (one.units, one.rate, one.steps, one.expected) == (40, 1.0, 50, 40.0)
+    by_round = plan.by_round()
+    assert by_round[50] == one.epsilon(1e-3) and by_round[5] == epsilon([Gaussian(1.0, count=5)], 1e-3)
+    assert list(by_round) == sorted(by_round) and list(by_round.values()) == sorted(by_round.values())
+
+
+def test_the_plan_of_an_experiment_has_its_batches_and_its_epochs():
+    privacy = RECORDS.model_dump(exclude_defaults=True)
+    experiment = Experiment.model_validate({"rounds": 3, "privacy": privacy, "train": {"batch_size": 4, "epochs": 2}})
+    (one,) = plan_of(experiment, {"a": 10}).mechanisms
+    assert (one.rate, one.steps) == (0.4, 3 * 2 * 3)
+    (one,) = plan_of(experiment, {"a": 10}, steps=lambda examples: examples + 1).mechanisms
+    assert one.steps == 3 * 11
+    assert plan_of(Experiment(), {"a": 10}) is None and plan_of(experiment, {}) is None
+
+
+def test_a_statement_says_what_is_protected_how_and_what_is_not():
+    text = Statement(record_plan(RECORDS, 3, 8, {"a": 5, "b": 80}, steps), "seed").text()
+    for part in (
+        "Differential privacy for each example of a client",
+        "one example of a client is added or removed",
+        "against the server",
+        "Not protected are several examples of one person",
+        "L2 norm 1; Gaussian noise of 1 times this norm",
+        "Poisson with rate 0.1 to 1",
+        "expected batch 5 to 8; at most 30 steps of a client planned.",
+        "dp-accounting",
+        f"epsilon by PLD {epsilon([Gaussian(1.0, 1.0, 3)], 1e-4):.4g}, by RDP",
+        "delta = 0.0001 and n = 80 training examples of the largest client",
+        "simulation, no guarantee",
+    ):
+        assert part in text
+    assert "above 1 / (10 n)" not in text and "\n" not in text
+
+
+def test_a_statement_has_what_was_spent_other_releases_and_the_audit():
+    plan = client_plan(CLIENTS.model_copy(update={"clip_quantile": 0.5}), 50, 1.0, 400)
+    spent = [Gaussian(1.0, count=7), Gaussian(20.0, count=2)]
+    text = Statement(plan, "os", spent, ("2 evaluations",), "lower bound 0.3").text()
+    for part in (
+        f"epsilon = {epsilon(spent, 1e-3):.4g} and delta = 0.001",
+        "the server sees the uploads, and is trusted",
+        "L2 norm 0.5 at first, then adapted by noisy counts to the quantile 0.5",
+        "expected cohort 400; 50 rounds planned",
+        "The account includes 2 evaluations.",
+        "Audit: lower bound 0.3.",
+        "n = 400 clients, which is above 1 / (10 n) = 0.0003",
+        "from the operating system",
+    ):
+        assert part in text
+    assert "no guarantee" not in text
+
+
+def test_a_statement_without_noise_promises_nothing():
+    plan = client_plan(CLIENTS.model_copy(update={"noise_multiplier": 0.0}), 5, 1.0, 10)
+    text = Statement(plan, "seed").text()
+    assert text.startswith("Without noise, there is no guarantee") and "Differential privacy for" not in text
+
+
+def test_the_statement_of_a_simulation_counts_its_rounds():
+    privacy = CLIENTS.model_dump(exclude_defaults=True)
+    experiment = Experiment.model_validate({"rounds": 9, "privacy": privacy})
+    sizes = {str(i): 1 for i in range(10)}
+    assert statement_of(experiment, sizes, 4).epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
+    assert statement_of(Experiment(), sizes, 4) is None
