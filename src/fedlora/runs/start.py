@@ -26,6 +26,7 @@ _PACKAGES = (
     "transformers",
     "peft",
     "datasets",
+    "dp-accounting",
     "flwr-datasets",
     "safetensors",
     "numpy",
