@@ -86,17 +86,19 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
     settings = experiment.model_dump_json(include={**dict.fromkeys(whole, True), "train": train})
     method = experiment.method
     rank = method.rank if experiment.lora.init == "pissa" else None
-    return f"{settings} {list(labels)} {method.with_norms} {method.whole_model} {rank}"
+    record = experiment.privacy.unit == "record"
+    return f"{settings} {list(labels)} {method.with_norms} {method.whole_model} {rank} {record}"
 
 
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
     found, settings = _adapted(task, experiment, labels), experiment.train
     wanted = 1 if found.adapted.whole else settings.clients_per_step
-    key = chain([model_key(experiment, labels)], conditions(found.adapted, task, experiment.model))
-    clients_per_step = tested_clients_per_step(
-        found.adapted, task, found.tokenizer, settings.packed, wanted, settings.max_length, key
+    tested = max(wanted, 2 if experiment.privacy.unit == "record" else 1)  # its examples are tested as those of clients
+    key = chain([model_key(experiment, labels), str(tested)], conditions(found.adapted, task, experiment.model))
+    safe = tested_clients_per_step(
+        found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, key
     )
-    return replace(found, clients_per_step=clients_per_step, one_at_a_time=clients_per_step < wanted)
+    return replace(found, clients_per_step=min(safe, wanted), one_at_a_time=safe < tested)
 
 
 def _adapted(task: Task, experiment: Experiment, labels: Sequence[str], dense: Iterable[str] = ()) -> LoadedModel:

@@ -195,6 +195,7 @@ class Merged(Generic[S]):
 
 
 Role = Literal["upload", "probe", "personal"]
+GradientFilter = Literal["binomial5"]
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,11 @@ class Fit:
     returned unchanged; a factor without a mask is trained completely. `rates` multiplies the learning rate of a factor
     in all modules: {"b": 5.0}.
 
+    `alternate` names trained factors that take turns: the first step trains only the first of them, the second step the
+    second, and so on; factors in `train` that are not among them are trained in every step. A factor whose turn it is not
+    is frozen: it has no gradient, and its optimizer state stays as it is. `gradient_filter` smooths the gradients of b
+    along out and of a along in before the optimizer's step, see `train.gradient_filter`.
+
     A trainer rejects a request that it does not support completely, with a ValueError: see `models.requests`.
     """
 
@@ -239,6 +245,14 @@ class Fit:
     role: Role = "upload"
     steps: int | None = None
     correction: Mapping[str, Tensor] | None = None
+    alternate: tuple[str, ...] = ()
+    gradient_filter: GradientFilter | None = None
+
+    def trained_in(self, step: int) -> frozenset[str]:
+        """The factors that are trained in a step, counted from 0."""
+        if not self.alternate:
+            return self.train
+        return (self.train - frozenset(self.alternate)) | {self.alternate[step % len(self.alternate)]}
 
     def restore(self, trained: Adapter) -> Adapter:
         """Returns `trained` with all masked-out entries reset to their values in `start`, exactly."""

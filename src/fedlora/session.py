@@ -33,9 +33,12 @@ from fedlora.models.checkpointing import checkpointed_blocks
 from fedlora.models.gguf import gguf_arguments
 from fedlora.models.in_place import other_parameters
 from fedlora.models.loading import locate, quiet
+from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.planning import statement_of
+from fedlora.privacy.record import Budgets, reasons_against
+from fedlora.privacy.record_plan import client_privacy
 from fedlora.reuse import Reuse
 from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
@@ -81,6 +84,8 @@ class Session:
         Raises:
             UserError: invalid model or device, or a model that cannot be trained.
         """
+        for reason in reasons_against(experiment):
+            raise UserError(reason)
         task, settings = task_of(dict(experiment.task)), experiment.train
         quiet()
         loaded = LoadedModel.load(task, experiment, federated_data.labelled_data.labels, reuse)
@@ -88,13 +93,20 @@ class Session:
         tokens = _tokens(task, tokenizer, federated_data, experiment, reuse)
         data = EncodedData.of(tokens, adapted.model, tokenizer, federated_data, settings.max_length)
         check_ranks(adapted.spec.modules, adapted.spec.rank_pattern, experiment.method.rank)
+        private = experiment.privacy.unit == "record"
+        if private:
+            check_normalization(adapted.model)
         if settings.batches == "auto":
-            settings = settings.model_copy(update={"batches": "random" if adapted.packing.works else "by-length"})
+            settings = settings.model_copy(
+                update={"batches": "random" if adapted.packing.works or private else "by-length"}
+            )
             experiment = experiment.model_copy(update={"train": settings})
         start: Adapter = lora_init(adapted.spec, experiment.method.rank, experiment.seed)
         if experiment.lora.dora:
             start = with_magnitudes(start, adapted.spec.magnitudes)
         kept = bytes_per_token(adapted, task, data.examples, start)
+        method = RememberedStates(method_of(experiment))
+        max_tokens = settings.activation_memory_mb * 1_000_000 // kept
         trainer = LocalTrainer(
             adapted,
             task,
@@ -105,10 +117,10 @@ class Session:
             settings,
             experiment.evaluate.batch_size,
             loaded.clients_per_step,
-            settings.activation_memory_mb * 1_000_000 // kept,
+            1 if private and loaded.one_at_a_time else max_tokens,  # in such a model, examples influence each other, too
             experiment.rounds,
+            client_privacy(experiment, method, adapted.spec, federated_data.clients, data.rows) if private else {},
         )
-        method = RememberedStates(method_of(experiment))
         notes = [
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
@@ -163,7 +175,14 @@ class Session:
 
     def simulation(self, folder: RunFolder) -> SimulationBackend:
         """Simulation backend that stores the clients' states in the run's folder."""
-        return SimulationBackend(self.method, self.adapted.spec, self.clients, folder, self.trainer, self.experiment.seed)
+        return SimulationBackend(
+            self.method, self.adapted.spec, self.clients, folder, self.trainer, self.experiment.seed, self.budgets
+        )
+
+    @property
+    def budgets(self) -> Budgets:
+        """The clients' privacy budgets."""
+        return Budgets(self.trainer.privacy, self.trainer.steps)
 
     def write(
         self,

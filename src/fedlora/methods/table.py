@@ -24,6 +24,7 @@ from fedlora.methods.frlora import FRLoRA
 from fedlora.methods.fslora import FSLoRA
 from fedlora.methods.full import FullFineTuning
 from fedlora.methods.hetlora import HetLoRA
+from fedlora.methods.la_lora import LALoRA
 from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.ravan import Ravan
@@ -65,6 +66,16 @@ _ROWS = (
         exact="yes, in each round",
         up=("r * out", "r * in"),
         private="yes: noise enters through one factor in each round",
+    ),
+    Row(
+        name="la-lora",
+        make=LALoRA,
+        init="any",
+        paper="Liu et al. 2026, arXiv:2602.19926",
+        summary="trains b and a in alternate local steps with smoothed gradients; averages both",
+        exact="no: the error is the covariance of the factors",
+        weights="uniform",
+        private="yes: each step's noise enters through one factor; a round's through both, and through their product",
     ),
     Row(
         name="fedsa-lora",

@@ -1,6 +1,8 @@
 """Layers with per-client factors and heads: each client's rows are processed with that client's parameters."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,10 +23,33 @@ class ClientLayout:
 
     index: Tensor | None = None
     packing: Packing | None = None
+    _copies: dict[int, Tensor] | None = field(default=None, repr=False)
 
     def select(self, x: Tensor) -> Tensor:
         """The entries of [clients, *shape] for these clients."""
-        return x if self.index is None else x[self.index]
+        if self.index is None:
+            return x
+        if self._copies is None:
+            return x[self.index]
+        if not x.requires_grad:
+            return _entries(x, self.index)
+        if id(x) not in self._copies:
+            self._copies[id(x)] = _entries(x.detach(), self.index).requires_grad_()
+        return self._copies[id(x)]
+
+    @contextmanager
+    def each_example(self, places: Int[Tensor, " rows"]) -> Iterator[Callable[[Tensor], Tensor | None]]:
+        """Context of a pass whose rows are examples of the clients at these places, each with a copy of the parameters.
+
+        Yields a function that, after the backward pass, gives the gradient [rows, *shape] of a parameter [clients, *shape],
+        of each row alone; None if the pass did not use the parameter. A parameter that was used several times has the sum.
+        """
+        self.index, self._copies = places, {}
+        try:
+            copies = self._copies
+            yield lambda x: copies[id(x)].grad if id(x) in copies else None
+        finally:
+            self.index = self._copies = None
 
     def to_client_axis(self, x: Tensor, clients: int) -> Tensor:
         """Each client's rows of [rows, *rest, width], as [clients, rows of one client, *rest, width]."""
@@ -159,6 +184,11 @@ class PerClientLayer(nn.Module):
         call = torch.func.functional_call
         each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
         return self.client_layout.from_client_axis(torch.stack(each), x).to(dtype)
+
+
+def _entries(x: Tensor, index: Int[Tensor, " rows"]) -> Tensor:
+    """x[index], without copies if all are entries of one client."""
+    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index]
 
 
 def _base_attribute(layer: nn.Module, name: str) -> Any:

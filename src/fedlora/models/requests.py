@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, AdapterSpec, pack
 from fedlora.linalg.lowrank import LowRank
-from fedlora.messages import Fit, Gradient
+from fedlora.messages import Fit, Gradient, GradientFilter
 from fedlora.parts.table import Factors, supported
 
 
@@ -24,6 +25,9 @@ def check_request(spec: AdapterSpec, request: Fit | Gradient) -> None:
         raise ValueError(f"train = {sorted(request.train)}: expected some of the adapter's factors {sorted(known)}")
     if isinstance(request, Gradient):
         return
+    if not frozenset(request.alternate) <= request.train or len(set(request.alternate)) < len(request.alternate):
+        raise ValueError(f"alternate = {request.alternate}: expected different factors of train = {sorted(request.train)}")
+    _check_filter(request)
     if request.epochs is not None and request.epochs < 1:
         raise ValueError(f"epochs = {request.epochs}: expected at least 1, or None for the run's own setting")
     if request.steps is not None and (request.steps < 1 or request.epochs is not None):
@@ -77,6 +81,20 @@ def check_update(spec: AdapterSpec, update: Mapping[str, LowRank], field: str) -
         if type(part) is not LowRank:
             raise ValueError(f"{field}: expected two factors for {name!r}, got {type(part).__name__}")
         _check_shapes(f"{field} {name}", part, part.shapes(*spec.modules[name]))
+
+
+def _check_filter(request: Fit) -> None:
+    """Rejects a filter that the trainer does not have, or that would not apply to all trained factors but the head's."""
+    if request.gradient_filter is None:
+        return
+    if request.gradient_filter not in get_args(GradientFilter):
+        allowed = list(get_args(GradientFilter))
+        raise ValueError(f"gradient_filter = {request.gradient_filter!r}: expected one of {allowed}, or None")
+    for name, part in request.start.items():
+        if not part.in_head and type(part) is not LowRank:
+            raise ValueError(
+                f"gradient_filter: expected two factors for {name!r}, got {type(part).__name__}, which it does not support"
+            )
 
 
 def _check_shapes(name: str, part: Factors, expected: Mapping[str, tuple[int, ...]]) -> None:

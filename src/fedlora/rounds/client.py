@@ -20,6 +20,7 @@ from fedlora.messages import (
     Upload,
 )
 from fedlora.method import AnyMethod, Local
+from fedlora.privacy.record import Budgets
 from fedlora.rounds.finite import NOT_FINITE, NumericalError, error_name, is_finite
 from fedlora.rounds.validator import Failed
 
@@ -50,55 +51,71 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class ClientStart:
-    """A client's inputs to a round: its state and its download."""
+    """A client's inputs to a round: its state, its download, and the number of its private steps in earlier rounds."""
 
     client: ClientInfo
     state: Any
     download: Tensors
+    private_steps: int = 0
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """A client's outputs of a round: its next state, its upload, and loss and steps of its last training for the upload."""
+    """A client's outputs of a round: its next state, its upload, and loss and steps of its last training for the upload.
+
+    `private_steps` are those of all its trainings so far, if they are private.
+    """
 
     state: Any
     upload: Upload
     loss: float
     steps: int
+    private_steps: int = 0
 
 
 def train_clients(
-    method: AnyMethod, trainer: Trainer, starts: Sequence[ClientStart], rnd: Round
+    method: AnyMethod, trainer: Trainer, starts: Sequence[ClientStart], rnd: Round, budgets: Budgets | None = None
 ) -> list[LocalResult | Failed]:
     """Runs the method's work of these clients concurrently.
 
     Fit requests of several clients are passed to the trainer together; gradients and features are computed one by one.
-    A client whose work ends in non-finite values has failed, and keeps its previous state.
+    A client whose work ends in non-finite values, or that would exceed its privacy budget, has failed, and keeps its
+    previous state; the steps that it has made before count.
     """
     jobs = [method.work(one.state, one.download, one.client, rnd) for one in starts]
     done: dict[int, LocalResult | Failed] = {}
     answers: dict[int, Trained | None] = dict.fromkeys(range(len(jobs)))
     measured: dict[int, tuple[float, int]] = {}
+    made = [one.private_steps for one in starts]
+    budgets = budgets or Budgets()
     step = 0
     while answers:
         asked: dict[int, FitRequest] = {}
         for i, answer in answers.items():
+            client = starts[i].client
             try:
-                asked[i] = FitRequest(_next_fit(jobs[i], answer, starts[i].client, trainer), starts[i].client, step)
+                request = FitRequest(_next_fit(jobs[i], answer, client, trainer), client, step)
             except StopIteration as end:
                 state, upload = end.value
                 finite = is_finite((state, upload.flat()))
                 done[i] = (
-                    LocalResult(state, upload, *measured.get(i, (math.nan, 0)))
+                    LocalResult(state, upload, *measured.get(i, (math.nan, 0)), made[i])
                     if finite
-                    else Failed(starts[i].client, f"its work ended in {NOT_FINITE}")
+                    else Failed(client, f"its work ended in {NOT_FINITE}", made[i])
                 )
             except NumericalError as error:
-                done[i] = Failed(starts[i].client, f"its work ended in {error_name(error)}, as from {NOT_FINITE}")
+                done[i] = Failed(client, f"its work ended in {error_name(error)}, as from {NOT_FINITE}", made[i])
+            else:
+                if reason := budgets.exceeded(request, made[i]):
+                    done[i] = Failed(client, reason, made[i])
+                else:
+                    asked[i] = request
         answers = dict(zip(asked, trainer.fit(list(asked.values()), rnd), strict=True)) if asked else {}
         for i, trained in answers.items():
             if trained is not None and asked[i].request.role == "upload":
                 measured[i] = trained.loss, trained.steps
+            if trained is not None and starts[i].client.id in budgets.clients:
+                made[i] += trained.steps
         step += 1
     return [done[i] for i in range(len(starts))]
 

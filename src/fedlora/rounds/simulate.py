@@ -1,7 +1,7 @@
 """Simulation of all clients on one machine, sharing one resident model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +9,9 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Statistics
 from fedlora.method import AnyMethod
-from fedlora.rounds.client import ClientStart, Trainer, train_clients
+from fedlora.privacy.events import Gaussian, Ledger
+from fedlora.privacy.record import Budgets
+from fedlora.rounds.client import ClientStart, LocalResult, Trainer, train_clients
 from fedlora.rounds.codec import outline
 from fedlora.rounds.validator import Failed
 
@@ -28,8 +30,20 @@ class ClientStates(Protocol):
 
 
 @dataclass(frozen=True)
+class Counted:
+    """What is stored of a client with a privacy budget: its state, the number of its steps, the round's attempt."""
+
+    state: Any
+    steps: int
+    attempt: int
+
+
+@dataclass(frozen=True)
 class SimulationBackend:
-    """Backend within one process. A client's state is read when it is needed, and written only if it has changed."""
+    """Backend within one process. A client's state is read when it is needed, and written only if it has changed.
+
+    Clients in `budgets` are trained privately, and sit out when their budget is spent.
+    """
 
     method: AnyMethod
     spec: AdapterSpec
@@ -37,6 +51,7 @@ class SimulationBackend:
     states: ClientStates
     trainer: Trainer
     seed: int
+    budgets: Budgets = field(default_factory=Budgets)
 
     def clients(self) -> Sequence[ClientInfo]:
         """All clients."""
@@ -55,13 +70,14 @@ class SimulationBackend:
     ) -> Iterator[Reply | Failed]:
         """Yields replies in the order of `sent` as groups of clients finish. `pending` is unused: the base is shared."""
         for window in self._windows(sent):
-            starts = [ClientStart(client, self._state(client, rnd.index), sent[client]) for client in window]
-            for before, done in zip(starts, train_clients(self.method, self.trainer, starts, rnd), strict=True):
+            starts = [self._start(client, sent[client], rnd) for client in window]
+            for before, done in zip(
+                starts, train_clients(self.method, self.trainer, starts, rnd, self.budgets), strict=True
+            ):
+                self._save(before, done, rnd)
                 if isinstance(done, Failed):
                     yield done
                     continue
-                if not _same(before.state, done.state):
-                    self.states.save_client(before.client, rnd.index, done.state)
                 yield Reply(before.client, rnd, done.upload, float(before.client.examples), done.loss, done.steps)
 
     def evaluate(
@@ -82,9 +98,37 @@ class SimulationBackend:
         """Adapter that the client would use at the start of round `rnd`."""
         return self.method.view(self._state(client, rnd.index), download, client)
 
+    def spent(self, client: ClientInfo, rounds: int) -> Ledger:
+        """The releases of a client with a budget in all its trainings of the first `rounds` rounds."""
+        privacy, steps = self.budgets.clients.get(client.id), self._steps(client, rounds)
+        return [Gaussian(privacy.noise_multiplier, privacy.rate, steps)] if privacy is not None and steps else []
+
+    def _start(self, client: ClientInfo, download: Tensors, rnd: Round) -> ClientStart:
+        """A client's inputs; its steps in earlier attempts of the round count, but not its state after them."""
+        steps = self._steps(client, rnd.index)
+        if rnd.attempt and client.id in self.budgets.clients:
+            now = self.states.client_state(client, rnd.index + 1)
+            if isinstance(now, Counted) and now.attempt < rnd.attempt:  # others are of a run that was killed later
+                steps = now.steps
+        return ClientStart(client, self._state(client, rnd.index), download, steps)
+
+    def _save(self, before: ClientStart, done: LocalResult | Failed, rnd: Round) -> None:
+        """Saves a client's state, if it has changed, and the number of its steps, if it has a budget."""
+        client, state = before.client, before.state if isinstance(done, Failed) else done.state
+        if client.id in self.budgets.clients:
+            self.states.save_client(client, rnd.index, Counted(state, done.private_steps, rnd.attempt))
+        elif not _same(before.state, state):
+            self.states.save_client(client, rnd.index, state)
+
     def _state(self, client: ClientInfo, before: int) -> Any:
         saved = self.states.client_state(client, before)
-        return self.method.init_client(self.spec, client, self.seed) if saved is None else saved
+        if saved is None:
+            return self.method.init_client(self.spec, client, self.seed)
+        return saved.state if isinstance(saved, Counted) else saved
+
+    def _steps(self, client: ClientInfo, before: int) -> int:
+        saved = self.states.client_state(client, before) if client.id in self.budgets.clients else None
+        return saved.steps if isinstance(saved, Counted) else 0
 
 
 def _same(state: Any, after: Any) -> bool:

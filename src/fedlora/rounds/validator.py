@@ -17,10 +17,11 @@ from fedlora.rounds.finite import LARGEST_ENTRY, NOT_FINITE, magnitude
 
 @dataclass(frozen=True)
 class Failed:
-    """A client without a reply, and the reason."""
+    """A client without a reply, the reason, and the number of its private steps so far, which count all the same."""
 
     client: ClientInfo
     reason: str
+    private_steps: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class UploadValidator:
         return None
 
 
-def template_upload(method: AnyMethod, known: ClientRound) -> Upload:
+def template_upload(
+    method: AnyMethod, known: ClientRound, requested: list[Fit | Gradient | Features] | None = None
+) -> Upload:
     """The upload of a new client whose training changes nothing: the expected names, shapes and dtypes.
 
-    The server does not know a client's features, so the template assumes a client without examples.
+    The server does not know a client's features, so the template assumes a client without examples. The requests of the
+    client's work are appended to `requested`.
     """
     job = method.work(known.initial, known.download, known.client, known.round)
     no_examples = LabelledFeatures(
@@ -116,6 +120,8 @@ def template_upload(method: AnyMethod, known: ClientRound) -> Upload:
     try:
         request = next(job)
         while True:
+            if requested is not None:
+                requested.append(request)
             request = job.send(_unchanged(request, no_examples))
     except StopIteration as done:
         upload: Upload = done.value[1]

@@ -15,6 +15,7 @@ from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
+from fedlora.privacy.record import RecordPrivacy
 from fedlora.tasks.task import Examples
 from fedlora.train.local import LocalTrainer
 
@@ -81,6 +82,15 @@ class MultiDeviceTrainer:
     def test(self) -> Examples:
         """The global test set."""
         return self._here.test
+
+    @property
+    def privacy(self) -> Mapping[str, RecordPrivacy]:
+        """As that of each device."""
+        return self._here.privacy
+
+    def steps(self, asked: FitRequest) -> int:
+        """As `LocalTrainer.steps`."""
+        return self._here.steps(asked)
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """As `LocalTrainer.fit`."""

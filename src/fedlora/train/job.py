@@ -3,38 +3,43 @@
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Literal
 
 from torch import Tensor
 
 from fedlora.config.sections import Train
 from fedlora.messages import Fit
 from fedlora.models.structure import structure
+from fedlora.privacy.record import RecordPrivacy
 from fedlora.randomness import generator
 from fedlora.train.batches import epoch
+from fedlora.train.steps import number_of_steps, steps_per_epoch
+
+Entropy = Literal["seed", "os"]
+"""Where noise and samples of private training come from: seeds, or the operating system, which keeps them secret."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training on the examples `rows` [rows]; `shared_order_seed` is the same for all clients."""
+    """One client's training on the examples `rows` [rows]; `shared_order_seed` is the same for all clients.
+
+    With `privacy`, it is DP-SGD on random samples of the rows, with randomness from `entropy`.
+    """
 
     request: Fit
     rows: Tensor
     seed: int
     shared_order_seed: int
-
-    def epochs(self, settings: Train) -> int:
-        """The requested number of epochs, else the run's."""
-        return settings.epochs if self.request.epochs is None else self.request.epochs
+    privacy: RecordPrivacy | None = None
+    entropy: Entropy = "seed"
 
     def steps_per_epoch(self, settings: Train) -> int:
         """Number of batches in an epoch."""
-        return -(-len(self.rows) // settings.batch_size)
+        return steps_per_epoch(settings, len(self.rows))
 
     def steps(self, settings: Train) -> int:
-        """Number of batches: the requested one, else that of the requested epochs, else the run's."""
-        if self.request.epochs is None and (steps := self.request.steps or settings.max_steps):
-            return steps
-        return self.epochs(settings) * self.steps_per_epoch(settings)
+        """See `number_of_steps`."""
+        return number_of_steps(self.request, settings, len(self.rows))
 
     def batches(self, lengths: Tensor, settings: Train) -> Iterator[Tensor]:
         """Yields the rows of each batch, without end."""
@@ -51,10 +56,12 @@ class Job:
 
 
 def step_key(request: Fit) -> Hashable:
-    """Properties that requests trained in one step must share: trained factors, structure, rates, modules with frozen
-    extras."""
+    """Properties that requests trained in one step must share: trained factors and their turns, structure, rates, modules
+    with frozen extras, filter."""
     return (
         request.train,
+        request.alternate,
+        request.gradient_filter,
         structure(request.start),
         frozenset((request.rates or {}).items()),
         frozenset(request.frozen_extra or ()),

@@ -1,24 +1,26 @@
 """The trainer of one process, with all clients' examples and one model."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fedlora.adapter import Adapter
 from fedlora.config.sections import Train
+from fedlora.errors import UserError
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
 from fedlora.models.structure import structure
+from fedlora.privacy.record import RecordPrivacy
 from fedlora.randomness import derive
 from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together
 from fedlora.train.evaluate import score, test_set_metrics
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
-from fedlora.train.job import Job, step_key
+from fedlora.train.job import Entropy, Job, step_key
 from fedlora.train.schedule import round_rate
 
 
@@ -26,7 +28,8 @@ from fedlora.train.schedule import round_rate
 class LocalTrainer:
     """Executes the clients' requests, at most `clients_per_step` clients in one step and `max_tokens` in one micro-batch.
 
-    `rows` and `held_out` are each client's rows of `examples`; `rounds` is the number of rounds of the run.
+    `rows` and `held_out` are each client's rows of `examples`; `rounds` is the number of rounds of the run. Clients in
+    `privacy` are trained by DP-SGD, with samples and noise from `entropy`.
     """
 
     adapted: AdaptedModel
@@ -40,6 +43,8 @@ class LocalTrainer:
     clients_per_step: int = 1
     max_tokens: int = 1 << 11
     rounds: int = 1
+    privacy: Mapping[str, RecordPrivacy] = field(default_factory=dict)
+    entropy: Entropy = "seed"
 
     def fit(self, asked: Sequence[FitRequest], rnd: Round) -> list[Trained]:
         """The trained adapters, each with its `loss`, in the order of `asked`.
@@ -64,19 +69,32 @@ class LocalTrainer:
         """The number of batches of the request."""
         return Job(asked.request, self.rows[asked.client.id], 0, 0).steps(self.settings)
 
+    def _refuse(self, client: ClientInfo, what: str) -> None:
+        if client.id in self.privacy:
+            raise UserError(
+                f"privacy.unit = 'record': the method requests {what} of the examples, to which no noise is added"
+            )
+
     def gradient(self, client: ClientInfo, request: Gradient) -> Adapter:
         """The gradient of the client's mean training loss.
 
         Raises:
             ValueError: the request is invalid.
+            UserError: the client's examples are private.
         """
+        self._refuse(client, "the gradient")
         check_request(self.adapted.spec, request)
         rows = self.rows[client.id]
         settings = self.settings
         return gradient(self.adapted, self.task, self.examples, rows, request, settings.batch_size, settings.reduction)
 
     def features(self, client: ClientInfo) -> LabelledFeatures:
-        """Base-model features of the client's training examples, without any adapter."""
+        """Base-model features of the client's training examples, without any adapter.
+
+        Raises:
+            UserError: the client's examples are private.
+        """
+        self._refuse(client, "features")
         rows = self.rows[client.id]
         found = features(self.adapted, self.task, self.examples, rows, self.eval_batch_size)
         return LabelledFeatures(found, self.examples.targets[rows], self.adapted.spec.classes)
@@ -99,13 +117,16 @@ class LocalTrainer:
         return test_set_metrics(self.adapted, self.task, self.test, adapter, self.eval_batch_size)
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:
-        seed = derive(rnd.seed, "fit", rnd.index, asked.client.id, asked.step)
-        return Job(asked.request, self.rows[asked.client.id], seed, derive(rnd.seed, "pace", rnd.index, asked.step))
+        privacy = self.privacy.get(asked.client.id)
+        again = [rnd.attempt] if privacy is not None and rnd.attempt else []  # new noise: the download may differ
+        seed = derive(rnd.seed, "fit", rnd.index, asked.client.id, asked.step, *again)
+        pace = derive(rnd.seed, "pace", rnd.index, asked.step)
+        return Job(asked.request, self.rows[asked.client.id], seed, pace, privacy, self.entropy)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Groups of jobs for one step: those with the same `step_key`, the longest first."""
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
-        return self._equal_keys(order, [step_key(jobs[i].request) for i in order])
+        return self._equal_keys(order, [(step_key(jobs[i].request), jobs[i].privacy is None) for i in order])
 
     def _equal_keys(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
         """Groups of equal keys, at most `clients_per_step` each, in the given order."""

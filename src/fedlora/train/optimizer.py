@@ -1,6 +1,6 @@
 """Optimizer of many clients at once: all parameters have a leading client axis, and clients do not affect each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,23 +51,20 @@ def optimizer_step(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> 
         p.data.copy_(start.lerp(p.data, scale.view(-1, *[1] * (p.ndim - 1))))
 
 
-def scale_gradients(optimizer: torch.optim.Optimizer, client: int, factor: Tensor) -> None:
+def scale_gradients(parameters: Iterable[nn.Parameter], client: int, factor: Tensor) -> None:
     """Multiplies the gradient of the client at this place by the factor."""
-    for gradient in _gradients(optimizer):
-        gradient[client].mul_(factor)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad[client].mul_(factor)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
     """Clips each client's gradient to the norm."""
-    gradients = _gradients(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)  # [clients]
     scale = (norm / (norms + 1e-6)).clamp(max=1)
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
-
-
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def replace_parameters(

@@ -1,0 +1,160 @@
+"""The gradients of a step of DP-SGD: clipped for each example, summed, and noised."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from fedlora.adapter import pack
+from fedlora.config.sections import Train
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.dropout import ClientDropout
+from fedlora.privacy.per_example import add_clipped, example_passes
+from fedlora.privacy.random_source import RandomSource, SecretSource, SeededSource
+from fedlora.privacy.record import RecordPrivacy
+from fedlora.randomness import derive, generator
+from fedlora.tasks.task import Examples, Task, reduced
+from fedlora.train.job import Job
+from fedlora.train.optimizer import MaskedParameter
+from fedlora.train.step_gradients import with_answer_length
+
+
+class PrivateGradients:
+    """(sum of clipped gradients + noise) / expected batch, of a sample that has each of a client's examples with its rate.
+
+    The clip is of all trained entries of an example together; the loss of an example is the mean over its targets. Samples,
+    noise and dropout of a client depend on its own seeds alone, those of an example's dropout also on its place among the
+    client's rows. Penalties are added to the noised gradient: they read no examples. Losses are not computed (NaN): they
+    would be released without noise.
+
+    Source: Abadi et al. 2016, arXiv:1607.00133.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        task: Task,
+        examples: Examples,
+        jobs: Sequence[Job],
+        settings: Train,
+        max_tokens: int,
+        client_dropout: ClientDropout,
+        device: torch.device,
+    ) -> None:
+        self._adapted, self._task, self._examples, self._jobs = adapted, task, examples, jobs
+        self._max_tokens, self._dropout, self._device = max_tokens, client_dropout, device
+        self._memory = settings.activation_memory_mb * 1_000_000
+        self._lengths = examples.lengths()
+        self._sampling = [_source(job, "sample", torch.device("cpu")) for job in jobs]
+        self._noise = [_source(job, "noise", device) for job in jobs]
+        self._augmenting = [generator(job.seed, "augment") for job in jobs]
+
+    def add(
+        self,
+        step: int,
+        active: Sequence[int],
+        parameters: Mapping[str, nn.Parameter],
+        masked: Sequence[MaskedParameter],
+    ) -> None:
+        """See `StepGradients`."""
+        trained = {key: x for key, x in parameters.items() if x.requires_grad}
+        for x in trained.values():
+            x.grad = torch.zeros_like(x)
+        self._add_sums(step, active, trained, {id(one.parameter): one.fixed for one in masked})
+        for place, i in enumerate(active):
+            self._add_noise(place, i, trained)
+        penalties = [
+            penalty(self._adapted.tensors(place, request.start))
+            for place, request in enumerate(self._jobs[i].request for i in active)
+            for penalty in request.penalties
+        ]
+        if penalties:
+            torch.stack(penalties).sum().backward()  # type: ignore[no-untyped-call]
+
+    def losses(self) -> list[float]:
+        """NaN for each client."""
+        return [math.nan] * len(self._jobs)
+
+    def _add_sums(
+        self, step: int, active: Sequence[int], trained: Mapping[str, nn.Parameter], fixed: Mapping[int, Tensor]
+    ) -> None:
+        """Adds the clipped gradients of the step's samples to the gradients of the clients."""
+        samples = [self._sample(i) for i in active]
+        if not sum(map(len, samples)):
+            return
+        rows = torch.cat([self._jobs[i].rows[own] for i, own in zip(active, samples, strict=True)])
+        places = torch.cat([torch.full_like(own, place) for place, own in enumerate(samples)])
+        draws = torch.cat(
+            [
+                torch.randint(1 << 31, (len(own),), generator=self._augmenting[i])
+                for i, own in zip(active, samples, strict=True)
+            ]
+        )
+        seeds = [
+            derive(self._jobs[i].seed, "dropout", step, n)
+            for i, own in zip(active, samples, strict=True)
+            for n in own.tolist()
+        ]
+        clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=self._device)
+        bytes_each = 2 * sum(x[0].nbytes for x in trained.values())  # a copy, and its gradient
+        for group in example_passes(self._lengths[rows].tolist(), self._max_tokens, self._memory // bytes_each or 1):
+            at = torch.tensor(group)
+            each = self._each_gradient(rows[at], places[at], draws[at], [seeds[n] for n in group], trained, fixed)
+            sums = {key: x.grad for key, x in trained.items() if x.grad is not None}
+            add_clipped(sums, each, places[at].to(self._device), clips)
+
+    def _each_gradient(
+        self,
+        rows: Int[Tensor, " rows"],
+        places: Int[Tensor, " rows"],
+        draws: Int[Tensor, " rows"],
+        seeds: Sequence[int],
+        trained: Mapping[str, nn.Parameter],
+        fixed: Mapping[int, Tensor],
+    ) -> dict[str, Tensor]:
+        """The gradient of each row's loss [rows, *shape], without masked entries, from one pass."""
+        adapted, task, examples, device = self._adapted, self._task, self._examples, self._device
+        places, lengths = places.to(device), self._lengths[rows]
+        inputs, targets = examples.batch(rows, device, draws)
+        sizes = [(length, 1) for length in lengths.tolist()]
+        answers = examples.longest_answers(list(rows[:, None]))
+        self._dropout.next_pass([torch.Generator(device).manual_seed(seed) for seed in seeds], sizes, answers)
+        targets = with_answer_length(targets, sizes, answers)
+        with adapted.client_layout.each_example(places) as own_gradient:
+            with adapted.packing.of(lengths[:, None], device, task.tokens_read(inputs, targets)):
+                losses, _ = reduced(*task.losses(adapted.model, inputs, targets), "example")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            found = {key: own_gradient(x) for key, x in trained.items()}
+        return {
+            key: x.masked_fill_(fixed[id(trained[key])][places], 0) if id(trained[key]) in fixed else x
+            for key, x in found.items()
+            if x is not None
+        }
+
+    def _sample(self, client: int) -> Int[Tensor, " sampled"]:
+        """The places of a step's sample among the client's rows; there may be none."""
+        job = self._jobs[client]
+        return (self._sampling[client].uniform(len(job.rows)) < _privacy(job).rate).nonzero()[:, 0]
+
+    def _add_noise(self, place: int, client: int, trained: Mapping[str, nn.Parameter]) -> None:
+        """Adds a client's noise to its sums, and divides them by its expected batch; entries of padding stay zero."""
+        job = self._jobs[client]
+        privacy, shapes = _privacy(job), {key: x.shape for key, x in pack(job.request.start).items()}
+        for key, x in trained.items():
+            assert x.grad is not None
+            own = x.grad[place][tuple(slice(size) for size in shapes[key])]
+            if privacy.noise_multiplier:
+                noise = self._noise[client].normal(own.shape)
+                own.add_(noise.to(own), alpha=privacy.noise_multiplier * privacy.clip)
+            own.div_(privacy.rate * len(job.rows))
+
+
+def _privacy(job: Job) -> RecordPrivacy:
+    assert job.privacy is not None
+    return job.privacy
+
+
+def _source(job: Job, purpose: str, device: torch.device) -> RandomSource:
+    return SecretSource() if job.entropy == "os" else SeededSource(derive(job.seed, purpose), device)
