@@ -24,6 +24,7 @@ from fedlora.parts.table import Factors
 from fedlora.randomness import generator
 from fedlora.rounds.plan import Plan
 from fedlora.rounds.simulate import SimulationBackend
+from fedlora.train.gradient_filter import binomial5
 
 SPEC = AdapterSpec(
     modules={"layer.2.q": (12, 7), "layer.10.v": (5, 9)},
@@ -101,7 +102,7 @@ class ToyTrainer:
         frozen_extra = {name: part.product() for name, part in (request.frozen_extra or {}).items()}
         target, fixed = self.target(client.id), {name: self.base.get(name, 0) + frozen_extra.get(name, 0) for name in parts}
         steps = request.steps or self.steps * (request.epochs or 1)
-        for _ in range(steps):
+        for step in range(steps):
             live = {name: _times(kinds[name](**tensors), scales.get(name, 1.0)) for name, tensors in parts.items()}
             weights = {name: _matrix(part, self.spec, name) + fixed[name] for name, part in live.items()}
             loss = self._distance(weights, target)
@@ -111,6 +112,10 @@ class ToyTrainer:
                 if (constant := (request.correction or {}).get(f"{name}.{key}")) is not None:
                     gradient = gradient + constant * request.start[name].unit(key, scales.get(name, 1.0))
                 moves = (request.mask or {}).get(f"{name}.{key}", torch.tensor(True))
+                if key not in request.trained_in(step):
+                    continue
+                if request.gradient_filter is not None and key in ("b", "a"):
+                    gradient = binomial5(gradient, -2 if key == "b" else -1)
                 rate = self.lr * 10 * (request.rates or {}).get(key, 1.0)
                 parts[name][key].data.sub_(gradient.where(moves, torch.zeros_like(gradient)), alpha=rate)
         after = {name: kinds[name](**{k: x.detach() for k, x in tensors.items()}) for name, tensors in parts.items()}

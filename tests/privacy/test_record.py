@@ -1,0 +1,213 @@
+"""Budgets of steps in rounds, and privacy for records in whole runs."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fedlora import api
+from fedlora.adapter import pack
+from fedlora.config.experiment import Experiment, build
+from fedlora.config.privacy import Privacy
+from fedlora.config.sections import Train
+from fedlora.errors import UserError
+from fedlora.federated_data import FederatedData
+from fedlora.messages import ClientInfo, Fit, FitRequest, Round, Trained
+from fedlora.method import global_adapter
+from fedlora.methods.lora_a2 import LoRAA2
+from fedlora.methods.table import TABLE
+from fedlora.models.normalization import check_normalization
+from fedlora.privacy.events import Gaussian
+from fedlora.privacy.record import Budgets, RecordPrivacy, reasons_against, record_privacy
+from fedlora.privacy.record_plan import client_privacy
+from fedlora.rounds.simulate import SimulationBackend
+from fedlora.rounds.validator import Failed
+from fedlora.runs.folder import RunFolder
+from fedlora.session import Session
+from tiny_tasks import tiny_task
+
+from tiny import tiny_bert, tiny_rows
+from toy import SPEC, MemoryStates, ToyTrainer, toy_clients, toy_method
+
+CLIENTS = toy_clients(2)
+PRIVACY = {"unit": "record", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5}
+
+
+def budgets(**steps: int) -> Budgets:
+    """Budgets of these clients, whose trainings have 3 steps."""
+    return Budgets({f"{name[1:]}": RecordPrivacy(1.0, 2.0, 0.25, n) for name, n in steps.items()}, lambda _: 3)
+
+
+def toy(method: Any = None, trainer: Any = None, **steps: int) -> SimulationBackend:
+    method = method or toy_method(TABLE["fedit"])
+    return SimulationBackend(method, SPEC, CLIENTS, MemoryStates(), trainer or ToyTrainer(), 0, budgets(**steps))
+
+
+def one_round(backend: SimulationBackend, index: int, attempt: int = 0) -> list[Any]:
+    rnd = Round(index, 0, attempt)
+    sent = {client: backend.method.send(backend.method.init_server(SPEC, 0), client, rnd) for client in CLIENTS}
+    return list(backend.train_clients(rnd, sent, {}))
+
+
+def test_a_client_sits_out_when_its_next_training_would_exceed_its_steps():
+    backend = toy(_0=7, _1=100)
+    for index, left in enumerate((3, 6)):
+        assert not any(isinstance(reply, Failed) for reply in one_round(backend, index))
+        assert backend.spent(CLIENTS[0], index + 1) == [Gaussian(2.0, 0.25, left)]
+    first, second = one_round(backend, 2)
+    assert isinstance(first, Failed) and "it has made 6 of 7 steps" in first.reason
+    assert not isinstance(second, Failed)
+    assert [backend.spent(client, 3)[0].count for client in CLIENTS] == [6, 9]
+    assert backend.spent(CLIENTS[0], 0) == []
+
+
+def test_every_training_counts_also_those_of_a_client_that_fails_later():
+    """LoRA-A2 probes before it trains; a client without steps for both sits out after the probe."""
+    backend = toy(LoRAA2(5), _0=3, _1=6)
+    first, second = one_round(backend, 0)
+    assert isinstance(first, Failed) and not isinstance(second, Failed)
+    assert [backend.spent(client, 1)[0].count for client in CLIENTS] == [3, 6]
+    assert [isinstance(reply, Failed) for reply in one_round(backend, 1)] == [True, True]
+    assert [backend.spent(client, 2)[0].count for client in CLIENTS] == [3, 6]
+
+
+@dataclass(frozen=True)
+class _Diverging(ToyTrainer):
+    def fit(self, asked: Any, rnd: Round) -> list[Trained]:
+        found = super().fit(asked, rnd)
+        return [replace(one, adapter=_nan(one.adapter)) for one in found]
+
+
+def _nan(adapter: Any) -> Any:
+    return {name: type(part)(**{f: x * torch.nan for f, x in vars(part).items()}) for name, part in adapter.items()}
+
+
+def test_a_client_that_diverges_has_spent_its_steps():
+    backend = toy(trainer=_Diverging(), _0=7, _1=7)
+    assert all(isinstance(reply, Failed) for reply in one_round(backend, 0))
+    assert backend.spent(CLIENTS[0], 1) == [Gaussian(2.0, 0.25, 3)]
+
+
+def test_a_repeated_attempt_counts_twice_and_a_repeated_round_once():
+    backend = toy(_0=100, _1=100)
+    one_round(backend, 0)
+    one_round(backend, 0, attempt=1)
+    assert backend.spent(CLIENTS[0], 1)[0].count == 6
+    one_round(backend, 0)  # after a restart
+    assert backend.spent(CLIENTS[0], 1)[0].count == 3
+    one_round(backend, 0, attempt=1)
+    assert backend.spent(CLIENTS[0], 1)[0].count == 6
+
+
+def test_states_of_clients_without_a_budget_are_stored_as_ever():
+    with_budget, without = toy(toy_method(TABLE["fedsa-lora"]), _0=100), toy(toy_method(TABLE["fedsa-lora"]))
+    replies = [one_round(backend, 0) for backend in (with_budget, without)]
+    for client in CLIENTS:
+        views = [
+            b.view(client, b.method.send(b.method.init_server(SPEC, 0), client, Round(1, 0)), Round(1, 0))
+            for b in (with_budget, without)
+        ]
+        assert_close(pack(views[0]), pack(views[1]), rtol=0, atol=0)
+    assert replies[0][0].upload.values.keys() == replies[1][0].upload.values.keys()
+    assert without.spent(CLIENTS[0], 1) == [] and len(without.states.saved) == 2
+
+
+def test_the_rate_is_a_batch_of_the_examples_and_the_steps_are_those_of_all_trainings():
+    train, privacy = Train(batch_size=8, epochs=2), Privacy(**PRIVACY)
+    assert record_privacy(privacy, train, 40, 30) == RecordPrivacy(0.5, 1.0, 0.2, 30)
+    assert record_privacy(privacy, train, 5, 30).rate == 1
+    given = build({"rounds": 7, "method": {"name": "lora-a2", "rank": 5}, "train": train.model_dump(), "privacy": PRIVACY})
+    client, probe = ClientInfo("x", 3, 1), LoRAA2(5).probe_epochs
+
+    def steps(experiment: Experiment) -> int:
+        return client_privacy(experiment, LoRAA2(5), SPEC, [client], {"x": range(41)})["x"].steps
+
+    assert steps(given) == 7 * (probe + 2) * 6  # ceil(41 / 8) steps in an epoch
+    few = given.model_copy(update={"privacy": Privacy(**PRIVACY, participations=2)})
+    assert steps(few) == 2 * (probe + 2) * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"train": {"batches": "by-length"}}, "train.batches"),
+        ({"train": {"clip_norm": 1.0}}, "train.clip_norm"),
+        ({"task": {"kind": "classification", "class_weights": [1.0, 2.0]}}, "task.class_weights"),
+        ({"method": {"name": "full-ft", "scope": "all"}}, "method.scope"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_settings_that_do_not_fit_are_refused_by_name(changes, names):
+    (reason,) = reasons_against(build({**changes, "privacy": PRIVACY}))
+    assert reason.startswith(names)
+    assert not list(reasons_against(build(changes)))
+
+
+def test_a_model_with_batch_normalization_is_refused():
+    with pytest.raises(UserError, match=r"^1 normalizes over the examples"):
+        check_normalization(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+    check_normalization(torch.nn.LayerNorm(2))
+
+
+def experiment(settings: dict[str, Any], **tables: Any) -> Experiment:
+    given: dict[str, Any] = {
+        "rounds": 2,
+        "clients": {"count": 3, "partition": "iid"},
+        "method": {"name": "fedit", "rank": 2},
+        "evaluate": {"before": False, "clients": "none"},
+        "privacy": PRIVACY,
+    }
+    merged = {key: {**settings.get(key, {}), **x} if isinstance(x, dict) else x for key, x in (given | tables).items()}
+    return build({**settings, **merged, "train": {"batch_size": 4, "lr": 0.05, "device": "cpu", **tables.get("train", {})}})
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    home = tmp_path_factory.mktemp("texts")
+    return {"model": str(tiny_bert(home / "bert")), "data": {"source": str(tiny_rows(home / "rows.jsonl", 48))}}
+
+
+def spent(given: Experiment, path: Any, rounds: int) -> list[Any]:
+    session = Session.make(given, FederatedData.make(given))
+    backend = session.simulation(RunFolder(path))
+    return [list(backend.spent(client, rounds)) for client in session.clients]
+
+
+def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path):
+    whole, cut = experiment(texts), experiment(texts, rounds=1)
+    api.run(whole, out=tmp_path / "whole")
+    api.run(cut, out=tmp_path / "cut")
+    api.resume(tmp_path / "cut", overrides=["rounds=2"])
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
+    ledgers = [spent(whole, tmp_path / name, 2) for name in ("whole", "cut")]
+    sizes = [len(share.train) for share in FederatedData.make(whole).partition.shares]
+    assert ledgers[0] == ledgers[1] == [[Gaussian(1.0, min(1, 4 / n), 2 * -(-n // 4))] for n in sizes]
+
+
+@pytest.mark.parametrize(
+    "kind", ["classification", "regression", "image-classification", "tagging", "multiple-choice", "causal-lm", "seq2seq"]
+)
+def test_each_task_trains_privately_as_without_privacy_but_for_clip_noise_and_sampling(kind, tmp_path):
+    """Without them, on all examples of a client in each step; models without dropout, images without augmentation."""
+    settings = tiny_task(kind, tmp_path / "home")
+    settings["task"] = kind
+    settings["evaluate"] = {}
+    free = {**PRIVACY, "clip": 1e6, "noise_multiplier": 0.0}
+    train = {"optimizer": "sgd", "batch_size": 100, "epochs": 2, "reduction": "example"}
+    found = []
+    for privacy in (free, {}):
+        given = experiment(settings, privacy=privacy, train=train)
+        session = Session.make(given, FederatedData.make(given))
+        server = session.method.init_server(session.adapted.spec, 0)
+        start = global_adapter(session.method, session.adapted.spec, server, Round(0, 0))
+        factors = frozenset(f for part in start.values() for f in vars(part))
+        asked = [FitRequest(Fit(start, factors), client, 0) for client in session.clients]
+        found.append(session.trainer.fit(asked, Round(0, 0)))
+    for one, other in zip(*found, strict=True):
+        assert one.steps == other.steps == 2
+        before, after = pack(one.adapter), pack(other.adapter)
+        assert_close(before, after, rtol=1e-3, atol=1e-5)
+        assert any(x.abs().max() > 1e-4 for key, x in after.items() if key.endswith(".b"))
