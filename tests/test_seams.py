@@ -165,8 +165,10 @@ def test_nothing_is_pickled_but_what_the_processes_of_one_run_say_to_each_other(
 
 
 def test_a_section_of_the_settings_is_known_only_where_most_of_it_is_used():
-    trained_by = ("batched", "independence", "job", "local", "optimizer", "schedule")
+    trained_by = ("batched", "independence", "job", "local", "optimizer", "schedule", "steps")
+    trained_by += ("step_gradients", "private_gradients")
     homes = ("config", "data", "federated_data.py", "rounds/plan.py", *(f"train/{name}.py" for name in trained_by))
+    homes += ("privacy/record.py",)
     for file, names in imports("").items():
         if any(within(name, "fedlora.config.sections") for name in names):
             assert file.startswith(homes), f"{file}: pass the values that it needs"

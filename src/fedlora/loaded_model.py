@@ -95,9 +95,7 @@ def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedMo
     wanted = 1 if found.adapted.whole else settings.clients_per_step
     tested = max(wanted, 2 if experiment.privacy.unit == "record" else 1)  # its examples are tested as those of clients
     key = chain([model_key(experiment, labels), str(tested)], conditions(found.adapted, task, experiment.model))
-    safe = tested_clients_per_step(
-        found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, key
-    )
+    safe = tested_clients_per_step(found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, key)
     return replace(found, clients_per_step=min(safe, wanted), one_at_a_time=safe < tested)
 
 

@@ -37,9 +37,11 @@ from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.planning import statement_of
-from fedlora.privacy.record import Budgets, reasons_against
+from fedlora.privacy.events import Ledger
+from fedlora.privacy.record import ledger, reasons_against
 from fedlora.privacy.record_plan import client_privacy
 from fedlora.reuse import Reuse
+from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.plan import RunState
 from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
@@ -182,7 +184,12 @@ class Session:
     @property
     def budgets(self) -> Budgets:
         """The clients' privacy budgets."""
-        return Budgets(self.trainer.privacy, self.trainer.steps)
+        return Budgets({client: one.steps for client, one in self.trainer.privacy.items()}, self.trainer.steps)
+
+    def spent(self, client: ClientInfo, folder: RunFolder, rounds: int) -> Ledger:
+        """The releases of a client's examples in all its trainings of the first `rounds` rounds of the folder's run."""
+        privacy, steps = self.trainer.privacy.get(client.id), self.simulation(folder).private_steps(client, rounds)
+        return [] if privacy is None else ledger(privacy, steps)
 
     def write(
         self,

@@ -15,10 +15,10 @@ from fedlora.messages import ClientInfo, Fit, Round, Trained
 from fedlora.methods.averaging import FactorAveraging
 from fedlora.methods.la_lora import LALoRA
 from fedlora.models.requests import check_request
-from fedlora.privacy.record import RecordPrivacy
 from fedlora.train import batched
 from fedlora.train.batched import train_together
 from fedlora.train.job import Job
+from fedlora.train.record_privacy import RecordPrivacy
 
 from toy import SPEC
 

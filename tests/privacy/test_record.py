@@ -20,12 +20,14 @@ from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.methods.table import TABLE
 from fedlora.models.normalization import check_normalization
 from fedlora.privacy.events import Gaussian
-from fedlora.privacy.record import Budgets, RecordPrivacy, reasons_against, record_privacy
+from fedlora.privacy.record import ledger, reasons_against, record_privacy
 from fedlora.privacy.record_plan import client_privacy
+from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
+from fedlora.train.record_privacy import RecordPrivacy
 from tiny_tasks import tiny_task
 
 from tiny import tiny_bert, tiny_rows
@@ -37,7 +39,7 @@ PRIVACY = {"unit": "record", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5
 
 def budgets(**steps: int) -> Budgets:
     """Budgets of these clients, whose trainings have 3 steps."""
-    return Budgets({f"{name[1:]}": RecordPrivacy(1.0, 2.0, 0.25, n) for name, n in steps.items()}, lambda _: 3)
+    return Budgets({name[1:]: n for name, n in steps.items()}, lambda _: 3)
 
 
 def toy(method: Any = None, trainer: Any = None, **steps: int) -> SimulationBackend:
@@ -55,12 +57,12 @@ def test_a_client_sits_out_when_its_next_training_would_exceed_its_steps():
     backend = toy(_0=7, _1=100)
     for index, left in enumerate((3, 6)):
         assert not any(isinstance(reply, Failed) for reply in one_round(backend, index))
-        assert backend.spent(CLIENTS[0], index + 1) == [Gaussian(2.0, 0.25, left)]
+        assert backend.private_steps(CLIENTS[0], index + 1) == left
     first, second = one_round(backend, 2)
     assert isinstance(first, Failed) and "it has made 6 of 7 steps" in first.reason
     assert not isinstance(second, Failed)
-    assert [backend.spent(client, 3)[0].count for client in CLIENTS] == [6, 9]
-    assert backend.spent(CLIENTS[0], 0) == []
+    assert [backend.private_steps(client, 3) for client in CLIENTS] == [6, 9]
+    assert backend.private_steps(CLIENTS[0], 0) == 0
 
 
 def test_every_training_counts_also_those_of_a_client_that_fails_later():
@@ -68,9 +70,9 @@ def test_every_training_counts_also_those_of_a_client_that_fails_later():
     backend = toy(LoRAA2(5), _0=3, _1=6)
     first, second = one_round(backend, 0)
     assert isinstance(first, Failed) and not isinstance(second, Failed)
-    assert [backend.spent(client, 1)[0].count for client in CLIENTS] == [3, 6]
+    assert [backend.private_steps(client, 1) for client in CLIENTS] == [3, 6]
     assert [isinstance(reply, Failed) for reply in one_round(backend, 1)] == [True, True]
-    assert [backend.spent(client, 2)[0].count for client in CLIENTS] == [3, 6]
+    assert [backend.private_steps(client, 2) for client in CLIENTS] == [3, 6]
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,18 @@ def _nan(adapter: Any) -> Any:
 def test_a_client_that_diverges_has_spent_its_steps():
     backend = toy(trainer=_Diverging(), _0=7, _1=7)
     assert all(isinstance(reply, Failed) for reply in one_round(backend, 0))
-    assert backend.spent(CLIENTS[0], 1) == [Gaussian(2.0, 0.25, 3)]
+    assert backend.private_steps(CLIENTS[0], 1) == 3
 
 
 def test_a_repeated_attempt_counts_twice_and_a_repeated_round_once():
     backend = toy(_0=100, _1=100)
     one_round(backend, 0)
     one_round(backend, 0, attempt=1)
-    assert backend.spent(CLIENTS[0], 1)[0].count == 6
+    assert backend.private_steps(CLIENTS[0], 1) == 6
     one_round(backend, 0)  # after a restart
-    assert backend.spent(CLIENTS[0], 1)[0].count == 3
+    assert backend.private_steps(CLIENTS[0], 1) == 3
     one_round(backend, 0, attempt=1)
-    assert backend.spent(CLIENTS[0], 1)[0].count == 6
+    assert backend.private_steps(CLIENTS[0], 1) == 6
 
 
 def test_states_of_clients_without_a_budget_are_stored_as_ever():
@@ -111,7 +113,12 @@ def test_states_of_clients_without_a_budget_are_stored_as_ever():
         ]
         assert_close(pack(views[0]), pack(views[1]), rtol=0, atol=0)
     assert replies[0][0].upload.values.keys() == replies[1][0].upload.values.keys()
-    assert without.spent(CLIENTS[0], 1) == [] and len(without.states.saved) == 2
+    assert without.private_steps(CLIENTS[0], 1) == 0 and len(without.states.saved) == 2
+
+
+def test_the_ledger_of_a_client_has_the_steps_that_it_made():
+    assert ledger(RecordPrivacy(1.0, 2.0, 0.25, 9), 6) == [Gaussian(2.0, 0.25, 6)]
+    assert ledger(RecordPrivacy(1.0, 2.0, 0.25, 9), 0) == []
 
 
 def test_the_rate_is_a_batch_of_the_examples_and_the_steps_are_those_of_all_trainings():
@@ -171,8 +178,7 @@ def texts(tmp_path_factory):
 
 def spent(given: Experiment, path: Any, rounds: int) -> list[Any]:
     session = Session.make(given, FederatedData.make(given))
-    backend = session.simulation(RunFolder(path))
-    return [list(backend.spent(client, rounds)) for client in session.clients]
+    return [list(session.spent(client, RunFolder(path), rounds)) for client in session.clients]
 
 
 def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path):

@@ -16,12 +16,12 @@ from fedlora.config.sections import Train
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Gradient, Trained
 from fedlora.models.dropout import ClientDropout
-from fedlora.privacy.record import RecordPrivacy
 from fedlora.tasks.classification import Classification
 from fedlora.train import private_gradients
 from fedlora.train.batched import train_together
 from fedlora.train.job import Job
 from fedlora.train.local import LocalTrainer
+from fedlora.train.record_privacy import RecordPrivacy
 
 SGD = Train(optimizer="sgd", lr=1.0, batch_size=4, max_steps=3)
 ONE = SGD.model_copy(update={"max_steps": 1})

@@ -309,14 +309,15 @@ class Train(Section):
     Example: 10
     """
     batch_size: PositiveInt = 8
-    """Training examples per batch."""
+    """Training examples per batch; the expected number with `privacy.unit` = record."""
     reduction: Literal["token", "example"] = "token"
     """The mean loss that a client's step reduces. token: over all targets of its batch, so that examples with many weigh
     more. example: over the examples, of each one's mean. They agree if all examples have equally many targets, as in
-    classification and regression."""
+    classification and regression. With `privacy.unit` = record it is always over the examples."""
     batches: Literal["auto", "random", "by-length"] = "auto"
     """How examples are grouped into batches. random: at random. by-length: examples of similar length, which saves
-    padding but may cost accuracy. auto: random if padding is avoided (see `train.packed`), else by-length."""
+    padding but may cost accuracy. auto: random if padding is avoided (see `train.packed`), else by-length. With
+    `privacy.unit` = record each example is in a batch with the same probability, independently of all others."""
     packed: bool = True
     """Whether to avoid padding, if the model supports it. Affects results only by rounding."""
     clients_per_step: PositiveInt = 16

@@ -1,31 +1,17 @@
 """Differential privacy of single examples: what each client may do, and which experiments it does not cover."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fedlora.config.privacy import Privacy
 from fedlora.config.sections import Train
-from fedlora.messages import Fit, FitRequest
+from fedlora.messages import Fit
+from fedlora.privacy.events import Gaussian, Ledger
+from fedlora.train.record_privacy import RecordPrivacy
 from fedlora.train.steps import number_of_steps
 
-if TYPE_CHECKING:  # which names the methods, and these the trainers
+if TYPE_CHECKING:
     from fedlora.config.experiment import Experiment
-
-
-@dataclass(frozen=True)
-class RecordPrivacy:
-    """One client's DP-SGD: each example is in a step's sample with probability `rate`, the norms of the examples' gradients
-    are at most `clip`, and the noise has the standard deviation `noise_multiplier` * `clip`.
-
-    `steps` is the largest number of steps in the whole run, which was promised. The expected batch, by which the sum is
-    divided, is `rate` times the number of the client's examples, which counts as public.
-    """
-
-    clip: float
-    noise_multiplier: float
-    rate: float
-    steps: int
 
 
 def record_privacy(privacy: Privacy, train: Train, examples: int, steps: int) -> RecordPrivacy:
@@ -44,22 +30,9 @@ def record_privacy(privacy: Privacy, train: Train, examples: int, steps: int) ->
     return RecordPrivacy(privacy.clip, noise_multiplier, rate, steps)
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """The clients' promised numbers of steps, and the number of steps that the trainer makes for a request."""
-
-    clients: Mapping[str, RecordPrivacy] = field(default_factory=dict)
-    steps: Callable[[FitRequest], int] | None = None
-
-    def exceeded(self, asked: FitRequest, spent: int) -> str | None:
-        """The reason why a client that has made `spent` steps sits out instead of training; None if it trains."""
-        if asked.client.id not in self.clients:
-            return None
-        assert self.steps is not None
-        allowed, steps = self.clients[asked.client.id].steps, self.steps(asked)
-        if spent + steps <= allowed:
-            return None
-        return f"its privacy budget is spent: it has made {spent} of {allowed} steps, and this training would make {steps}"
+def ledger(privacy: RecordPrivacy, steps: int) -> Ledger:
+    """The releases of a client that has made this many steps."""
+    return [Gaussian(privacy.noise_multiplier, privacy.rate, steps)] if steps else []
 
 
 def planned_steps(requests: Iterable[object], train: Train, examples: int) -> int:

@@ -7,8 +7,9 @@ from fedlora.adapter import AdapterSpec
 from fedlora.config.experiment import Experiment
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod, ClientRound
-from fedlora.privacy.record import RecordPrivacy, planned_steps, record_privacy
+from fedlora.privacy.record import planned_steps, record_privacy
 from fedlora.rounds.validator import template_upload
+from fedlora.train.record_privacy import RecordPrivacy
 
 
 def client_privacy(

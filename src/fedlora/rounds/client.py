@@ -20,7 +20,7 @@ from fedlora.messages import (
     Upload,
 )
 from fedlora.method import AnyMethod, Local
-from fedlora.privacy.record import Budgets
+from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.finite import NOT_FINITE, NumericalError, error_name, is_finite
 from fedlora.rounds.validator import Failed
 
@@ -114,7 +114,7 @@ def train_clients(
         for i, trained in answers.items():
             if trained is not None and asked[i].request.role == "upload":
                 measured[i] = trained.loss, trained.steps
-            if trained is not None and starts[i].client.id in budgets.clients:
+            if trained is not None and starts[i].client.id in budgets.most_steps:
                 made[i] += trained.steps
         step += 1
     return [done[i] for i in range(len(starts))]

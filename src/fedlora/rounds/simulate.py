@@ -9,8 +9,7 @@ from fedlora.adapter import Adapter, AdapterSpec, Tensors
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, Reply, Round, Statistics
 from fedlora.method import AnyMethod
-from fedlora.privacy.events import Gaussian, Ledger
-from fedlora.privacy.record import Budgets
+from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.client import ClientStart, LocalResult, Trainer, train_clients
 from fedlora.rounds.codec import outline
 from fedlora.rounds.validator import Failed
@@ -98,15 +97,15 @@ class SimulationBackend:
         """Adapter that the client would use at the start of round `rnd`."""
         return self.method.view(self._state(client, rnd.index), download, client)
 
-    def spent(self, client: ClientInfo, rounds: int) -> Ledger:
-        """The releases of a client with a budget in all its trainings of the first `rounds` rounds."""
-        privacy, steps = self.budgets.clients.get(client.id), self._steps(client, rounds)
-        return [Gaussian(privacy.noise_multiplier, privacy.rate, steps)] if privacy is not None and steps else []
+    def private_steps(self, client: ClientInfo, rounds: int) -> int:
+        """The number of steps of a client with a budget in all its trainings of the first `rounds` rounds."""
+        saved = self.states.client_state(client, rounds) if client.id in self.budgets.most_steps else None
+        return saved.steps if isinstance(saved, Counted) else 0
 
     def _start(self, client: ClientInfo, download: Tensors, rnd: Round) -> ClientStart:
         """A client's inputs; its steps in earlier attempts of the round count, but not its state after them."""
-        steps = self._steps(client, rnd.index)
-        if rnd.attempt and client.id in self.budgets.clients:
+        steps = self.private_steps(client, rnd.index)
+        if rnd.attempt and client.id in self.budgets.most_steps:
             now = self.states.client_state(client, rnd.index + 1)
             if isinstance(now, Counted) and now.attempt < rnd.attempt:  # others are of a run that was killed later
                 steps = now.steps
@@ -115,7 +114,7 @@ class SimulationBackend:
     def _save(self, before: ClientStart, done: LocalResult | Failed, rnd: Round) -> None:
         """Saves a client's state, if it has changed, and the number of its steps, if it has a budget."""
         client, state = before.client, before.state if isinstance(done, Failed) else done.state
-        if client.id in self.budgets.clients:
+        if client.id in self.budgets.most_steps:
             self.states.save_client(client, rnd.index, Counted(state, done.private_steps, rnd.attempt))
         elif not _same(before.state, state):
             self.states.save_client(client, rnd.index, state)
@@ -125,10 +124,6 @@ class SimulationBackend:
         if saved is None:
             return self.method.init_client(self.spec, client, self.seed)
         return saved.state if isinstance(saved, Counted) else saved
-
-    def _steps(self, client: ClientInfo, before: int) -> int:
-        saved = self.states.client_state(client, before) if client.id in self.budgets.clients else None
-        return saved.steps if isinstance(saved, Counted) else 0
 
 
 def _same(state: Any, after: Any) -> bool:

@@ -15,9 +15,9 @@ from fedlora.adapter import Adapter
 from fedlora.errors import RunStopped
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
-from fedlora.privacy.record import RecordPrivacy
 from fedlora.tasks.task import Examples
 from fedlora.train.local import LocalTrainer
+from fedlora.train.record_privacy import RecordPrivacy
 
 
 class TrainerProcess:

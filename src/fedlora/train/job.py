@@ -10,9 +10,9 @@ from torch import Tensor
 from fedlora.config.sections import Train
 from fedlora.messages import Fit
 from fedlora.models.structure import structure
-from fedlora.privacy.record import RecordPrivacy
 from fedlora.randomness import generator
 from fedlora.train.batches import epoch
+from fedlora.train.record_privacy import RecordPrivacy
 from fedlora.train.steps import number_of_steps, steps_per_epoch
 
 Entropy = Literal["seed", "os"]

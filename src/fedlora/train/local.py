@@ -13,7 +13,6 @@ from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures,
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.requests import check_request
 from fedlora.models.structure import structure
-from fedlora.privacy.record import RecordPrivacy
 from fedlora.randomness import derive
 from fedlora.tasks.task import Examples, Task
 from fedlora.train.batched import train_together
@@ -21,6 +20,7 @@ from fedlora.train.evaluate import score, test_set_metrics
 from fedlora.train.features import features
 from fedlora.train.gradient import gradient
 from fedlora.train.job import Entropy, Job, step_key
+from fedlora.train.record_privacy import RecordPrivacy
 from fedlora.train.schedule import round_rate
 
 

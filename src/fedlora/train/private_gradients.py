@@ -11,13 +11,13 @@ from fedlora.adapter import pack
 from fedlora.config.sections import Train
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
-from fedlora.privacy.per_example import add_clipped, example_passes
-from fedlora.privacy.random_source import RandomSource, SecretSource, SeededSource
-from fedlora.privacy.record import RecordPrivacy
+from fedlora.random_source import RandomSource, SecretSource, SeededSource
 from fedlora.randomness import derive, generator
 from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.job import Job
 from fedlora.train.optimizer import MaskedParameter
+from fedlora.train.per_example import add_clipped, example_passes
+from fedlora.train.record_privacy import RecordPrivacy
 from fedlora.train.step_gradients import with_answer_length
 
 

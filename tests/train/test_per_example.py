@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from fedlora.models.layers import ClientLayout, LoraLayer, PerClientLayer
 from fedlora.parts.dense import Dense
 from fedlora.parts.table import mapped, stacked
-from fedlora.privacy.per_example import add_clipped, example_passes
+from fedlora.train.per_example import add_clipped, example_passes
 from parts.kinds import drawn, examples
 
 OUT, IN, RANK, TOKENS = 7, 5, 3, 4

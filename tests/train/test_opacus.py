@@ -14,7 +14,7 @@ from fedlora.linalg.lowrank import LowRank
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.models.targets import head_modules
 from fedlora.parts.dense import Dense
-from fedlora.privacy.per_example import add_clipped
+from fedlora.train.per_example import add_clipped
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
