@@ -1,6 +1,8 @@
 """Budgets of steps in rounds, and privacy for records in whole runs."""
 
+import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -134,6 +136,14 @@ def test_the_rate_is_a_batch_of_the_examples_and_the_steps_are_those_of_all_trai
     assert steps(given) == 7 * (probe + 2) * 6  # ceil(41 / 8) steps in an epoch
     few = given.model_copy(update={"privacy": Privacy(**PRIVACY, participations=2)})
     assert steps(few) == 2 * (probe + 2) * 6
+
+
+def test_a_target_epsilon_gives_the_noise_for_the_rate_and_all_steps(monkeypatch):
+    account = ModuleType("account")
+    account.noise_for = lambda epsilon, delta, rate, steps: epsilon + delta + rate + steps
+    monkeypatch.setitem(sys.modules, "fedlora.privacy.account", account)
+    privacy = Privacy(unit="record", epsilon=3.0, delta=1e-5)
+    assert record_privacy(privacy, Train(batch_size=10), 40, 30).noise_multiplier == 3.0 + 1e-5 + 0.25 + 30
 
 
 @pytest.mark.parametrize(

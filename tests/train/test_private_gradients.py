@@ -14,7 +14,7 @@ from batched_jobs import TASK, jobs, routed, session  # noqa: F401  (a fixture)
 from fedlora.adapter import Tensors, pack, pick
 from fedlora.config.sections import Train
 from fedlora.errors import UserError
-from fedlora.messages import ClientInfo, Gradient, Trained
+from fedlora.messages import ClientInfo, FitRequest, Gradient, Round, Trained
 from fedlora.models.dropout import ClientDropout
 from fedlora.tasks.classification import Classification
 from fedlora.train import private_gradients
@@ -208,6 +208,15 @@ def test_each_example_is_sampled_with_the_rate_on_its_own(session, monkeypatch):
     count = torch.tensor([len(own) for own in sizes]).double()
     assert count.mean() == pytest.approx(0.3 * n, abs=4 * math.sqrt(n * 0.21 / 1000))
     assert count.var() == pytest.approx(0.21 * n, rel=0.2)  # of a fixed size: 0
+
+
+def test_a_trainer_never_trains_a_client_without_privacy_beside_private_ones(session):
+    adapted, examples = session
+    x, y = jobs(adapted)[:2]
+    rows = {"x": x.rows, "y": y.rows}
+    trainer = LocalTrainer(adapted, TASK, examples, rows, {}, examples, Train(), 8, privacy={"x": SOME})
+    with pytest.raises(ValueError, match="client 'y' has no privacy"):
+        trainer.fit([FitRequest(y.request, ClientInfo("y", 4, 21), 0)], Round(0, 0))
 
 
 def test_a_trainer_refuses_what_would_read_private_examples_without_noise(session):

@@ -50,7 +50,7 @@ class LocalTrainer:
         """The trained adapters, each with its `loss`, in the order of `asked`.
 
         Raises:
-            ValueError: a request is invalid (see `check_request`); nothing was trained.
+            ValueError: a request is invalid (see `check_request`), or a client's privacy is missing; nothing was trained.
         """
         for one in asked:
             check_request(self.adapted.spec, one.request)
@@ -117,16 +117,18 @@ class LocalTrainer:
         return test_set_metrics(self.adapted, self.task, self.test, adapter, self.eval_batch_size)
 
     def _job(self, asked: FitRequest, rnd: Round) -> Job:
-        privacy = self.privacy.get(asked.client.id)
+        privacy, rows = self.privacy.get(asked.client.id), self.rows[asked.client.id]
+        if self.privacy and privacy is None and len(rows):
+            raise ValueError(f"client {asked.client.id!r} has no privacy, as others have; expected one for each client")
         again = [rnd.attempt] if privacy is not None and rnd.attempt else []  # new noise: the download may differ
         seed = derive(rnd.seed, "fit", rnd.index, asked.client.id, asked.step, *again)
         pace = derive(rnd.seed, "pace", rnd.index, asked.step)
-        return Job(asked.request, self.rows[asked.client.id], seed, pace, privacy, self.entropy)
+        return Job(asked.request, rows, seed, pace, privacy, self.entropy)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[int]]:
         """Groups of jobs for one step: those with the same `step_key`, the longest first."""
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].steps(self.settings))
-        return self._equal_keys(order, [(step_key(jobs[i].request), jobs[i].privacy is None) for i in order])
+        return self._equal_keys(order, [step_key(jobs[i].request) for i in order])
 
     def _equal_keys(self, order: Sequence[int], keys: Sequence[Hashable]) -> Iterator[list[int]]:
         """Groups of equal keys, at most `clients_per_step` each, in the given order."""
