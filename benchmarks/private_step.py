@@ -48,7 +48,7 @@ def session(given: argparse.Namespace, packed: bool, privacy: dict[str, Any]) ->
         {
             **MODELS[given.model],
             "data": {"source": "memory"},
-            "clients": {"count": given.clients, "partition": "iid", "held_out": 0.0},
+            "clients": {"count": given.clients, "partition": "iid", "held_out": 0.0, "min_size": 1},
             "method": {"name": "fedit", "rank": RANK},
             "train": {
                 "batch_size": given.batch,
@@ -62,7 +62,8 @@ def session(given: argparse.Namespace, packed: bool, privacy: dict[str, Any]) ->
             "privacy": privacy,
         }
     )
-    return Session.make(experiment, FederatedData.make(experiment, rows(given.clients * given.batch)))
+    train = rows(given.clients * given.batch)
+    return Session.make(experiment, FederatedData.make(experiment, {"train": train, "test": train[:2]}))
 
 
 def product(given: argparse.Namespace, packed: bool, private: bool) -> Callable[[int], None]:
