@@ -16,6 +16,7 @@ from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes
 from fedlora.loaded_model import model_key
 from fedlora.models.fingerprint import fingerprint
+from fedlora.privacy.client_level import ClientPrivacy
 from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.early_stopping import best_round, stops, until_best
@@ -104,13 +105,18 @@ def rounds(
     """Runs the rounds after `start` on the backend; returns the server's state after the last.
 
     With `evaluate.stop_after`, the adapters of the best round are stored, and rounds without improvement end the run. In a
-    deployment, uploads are compared with each other unless `sampling.check_cohort` is false.
+    deployment, uploads are compared with each other unless `sampling.check_cohort` is false or there is privacy, and the
+    randomness of client-level privacy is secret.
 
     Raises:
         RunStopped: the run cannot continue; all complete rounds are in the folder.
     """
     experiment = session.experiment
-    checked = experiment.sampling.check_cohort
+    checked, privacy = experiment.sampling.check_cohort, experiment.privacy
+    client_level = None
+    if privacy.unit == "client":
+        rate, clients = experiment.sampling.fraction, len(backend.clients())
+        client_level = ClientPrivacy.planned(privacy, rate, experiment.rounds, clients, secret=deployed)
     for note in _notes(session):
         progress.notify(note)
     run_state = start.run_state
@@ -122,12 +128,14 @@ def rounds(
         experiment.sampling,
         experiment.evaluate,
         experiment.rounds,
-        experiment.method.uniform,
+        experiment.method.uniform or privacy.hides_counts,
         None if experiment.method.row.personal or not len(session.trainer.test) else _evaluator(session, folder),
-        deployed if checked is None else checked,
+        (deployed and privacy.unit == "none") if checked is None else checked,
         folder.path / "spool",
         metrics=session.task.metrics,
         lower_is_better=session.task.lower_is_better,
+        hides_training=privacy.unit != "none",
+        client_level=client_level,
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))

@@ -40,6 +40,7 @@ from fedlora.planning import statement_of
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
 from fedlora.privacy.record_plan import client_privacy
+from fedlora.release import leaving
 from fedlora.reuse import Reuse
 from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.plan import RunState
@@ -84,10 +85,11 @@ class Session:
         With `reuse`, values of an earlier session are not computed again; the result is the same.
 
         Raises:
-            UserError: invalid model or device, or a model that cannot be trained.
+            UserError: invalid model or device, a model that cannot be trained, or a method that `privacy` does not cover.
         """
         for reason in reasons_against(experiment):
             raise UserError(reason)
+        leaving(method_of(experiment), experiment)
         task, settings = task_of(dict(experiment.task)), experiment.train
         quiet()
         loaded = LoadedModel.load(task, experiment, federated_data.labelled_data.labels, reuse)
@@ -170,15 +172,29 @@ class Session:
         The adapters include the base updates, and thus all changes of the model.
         """
         simulation, rnd = self.simulation(folder), Round(done, self.experiment.seed)
-        clients = self.clients if self.experiment.method.row.personal else [ClientInfo("", self.method.rank, 1)]
+        personal = self.experiment.method.row.personal
+        clients = simulation.registered if personal else [ClientInfo("", self.method.rank, 1)]
         views = {one.id: simulation.view(one, self.method.send(run_state.server, one, rnd), rnd) for one in clients}
         base_updates = [folder.base_update(index) for index in run_state.base_updates.rounds]
         return {name: with_base_updates(view, base_updates) for name, view in views.items()} if base_updates else views
 
-    def simulation(self, folder: RunFolder) -> SimulationBackend:
-        """Simulation backend that stores the clients' states in the run's folder."""
+    def simulation(self, folder: RunFolder, clients: Sequence[ClientInfo] | None = None) -> SimulationBackend:
+        """Simulation backend of these clients, by default of all, that stores their states in the run's folder.
+
+        With privacy, the method and the server get neither their numbers of examples nor losses and steps.
+        """
+        known = self.clients if clients is None else clients
+        if self.experiment.privacy.hides_counts:
+            known = [replace(client, examples=1) for client in known]
         return SimulationBackend(
-            self.method, self.adapted.spec, self.clients, folder, self.trainer, self.experiment.seed, self.budgets
+            self.method,
+            self.adapted.spec,
+            known,
+            folder,
+            self.trainer,
+            self.experiment.seed,
+            self.budgets,
+            hides_training=self.experiment.privacy.unit != "none",
         )
 
     @property
@@ -276,8 +292,9 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     Returns notes about the examples, and for tasks whose targets are tokens the first one, decoded.
 
     Raises:
-        UserError: invalid model, tokenizer, targets, ranks or device.
+        UserError: invalid model, tokenizer, targets, ranks or device, or a method that `privacy` does not cover.
     """
+    leaving(method_of(experiment), experiment)
     quiet()
     hardware.devices(experiment.train.device, experiment.train.devices)
     task = task_of(dict(experiment.task))

@@ -98,6 +98,22 @@ def test_a_check_prints_each_client_and_loads_no_model(place, command, monkeypat
     assert re.findall(r"^ *(\d{3}) ", printed, re.MULTILINE) == [f"{i:03}" for i in range(12)]
 
 
+def test_a_check_of_a_private_experiment_prints_what_leaves_a_client(place, command, monkeypatch):
+    monkeypatch.setattr(Classification, "load", not_called)
+    settings = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5", "evaluate.clients=none")
+    changes = [part for setting in settings for part in ("--set", setting)]
+    code, printed, errors = command("check", place / "good.toml", *changes)
+    assert (code, errors) == (0, "")
+    for line in (
+        r"values of the upload \(a, b, head\) +covered: ",
+        r"number of examples, weight +fixed: 1",
+        "loss.* not sent",
+    ):
+        assert re.search(line, printed), line
+    refused = command("check", place / "good.toml", *changes, "--set", "method.name=flasc")
+    assert_refused(refused, "privacy.unit = 'client' is not supported by flasc", "positions")
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedlora.messages import ClientInfo, Round
 from fedlora.report.terminal import Live, closing, size
-from fedlora.rounds.row import Seconds
+from fedlora.rounds.row import PrivacyRow, Seconds
 from fedlora.rounds.score_summary import Summary
 from fedlora.runs.result import Result
 
@@ -92,3 +92,10 @@ def test_live_lines_name_the_round_the_scores_and_the_rejected_client():
     assert "round 3/7  loss 0.123  2.0 s" in lines
     assert "round 0/7  test accuracy 0.250  2.0 s" in lines
     assert any("too large" in line and "\x1b" not in line for line in lines)
+
+
+def test_a_round_with_privacy_says_what_it_has_spent():
+    out = io.StringIO()
+    live = Live(Console(file=out, width=120), 3)
+    live.round_ended(replace(ROW, privacy=PrivacyRow(epsilon=1.5, delta=1e-5, clip=1.0)))
+    assert "epsilon 1.500" in out.getvalue()

@@ -28,12 +28,15 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=Fal
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, model and device without training, and list its clients.
 
-    For a language model, the first training example is shown as the model gets it.
+    For a language model, the first training example is shown as the model gets it. With privacy, what leaves a client is
+    listed, and by which guarantee it is covered.
     """
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
+    from fedlora.release import leaving
     from fedlora.report import tables
     from fedlora.session import check as check_experiment
+    from fedlora.session import method_of
 
     experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)
@@ -41,6 +44,8 @@ def check(file: File, overrides: Overrides = None) -> None:
     console = Console()
     console.width = max(console.width, tables.CLIENTS_WIDTH)
     console.print(tables.clients(federated_data))
+    if released := leaving(method_of(experiment), experiment):
+        console.print(tables.released(experiment.privacy.unit, released.values()))
     for note in notes:
         print(printable(note))
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fedlora.config.error_message import error_message
 from fedlora.config.method_choice import MethodChoice
 from fedlora.config.privacy import Privacy
+from fedlora.config.privacy_checks import privacy_conflicts
 from fedlora.config.reading import SHORT_FORMS, overridden, read_table
 from fedlora.config.sections import Clients, Data, Deploy, Evaluate, Lora, Sampling, Section, Task, Train
 from fedlora.config.wrap_choice import WrapChoice
@@ -96,6 +97,8 @@ class Experiment(Section):
         if self.task.class_weights and self.train.reduction == "example":
             raise ValueError("task.class_weights needs train.reduction = 'token': a mean over examples has equal weights")
         self._check_prompt_settings()
+        for conflict in privacy_conflicts(self):
+            raise ValueError(conflict)
         if self.evaluate.stop_after is not None and not self.clients.held_out:
             raise ValueError("evaluate.stop_after needs clients.held_out above 0")
         ranks = self.clients.ranks

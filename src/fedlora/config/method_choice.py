@@ -42,7 +42,7 @@ class MethodChoice(BaseModel):
     """
     weights: Weights | None = None
     """The clients' weights in the means of factors and heads: their numbers of examples, or uniform. If omitted, the
-    method's default (see its page).
+    method's default (see its page). With `privacy.unit`, uniform unless `privacy.public_counts` is true.
 
     Example: "uniform"
     """

@@ -44,13 +44,18 @@ class Privacy(Section):
     public_counts: bool = False
     """For records: whether the clients' numbers of examples are public, and may be sent and weigh their uploads."""
     clip_quantile: Annotated[float, Range(gt=0, lt=1)] | None = None
-    """For clients: adapts the clip from round to round, so that it approaches this quantile of the norms (Andrew et al. 2021,
-    arXiv:1905.03871). If omitted, the clip is fixed.
+    """For clients: adapts the clip from round to round, so that it approaches this quantile of the norms (Andrew et al.
+    2021, arXiv:1905.03871). If omitted, the clip is fixed.
 
     Example: 0.5
     """
     clip_rate: PositiveFloat = 0.2
     """The rate of the adaptation of the clip."""
+
+    @property
+    def hides_counts(self) -> bool:
+        """Whether clients do not send their numbers of examples; then all have the same weight."""
+        return self.unit != "none" and not self.public_counts
 
     @model_validator(mode="after")
     def _complete(self) -> "Privacy":

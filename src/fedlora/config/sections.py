@@ -361,7 +361,8 @@ class Sampling(Section):
     """The sampling of clients in a round, and the limits of accepted uploads."""
 
     fraction: Fraction = 1.0
-    """The fraction of the clients sampled in each round; at least one client."""
+    """The fraction of the clients sampled in each round; at least one client. With `privacy.unit = "client"`, the
+    probability with which each client takes part in a round, which may have none."""
     min_replies: Annotated[PositiveInt, AtMost("clients.count")] = 1
     """The number of accepted uploads that a round needs; with fewer, the round is repeated with other clients."""
     attempts: PositiveInt = 3
@@ -376,7 +377,7 @@ class Sampling(Section):
     """Whether each upload is compared with the others of its round, if there are at least three. If the norm of its
     change, or the spectral norm of the change of a weight, is above 3 times the median, the change is scaled down to
     that; above 30 times the median, the upload is rejected. No weight is above 2 times the median weight. If omitted: in
-    deployments, not in simulations.
+    deployments without `privacy.unit`, not in simulations.
 
     Example: true
     """

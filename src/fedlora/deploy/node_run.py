@@ -69,9 +69,7 @@ class NodeRun:
         base = weights_digest(session.adapted.model)
         folder = RunFolder(path)
         clients = [client for client in session.clients if client.id in settings.clients]
-        simulation = SimulationBackend(
-            session.method, session.adapted.spec, clients, folder, session.trainer, experiment.seed
-        )
+        simulation = session.simulation(folder, clients)
         run = cls(session, folder, simulation, base, notify)
         for index in folder.base_updates():
             session.trainer.merge_into_base(folder.base_update(index))

@@ -86,9 +86,10 @@ def flower_backend(session: Session, start: Start, transport: Transport, event_l
         server_session_id=uuid4().hex,
         done=start.done,
     )
-    admission = NodeAdmission(
-        weights_digest(session.adapted.model), experiment.method.rank, experiment.method.row.mixed_ranks
-    )
+    mixed_ranks = experiment.method.row.mixed_ranks
+    if experiment.privacy.unit == "client":  # which was checked for these ranks only
+        mixed_ranks = mixed_ranks and experiment.clients.ranks is not None
+    admission = NodeAdmission(weights_digest(session.adapted.model), experiment.method.rank, mixed_ranks)
     empty = session.task.no_statistics(session.federated_data.labelled_data.labels)
     scores = ScoreCheck(empty, session.task.check, experiment.clients.held_out)
     spec, settings = session.adapted.spec, experiment.deploy

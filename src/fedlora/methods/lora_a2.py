@@ -39,7 +39,8 @@ class LoRAA2(Method[Sliced, Mapping[str, int], Mean]):
     The paper does not specify the probe's learning rate (here that of the training), the rank in the scale alpha / r
     (here `rank`), and the rank in its main table (16 is consistent with the traffic it reports). It divides by the
     number of examples of all clients; here, by that of the participants. The choice of ranks depends on a client's
-    data, and is not covered by noise on the values.
+    data, and noise on the uploaded values does not cover it. With `upload` "all", the changes of all ranks are uploaded,
+    zero where a rank was not chosen: noise or masks on them then cover the choice, at the traffic of RoLoRA.
 
     Source: Koo et al. 2025, arXiv:2410.22815, Algorithms 1 and 2, also where the text has the rounds reversed.
     """
@@ -49,6 +50,9 @@ class LoRAA2(Method[Sliced, Mapping[str, int], Mean]):
     """The number of epochs after which a client chooses its ranks."""
     b_rate: PositiveFloat = 5.0
     """The learning rate of b relative to that of a."""
+    upload: Literal["chosen", "all"] = "chosen"
+    """The changes that a client uploads: those of its ranks, with their positions (chosen), or those of all ranks, with
+    zeros (all)."""
 
     def init_server(self, spec: AdapterSpec, seed: int) -> Sliced:
         """Factors with zero update."""
@@ -76,8 +80,11 @@ class LoRAA2(Method[Sliced, Mapping[str, int], Mean]):
         chosen = dict(zip(start, torch.split(keep, ranks), strict=True))
         mask = {f"{name}.{side}": own[None] if side == "b" else own[:, None] for name, own in chosen.items()}
         trained = low_rank((yield from fit(start, side, mask=mask, rates=rates)))
-        moves = [(_rows(trained[name], side) - _rows(start[name], side))[own].flatten() for name, own in chosen.items()]
-        return state, Upload({"changes": torch.cat(moves)}, {"positions": pack_positions(keep)})
+        moves = {name: _rows(trained[name], side) - _rows(start[name], side) for name in chosen}
+        if self.upload == "all":
+            return state, Upload({"changes": torch.cat([x.flatten() for x in moves.values()])})
+        kept = torch.cat([moves[name][own].flatten() for name, own in chosen.items()])
+        return state, Upload({"changes": kept}, {"positions": pack_positions(keep)})
 
     def expected_upload(self, known: ClientRound, upload: Upload, template: Upload) -> Upload:
         """As many changes as the chosen ranks have entries.
@@ -112,8 +119,10 @@ class LoRAA2(Method[Sliced, Mapping[str, int], Mean]):
         return changes(_moved(received, self.expand(known, upload)), received)
 
     def _chosen(self, known: ClientRound, upload: Upload) -> dict[str, Tensor]:
-        """Module -> the mask of the ranks that the client chose [rank]."""
+        """Module -> the mask of the ranks whose changes are in the upload [rank]."""
         ranks = {name: known.spec.rank(name, self.rank) for name in known.spec.modules}
+        if self.upload == "all":
+            return {name: torch.ones(rank, dtype=torch.bool) for name, rank in ranks.items()}
         budget = sum(_budget(known.spec, known.client).values())
         positions = unpack_positions(upload.choices["positions"], budget, sum(ranks.values()))
         return dict(zip(ranks, torch.split(positions, list(ranks.values())), strict=True))

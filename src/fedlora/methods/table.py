@@ -319,8 +319,8 @@ _ROWS = (
         index_counts=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
-        secure="clients send different ranks; zero-padded, they would save nothing",
-        private="no: which ranks a client sends depends on its data",
+        secure='except with upload = "all", which saves no traffic',
+        private='yes: noise in training covers the choice of ranks; noise on uploads does with upload = "all"',
         known_failures={
             "test_traffic_is_what_the_row_declares, mixed ranks": "the budget counts ranks, which differ in floats",
         },

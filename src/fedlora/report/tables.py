@@ -15,6 +15,7 @@ from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods.row import Row
 from fedlora.printable import printable
+from fedlora.release import Released
 from fedlora.report import method_docs
 
 _FEW_LABELS = 20
@@ -86,3 +87,12 @@ def clients(federated_data: FederatedData) -> Group:
     if partition.left_out_rows:
         below.append(Text(f"left out: {partition.left_out_rows} examples, {partition.left_out_clients} clients"))
     return Group(table, *below)
+
+
+def released(unit: str, entries: Iterable[Released]) -> Table:
+    """What leaves a client, and its rule."""
+    title = f"what leaves a client, with privacy.unit = {unit!r}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
+    for entry in entries:
+        table.add_row(Text(printable(entry.what)), Text(printable(entry.rule)))
+    return table

@@ -56,7 +56,8 @@ class Live:
     def round_ended(self, row: RoundRow) -> None:
         """Prints one line with the round's main numbers."""
         loss = [] if row.train_loss is None else [f"loss {row.train_loss:.3f}"]
-        parts = [f"round {row.round}/{self._rounds}", *loss, *_scores(row), f"{row.seconds.total:.1f} s"]
+        spent = [] if row.privacy is None else [f"epsilon {number(row.privacy.epsilon, 3)}"]
+        parts = [f"round {row.round}/{self._rounds}", *loss, *_scores(row), *spent, f"{row.seconds.total:.1f} s"]
         self._console.print(Text("  ".join(parts)))
         if row.diverged is not None:
             self._console.print(Text(printable(row.diverged), "yellow"))

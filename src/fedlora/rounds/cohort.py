@@ -30,9 +30,15 @@ def invite(
 ) -> Cohort:
     """Chooses the cohort, excluding `left_out` unless no clients remain, and sends the training requests."""
     started, everybody = datetime.now(UTC), backend.clients()
-    chosen = choose([client for client in everybody if client.id not in left_out] or everybody, plan.sampling.fraction, rnd)
+    if plan.client_level is None:
+        able = [client for client in everybody if client.id not in left_out] or everybody
+        chosen = choose(able, plan.sampling.fraction, rnd)
+        expected = len(chosen)
+    else:
+        chosen = list(plan.client_level.choose(everybody, rnd))
+        expected = round(plan.client_level.expected_cohort)
     last = {one.id: Acknowledged(*state.acknowledged[one.id]) for one in chosen if one.id in state.acknowledged}
-    rnd = replace(rnd, registered=len(everybody), expected_cohort=len(chosen), acknowledged=last)
+    rnd = replace(rnd, registered=len(everybody), expected_cohort=expected, acknowledged=last)
     made = downloads(plan, backend, store, state, chosen, rnd)
     validator = UploadValidator(plan.method, plan.spec, rnd, made.sent, plan.sampling.max_norm, plan.sampling.max_examples)
     return Cohort(rnd, started, chosen, made, validator, backend.train_clients(rnd, made.sent, made.pending))

@@ -6,15 +6,18 @@ from typing import Any
 
 from fedlora.messages import Reply
 from fedlora.method import ClientRound
+from fedlora.privacy.client_level import ClientPrivacy, ClippedSum, NoisedMean
 from fedlora.rounds.aggregation_error import ClientUpdates
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.cohort import Cohort
 from fedlora.rounds.cohort_checks import Size, check_cohort, clipped, difference_norm, spectral_norm
 from fedlora.rounds.collect import collect
 from fedlora.rounds.finite import Largest, NumericalError, error_name
-from fedlora.rounds.plan import Plan
+from fedlora.rounds.frame import common_frame
+from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.round_stats import RoundStats, Training
+from fedlora.rounds.row import PrivacyRow
 from fedlora.rounds.spool import Spool
 from fedlora.rounds.validator import Failed, template_upload
 
@@ -24,13 +27,14 @@ class Gathered:
     """What the server keeps of a cohort's replies.
 
     `answered` has the clients that sent an upload, rejected ones included; `failure` the numerical error that ended the
-    collection, if any.
+    collection, if any. `released` is the noised mean of client-level privacy, which is then all that was collected.
     """
 
     answered: list[str] = field(default_factory=list)
     collected: Any = None
     updates: ClientUpdates = field(default_factory=ClientUpdates)
     failure: str = ""
+    released: NoisedMean | None = None
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,50 @@ class _Accepted:
     norm: float
 
 
-def gather(plan: Plan, server: Any, cohort: Cohort, stats: RoundStats, progress: Progress) -> Gathered:
+def gather(plan: Plan, state: RunState, cohort: Cohort, stats: RoundStats, progress: Progress) -> Gathered:
     """Collects the cohort's valid replies: each on its arrival, or all at the end if the cohort is checked.
 
     After a numerical error nothing more is collected.
     """
     gathered = Gathered()
     accepted = _received(plan, cohort, gathered, stats, progress)
+    if plan.client_level is not None:
+        return _noised(plan, plan.client_level, state, cohort, gathered, accepted, stats)
     for one in _compared(plan, cohort, accepted, stats, progress) if plan.check_cohort else accepted:
         client, reply = one.reply.client.id, one.reply
         if stats.largest is None or one.norm > stats.largest.norm:
             stats.largest = Largest(client, one.norm, cohort.rnd.index + 1)
-        stats.accepted[client] = Training(reply.weight, reply.loss, reply.steps)
+        hidden = plan.hides_training
+        stats.accepted[client] = Training(reply.weight) if hidden else Training(reply.weight, reply.loss, reply.steps)
         if gathered.failure:
             continue
         try:
-            gathered.collected = collect(plan.method, server, gathered.collected, reply, one.known)
+            gathered.collected = collect(plan.method, state.server, gathered.collected, reply, one.known)
             gathered.updates = gathered.updates.add(reply.weight, plan.method.update(one.known, reply.upload))
         except NumericalError as error:
             gathered.failure = error_name(error)
+    return gathered
+
+
+def _noised(
+    plan: Plan,
+    privacy: ClientPrivacy,
+    state: RunState,
+    cohort: Cohort,
+    gathered: Gathered,
+    accepted: Iterator[_Accepted],
+    stats: RoundStats,
+) -> Gathered:
+    """Collects the noised mean of the valid replies, all with the same weight."""
+    frame = common_frame(plan.method, plan.spec, state.server, cohort.rnd)
+    clipped = ClippedSum(frame, privacy.clip if state.clip is None else state.clip)
+    for one in accepted:
+        clipped.add(plan.method.expand(one.known, one.reply.upload))
+        stats.accepted[one.reply.client.id] = Training(1.0)
+    released = privacy.release(clipped, cohort.rnd)
+    gathered.released, gathered.collected, gathered.updates = released, released.mean, ClientUpdates(None)
+    spent = privacy.epsilon(cohort.rnd.index + 1)
+    stats.privacy = PrivacyRow(spent, privacy.delta, released.clip, privacy.noise_multiplier, released.share)
     return gathered
 
 

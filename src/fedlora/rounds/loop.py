@@ -18,7 +18,7 @@ from fedlora.rounds.gather import Gathered, gather
 from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.progress import Progress
 from fedlora.rounds.round_stats import RoundStats
-from fedlora.rounds.row import RoundRow
+from fedlora.rounds.row import PrivacyRow, RoundRow
 
 
 def run_rounds(
@@ -43,7 +43,7 @@ def run_rounds(
         yield state, row
     for index in range(first, plan.rounds):
         cohort = cohort or invite(plan, backend, store, state, Round(index, plan.seed))
-        stats = RoundStats(index + 1, cohort.started)
+        stats = RoundStats(index + 1, cohort.started, hides_training=plan.hides_training)
         state = _train_and_merge(plan, backend, store, state, cohort, stats, progress)
         state, cohort, row = _evaluate(plan, backend, store, state, stats, progress)
         yield state, row
@@ -76,18 +76,30 @@ def _train_and_merge(
         down = cohort.downloads
         stats.begin([one.id for one in cohort.chosen], sizes(down.sent) + sizes(down.pending))
         with stats.timed("merge"):
-            gathered = gather(plan, state.server, cohort, stats, progress)
+            gathered = gather(plan, state, cohort, stats, progress)
             merged = _merge(plan, state.server, cohort, gathered, stats, progress)
         state = replace(state, base_updates=down.base_updates.delivered(gathered.answered))
         if merged is not None:
             break
+        if plan.client_level is not None:
+            raise RunStopped(
+                f"round {stats.round}: merging the noised mean ended in {gathered.failure or NOT_FINITE}; the noise may be "
+                "too large for the method: lower privacy.clip; the previous rounds are complete"
+            )
         if cohort.rnd.attempt + 1 == plan.sampling.attempts:
             raise RunStopped(_too_few(plan, state, stats))
         again = Round(index, plan.seed, cohort.rnd.attempt + 1)
         cohort = invite(plan, backend, store, state, again, stats.left_out)
+    if (records := plan.record_level) is not None:
+        stats.epsilons = {one.id: records.epsilon(one, stats.round) for one in backend.clients()}
+        stats.privacy = PrivacyRow(max(stats.epsilons.values(), default=0.0), records.delta, records.clip)
     stats.diverged, stats.notes = stats.divergence(state.largest), merged.notes
-    acknowledged = {**state.acknowledged, **{one: (index, share) for one, share in stats.shares().items()}}
-    after = RunState(merged.server, state.base_updates, stats.largest, acknowledged)
+    shares = stats.shares()
+    if plan.client_level is not None:
+        shares = dict.fromkeys(shares, 1 / plan.client_level.expected_cohort)
+    acknowledged = {**state.acknowledged, **{one: (index, share) for one, share in shares.items()}}
+    clip = None if gathered.released is None else gathered.released.next_clip
+    after = RunState(merged.server, state.base_updates, stats.largest, acknowledged, clip)
     if merged.base_update is None:
         return after
     store.save_base_update(index, merged.base_update)
@@ -102,13 +114,13 @@ def _merge(
 
     If the result is not finite, the client of the largest upload is named, and left out of further attempts.
     """
-    failure = gathered.failure
-    if len(stats.accepted) < plan.sampling.min_replies and not failure:
+    too_few = len(stats.accepted) < plan.sampling.min_replies and plan.client_level is None
+    if too_few and not gathered.failure:
         return None
     try:
-        merged = None if failure else plan.method.merge(server, gathered.collected, cohort.rnd)
+        merged = None if gathered.failure else plan.method.merge(server, gathered.collected, cohort.rnd)
     except NumericalError as error:
-        merged, failure = None, error_name(error)
+        merged, gathered.failure = None, error_name(error)
     if merged is not None and is_finite((merged.server, merged.base_update)):
         if gathered.updates.mean is not None:
             before, after = (global_adapter(plan.method, plan.spec, x, cohort.rnd) for x in (server, merged.server))
@@ -117,7 +129,7 @@ def _merge(
     if stats.largest is not None:
         client = next(client for client in cohort.chosen if client.id == stats.largest.client)
         stats.rejected[client.id] = (
-            f"merging ended in {failure or NOT_FINITE}, "
+            f"merging ended in {gathered.failure or NOT_FINITE}, "
             f"and its upload has the largest change: norm {stats.largest.norm:.4g}"
         )
         stats.left_out.add(client.id)
@@ -141,10 +153,11 @@ def _evaluate(
     """Evaluates the state, and completes the row; returns the cohort of the next round, if there is one, too.
 
     It is invited before the clients' scores are awaited, unless these may end the run: nodes poll, and find both requests
-    in one exchange.
+    in one exchange. With client-level privacy it is invited after the round is committed: a round that is repeated after a
+    crash, with other noise, must not have been sent before.
     """
     state, scores = start_evaluation(plan, backend, store, state, stats)
-    more = stats.round < plan.rounds and plan.evaluate.stop_after is None
+    more = stats.round < plan.rounds and plan.evaluate.stop_after is None and plan.client_level is None
     cohort = invite(plan, backend, store, state, Round(stats.round, plan.seed)) if more else None
     if scores is not None:
         collect_scores(plan, scores, stats)

@@ -10,17 +10,17 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from fedlora.rounds.finite import Largest, divergence
-from fedlora.rounds.row import ClientRow, LargestUpload, RoundRow, Seconds
+from fedlora.rounds.row import ClientRow, LargestUpload, PrivacyRow, RoundRow, Seconds
 from fedlora.rounds.score_summary import Summary
 
 
 @dataclass(frozen=True)
 class Training:
-    """A client's training for an accepted upload, and the upload's weight."""
+    """A client's training for an accepted upload, and the upload's weight; None where it is not recorded."""
 
     weight: float
-    loss: float
-    steps: int
+    loss: float | None = None
+    steps: int | None = None
 
 
 @dataclass
@@ -32,6 +32,7 @@ class RoundStats:
 
     round: int
     started: datetime
+    hides_training: bool = field(default=False, kw_only=True)
     attempts: int = 0
     chosen: list[str] = field(default_factory=list)
     accepted: dict[str, Training] = field(default_factory=dict)
@@ -44,6 +45,8 @@ class RoundStats:
     bytes_down: Counter[str] = field(default_factory=Counter)
     bytes_eval: int | None = None
     aggregation_error: float | None = None
+    privacy: PrivacyRow | None = None
+    epsilons: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     global_metrics: Mapping[str, float] | None = None
     clients: Mapping[str, Summary] | None = None
@@ -69,6 +72,7 @@ class RoundStats:
                 self.bytes_up[client],
                 self.bytes_down[client],
                 **asdict(self.accepted[client]) if client in self.accepted else {},
+                epsilon=self.epsilons.get(client),
             )
             for client in self.bytes_down | self.bytes_up
         }
@@ -86,13 +90,14 @@ class RoundStats:
             bytes_up=self.bytes_up.total(),
             bytes_down=self.bytes_down.total(),
             bytes_eval=self.bytes_eval,
-            train_loss=_weighted_mean(self.accepted.values()) if self.round else None,
+            train_loss=_weighted_mean(self.accepted.values()) if self.round and not self.hides_training else None,
             largest_upload=None if largest is None else LargestUpload(largest.client, largest.norm),
             diverged=self.diverged or None,
             aggregation_error=self.aggregation_error,
             global_=self.global_metrics,
             clients=self.clients,
             held_out=self.held_out,
+            privacy=self.privacy,
             seconds=Seconds(**{phase: round(seconds, 4) for phase, seconds in self.seconds.items()}),
             notes=self.notes,
         )
@@ -112,5 +117,5 @@ class RoundStats:
 
 def _weighted_mean(trainings: Collection[Training]) -> float:
     """Weighted mean of the finite losses, since a client may report others."""
-    finite = [one for one in trainings if math.isfinite(one.loss)]
-    return sum(one.weight * one.loss for one in finite) / sum(one.weight for one in finite) if finite else math.nan
+    finite = [(one.weight, one.loss) for one in trainings if one.loss is not None and math.isfinite(one.loss)]
+    return sum(weight * loss for weight, loss in finite) / sum(weight for weight, _ in finite) if finite else math.nan

@@ -25,9 +25,27 @@ class ClientRow:
     weight: float | None = None
     """Weight of its upload in the mean, not normalized. Absent: its upload was not accepted."""
     loss: float | None = None
-    """Mean loss of its training, as it reports it. Absent: its upload was not accepted."""
+    """Mean loss of its training, as it reports it. Absent: its upload was not accepted, or `privacy.unit` is set."""
     steps: int | None = None
-    """Number of its optimizer steps. Absent: its upload was not accepted."""
+    """Number of its optimizer steps. Absent: its upload was not accepted, or `privacy.unit` is set."""
+    epsilon: float | None = None
+    """Epsilon of all its trainings so far. Absent: `privacy.unit` is not record."""
+
+
+@dataclass(frozen=True)
+class PrivacyRow:
+    """The differential privacy of a run up to a round (`privacy`)."""
+
+    epsilon: float
+    """Epsilon of all rounds so far: of the run, or the largest of its clients. Not finite without noise."""
+    delta: float
+    """Delta of the guarantee."""
+    clip: float
+    """The clip of the round."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise, in units of the clip. Absent: each client has its own."""
+    within_clip: float | None = None
+    """Noised fraction of the uploads whose changes were within the clip. Absent: the clip is fixed."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +106,14 @@ class RoundRow:
     bytes_eval: int | None = None
     """Size of all downloads for evaluation. Unit: bytes. Absent: no client was evaluated."""
     train_loss: float | None = None
-    """Weighted mean of the accepted clients' finite losses. Absent: in round 0."""
+    """Weighted mean of the accepted clients' finite losses. Absent: in round 0, or `privacy.unit` is set."""
     largest_upload: LargestUpload | None = None
-    """The accepted upload with the largest change. Absent: in round 0."""
+    """The accepted upload with the largest change. Absent: in round 0, or `privacy.unit` is client."""
     diverged: str | None = None
     """Warning that names the probable cause. Absent: fewer than half of the clients had non-finite values."""
     aggregation_error: float | None = None
     """Relative error of the aggregate, compared to the weighted mean of the clients' updates. Absent: the method has no
-    global product, or in round 0."""
+    global product, in round 0, or `privacy.unit` is client."""
     global_: Mapping[str, int | float] | None = None
     """Each metric on the global test set, and the number of its `examples`. Absent: the round was not evaluated, or there
     is no global model or no test set."""
@@ -106,6 +124,8 @@ class RoundRow:
     best_round: int | None = None
     """The round, up to this one, with the best `evaluate.metric`. Absent: `evaluate.stop_after` is not set, no round was
     evaluated yet, or in a progress callback."""
+    privacy: PrivacyRow | None = None
+    """Differential privacy up to this round. Absent: `privacy.unit` is not set, or in round 0."""
     seconds: Seconds = field(default_factory=Seconds)
     """Time spent in each part. A round's evaluation overlaps with the next round's training on clients elsewhere."""
     notes: Mapping[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Simulation of all clients on one machine, sharing one resident model."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,7 +41,8 @@ class Counted:
 class SimulationBackend:
     """Backend within one process. A client's state is read when it is needed, and written only if it has changed.
 
-    Clients in `budgets` are trained privately, and sit out when their budget is spent.
+    Clients in `budgets` are trained privately, and sit out when their budget is spent. With `hides_training`, replies have no
+    losses and no numbers of steps.
     """
 
     method: AnyMethod
@@ -51,6 +52,7 @@ class SimulationBackend:
     trainer: Trainer
     seed: int
     budgets: Budgets = field(default_factory=Budgets)
+    hides_training: bool = False
 
     def clients(self) -> Sequence[ClientInfo]:
         """All clients."""
@@ -77,7 +79,8 @@ class SimulationBackend:
                 if isinstance(done, Failed):
                     yield done
                     continue
-                yield Reply(before.client, rnd, done.upload, float(before.client.examples), done.loss, done.steps)
+                reply = Reply(before.client, rnd, done.upload, float(before.client.examples))
+                yield reply if self.hides_training else replace(reply, loss=done.loss, steps=done.steps)
 
     def evaluate(
         self, rnd: Round, sent: Mapping[ClientInfo, Tensors], pending: Mapping[ClientInfo, Tensors]

@@ -119,7 +119,7 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
     """Number of rounds in `given`, which must otherwise equal `saved` and have at least as many rounds.
 
     Raises:
-        UserError: they differ, or the learning rate of each round depends on their number; names the setting.
+        UserError: they differ, or the learning rate or the noise of each round depends on their number; names the setting.
     """
     was, now = _flat(saved), _flat(given)
     more = isinstance(now.get("rounds"), int) and now["rounds"] >= was["rounds"]
@@ -133,6 +133,11 @@ def _more_rounds(origin: str, saved: Mapping[str, Any], given: Mapping[str, Any]
         raise UserError(
             f"{origin}: rounds = {now['rounds']!r}, in the run it is {was['rounds']!r}; it cannot be increased with "
             f"train.round_schedule = {schedule!r}, by which the learning rates of all rounds depend on it"
+        )
+    if now["rounds"] != was["rounds"] and (epsilon := was.get("privacy.epsilon")) is not None:
+        raise UserError(
+            f"{origin}: rounds = {now['rounds']!r}, in the run it is {was['rounds']!r}; it cannot be increased with "
+            f"privacy.epsilon = {epsilon!r}, which holds for the run's rounds"
         )
     return int(now["rounds"])
 

@@ -1,0 +1,215 @@
+"""What leaves a client, and by which guarantee it is covered; what cannot be covered is refused before training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapter import AdapterSpec, Scaling
+from fedlora.config.experiment import Experiment
+from fedlora.errors import UserError
+from fedlora.messages import ClientInfo, Features, Gradient, Reply, Round, Upload
+from fedlora.method import AnyMethod, ClientRound, Local
+from fedlora.methods.row import Row
+from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
+from fedlora.printable import listed
+from fedlora.privacy.client_level import Frame
+from fedlora.randomness import generator
+from fedlora.rounds.collect import collect
+from fedlora.rounds.frame import frame_of
+from fedlora.rounds.validator import template_upload
+
+FIELDS: Mapping[str, Mapping[str, str]] = {
+    "Upload": {"values": "values", "choices": "choices"},
+    "Reply": {
+        "client": "identity",
+        "round": "protocol",
+        "upload": "values",
+        "weight": "examples",
+        "loss": "training",
+        "steps": "training",
+    },
+    "ClientInfo": {"id": "identity", "rank": "identity", "examples": "examples", "task": "identity"},
+    "Statistics": {"examples": "scores", "sums": "scores"},
+    "HandshakeReply": {
+        "kind": "protocol",
+        "protocol": "protocol",
+        "version": "protocol",
+        "node": "identity",
+        "base": "protocol",
+        "clients": "identity",
+        "base_updates": "protocol",
+    },
+    "ClientRecord": {"id": "identity", "rank": "identity", "examples": "examples"},
+    "Done": {"kind": "protocol", "round_record": "protocol", "base_updates": "protocol", "results": "values"},
+    "ClientResult": {
+        "id": "identity",
+        "payload": "values",
+        "weight": "examples",
+        "loss": "training",
+        "steps": "training",
+        "examples": "scores",
+        "failure": "failure",
+    },
+    "Rejected": {"kind": "protocol", "failure": "failure"},
+    "Failure": {"reason": "failure", "count": "failure"},
+    "Received": {"kind": "protocol"},
+    "Batch": {"kind": "protocol"},
+}
+"""Each field of what a client, or its node, sends: the key of the rule of `leaving` that applies to it."""
+
+_ROUNDS = 2  # in which a method without clustering does all that it ever does
+_INSTEAD = "choose other settings, another method, or privacy.unit = 'record'"
+
+
+@dataclass(frozen=True)
+class Released:
+    """Something that could leave a client, and the rule for it."""
+
+    what: str
+    rule: str
+
+
+def leaving(method: AnyMethod, experiment: Experiment) -> dict[str, Released]:
+    """All that could leave a client in this experiment, by the keys in `FIELDS`; empty without `privacy.unit`.
+
+    `method` has its head and its wrappers. It is tried out on a model of two small modules.
+
+    Raises:
+        UserError: something that leaves a client cannot be covered; the reason, and what to do.
+    """
+    privacy, name = experiment.privacy, experiment.method.name
+    if privacy.unit == "none":
+        return {}
+    row, refused = experiment.method.row, f"privacy.unit = {privacy.unit!r} is not supported by {name} with these settings"
+    if privacy.unit == "client" and not method.collects_mean:
+        raise UserError(f"{refused}: the server needs each client's upload, not only their mean{_hint(row)}; {_INSTEAD}")
+    templates = list(_tried(method, experiment))
+    if reason := _client_reason(method, experiment, templates) if privacy.unit == "client" else _record_reason(templates):
+        raise UserError(f"{refused}: {reason}")
+    values = sorted({_group(key) for one in templates for key in one.upload.values})
+    choices = sorted({key for one in templates for key in one.upload.choices})
+    count = "fixed: 1, for each client" if privacy.hides_counts else "public: privacy.public_counts"
+    covered = {
+        "record": f"covered: DP-SGD on the client, clip {privacy.clip:g}",
+        "client": f"covered: the server clips the change to {privacy.clip:g}, and adds noise before anybody else sees it",
+    }[privacy.unit]
+    return {
+        "values": Released(f"values of the upload ({', '.join(values) or 'none'})", covered),
+        "choices": Released(
+            f"choices in the upload ({', '.join(choices) or 'none'})",
+            "covered: computed from trained tensors, which have noise" if choices else "nothing to cover",
+        ),
+        "examples": Released("number of examples, weight", count),
+        "training": Released("training loss, number of steps", "not sent"),
+        "scores": Released("scores on held-out examples", "not sent: evaluate.clients = 'none'"),
+        "identity": Released("name, rank, task", "fixed by the configuration"),
+        "protocol": Released("versions, digest of the base model, rounds, shapes", "fixed by the configuration"),
+        "failure": Released("failures", "not covered: a code without data tells that a client did not take part"),
+        "time": Released("time of a reply", "not covered: it depends on the number of examples"),
+        "personal": Released("personal parts, base updates that are applied", "not sent"),
+    }
+
+
+@dataclass(frozen=True)
+class _Template:
+    """A client's template in one round, and the requests made for it."""
+
+    known: ClientRound
+    upload: Upload
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True)
+class _Watched(Wrapper):
+    """A method whose requests are noted."""
+
+    requests: list[Request] = field(default_factory=list)
+
+    def work(self, state: Any, download: Mapping[str, Tensor], client: ClientInfo, rnd: Round) -> Local[tuple[Any, Upload]]:
+        """The wrapped method's."""
+
+        def ask(request: Request) -> Request:
+            self.requests.append(request)
+            return request
+
+        return relay(self.inner.work(state, download, client, rnd), ask, lambda _, answer: answer)
+
+
+def _tried(method: AnyMethod, experiment: Experiment) -> Iterator[_Template]:
+    """The templates of two clients of each rank in some rounds, whose uploads are these and noise."""
+    spec, server = _small_spec(method.rank, experiment), method.init_server(_small_spec(method.rank, experiment), 0)
+    ranks = [method.rank] if experiment.clients.ranks is None else sorted({1, method.rank})
+    clients = [ClientInfo(f"{rank}-{i}", rank, 1) for rank in ranks for i in range(2)]
+    for index in range(_ROUNDS):
+        collected, rnd = None, Round(index, 0, registered=len(clients), expected_cohort=len(clients))
+        for client in clients:
+            watched = _Watched(method)
+            download = method.send(server, client, rnd)
+            known = ClientRound(spec, client, rnd, download, method.init_client(spec, client, 0))
+            template = template_upload(watched, known)
+            yield _Template(known, template, watched.requests)
+            rng = generator(0, "noise", index, client.id)
+            values = {name: x + 0.1 * torch.randn(x.shape, generator=rng).to(x) for name, x in template.values.items()}
+            reply = Reply(client, rnd, replace(template, values=values), 1.0)
+            collected = collect(method, server, collected, reply, known)
+        server = method.merge(server, collected, rnd).server
+
+
+def _small_spec(rank: int, experiment: Experiment) -> AdapterSpec:
+    """Two modules that are not square, of at least this rank, and a head."""
+    sizes = {"first": (rank + 5, rank + 2), "second": (rank + 1, rank + 3)}
+    return AdapterSpec(
+        modules=sizes,
+        head={"classifier.weight": torch.zeros(2, 3), "classifier.bias": torch.zeros(2)},
+        weight=lambda name: torch.randn(sizes[name], generator=generator(0, "weight", name)),
+        features=3,
+        classes=2,
+        scaling=Scaling(experiment.lora.alpha, experiment.lora.rslora),
+        init=experiment.lora.init,
+    )
+
+
+def _record_reason(templates: Sequence[_Template]) -> str | None:
+    """Why the guarantee for records cannot hold."""
+    for one in templates:
+        for kind, noun in ((Gradient, "a gradient"), (Features, "features")):
+            if any(isinstance(request, kind) for request in one.requests):
+                return (
+                    f"a client's work needs {noun} of its examples without noise; choose other settings or another method"
+                )
+    return None
+
+
+def _client_reason(method: AnyMethod, experiment: Experiment, templates: Sequence[_Template]) -> str | None:
+    """Why the guarantee for clients cannot hold, for a method that merges means."""
+    if choices := {key for one in templates for key in one.upload.choices}:
+        hint = _hint(experiment.method.row)
+        return f"a client's choice ({listed(sorted(choices), 3)}) depends on its data, without noise{hint}; {_INSTEAD}"
+    if not any(one.upload.values for one in templates):
+        return "nothing is uploaded; remove the section privacy"
+    frames: dict[int, Frame] = {}
+    for one in templates:
+        frame = frame_of(method, one.known)
+        first = frames.setdefault(one.known.round.index, frame)
+        same = first.template.keys() == frame.template.keys()
+        if not same or not all(_equal(x, frame.template[key]) for key, x in first.template.items()):
+            ranks = "" if experiment.clients.ranks is None else "remove clients.ranks, or "
+            return f"clients start from different values, so that the mean depends on who takes part; {ranks}{_INSTEAD}"
+    return None
+
+
+def _hint(row: Row) -> str:
+    """The settings with which the method needs only means, if it has such."""
+    return f" ({row.secure})" if row.secure.startswith("except") else ""
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _group(name: str) -> str:
+    """The factor, or the head, that a tensor of an upload belongs to."""
+    return "head" if name.startswith("head/") else name.rpartition(".")[2]

@@ -1,0 +1,33 @@
+"""A deployment with client-level privacy, over a transport within this process."""
+
+import json
+import math
+
+import torch
+from test_node import Hand, decode_message, make_nodes
+
+from fedlora.config.experiment import build
+from fedlora.deploy.launch import prepare
+from fedlora.deploy.server import serve
+from fedlora.deploy.wire import Done, HandshakeReply
+
+from wired import furnish, known, problem
+
+
+def test_nodes_send_no_counts_and_no_losses_and_the_noise_of_a_server_is_secret(tmp_path):
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip": 0.1}
+    more = {"rounds": 2, "evaluate": {"clients": "none"}, "sampling": {"fraction": 0.5}}
+    what, states = build(problem(furnish(tmp_path), privacy=privacy, **more)), []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        prepare(what, folder)
+        hand = Hand(make_nodes(what, tmp_path / f"nodes of {name}"))
+        serve(folder, hand)
+        states.append(known(folder))
+        sent = [decode_message(reply)[0] for _, _, reply in hand.carried]
+        assert {client.examples for one in sent if isinstance(one, HandshakeReply) for client in one.clients} == {1}
+        results = [result for one in sent if isinstance(one, Done) for result in one.results]
+        assert all((one.weight, one.steps, one.examples) == (1.0, 0, 0) and math.isnan(one.loss) for one in results)
+        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        assert [line["privacy"]["noise_multiplier"] for line in lines[1:]] == [1.0] * 2
+    assert any(isinstance(x, torch.Tensor) and not torch.equal(x, states[1][key]) for key, x in states[0].items())
