@@ -163,7 +163,7 @@ def _small_spec(rank: int, experiment: Experiment) -> AdapterSpec:
     sizes = {"first": (rank + 5, rank + 2), "second": (rank + 1, rank + 3)}
     return AdapterSpec(
         modules=sizes,
-        head={"classifier.weight": torch.zeros(2, 3), "classifier.bias": torch.zeros(2)},
+        head={"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)},
         weight=lambda name: torch.randn(sizes[name], generator=generator(0, "weight", name)),
         features=3,
         classes=2,

@@ -40,6 +40,7 @@ from fedlora.planning import statement_of
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
 from fedlora.privacy.record_plan import client_privacy
+from fedlora.privacy.client_level import ClientPrivacy
 from fedlora.release import leaving
 from fedlora.reuse import Reuse
 from fedlora.rounds.budgets import Budgets
@@ -292,9 +293,13 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     Returns notes about the examples, and for tasks whose targets are tokens the first one, decoded.
 
     Raises:
-        UserError: invalid model, tokenizer, targets, ranks or device, or a method that `privacy` does not cover.
+        UserError: invalid model, tokenizer, targets, ranks or device; a method that `privacy` does not cover, or too few
+            clients for it.
     """
     leaving(method_of(experiment), experiment)
+    if experiment.privacy.unit == "client":
+        rate, clients = experiment.sampling.fraction, len(federated_data.clients)
+        ClientPrivacy.planned(experiment.privacy, rate, experiment.rounds, clients, secret=False)
     quiet()
     hardware.devices(experiment.train.device, experiment.train.devices)
     task = task_of(dict(experiment.task))

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from fedlora.privacy.events import Gaussian
 from torch import Tensor
 
 from fedlora.adapter import Tensors
 from fedlora.config.privacy import Privacy
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Mean, Round
+from fedlora.privacy.events import Gaussian
 from fedlora.privacy.random_source import RandomSource, SecretSource, SeededSource
 from fedlora.randomness import derive
 
