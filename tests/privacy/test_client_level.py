@@ -1,8 +1,10 @@
 """Client-level differential privacy: what a round releases of its clients."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, variance
 
 import pytest
@@ -15,7 +17,10 @@ from fedlora.messages import ClientInfo, Round
 from fedlora.methods.table import TABLE
 from fedlora.methods.wrap.fedprox import FedProx
 from fedlora.methods.wrap.head import with_head
+from fedlora.privacy.account import epsilon
+from fedlora.privacy.audit import audit_mechanism
 from fedlora.privacy.client_level import ClippedSum, Frame
+from fedlora.privacy.events import Gaussian
 from fedlora.release import leaving
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.frame import common_frame
@@ -54,6 +59,12 @@ def test_all_methods_that_merge_means_of_uploads_without_choices_are_allowed():
     uploads_nothing, chooses = {"local-only"}, {"flasc"}
     means = {n for n, row in TABLE.items() if row.make(**row.fixed_settings, **SETTINGS.get(n, {})).collects_mean}
     assert set(ALLOWED) == means - uploads_nothing - chooses
+
+
+def test_the_page_about_privacy_names_the_allowed_methods():
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    sentence = page.partition("start from the same values: ")[2].partition("\n\n")[0]
+    assert {name for name in TABLE if re.search(rf"(?<![\w-]){name}(?![\w-])", sentence)} == set(ALLOWED)
 
 
 @pytest.mark.parametrize("wrapper", [None, pytest.param(FedProx, marks=pytest.mark.slow)], ids=["alone", "fedprox"])
@@ -171,6 +182,47 @@ def test_the_number_within_the_clip_is_paid_for_by_more_noise_on_the_sum():
 def test_a_cohort_that_is_too_small_for_the_quantile_is_rejected():
     with pytest.raises(ValueError, match=r"expected cohort above 10 clients .*, found 10"):
         privacy(noise=1.0, expected=10.0, quantile=0.5)
+
+
+class Unclipped(ClippedSum):
+    """A sum that forgets to clip."""
+
+    def add(self, expanded):
+        for name, x in expanded.items():
+            self._sums[name].add_(x)
+
+
+class Weighted(ClippedSum):
+    """A sum in which each client counts ten times."""
+
+    def add(self, expanded):
+        for _ in range(10):
+            super().add(expanded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise", "broken"),
+    [
+        (ClippedSum, 5.0, False),
+        (ClippedSum, 0.0, True),
+        (ClippedSum, 0.5, True),
+        (Unclipped, 5.0, True),
+        (Weighted, 5.0, True),
+    ],
+    ids=["as claimed", "no noise", "too little noise", "no clip", "weights"],
+)
+def test_an_audit_finds_what_is_broken_and_nothing_else(kind, noise, broken):
+    """The claim is a noise multiplier of 5."""
+    shapes, level = {"q.b": (20, 15), "head/head.weight": (5, 20)}, privacy(clip=0.1, noise=noise, expected=1.0)
+
+    def release(terms, seed):
+        clipped = kind(Frame({name: torch.zeros(shape) for name, shape in shapes.items()}), level.clip)
+        for term in terms:
+            clipped.add(term)
+        return level.release(clipped, Round(0, seed)).mean.tensors()
+
+    bounds = [audit_mechanism(release, shapes, 300, 40, 10 * level.clip, 1e-5, seed).bound for seed in range(3)]
+    assert (min(bounds) > epsilon([Gaussian(5.0)], 1e-5)) == broken
 
 
 def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path):

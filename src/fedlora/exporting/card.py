@@ -83,7 +83,9 @@ def _results(rows: Sequence[RoundRow]) -> dict[str, str]:
     """Results of the last rounds with an evaluation."""
     if not rows:
         return {}
-    found = {"Rounds": str(rows[-1].round), "Clients in the last round": str(len(rows[-1].accepted))}
+    found = {"Rounds": str(rows[-1].round)}
+    if rows[-1].privacy is None:  # the number of those who took part depends on each of them
+        found["Clients in the last round"] = str(len(rows[-1].accepted))
     for row in rows:
         if row.global_ is not None:
             scores = ", ".join(f"{name} {number(value, 4)}" for name, value in row.global_.items() if name != "examples")
