@@ -36,9 +36,9 @@ def privacy_conflicts(experiment: "Experiment") -> Iterator[str]:
             f"sampling.max_norm = {sampling.max_norm:g} is not supported by privacy.unit = 'client': the reasons for "
             "rejections would tell norms without noise; remove it, privacy.clip limits each change"
         )
-    for key, allowed in (("attempts", 1), ("min_replies", 1)):
+    for key in ("attempts", "min_replies"):
         value, default = getattr(sampling, key), Sampling.model_fields[key].default
-        if value not in (allowed, default):
+        if value not in (1, default):
             yield (
                 f"sampling.{key} = {value} is not supported by privacy.unit = 'client': a round is never repeated, also "
                 "if few clients reply; remove it"
