@@ -7,7 +7,8 @@ from commands import assert_refused
 from fedlora.privacy.account import epsilon, version
 from fedlora.privacy.events import Gaussian
 
-PRIVATE = ("--set", "privacy.delta=1e-3", "--set", "privacy.noise_multiplier=1.0")
+NOISE = ("--set", "privacy.delta=1e-3", "--set", "privacy.noise_multiplier=1.0")
+PRIVATE = (*NOISE, "--set", "evaluate.clients=none")
 RECORD, CLIENT = ("--set", "privacy.unit=record", *PRIVATE), ("--set", "privacy.unit=client", *PRIVATE)
 
 

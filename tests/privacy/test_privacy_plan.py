@@ -69,7 +69,8 @@ def test_rounds_of_clients_are_the_steps_of_one_mechanism():
 
 def test_the_plan_of_an_experiment_has_its_batches_and_its_epochs():
     privacy = RECORDS.model_dump(exclude_defaults=True)
-    experiment = Experiment.model_validate({"rounds": 3, "privacy": privacy, "train": {"batch_size": 4, "epochs": 2}})
+    training = {"train": {"batch_size": 4, "epochs": 2}, "evaluate": {"clients": "none"}}
+    experiment = Experiment.model_validate({"rounds": 3, "privacy": privacy, **training})
     (one,) = plan_of(experiment, {"a": 10}).mechanisms
     assert (one.rate, one.steps) == (0.4, 3 * 2 * 3)
     (one,) = plan_of(experiment, {"a": 10}, steps=lambda examples: examples + 1).mechanisms
@@ -122,7 +123,7 @@ def test_a_statement_without_noise_promises_nothing():
 
 def test_the_statement_of_a_simulation_counts_its_rounds():
     privacy = CLIENTS.model_dump(exclude_defaults=True)
-    experiment = Experiment.model_validate({"rounds": 9, "privacy": privacy})
+    experiment = Experiment.model_validate({"rounds": 9, "privacy": privacy, "evaluate": {"clients": "none"}})
     sizes = {str(i): 1 for i in range(10)}
     assert statement_of(experiment, sizes, 4).epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
     assert statement_of(Experiment(), sizes, 4) is None
