@@ -16,7 +16,7 @@ from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes
 from fedlora.loaded_model import model_key
 from fedlora.models.fingerprint import fingerprint
-from fedlora.privacy.client_level import ClientPrivacy
+from fedlora.privacy.client_level import planned
 from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.early_stopping import best_round, stops, until_best
@@ -116,7 +116,7 @@ def rounds(
     client_level = None
     if privacy.unit == "client":
         rate, clients = experiment.sampling.fraction, len(backend.clients())
-        client_level = ClientPrivacy.planned(privacy, rate, experiment.rounds, clients, secret=deployed)
+        client_level = planned(privacy, rate, experiment.rounds, clients, secret=deployed)
     for note in _notes(session):
         progress.notify(note)
     run_state = start.run_state

@@ -37,11 +37,11 @@ from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.planning import statement_of
+from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
 from fedlora.privacy.record_plan import client_privacy
-from fedlora.privacy.client_level import ClientPrivacy
-from fedlora.release import leaving
+from fedlora.privacy.release import leaving
 from fedlora.reuse import Reuse
 from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.plan import RunState
@@ -299,7 +299,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     leaving(method_of(experiment), experiment)
     if experiment.privacy.unit == "client":
         rate, clients = experiment.sampling.fraction, len(federated_data.clients)
-        ClientPrivacy.planned(experiment.privacy, rate, experiment.rounds, clients, secret=False)
+        planned(experiment.privacy, rate, experiment.rounds, clients, secret=False)
     quiet()
     hardware.devices(experiment.train.device, experiment.train.devices)
     task = task_of(dict(experiment.task))

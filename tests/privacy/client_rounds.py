@@ -11,7 +11,7 @@ from fedlora.adapter import Tensors
 from fedlora.config.sections import Evaluate
 from fedlora.messages import ClientInfo, Mean, Merged, Reply, Round, Upload
 from fedlora.methods.wrap.wrapper import Wrapper
-from fedlora.privacy.client_level import ClientPrivacy
+from fedlora.rounds.client_privacy import ClientPrivacy
 from fedlora.rounds.loop import run_rounds
 from fedlora.rounds.plan import Plan, RunState
 from fedlora.rounds.row import RoundRow

@@ -19,9 +19,9 @@ from fedlora.methods.wrap.fedprox import FedProx
 from fedlora.methods.wrap.head import with_head
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.audit import audit_mechanism
-from fedlora.privacy.client_level import ClippedSum, Frame
 from fedlora.privacy.events import Gaussian
-from fedlora.release import leaving
+from fedlora.privacy.release import leaving
+from fedlora.rounds.client_privacy import ClippedSum, Frame
 from fedlora.rounds.codec import decode_state, encode_state
 from fedlora.rounds.frame import common_frame
 from fedlora.rounds.loop import run_rounds

@@ -10,7 +10,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.deploy import wire
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
-from fedlora.release import FIELDS, leaving
+from fedlora.privacy.release import FIELDS, leaving
 from fedlora.session import method_of
 
 FROM_THE_SERVER = {"Handshake", "ClientTask", "AcknowledgedRecord", "TaskRequest", "Notice"}

@@ -33,7 +33,7 @@ def check(file: File, overrides: Overrides = None) -> None:
     """
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
-    from fedlora.release import leaving
+    from fedlora.privacy.release import leaving
     from fedlora.report import tables
     from fedlora.session import check as check_experiment
     from fedlora.session import method_of

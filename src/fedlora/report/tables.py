@@ -15,7 +15,7 @@ from fedlora.data.partition import label_table
 from fedlora.federated_data import FederatedData
 from fedlora.methods.row import Row
 from fedlora.printable import printable
-from fedlora.release import Released
+from fedlora.privacy.release import Released
 from fedlora.report import method_docs
 
 _FEW_LABELS = 20

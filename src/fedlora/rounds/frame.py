@@ -8,7 +8,7 @@ import torch
 from fedlora.adapter import AdapterSpec
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod, ClientRound
-from fedlora.privacy.client_level import Frame
+from fedlora.rounds.client_privacy import Frame
 from fedlora.rounds.validator import template_upload
 
 

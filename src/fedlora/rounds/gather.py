@@ -6,8 +6,8 @@ from typing import Any
 
 from fedlora.messages import Reply
 from fedlora.method import ClientRound
-from fedlora.privacy.client_level import ClientPrivacy, ClippedSum, NoisedMean
 from fedlora.rounds.aggregation_error import ClientUpdates
+from fedlora.rounds.client_privacy import ClientPrivacy, ClippedSum, NoisedMean
 from fedlora.rounds.codec import encoded_size
 from fedlora.rounds.cohort import Cohort
 from fedlora.rounds.cohort_checks import Size, check_cohort, clipped, difference_norm, spectral_norm

@@ -9,8 +9,8 @@ from fedlora.adapter import Adapter, AdapterSpec
 from fedlora.config.sections import Evaluate, Sampling
 from fedlora.messages import ClientInfo, Statistics
 from fedlora.method import AnyMethod
-from fedlora.privacy.client_level import ClientPrivacy
 from fedlora.rounds.base_updates import BaseUpdateLog
+from fedlora.rounds.client_privacy import ClientPrivacy
 from fedlora.rounds.finite import Largest
 
 

@@ -15,8 +15,8 @@ from fedlora.method import AnyMethod, ClientRound, Local
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
 from fedlora.printable import listed
-from fedlora.privacy.client_level import Frame
 from fedlora.randomness import generator
+from fedlora.rounds.client_privacy import Frame
 from fedlora.rounds.collect import collect
 from fedlora.rounds.frame import frame_of
 from fedlora.rounds.validator import template_upload
