@@ -6,6 +6,8 @@ import os
 import pytest
 
 from fedlora.config.experiment import build
+from fedlora.config.policy import Policy
+from fedlora.deploy import node_run
 from fedlora.deploy.node import Node
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.settings import Settings
@@ -21,7 +23,9 @@ from fedlora.deploy.wire import (
     decode_message,
     encode_message,
 )
+from fedlora.messages import Round
 from fedlora.rounds.codec import encode
+from fedlora.train import local
 from fedlora.version import __version__
 
 from tiny import LABELS, tiny_bert
@@ -46,7 +50,7 @@ class Owner:
     """A node with a file of its own, and what its owner has been told."""
 
     def __init__(self, home, folder, **more):
-        settings = {"data": str(home / "clinic.jsonl"), "overrides": [f"model={home / 'bert'}"]}
+        settings = {"data": str(home / "clinic.jsonl"), "overrides": [f"model={home / 'bert'}"], "accept": True}
         Settings(clients=["clinic"], **{**settings, **more}).write(folder)
         self.told = []
         self.node = Node(folder, self.told.append)
@@ -152,3 +156,72 @@ def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message)
     result = decode_message(owner.node.reply(message), 1)[0]
     assert isinstance(result, Rejected) and result.failure.reason is Reason.MESSAGE
     assert len(owner.told) == 1
+
+
+def trained(owner, index=0, attempt=0, **more):
+    """The node's reply to a request for the training of its client from the initial adapter."""
+    session = owner.node._run("r").session
+    (client,) = owner.node._run("r").clients()
+    rnd = Round(index, 0, attempt)
+    download = session.method.send(session.method.init_server(session.adapted.spec, 0), client, rnd)
+    request = TaskRequest(
+        kind="train",
+        run="r",
+        round_record=RoundRecord(index=index, seed=0, attempt=attempt, expected_cohort=1),
+        expected_base_updates=[],
+        tasks=[ClientTask(client=ClientRecord.of(client), download=0)],
+    ).model_copy(update=more)
+    return owner.ask(request, [encode(download)])
+
+
+def reason_of(result):
+    failure = result.failure if isinstance(result, Rejected) else result.results[0].failure
+    return None if failure is None else failure.reason
+
+
+def test_an_experiment_that_the_policy_does_not_allow_is_refused_with_a_code_before_anything_is_loaded(
+    home, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(node_run.FederatedData, "of_client", None)
+    owner = Owner(home, tmp_path / "node", policy=Policy(methods=["ffa-lora"], columns=["text"]))
+    result = owner.handshake(home)
+    assert isinstance(result, Rejected) and result.failure.reason is Reason.METHOD and silent(owner.raw)
+    assert len(owner.told) == 2 and "policy.columns allows text" in owner.told[1]
+
+
+def test_a_run_that_nobody_has_accepted_is_refused_with_a_code(home, tmp_path):
+    owner = Owner(home, tmp_path / "node", accept=False)
+    result = owner.handshake(home)
+    assert isinstance(result, Rejected) and result.failure.reason is Reason.TERMS
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"traffic": {"round_mb_down": 1e-6}}, Reason.TRAFFIC),
+        ({"traffic": {"round_mb_up": 1e-6}}, Reason.TRAFFIC),
+        ({"traffic": {"run_mb": 1e-6}}, Reason.TRAFFIC),
+        ({"cohort": 2}, Reason.COHORT),
+    ],
+)
+def test_a_round_beyond_a_limit_is_refused_before_its_training(home, tmp_path, monkeypatch, limits, reason):
+    owner = Owner(home, tmp_path / "node", policy=Policy(**limits))
+    monkeypatch.setattr(local.LocalTrainer, "fit", None)
+    assert isinstance(owner.handshake(home, rounds=2, sampling={"min_replies": 2}), HandshakeReply)
+    assert reason_of(trained(owner)) is reason
+
+
+def test_a_round_that_the_accepted_experiment_does_not_have_is_refused(home, tmp_path, monkeypatch):
+    owner = Owner(home, tmp_path / "node")
+    monkeypatch.setattr(local.LocalTrainer, "fit", None)
+    owner.handshake(home, rounds=2)
+    assert reason_of(trained(owner, 2)) is Reason.ROUNDS
+
+
+def test_trainings_are_counted_also_if_a_round_is_repeated_and_the_node_restarts(home, tmp_path):
+    owner = Owner(home, tmp_path / "node", policy=Policy(rounds=2))
+    owner.handshake(home, rounds=2)
+    assert reason_of(trained(owner)) is None and reason_of(trained(owner, attempt=1)) is None
+    owner = Owner(home, tmp_path / "node", policy=Policy(rounds=2))
+    owner.handshake(home, rounds=2)
+    assert reason_of(trained(owner, 1)) is Reason.ROUNDS

@@ -635,7 +635,7 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     nodes = {}
     for i, size in enumerate((21, 30)):
         file = tiny_rows(tmp_path / f"{size}.jsonl", size)
-        settings = Settings(clients=[f"clinic {size}"], data=str(file), overrides=[f"model={home / 'bert'}"])
+        settings = Settings(clients=[f"clinic {size}"], data=str(file), overrides=[f"model={home / 'bert'}"], accept=True)
         settings.write(tmp_path / f"node{i}")
         nodes[i] = Node(tmp_path / f"node{i}")
     serve(what, tmp_path / "run", Hand(nodes), count=2)

@@ -32,7 +32,8 @@ def test_a_served_run_goes_on_after_its_death_and_its_superlinks_and_on_flowers_
         trusting = Settings.trusting(build(table(home, 2)), ()).overrides
         agreed = [word for override in trusting for word in ("--set", override)]
         joined = [
-            fedlora("join", "--server", address, "--client", c, "--folder", tmp_path / c, *agreed) for c in ("000", "001")
+            fedlora("join", "--server", address, "--client", c, "--folder", tmp_path / c, "--accept", *agreed)
+            for c in ("000", "001")
         ]
         for process in joined:
             stack.callback(process.communicate)

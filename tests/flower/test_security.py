@@ -74,7 +74,7 @@ def query(message, context):
 def place(tmp_path_factory):
     """A SuperLink without keys and one node."""
     home, address = tmp_path_factory.mktemp("place"), Address("127.0.0.1", free_port())
-    Settings(clients=["000"]).write(home / "node")
+    Settings(clients=["000"], accept=True).write(home / "node")
     node = start_node(home / "node", address, None)  # before the server
     link = SuperLink.start(home / "server", address, None)
     yield home, address, link, node
@@ -154,7 +154,7 @@ def test_a_server_and_a_node_that_start_at_the_same_time_find_each_other(tmp_pat
     key = keys.make_node("clinic")
     for i in range(STARTS if host == "127.0.0.1" else 1):
         address, home = Address(host, free_port()), tmp_path / f"{i}"
-        Settings(clients=["clinic"]).write(home / "node")
+        Settings(clients=["clinic"], accept=True).write(home / "node")
         with ThreadPoolExecutor(1) as pool:
             server = pool.submit(SuperLink.start, home / "server", address, keys)
             time.sleep((i % 4) * 0.7)  # before, while and after the server opens its port and answers

@@ -1,6 +1,7 @@
 """Commands for clients in other processes, over Flower: deploy local, serve, join, keys."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli.arguments import OptionalFile, Out, Overrides, Resume, select_run
+from fedlora.cli.new_file import write_new
 from fedlora.cli.progress import follow, interruptible, note
 from fedlora.errors import UserError
 from fedlora.printable import printable
@@ -74,6 +76,24 @@ def serve(
     _run(file, overrides, out, resume, start, again)
 
 
+def _write_policy(file: Path | None) -> None:
+    """Writes the example of a policy, and exits."""
+    if file is None:
+        return
+    from fedlora.config.policy import STARTER
+
+    write_new(file, STARTER, "fedlora join --write-policy")
+    raise typer.Exit
+
+
+def _confirm(question: str) -> bool:
+    """The answer of the node's owner on the terminal."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:  # Ctrl-C
+        raise KeyboardInterrupt from None
+
+
 def join(
     server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the server.")],
     client: Annotated[list[str], typer.Option(help="A client of this node; may be repeated, but not with --data.")],
@@ -84,20 +104,39 @@ def join(
     rank: Annotated[int | None, typer.Option(help="LoRA rank of the clients; by default method.rank.")] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key of this node.")] = None,
     ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The ca.crt of the server.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What this node allows; without it, it asks once per run.")
+    ] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Allow whatever the server asks for, without a policy.")] = False,
+    write_policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", callback=_write_policy, is_eager=True, help="Write an example of a policy, and exit."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Take part in a run with the examples on this machine: start a Flower SuperNode. Stop it with Ctrl-C."""
     _require_flower()
+    from fedlora.config.policy import Policy
     from fedlora.deploy import join as node
     from fedlora.deploy.address import Address
     from fedlora.deploy.settings import Settings
 
     address = Address.parse(server)
-    settings = Settings(clients=client, data=None if data is None else str(data), rank=rank, overrides=overrides or [])
+    if policy is not None and accept:
+        raise UserError("--policy and --accept exclude each other: a policy says what is accepted")
+    settings = Settings(
+        clients=client,
+        data=None if data is None else str(data),
+        rank=rank,
+        overrides=overrides or [],
+        policy=None if policy is None else Policy.read(policy),
+        accept=accept,
+    )
+    confirm = _confirm if sys.stdin.isatty() else None
     where = folder or Path("nodes", client[0])
     try:
         with interruptible():
-            node.join(where, settings, address, node.credentials(address, key, ca), note)
+            node.join(where, settings, address, node.credentials(address, key, ca), note, confirm)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

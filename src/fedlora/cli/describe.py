@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from fedlora.cli.arguments import File, Overrides
+from fedlora.cli.new_file import write_new
 from fedlora.errors import UserError
 from fedlora.printable import printable
 
@@ -15,14 +16,7 @@ def init(file: Annotated[Path, typer.Argument(metavar="[FILE]", show_default=Fal
     """Write an experiment file with the most common settings and comments; by default experiment.toml."""
     from fedlora.config import starter
 
-    try:
-        with file.open("x", encoding="utf-8") as new:
-            new.write(starter.text())
-    except FileExistsError:
-        raise UserError(f"{file}: already exists; give the name of a new file: fedlora init FILE") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
-    print(printable(str(file)))
+    write_new(file, starter.text(), "fedlora init")
 
 
 def check(file: File, overrides: Overrides = None) -> None:

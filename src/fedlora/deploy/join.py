@@ -1,11 +1,11 @@
 """Node side of a deployment: a SuperNode. Without expensive imports; the worker holds the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedlora.deploy.address import Address
 from fedlora.deploy.processes import Printer, Process
-from fedlora.deploy.settings import Settings
+from fedlora.deploy.settings import Settings, any_accepted
 from fedlora.errors import UserError
 
 
@@ -24,11 +24,20 @@ def credentials(server: Address, key: Path | None, ca: Path | None) -> Mapping[s
     return given or None
 
 
-def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, Path] | None, notify: Printer) -> None:
+def join(
+    folder: Path,
+    settings: Settings,
+    server: Address,
+    keys: Mapping[str, Path] | None,
+    notify: Printer,
+    confirm: Callable[[str], bool] | None = None,
+) -> None:
     """Runs a SuperNode until it is interrupted; it reconnects after the server was unavailable.
 
+    `confirm` asks the node's owner a question; None if nobody can be asked.
+
     Raises:
-        UserError: the settings are invalid, or the server rejects this node.
+        UserError: the settings are invalid, nobody can be asked what the node may do, or the server rejects this node.
     """
     from fedlora.deploy import supernode  # takes a second to import
 
@@ -36,9 +45,14 @@ def join(folder: Path, settings: Settings, server: Address, keys: Mapping[str, P
         raise UserError("--data is the file of one client; pass one --client, or start one node for each client")
     if settings.data is not None and not Path(settings.data).is_file():
         raise UserError(f"{settings.data}: no such file")
+    if confirm is None and settings.policy is None and not settings.accept and not any_accepted(folder):
+        raise UserError(
+            "nobody can be asked what this node may do, as there is no terminal: join with --policy FILE (fedlora join "
+            "--write-policy FILE writes an example), or with --accept to allow whatever the server asks for"
+        )
     settings.write(folder)
     notify(f"client {', '.join(settings.clients)} joins {server}; its state is in {folder}")
-    supernode.run(folder, server, keys, notify)
+    supernode.run(folder, server, keys, notify, confirm)
 
 
 def start_node(folder: Path, server: Address, keys: Mapping[str, Path] | None) -> Process:

@@ -35,19 +35,29 @@ class Node:
 
     name                             this node's own name, independent of its Flower node id
     runs/RUN/handshake.json          the server's handshake
+    runs/RUN/accepted.txt            what the server asked for, when the owner was asked and accepted it
+    runs/RUN/usage.json              trainings and bytes so far, with a policy
+    runs/RUN/sent/CLIENT             the client's last upload, under privacy for records
+    ledger/DATA.json                 the privacy that the data have spent in all runs, unless the policy names a folder
     runs/RUN/clients, base_updates   as in a run's folder
     runs/RUN/adapter/CLIENT          the client's adapter, after a run with a personal method
 
     `notify` receives lines for the node's owner, including the text of errors; a reply contains only an error's code.
+    `confirm` asks the owner a question; None if nobody can be asked.
     """
 
-    def __init__(self, folder: Path, notify: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        notify: Callable[[str], None] = print,
+        confirm: Callable[[str], bool] | None = None,
+    ) -> None:
         """Reads the settings.
 
         Raises:
             UserError: the folder has no settings.
         """
-        self._folder, self._notify = folder, notify
+        self._folder, self._notify, self._confirm = folder, notify, confirm
         self._runs: dict[str, NodeRun] = {}
         self._settings = Settings.read(folder)
         name = folder / "name"
@@ -115,7 +125,7 @@ class Node:
             path = self._run_folder(run)
             if not (path / _HANDSHAKE).exists():
                 raise NodeFailure(Reason.HANDSHAKE)
-            self._runs[run] = NodeRun.load(_read(path), path, self._settings, self._notify)
+            self._runs[run] = NodeRun.load(_read(path), path, self._settings, self._notify, self._confirm)
         return self._runs[run]
 
     def _run_folder(self, run: str) -> Path:

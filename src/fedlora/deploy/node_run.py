@@ -6,18 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.adapter import Tensors
+from fedlora.config.policy import Policy
 from fedlora.deploy.local_experiment import local_experiment
 from fedlora.deploy.reasons import NodeFailure, Reason, coded_errors
 from fedlora.deploy.settings import Settings
-from fedlora.deploy.wire import ClientResult, Done, Failure, Handshake, TaskRequest
+from fedlora.deploy.terms import agree
+from fedlora.deploy.usage import Usage
+from fedlora.deploy.wire import ClientResult, Done, Failure, Handshake, Kind, RoundRecord, TaskRequest
 from fedlora.exporting.base_updates import with_base_updates
 from fedlora.federated_data import FederatedData
 from fedlora.messages import Acknowledged, ClientInfo, Round
 from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.base_updates import caught_up
-from fedlora.rounds.codec import decode, encode
+from fedlora.rounds.codec import decode, encode, encoded_size
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.rounds.validator import Failed
+from fedlora.rounds.validator import Failed, UploadValidator, template_upload
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 
@@ -37,17 +40,26 @@ class NodeRun:
     simulation: SimulationBackend
     base: str
     notify: Callable[[str], None]
+    usage: Usage
     merged_updates: list[int] = field(default_factory=list)
 
     @classmethod
-    def load(cls, handshake: Handshake, path: Path, settings: Settings, notify: Callable[[str], None]) -> "NodeRun":
+    def load(
+        cls,
+        handshake: Handshake,
+        path: Path,
+        settings: Settings,
+        notify: Callable[[str], None],
+        confirm: Callable[[str], bool] | None = None,
+    ) -> "NodeRun":
         """Loads data and model, and merges the base updates in the folder `path`.
 
         Raises:
-            NodeFailure: the experiment, the data or the model cannot be used here.
+            NodeFailure: the experiment, the data or the model cannot be used here, or its owner does not allow it.
         """
         with coded_errors(Reason.EXPERIMENT, notify):
             experiment = local_experiment(handshake.experiment, settings.overrides, settings.data is not None)
+            agree(experiment, settings, path, notify, confirm)
         with coded_errors(Reason.DATA, notify):
             if settings.data is None:
                 federated_data = FederatedData.make(experiment)
@@ -70,7 +82,8 @@ class NodeRun:
         folder = RunFolder(path)
         clients = [client for client in session.clients if client.id in settings.clients]
         simulation = session.simulation(folder, clients)
-        run = cls(session, folder, simulation, base, notify)
+        usage = Usage(path, settings.policy or Policy(), notify)
+        run = cls(session, folder, simulation, base, notify, usage)
         for index in folder.base_updates():
             session.trainer.merge_into_base(folder.base_update(index))
             run.merged_updates.append(index)
@@ -105,7 +118,12 @@ class NodeRun:
         return "after the last round: writing the adapter"
 
     def execute(self, request: TaskRequest, payloads: Sequence[bytes]) -> tuple[Done, list[bytes]]:
-        """Executes a request for all its clients together; if that fails, one by one, so that only one client fails."""
+        """Executes a request for all its clients together; if that fails, one by one, so that only one client fails.
+
+        Raises:
+            NodeFailure: the request is not one of the accepted experiment, or beyond a limit of the policy.
+        """
+        self._require_allowed(request.kind == "train", request.round_record, sum(map(len, payloads)))
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for task in request.tasks:
@@ -116,12 +134,15 @@ class NodeRun:
                 if task.base_updates is not None:
                     self._apply_base_updates(payloads[task.base_updates])
                 sent[client] = decode(payloads[task.download])
+        rnd = _round(request)
+        if request.kind == "train":
+            self._before_training(rnd, sent)
         with suppress(Exception):
-            found.update(self._results(request, sent))
+            found.update(self._results(request.kind, rnd, sent))
         for client in sent:
             if client.id not in found:
                 with self._caught(client.id, found, Reason.WORK):
-                    found.update(self._results(request, {client: sent[client]}))
+                    found.update(self._results(request.kind, rnd, {client: sent[client]}))
         results: list[ClientResult] = []
         own: list[bytes] = []
         for task in request.tasks:
@@ -130,13 +151,31 @@ class NodeRun:
                 result = result.model_copy(update={"payload": len(own)})
                 own.append(payload)
             results.append(result)
+        self.usage.send(sum(map(len, own)), request.kind == "train")
         return Done(round_record=request.round_record, base_updates=self.merged_updates, results=results), own
 
-    def _results(self, request: TaskRequest, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
+    def _require_allowed(self, train: bool, record: RoundRecord, size: int) -> None:
+        """Checks a request against the experiment and the policy, and counts its bytes."""
+        rounds, cohort = self.session.experiment.rounds, self.usage.policy.cohort
+        if train and record.index >= rounds:
+            self.notify(f"{Reason.ROUNDS.value}: the server asked for round {record.index + 1} of {rounds}")
+            raise NodeFailure(Reason.ROUNDS)
+        if train and record.expected_cohort < cohort and cohort > 1:
+            self.notify(f"{Reason.COHORT.value}: {record.expected_cohort} clients in the round, policy.cohort = {cohort}")
+            raise NodeFailure(Reason.COHORT)
+        self.usage.receive(size, train)
+
+    def _before_training(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> None:
+        """Counts the trainings, and checks the bytes of their uploads: one that is not sent would have cost privacy."""
+        if self.usage.policy.traffic.round_mb_up is not None:
+            validator = UploadValidator(self.session.method, self.session.adapted.spec, rnd, sent)
+            uploads = [template_upload(self.session.method, validator.known(client)) for client in sent]
+            self.usage.require_upload(sum(encoded_size(upload.flat()) for upload in uploads))
+        self.usage.train([client.id for client in sent])
+
+    def _results(self, kind: Kind, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         """Yields the clients' names and results as each group of clients finishes."""
-        last = {task.client.id: task.acknowledged for task in request.tasks if task.acknowledged is not None}
-        rnd = request.round_record.round({one: Acknowledged(found.index, found.share) for one, found in last.items()})
-        match request.kind:
+        match kind:
             case "train":
                 return self._train(rnd, sent)
             case "evaluate":
@@ -188,3 +227,9 @@ class NodeRun:
                 yield
         except NodeFailure as failure:
             found[client] = ClientResult(id=client, failure=Failure.of(failure)), None
+
+
+def _round(request: TaskRequest) -> Round:
+    """The round of the request, with the acknowledgements of its clients."""
+    last = {task.client.id: task.acknowledged for task in request.tasks if task.acknowledged is not None}
+    return request.round_record.round({one: Acknowledged(found.index, found.share) for one, found in last.items()})

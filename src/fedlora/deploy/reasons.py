@@ -24,6 +24,20 @@ class Reason(StrEnum):
     MEMORY = "the client ran out of memory"
     STORAGE = "the node could not write its files"
     INTERNAL = "the node failed"
+    TERMS = "the node's owner has not accepted the experiment"
+    METHOD = "the node's policy does not allow the method"
+    TASK = "the node's policy does not allow the task"
+    MODEL_NOT_ALLOWED = "the node's policy does not allow the model"
+    COLUMNS = "the node's policy does not allow the columns that the task reads"
+    ROUNDS = "the node's policy allows fewer rounds"
+    COHORT = "the node's policy requires a larger cohort"
+    TRAFFIC = "the node's policy allows fewer bytes"
+    SECURE = "the node's policy requires secure sums, which this server does not have"
+    UNIT = "the node's policy requires another unit of privacy"
+    COUNTS = "the node's policy does not allow numbers of examples to be sent"
+    BUDGET = "the client's privacy budget is spent"
+    LEDGER = "the node's privacy ledger cannot be used"
+    NOT_PRIVATE = "the node sends nothing else of its examples than trained tensors with noise"
 
 
 class NodeFailure(Exception):

@@ -8,10 +8,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -62,14 +63,23 @@ _MAX_WAIT_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 15.0
 _GIVE_UP_SECONDS = 3 * _HEARTBEAT_SECONDS
 """After a SuperNode died, the SuperLink takes two heartbeats to detect that its key is not in use."""
+_Worker = Callable[[bytes], bytes]
+"""Returns the worker's reply to a message."""
 _PUSH_RETRY_SECONDS = (1.0, 5.0, 15.0, 60.0)
 _SKEW_SECONDS = 5.0
 
 
-def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, notify: Printer) -> None:
+def run(
+    folder: Path,
+    server: Address,
+    keys: Mapping[str, Path] | None,
+    notify: Printer,
+    confirm: Callable[[str], bool] | None = None,
+) -> None:
     """Forwards messages until it is interrupted; reconnects after the server was unavailable. Prints each state change.
 
-    `keys` are the files `ca` and `key`; None means without TLS, with a key generated for this process.
+    `keys` are the files `ca` and `key`; None means without TLS, with a key generated for this process. `confirm` asks the
+    node's owner a question; None if nobody can be asked.
 
     Raises:
         UserError: a key file cannot be used, or the server rejects this node.
@@ -80,6 +90,7 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, notify: 
         NodeAuthHttpInterceptor(private, public),
     ]
     ca = None if keys is None else _read(keys["ca"])
+    worker = partial(ask, folder, until=os.getpid(), notify=notify, confirm=confirm)
     state, rejected_since, wait = f"waiting for the server at {server}", None, _POLL_SECONDS
     notify(state)
     with FleetHttpClient.from_server_address(str(server), keys is None, ca, interceptors) as client:
@@ -89,7 +100,7 @@ def run(folder: Path, server: Address, keys: Mapping[str, Path] | None, notify: 
                 with _activate(client, public_key_to_bytes(public), registers=keys is None) as node:
                     notify(f"connected to {server}")
                     state, rejected_since, wait = "connected", None, _POLL_SECONDS
-                    _forward_messages(client, node, server, folder, notify)
+                    _forward_messages(client, node, server, worker, notify)
             except httpx.TransportError as error:
                 state = _waiting(server, error)
             except httpx.HTTPStatusError as error:
@@ -133,7 +144,7 @@ def _activate(client: FleetHttpClient, public: bytes, registers: bool) -> Iterat
                 client.UnregisterNode(UnregisterNodeFleetRequest(node_id=node.node_id))
 
 
-def _forward_messages(client: FleetHttpClient, node: Node, server: Address, folder: Path, notify: Printer) -> None:
+def _forward_messages(client: FleetHttpClient, node: Node, server: Address, worker: _Worker, notify: Printer) -> None:
     """Replies to messages one by one, until the server no longer recognizes this node."""
     unreachable = ""
     while True:
@@ -150,7 +161,7 @@ def _forward_messages(client: FleetHttpClient, node: Node, server: Address, fold
             unreachable = ""
         for envelope, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
             try:
-                _answer(client, node, envelope, tree, folder, notify)
+                _answer(client, node, envelope, tree, worker, notify)
             except Exception as error:  # concerns one message: its run has ended, or it is not readable
                 notify(f"a message of run {envelope.metadata.run_id} has no reply: {_describe(error)}")
         if not pulled.messages_list:
@@ -158,7 +169,7 @@ def _forward_messages(client: FleetHttpClient, node: Node, server: Address, fold
 
 
 def _answer(
-    client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, folder: Path, notify: Printer
+    client: FleetHttpClient, node: Node, envelope: Envelope, tree: ObjectTree, worker: _Worker, notify: Printer
 ) -> None:
     run_id, started = envelope.metadata.run_id, time.perf_counter()
     pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
@@ -168,7 +179,7 @@ def _answer(
     assert isinstance(message, Message)
     message.metadata.__dict__["_message_id"] = tree.object_id  # not covered by its own content
     try:
-        reply = Message(to_record(ask(folder, from_record(message), os.getpid(), notify)), reply_to=message)
+        reply = Message(to_record(worker(from_record(message))), reply_to=message)
     except ValueError:
         notify(f"rejected: run {run_id} is of an app other than fedlora; this node runs only its own installation")
         reply = Message(Error(ErrorCode.INVALID_FAB, "this node runs fedlora only"), reply_to=message)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedlora.deploy.worker_socket import NOTE, REPLY, receive, send, short_path
+from fedlora.deploy.worker_socket import NOTE, QUESTION, REPLY, YES, receive, send, short_path
 from fedlora.printable import printable
 from fedlora.watchdog import end_with
 
@@ -45,7 +45,13 @@ def main(folder: Path, until: int) -> int:
             with suppress(OSError):
                 send(connection, NOTE + line.encode(errors="replace"))
 
-    node = Node(folder, notify)
+    def confirm(question: str) -> bool:
+        if not connections:
+            return False
+        send(connections[-1], QUESTION + question.encode())
+        return receive(connections[-1]) == YES
+
+    node = Node(folder, notify, confirm)
     while True:
         connection, _ = listening.accept()
         with connection:

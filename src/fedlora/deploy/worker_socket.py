@@ -1,7 +1,8 @@
 """Unix socket between a node's SuperNode and its resident worker. Without expensive imports.
 
-A message is preceded by its length in eight bytes. Before its reply, the worker may send notes for the node's owner; the
-first byte distinguishes them. The socket is in the node's folder, accessible to its owner only.
+A message is preceded by its length in eight bytes. Before its reply, the worker may send notes for the node's owner, and
+questions, which are answered by `YES` or `NO`; the first byte distinguishes them. The socket is in the node's folder,
+accessible to its owner only.
 """
 
 import os
@@ -22,16 +23,23 @@ LOG = "worker.log"
 _START_SECONDS = 120.0
 _END_SECONDS = 10.0
 _MAX_BYTES = 2**31
-NOTE, REPLY = b"n", b"r"
+NOTE, QUESTION, REPLY = b"n", b"q", b"r"
+YES, NO = b"y", b"n"
 
 
 class Unreachable(Exception):
     """No worker is running, and starting one failed."""
 
 
-def ask(folder: Path, message: bytes, until: int, notify: Callable[[str], None]) -> bytes:
-    """Returns the worker's reply; `notify` receives its notes. If necessary, starts a worker, which ends with process
-    `until`.
+def ask(
+    folder: Path,
+    message: bytes,
+    until: int,
+    notify: Callable[[str], None],
+    confirm: Callable[[str], bool] | None = None,
+) -> bytes:
+    """Returns the worker's reply; `notify` receives its notes, `confirm` answers its questions; without it, no is the
+    answer. If necessary, starts a worker, which ends with process `until`.
 
     A worker that crashes on the message is restarted once: an interrupted round leaves no state that would affect its
     repetition.
@@ -44,8 +52,12 @@ def ask(folder: Path, message: bytes, until: int, notify: Callable[[str], None])
             worker = _listener(connection)
             try:
                 send(connection, message)
-                while (frame := receive(connection))[:1] == NOTE:
-                    notify(frame[1:].decode(errors="replace"))
+                while (frame := receive(connection))[:1] != REPLY:
+                    text = frame[1:].decode(errors="replace")
+                    if frame[:1] == NOTE:
+                        notify(text)
+                    else:
+                        send(connection, YES if confirm is not None and confirm(text) else NO)
                 return frame[1:]
             except (OSError, EOFError):
                 _await_end(worker)
