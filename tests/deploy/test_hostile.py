@@ -1,84 +1,31 @@
 """A server that tries to read a node's data, files or columns: all that it gets are codes and counts."""
 
-import json
 import os
 
 import pytest
 
-from fedlora.config.experiment import build
 from fedlora.config.policy import Policy
 from fedlora.deploy import node_run
-from fedlora.deploy.node import Node
 from fedlora.deploy.reasons import Reason
-from fedlora.deploy.settings import Settings
 from fedlora.deploy.wire import (
-    PROTOCOL,
     ClientRecord,
     ClientTask,
-    Handshake,
     HandshakeReply,
     Rejected,
     RoundRecord,
     TaskRequest,
     decode_message,
-    encode_message,
 )
-from fedlora.messages import Round
 from fedlora.rounds.codec import encode
 from fedlora.train import local
-from fedlora.version import __version__
+from hostile import Owner, furnish, reason_of, silent, trained
 
-from tiny import LABELS, tiny_bert
-from wired import problem
-
-SECRETS = ("Patient", "HIV", "diagnosis", "clinic.jsonl", "Error")
+from tiny import LABELS
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    tiny_bert(home / "bert")
-    rows = [
-        {"text": f"Patient {i} has HIV since {1900 + i}", "label": LABELS[i % len(LABELS)], "diagnosis": f"HIV {i}"}
-        for i in range(20)
-    ]
-    (home / "clinic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return home
-
-
-class Owner:
-    """A node with a file of its own, and what its owner has been told."""
-
-    def __init__(self, home, folder, **more):
-        settings = {"data": str(home / "clinic.jsonl"), "overrides": [f"model={home / 'bert'}"], "accept": True}
-        Settings(clients=["clinic"], **{**settings, **more}).write(folder)
-        self.told = []
-        self.node = Node(folder, self.told.append)
-
-    def handshake(self, home, **more):
-        return self.ask(handshake(home, **more))
-
-    def ask(self, header, payloads=()):
-        self.raw = self.node.reply(encode_message(header, payloads))
-        return decode_message(self.raw, 1)[0]
-
-
-def handshake(home, labels=LABELS, **more):
-    table = problem(home, **{"data": {"source": "none", "labels": list(labels)}, **more})
-    experiment = build(table).to_toml()
-    return Handshake(
-        protocol=PROTOCOL,
-        version=__version__,
-        run="r",
-        experiment=experiment,
-        labels=list(labels),
-        server_session_id="1",
-        done=0,
-    )
-
-
-def silent(raw):
-    return not any(secret.encode() in raw for secret in SECRETS)
+    return furnish(tmp_path_factory.mktemp("home"))
 
 
 HOSTILE = {
@@ -158,27 +105,6 @@ def test_a_message_that_is_none_is_answered_with_a_code(home, tmp_path, message)
     assert len(owner.told) == 1
 
 
-def trained(owner, index=0, attempt=0, **more):
-    """The node's reply to a request for the training of its client from the initial adapter."""
-    session = owner.node._run("r").session
-    (client,) = owner.node._run("r").clients()
-    rnd = Round(index, 0, attempt)
-    download = session.method.send(session.method.init_server(session.adapted.spec, 0), client, rnd)
-    request = TaskRequest(
-        kind="train",
-        run="r",
-        round_record=RoundRecord(index=index, seed=0, attempt=attempt, expected_cohort=1),
-        expected_base_updates=[],
-        tasks=[ClientTask(client=ClientRecord.of(client), download=0)],
-    ).model_copy(update=more)
-    return owner.ask(request, [encode(download)])
-
-
-def reason_of(result):
-    failure = result.failure if isinstance(result, Rejected) else result.results[0].failure
-    return None if failure is None else failure.reason
-
-
 def test_an_experiment_that_the_policy_does_not_allow_is_refused_with_a_code_before_anything_is_loaded(
     home, tmp_path, monkeypatch
 ):
@@ -222,6 +148,7 @@ def test_trainings_are_counted_also_if_a_round_is_repeated_and_the_node_restarts
     owner = Owner(home, tmp_path / "node", policy=Policy(rounds=2))
     owner.handshake(home, rounds=2)
     assert reason_of(trained(owner)) is None and reason_of(trained(owner, attempt=1)) is None
+    owner.stop()
     owner = Owner(home, tmp_path / "node", policy=Policy(rounds=2))
-    owner.handshake(home, rounds=2)
+    assert isinstance(owner.handshake(home, rounds=2), HandshakeReply)
     assert reason_of(trained(owner, 1)) is Reason.ROUNDS

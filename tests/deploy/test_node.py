@@ -9,12 +9,14 @@ import torch
 
 from fedlora.api import export, run
 from fedlora.config.experiment import build
+from fedlora.config.policy import Policy, PrivacyLimits
 from fedlora.deploy import launch as deploy
 from fedlora.deploy import server, wire
 from fedlora.deploy.admission import NodeAdmission
 from fedlora.deploy.backend import FlowerBackend
 from fedlora.deploy.credential import Credential
 from fedlora.deploy.node import Node
+from fedlora.deploy.privacy_ledger import PrivacyLedger
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.scores import ScoreCheck
 from fedlora.deploy.settings import Settings
@@ -642,6 +644,31 @@ def test_a_node_with_a_file_of_its_own_is_one_client_with_all_its_examples(home,
     row = rows_of(tmp_path / "run")[-1]
     assert row.accepted == ["clinic 21", "clinic 30"] and row.global_ is None
     assert set(row.clients["accuracy"].each) == {"clinic 21", "clinic 30"}
+
+
+def test_a_run_with_privacy_for_records_leaves_the_promised_steps_on_each_nodes_ledger(home, tmp_path):
+    what = experiment(
+        home,
+        rounds=2,
+        clients={"count": 2},
+        data={"source": "none", "labels": list(LABELS)},
+        train={"batch_size": 5, "max_steps": 3, "max_length": 16, "device": "cpu"},
+        privacy={"unit": "record", "noise_multiplier": 1.0, "delta": 1e-5},
+        evaluate={"clients": "none"},
+    )
+    nodes = {}
+    for i, size in enumerate((21, 30)):
+        file = str(tiny_rows(tmp_path / f"{size}.jsonl", size))
+        policy = Policy(privacy=PrivacyLimits(unit="record", clip=0.5))
+        settings = {"data": file, "overrides": [f"model={home / 'bert'}"], "policy": policy}
+        Settings(clients=[f"clinic {size}"], **settings).write(tmp_path / f"node{i}")
+        nodes[i] = Node(tmp_path / f"node{i}")
+    serve(what, tmp_path / "run", Hand(nodes), count=2)
+    assert [row.accepted for row in rows_of(tmp_path / "run")[1:]] == [["clinic 21", "clinic 30"]] * 2
+    for node in nodes:
+        (path,) = (tmp_path / f"node{node}" / "ledger").glob("*.json")
+        found = PrivacyLedger(path.parent, path.stem, None).releases()
+        assert [(one.count, one.settled, one.noise_multiplier) for one in found] == [(3, True, 1.0)] * 2
 
 
 @pytest.mark.parametrize("method", fast(["fedsa-lora", "pfedloru"], "fedsa-lora"))

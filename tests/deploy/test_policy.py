@@ -23,7 +23,8 @@ LIMITS = {"unit": "record", "epsilon": 8.0, "run_epsilon": 2.0, "delta": 1e-6, "
 
 
 def asked(**more):
-    return build(problem(Path("home"), **more))
+    scores = {"evaluate": {"clients": "none"}} if more.get("privacy") else {}
+    return build(problem(Path("home"), **scores, **more))
 
 
 def written(folder, text):
@@ -98,6 +99,11 @@ WEAKER = {
     "another unit": (
         Policy(privacy=PrivacyLimits(unit="record")),
         {"privacy": {**RECORD, "unit": "client"}},
+        Reason.UNIT,
+    ),
+    "no noise, and no epsilon by which the node would add its own": (
+        Policy(privacy=PrivacyLimits(unit="record")),
+        {"privacy": {**RECORD, "noise_multiplier": 0.0}},
         Reason.UNIT,
     ),
     "counts": (
@@ -176,8 +182,9 @@ def test_with_a_policy_or_a_flag_nobody_is_asked(tmp_path):
 def test_a_run_with_privacy_says_before_it_begins_that_counts_and_scores_are_not_sent(tmp_path):
     told = []
     agree(asked(privacy=RECORD), Settings(clients=["c"]), tmp_path, told.append, lambda question: True)
-    (line,) = [line for line in told if "it receives" in line]
-    assert "with noise" in line and not any(word in line for word in ("number of examples", "loss", "scores"))
+    text = "\n".join(told)
+    assert "values of the upload (a, b, head): covered: DP-SGD" in text and "weight: fixed: 1, for each client" in text
+    assert not any(word in text for word in ("training loss", "scores"))
 
 
 def test_join_without_a_terminal_needs_a_policy_or_the_flag(tmp_path, monkeypatch):

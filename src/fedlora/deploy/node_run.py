@@ -1,14 +1,17 @@
 """One run on a node: a simulation of the node's own clients, and the execution of task requests."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.adapter import Tensors
 from fedlora.config.policy import Policy
 from fedlora.deploy.local_experiment import local_experiment
 from fedlora.deploy.reasons import NodeFailure, Reason, coded_errors
+from fedlora.deploy.run_privacy import RunPrivacy
+from fedlora.deploy.sent_uploads import SentUpload, SentUploads
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.terms import agree
 from fedlora.deploy.usage import Usage
@@ -18,11 +21,14 @@ from fedlora.federated_data import FederatedData
 from fedlora.messages import Acknowledged, ClientInfo, Round
 from fedlora.models.weights_digest import weights_digest
 from fedlora.rounds.base_updates import caught_up
+from fedlora.rounds.budgets import Budgets
+from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode, encoded_size
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed, UploadValidator, template_upload
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
+from fedlora.train.local import LocalTrainer
 
 _Result = tuple[ClientResult, "bytes | None"]
 """Result and payload of one client."""
@@ -41,6 +47,7 @@ class NodeRun:
     base: str
     notify: Callable[[str], None]
     usage: Usage
+    privacy: RunPrivacy | None = None
     merged_updates: list[int] = field(default_factory=list)
 
     @classmethod
@@ -74,16 +81,24 @@ class NodeRun:
         if unknown := sorted(set(settings.clients) - {client.id for client in federated_data.clients}):
             notify(f"the experiment's partition has no client {unknown[0]!r}")
             raise NodeFailure(Reason.CLIENTS, len(unknown))
+        privacy = RunPrivacy.of(experiment, settings, handshake.run, path.parents[1], notify)
         with coded_errors(Reason.MODEL, notify):
-            session = Session.make(experiment, federated_data).on_all_devices()
+            session = Session.make(experiment, federated_data)
+            if privacy is None:
+                session = session.on_all_devices()
         for note in session.notes:
             notify(note)
         base = weights_digest(session.adapted.model)
-        folder = RunFolder(path)
         clients = [client for client in session.clients if client.id in settings.clients]
-        simulation = session.simulation(folder, clients)
+        trainer: Trainer = session.trainer
+        if privacy is not None:
+            assert isinstance(session.trainer, LocalTrainer)
+            trainer = privacy.trainer(session.trainer, settings.clients)
+            privacy.require_budget(clients, trainer)
+        folder = RunFolder(path)
+        simulation = replace(session.simulation(folder, clients), trainer=trainer, budgets=Budgets())
         usage = Usage(path, settings.policy or Policy(), notify)
-        run = cls(session, folder, simulation, base, notify, usage)
+        run = cls(session, folder, simulation, base, notify, usage, privacy)
         for index in folder.base_updates():
             session.trainer.merge_into_base(folder.base_update(index))
             run.merged_updates.append(index)
@@ -123,7 +138,7 @@ class NodeRun:
         Raises:
             NodeFailure: the request is not one of the accepted experiment, or beyond a limit of the policy.
         """
-        self._require_allowed(request.kind == "train", request.round_record, sum(map(len, payloads)))
+        self._require_allowed(request.kind, request.round_record, sum(map(len, payloads)))
         found: dict[str, _Result] = {}
         sent: dict[ClientInfo, Tensors] = {}
         for task in request.tasks:
@@ -136,6 +151,8 @@ class NodeRun:
                 sent[client] = decode(payloads[task.download])
         rnd = _round(request)
         if request.kind == "train":
+            found |= self._sent_before(rnd, sent)
+            sent = {client: download for client, download in sent.items() if client.id not in found}
             self._before_training(rnd, sent)
         with suppress(Exception):
             found.update(self._results(request.kind, rnd, sent))
@@ -154,15 +171,18 @@ class NodeRun:
         self.usage.send(sum(map(len, own)), request.kind == "train")
         return Done(round_record=request.round_record, base_updates=self.merged_updates, results=results), own
 
-    def _require_allowed(self, train: bool, record: RoundRecord, size: int) -> None:
+    def _require_allowed(self, kind: Kind, record: RoundRecord, size: int) -> None:
         """Checks a request against the experiment and the policy, and counts its bytes."""
-        rounds, cohort = self.session.experiment.rounds, self.usage.policy.cohort
+        rounds, cohort, train = self.session.experiment.rounds, self.usage.policy.cohort, kind == "train"
         if train and record.index >= rounds:
             self.notify(f"{Reason.ROUNDS.value}: the server asked for round {record.index + 1} of {rounds}")
             raise NodeFailure(Reason.ROUNDS)
         if train and record.expected_cohort < cohort and cohort > 1:
             self.notify(f"{Reason.COHORT.value}: {record.expected_cohort} clients in the round, policy.cohort = {cohort}")
             raise NodeFailure(Reason.COHORT)
+        if kind == "evaluate" and self.privacy is not None:
+            self.notify(f"{Reason.NOT_PRIVATE.value}: the server asked for scores")
+            raise NodeFailure(Reason.NOT_PRIVATE)
         self.usage.receive(size, train)
 
     def _before_training(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> None:
@@ -172,6 +192,29 @@ class NodeRun:
             uploads = [template_upload(self.session.method, validator.known(client)) for client in sent]
             self.usage.require_upload(sum(encoded_size(upload.flat()) for upload in uploads))
         self.usage.train([client.id for client in sent])
+        if self.privacy is not None:
+            self.privacy.before_training(list(sent))
+
+    @property
+    def _noisy(self) -> bool:
+        """Whether uploads have this node's noise, which a repetition would change and pay for again."""
+        return self.session.experiment.privacy.unit == "record"
+
+    @property
+    def _sent_uploads(self) -> SentUploads:
+        return SentUploads(self.folder.path / "sent")
+
+    def _sent_before(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> dict[str, _Result]:
+        """The results of clients that have already sent the upload that is asked for."""
+        found: dict[str, _Result] = {}
+        for client, download in sent.items() if self._noisy else ():
+            before = self._sent_uploads.find(client, rnd, download)
+            if before is not None:
+                if before.state is not None:  # it may have been discarded since
+                    self.folder.save_client(client, rnd.index, before.state)
+                result = ClientResult(id=client.id, weight=float(client.examples), loss=math.nan)
+                found[client.id] = result, encode(before.tensors)
+        return found
 
     def _results(self, kind: Kind, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         """Yields the clients' names and results as each group of clients finishes."""
@@ -188,8 +231,12 @@ class NodeRun:
                 self.notify(f"client {reply.client.id}: {reply.reason}")
                 yield reply.client.id, (ClientResult(id=reply.client.id, failure=Failure(reason=Reason.DIVERGED)), None)
                 continue
-            result = ClientResult(id=reply.client.id, weight=reply.weight, loss=reply.loss, steps=reply.steps)
-            yield reply.client.id, (result, encode(reply.upload.flat()))
+            tensors, client = reply.upload.flat(), reply.client
+            result = ClientResult(id=client.id, weight=reply.weight, loss=reply.loss, steps=reply.steps)
+            if self._noisy:
+                state = self.folder.client_state(client, rnd.index + 1)
+                self._sent_uploads.save(client, rnd, sent[client], SentUpload(tensors, state))
+            yield client.id, (result, encode(tensors))
 
     def _evaluate(self, rnd: Round, sent: Mapping[ClientInfo, Tensors]) -> Iterator[tuple[str, _Result]]:
         for client, found in self.simulation.evaluate(rnd, sent, {}):

@@ -7,7 +7,9 @@ from fedlora.config.experiment import Experiment
 from fedlora.deploy.policy import column_names, refusals
 from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.deploy.settings import ACCEPTED, Settings
+from fedlora.privacy.release import leaving
 from fedlora.rounds import durable
+from fedlora.session import method_of
 
 _WAY_OUT = (
     "the experiment is not accepted; start fedlora join on a terminal to be asked again, with --policy FILE to allow only "
@@ -66,7 +68,8 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
         f"  model       {experiment.model}",
         f"  rounds      {experiment.rounds}, of {'an unknown number of' if clients is None else clients} clients",
         f"  privacy     {protection}",
-        f"  it receives {', '.join(_leaves(experiment))}",
+        "it receives:",
+        *(f"  {line}" for line in _leaves(experiment)),
         "without --policy, this node allows all methods, tasks, columns and models, any number of rounds and bytes, "
         "uploads that the server sees one by one, and any loss of privacy",
     ]
@@ -74,12 +77,12 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
 
 def _leaves(experiment: Experiment) -> list[str]:
     """What the server receives from a client."""
-    privacy, leaves = experiment.privacy, ["the client's name and rank"]
-    leaves.append("trained tensors with noise" if privacy.unit == "record" else "trained tensors")
-    if privacy.unit == "none" or privacy.public_counts:
-        leaves.append("the number of examples")
-    if privacy.unit == "none":
-        leaves.append("the training loss")
-        if experiment.evaluate.clients != "none" and experiment.clients.held_out:
-            leaves.append("scores on held-out examples")
-    return leaves
+    if experiment.privacy.unit != "none":
+        found = leaving(method_of(experiment), experiment).values()
+        return [f"{one.what}: {one.rule}" for one in found if not one.rule.startswith("not sent")]
+    scores = experiment.evaluate.clients != "none" and experiment.clients.held_out
+    return [
+        "the trained tensors, the number of examples, the training loss and the number of steps",
+        *(["scores on held-out examples"] if scores else []),
+        "name and rank; the code of a failure; the time of a reply",
+    ]

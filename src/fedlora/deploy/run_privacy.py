@@ -1,0 +1,109 @@
+"""Privacy of one run on a node: its own clip and noise, its ledger, and what it does not send."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedlora.config.experiment import Experiment
+from fedlora.config.policy import Policy
+from fedlora.deploy.ledgered_trainer import LedgeredTrainer, ledger_errors
+from fedlora.deploy.policy import budgets, own_clip, own_noise
+from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, data_digest
+from fedlora.deploy.settings import Settings
+from fedlora.messages import ClientInfo
+from fedlora.privacy.account import epsilon, noise_for
+from fedlora.privacy.events import Gaussian
+from fedlora.rounds.client import Trainer
+from fedlora.train.local import LocalTrainer
+from fedlora.train.record_privacy import RecordPrivacy
+
+
+@dataclass(frozen=True)
+class RunPrivacy:
+    """A run with privacy, on a node. Its methods raise a NodeFailure if a budget is spent or the ledger is damaged."""
+
+    experiment: Experiment
+    policy: Policy
+    run: str
+    ledger: PrivacyLedger
+    notify: Callable[[str], None]
+
+    @classmethod
+    def of(
+        cls, experiment: Experiment, settings: Settings, run: str, node: Path, notify: Callable[[str], None]
+    ) -> "RunPrivacy | None":
+        """The privacy of a run on the node in this folder; None if the run has none."""
+        if experiment.privacy.unit == "none":
+            return None
+        policy, source = settings.policy or Policy(), experiment.data.source
+        file = Path(source if settings.data is None else settings.data)
+        data = data_digest(policy.privacy.account, file if file.is_file() else None, source)
+        folder = node / "ledger" if policy.privacy.ledger is None else Path(policy.privacy.ledger)
+        return cls(experiment, policy, run, PrivacyLedger(folder, data, composed), notify)
+
+    def trainer(self, trainer: LocalTrainer, clients: Collection[str]) -> Trainer:
+        """The trainer of these clients. For records, it has this node's clip and noise, and the ledger.
+
+        Noise and samples are from the operating system, so that the server, which knows the run's seed, cannot repeat them.
+        """
+        if self.experiment.privacy.unit == "client":
+            return trainer
+        own = {name: self._own(asked) for name, asked in trainer.privacy.items() if name in clients}
+        for name, privacy in own.items():
+            self.notify(
+                f"client {name}: clip {privacy.clip:g}, noise multiplier {privacy.noise_multiplier:.4g}, at most "
+                f"{privacy.steps} steps, each on a random {privacy.rate:.3%} of the examples"
+            )
+        trainer = replace(trainer, privacy=own, entropy="os")
+        return LedgeredTrainer(trainer, self.ledger, budgets(self.policy.privacy), self.run, own, self.notify)
+
+    def require_budget(self, clients: Sequence[ClientInfo], trainer: Trainer) -> None:
+        """Checks that the clients can take part: with one step, or, under privacy for clients, in all rounds."""
+        if isinstance(trainer, LedgeredTrainer):
+            releases = [self._release(name, one.noise_multiplier, one.rate, 1) for name, one in trainer.noise.items()]
+        else:
+            releases = self._rest_of_plan(clients)
+        with ledger_errors(self.notify):
+            for release in releases:
+                self.ledger.check([release], budgets(self.policy.privacy))
+
+    def before_training(self, clients: Sequence[ClientInfo]) -> None:
+        """Under privacy for clients, puts all rounds of the run on the ledger: the node does not see who is chosen."""
+        if self.experiment.privacy.unit == "client" and (rest := self._rest_of_plan(clients)):
+            with ledger_errors(self.notify):
+                self.ledger.reserve(rest, budgets(self.policy.privacy))
+
+    def _own(self, asked: RecordPrivacy) -> RecordPrivacy:
+        limits = self.policy.privacy
+        noise = own_noise(asked.noise_multiplier, asked.rate, asked.steps, limits, noise_for)
+        return replace(asked, clip=own_clip(asked.clip, limits), noise_multiplier=noise)
+
+    def _rest_of_plan(self, clients: Sequence[ClientInfo]) -> list[Release]:
+        asked, rate, rounds = self.experiment.privacy, self.experiment.sampling.fraction, self.experiment.rounds
+        noise = asked.noise_multiplier
+        if noise is None:
+            assert asked.epsilon is not None and asked.delta is not None
+            noise = noise_for(asked.epsilon, asked.delta, rate, rounds)
+        with ledger_errors(self.notify):
+            planned = [one for one in self.ledger.releases() if one.run == self.run and one.unit == "client"]
+        counted = {client.id: sum(one.count for one in planned if one.client == client.id) for client in clients}
+        return [
+            self._release(client.id, noise, rate, rounds - counted[client.id])
+            for client in clients
+            if counted[client.id] < rounds
+        ]
+
+    def _release(self, client: str, noise_multiplier: float, rate: float, count: int) -> Release:
+        return Release(
+            run=self.run,
+            client=client,
+            unit="record" if self.experiment.privacy.unit == "record" else "client",
+            noise_multiplier=noise_multiplier,
+            rate=rate,
+            count=count,
+        )
+
+
+def composed(releases: Sequence[Release], delta: float) -> float:
+    """The epsilon of all releases together."""
+    return epsilon([Gaussian(one.noise_multiplier, one.rate, one.count) for one in releases], delta)
