@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from fedlora.privacy import account
 
 from fedlora.config.policy import PrivacyLimits
 from fedlora.deploy import run_privacy
 from fedlora.deploy.policy import budgets, own_noise
 from fedlora.deploy.privacy_ledger import Budget, BudgetSpent, LedgerDamaged, PrivacyLedger, Release, data_digest
 from fedlora.errors import RunStopped
+from fedlora.privacy import account
 from fedlora.rounds import durable
 
 

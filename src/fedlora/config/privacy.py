@@ -30,7 +30,7 @@ class Privacy(Section):
     Example: 8.0
     """
     delta: Annotated[float, Range(gt=0, lt=1)] | None = None
-    """The delta of the guarantee, at most 1 / (10 n) for n protected units: the examples of the smallest client (record) or
+    """The delta of the guarantee, at most 1 / (10 n) for n protected units: the examples of the largest client (record) or
     the clients (client).
 
     Example: 1e-5
