@@ -41,8 +41,8 @@ class Counted:
 class SimulationBackend:
     """Backend within one process. A client's state is read when it is needed, and written only if it has changed.
 
-    Clients in `budgets` are trained privately, and sit out when their budget is spent. With `hides_training`, replies have no
-    losses and no numbers of steps.
+    Clients in `budgets` are trained privately, and sit out when their budget is spent. With `hides_training`, replies have
+    no losses and no numbers of steps.
     """
 
     method: AnyMethod
