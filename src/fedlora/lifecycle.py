@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,13 +16,14 @@ from fedlora.exporting.write import unfit_for_peft
 from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes
 from fedlora.loaded_model import model_key
+from fedlora.messages import ClientInfo
 from fedlora.models.fingerprint import fingerprint
 from fedlora.privacy.client_level import planned
 from fedlora.rounds.backend import Backend
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.early_stopping import best_round, stops, until_best
 from fedlora.rounds.loop import run_rounds
-from fedlora.rounds.plan import GlobalEvaluator, Plan, RunState
+from fedlora.rounds.plan import GlobalEvaluator, Plan, RecordLevel, RunState
 from fedlora.rounds.progress import Progress
 from fedlora.runs.folder import ADAPTER, RunFolder
 from fedlora.runs.manifest import Manifest
@@ -136,6 +138,7 @@ def rounds(
         lower_is_better=session.task.lower_is_better,
         hides_training=privacy.unit != "none",
         client_level=client_level,
+        record_level=None if privacy.unit != "record" or deployed else _record_level(session, folder),
     )
     for index in run_state.base_updates.rounds:
         session.trainer.merge_into_base(folder.base_update(index))
@@ -159,6 +162,22 @@ def rounds(
             )
             break
     return run_state
+
+
+def _record_level(session: Session, folder: RunFolder) -> RecordLevel:
+    """The privacy of the clients' examples in a simulation; in a deployment, each node has its own account."""
+    from fedlora.privacy.account import epsilon  # takes seconds to import
+
+    privacy = session.experiment.privacy
+    delta = privacy.delta
+    assert delta is not None
+    of_ledger = cache(lambda ledger: epsilon(ledger, delta))
+
+    def spent(client: ClientInfo, done: int) -> float:
+        found: float = of_ledger(tuple(session.spent(client, folder, done)))
+        return found
+
+    return RecordLevel(privacy.clip, delta, spent)
 
 
 def final_adapters(session: Session, folder: RunFolder, run_state: RunState) -> Mapping[str, Adapter]:

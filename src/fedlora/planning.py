@@ -1,45 +1,68 @@
 """The privacy plan of an experiment, and the statement about it, from its settings and the sizes of its clients."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.encoded_data import EncodedData, encode
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
-from fedlora.privacy.events import Gaussian
+from fedlora.messages import ClientInfo
+from fedlora.privacy.events import Gaussian, Ledger
 from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan
-from fedlora.privacy.statement import Statement
+from fedlora.privacy.record import planned_steps
+from fedlora.privacy.release import trainings
+from fedlora.privacy.statement import OF_NODES, NoiseSource, Statement
 from fedlora.tasks.table import task_of
 
 
-def plan_of(
-    experiment: Experiment, examples: Mapping[str, int], steps: Callable[[int], int] | None = None
-) -> PrivacyPlan | None:
+def plan_of(experiment: Experiment, examples: Mapping[str, int]) -> PrivacyPlan | None:
     """The plan for clients with these numbers of training examples; None without privacy, or without clients.
 
-    `steps` maps a number of examples to the largest number of a client's steps in a round, by default that of one training.
+    All trainings that the method requests of a client count.
     """
-    privacy, rounds = experiment.privacy, experiment.rounds
+    privacy, rounds, train = experiment.privacy, experiment.rounds, experiment.train
     if privacy.unit == "none" or not examples:
         return None
     if privacy.unit == "client":
         return client_plan(privacy, rounds, experiment.sampling.fraction, len(examples))
-    return record_plan(
-        privacy, rounds, experiment.train.batch_size, examples, steps or partial(_steps_of_one_training, experiment)
-    )
+    requested = trainings(method_of(experiment), experiment)
+
+    def steps(count: int) -> int:
+        return max(planned_steps(fits, train, count) for fits in requested)
+
+    return record_plan(privacy, rounds, train.batch_size, examples, steps)
 
 
-def statement_of(experiment: Experiment, examples: Mapping[str, int], rounds: int) -> Statement | None:
-    """The statement about a simulation after this number of rounds; None without privacy, or without clients."""
+def statement_of(
+    experiment: Experiment, examples: Mapping[str, int], rounds: int, noise_source: NoiseSource, spent: Ledger | None = None
+) -> Statement | None:
+    """The statement about a run after this number of rounds; None without privacy, or without clients.
+
+    `spent` has the releases of the client with the largest epsilon (record); without it, the statement is that of the plan.
+    """
     plan = plan_of(experiment, examples)
     if plan is None:
         return None
-    spent = None
     if plan.unit == "client":
         (one,) = plan.mechanisms
         spent = [Gaussian(one.noise_multiplier, one.rate, rounds)]
-    return Statement(plan, "seed", spent)
+    return Statement(plan, noise_source, spent)
+
+
+def statement_text(experiment: Experiment, clients: Sequence[ClientInfo], rounds: int) -> str | None:
+    """The statement in words, for a model card; None without privacy.
+
+    `clients` are those of a simulation; a deployment's server, which knows of none before they connect, has an empty list.
+    """
+    deployed, unit = not clients, experiment.privacy.unit
+    if deployed and unit == "record":
+        return OF_NODES
+    examples = {client.id: client.examples for client in clients}
+    if deployed:
+        examples = {str(i): 1 for i in range(experiment.clients.size or 1)}
+    found = statement_of(experiment, examples, rounds, "os" if deployed else "seed")
+    return None if found is None else found.text()
 
 
 def client_sizes(experiment: Experiment) -> dict[str, int]:
@@ -56,8 +79,3 @@ def client_sizes(experiment: Experiment) -> dict[str, int]:
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
     return {client: len(rows) for client, rows in data.rows.items()}
-
-
-def _steps_of_one_training(experiment: Experiment, examples: int) -> int:
-    train = experiment.train
-    return train.max_steps or train.epochs * -(-examples // train.batch_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapter import Adapter
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment, build
 from fedlora.config.usage import TASK_AND_LABELS, check_overrides
 from fedlora.data.examples import label_of
@@ -31,7 +32,6 @@ from fedlora.runs.folder import DEPLOY
 from fedlora.runs.manifest import Manifest
 from fedlora.runs.saved_run import SavedRun
 from fedlora.runs.saved_state import SavedState
-from fedlora.session import method_of
 from fedlora.tasks.table import task_of
 from fedlora.tasks.task import Task
 from fedlora.train import hardware

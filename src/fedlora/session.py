@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedlora.adapter import Adapter, lora_init
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.encoded_data import EncodedData, Tokens, encode
 from fedlora.errors import UserError
@@ -26,8 +27,7 @@ from fedlora.initial_states import RememberedStates
 from fedlora.loaded_model import LoadedModel
 from fedlora.messages import ClientInfo, Round
 from fedlora.method import AnyMethod
-from fedlora.methods.wrap.head import with_head
-from fedlora.methods.wrap.magnitudes import Magnitudes, with_magnitudes
+from fedlora.methods.wrap.magnitudes import with_magnitudes
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpointing import checkpointed_blocks
 from fedlora.models.gguf import gguf_arguments
@@ -36,7 +36,7 @@ from fedlora.models.loading import locate, quiet
 from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
-from fedlora.planning import statement_of
+from fedlora.planning import statement_text
 from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
@@ -252,9 +252,7 @@ class Session:
         write = to_serving if to == "serving" else to_peft
         write(adapter, folder, self.experiment.lora.dropout, base, self.adapted, labels, tokenizer, self.task.peft_type)
         code = self.task.loading_code(labels, getattr(tokenizer, "pad_token_id", 0), arguments)
-        examples = {client.id: client.examples for client in self.clients}
-        statement = statement_of(self.experiment, examples, rows[-1].round if rows else 0)
-        privacy = None if statement is None else statement.text()
+        privacy = statement_text(self.experiment, self.clients, rows[-1].round if rows else 0)
         card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows, privacy)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_usage(self.experiment, labels, folder, with_model=True)
@@ -273,18 +271,6 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
             to_gguf_model(model, folder / GGUF_MODEL, tokenizer, stored, source)
         write_usage(self.experiment, labels, folder, with_model=False)
-
-
-def method_of(experiment: Experiment) -> AnyMethod:
-    """The experiment's method, with its magnitudes, its head and its wrappers."""
-    method, row = experiment.method.make(), experiment.method.row
-    if experiment.lora.dora:
-        assert row.magnitudes is not None, "an experiment with DoRA has a method that supports it"
-        method = Magnitudes(method, row.magnitudes)
-    method = with_head(method, experiment.method.head or row.head)
-    for wrapper in experiment.wrap:
-        method = wrapper.around(method)
-    return method
 
 
 def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from client_rounds import Seen, Spoiled, minus, norm, privacy, private_plan, private_rounds
 
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Round
@@ -27,7 +28,6 @@ from fedlora.rounds.frame import common_frame
 from fedlora.rounds.loop import run_rounds
 from fedlora.rounds.plan import RecordLevel, RunState
 from fedlora.rounds.row import PrivacyRow
-from fedlora.session import method_of
 
 from rows import untimed
 from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_simulation

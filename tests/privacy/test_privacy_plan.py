@@ -4,6 +4,7 @@ import pytest
 
 from fedlora import Experiment
 from fedlora.config.privacy import Privacy
+from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.planning import plan_of, statement_of
 from fedlora.privacy.account import epsilon, noise_for
 from fedlora.privacy.events import Gaussian
@@ -73,8 +74,9 @@ def test_the_plan_of_an_experiment_has_its_batches_and_its_epochs():
     experiment = Experiment.model_validate({"rounds": 3, "privacy": privacy, **training})
     (one,) = plan_of(experiment, {"a": 10}).mechanisms
     assert (one.rate, one.steps) == (0.4, 3 * 2 * 3)
-    (one,) = plan_of(experiment, {"a": 10}, steps=lambda examples: examples + 1).mechanisms
-    assert one.steps == 3 * 11
+    probing = Experiment.model_validate({"rounds": 3, "privacy": privacy, "method": {"name": "lora-a2"}, **training})
+    (more,) = plan_of(probing, {"a": 10}).mechanisms
+    assert more.steps == 3 * (LoRAA2(8).probe_epochs + 2) * 3, "all trainings that the method requests count"
     assert plan_of(Experiment(), {"a": 10}) is None and plan_of(experiment, {}) is None
 
 
@@ -125,5 +127,5 @@ def test_the_statement_of_a_simulation_counts_its_rounds():
     privacy = CLIENTS.model_dump(exclude_defaults=True)
     experiment = Experiment.model_validate({"rounds": 9, "privacy": privacy, "evaluate": {"clients": "none"}})
     sizes = {str(i): 1 for i in range(10)}
-    assert statement_of(experiment, sizes, 4).epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
-    assert statement_of(Experiment(), sizes, 4) is None
+    assert statement_of(experiment, sizes, 4, "seed").epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
+    assert statement_of(Experiment(), sizes, 4, "seed") is None

@@ -36,6 +36,7 @@ from tiny import tiny_bert, tiny_rows
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients, toy_method
 
 CLIENTS = toy_clients(2)
+SILENT = {"clients": "none"}
 PRIVACY = {"unit": "record", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5}
 
 
@@ -127,7 +128,15 @@ def test_the_rate_is_a_batch_of_the_examples_and_the_steps_are_those_of_all_trai
     train, privacy = Train(batch_size=8, epochs=2), Privacy(**PRIVACY)
     assert record_privacy(privacy, train, 40, 30) == RecordPrivacy(0.5, 1.0, 0.2, 30)
     assert record_privacy(privacy, train, 5, 30).rate == 1
-    given = build({"rounds": 7, "method": {"name": "lora-a2", "rank": 5}, "train": train.model_dump(), "privacy": PRIVACY})
+    given = build(
+        {
+            "rounds": 7,
+            "method": {"name": "lora-a2", "rank": 5},
+            "train": train.model_dump(),
+            "evaluate": SILENT,
+            "privacy": PRIVACY,
+        }
+    )
     client, probe = ClientInfo("x", 3, 1), LoRAA2(5).probe_epochs
 
     def steps(experiment: Experiment) -> int:
@@ -157,7 +166,7 @@ def test_a_target_epsilon_gives_the_noise_for_the_rate_and_all_steps(monkeypatch
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_settings_that_do_not_fit_are_refused_by_name(changes, names):
-    (reason,) = reasons_against(build({**changes, "privacy": PRIVACY}))
+    (reason,) = reasons_against(build({**changes, "evaluate": SILENT, "privacy": PRIVACY}))
     assert reason.startswith(names)
     assert not list(reasons_against(build(changes)))
 

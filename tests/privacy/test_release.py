@@ -6,12 +6,12 @@ import pytest
 from pydantic import BaseModel
 
 from fedlora import messages
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.deploy import wire
 from fedlora.errors import UserError
 from fedlora.methods.table import TABLE
 from fedlora.privacy.release import FIELDS, leaving
-from fedlora.session import method_of
 
 FROM_THE_SERVER = {"Handshake", "ClientTask", "AcknowledgedRecord", "TaskRequest", "Notice"}
 SHARED = {"RoundRecord"}

@@ -22,6 +22,7 @@ def layer_of(kind: type, clients: int, client_layout: ClientLayout) -> LoraLayer
     layer = LoraLayer(nn.Linear(IN, OUT).double().requires_grad_(False), 0.0, client_layout)
     parts = [mapped(KINDS[kind], lambda x, i=i: x + i * drawn(*x.shape, seed=i) / 3) for i in range(clients)]
     layer.part = mapped(stacked(parts), lambda x: nn.Parameter(x))
+    layer.row_norms = layer.base.weight.norm(dim=1)
     layer.scale = torch.linspace(0.5, 2, clients, dtype=torch.float64)[:, None, None]
     return layer
 

@@ -25,12 +25,12 @@ def check(file: File, overrides: Overrides = None) -> None:
     For a language model, the first training example is shown as the model gets it. With privacy, what leaves a client is
     listed, and by which guarantee it is covered.
     """
+    from fedlora.composed_method import method_of
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
     from fedlora.privacy.release import leaving
     from fedlora.report import tables
     from fedlora.session import check as check_experiment
-    from fedlora.session import method_of
 
     experiment = Experiment.load(file, overrides or ())
     federated_data = FederatedData.make(experiment)

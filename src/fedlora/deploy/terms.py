@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.deploy.policy import column_names, refusals
 from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.deploy.settings import ACCEPTED, Settings
 from fedlora.privacy.release import leaving
 from fedlora.rounds import durable
-from fedlora.session import method_of
 
 _WAY_OUT = (
     "the experiment is not accepted; start fedlora join on a terminal to be asked again, with --policy FILE to allow only "

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.adapter import AdapterSpec, Scaling
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
-from fedlora.messages import ClientInfo, Features, Gradient, Reply, Round, Upload
+from fedlora.messages import ClientInfo, Features, Fit, Gradient, Reply, Round, Upload
 from fedlora.method import AnyMethod, ClientRound, Local
 from fedlora.methods.row import Row
 from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
@@ -113,6 +113,12 @@ def leaving(method: AnyMethod, experiment: Experiment) -> dict[str, Released]:
     }
 
 
+def trainings(method: AnyMethod, experiment: Experiment) -> list[list[Fit]]:
+    """The trainings that a client of the largest rank requests in each of some rounds, tried out as by `leaving`."""
+    templates = (one for one in _tried(method, experiment) if one.known.client.id == f"{method.rank}-0")
+    return [[request for request in one.requests if isinstance(request, Fit)] for one in templates]
+
+
 @dataclass(frozen=True)
 class _Template:
     """A client's template in one round, and the requests made for it."""
@@ -169,6 +175,7 @@ def _small_spec(rank: int, experiment: Experiment) -> AdapterSpec:
         classes=2,
         scaling=Scaling(experiment.lora.alpha, experiment.lora.rslora),
         init=experiment.lora.init,
+        magnitudes={name: torch.ones(out) for name, (out, _) in sizes.items()} if experiment.lora.dora else {},
     )
 
 

@@ -9,6 +9,15 @@ from fedlora.privacy.account import Accountant, epsilon, version
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.plan import PrivacyPlan
 
+OF_NODES = (
+    "Each client trained with differential privacy for each of its examples, by DP-SGD with a clip, noise and samples that "
+    "its own node determined. Epsilon and delta differ between clients, and are in the ledger of each node; the server "
+    "does not know them."
+)
+"""The statement about records in a deployment."""
+
+NoiseSource = Literal["seed", "os"]
+
 _UNIT = {"record": "example of a client", "client": "client"}
 _PROTECTED = {
     "record": (
@@ -45,7 +54,7 @@ class Statement:
     """
 
     plan: PrivacyPlan
-    noise_source: Literal["seed", "os"]
+    noise_source: NoiseSource
     spent: Ledger | None = None
     other: Sequence[str] = ()
     audit: str | None = None
