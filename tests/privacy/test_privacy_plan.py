@@ -74,7 +74,9 @@ def test_the_plan_of_an_experiment_has_its_batches_and_its_epochs():
     experiment = Experiment.model_validate({"rounds": 3, "privacy": privacy, **training})
     (one,) = plan_of(experiment, {"a": 10}).mechanisms
     assert (one.rate, one.steps) == (0.4, 3 * 2 * 3)
-    probing = Experiment.model_validate({"rounds": 3, "privacy": privacy, "method": {"name": "lora-a2"}, **training})
+    probing = Experiment.model_validate(
+        {"rounds": 3, "privacy": privacy, "method": {"name": "lora-a2"}, "clients": {"ranks": "uniform"}, **training}
+    )
     (more,) = plan_of(probing, {"a": 10}).mechanisms
     assert more.steps == 3 * (LoRAA2(8).probe_epochs + 2) * 3, "all trainings that the method requests count"
     assert plan_of(Experiment(), {"a": 10}) is None and plan_of(experiment, {}) is None

@@ -114,9 +114,9 @@ def leaving(method: AnyMethod, experiment: Experiment) -> dict[str, Released]:
 
 
 def trainings(method: AnyMethod, experiment: Experiment) -> list[list[Fit]]:
-    """The trainings that a client of the largest rank requests in each of some rounds, tried out as by `leaving`."""
-    templates = (one for one in _tried(method, experiment) if one.known.client.id == f"{method.rank}-0")
-    return [[request for request in one.requests if isinstance(request, Fit)] for one in templates]
+    """The trainings that some clients request in some rounds, a list for each of both, tried out as by `leaving`."""
+    tried = _tried(method, experiment)
+    return [[request for request in one.requests if isinstance(request, Fit)] for one in tried]
 
 
 @dataclass(frozen=True)
