@@ -89,6 +89,7 @@ def opacus(given: argparse.Namespace) -> Callable[[int], None]:
     import torch
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
+    from torch.nn.functional import cross_entropy
 
     made = session(given, packed=False, privacy={})
     model, _, _ = made.task.load(MODELS[given.model]["model"], list("ab"), 0)
@@ -104,8 +105,9 @@ def opacus(given: argparse.Namespace) -> Callable[[int], None]:
                 inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=given.batch, loss_reduction="sum"
             )
             for _ in range(count):
-                sums, terms = made.task.losses(wrapped, inputs, targets)
-                (sums / terms).sum().backward()
+                logits = wrapped(**inputs).logits  # [rows, labels] or [rows, length, vocabulary]
+                each = cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(len(targets), -1)
+                (each.sum(1) / (targets != -100).view(len(targets), -1).sum(1)).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
