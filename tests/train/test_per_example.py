@@ -21,6 +21,7 @@ def layer_of(kind: type, clients: int, client_layout: ClientLayout) -> LoraLayer
     """A layer with a part of this kind for each client, all different, whose floating factors are trained."""
     layer = LoraLayer(nn.Linear(IN, OUT).double().requires_grad_(False), 0.0, client_layout)
     parts = [mapped(KINDS[kind], lambda x, i=i: x + i * drawn(*x.shape, seed=i) / 3) for i in range(clients)]
+    layer.row_norms = layer.base.weight.norm(dim=1)
     layer.part = mapped(stacked(parts), lambda x: nn.Parameter(x))
     layer.row_norms = layer.base.weight.norm(dim=1)
     layer.scale = torch.linspace(0.5, 2, clients, dtype=torch.float64)[:, None, None]
