@@ -86,7 +86,7 @@ class Session:
         With `reuse`, values of an earlier session are not computed again; the result is the same.
 
         Raises:
-            UserError: invalid model or device, a model that cannot be trained, or a method that `privacy` does not cover.
+            UserError: invalid model or device, a model that cannot be trained, or settings that do not fit `privacy`.
         """
         for reason in reasons_against(experiment):
             raise UserError(reason)
@@ -279,9 +279,10 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     Returns notes about the examples, and for tasks whose targets are tokens the first one, decoded.
 
     Raises:
-        UserError: invalid model, tokenizer, targets, ranks or device; a method that `privacy` does not cover, or too few
-            clients for it.
+        UserError: invalid model, tokenizer, targets, ranks or device, or settings that do not fit `privacy`.
     """
+    for reason in reasons_against(experiment):
+        raise UserError(reason)
     leaving(method_of(experiment), experiment)
     if experiment.privacy.unit == "client":
         rate, clients = experiment.sampling.fraction, len(federated_data.clients)
@@ -290,6 +291,8 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     hardware.devices(experiment.train.device, experiment.train.devices)
     task = task_of(dict(experiment.task))
     model, tokenizer = task.outline(experiment.model, federated_data.labelled_data.labels)
+    if experiment.privacy.unit == "record":
+        check_normalization(model)
     lora, head = experiment.lora, head_modules(model, ())
     if experiment.quantize is not None:
         quantizable(model, experiment.quantize, head)

@@ -28,7 +28,7 @@ from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed
 from fedlora.runs.folder import RunFolder
-from fedlora.session import Session
+from fedlora.session import Session, check
 from fedlora.train.record_privacy import RecordPrivacy
 from tiny_tasks import tiny_task
 
@@ -169,6 +169,13 @@ def test_settings_that_do_not_fit_are_refused_by_name(changes, names):
     (reason,) = reasons_against(build({**changes, "evaluate": SILENT, "privacy": PRIVACY}))
     assert reason.startswith(names)
     assert not list(reasons_against(build(changes)))
+
+
+def test_a_run_and_its_check_refuse_them_before_the_model_is_read(texts):
+    given = experiment(texts, train={"clip_norm": 1.0}, model="nowhere")
+    for call in (Session.make, check):
+        with pytest.raises(UserError, match=r"^train\.clip_norm = 1: privacy\.clip"):
+            call(given, FederatedData.make(given))
 
 
 def test_a_model_with_batch_normalization_is_refused():

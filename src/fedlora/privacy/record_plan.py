@@ -29,7 +29,8 @@ def client_privacy(
         initial = method.init_client(spec, client, experiment.seed)
         steps = []
         for index in range(min(2, experiment.rounds)):  # in the first one, a method may do more, or less
-            rnd, requested = Round(index, experiment.seed), list[Any]()
+            rnd = Round(index, experiment.seed, registered=len(clients), expected_cohort=len(clients))
+            requested = list[Any]()
             template_upload(method, ClientRound(spec, client, rnd, method.send(server, client, rnd), initial), requested)
             steps.append(planned_steps(requested, experiment.train, examples))
         found[client.id] = record_privacy(experiment.privacy, experiment.train, examples, participations * max(steps))
