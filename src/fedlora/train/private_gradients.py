@@ -12,7 +12,7 @@ from fedlora.config.sections import Train
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.dropout import ClientDropout
 from fedlora.random_source import RandomSource, SecretSource, SeededSource
-from fedlora.randomness import derive, generator
+from fedlora.randomness import derive
 from fedlora.tasks.task import Examples, Task, reduced
 from fedlora.train.job import Job
 from fedlora.train.optimizer import MaskedParameter
@@ -25,9 +25,9 @@ class PrivateGradients:
     """(sum of clipped gradients + noise) / expected batch, of a sample that has each of a client's examples with its rate.
 
     The clip is of all trained entries of an example together; the loss of an example is the mean over its targets. Samples,
-    noise and dropout of a client depend on its own seeds alone, those of an example's dropout also on its place among the
-    client's rows. Penalties are added to the noised gradient: they read no examples. Losses are not computed (NaN): they
-    would be released without noise.
+    noise and dropout of a client depend on its own seeds alone; dropout and augmentation of an example also on its place
+    among the client's rows, but not on the sample. Penalties are added to the noised gradient: they read no examples. Losses
+    are not computed (NaN): they would be released without noise.
 
     Source: Abadi et al. 2016, arXiv:1607.00133.
     """
@@ -49,7 +49,6 @@ class PrivateGradients:
         self._lengths = examples.lengths()
         self._sampling = [_source(job, "sample", torch.device("cpu")) for job in jobs]
         self._noise = [_source(job, "noise", device) for job in jobs]
-        self._augmenting = [generator(job.seed, "augment") for job in jobs]
 
     def add(
         self,
@@ -86,17 +85,9 @@ class PrivateGradients:
             return
         rows = torch.cat([self._jobs[i].rows[own] for i, own in zip(active, samples, strict=True)])
         places = torch.cat([torch.full_like(own, place) for place, own in enumerate(samples)])
-        draws = torch.cat(
-            [
-                torch.randint(1 << 31, (len(own),), generator=self._augmenting[i])
-                for i, own in zip(active, samples, strict=True)
-            ]
-        )
-        seeds = [
-            derive(self._jobs[i].seed, "dropout", step, n)
-            for i, own in zip(active, samples, strict=True)
-            for n in own.tolist()
-        ]
+        drawn = [(self._jobs[i].seed, n) for i, own in zip(active, samples, strict=True) for n in own.tolist()]
+        draws = torch.tensor([derive(seed, "augment", step, n) % (1 << 31) for seed, n in drawn])
+        seeds = [derive(seed, "dropout", step, n) for seed, n in drawn]
         clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=self._device)
         bytes_each = 2 * sum(x[0].nbytes for x in trained.values())  # a copy, and its gradient
         for group in example_passes(self._lengths[rows].tolist(), self._max_tokens, self._memory // bytes_each or 1):
