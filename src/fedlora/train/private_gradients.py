@@ -26,8 +26,8 @@ class PrivateGradients:
 
     The clip is of all trained entries of an example together; the loss of an example is the mean over its targets. Samples,
     noise and dropout of a client depend on its own seeds alone; dropout and augmentation of an example also on its place
-    among the client's rows, but not on the sample. Penalties are added to the noised gradient: they read no examples. Losses
-    are not computed (NaN): they would be released without noise.
+    among the client's rows, but not on the sample. Penalties are added to the noised gradient: they read no examples.
+    Losses are not computed (NaN): they would be released without noise.
 
     Source: Abadi et al. 2016, arXiv:1607.00133.
     """
