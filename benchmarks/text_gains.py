@@ -7,6 +7,7 @@ read from `samples/` and paired by prompt (see `fedlora.report.text_gains`).
 """
 
 import argparse
+import tomllib
 from pathlib import Path
 
 from fedlora.report.text_gains import before_and_after, gain
@@ -30,7 +31,8 @@ def main() -> None:
     for run in (run for folder in given.runs for run in runs(folder)):
         answers = before_and_after(run)
         assert answers, f"{run}: has no answers before and after training"
-        for key, name in METRICS.items():
+        configured = tomllib.loads((run / "experiment.toml").read_text(encoding="utf-8"))["evaluate"]["text_metrics"]
+        for key, name in ((key, name) for key, name in METRICS.items() if key in configured):
             found = gain(TEXT_METRICS[key], name, answers, given.samples)
             low, high = found.interval.low, found.interval.high
             scores = f"{found.before:.1f} | {found.after:.1f} | {low:+.1f} to {high:+.1f}"
