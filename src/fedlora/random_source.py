@@ -2,12 +2,13 @@
 
 import math
 import os
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class RandomSource(Protocol):
     """Independent random numbers."""
 

@@ -1,7 +1,7 @@
 """Matrices in factored form."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ Rows = Float[Tensor, "*batch rows in"] | Int[Tensor, "*batch rows"]
 """Inputs of a module: vectors, or the token ids of an embedding, which stand for rows of the identity."""
 
 
+@runtime_checkable
 class Base(Protocol):
     """A frozen linear map W, next to which factors are applied to rows x."""
 

@@ -1,7 +1,7 @@
 """The gradients of one step of many clients."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fedlora.train.micro_batches import passes
 from fedlora.train.optimizer import MaskedParameter, scale_gradients
 
 
+@runtime_checkable
 class StepGradients(Protocol):
     """Computes the gradients of the loaded clients, `active` in this order, in each step."""
 
