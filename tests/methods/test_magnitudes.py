@@ -37,7 +37,7 @@ def trained(method: Magnitudes, server: Any, index: int) -> tuple[list[Reply], d
         with pytest.raises(StopIteration) as end:
             job.send(found)
         state, upload = end.value.value
-        replies.append(Reply(client, rnd, upload, client.examples))
+        replies.append(Reply(client, rnd, upload, float(client.examples)))
         states.append(state)
     return replies, parts, states
 

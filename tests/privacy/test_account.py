@@ -17,7 +17,7 @@ PUBLISHED = [  # noise multiplier, rate, count, delta, epsilon by RDP, by PLD; t
     (1.2915, 0.04, 2000, 1e-5, 8.6528, 7.9846),
     (1.416, 0.04, 2250, 1e-5, 7.9989, 7.3884),
     (1.34766, 0.04, 2250, 1e-5, 8.6437, 7.9834),
-    (4.530877117, 1, 1, 1e-6, 1.0, 0.9274),
+    (4.530877117, 1.0, 1, 1e-6, 1.0, 0.9274),
     (1.0, 0.01, 1000, 1e-5, 2.1014, 1.8282),
     (0.7, 0.01, 1000, 1e-5, 5.4233, 4.6183),
     (1.3, 250 / 60000, 3600, 1e-5, 0.9422, 0.8530),
@@ -25,21 +25,21 @@ PUBLISHED = [  # noise multiplier, rate, count, delta, epsilon by RDP, by PLD; t
     (0.5, 0.02, 200, 1e-3, 9.76, None),
     (1.5, 0.02, 200, 1e-3, 0.63, None),
     (1.0, 0.1, 100, 1e-3, 5.6551, 4.7844),
-    (5.0, 1, 50, 1e-3, 5.4200, 4.8453),
-    (1.0, 1, 1, 1e-5, None, 4.3772),
+    (5.0, 1.0, 50, 1e-3, 5.4200, 4.8453),
+    (1.0, 1.0, 1, 1e-5, None, 4.3772),
     (1.0, 0.02, 260, 1e-3, None, 1.2614),
     (1.0, 0.08, 50, 1e-3, None, 2.601),  # the same noise in bands, 4 and 10 wide
     (1.0, 0.2, 20, 1e-3, None, 4.323),
 ]
 CALIBRATED = [  # epsilon, delta, rate, steps, noise multiplier by PLD
-    *((6, 1e-5, 1 / n, 500, z) for n, z in ((88, 0.613), (137, 0.553), (474, 0.446), (512, 0.441))),
-    *((3, 1e-5, 1 / n, 500, z) for n, z in ((88, 0.773), (137, 0.685), (474, 0.548), (512, 0.541))),
-    *((e, 1e-3, 0.02, 200, z) for e, z in ((1, 1.046), (3, 0.682), (8, 0.493))),
-    *((e, 1e-5, 0.02, 200, z) for e, z in ((1, 1.370), (3, 0.826), (8, 0.580))),
-    *((e, 1e-3, 0.1, 100, z) for e, z in ((1, 2.753), (3, 1.297), (8, 0.778))),
-    *((e, 1e-3, 1, 50, z) for e, z in ((1, 18.2), (3, 7.34), (8, 3.39))),
+    *((6.0, 1e-5, 1 / n, 500, z) for n, z in ((88, 0.613), (137, 0.553), (474, 0.446), (512, 0.441))),
+    *((3.0, 1e-5, 1 / n, 500, z) for n, z in ((88, 0.773), (137, 0.685), (474, 0.548), (512, 0.541))),
+    *((e, 1e-3, 0.02, 200, z) for e, z in ((1.0, 1.046), (3.0, 0.682), (8.0, 0.493))),
+    *((e, 1e-5, 0.02, 200, z) for e, z in ((1.0, 1.370), (3.0, 0.826), (8.0, 0.580))),
+    *((e, 1e-3, 0.1, 100, z) for e, z in ((1.0, 2.753), (3.0, 1.297), (8.0, 0.778))),
+    *((e, 1e-3, 1.0, 50, z) for e, z in ((1.0, 18.2), (3.0, 7.34), (8.0, 3.39))),
 ]
-FEW = [(1.0, 0.02, 200, 1e-3, 1.3910, 1.0998), (5.0, 1, 50, 1e-3, 5.4200, 4.8453)]
+FEW = [(1.0, 0.02, 200, 1e-3, 1.3910, 1.0998), (5.0, 1.0, 50, 1e-3, 5.4200, 4.8453)]
 
 
 def composed(accountant, *events):
@@ -64,8 +64,8 @@ def test_epsilon_has_the_published_value(noise, rate, count, delta, rdp, pld):
 @pytest.mark.parametrize(
     ("target", "delta", "rate", "steps", "noise"),
     [
-        (1, 1e-3, 1, 50, 18.2),
-        (3, 1e-3, 0.02, 200, 0.682),
+        (1.0, 1e-3, 1.0, 50, 18.2),
+        (3.0, 1e-3, 0.02, 200, 0.682),
         *(pytest.param(*row, marks=pytest.mark.slow) for row in CALIBRATED),
     ],
 )
@@ -75,7 +75,7 @@ def test_the_noise_for_a_target_has_the_published_value_and_never_exceeds_the_ta
     assert epsilon([Gaussian(found, rate, steps)], delta) <= target
 
 
-@pytest.mark.parametrize(("ledger", "delta"), [([Gaussian(0.5, 0.2, 3)], 0.155933), ([Gaussian(3**0.5, 1, 3)], 0.126936)])
+@pytest.mark.parametrize(("ledger", "delta"), [([Gaussian(0.5, 0.2, 3)], 0.155933), ([Gaussian(3**0.5, 1.0, 3)], 0.126936)])
 def test_the_published_delta_at_epsilon_1_gives_epsilon_1(ledger, delta):
     assert epsilon(ledger, delta) == pytest.approx(1.0, rel=1e-3)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64, Int64, Shaped
@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlora.tasks.answers import exact_match, gsm8k, squad
 
 
+@runtime_checkable
 class TextMetric(Protocol):
     """A metric of generated texts, or several that are computed together. Values are from 0 to 100."""
 
