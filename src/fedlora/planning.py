@@ -12,7 +12,7 @@ from fedlora.privacy.events import Gaussian, Ledger
 from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan
 from fedlora.privacy.record import planned_steps
 from fedlora.privacy.release import trainings
-from fedlora.privacy.statement import OF_NODES, NoiseSource, Statement
+from fedlora.privacy.statement import OF_NODES, PERSONAL, WITHOUT_NOISE, NoiseSource, Statement
 from fedlora.tasks.table import task_of
 
 
@@ -50,19 +50,41 @@ def statement_of(
     return Statement(plan, noise_source, spent)
 
 
-def statement_text(experiment: Experiment, clients: Sequence[ClientInfo], rounds: int) -> str | None:
-    """The statement in words, for a model card; None without privacy.
+def statement_text(
+    experiment: Experiment,
+    clients: Sequence[ClientInfo],
+    rounds: int,
+    registered: int | None = None,
+    deployed: bool = False,
+) -> str | None:
+    """The statement in words, for the card of an adapter; None without privacy.
 
-    `clients` are those of a simulation; a deployment's server, which knows of none before they connect, has an empty list.
+    `clients` are those of a simulation, `registered` is the number of those of a deployment's server.
     """
-    deployed, unit = not clients, experiment.privacy.unit
-    if deployed and unit == "record":
-        return OF_NODES
+    unit, personal = experiment.privacy.unit, experiment.method.row.personal
+    if unit == "client" and personal:
+        return PERSONAL
+    if unit == "record" and deployed:
+        return OF_NODES if experiment.privacy.noise_multiplier != 0 else f"{WITHOUT_NOISE} {OF_NODES}"
     examples = {client.id: client.examples for client in clients}
-    if deployed:
-        examples = {str(i): 1 for i in range(experiment.clients.size or 1)}
+    if registered is not None:
+        examples = {str(i): 1 for i in range(registered)}
     found = statement_of(experiment, examples, rounds, "os" if deployed else "seed")
     return None if found is None else found.text()
+
+
+def delta_notes(experiment: Experiment, examples: Mapping[str, int]) -> list[str]:
+    """A warning if delta is above 1 / (10 n) for the n protected units of the largest data set."""
+    privacy = experiment.privacy
+    if privacy.unit == "none" or privacy.delta is None or not examples:
+        return []
+    of_clients = privacy.unit == "client"
+    units = len(examples) if of_clients else max(examples.values())
+    if privacy.delta <= 1 / (10 * units):
+        return []
+    noun = "clients" if of_clients else "training examples of the largest client"
+    weak = "; a mechanism that publishes one of them at random has such a delta" if privacy.delta >= 1 / units else ""
+    return [f"privacy.delta = {privacy.delta:g} is above 1 / (10 n), for n = {units} {noun}{weak}: lower it"]
 
 
 def client_sizes(experiment: Experiment) -> dict[str, int]:

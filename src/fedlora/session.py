@@ -36,7 +36,7 @@ from fedlora.models.loading import locate, quiet
 from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
-from fedlora.planning import statement_text
+from fedlora.planning import delta_notes, statement_text
 from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
@@ -78,6 +78,10 @@ class Session:
     """Values for the next run of this process."""
     generation: Generation | None = None
     """Evaluation by generated answers, if it is configured and there is a test set."""
+    deployed: bool = False
+    """Whether this is the server or a node of a deployment."""
+    registered: int | None = None
+    """The number of clients that have connected to a deployment's server."""
 
     @classmethod
     def make(cls, experiment: Experiment, federated_data: FederatedData, reuse: Reuse | None = None) -> "Session":
@@ -126,7 +130,9 @@ class Session:
             experiment.rounds,
             client_privacy(experiment, method, adapted.spec, federated_data.clients, data.rows) if private else {},
         )
+        sizes = {client: len(rows) for client, rows in data.rows.items()}
         notes = [
+            *delta_notes(experiment, sizes),
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
             *data.notes,
@@ -252,7 +258,8 @@ class Session:
         write = to_serving if to == "serving" else to_peft
         write(adapter, folder, self.experiment.lora.dropout, base, self.adapted, labels, tokenizer, self.task.peft_type)
         code = self.task.loading_code(labels, getattr(tokenizer, "pad_token_id", 0), arguments)
-        privacy = statement_text(self.experiment, self.clients, rows[-1].round if rows else 0)
+        done = rows[-1].round if rows else self.experiment.rounds
+        privacy = statement_text(self.experiment, self.clients, done, self.registered, self.deployed)
         card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows, privacy)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_usage(self.experiment, labels, folder, with_model=True)
@@ -305,7 +312,8 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
     generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test)
-    return [*data.notes, *generation_notes(experiment, data.test), *data.first_example(task, tokenizer)]
+    notes = [*delta_notes(experiment, {client: len(rows) for client, rows in data.rows.items()}), *data.notes]
+    return [*notes, *generation_notes(experiment, data.test), *data.first_example(task, tokenizer)]
 
 
 def _tokens(

@@ -42,6 +42,13 @@ def test_the_plan_of_records_has_the_clients_of_the_data(place, command):
     assert all((one["rate"], one["steps"]) == (1.0, 2) for one in found["mechanisms"])
 
 
+def test_there_is_no_plan_of_what_the_guarantee_does_not_cover(place, command):
+    arguments = ("privacy", place / "good.toml")
+    assert_refused(command(*arguments, *RECORD, "--set", "method.name=ce-lora"), "features of its examples")
+    assert_refused(command(*arguments, *RECORD, "--set", "train.clip_norm=1"), "train.clip_norm = 1")
+    assert_refused(command(*arguments, *CLIENT, "--set", "method.name=local-only"), "nothing is uploaded")
+
+
 def test_a_node_asks_for_its_own_number_of_examples(place, command):
     arguments = ("privacy", place / "good.toml", *RECORD, "--set", "data.source=none", "--examples", "300")
     code, printed, errors = command(*arguments, "--set", "train.batch_size=300")

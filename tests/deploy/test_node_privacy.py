@@ -11,6 +11,7 @@ from fedlora.deploy.privacy_ledger import PrivacyLedger, Release
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.wire import HandshakeReply, Rejected
 from fedlora.errors import RunStopped
+from fedlora.messages import Gradient
 from fedlora.rounds.codec import decode, encode_state
 from fedlora.train import local
 from hostile import Owner, furnish, reason_of, trained
@@ -222,7 +223,7 @@ def test_features_and_gradients_are_refused_by_the_trainer(home, tmp_path):
     (client,) = run.clients()
     for ask in (
         lambda: run.simulation.trainer.features(client),
-        lambda: run.simulation.trainer.gradient(client, None),
+        lambda: run.simulation.trainer.gradient(client, Gradient({}, frozenset("b"))),
         lambda: run.simulation.trainer.scores([(client, {})]),
     ):
         with pytest.raises(Exception, match="nothing else") as refused:

@@ -4,8 +4,9 @@ import pytest
 
 from fedlora import Experiment
 from fedlora.config.privacy import Privacy
+from fedlora.messages import ClientInfo
 from fedlora.methods.lora_a2 import LoRAA2
-from fedlora.planning import plan_of, statement_of
+from fedlora.planning import delta_notes, plan_of, statement_of, statement_text
 from fedlora.privacy.account import epsilon, noise_for
 from fedlora.privacy.events import Gaussian
 from fedlora.privacy.plan import client_plan, record_plan
@@ -131,3 +132,34 @@ def test_the_statement_of_a_simulation_counts_its_rounds():
     sizes = {str(i): 1 for i in range(10)}
     assert statement_of(experiment, sizes, 4, "seed").epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
     assert statement_of(Experiment(), sizes, 4, "seed") is None
+
+
+def private(unit, noise, method="fedit", delta=1e-3):
+    privacy = {"unit": unit, "noise_multiplier": noise, "delta": delta}
+    sections = {"method": {"name": method}, "evaluate": {"clients": "none"}, "privacy": privacy}
+    return Experiment.model_validate({"rounds": 4, **sections})
+
+
+def test_no_statement_promises_what_a_run_without_noise_or_a_clients_own_adapter_lacks():
+    clients = [ClientInfo(str(i), 8, 20) for i in range(3)]
+    without = statement_text(private("record", 0.0), clients, 4)
+    assert without.startswith("Without noise, there is no guarantee") and "Protected is" not in without
+    assert "does not cover it" in statement_text(private("client", 1.0, "fedsa-lora"), clients, 4)
+    assert statement_text(Experiment(), clients, 4) is None
+
+
+def test_the_statement_of_a_deployment_does_not_speak_of_a_simulation():
+    of_clients = statement_text(private("client", 1.0), [], 4, registered=30, deployed=True)
+    assert "n = 30 clients" in of_clients and "operating system" in of_clients and "simulation" not in of_clients
+    of_records = statement_text(private("record", 1.0), [], 4, registered=30, deployed=True)
+    assert "in the ledger of each node" in of_records and "epsilon =" not in of_records
+    assert statement_text(private("record", 0.0), [], 4, 30, True).startswith("The server asked for training without noise")
+
+
+def test_a_delta_above_a_tenth_of_one_over_n_is_named():
+    sizes = {"a": 50, "b": 100}
+    assert delta_notes(private("record", 1.0, delta=1e-3), sizes) == []
+    assert "n = 100 training examples" in delta_notes(private("record", 1.0, delta=2e-3), sizes)[0]
+    (weak,) = delta_notes(private("client", 1.0, delta=0.5), sizes)
+    assert "n = 2 clients" in weak and "publishes one of them" in weak
+    assert delta_notes(Experiment(), sizes) == []

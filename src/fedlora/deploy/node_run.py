@@ -250,7 +250,7 @@ class NodeRun:
             view = with_base_updates(
                 self.simulation.view(client, download, rnd), [self.folder.base_update(i) for i in self.merged_updates]
             )
-            self.session.write({client.id: view}, self.folder.path / "adapter", "adapter")
+            replace(self.session, deployed=True).write({client.id: view}, self.folder.path / "adapter", "adapter")
             yield client.id, (ClientResult(id=client.id), None)
 
     def _apply_base_updates(self, payload: bytes) -> None:

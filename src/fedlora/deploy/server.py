@@ -1,5 +1,6 @@
 """One run on the server: the rounds of a run directory with the clients of a transport. Independent of the network."""
 
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,6 +53,7 @@ def serve(path: Path, transport: Transport) -> None:
             start = begin(session, folder)
             backend = flower_backend(session, start, transport, event_log)
             backend.wait_for_clients(experiment.clients.size or 1, experiment.deploy.wait)
+            session = replace(session, deployed=True, registered=len(backend.clients()))
             run_state = rounds(session, folder, event_log, backend, start, deployed=True)
             if experiment.method.row.personal:
                 _save_adapters(session, folder, backend, run_state)

@@ -210,7 +210,8 @@ def _client_reason(method: AnyMethod, experiment: Experiment, templates: Sequenc
 
 def _hint(row: Row) -> str:
     """The settings with which the method needs only means, if it has such."""
-    return f" ({row.secure})" if row.secure.startswith("except") else ""
+    setting = row.secure.partition("except with ")[2].partition(",")[0]
+    return f"; set method.{setting}" if setting else ""
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

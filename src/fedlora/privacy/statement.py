@@ -10,11 +10,19 @@ from fedlora.privacy.events import Ledger
 from fedlora.privacy.plan import PrivacyPlan
 
 OF_NODES = (
-    "Each client trained with differential privacy for each of its examples, by DP-SGD with a clip, noise and samples that "
-    "its own node determined. Epsilon and delta differ between clients, and are in the ledger of each node; the server "
-    "does not know them."
+    "Each client was asked to train with differential privacy for each of its examples, by DP-SGD with a clip, noise and "
+    "samples that its own node determined. Epsilon and delta differ between clients, and are in the ledger of each node; "
+    "the server does not know them, and cannot verify them."
 )
 """The statement about records in a deployment."""
+
+PERSONAL = (
+    "This adapter has parts that were trained on one client's examples without noise: the guarantee of the run, for "
+    "clients, does not cover it. It may reveal something about these examples."
+)
+"""The statement about a client's own adapter if clients are protected."""
+
+WITHOUT_NOISE = "The server asked for training without noise: there is no guarantee unless a node added noise of its own."
 
 NoiseSource = Literal["seed", "os"]
 
@@ -68,6 +76,8 @@ class Statement:
     def text(self) -> str:
         """The paragraph."""
         unit = self.plan.unit
+        if math.isinf(self.epsilon()):
+            return " ".join((self._guarantee(_UNIT[unit]), self._mechanism(*_CLIPPED[unit]), self._sampling()))
         return " ".join(
             (
                 self._guarantee(_UNIT[unit]),

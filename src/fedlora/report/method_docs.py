@@ -30,7 +30,7 @@ and out are the layer's sizes, K is the number of the round's clients, R the sum
 also sends the indices of these ranks or entries. With DoRA, averaged magnitudes add out floats down, and up in the rounds
 that train b; local ones stay on the client; no average is exact. A *base update* is a change of the base model, sent in
 addition. *Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in
-training or on the clipped upload, can cover every upload (setting `privacy.unit`)."""
+training or on the clipped upload, can cover every upload; docs/privacy.md has the methods for each `privacy.unit`."""
 _INDEX = """\
 *PiSSA*: whether the method can start from the principal parts of the pretrained weights, `lora.init = "pissa"`.
 
