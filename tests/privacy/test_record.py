@@ -162,6 +162,7 @@ def test_a_target_epsilon_gives_the_noise_for_the_rate_and_all_steps(monkeypatch
         ({"train": {"clip_norm": 1.0}}, "train.clip_norm"),
         ({"task": {"kind": "classification", "class_weights": [1.0, 2.0]}}, "task.class_weights"),
         ({"method": {"name": "full-ft", "scope": "all"}}, "method.scope"),
+        ({"task": {"kind": "causal-lm"}}, "task.kind = 'causal-lm' with plain texts (data.text)"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -169,6 +170,11 @@ def test_settings_that_do_not_fit_are_refused_by_name(changes, names):
     (reason,) = reasons_against(build({**changes, "evaluate": SILENT, "privacy": PRIVACY}))
     assert reason.startswith(names)
     assert not list(reasons_against(build(changes)))
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "q", "response": "a"}, {"messages": "m"}], ids=["pairs", "conversations"])
+def test_a_language_model_may_train_on_prompts_with_answers_and_on_conversations(columns):
+    assert not list(reasons_against(build({"task": "causal-lm", "data": columns, "evaluate": SILENT, "privacy": PRIVACY})))
 
 
 def test_a_run_and_its_check_refuse_them_before_the_model_is_read(texts):

@@ -44,7 +44,12 @@ def reasons_against(experiment: "Experiment") -> Iterator[str]:
     """Yields why settings of an experiment do not fit `privacy.unit = "record"`, and what to do."""
     if experiment.privacy.unit != "record":
         return
-    train = experiment.train
+    train, data = experiment.train, experiment.data
+    if experiment.task.kind == "causal-lm" and data.messages is data.prompt is data.response is None:
+        yield (
+            "task.kind = 'causal-lm' with plain texts (data.text): they are joined and cut into blocks, so that a text is "
+            "not an example of its own; set data.prompt and data.response, or data.messages"
+        )
     if experiment.method.whole_model:
         yield (
             "method.scope = 'all': the gradient of each example by all parameters would have to be kept; choose another "
