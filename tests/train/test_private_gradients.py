@@ -190,6 +190,34 @@ def test_noise_differs_between_steps_clients_tensors_and_rounds_and_is_repeated_
     assert abs(torch.corrcoef(torch.stack(others[2:4]))[0, 1]) < 6 / math.sqrt(len(first))
 
 
+def test_dropout_and_augmentation_are_repeated_from_seeds_and_fresh_from_the_operating_system(session, monkeypatch):
+    """Each example has a seed of its own in each step."""
+    adapted, examples = session
+    base = replace(jobs(adapted)[0], privacy=EVERY)
+
+    def drawn(**changes: Any) -> tuple[list[int], list[int]]:
+        masks, draws = list[int](), list[int]()
+        pass_of, batch_of = ClientDropout.next_pass, type(examples).batch
+
+        def next_pass(self: Any, generators: Any, *rest: Any) -> None:
+            masks.extend(one.initial_seed() for one in generators)
+            pass_of(self, generators, *rest)
+
+        def batch(self: Any, rows: Any, device: Any, seeds: Any) -> Any:
+            draws.extend(seeds.tolist())
+            return batch_of(self, rows, device, seeds)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ClientDropout, "next_pass", next_pass)
+            patched.setattr(type(examples), "batch", batch)
+            train_together(adapted, TASK, examples, [replace(base, **changes)], SGD, 1000)
+        return masks, draws
+
+    assert drawn() == drawn()
+    for found in zip(drawn(), drawn(entropy="os"), drawn(entropy="os"), strict=True):
+        assert len({seed for one in found for seed in one}) == 3 * SGD.max_steps * len(base.rows)
+
+
 def test_each_example_is_sampled_with_the_rate_on_its_own(session, monkeypatch):
     adapted, examples = session
     job = replace(jobs(adapted)[1], privacy=replace(EVERY, rate=0.3))

@@ -16,7 +16,8 @@ from fedlora.train.record_privacy import RecordPrivacy
 from fedlora.train.steps import number_of_steps, steps_per_epoch
 
 Entropy = Literal["seed", "os"]
-"""Where noise and samples of private training come from: seeds, or the operating system, which keeps them secret."""
+"""Where noise, samples, dropout and augmentation of private training come from: seeds, or the operating system, which keeps
+them secret."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class LocalTrainer:
     """Executes the clients' requests, at most `clients_per_step` clients in one step and `max_tokens` in one micro-batch.
 
     `rows` and `held_out` are each client's rows of `examples`; `rounds` is the number of rounds of the run. Clients in
-    `privacy` are trained by DP-SGD, with samples and noise from `entropy`.
+    `privacy` are trained by DP-SGD, with randomness from `entropy`.
     """
 
     adapted: AdaptedModel

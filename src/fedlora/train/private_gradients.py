@@ -1,6 +1,7 @@
 """The gradients of a step of DP-SGD: clipped for each example, summed, and noised."""
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,8 +27,9 @@ class PrivateGradients:
 
     The clip is of all trained entries of an example together; the loss of an example is the mean over its targets. Samples,
     noise and dropout of a client depend on its own seeds alone; dropout and augmentation of an example also on its place
-    among the client's rows, but not on the sample. Penalties are added to the noised gradient: they read no examples.
-    Losses are not computed (NaN): they would be released without noise.
+    among the client's rows, but not on the sample. With randomness from the operating system, all of them are fresh in each
+    step. Penalties are added to the noised gradient: they read no examples. Losses are not computed (NaN): they would be
+    released without noise.
 
     Source: Abadi et al. 2016, arXiv:1607.00133.
     """
@@ -85,9 +87,9 @@ class PrivateGradients:
             return
         rows = torch.cat([self._jobs[i].rows[own] for i, own in zip(active, samples, strict=True)])
         places = torch.cat([torch.full_like(own, place) for place, own in enumerate(samples)])
-        drawn = [(self._jobs[i].seed, n) for i, own in zip(active, samples, strict=True) for n in own.tolist()]
-        draws = torch.tensor([derive(seed, "augment", step, n) % (1 << 31) for seed, n in drawn])
-        seeds = [derive(seed, "dropout", step, n) for seed, n in drawn]
+        drawn = [(self._jobs[i], n) for i, own in zip(active, samples, strict=True) for n in own.tolist()]
+        draws = torch.tensor([_seed(job, "augment", step, n) % (1 << 31) for job, n in drawn])
+        seeds = [_seed(job, "dropout", step, n) for job, n in drawn]
         clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=self._device)
         bytes_each = 2 * sum(x[0].nbytes for x in trained.values())  # a copy, and its gradient
         for group in example_passes(self._lengths[rows].tolist(), self._max_tokens, self._memory // bytes_each or 1):
@@ -149,3 +151,8 @@ def _privacy(job: Job) -> RecordPrivacy:
 
 def _source(job: Job, purpose: str, device: torch.device) -> RandomSource:
     return SecretSource() if job.entropy == "os" else SeededSource(derive(job.seed, purpose), device)
+
+
+def _seed(job: Job, purpose: str, step: int, place: int) -> int:
+    """The seed of an example in a step, which depends on its place among the rows, or is secret."""
+    return secrets.randbits(63) if job.entropy == "os" else derive(job.seed, purpose, step, place)
