@@ -67,7 +67,8 @@ class FederatedData:
             from fedlora.embedding_clusters import embedding_clusters  # imports what loads models
 
             classes = embedding_clusters(experiment, labelled_data)
-        partition = divide(labelled_data.train, classes, experiment.clients, experiment.seed)
+        split = experiment.clients.model_copy(update={"held_out": experiment.held_out})
+        partition = divide(labelled_data.train, classes, split, experiment.seed)
         wanted, count = experiment.clients.ranks, len(partition.shares)
         if isinstance(wanted, list) and len(wanted) != count:
             raise UserError(f"clients.ranks has {len(wanted)} entries, the data have {count} clients")
@@ -124,7 +125,7 @@ class FederatedData:
             UserError: the file cannot be read, or has a label not in `labels`.
         """
         examples = load_own(experiment.data, file, labels, experiment.seed, columns_of(experiment))
-        own = share(client, list(range(len(examples))), experiment.clients.held_out, experiment.seed)
+        own = share(client, list(range(len(examples))), experiment.held_out, experiment.seed)
         labelled_data = LabelledData(examples, examples.select([]), tuple(labels))
         return cls(labelled_data, Partition((own,), 0, 0), [ClientInfo(client, rank, len(own.train))])
 

@@ -32,7 +32,7 @@ from fedlora.session import Session, check
 from fedlora.train.record_privacy import RecordPrivacy
 from tiny_tasks import tiny_task
 
-from tiny import tiny_bert, tiny_rows
+from tiny import LABELS, tiny_bert, tiny_rows
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients, toy_method
 
 CLIENTS = toy_clients(2)
@@ -193,7 +193,7 @@ def test_a_model_with_batch_normalization_is_refused():
 def experiment(settings: dict[str, Any], **tables: Any) -> Experiment:
     given: dict[str, Any] = {
         "rounds": 2,
-        "clients": {"count": 3, "partition": "iid"},
+        "clients": {"count": 3, "partition": "iid", "held_out": 0.0},
         "method": {"name": "fedit", "rank": 2},
         "evaluate": {"before": False, "clients": "none"},
         "privacy": PRIVACY,
@@ -211,6 +211,16 @@ def texts(tmp_path_factory):
 def spent(given: Experiment, path: Any, rounds: int) -> list[Any]:
     session = Session.make(given, FederatedData.make(given))
     return [list(session.spent(client, RunFolder(path), rounds)) for client in session.clients]
+
+
+def test_no_example_is_held_out_also_on_a_node(texts):
+    """Its scores could not leave the client; which ones are held out would depend on their number."""
+    given = experiment(texts, clients={"count": 3, "partition": "iid", "held_out": 0.4})
+    plain = given.model_copy(update={"privacy": Privacy()})
+    for make in (FederatedData.make, lambda x: FederatedData.of_client(x, "a", texts["data"]["source"], 2, LABELS)):
+        found, other = make(given).partition.shares, make(plain).partition.shares
+        assert [one.train for one in found] == [tuple(sorted(one.train + one.held_out)) for one in other]
+        assert not any(one.held_out for one in found) and all(one.held_out for one in other)
 
 
 def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path):

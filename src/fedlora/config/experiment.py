@@ -61,6 +61,11 @@ class Experiment(Section):
     privacy: Privacy = Privacy()
     deploy: Deploy = Deploy()
 
+    @property
+    def held_out(self) -> float:
+        """The fraction of each client's examples that is held out: 0 with privacy for records, which allows no scores."""
+        return 0.0 if self.privacy.unit == "record" else self.clients.held_out
+
     @field_validator(*SHORT_FORMS, mode="before")
     @classmethod
     def _from_short_form(cls, value: Any, field: Any) -> Any:

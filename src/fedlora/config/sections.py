@@ -209,7 +209,8 @@ class Clients(Section):
     shards: PositiveInt = 2
     """The number of shards per client in the shards partition."""
     held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
-    """The fraction of each client's examples that is held out for its evaluation."""
+    """The fraction of each client's examples that is held out for its evaluation. With `privacy.unit = "record"`, which
+    allows no such scores, it is ignored, and none are."""
     ranks: list[PositiveInt] | RankNames | None = None
     """Each client's LoRA rank: a list with one rank per client, or a named distribution up to `method.rank`. If
     omitted, `method.rank` for all. Different ranks require a method that supports mixed ranks.

@@ -39,8 +39,7 @@ _PROTECTED = {
 }
 _NOT_PROTECTED = {
     "record": (
-        "Not protected are several examples of one person together, which clients take part, their numbers of examples, "
-        "held-out examples of which scores leave a client,"
+        "Not protected are several examples of one person together, which clients take part, their numbers of examples,"
     ),
     "client": (
         "Not protected are the uploads from the server, a person with examples on several clients, adapters and scores "
