@@ -214,7 +214,7 @@ def test_under_privacy_no_count_loss_step_or_score_is_sent(home, tmp_path):
 def test_public_counts_are_sent_if_the_policy_allows_it(home, tmp_path):
     privacy = {**HARMLESS, "public_counts": True}
     _, answer = joined(home, tmp_path / "node", privacy=privacy, limits={**LIMITS, "public_counts": True})
-    assert [client.examples for client in answer.clients] == [18]
+    assert [client.examples for client in answer.clients] == [20]
 
 
 def test_features_and_gradients_are_refused_by_the_trainer(home, tmp_path):

@@ -87,7 +87,7 @@ def test_a_statement_says_what_is_protected_how_and_what_is_not():
     text = Statement(record_plan(RECORDS, 3, 8, {"a": 5, "b": 80}, steps), "seed").text()
     for part in (
         "Differential privacy for each example of a client",
-        "one example of a client is added or removed",
+        "one example of a client is added or removed, their number being public",
         "against the server",
         "Not protected are several examples of one person",
         "L2 norm 1; Gaussian noise of 1 times this norm",

@@ -97,7 +97,7 @@ class Statement:
             return f"Without noise, there is no guarantee for any {unit}: epsilon is infinite."
         return (
             f"Differential privacy for each {unit}: epsilon = {_short(found)} and delta = {self.plan.delta:g}, for "
-            f"neighboring data sets in which one {unit} is added or removed."
+            f"neighboring data sets in which one {unit} is added or removed, their number being public."
         )
 
     def _mechanism(self, what: str, terms: str) -> str:
