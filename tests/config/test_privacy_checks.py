@@ -36,6 +36,13 @@ def test_limits_that_privacy_of_clients_replaces_are_rejected_and_allowed_for_re
         Experiment(privacy={"unit": "client", **PRIVACY}, **given)  # type: ignore[arg-type]
 
 
+def test_owners_of_several_tasks_are_rejected_for_clients_and_allowed_for_records() -> None:
+    given: dict[str, Any] = {"evaluate": {"clients": "none"}, "data": {"task": "kind"}}
+    assert Experiment(privacy={"unit": "record", **PRIVACY}, **given).data.task == "kind"  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.task = 'kind' is not supported by privacy\.unit = 'client'"):
+        Experiment(privacy={"unit": "client", **PRIVACY}, **given)  # type: ignore[arg-type]
+
+
 def test_an_experiment_with_privacy_is_read_again_as_it_was_written() -> None:
     experiment = Experiment(privacy={"unit": "client", **PRIVACY}, evaluate={"clients": "none"})  # type: ignore[arg-type]
     assert Experiment.model_validate(experiment.model_dump()) == experiment

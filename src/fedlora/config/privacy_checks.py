@@ -31,6 +31,11 @@ def privacy_conflicts(experiment: "Experiment") -> Iterator[str]:
         )
     if unit != "client":
         return
+    if experiment.data.task is not None:
+        yield (
+            f"data.task = {experiment.data.task!r} is not supported by privacy.unit = 'client': an owner of several tasks "
+            "would be several clients, each protected alone; remove it"
+        )
     if sampling.max_norm is not None:
         yield (
             f"sampling.max_norm = {sampling.max_norm:g} is not supported by privacy.unit = 'client': the reasons for "
