@@ -130,7 +130,7 @@ def export(
             raise UserError(f"{path}: every client's own adapter is in its node's folder, in runs/*/adapter")
         manifest.require_model(experiment.model, fingerprint(experiment.model))
         session = Session.make(
-            experiment, FederatedData.without_examples(experiment, manifest.data.labels, manifest.data.client_infos())
+            experiment, FederatedData.without_examples(experiment, manifest.data.labels, manifest.clients())
         )
         manifest.require_modules(session.places)
         adapters = final_adapters(session, folder, run_state)

@@ -80,6 +80,7 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
         skips_unused_activations=packing.narrows,
         notes=_notes(session),
     )
+    encoded = zip(session.clients, session.federated_data.clients, strict=True)
     manifest = Manifest(
         id=uuid4().hex,
         experiment=experiment.model_dump(mode="json"),
@@ -91,6 +92,7 @@ def _manifest(session: Session, folder: RunFolder) -> Manifest:
         ),
         modules=session.places,
         environment=environment,
+        trained={new.id: new.examples for new, old in encoded if new.examples != old.examples},
     )
     folder.begin(manifest.model_dump(), RunState(session.method.init_server(session.adapted.spec, experiment.seed)))
     return manifest

@@ -1,5 +1,6 @@
 """Budgets of steps in rounds, and privacy for records in whole runs."""
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -221,6 +222,22 @@ def test_no_example_is_held_out_also_on_a_node(texts):
         found, other = make(given).partition.shares, make(plain).partition.shares
         assert [one.train for one in found] == [tuple(sorted(one.train + one.held_out)) for one in other]
         assert not any(one.held_out for one in found) and all(one.held_out for one in other)
+
+
+def test_an_exported_adapters_card_counts_only_the_examples_with_targets_as_the_runs_own(tmp_path):
+    """Every third question has options that are too long, and thus no target."""
+    settings = tiny_task("multiple-choice", tmp_path / "home")
+    file = tmp_path / "home" / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::3]:
+        row["options"] = [" ".join([text] * (1 if text == row["answer"] else 99)) for text in row["options"]]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    train = {"max_length": 64, "batches": "random"}
+    api.run(experiment(settings, rounds=1, train=train, evaluate={"clients": "none"}), out=tmp_path / "run")
+    found = api.export(tmp_path / "run", "adapter", tmp_path / "out")
+    own, exported = ((folder / "README.md").read_text() for folder in (tmp_path / "run" / "adapter", found[""]))
+    assert "training examples of the largest client" in own
+    assert exported == own
 
 
 def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path):

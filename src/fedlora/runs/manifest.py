@@ -1,6 +1,7 @@
 """Manifest of a run's inputs, by which resuming and exporting detect changes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Manifest(_Part):
 
     `experiment` has every setting, including those that are None. `model` has a digest of each file of a local model, or
     the commit of a hub model (see `models.fingerprint`). `modules` names adapted modules and fully trained parameters;
-    `environment` is the digest of environment.json.
+    `environment` is the digest of environment.json. `trained` has a client's number of training examples with targets if
+    others have none.
     """
 
     id: str
@@ -64,6 +66,12 @@ class Manifest(_Part):
     model: dict[str, str]
     modules: list[str]
     environment: str
+    trained: dict[str, int] = {}
+
+    def clients(self) -> list[ClientInfo]:
+        """The clients, with the numbers of examples on which they trained."""
+        infos = self.data.client_infos()
+        return [replace(one, examples=self.trained.get(one.id, one.examples)) for one in infos]
 
     @classmethod
     def find(cls, folder: Path) -> "Manifest | None":
