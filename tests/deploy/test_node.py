@@ -659,7 +659,7 @@ def test_a_run_with_privacy_for_records_leaves_the_promised_steps_on_each_nodes_
     nodes = {}
     for i, size in enumerate((21, 30)):
         file = str(tiny_rows(tmp_path / f"{size}.jsonl", size))
-        policy = Policy(privacy=PrivacyLimits(unit="record", clip=0.5))
+        policy = Policy(privacy=PrivacyLimits(unit="record", run_epsilon=1e3, delta=1e-5, clip=0.5))
         settings = {"data": file, "overrides": [f"model={home / 'bert'}"], "policy": policy}
         Settings(clients=[f"clinic {size}"], **settings).write(tmp_path / f"node{i}")
         nodes[i] = Node(tmp_path / f"node{i}")

@@ -41,7 +41,9 @@ def written(folder, text):
         ('tasks = ["classificaton"]', "tasks: 'classificaton' is not a task; did you mean 'classification'?"),
         ("rounds = 0", "rounds = 0: expected a whole number of at least 1"),
         ('[privacy]\nunit = "record"\nepsilon = -1.0\ndelta = 1e-5', "privacy.epsilon = -1.0: expected a finite number"),
-        ('[privacy]\nunit = "record"\nepsilon = 1.0', "privacy.delta need each other"),
+        ('[privacy]\nunit = "record"', "privacy.unit = 'record' needs privacy.epsilon or privacy.run_epsilon, and"),
+        ('[privacy]\nunit = "record"\nepsilon = 1.0', "and privacy.delta"),
+        ('[privacy]\nunit = "client"\ndelta = 1e-5', "privacy.unit = 'client' needs privacy.epsilon or"),
         ("[privacy]\nepsilon = 1.0\ndelta = 1e-5", "needs privacy.unit = 'record' or 'client'"),
         ('[privacy]\nunit = "client"\nclip = 1.0', "privacy.clip needs privacy.unit = 'record'"),
         ("rounds = ", "not readable as TOML"),
@@ -95,19 +97,14 @@ WEAKER = {
         Reason.COHORT,
     ),
     "single uploads": (Policy(secure="required"), {}, Reason.SECURE),
-    "no privacy": (Policy(privacy=PrivacyLimits(unit="record")), {}, Reason.UNIT),
+    "no privacy": (Policy(privacy=LIMITS), {}, Reason.UNIT),
     "another unit": (
-        Policy(privacy=PrivacyLimits(unit="record")),
+        Policy(privacy=LIMITS),
         {"privacy": {**RECORD, "unit": "client"}},
         Reason.UNIT,
     ),
-    "no noise, and no epsilon by which the node would add its own": (
-        Policy(privacy=PrivacyLimits(unit="record")),
-        {"privacy": {**RECORD, "noise_multiplier": 0.0}},
-        Reason.UNIT,
-    ),
     "counts": (
-        Policy(privacy=PrivacyLimits(unit="record")),
+        Policy(privacy=LIMITS),
         {"privacy": {**RECORD, "public_counts": True}},
         Reason.COUNTS,
     ),
@@ -143,7 +140,7 @@ def test_a_node_trains_with_at_least_its_policys_noise_and_at_most_its_clip_what
     assert own_clip(clip, limits) == min(clip, 0.5)
     found = own_noise(noise, rate, steps, limits, noise_for)
     assert found >= noise and found >= noise_for(2.0, 1e-6, rate, steps)
-    assert own_noise(noise, rate, steps, PrivacyLimits(unit="record"), noise_for) == noise
+    assert own_noise(noise, rate, steps, PrivacyLimits(), noise_for) == noise
     assert [(b.of, b.epsilon, b.delta) for b in budgets(limits)] == [("one run", 2.0, 1e-6), ("all runs", 8.0, 1e-6)]
 
 

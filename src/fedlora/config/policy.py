@@ -42,12 +42,13 @@ class PrivacyLimits(Section):
     """The privacy that a node requires. It trains with its own clip and noise, which a server can only make stricter."""
 
     unit: Literal["none", "record", "client"] = "none"
-    """The unit that the experiment's `privacy.unit` must have. none: any, also no privacy. record: each example, by noise
-    that this node adds. client: all examples together, by noise that the server is trusted to add."""
+    """The unit that the experiment's `privacy.unit` must have. none: any, also no privacy; the server's values apply.
+    record: each example, by noise that this node adds. client: all examples together, by noise that the server is trusted
+    to add. Both need `epsilon` or `run_epsilon`, and `delta`."""
     epsilon: PositiveFloat | None = None
-    """The largest epsilon of all runs on the same data together. If omitted, not limited."""
+    """The largest epsilon of all runs on the same data together. If omitted, only that of one run is limited."""
     delta: Annotated[float, Range(gt=0, lt=1)] | None = None
-    """The delta of both limits."""
+    """The delta of both limits, above 0 and below 1."""
     run_epsilon: PositiveFloat | None = None
     """The largest epsilon of one run. If omitted, that of all runs."""
     clip: PositiveFloat | None = None
@@ -74,8 +75,11 @@ class PrivacyLimits(Section):
             raise ValueError(f"privacy.{given[0]} needs privacy.unit = 'record' or 'client'")
         if self.unit == "client" and (self.clip is not None or self.public_counts):
             raise ValueError(f"privacy.{'public_counts' if self.clip is None else 'clip'} needs privacy.unit = 'record'")
-        if (self.run_limit is None) != (self.delta is None):
-            raise ValueError("privacy.epsilon or privacy.run_epsilon, and privacy.delta need each other")
+        if self.unit != "none" and (self.run_limit is None or self.delta is None):
+            raise ValueError(
+                f"privacy.unit = {self.unit!r} needs privacy.epsilon or privacy.run_epsilon, and privacy.delta (0 to 1): "
+                "without them, the node would accept any noise of the server, also none"
+            )
         if self.epsilon is not None and self.run_epsilon is not None and self.run_epsilon > self.epsilon:
             raise ValueError(f"privacy.run_epsilon = {self.run_epsilon:g}: is above privacy.epsilon = {self.epsilon:g}")
         return self

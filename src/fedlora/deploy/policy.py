@@ -63,8 +63,6 @@ def _weaker_privacy(limits: PrivacyLimits, experiment: Experiment) -> Iterator[R
         return
     if asked.unit != limits.unit:
         yield Refusal(Reason.UNIT, f"has privacy.unit = {asked.unit!r}, policy.privacy.unit = {limits.unit!r}")
-    elif asked.noise_multiplier == 0 and limits.run_limit is None:
-        yield Refusal(Reason.UNIT, "has privacy.noise_multiplier = 0, which protects nothing; set policy.privacy.epsilon")
     if asked.public_counts and not limits.public_counts:
         yield Refusal(Reason.COUNTS, "has privacy.public_counts = true, policy.privacy.public_counts = false")
 
