@@ -155,9 +155,39 @@ def test_without_a_policy_the_owner_is_asked_once_and_again_only_if_the_server_a
     for rounds in (3, 3, 4):
         agree(asked(rounds=rounds), settings, tmp_path, told.append, confirm)
     assert len(questions) == 2
-    for word in ("fedit, rank 2", "classification, on the columns text, label", "rounds      3", "number of examples"):
+    for word in (
+        "in a round, in batches of",
+        "fedit, rank 2",
+        "classification, on the columns text, label",
+        "rounds      3",
+        "number of examples",
+    ):
         assert any(word in line for line in told)
     agree(asked(rounds=4), settings, tmp_path, told.append, None)  # remembered also without a terminal
+
+
+STRONGER = {
+    "more steps": {"train": {"max_steps": 10**6}},
+    "larger batches": {"train": {"batch_size": 10**6}},
+    "a larger learning rate": {"train": {"lr": 10.0}},
+    "more rounds of a client": {"privacy": {**RECORD, "participations": 3}},
+    "less noise": {"privacy": {**RECORD, "noise_multiplier": 0.1}},
+    "larger cohorts": {"sampling": {"fraction": 1.0}},
+}
+
+
+@pytest.mark.parametrize("name", STRONGER)
+def test_an_answer_is_not_valid_for_other_settings_of_the_same_run(tmp_path, name):
+    settings, base = Settings(clients=["c"]), {"privacy": RECORD, "sampling": {"fraction": 0.5}}
+    agree(asked(**base), settings, tmp_path, lambda line: None, lambda question: True)
+    with pytest.raises(NodeFailure):
+        agree(asked(**{**base, **STRONGER[name]}), settings, tmp_path, lambda line: None, None)
+
+
+def test_an_answer_stays_valid_when_the_server_waits_longer(tmp_path):
+    settings = Settings(clients=["c"])
+    agree(asked(), settings, tmp_path, lambda line: None, lambda question: True)
+    agree(asked(deploy={"wait": 1.0, "deadline": 7200.0}), settings, tmp_path, lambda line: None, None)
 
 
 @pytest.mark.parametrize("confirm", [None, lambda question: False])

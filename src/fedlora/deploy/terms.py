@@ -1,5 +1,7 @@
 """The agreement of a node's owner to a run: by the policy, by a flag, or by an answer that is remembered."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +28,8 @@ def agree(
 ) -> None:
     """Returns if the node may take part in a run, of which this is the folder; asks its owner at most once per run.
 
-    The answer is valid as long as the server asks for the same. `confirm` asks the owner; None without a terminal.
+    The answer is valid as long as the server asks for the same: for all settings, also those that are not printed.
+    `confirm` asks the owner; None without a terminal.
 
     Raises:
         NodeFailure: the policy or the owner does not allow it; `notify` receives the reasons.
@@ -38,7 +41,7 @@ def agree(
             raise NodeFailure(found[0].reason)
         return
     terms, accepted = describe(experiment, settings.data is not None), folder / ACCEPTED
-    text = "\n".join(terms)
+    text = "\n".join([*terms, f"all settings: {_digest(experiment)}"])
     if settings.accept or (accepted.exists() and accepted.read_text(encoding="utf-8") == text):
         return
     for line in terms:
@@ -49,9 +52,16 @@ def agree(
     durable.replace(accepted, text.encode(), mode=0o600)
 
 
+def _digest(experiment: Experiment) -> str:
+    """Of all settings but the node's own data and the server's waiting times."""
+    table = experiment.model_dump(mode="json", exclude={"data", "deploy"})
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
 def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
     """Lines about what a server asks of the node, and what the node would allow without a policy."""
-    clients, privacy = experiment.clients.size, experiment.privacy
+    clients, privacy, train = experiment.clients.size, experiment.privacy, experiment.train
+    length = f"{train.epochs} epoch(s)" if train.max_steps is None else f"{train.max_steps} step(s)"
     source = "this node's file" if own_file else f"its part of {experiment.data.source}"
     if privacy.unit == "none":
         protection = "none"
@@ -67,6 +77,7 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
         f"  task        {experiment.task.kind}, on the columns {', '.join(column_names(experiment))} of {source}",
         f"  model       {experiment.model}",
         f"  rounds      {experiment.rounds}, of {'an unknown number of' if clients is None else clients} clients",
+        f"  training    {length} in a round, in batches of {train.batch_size}",
         f"  privacy     {protection}",
         "it receives:",
         *(f"  {line}" for line in _leaves(experiment)),
