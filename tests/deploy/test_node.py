@@ -16,7 +16,7 @@ from fedlora.deploy.admission import NodeAdmission
 from fedlora.deploy.backend import FlowerBackend
 from fedlora.deploy.credential import Credential
 from fedlora.deploy.node import Node
-from fedlora.deploy.privacy_ledger import PrivacyLedger
+from fedlora.deploy.privacy_ledger import PrivacyLedger, default_folder
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.scores import ScoreCheck
 from fedlora.deploy.settings import Settings
@@ -665,8 +665,9 @@ def test_a_run_with_privacy_for_records_leaves_the_promised_steps_on_each_nodes_
         nodes[i] = Node(tmp_path / f"node{i}")
     serve(what, tmp_path / "run", Hand(nodes), count=2)
     assert [row.accepted for row in rows_of(tmp_path / "run")[1:]] == [["clinic 21", "clinic 30"]] * 2
-    for node in nodes:
-        (path,) = (tmp_path / f"node{node}" / "ledger").glob("*.json")
+    paths = list(default_folder().glob("*.json"))
+    assert len(paths) == 2
+    for path in paths:
         found = PrivacyLedger(path.parent, path.stem, None).releases()
         assert [(one.count, one.settled, one.noise_multiplier) for one in found] == [(3, True, 1.0)] * 2
 

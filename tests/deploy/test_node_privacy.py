@@ -7,7 +7,7 @@ import pytest
 
 from fedlora.config.policy import Policy
 from fedlora.deploy import run_privacy
-from fedlora.deploy.privacy_ledger import PrivacyLedger, Release
+from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, default_folder
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.wire import HandshakeReply, Rejected
 from fedlora.errors import RunStopped
@@ -53,10 +53,10 @@ def joined(home, folder, privacy=HARMLESS, limits=LIMITS, **more):
     return owner, owner.handshake(home, **table)
 
 
-def releases(folder):
+def releases():
     return [
         release
-        for path in (folder / "ledger").glob("*.json")
+        for path in default_folder().glob("*.json")
         for release in PrivacyLedger(path.parent, path.stem, epsilon).releases()
     ]
 
@@ -83,12 +83,13 @@ def test_whatever_a_server_asks_for_the_trainer_has_the_nodes_own_clip_noise_and
     assert trainer.trainer.privacy == {"clinic": own} and trainer.trainer.entropy == "os"
 
 
-def test_an_upload_has_the_nodes_noise_though_the_server_asks_for_none(home, tmp_path):
+def test_an_upload_has_the_nodes_noise_though_the_server_asks_for_none(home, tmp_path, monkeypatch):
     asked = {
         "privacy": {"unit": "record", "noise_multiplier": 0.0, "delta": 1e-5},
         "train": {**TRAIN, "optimizer": "sgd"},
     }
     quiet, _ = joined(home, tmp_path / "quiet", limits=None, **asked)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "of another user"))
     noisy, _ = joined(home, tmp_path / "noisy", limits={**LIMITS, "epsilon": 1e-3, "run_epsilon": 1e-3}, **asked)
     changes = []
     for owner in (quiet, noisy):
@@ -109,7 +110,7 @@ def test_the_noise_does_not_follow_from_the_seed_that_the_server_knows(home, tmp
 def test_a_repeated_request_is_answered_with_the_same_bytes_and_spends_nothing(home, tmp_path, monkeypatch):
     owner, _ = joined(home, tmp_path / "node")
     assert reason_of(trained(owner)) is None
-    first, spent = owner.payloads, releases(tmp_path / "node")
+    first, spent = owner.payloads, releases()
     assert spent[0].count == 2 and spent[0].settled
     owner.stop()
     owner, _ = joined(home, tmp_path / "node")  # also after the node restarts
@@ -117,7 +118,7 @@ def test_a_repeated_request_is_answered_with_the_same_bytes_and_spends_nothing(h
     for attempt in (0, 1):
         assert reason_of(trained(owner, attempt=attempt)) is None
         assert owner.payloads == first
-    assert releases(tmp_path / "node") == spent
+    assert releases() == spent
 
 
 def test_a_repeated_request_restores_the_state_that_a_resumed_server_discards(home, tmp_path):
@@ -140,7 +141,7 @@ def test_the_same_round_with_another_download_is_a_training_of_its_own(home, tmp
     first = owner.payloads
     assert reason_of(trained(owner, change=lambda x: x + 1)) is None
     assert owner.payloads != first
-    assert sum(one.count for one in releases(tmp_path / "node")) == 4
+    assert sum(one.count for one in releases()) == 4
 
 
 def test_a_client_takes_no_more_steps_than_its_noise_was_computed_for(home, tmp_path):
@@ -170,6 +171,14 @@ def test_a_server_opens_no_new_account_by_other_settings(home, tmp_path, change)
     assert paths[0] == paths[1]
 
 
+def test_a_node_with_another_folder_opens_no_new_account(home, tmp_path):
+    limits = {**LIMITS, "epsilon": 2.0}
+    owner, _ = joined(home, tmp_path / "node", limits=limits)
+    assert [reason_of(trained(owner, index)) for index in range(2)] == [None, None]
+    owner, answer = joined(home, tmp_path / "a new folder", limits=limits, run="s")
+    assert isinstance(answer, Rejected) and answer.failure.reason is Reason.BUDGET
+
+
 def test_a_crash_between_the_ledger_and_the_training_is_spent(home, tmp_path, monkeypatch):
     owner, _ = joined(home, tmp_path / "node")
 
@@ -179,7 +188,7 @@ def test_a_crash_between_the_ledger_and_the_training_is_spent(home, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(local.LocalTrainer, "fit", crashes)
         assert reason_of(trained(owner)) is not None
-    before = releases(tmp_path / "node")
+    before = releases()
     assert before and not any(one.settled for one in before) and {one.count for one in before} == {2}
 
 
@@ -190,13 +199,13 @@ def test_the_steps_really_taken_replace_the_reserved_ones(home, tmp_path, monkey
         local.LocalTrainer, "fit", lambda self, asked, rnd: [replace(one, steps=1) for one in fit(self, asked, rnd)]
     )
     trained(owner)
-    assert [(one.count, one.settled) for one in releases(tmp_path / "node")] == [(1, True)]
+    assert [(one.count, one.settled) for one in releases()] == [(1, True)]
 
 
 def test_a_damaged_ledger_refuses_the_run(home, tmp_path):
     owner, _ = joined(home, tmp_path / "node")
     trained(owner)
-    (path,) = (tmp_path / "node" / "ledger").glob("*.json")
+    (path,) = default_folder().glob("*.json")
     path.write_bytes(path.read_bytes()[:-9])
     owner.stop()
     owner, answer = joined(home, tmp_path / "node")
@@ -235,11 +244,11 @@ def test_a_run_with_privacy_for_clients_is_counted_once_with_all_its_rounds(home
     privacy = {"unit": "client", "noise_multiplier": 2.0, "delta": 1e-5}
     limits = {"unit": "client", "epsilon": 1.0, "delta": 1e-6}
     owner, answer = joined(home, tmp_path / "node", privacy=privacy, limits=limits)
-    assert isinstance(answer, HandshakeReply) and releases(tmp_path / "node") == []
+    assert isinstance(answer, HandshakeReply) and releases() == []
     for index in range(2):
         assert reason_of(trained(owner, index)) is None
     table = {"unit": "client", "client": "clinic", "noise_multiplier": 2.0, "rate": 1.0}
-    assert releases(tmp_path / "node") == [Release(run="r", count=2, **table)]
+    assert releases() == [Release(run="r", count=2, **table)]
     owner.stop()
     owner, answer = joined(home, tmp_path / "node", privacy=privacy, limits=limits, run="s", rounds=3)
     assert isinstance(answer, Rejected) and answer.failure.reason is Reason.BUDGET

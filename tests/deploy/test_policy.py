@@ -55,7 +55,7 @@ def test_an_invalid_policy_is_rejected_with_its_file_and_key(tmp_path, text, rea
         Policy.read(path)
 
 
-def test_the_example_of_a_policy_is_valid_and_limits_everything_but_the_account(tmp_path):
+def test_the_example_of_a_policy_is_valid_and_limits_everything_and_names_an_account(tmp_path):
     found = Policy.read(written(tmp_path, STARTER))
     omitted = {
         key
@@ -63,7 +63,7 @@ def test_the_example_of_a_policy_is_valid_and_limits_everything_but_the_account(
         for key in type(part).model_fields
         if key not in part.model_fields_set
     }
-    assert omitted == {"account", "ledger"}
+    assert omitted == {"ledger"}
 
 
 def test_settings_with_a_policy_are_the_same_after_they_were_written(tmp_path):

@@ -153,6 +153,13 @@ def test_data_are_identified_by_their_bytes_or_by_a_name_that_several_versions_s
     assert data_digest(None, tmp_path / "moved", "") != data_digest(None, None, "a")
 
 
+def test_a_folder_is_the_same_source_by_whatever_path(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert data_digest(None, None, "rows") == data_digest(None, None, str(tmp_path / "rows"))
+    assert data_digest(None, None, "rows") != data_digest(None, None, "owner/rows")
+
+
 @pytest.mark.slow
 def test_the_noise_of_a_limit_lasts_for_all_promised_steps_and_not_for_many_more(tmp_path):
     limits = PrivacyLimits(unit="record", epsilon=2.0, delta=1e-5)

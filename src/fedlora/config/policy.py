@@ -29,6 +29,7 @@ delta = 1e-6
 run_epsilon = 4.0   # of one run
 clip = 1.0
 public_counts = false
+account = "my data"  # on which epsilon is counted: one name for all versions of a file; other data need another one
 
 [traffic]
 round_mb_down = 100.0
@@ -59,8 +60,8 @@ class PrivacyLimits(Section):
     """The name of the account on which epsilon is counted. Use one name for all versions of a file, such as one to which
     examples are added. If omitted, each file has an account of its own, by its content."""
     ledger: str | None = None
-    """The folder of the accounts, relative to the policy. If omitted, `ledger` in the node's folder. Nodes with the same
-    data need the same one."""
+    """The folder of the accounts, relative to the policy. If omitted, that of this user: `fedlora/ledger` in
+    `$XDG_DATA_HOME` or `~/.local/share`. Nodes with the same data need the same one."""
 
     @property
     def run_limit(self) -> float | None:

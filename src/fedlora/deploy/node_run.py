@@ -81,7 +81,7 @@ class NodeRun:
         if unknown := sorted(set(settings.clients) - {client.id for client in federated_data.clients}):
             notify(f"the experiment's partition has no client {unknown[0]!r}")
             raise NodeFailure(Reason.CLIENTS, len(unknown))
-        privacy = RunPrivacy.of(experiment, settings, handshake.run, path.parents[1], notify)
+        privacy = RunPrivacy.of(experiment, settings, handshake.run, notify)
         with coded_errors(Reason.MODEL, notify):
             session = Session.make(experiment, federated_data)
             if privacy is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,8 +160,16 @@ class PrivacyLedger:
         durable.replace(self.path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body, mode=0o600)
 
 
+def default_folder() -> Path:
+    """The folder of the user's accounts, `fedlora/ledger` in `$XDG_DATA_HOME` or `~/.local/share`.
+
+    All nodes of the user share it, so that data are not accounted anew by a node with another folder.
+    """
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "fedlora", "ledger").expanduser()
+
+
 def data_digest(account: str | None, file: Path | None, source: str) -> str:
-    """The digest that identifies data: of the account's name, else of the file's bytes, else of the source's name.
+    """The digest that identifies data: of the account's name, else of the file's bytes, else of the source's name or path.
 
     Nothing that a server sends changes it: a digest of the examples would depend on its task and its labels.
     """
@@ -172,5 +181,6 @@ def data_digest(account: str | None, file: Path | None, source: str) -> str:
             while part := content.read(1 << 20):
                 digest.update(part)
     else:
-        digest.update(b"source\0" + source.encode())
+        folder = Path(source)
+        digest.update(b"source\0" + (str(folder.resolve()) if folder.exists() else source).encode())
     return digest.hexdigest()

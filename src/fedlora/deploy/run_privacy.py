@@ -8,7 +8,7 @@ from fedlora.config.experiment import Experiment
 from fedlora.config.policy import Policy
 from fedlora.deploy.ledgered_trainer import LedgeredTrainer, ledger_errors
 from fedlora.deploy.policy import budgets, own_clip, own_noise
-from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, data_digest
+from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, data_digest, default_folder
 from fedlora.deploy.settings import Settings
 from fedlora.messages import ClientInfo
 from fedlora.privacy.account import epsilon, noise_for
@@ -29,16 +29,14 @@ class RunPrivacy:
     notify: Callable[[str], None]
 
     @classmethod
-    def of(
-        cls, experiment: Experiment, settings: Settings, run: str, node: Path, notify: Callable[[str], None]
-    ) -> "RunPrivacy | None":
-        """The privacy of a run on the node in this folder; None if the run has none."""
+    def of(cls, experiment: Experiment, settings: Settings, run: str, notify: Callable[[str], None]) -> "RunPrivacy | None":
+        """The privacy of a run on a node with these settings; None if the run has none."""
         if experiment.privacy.unit == "none":
             return None
         policy, source = settings.policy or Policy(), experiment.data.source
         file = Path(source if settings.data is None else settings.data)
         data = data_digest(policy.privacy.account, file if file.is_file() else None, source)
-        folder = node / "ledger" if policy.privacy.ledger is None else Path(policy.privacy.ledger)
+        folder = default_folder() if policy.privacy.ledger is None else Path(policy.privacy.ledger)
         return cls(experiment, policy, run, PrivacyLedger(folder, data, composed), notify)
 
     def trainer(self, trainer: LocalTrainer, clients: Collection[str]) -> Trainer:
