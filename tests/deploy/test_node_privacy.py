@@ -5,18 +5,22 @@ from dataclasses import replace
 
 import pytest
 
+from fedlora.config.experiment import build
 from fedlora.config.policy import Policy
 from fedlora.deploy import run_privacy
+from fedlora.deploy.policy import budgets
 from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, default_folder
-from fedlora.deploy.reasons import Reason
+from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.deploy.wire import HandshakeReply, Rejected
 from fedlora.errors import RunStopped
 from fedlora.messages import Gradient
 from fedlora.rounds.codec import decode, encode_state
 from fedlora.train import local
+from fedlora.train.record_privacy import RecordPrivacy
 from hostile import Owner, furnish, reason_of, trained
 
 from tiny import LABELS
+from wired import problem
 
 HARMLESS = {"unit": "record", "epsilon": 3.0, "delta": 1e-5, "clip": 1.0}
 LIMITS = {"unit": "record", "epsilon": 4.0, "run_epsilon": 2.0, "delta": 1e-6, "clip": 0.5}
@@ -81,6 +85,44 @@ def test_whatever_a_server_asks_for_the_trainer_has_the_nodes_own_clip_noise_and
     assert own.rate == min(1.0, HOSTILE[name].get("train", TRAIN)["batch_size"] / rows)
     assert own.clip <= 0.5 and own.noise_multiplier >= noise_for(2.0, 1e-6, own.rate, own.steps)
     assert trainer.trainer.privacy == {"clinic": own} and trainer.trainer.entropy == "os"
+
+
+def begun(folder, run="r", spent=(), **limits):
+    """The clients of a run, of which two are promised as many steps at two rates, on a ledger with these releases."""
+    ledger = PrivacyLedger(folder, "d", epsilon)
+    ledger.reserve(spent, [])
+    policy = Policy(privacy={"unit": "record", "delta": 1e-6, **limits})
+    experiment = build(problem(folder, privacy=HARMLESS, evaluate={"clients": "none"}))
+    asked = {"one": RecordPrivacy(1.0, 0.1, 0.5, 30), "other": RecordPrivacy(1.0, 0.1, 0.2, 30)}
+    privacy = run_privacy.RunPrivacy(experiment, policy, run, ledger, lambda line: None)
+    return privacy, privacy._own(asked)
+
+
+def take_all_steps(privacy, own):
+    """Reserves the promised steps of all clients in turns."""
+    for _ in range(30):
+        steps = [privacy._release(name, one.noise_multiplier, one.rate, 1) for name, one in own.items()]
+        privacy.ledger.reserve(steps, budgets(privacy.policy.privacy))
+
+
+def test_the_noise_of_several_clients_of_a_node_lasts_for_all_their_steps(tmp_path):
+    take_all_steps(*begun(tmp_path, epsilon=2.0))
+
+
+OTHERS = Release(run="s", client="one", unit="record", noise_multiplier=1.0, rate=1.0, count=1)  # epsilon is 1
+
+
+def test_a_run_has_the_noise_for_what_other_runs_have_left_of_the_budget(tmp_path):
+    privacy, own = begun(tmp_path, spent=[OTHERS], epsilon=1.2, run_epsilon=1.0)
+    take_all_steps(privacy, own)
+    _, again = begun(tmp_path, epsilon=1.2, run_epsilon=1.0)  # after a restart, its own steps do not count as others'
+    assert again == own
+
+
+def test_a_run_for_which_hardly_anything_is_left_is_not_begun(tmp_path):
+    with pytest.raises(NodeFailure) as failed:
+        begun(tmp_path, spent=[OTHERS], epsilon=1.05, run_epsilon=1.0)
+    assert failed.value.reason is Reason.BUDGET
 
 
 def test_an_upload_has_the_nodes_noise_though_the_server_asks_for_none(home, tmp_path, monkeypatch):

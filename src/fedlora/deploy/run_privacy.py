@@ -1,14 +1,14 @@
 """Privacy of one run on a node: its own clip and noise, its ledger, and what it does not send."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora.config.experiment import Experiment
-from fedlora.config.policy import Policy
+from fedlora.config.policy import Policy, PrivacyLimits
 from fedlora.deploy.ledgered_trainer import LedgeredTrainer, ledger_errors
 from fedlora.deploy.policy import budgets, own_clip, own_noise
-from fedlora.deploy.privacy_ledger import PrivacyLedger, Release, data_digest, default_folder
+from fedlora.deploy.privacy_ledger import BudgetSpent, PrivacyLedger, Release, data_digest, default_folder
 from fedlora.deploy.settings import Settings
 from fedlora.messages import ClientInfo
 from fedlora.privacy.account import epsilon, noise_for
@@ -16,6 +16,9 @@ from fedlora.privacy.events import Gaussian
 from fedlora.rounds.client import Trainer
 from fedlora.train.local import LocalTrainer
 from fedlora.train.record_privacy import RecordPrivacy
+
+_LEAST_SHARE = 0.1
+"""Of the largest epsilon of one run: a run with less is not begun."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class RunPrivacy:
         """
         if self.experiment.privacy.unit == "client":
             return trainer
-        own = {name: self._own(asked) for name, asked in trainer.privacy.items() if name in clients}
+        own = self._own({name: asked for name, asked in trainer.privacy.items() if name in clients})
         for name, privacy in own.items():
             self.notify(
                 f"client {name}: clip {privacy.clip:g}, noise multiplier {privacy.noise_multiplier:.4g}, at most "
@@ -71,10 +74,38 @@ class RunPrivacy:
             with ledger_errors(self.notify):
                 self.ledger.reserve(rest, budgets(self.policy.privacy))
 
-    def _own(self, asked: RecordPrivacy) -> RecordPrivacy:
+    def _own(self, asked: Mapping[str, RecordPrivacy]) -> dict[str, RecordPrivacy]:
+        """With the noise by which the steps of all these clients, which have one account, are within this run's budget."""
+        limits, steps = self._limits(), sum(one.steps for one in asked.values())
+        rate = max((one.rate for one in asked.values()), default=1.0)
+        return {
+            name: replace(
+                one,
+                clip=own_clip(one.clip, limits),
+                noise_multiplier=own_noise(one.noise_multiplier, rate, steps, limits, noise_for),
+            )
+            for name, one in asked.items()
+        }
+
+    def _limits(self) -> PrivacyLimits:
+        """The policy's, of which the epsilon of one run is at most what the other runs have left of all runs' epsilon.
+
+        Raises:
+            NodeFailure: less than `_LEAST_SHARE` is left of it: with so much noise, the run would learn nothing.
+        """
         limits = self.policy.privacy
-        noise = own_noise(asked.noise_multiplier, asked.rate, asked.steps, limits, noise_for)
-        return replace(asked, clip=own_clip(asked.clip, limits), noise_multiplier=noise)
+        if limits.epsilon is None or limits.delta is None or limits.run_limit is None:
+            return limits
+        with ledger_errors(self.notify):
+            others = [one for one in self.ledger.releases() if one.unit == "record" and one.run != self.run]
+            spent = composed(others, limits.delta) if others else 0.0
+            left = limits.epsilon - spent
+            if left < _LEAST_SHARE * limits.run_limit:
+                raise BudgetSpent(
+                    f"the budget of all runs is epsilon {limits.epsilon:g} at delta {limits.delta:g}; other runs have "
+                    f"spent {spent:.4g}, and {max(left, 0.0):.4g} is too little for a run ({self.ledger.path})"
+                )
+        return limits.model_copy(update={"run_epsilon": min(limits.run_limit, left)})
 
     def _rest_of_plan(self, clients: Sequence[ClientInfo]) -> list[Release]:
         asked, rate, rounds = self.experiment.privacy, self.experiment.sampling.fraction, self.experiment.rounds
