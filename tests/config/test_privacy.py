@@ -29,6 +29,7 @@ def test_by_default_there_is_no_privacy() -> None:
         ({"unit": "client", "epsilon": 8.0, "delta": 1.0}, "privacy.delta"),
         ({"unit": "client", "epsilon": 0.0, "delta": 1e-4}, "privacy.epsilon"),
         ({"unit": "client", "epsilon": 1.0, "delta": 1e-4, "clip": 0.0}, "privacy.clip"),
+        ({"unit": "record", "epsilon": 1.0, "delta": 1e-4, "clip": 1e-7}, "privacy.clip .*at least 1e-06"),
     ],
 )
 def test_an_incomplete_or_inconsistent_section_is_rejected(section: dict[str, Any], reason: str) -> None:

@@ -17,7 +17,7 @@ from fedlora.messages import Gradient
 from fedlora.rounds.codec import decode, encode_state
 from fedlora.train import local
 from fedlora.train.record_privacy import RecordPrivacy
-from hostile import Owner, furnish, reason_of, trained
+from hostile import Owner, furnish, handshake, reason_of, trained
 
 from tiny import LABELS
 from wired import problem
@@ -85,6 +85,16 @@ def test_whatever_a_server_asks_for_the_trainer_has_the_nodes_own_clip_noise_and
     assert own.rate == min(1.0, HOSTILE[name].get("train", TRAIN)["batch_size"] / rows)
     assert own.clip <= 0.5 and own.noise_multiplier >= noise_for(2.0, 1e-6, own.rate, own.steps)
     assert trainer.trainer.privacy == {"clinic": own} and trainer.trainer.entropy == "os"
+
+
+def test_a_clip_that_is_lost_in_rounding_is_refused(home, tmp_path):
+    owner = Owner(home, tmp_path / "node", policy=Policy(privacy=LIMITS), accept=False)
+    asked = handshake(home, privacy=HARMLESS, train=TRAIN, evaluate={"clients": "none"})
+    clip = asked.experiment.replace("clip = 1.0", "clip = 1e-30")
+    assert clip != asked.experiment
+    answer = owner.ask(asked.model_copy(update={"experiment": clip}))
+    assert isinstance(answer, Rejected) and answer.failure.reason is Reason.EXPERIMENT
+    assert "privacy.clip = 1e-30: expected a finite number of at least 1e-06" in owner.told[-1]
 
 
 def begun(folder, run="r", spent=(), **limits):

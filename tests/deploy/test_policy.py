@@ -45,6 +45,7 @@ def written(folder, text):
         ('[privacy]\nunit = "record"\nepsilon = 1.0', "and privacy.delta"),
         ('[privacy]\nunit = "client"\ndelta = 1e-5', "privacy.unit = 'client' needs privacy.epsilon or"),
         ("[privacy]\nepsilon = 1.0\ndelta = 1e-5", "needs privacy.unit = 'record' or 'client'"),
+        ('[privacy]\nunit = "record"\nclip = 1e-9', "privacy.clip = 1e-09: expected a finite number of at least 1e-06"),
         ('[privacy]\nunit = "client"\nclip = 1.0', "privacy.clip needs privacy.unit = 'record'"),
         ("rounds = ", "not readable as TOML"),
     ],

@@ -7,6 +7,7 @@ from pydantic import ValidationError, field_validator, model_validator
 
 from fedlora.config.error_message import error_message
 from fedlora.config.hints import nearest
+from fedlora.config.privacy import Clip
 from fedlora.config.reading import read_table
 from fedlora.config.sections import Section, Task
 from fedlora.errors import UserError
@@ -52,7 +53,7 @@ class PrivacyLimits(Section):
     """The delta of both limits, above 0 and below 1."""
     run_epsilon: PositiveFloat | None = None
     """The largest epsilon of one run. If omitted, that of all runs."""
-    clip: PositiveFloat | None = None
+    clip: Clip | None = None
     """For records: the largest clip. If omitted, the experiment's."""
     public_counts: bool = False
     """Whether the number of examples may be sent (`privacy.public_counts` of the experiment)."""

@@ -7,6 +7,9 @@ from pydantic import model_validator
 from fedlora.config.sections import Section
 from fedlora.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 
+Clip = Annotated[float, Range(ge=1e-6)]
+"""A clip. With a smaller one, gradients and noise would be lost in rounding, and clipped norms would not be within it."""
+
 
 class Privacy(Section):
     """Differential privacy (docs/privacy.md)."""
@@ -15,7 +18,7 @@ class Privacy(Section):
     """What the guarantee protects. none: nothing. record: each example of a client, also from the server, by DP-SGD on the
     client. client: all examples of a client together, from those who see the trained model, by noise that the server adds
     to the sum of the clipped uploads."""
-    clip: PositiveFloat = 1.0
+    clip: Clip = 1.0
     """The largest L2 norm, over all trained tensors together, of an example's gradient (record) or of the change in a
     client's upload (client); larger ones are scaled down to it. It should be proportional to the scale of the factors."""
     noise_multiplier: NonNegativeFloat | None = None
