@@ -37,7 +37,7 @@ class Reason(StrEnum):
     COUNTS = "the node's policy does not allow numbers of examples to be sent"
     BUDGET = "the client's privacy budget is spent"
     LEDGER = "the node's privacy ledger cannot be used"
-    NOT_PRIVATE = "the node sends nothing else of its examples than trained tensors with noise"
+    NOT_PRIVATE = "in a run with privacy, the node sends nothing else of its examples than trained tensors"
 
 
 class NodeFailure(Exception):
