@@ -261,7 +261,9 @@ class DoraRow(Row):
         down = tuple(f"{floats} + out" if shared else floats for floats in row.down)
         alpha = {"test_alpha_only_scales_the_updates": "magnitudes are trained as they are, whatever alpha is"}
         values = {field.name: getattr(row, field.name) for field in fields(row)}
-        own = {"name": f"{row.name} with dora", "up": up, "down": down, "known_failures": {**row.known_failures, **alpha}}
+        sent = "test_rounds_without_the_largest_client_still_teach_every_rank"  # with magnitudes, which are sent whole
+        known_failures = {law: why for law, why in row.known_failures.items() if law != sent} | alpha
+        own = {"name": f"{row.name} with dora", "up": up, "down": down, "known_failures": known_failures}
         return DoraRow(**{**values, **own})
 
 

@@ -132,14 +132,14 @@ def test_a_run_that_nobody_has_accepted_is_refused_with_a_code(home, tmp_path):
 )
 def test_a_round_beyond_a_limit_is_refused_before_its_training(home, tmp_path, monkeypatch, limits, reason):
     owner = Owner(home, tmp_path / "node", policy=Policy(**limits))
-    monkeypatch.setattr(local.LocalTrainer, "fit", None)
+    monkeypatch.setattr(local.LocalTrainer, "fit", lambda *_: pytest.fail("trained"))
     assert isinstance(owner.handshake(home, rounds=2, sampling={"min_replies": 2}), HandshakeReply)
     assert reason_of(trained(owner)) is reason
 
 
 def test_a_round_that_the_accepted_experiment_does_not_have_is_refused(home, tmp_path, monkeypatch):
     owner = Owner(home, tmp_path / "node")
-    monkeypatch.setattr(local.LocalTrainer, "fit", None)
+    monkeypatch.setattr(local.LocalTrainer, "fit", lambda *_: pytest.fail("trained"))
     owner.handshake(home, rounds=2)
     assert reason_of(trained(owner, 2)) is Reason.ROUNDS
 

@@ -668,7 +668,7 @@ def test_a_run_with_privacy_for_records_leaves_the_promised_steps_on_each_nodes_
     paths = list(default_folder().glob("*.json"))
     assert len(paths) == 2
     for path in paths:
-        found = PrivacyLedger(path.parent, path.stem, None).releases()
+        found = PrivacyLedger(path.parent, path.stem, lambda *_: 0.0).releases()
         assert [(one.count, one.settled, one.noise_multiplier) for one in found] == [(3, True, 1.0)] * 2
 
 
