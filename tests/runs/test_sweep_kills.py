@@ -25,7 +25,7 @@ def live(path, table):
         fedlora.sweep(table, path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(0)
 def test_a_sweep_killed_at_random_instants_ends_as_if_nothing_had_happened(tmp_path):
     home, rng = furnish(tmp_path), random.Random(0)

@@ -17,6 +17,7 @@ from fedlora.errors import RunStopped, UserError
 from fedlora.train.devices import MultiDeviceTrainer, TrainerProcess, balance
 from fedlora.train.hardware import devices
 from fedlora.train.local import LocalTrainer
+from tiers import slow
 
 from wired import assert_same_runs, furnish, problem
 
@@ -31,8 +32,7 @@ def experiment(home, method: str, **train: Any):
     return build({**table, "train": {**table["train"], **train}})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["flora", "ditto", "ce-lora"])
+@pytest.mark.parametrize("method", slow(["flora", "ditto", "ce-lora"], "flora"))
 def test_a_run_on_two_devices_is_that_on_one_and_leaves_no_process(home, tmp_path, method):
     """Base updates reach every device, penalties travel, features are seen; single clients, so that no sum is in
     another order."""
