@@ -9,7 +9,7 @@ from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.messages import ClientInfo
 from fedlora.privacy.events import Gaussian, Ledger
-from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan
+from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan, weaknesses
 from fedlora.privacy.record import planned_steps
 from fedlora.privacy.release import trainings
 from fedlora.privacy.statement import OF_NODES, PERSONAL, WITHOUT_NOISE, NoiseSource, Statement
@@ -73,18 +73,13 @@ def statement_text(
     return None if found is None else found.text()
 
 
-def delta_notes(experiment: Experiment, examples: Mapping[str, int]) -> list[str]:
-    """A warning if delta is above 1 / (10 n) for the n protected units of the largest data set."""
+def weakness_notes(experiment: Experiment, examples: Mapping[str, int]) -> list[str]:
+    """What weakens the guarantee, for clients with these numbers of training examples; empty without privacy."""
     privacy = experiment.privacy
     if privacy.unit == "none" or privacy.delta is None or not examples:
         return []
-    of_clients = privacy.unit == "client"
-    units = len(examples) if of_clients else max(examples.values())
-    if privacy.delta <= 1 / (10 * units):
-        return []
-    noun = "clients" if of_clients else "training examples of the largest client"
-    weak = "; a mechanism that publishes one of them at random has such a delta" if privacy.delta >= 1 / units else ""
-    return [f"privacy.delta = {privacy.delta:g} is above 1 / (10 n), for n = {units} {noun}{weak}: lower it"]
+    units = len(examples) if privacy.unit == "client" else max(examples.values())
+    return weaknesses(privacy.unit, privacy.delta, units, privacy.noise_multiplier == 0)
 
 
 def client_sizes(experiment: Experiment) -> dict[str, int]:

@@ -36,7 +36,7 @@ from fedlora.models.loading import locate, quiet
 from fedlora.models.normalization import check_normalization
 from fedlora.models.quantized import loading_settings, quantizable, round_weights
 from fedlora.models.targets import check_ranks, find_targets, head_modules
-from fedlora.planning import delta_notes, statement_text
+from fedlora.planning import statement_text, weakness_notes
 from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger, reasons_against
@@ -132,7 +132,7 @@ class Session:
         )
         sizes = {client: len(rows) for client, rows in data.rows.items()}
         notes = [
-            *delta_notes(experiment, sizes),
+            *weakness_notes(experiment, sizes),
             *([slow] if (slow := hardware.slow_precision(settings.precision, settings.device)) else []),
             *checkpoint.notes,
             *data.notes,
@@ -312,7 +312,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     tokens = encode(task, tokenizer, federated_data, experiment.train.max_length)
     data = EncodedData.of(tokens, model, tokenizer, federated_data, experiment.train.max_length)
     generation_of(experiment, task, model, tokenizer, data.test, federated_data.labelled_data.test)
-    notes = [*delta_notes(experiment, {client: len(rows) for client, rows in data.rows.items()}), *data.notes]
+    notes = [*weakness_notes(experiment, {client: len(rows) for client, rows in data.rows.items()}), *data.notes]
     return [*notes, *generation_notes(experiment, data.test), *data.first_example(task, tokenizer)]
 
 

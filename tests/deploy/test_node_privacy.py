@@ -116,7 +116,9 @@ def take_all_steps(privacy, own):
 
 
 def test_the_noise_of_several_clients_of_a_node_lasts_for_all_their_steps(tmp_path):
-    take_all_steps(*begun(tmp_path, epsilon=2.0))
+    privacy, own = begun(tmp_path, epsilon=2.0)
+    take_all_steps(privacy, own)
+    assert len(privacy.ledger.releases()) == 60  # none was refused
 
 
 OTHERS = Release(run="s", client="one", unit="record", noise_multiplier=1.0, rate=1.0, count=1)  # epsilon is 1

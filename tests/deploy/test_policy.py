@@ -188,7 +188,9 @@ def test_an_answer_is_not_valid_for_other_settings_of_the_same_run(tmp_path, nam
 def test_an_answer_stays_valid_when_the_server_waits_longer(tmp_path):
     settings = Settings(clients=["c"])
     agree(asked(), settings, tmp_path, lambda line: None, lambda question: True)
-    agree(asked(deploy={"wait": 1.0, "deadline": 7200.0}), settings, tmp_path, lambda line: None, None)
+    told: list[str] = []
+    agree(asked(deploy={"wait": 1.0, "deadline": 7200.0}), settings, tmp_path, told.append, None)
+    assert told == []
 
 
 @pytest.mark.parametrize("confirm", [None, lambda question: False])

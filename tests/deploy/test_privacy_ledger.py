@@ -74,6 +74,7 @@ def test_the_two_units_are_two_accounts(tmp_path):
 def test_other_data_have_another_account(tmp_path):
     ledger(tmp_path).reserve([release(4)], budget(4))
     ledger(tmp_path, "other").reserve([release(4)], budget(4))
+    assert [len(ledger(tmp_path, *name).releases()) for name in ((), ("other",))] == [1, 1]
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut", "empty", "of other data", "a lower count"])

@@ -6,7 +6,7 @@ from fedlora import Experiment
 from fedlora.config.privacy import Privacy
 from fedlora.messages import ClientInfo
 from fedlora.methods.lora_a2 import LoRAA2
-from fedlora.planning import delta_notes, plan_of, statement_of, statement_text
+from fedlora.planning import plan_of, statement_of, statement_text, weakness_notes
 from fedlora.privacy.account import epsilon, noise_for
 from fedlora.privacy.events import Gaussian
 from fedlora.privacy.plan import client_plan, record_plan
@@ -158,8 +158,9 @@ def test_the_statement_of_a_deployment_does_not_speak_of_a_simulation():
 
 def test_a_delta_above_a_tenth_of_one_over_n_is_named():
     sizes = {"a": 50, "b": 100}
-    assert delta_notes(private("record", 1.0, delta=1e-3), sizes) == []
-    assert "n = 100 training examples" in delta_notes(private("record", 1.0, delta=2e-3), sizes)[0]
-    (weak,) = delta_notes(private("client", 1.0, delta=0.5), sizes)
+    assert weakness_notes(private("record", 1.0, delta=1e-3), sizes) == []
+    assert "n = 100 training examples" in weakness_notes(private("record", 1.0, delta=2e-3), sizes)[0]
+    (weak,) = weakness_notes(private("client", 1.0, delta=0.5), sizes)
     assert "n = 2 clients" in weak and "publishes one of them" in weak
-    assert delta_notes(Experiment(), sizes) == []
+    assert weakness_notes(Experiment(), sizes) == []
+    assert weakness_notes(private("record", 0.0), sizes) == ["privacy.noise_multiplier = 0 gives no guarantee"]

@@ -71,6 +71,17 @@ class PrivacyPlan:
         return {done: worst.epsilon(self.delta, steps=-(-worst.steps * done // self.rounds)) for done in rounds}
 
 
+def weaknesses(unit: Literal["record", "client"], delta: float, units: int, without_noise: bool) -> list[str]:
+    """What weakens a guarantee whose largest data set has this number of protected units."""
+    found = ["privacy.noise_multiplier = 0 gives no guarantee"] if without_noise else []
+    if delta > 1 / (10 * units):
+        noun = "training examples of the largest client" if unit == "record" else "clients"
+        weak = "; a mechanism that publishes one of them at random has such a delta" if delta >= 1 / units else ""
+        largest = f"1 / (10 n) = {1 / (10 * units):.1e}"
+        found.append(f"privacy.delta = {delta:g} is above {largest}, for n = {units} {noun}{weak}: lower it")
+    return found
+
+
 def record_plan(
     privacy: Privacy, rounds: int, batch_size: int, examples: Mapping[str, int], steps: Callable[[int], int]
 ) -> PrivacyPlan:

@@ -11,20 +11,12 @@ from rich.text import Text
 
 from fedlora.printable import printable
 from fedlora.privacy.account import version
-from fedlora.privacy.plan import PrivacyPlan
+from fedlora.privacy.plan import PrivacyPlan, weaknesses
 
 
 def warnings(plan: PrivacyPlan) -> list[str]:
     """What weakens the guarantee."""
-    found = []
-    if plan.delta > plan.largest_delta:
-        found.append(
-            f"privacy.delta = {plan.delta:g} is above 1 / (10 n) = {plan.largest_delta:.1e} for n = {plan.units} "
-            f"{_units(plan)}; lower it"
-        )
-    if math.isinf(plan.worst().epsilon(plan.delta)):
-        found.append("privacy.noise_multiplier = 0 gives no guarantee")
-    return found
+    return weaknesses(plan.unit, plan.delta, plan.units, math.isinf(plan.worst().epsilon(plan.delta)))
 
 
 def table(plan: PrivacyPlan) -> Group:
