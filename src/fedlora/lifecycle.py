@@ -119,7 +119,7 @@ def rounds(
     checked, privacy = experiment.sampling.check_cohort, experiment.privacy
     client_level = None
     if privacy.unit == "client":
-        rate, clients = experiment.sampling.fraction, len(backend.clients())
+        rate, clients = experiment.sampling.fraction, session.registered or len(backend.clients())
         client_level = planned(privacy, rate, experiment.rounds, clients, secret=deployed)
     for note in _notes(session):
         progress.notify(note)

@@ -8,7 +8,7 @@ from fedlora.encoded_data import EncodedData, encode
 from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.messages import ClientInfo
-from fedlora.privacy.events import Gaussian, Ledger
+from fedlora.privacy.events import Ledger
 from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan, weaknesses
 from fedlora.privacy.record import planned_steps
 from fedlora.privacy.release import trainings
@@ -46,7 +46,7 @@ def statement_of(
         return None
     if plan.unit == "client":
         (one,) = plan.mechanisms
-        spent = [Gaussian(one.noise_multiplier, one.rate, rounds)]
+        spent = one.releases(rounds)
     return Statement(plan, noise_source, spent)
 
 

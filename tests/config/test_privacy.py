@@ -26,6 +26,8 @@ def test_by_default_there_is_no_privacy() -> None:
         ({"unit": "client", "epsilon": 8.0, "delta": 1e-4, "public_counts": True}, "privacy.public_counts needs"),
         ({"unit": "record", "epsilon": 8.0, "delta": 1e-4, "clip_quantile": 0.5}, "privacy.clip_quantile needs"),
         ({"unit": "client", "epsilon": 8.0, "delta": 1e-4, "clip_rate": 0.5}, "privacy.clip_rate needs"),
+        ({"unit": "record", "epsilon": 8.0, "delta": 1e-4, "largest_cohort": 5}, "privacy.largest_cohort needs"),
+        ({"largest_cohort": 5}, "privacy.largest_cohort needs privacy.unit"),
         ({"unit": "client", "epsilon": 8.0, "delta": 1.0}, "privacy.delta"),
         ({"unit": "client", "epsilon": 0.0, "delta": 1e-4}, "privacy.epsilon"),
         ({"unit": "client", "epsilon": 1.0, "delta": 1e-4, "clip": 0.0}, "privacy.clip"),

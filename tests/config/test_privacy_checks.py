@@ -36,6 +36,17 @@ def test_limits_that_privacy_of_clients_replaces_are_rejected_and_allowed_for_re
         Experiment(privacy={"unit": "client", **PRIVACY}, **given)  # type: ignore[arg-type]
 
 
+def test_a_largest_cohort_is_at_least_the_expected_one_of_a_known_number_of_clients() -> None:
+    given: dict[str, Any] = {"evaluate": {"clients": "none"}, "sampling": {"fraction": 0.1}}
+    limited = {"unit": "client", **PRIVACY, "largest_cohort": 3}
+    assert Experiment(privacy=limited, clients={"count": 30}, **given).privacy.largest_cohort == 3  # type: ignore[arg-type]
+    reason = r"privacy\.largest_cohort = 3: expected at least 3\.1, .*sampling\.fraction = 0\.1 of 31 clients"
+    with pytest.raises(UserError, match=reason):
+        Experiment(privacy=limited, clients={"count": 31}, **given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"privacy\.largest_cohort = 3 needs clients\.count"):
+        Experiment(privacy=limited, clients={"partition": "natural"}, data={"user": "who"}, **given)  # type: ignore[arg-type]
+
+
 def test_owners_of_several_tasks_are_rejected_for_clients_and_allowed_for_records() -> None:
     given: dict[str, Any] = {"evaluate": {"clients": "none"}, "data": {"task": "kind"}}
     assert Experiment(privacy={"unit": "record", **PRIVACY}, **given).data.task == "kind"  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_every_setting_has_a_description_a_default_or_an_example_and_both_are_ac
     if entry.key.startswith("privacy.") and entry.key != "privacy.unit":
         noise = [] if entry.key in ("privacy.epsilon", "privacy.noise_multiplier") else ["privacy.epsilon=1.0"]
         quantile = ["privacy.clip_quantile=0.5"] if entry.key == "privacy.clip_rate" else []
-        unit = "client" if entry.key.startswith("privacy.clip_") else "record"
+        unit = "client" if entry.key.startswith(("privacy.clip_", "privacy.largest_")) else "record"
         changes += [f"privacy.unit={unit}", "privacy.delta=1e-5", "evaluate.clients=none", *noise, *quantile]
     experiment = build({}, [*changes, f"{entry.key}={entry.example}"])
     if entry.key.startswith("wrap"):

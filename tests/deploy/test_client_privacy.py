@@ -8,10 +8,34 @@ from test_node import Hand, decode_message, make_nodes
 
 from fedlora.config.experiment import build
 from fedlora.deploy.launch import prepare
+from fedlora.deploy.node import Node
 from fedlora.deploy.server import serve
+from fedlora.deploy.settings import Settings
 from fedlora.deploy.wire import Done, HandshakeReply
+from fedlora.privacy.account import epsilon
+from fedlora.privacy.events import Gaussian, Truncation
 
 from wired import furnish, known, problem
+
+
+def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_clients(tmp_path):
+    """Four clients with files of their own connect to a run that was planned for three."""
+    home = furnish(tmp_path)
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip": 0.1, "largest_cohort": 2}
+    more = {"rounds": 2, "evaluate": {"clients": "none"}, "sampling": {"fraction": 0.5}}
+    folder, names = tmp_path / "run", ["a", "b", "c", "d"]
+    prepare(build(problem(home, privacy=privacy, **more), ["clients.count=3"]), folder)
+    for name in names:
+        own = {"data": str(home / "rows.jsonl"), "overrides": [f"model={home / 'bert'}"], "accept": True}
+        Settings(clients=[name], **own).write(tmp_path / name)
+    hand = Hand({i + 1: Node(tmp_path / name) for i, name in enumerate(names)})
+    serve(folder, hand)
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()][1:]
+    assert len(lines) == 2
+    for done, line in enumerate(lines, 1):
+        assert line["privacy"]["epsilon"] == epsilon([Gaussian(1.0, 0.5, done, Truncation(2, 3))], 1e-4)
+        assert len(line["chosen"]) <= 2 and set(line["chosen"]) <= {"a", "b", "c"}
+    assert "n = 3 clients" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_nodes_send_no_counts_and_no_losses_and_the_noise_of_a_server_is_secret(tmp_path):

@@ -14,6 +14,8 @@ from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.deploy.wire import HandshakeReply, Rejected
 from fedlora.errors import RunStopped
 from fedlora.messages import Gradient
+from fedlora.privacy import account
+from fedlora.privacy.events import Gaussian, Truncation
 from fedlora.rounds.codec import decode, encode_state
 from fedlora.train import local
 from fedlora.train.record_privacy import RecordPrivacy
@@ -24,6 +26,8 @@ from wired import problem
 
 HARMLESS = {"unit": "record", "epsilon": 3.0, "delta": 1e-5, "clip": 1.0}
 LIMITS = {"unit": "record", "epsilon": 4.0, "run_epsilon": 2.0, "delta": 1e-6, "clip": 0.5}
+REAL_ACCOUNT = run_privacy.composed
+"""Of a node, without a stand-in."""
 TRAIN = {"batch_size": 5, "max_steps": 2, "max_length": 16, "lr": 1e-2, "device": "cpu"}
 
 
@@ -292,6 +296,20 @@ def test_features_and_gradients_are_refused_by_the_trainer(home, tmp_path):
         with pytest.raises(Exception, match="nothing else") as refused:
             ask()
         assert refused.value.reason is Reason.NOT_PRIVATE
+
+
+def test_a_node_counts_the_truncation_of_cohorts_at_its_cost(home, tmp_path):
+    privacy = {"unit": "client", "noise_multiplier": 2.0, "delta": 1e-5, "largest_cohort": 6}
+    clients = {"clients": {"count": 10}, "sampling": {"fraction": 0.5}}
+    owner, _ = joined(
+        home, tmp_path / "node", privacy=privacy, limits={"unit": "client", "epsilon": 9.0, "delta": 1e-6}, **clients
+    )
+    assert reason_of(trained(owner, 0)) is None
+    (release,) = releases()
+    assert release.truncation == Truncation(6, 10)
+    plain = release.model_copy(update={"truncation": None})
+    assert REAL_ACCOUNT([release], 1e-6) == account.epsilon([Gaussian(2.0, 0.5, 2, Truncation(6, 10))], 1e-6)
+    assert REAL_ACCOUNT([release], 1e-6) > REAL_ACCOUNT([plain], 1e-6)
 
 
 def test_a_run_with_privacy_for_clients_is_counted_once_with_all_its_rounds(home, tmp_path):

@@ -1,5 +1,6 @@
 """The account: published values, and laws that need none."""
 
+import json
 import math
 
 import dp_accounting
@@ -9,7 +10,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fedlora.privacy.account import LEAST_NOISE, epsilon, noise_for, steps_for
-from fedlora.privacy.events import Gaussian, from_json, to_json
+from fedlora.privacy.events import Gaussian, Truncation, from_json, to_json
 
 PUBLISHED = [  # noise multiplier, rate, count, delta, epsilon by RDP, by PLD; the first ones are tests of Opacus
     (1.5, 0.04, 2250, 1e-5, 7.3293, 6.7688),
@@ -138,11 +139,14 @@ def test_the_account_rejects_values_out_of_range():
     for wrong in ({"rate": 0.0}, {"rate": 1.5}, {"noise_multiplier": -1.0}, {"noise_multiplier": math.nan}, {"count": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Gaussian(**{"noise_multiplier": 1.0, **wrong})
+    for largest, units in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=f"largest = {largest}, units = {units}"):
+            Truncation(largest, units)
 
 
 def test_a_ledger_survives_json():
-    ledger = [Gaussian(1.5, 0.25, 3), Gaussian(0.0)]
-    assert from_json(to_json(ledger)) == ledger
+    ledger = [Gaussian(1.5, 0.25, 3), Gaussian(0.0), Gaussian(1.0, 0.5, 2, Truncation(7, 10))]
+    assert from_json(json.loads(json.dumps(to_json(ledger)))) == ledger
     for wrong in ({"kind": "laplace"}, {"kind": "gaussian", "rate": 1.0}):
         with pytest.raises(ValueError, match="expected an event"):
             from_json([wrong])
@@ -167,16 +171,39 @@ def test_the_library_has_the_published_values_of_other_mechanisms():
     assert dp_accounting.get_sigma_gaussian(1, 1e-5) == pytest.approx(3.73063, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_the_library_has_the_published_values_of_truncated_and_replaced_samples():
-    def truncated(n, rate, most):
-        return dp_accounting.TruncatedSubsampledGaussianDpEvent(n, rate, most, 1.0)
+def test_truncated_samples_have_the_published_epsilon():
+    few = [Gaussian(1.0, 0.5, 3, Truncation(2, 4)), Gaussian(1.0, 0.5, 2, Truncation(2, 3))]
+    assert epsilon(few, 1e-6) == pytest.approx(17.904330, rel=1e-3)
+    assert epsilon([Gaussian(1.0, 0.02, 200, Truncation(40, 1000))], 1e-3) == pytest.approx(1.1017, rel=6e-4)
 
-    few = composed(PLDAccountant(), (truncated(4, 0.5, 2), 3), (truncated(3, 0.5, 2), 2))
-    assert few.get_epsilon(1e-6) == pytest.approx(17.904330, rel=1e-4)
-    coarse = {"value_discretization_interval": 1e-3}
-    many = composed(PLDAccountant(**coarse), (truncated(1000, 0.02, 40), 200))
-    assert many.get_epsilon(1e-3) == pytest.approx(1.1017, rel=1e-3)
+
+def test_a_ledger_with_truncated_samples_is_the_composition_of_its_events():
+    ledger = [Gaussian(1.0, 0.1, 3, Truncation(12, 100)), Gaussian(2.0, 0.5, 3), Gaussian(1.0, 0.1, 2, Truncation(12, 100))]
+    limited = dp_accounting.TruncatedSubsampledGaussianDpEvent(100, 0.1, 12, 1.0)
+    by_hand = composed(
+        PLDAccountant(value_discretization_interval=1e-3),
+        (limited, 5),
+        (PoissonSampledDpEvent(0.5, GaussianDpEvent(2.0)), 3),
+    )
+    assert epsilon(ledger, 1e-4) == pytest.approx(by_hand.get_epsilon(1e-4), rel=1e-3)
+
+
+def test_the_smaller_the_largest_sample_the_larger_epsilon_which_rdp_does_not_bound():
+    found = [epsilon([Gaussian(1.0, 0.1, 20, Truncation(most, 100))], 1e-3) for most in (10, 15, 99)]
+    assert found[0] > found[1] > found[2] == pytest.approx(epsilon([Gaussian(1.0, 0.1, 20)], 1e-3), rel=1e-6)
+    assert math.isnan(epsilon([Gaussian(1.0, 0.1, 20, Truncation(10, 100))], 1e-3, "rdp"))
+    assert epsilon([Gaussian(0.0, 0.1, 20, Truncation(10, 100))], 1e-3, "rdp") == math.inf
+
+
+def test_the_noise_for_a_target_covers_truncated_samples():
+    limit = Truncation(12, 100)
+    noise = noise_for(2.0, 1e-3, 0.1, 20, limit)
+    assert 1.98 < epsilon([Gaussian(noise, 0.1, 20, limit)], 1e-3) <= 2.0
+    assert noise > noise_for(2.0, 1e-3, 0.1, 20)
+
+
+@pytest.mark.slow
+def test_the_library_has_the_published_values_of_replaced_samples():
     event = SelfComposedDpEvent(PoissonSampledDpEvent(0.02, GaussianDpEvent(1.0)), 200)
-    replaced = composed(PLDAccountant(NeighboringRelation.REPLACE_ONE, **coarse), (event, 1))
+    replaced = composed(PLDAccountant(NeighboringRelation.REPLACE_ONE, value_discretization_interval=1e-3), (event, 1))
     assert replaced.get_epsilon(1e-3) == pytest.approx(1.7200, rel=1e-3)

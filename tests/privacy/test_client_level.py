@@ -32,13 +32,17 @@ from fedlora.rounds.row import PrivacyRow
 from rows import untimed
 from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_simulation
 
-SETTINGS = {"lora-a2": {"upload": "all"}, "flexlora": {"upload": "dense"}, "fra-lora": {"upload": "dense"}}
+SETTINGS = {
+    "lora-a2": {"upload": "all"},
+    "flexlora": {"upload": "dense"},
+    "fra-lora": {"upload": "dense"},
+}
 """With which methods merge means of uploads without choices, where the default is another one."""
 
 
 def allowed(name):
     privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-5}
-    method = {"name": name, **SETTINGS.get(name, {})}
+    method = {"name": name.partition(",")[0], **SETTINGS.get(name, {})}
     experiment = Experiment(method=method, privacy=privacy, evaluate={"clients": "none"})
     try:
         return bool(leaving(method_of(experiment), experiment))
@@ -50,7 +54,7 @@ ALLOWED = [name for name in TABLE if allowed(name)]
 
 
 def method_with_trained_head(name):
-    row = TABLE[name]
+    row = TABLE[name.partition(",")[0]]
     inner = row.make(**row.fixed_settings, rank=3, **SETTINGS.get(name, {}))
     return with_head(inner, "method-managed" if row.head == "method-managed" else "averaged")
 
@@ -155,6 +159,40 @@ def test_each_client_is_drawn_on_its_own():
     assert fmean(sizes) == pytest.approx(10, rel=0.05) and variance(sizes) == pytest.approx(7.5, rel=0.3)
 
 
+def test_of_more_drawn_clients_than_the_largest_cohort_so_many_are_kept_at_random():
+    clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(40)]
+    whole, counts, full = privacy(rate=0.25), Counter(), 0
+    limited = replace(whole, largest=10, registered=40)
+    for index in range(600):
+        drawn, kept = (level.choose(clients, Round(index, 0)) for level in (whole, limited))
+        assert kept == [one for one in drawn if one in kept] and len(kept) == min(10, len(drawn))
+        if len(drawn) > 10:
+            full += 1
+            counts.update({one.id: (one in kept) - 10 / len(drawn) for one in drawn})
+    assert 150 < full < 450
+    assert all(abs(excess) < 4 * (full * 0.25 * 0.25) ** 0.5 for excess in counts.values()), "no client is preferred"
+
+
+def test_a_client_less_changes_a_truncated_cohort_by_at_most_one_other_client():
+    clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(40)]
+    level, replaced = privacy(rate=0.25, largest=8, registered=40), 0
+    for index in range(40):
+        cohort = set(level.choose(clients, Round(index, 0)))
+        for left_out in cohort:
+            others = set(level.choose([one for one in clients if one != left_out], Round(index, 0)))
+            assert cohort - others == {left_out} and len(others - cohort) <= 1
+            replaced += len(others - cohort)
+    assert replaced > 100
+
+
+def test_the_largest_cohort_holds_for_secret_draws_and_without_its_account_no_client_is_drawn():
+    clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(60)]
+    level = privacy(rate=1.0, secret=True, largest=20, registered=30)
+    draws = [level.choose(clients, Round(0, 0)) for _ in range(3)]
+    assert all(len(drawn) == 20 and set(drawn) <= set(clients[:30]) for drawn in draws)
+    assert draws[0] != draws[1] or draws[1] != draws[2]
+
+
 def test_secret_cohorts_do_not_follow_from_the_seed():
     clients, level = [ClientInfo(f"{i:02}", 3, 1) for i in range(60)], privacy(rate=0.5, secret=True)
     assert level.choose(clients, Round(0, 0)) != level.choose(clients, Round(0, 0))
@@ -225,9 +263,11 @@ def test_an_audit_finds_what_is_broken_and_nothing_else(kind, noise, broken):
     assert (min(bounds) > epsilon([Gaussian(5.0)], 1e-5)) == broken
 
 
-def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path):
-    method = method_with_trained_head("fedit")
-    trainer, clients, level = ToyTrainer(), toy_clients(30), privacy(noise=0.5, rate=0.5, expected=15.0, quantile=0.5)
+@pytest.mark.parametrize("name", ["fedit"])
+def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path, name):
+    method = method_with_trained_head(name)
+    level = privacy(noise=0.5, rate=0.5, expected=15.0, quantile=0.5, largest=15, registered=30)
+    trainer, clients = ToyTrainer(), toy_clients(30)
     plan, start = private_plan(method, trainer, level, rounds=4), RunState(method.init_server(trainer.spec, 0))
 
     def rounds(state, first):
@@ -239,6 +279,7 @@ def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path):
     assert [untimed(row) for _, row in resumed] == [untimed(row) for _, row in whole[2:]]
     assert encode_state(resumed[-1][0]) == encode_state(whole[-1][0])
     assert len({row.privacy.clip for _, row in whole}) == 4
+    assert max(len(row.chosen) for _, row in whole) == 15
 
 
 def test_rows_have_nothing_that_depends_on_single_uploads():

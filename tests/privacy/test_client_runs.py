@@ -6,7 +6,7 @@ from fedlora import api
 from fedlora.config.experiment import build
 from fedlora.errors import UserError
 from fedlora.privacy.account import epsilon
-from fedlora.privacy.events import Gaussian
+from fedlora.privacy.events import Gaussian, Truncation
 from fedlora.rounds.progress import NullProgress
 
 from wired import assert_same_runs, furnish, problem
@@ -32,14 +32,18 @@ class Interrupting(NullProgress):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_is_the_undisturbed_run_and_spends_as_much(home, tmp_path):
-    api.run(experiment(home), tmp_path / "whole", False)
+@pytest.mark.parametrize("largest", [None, 2])
+def test_a_resumed_run_is_the_undisturbed_run_and_spends_as_much(home, tmp_path, largest):
+    what = experiment(home, largest_cohort=largest)
+    api.run(what, tmp_path / "whole", False)
     with pytest.raises(KeyboardInterrupt):
-        api.run(experiment(home), tmp_path / "resumed", Interrupting())
+        api.run(what, tmp_path / "resumed", Interrupting())
     rows = api.resume(tmp_path / "resumed", False).rows
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     for row in rows[1:]:
-        assert row.privacy.epsilon == epsilon([Gaussian(1.0, 0.5, row.round)], 1e-4)
+        limit = None if largest is None else Truncation(largest, 4)
+        assert row.privacy.epsilon == epsilon([Gaussian(1.0, 0.5, row.round, limit)], 1e-4)
+        assert largest is None or len(row.chosen) <= largest
 
 
 def test_noise_for_an_epsilon_holds_for_the_rounds_of_the_run_which_cannot_be_increased(home, tmp_path):

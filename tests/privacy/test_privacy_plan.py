@@ -1,6 +1,12 @@
 """Plans of runs, the statement about them, and the command that prints them."""
 
+import io
+import json
+import re
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 
 from fedlora import Experiment
 from fedlora.config.privacy import Privacy
@@ -8,9 +14,10 @@ from fedlora.messages import ClientInfo
 from fedlora.methods.lora_a2 import LoRAA2
 from fedlora.planning import plan_of, statement_of, statement_text, weakness_notes
 from fedlora.privacy.account import epsilon, noise_for
-from fedlora.privacy.events import Gaussian
+from fedlora.privacy.events import Gaussian, Truncation
 from fedlora.privacy.plan import client_plan, record_plan
 from fedlora.privacy.statement import Statement
+from fedlora.report import privacy_tables
 
 RECORDS = Privacy(unit="record", noise_multiplier=1.0, delta=1e-4)
 CLIENTS = Privacy(unit="client", noise_multiplier=1.0, delta=1e-3, clip=0.5)
@@ -67,6 +74,47 @@ def test_rounds_of_clients_are_the_steps_of_one_mechanism():
     by_round = plan.by_round()
     assert by_round[50] == one.epsilon(1e-3) and by_round[5] == epsilon([Gaussian(1.0, count=5)], 1e-3)
     assert list(by_round) == sorted(by_round) and list(by_round.values()) == sorted(by_round.values())
+
+
+def test_a_largest_cohort_is_in_the_account_the_tables_and_the_statement():
+    privacy = CLIENTS.model_copy(update={"largest_cohort": 12})
+    plan = client_plan(privacy, 5, 0.1, 100)
+    limited = [Gaussian(1.0, 0.1, 5, Truncation(12, 100))]
+    (one,) = plan.mechanisms
+    assert list(one.releases()) == limited
+    assert (
+        plan.by_round()[5] == one.epsilon(1e-3) == epsilon(limited, 1e-3) > client_plan(CLIENTS, 5, 0.1, 100).by_round()[5]
+    )
+    found = json.loads(privacy_tables.to_json(plan))
+    assert (found["epsilon"], found["epsilon_rdp"], found["mechanisms"][0]["largest"]) == (epsilon(limited, 1e-3), None, 12)
+    console = Console(width=120, file=io.StringIO())
+    console.print(privacy_tables.table(plan))
+    printed = console.file.getvalue()
+    assert "largest" in printed and f"epsilon {epsilon(limited, 1e-3):.4g} by PLD, - by RDP" in printed
+    text = Statement(plan, "seed", one.releases(2)).text()
+    assert "expected cohort 10, of which at most 12, chosen at random, take part" in text
+    assert f"epsilon by PLD {epsilon([Gaussian(1.0, 0.1, 2, Truncation(12, 100))], 1e-3):.4g}, by RDP -," in text
+
+
+def test_the_page_about_privacy_has_the_costs_of_largest_cohorts():
+    page = " ".join((Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8").split())
+    sentence = page.partition("epsilon is ")[2].partition("the smallest limit")[0]
+    without, *limited = re.findall(r"(\d\.\d+) (?:without a limit|with at most (\d+))", sentence)
+    assert len(limited) == 3
+    for shown, most in (without, *limited):
+        privacy = CLIENTS.model_copy(update={"largest_cohort": int(most) if most else None})
+        assert client_plan(privacy, 200, 0.02, 1000).worst().epsilon(1e-3) == pytest.approx(float(shown), abs=0.006)
+
+
+def test_a_largest_cohort_that_no_cohort_can_exceed_changes_nothing():
+    privacy = CLIENTS.model_copy(update={"largest_cohort": 40})
+    assert client_plan(privacy, 50, 1.0, 40).by_round() == client_plan(CLIENTS, 50, 1.0, 40).by_round()
+
+
+def test_the_noise_for_a_target_is_that_of_the_largest_cohort():
+    privacy = Privacy(unit="client", epsilon=2.0, delta=1e-3, largest_cohort=12)
+    (one,) = client_plan(privacy, 5, 0.1, 100).mechanisms
+    assert one.noise_multiplier == noise_for(2.0, 1e-3, 0.1, 5, Truncation(12, 100)) and 1.98 < one.epsilon(1e-3) <= 2.0
 
 
 def test_the_plan_of_an_experiment_has_its_batches_and_its_epochs():
@@ -128,9 +176,13 @@ def test_a_statement_without_noise_promises_nothing():
 
 def test_the_statement_of_a_simulation_counts_its_rounds():
     privacy = CLIENTS.model_dump(exclude_defaults=True)
-    experiment = Experiment.model_validate({"rounds": 9, "privacy": privacy, "evaluate": {"clients": "none"}})
+    sections = {"rounds": 9, "evaluate": {"clients": "none"}}
+    experiment = Experiment.model_validate({"privacy": privacy, **sections})
     sizes = {str(i): 1 for i in range(10)}
     assert statement_of(experiment, sizes, 4, "seed").epsilon() == epsilon([Gaussian(1.0, count=4)], 1e-3)
+    limited = {"privacy": {**privacy, "largest_cohort": 6}, "sampling": {"fraction": 0.5}, **sections}
+    spent = statement_of(Experiment.model_validate(limited), sizes, 4, "seed").epsilon()
+    assert spent == epsilon([Gaussian(1.0, 0.5, 4, Truncation(6, 10))], 1e-3)
     assert statement_of(Experiment(), sizes, 4, "seed") is None
 
 

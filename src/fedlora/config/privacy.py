@@ -46,6 +46,13 @@ class Privacy(Section):
     """
     public_counts: bool = False
     """For records: whether the clients' numbers of examples are public, and may be sent and weigh their uploads."""
+    largest_cohort: PositiveInt | None = None
+    """For clients: the largest number of clients in a round, at least the expected one, `sampling.fraction` of all clients.
+    Of more drawn clients, so many take part, chosen at random. If omitted, all drawn clients. Smaller limits cost more
+    epsilon.
+
+    Example: 150
+    """
     clip_quantile: Annotated[float, Range(gt=0, lt=1)] | None = None
     """For clients: adapts the clip from round to round, so that it approaches this quantile of the norms (Andrew et al.
     2021, arXiv:1905.03871). If omitted, the clip is fixed.
@@ -64,7 +71,7 @@ class Privacy(Section):
     def _complete(self) -> "Privacy":
         fields = type(self).model_fields
         changed = {key for key in fields if getattr(self, key) != fields[key].default}
-        only = {"record": {"participations", "public_counts"}, "client": {"clip_quantile", "clip_rate"}}
+        only = {"record": {"participations", "public_counts"}, "client": {"clip_quantile", "clip_rate", "largest_cohort"}}
         for unit, keys in only.items():
             if unit != self.unit and (wrong := sorted(changed & keys)):
                 raise ValueError(f"privacy.{wrong[0]} needs privacy.unit = {unit!r}")

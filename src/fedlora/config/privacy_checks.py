@@ -36,6 +36,18 @@ def privacy_conflicts(experiment: "Experiment") -> Iterator[str]:
             f"data.task = {experiment.data.task!r} is not supported by privacy.unit = 'client': an owner of several tasks "
             "would be several clients, each protected alone; remove it"
         )
+    if (largest := experiment.privacy.largest_cohort) is not None:
+        if (clients := experiment.clients.size) is None:
+            yield (
+                f"privacy.largest_cohort = {largest} needs clients.count: the account depends on the number of clients; "
+                "set clients.count"
+            )
+        elif largest < round(expected := sampling.fraction * clients, 9):
+            yield (
+                f"privacy.largest_cohort = {largest}: expected at least {expected:.4g}, the expected number of clients in "
+                f"a round (sampling.fraction = {sampling.fraction:g} of {clients} clients); raise it, or lower "
+                "sampling.fraction"
+            )
     if sampling.max_norm is not None:
         yield (
             f"sampling.max_norm = {sampling.max_norm:g} is not supported by privacy.unit = 'client': the reasons for "

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from fedlora.privacy.events import Truncation
 from fedlora.rounds import durable
 
 Epsilon = Callable[[Sequence["Release"], float], float]
@@ -23,7 +24,7 @@ class _Part(BaseModel):
 
 
 class Release(_Part):
-    """`count` Gaussian releases of one client in one run, each on a Poisson sample.
+    """`count` Gaussian releases of one client in one run, each on a Poisson sample, perhaps with a `truncation`.
 
     `settled` is whether the client's training has ended; until then, and after a crash for ever, all `count` are spent.
     """
@@ -35,6 +36,7 @@ class Release(_Part):
     rate: Annotated[FiniteFloat, Field(gt=0, le=1)]
     count: Annotated[int, Field(ge=0)]
     settled: bool = False
+    truncation: Truncation | None = None
 
 
 class _Account(_Part):

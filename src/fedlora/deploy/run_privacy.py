@@ -12,7 +12,8 @@ from fedlora.deploy.privacy_ledger import BudgetSpent, PrivacyLedger, Release, d
 from fedlora.deploy.settings import Settings
 from fedlora.messages import ClientInfo
 from fedlora.privacy.account import epsilon, noise_for
-from fedlora.privacy.events import Gaussian
+from fedlora.privacy.events import Gaussian, Truncation
+from fedlora.privacy.plan import client_plan
 from fedlora.rounds.client import Trainer
 from fedlora.train.local import LocalTrainer
 from fedlora.train.record_privacy import RecordPrivacy
@@ -109,20 +110,19 @@ class RunPrivacy:
 
     def _rest_of_plan(self, clients: Sequence[ClientInfo]) -> list[Release]:
         asked, rate, rounds = self.experiment.privacy, self.experiment.sampling.fraction, self.experiment.rounds
-        noise = asked.noise_multiplier
-        if noise is None:
-            assert asked.epsilon is not None and asked.delta is not None
-            noise = noise_for(asked.epsilon, asked.delta, rate, rounds)
+        (one,) = client_plan(asked, rounds, rate, self.experiment.clients.size or 1).mechanisms
         with ledger_errors(self.notify):
             planned = [one for one in self.ledger.releases() if one.run == self.run and one.unit == "client"]
-        counted = {client.id: sum(one.count for one in planned if one.client == client.id) for client in clients}
+        counted = {client.id: sum(found.count for found in planned if found.client == client.id) for client in clients}
         return [
-            self._release(client.id, noise, rate, rounds - counted[client.id])
+            self._release(client.id, one.noise_multiplier, rate, rounds - counted[client.id], one.truncation)
             for client in clients
             if counted[client.id] < rounds
         ]
 
-    def _release(self, client: str, noise_multiplier: float, rate: float, count: int) -> Release:
+    def _release(
+        self, client: str, noise_multiplier: float, rate: float, count: int, truncation: Truncation | None = None
+    ) -> Release:
         return Release(
             run=self.run,
             client=client,
@@ -130,9 +130,10 @@ class RunPrivacy:
             noise_multiplier=noise_multiplier,
             rate=rate,
             count=count,
+            truncation=truncation,
         )
 
 
 def composed(releases: Sequence[Release], delta: float) -> float:
     """The epsilon of all releases together."""
-    return epsilon([Gaussian(one.noise_multiplier, one.rate, one.count) for one in releases], delta)
+    return epsilon([Gaussian(one.noise_multiplier, one.rate, one.count, one.truncation) for one in releases], delta)

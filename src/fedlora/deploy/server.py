@@ -53,7 +53,9 @@ def serve(path: Path, transport: Transport) -> None:
             start = begin(session, folder)
             backend = flower_backend(session, start, transport, event_log)
             backend.wait_for_clients(experiment.clients.size or 1, experiment.deploy.wait)
-            session = replace(session, deployed=True, registered=len(backend.clients()))
+            limited = experiment.privacy.largest_cohort is not None  # in an account for this number of clients
+            registered = experiment.clients.size if limited else len(backend.clients())
+            session = replace(session, deployed=True, registered=registered)
             run_state = rounds(session, folder, event_log, backend, start, deployed=True)
             if experiment.method.row.personal:
                 _save_adapters(session, folder, backend, run_state)

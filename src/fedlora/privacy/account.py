@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, Literal
 
-from fedlora.privacy.events import Gaussian, Ledger
+from fedlora.privacy.events import Gaussian, Ledger, Truncation
 
 Accountant = Literal["pld", "rdp"]
 
@@ -35,7 +35,8 @@ def epsilon(ledger: Ledger, delta: float, accountant: Accountant = "pld") -> flo
     """An upper bound on the epsilon of all releases together; infinite if one of them has no noise.
 
     "pld" composes privacy loss distributions, with an excess of about 0.02 %, or more from 10,000 steps on; "rdp" is the
-    looser bound by Renyi divergences. Takes a fraction of a second; the same call again is free.
+    looser bound by Renyi divergences, NaN for truncated samples, for which there is none. Takes a fraction of a second; the
+    same call again is free.
 
     Raises:
         ValueError: delta is not between 0 and 1.
@@ -49,18 +50,19 @@ def epsilon(ledger: Ledger, delta: float, accountant: Accountant = "pld") -> flo
     return _pld(events, delta) if accountant == "pld" else _rdp(events, delta)
 
 
-def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
+def noise_for(epsilon: float, delta: float, rate: float, steps: int, truncation: Truncation | None = None) -> float:
     """The noise multiplier for which `steps` releases on samples with this rate have at most this epsilon.
 
-    About 1 % above the smallest one, as the rate is rounded up, so that similar calls share a result. For samples, at least
-    `LEAST_NOISE`.
+    About 1 % above the smallest one, as the rate is rounded up (not for truncated samples), so that similar calls share a
+    result. For samples, at least `LEAST_NOISE`.
 
     Raises:
         ValueError: epsilon, delta or rate is out of range.
     """
     _check_epsilon(epsilon)
     _check_delta(delta)
-    return _noise(epsilon, delta, _rounded_up(Gaussian(1.0, rate).rate), steps) if steps else 0.0
+    rate = Gaussian(1.0, rate).rate
+    return _noise(epsilon, delta, rate if truncation else _rounded_up(rate), steps, truncation) if steps else 0.0
 
 
 def steps_for(epsilon: float, delta: float, rate: float, noise_multiplier: float) -> int:
@@ -89,18 +91,27 @@ def _check_delta(delta: float) -> None:
 
 def _joined(ledger: Ledger) -> tuple[Gaussian, ...]:
     """The ledger in a fixed order, with equal releases counted together."""
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[Gaussian, int] = {}
     for event in ledger:
-        key = event.noise_multiplier, event.rate
+        key = replace(event, count=1)
         counts[key] = counts.get(key, 0) + event.count
-    return tuple(Gaussian(*key, count) for key, count in sorted(counts.items()) if count)
+    return tuple(replace(event, count=counts[event]) for event in sorted(counts, key=_order) if counts[event])
+
+
+def _order(event: Gaussian) -> tuple[float, ...]:
+    limit = event.truncation
+    return (event.noise_multiplier, event.rate, *(() if limit is None else (limit.largest, limit.units)))
+
+
+def _sampled(event: Gaussian) -> bool:
+    return event.rate < 1 or event.truncation is not None
 
 
 @cache
 def _pld(events: tuple[Gaussian, ...], delta: float) -> float:
-    if all(event.rate == 1 for event in events):
+    if not any(map(_sampled, events)):
         return _without_sampling(events, delta)
-    steps = sum(event.count if event.rate < 1 else 1 for event in events)
+    steps = sum(event.count if _sampled(event) else 1 for event in events)
     interval = _interval(1.0, steps, 100 * _PRECISION)
     found = _composed(events, delta, interval)
     while interval > (wanted := _interval(found, steps, _PRECISION)):
@@ -121,20 +132,28 @@ def _composed(events: tuple[Gaussian, ...], delta: float, interval: float) -> fl
     """Epsilon by PLD with privacy losses in steps of `interval`. Any interval gives an upper bound."""
     whole = None
     for event in events:
-        if event.rate == 1:
-            part = _loss(event.noise_multiplier / math.sqrt(event.count), 1.0, interval)
+        if _sampled(event):
+            part = _loss(event.noise_multiplier, event.rate, event.truncation, interval).self_compose(event.count)
         else:
-            part = _loss(event.noise_multiplier, event.rate, interval).self_compose(event.count)
+            part = _loss(event.noise_multiplier / math.sqrt(event.count), 1.0, None, interval)
         whole = part if whole is None else whole.compose(part)
     assert whole is not None
     return float(whole.get_epsilon_for_delta(delta))
 
 
 @lru_cache(16)
-def _loss(noise_multiplier: float, rate: float, interval: float) -> Any:
+def _loss(noise_multiplier: float, rate: float, truncation: Truncation | None, interval: float) -> Any:
     """The privacy loss distribution of one release."""
     from dp_accounting.pld import privacy_loss_distribution
 
+    if truncation is not None:
+        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+            dataset_size=truncation.units,
+            sampling_probability=rate,
+            truncated_batch_size=truncation.largest,
+            noise_multiplier=noise_multiplier,
+            value_discretization_interval=interval,
+        )
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, value_discretization_interval=interval, sampling_prob=rate
     )
@@ -151,6 +170,8 @@ def _rdp(events: tuple[Gaussian, ...], delta: float) -> float:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
+    if any(event.truncation for event in events):
+        return math.nan
     accountant = RdpAccountant()
     with _quiet():
         for event in events:
@@ -172,16 +193,17 @@ def _quiet() -> Iterator[None]:
 
 
 @cache
-def _noise(target: float, delta: float, rate: float, steps: int) -> float:
+def _noise(target: float, delta: float, rate: float, steps: int, truncation: Truncation | None) -> float:
     mu = _mu(target, delta)
-    if rate == 1:
+    if rate == 1 and truncation is None:
         return math.sqrt(steps) / mu * (1 + _MARGIN)
     at = math.log(math.log1p((mu / rate) ** 2 / steps)) / -2  # by the central limit theorem
     for precision in (30 * _SEARCH_PRECISION, _SEARCH_PRECISION):
         interval = _interval(target, steps, precision)
 
         def excess(log_noise: float, interval: float = interval) -> float:
-            return _log_ratio(_composed((Gaussian(math.exp(log_noise), rate, steps),), delta, interval), target)
+            event = Gaussian(math.exp(log_noise), rate, steps, truncation)
+            return _log_ratio(_composed((event,), delta, interval), target)
 
         at = _crossing(excess, at, math.log(LEAST_NOISE))
     return math.exp(at)

@@ -2,7 +2,7 @@
 
 from fedlora.config.privacy import Privacy
 from fedlora.errors import UserError
-from fedlora.privacy.events import Gaussian
+from fedlora.privacy.plan import client_plan
 from fedlora.rounds.client_privacy import ClientPrivacy
 
 
@@ -14,19 +14,21 @@ def planned(privacy: Privacy, rate: float, rounds: int, clients: int, secret: bo
     Raises:
         UserError: there are too few clients for `privacy.clip_quantile`.
     """
-    from fedlora.privacy.account import epsilon, noise_for  # takes seconds to import
-
-    delta, noise = privacy.delta, privacy.noise_multiplier
-    assert delta is not None
-    if noise is None:
-        assert privacy.epsilon is not None
-        noise = noise_for(privacy.epsilon, delta, rate, rounds)
-
-    def spent(done: int) -> float:
-        return epsilon([Gaussian(noise, rate, done)], delta)
-
-    adapted = privacy.clip_quantile, privacy.clip_rate
+    plan = client_plan(privacy, rounds, rate, clients)
+    (one,) = plan.mechanisms
     try:
-        return ClientPrivacy(privacy.clip, noise, delta, rate, rate * clients, spent, *adapted, secret)
+        return ClientPrivacy(
+            privacy.clip,
+            one.noise_multiplier,
+            plan.delta,
+            rate,
+            one.expected,
+            lambda done: one.epsilon(plan.delta, steps=done),
+            privacy.clip_quantile,
+            privacy.clip_rate,
+            secret,
+            one.largest,
+            None if one.largest is None else clients,
+        )
     except ValueError as error:
         raise UserError(str(error)) from None

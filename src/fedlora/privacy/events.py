@@ -6,11 +6,27 @@ from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """A limit on a Poisson sample: of more than `largest` drawn units out of `units`, `largest` are kept, at random.
+
+    Raises:
+        ValueError: a value is below 1.
+    """
+
+    largest: int
+    units: int
+
+    def __post_init__(self) -> None:
+        if self.largest < 1 or self.units < 1:
+            raise ValueError(f"largest = {self.largest}, units = {self.units}: expected whole numbers of at least 1")
+
+
+@dataclass(frozen=True)
 class Gaussian:
     """A Gaussian release of a sum over a Poisson sample, made `count` times.
 
     The noise's standard deviation is `noise_multiplier` times the largest norm of one unit's term. Each unit is in a sample
-    with probability `rate`, independently of all others.
+    with probability `rate`, independently of all others; with a `truncation`, not all of these are kept.
 
     Raises:
         ValueError: a value is out of range.
@@ -19,6 +35,7 @@ class Gaussian:
     noise_multiplier: float
     rate: float = 1.0
     count: int = 1
+    truncation: Truncation | None = None
 
     kind: ClassVar[str] = "gaussian"
 
@@ -51,5 +68,8 @@ def from_json(entries: Sequence[Mapping[str, Any]]) -> list[Gaussian]:
         values = {name: value for name, value in entry.items() if name != "kind"}
         if entry.get("kind") != Gaussian.kind or values.keys() != {field.name for field in fields(Gaussian)}:
             raise ValueError(f"expected an event of kind {Gaussian.kind!r} with all its values, found {sorted(entry)}")
-        ledger.append(Gaussian(float(values["noise_multiplier"]), float(values["rate"]), int(values["count"])))
+        limit = values["truncation"]
+        truncation = None if limit is None else Truncation(int(limit["largest"]), int(limit["units"]))
+        noise, rate, count = float(values["noise_multiplier"]), float(values["rate"]), int(values["count"])
+        ledger.append(Gaussian(noise, rate, count, truncation))
     return ledger

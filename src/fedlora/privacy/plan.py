@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedlora.config.privacy import Privacy
 from fedlora.privacy.account import Accountant, epsilon, noise_for
-from fedlora.privacy.events import Gaussian
+from fedlora.privacy.events import Gaussian, Ledger, Truncation
 
 _QUANTILES = 5
 
@@ -15,8 +15,8 @@ _QUANTILES = 5
 class Mechanism:
     """The releases about one data set: that of a client's examples, or that of all clients.
 
-    `units` is the number of protected units in it, of which a step's sample has `expected`; `name` is the client's, empty
-    for that of all clients.
+    `units` is the number of protected units in it, of which a step's sample has `expected`, and at most `largest`; `name`
+    is the client's, empty for that of all clients.
     """
 
     name: str
@@ -24,16 +24,26 @@ class Mechanism:
     rate: float
     noise_multiplier: float
     steps: int
+    largest: int | None = None
 
     @property
     def expected(self) -> float:
         """The expected number of units in a sample."""
         return self.rate * self.units
 
+    @property
+    def truncation(self) -> Truncation | None:
+        """The limit on a sample; None if no sample can exceed it."""
+        return truncation_of(self.largest, self.units)
+
+    def releases(self, steps: int | None = None) -> Ledger:
+        """Those of this number of steps, by default of all."""
+        count = self.steps if steps is None else steps
+        return [Gaussian(self.noise_multiplier, self.rate, count, self.truncation)]
+
     def epsilon(self, delta: float, accountant: Accountant = "pld", steps: int | None = None) -> float:
         """Epsilon after this number of steps, by default after all."""
-        count = self.steps if steps is None else steps
-        return epsilon([Gaussian(self.noise_multiplier, self.rate, count)], delta, accountant)
+        return epsilon(self.releases(steps), delta, accountant)
 
 
 @dataclass(frozen=True)
@@ -102,15 +112,22 @@ def record_plan(
 
 def client_plan(privacy: Privacy, rounds: int, fraction: float, clients: int) -> PrivacyPlan:
     """The plan of noise on the sums of the uploads of Poisson cohorts."""
-    found = Mechanism("", clients, fraction, _noise(privacy, fraction, rounds), rounds)
+    largest = privacy.largest_cohort
+    noise = _noise(privacy, fraction, rounds, truncation_of(largest, clients))
+    found = Mechanism("", clients, fraction, noise, rounds, largest)
     return PrivacyPlan("client", privacy.clip, privacy.clip_quantile, _delta(privacy), rounds, [found])
 
 
-def _noise(privacy: Privacy, rate: float, steps: int) -> float:
+def truncation_of(largest: int | None, units: int) -> Truncation | None:
+    """The limit on a sample of these units; None if no sample can exceed it."""
+    return None if largest is None or largest >= units else Truncation(largest, units)
+
+
+def _noise(privacy: Privacy, rate: float, steps: int, truncation: Truncation | None = None) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     assert privacy.epsilon is not None, "checked by the section"
-    return noise_for(privacy.epsilon, _delta(privacy), rate, steps)
+    return noise_for(privacy.epsilon, _delta(privacy), rate, steps, truncation)
 
 
 def _delta(privacy: Privacy) -> float:

@@ -117,7 +117,9 @@ class Statement:
         planned = f"at most {steps} steps of a client planned" if record else f"{steps} rounds planned"
         taken = "" if self.spent is None else f", {sum(event.count for event in self.spent)} made"
         of = "a client's examples, expected batch" if record else "the clients, expected cohort"
-        return f"Sampling: Poisson with rate {rate} of {of} {expected}; {planned}{taken}."
+        largest = next((one.largest for one in plan.mechanisms), None)
+        limit = "" if largest is None else f", of which at most {largest}, chosen at random, take part"
+        return f"Sampling: Poisson with rate {rate} of {of} {expected}{limit}; {planned}{taken}."
 
     def _account(self) -> str:
         plan = self.plan
@@ -142,4 +144,4 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return "-" if math.isnan(value) else f"{value:.4g}"

@@ -22,12 +22,14 @@ def warnings(plan: PrivacyPlan) -> list[str]:
 def table(plan: PrivacyPlan) -> Group:
     """The mechanisms, epsilon by rounds, and the guarantee in a line."""
     mechanisms = _table("client", "examples") if plan.unit == "record" else _table("clients")
-    for name in ("rate", "expected", "noise multiplier", "steps", "epsilon"):
+    limited = any(one.largest is not None for one in plan.mechanisms)
+    for name in ("rate", "expected", *(["largest"] if limited else []), "noise multiplier", "steps", "epsilon"):
         mechanisms.add_column(name, justify="right")
     for one in plan.mechanisms:
         who = [printable(one.name), str(one.units)] if plan.unit == "record" else [str(one.units)]
-        numbers = (one.rate, one.expected, one.noise_multiplier)
-        mechanisms.add_row(*map(Text, who), *map(_short, numbers), str(one.steps), _short(one.epsilon(plan.delta)))
+        sample = [_short(one.rate), _short(one.expected), *([str(one.largest)] if limited else [])]
+        used = [_short(one.noise_multiplier), str(one.steps), _short(one.epsilon(plan.delta))]
+        mechanisms.add_row(*map(Text, who), *sample, *used)
     rounds = _table()
     rounds.add_column("after round" if plan.unit == "client" else "rounds of a client", justify="right")
     rounds.add_column("epsilon", justify="right")
@@ -73,7 +75,7 @@ def _table(*columns: str) -> Table:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _finite(value: float) -> Any:

@@ -80,6 +80,9 @@ class ClientPrivacy:
     deviation `noise_multiplier` * `clip` is added to the sum of the clipped changes, which is divided by `expected_cohort`.
     That number is fixed, so an upload that is late or rejected counts as no change, and an empty cohort releases noise.
 
+    Of more than `largest` drawn clients, `largest` take part, chosen at random. The account is then that of a number of
+    clients: clients beyond `registered` are not drawn.
+
     With a `quantile`, the clip approaches that quantile of the norms at `quantile_rate`. A part of the budget pays for the
     noised number of changes within the clip: the noise on the sum is larger, so that both cost what `noise_multiplier`
     says.
@@ -99,6 +102,8 @@ class ClientPrivacy:
     quantile: float | None = None
     quantile_rate: float = 0.2
     secret: bool = False
+    largest: int | None = None
+    registered: int | None = None
 
     def __post_init__(self) -> None:
         """Checks that the cohort is large enough for the quantile.
@@ -121,8 +126,13 @@ class ClientPrivacy:
 
     def choose(self, clients: Sequence[ClientInfo], rnd: Round) -> list[ClientInfo]:
         """The cohort of a round, in the order of the clients' ids; it may be empty."""
-        ordered = sorted(clients, key=lambda client: client.id)
-        return [one for one in ordered if float(self._random("private cohort", rnd, one.id).uniform(1)) < self.rate]
+        ordered = sorted(clients, key=lambda client: client.id)[: self.registered]
+        drawn = [one for one in ordered if self._uniform("private cohort", rnd, one) < self.rate]
+        if self.largest is None or len(drawn) <= self.largest:
+            return drawn
+        places = {one.id: self._uniform("truncated cohort", rnd, one) for one in drawn}
+        kept = sorted(places, key=places.__getitem__)[: self.largest]
+        return [one for one in drawn if one.id in kept]
 
     def release(self, clipped: ClippedSum, rnd: Round) -> NoisedMean:
         """The noised mean of a round, and the next round's clip."""
@@ -137,6 +147,9 @@ class ClientPrivacy:
         count_noise = _COUNT_NOISE * self.expected_cohort * float(random.normal(torch.Size([1]))) if noisy else 0.0
         share = (clipped.majority + count_noise) / self.expected_cohort + 0.5
         return NoisedMean(mean, clip, share, clip * math.exp(-self.quantile_rate * (share - self.quantile)))
+
+    def _uniform(self, purpose: str, rnd: Round, client: ClientInfo) -> float:
+        return float(self._random(purpose, rnd, client.id).uniform(1))
 
     def _random(self, purpose: str, rnd: Round, client: str = "") -> RandomSource:
         if self.secret:
