@@ -34,6 +34,7 @@ from toy import MemoryStates, Quiet, ToyTrainer, toy_clients, toy_method, toy_si
 
 SETTINGS = {
     "lora-a2": {"upload": "all"},
+    "lora-a2, shared choice": {"shared_rank": 1},
     "flexlora": {"upload": "dense"},
     "fra-lora": {"upload": "dense"},
 }
@@ -51,6 +52,7 @@ def allowed(name):
 
 
 ALLOWED = [name for name in TABLE if allowed(name)]
+SHARED = "lora-a2, shared choice"
 
 
 def method_with_trained_head(name):
@@ -63,6 +65,7 @@ def test_all_methods_that_merge_means_of_uploads_without_choices_are_allowed():
     uploads_nothing, chooses = {"local-only"}, {"flasc"}
     means = {n for n, row in TABLE.items() if row.make(**row.fixed_settings, **SETTINGS.get(n, {})).collects_mean}
     assert set(ALLOWED) == means - uploads_nothing - chooses
+    assert allowed(SHARED)
 
 
 def test_the_page_about_privacy_names_the_allowed_methods():
@@ -72,7 +75,7 @@ def test_the_page_about_privacy_names_the_allowed_methods():
 
 
 @pytest.mark.parametrize("wrapper", [None, pytest.param(FedProx, marks=pytest.mark.slow)], ids=["alone", "fedprox"])
-@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("name", [*ALLOWED, SHARED])
 def test_the_released_sum_moves_by_at_most_the_clip_if_a_client_is_added(name, wrapper):
     """In a later round, with clients whose uploads are small, huge, rejected as too large, or absent."""
     method = method_with_trained_head(name)
@@ -263,7 +266,7 @@ def test_an_audit_finds_what_is_broken_and_nothing_else(kind, noise, broken):
     assert (min(bounds) > epsilon([Gaussian(5.0)], 1e-5)) == broken
 
 
-@pytest.mark.parametrize("name", ["fedit"])
+@pytest.mark.parametrize("name", ["fedit", SHARED])
 def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path, name):
     method = method_with_trained_head(name)
     level = privacy(noise=0.5, rate=0.5, expected=15.0, quantile=0.5, largest=15, registered=30)
@@ -331,6 +334,25 @@ def test_a_state_is_sent_to_clients_only_after_its_round_is_committed():
         next(run_rounds(plan, backend, MemoryStates(), start, 0, Quiet()))
         seen[level is None] = asked
     assert seen == {False: [0], True: [0, 1]}
+
+
+def test_only_the_ranks_that_the_server_chose_get_noise():
+    method = method_with_trained_head(SHARED)
+    before = method.init_server(ToyTrainer().spec, 0)
+    after, _ = private_rounds(method, toy_clients(), privacy(noise=1.0, rate=0.0), rounds=2)
+    for name, part in after.server.inner.adapter.items():
+        start = before.inner.adapter[name]
+        assert [bool((new != old).any()) for new, old in zip(part.b.mT, start.b.mT, strict=True)] == [True, False, False]
+        assert [bool((new != old).any()) for new, old in zip(part.a, start.a, strict=True)] == [True, False, False]
+
+
+def test_without_noise_a_choice_of_all_ranks_is_an_upload_of_all():
+    states = []
+    for settings in ({"shared_rank": 3}, {"upload": "all"}):
+        method = toy_method(TABLE["lora-a2"], rank=3, **settings)
+        states.append(private_rounds(method, toy_clients(), privacy(clip=0.1), rounds=4)[0].server.inner.adapter)
+    for name, part in states[0].items():
+        torch.testing.assert_close((part.b, part.a), (states[1][name].b, states[1][name].a))
 
 
 def test_ranks_that_a_client_did_not_choose_are_uploaded_as_zeros():

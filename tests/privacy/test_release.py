@@ -66,7 +66,7 @@ def test_public_numbers_of_examples_are_named_as_such():
         ("hetlora", {}, "the server needs each client's upload"),
         ("flexlora", {}, r"only their mean; set method.upload = \"dense\""),
         ("flasc", {}, r"a client's choice \(positions\) depends on its data"),
-        ("lora-a2", {}, r"positions\) depends on its data, without noise; set method.upload = \"all\""),
+        ("lora-a2", {}, r"positions\) depends on its data, without noise; set method.shared_rank or upload = \"all\""),
         ("local-only", {}, "nothing is uploaded"),
     ],
 )
@@ -82,15 +82,18 @@ def test_privacy_of_clients_refuses_clients_that_start_from_different_values(nam
         released("client", name, method=settings, clients={"ranks": "uniform"})
 
 
-@pytest.mark.parametrize("name", ["fslora", "lora-a2"])
-def test_privacy_of_clients_allows_different_ranks_where_all_ranks_are_sent(name):
-    settings = {"upload": "all"} if name == "lora-a2" else {}
-    assert released("client", name, method=settings, clients={"ranks": "uniform"})
+@pytest.mark.parametrize(
+    ("name", "settings"), [("fslora", {}), ("lora-a2", {"upload": "all"}), ("lora-a2", {"shared_rank": 3})]
+)
+def test_privacy_of_clients_allows_different_ranks_where_all_clients_send_the_same_ranks(name, settings):
+    found = released("client", name, method=settings, clients={"ranks": "uniform"})
+    assert found["choices"].rule == "nothing to cover"
 
 
 def test_privacy_of_records_allows_choices_by_trained_tensors():
     assert "positions" in released("record", "lora-a2")["choices"].what
     assert "have noise" in released("record", "flasc")["choices"].rule
+    assert released("record", "lora-a2", method={"shared_rank": 3})["choices"].rule == "nothing to cover"
 
 
 @pytest.mark.parametrize(
