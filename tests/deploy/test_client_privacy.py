@@ -24,7 +24,8 @@ def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_client
     privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip": 0.1, "largest_cohort": 2}
     more = {"rounds": 2, "evaluate": {"clients": "none"}, "sampling": {"fraction": 0.5}}
     folder, names = tmp_path / "run", ["a", "b", "c", "d"]
-    prepare(build(problem(home, privacy=privacy, **more), ["clients.count=3"]), folder)
+    method = {"name": "lora-a2", "rank": 2, "shared_rank": 1}
+    prepare(build({**problem(home, privacy=privacy, **more), "method": method}, ["clients.count=3"]), folder)
     for name in names:
         own = {"data": str(home / "rows.jsonl"), "overrides": [f"model={home / 'bert'}"], "accept": True}
         Settings(clients=[name], **own).write(tmp_path / name)

@@ -19,9 +19,12 @@ def home(tmp_path_factory):
     return furnish(tmp_path_factory.mktemp("home"))
 
 
-def experiment(home, **privacy):
+def experiment(home, shared_rank=None, **privacy):
+    method = (
+        {"name": "fedit", "rank": 2} if shared_rank is None else {"name": "lora-a2", "rank": 2, "shared_rank": shared_rank}
+    )
     more = {"privacy": {**PRIVACY, **privacy}, "evaluate": {"clients": "none"}, "sampling": {"fraction": 0.5}}
-    return build(problem(home, **more))
+    return build({**problem(home, **more), "method": method})
 
 
 class Interrupting(NullProgress):
@@ -32,9 +35,9 @@ class Interrupting(NullProgress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("largest", [None, 2])
-def test_a_resumed_run_is_the_undisturbed_run_and_spends_as_much(home, tmp_path, largest):
-    what = experiment(home, largest_cohort=largest)
+@pytest.mark.parametrize(("largest", "shared_rank"), [(None, None), (2, 1)])
+def test_a_resumed_run_is_the_undisturbed_run_and_spends_as_much(home, tmp_path, largest, shared_rank):
+    what = experiment(home, shared_rank, largest_cohort=largest)
     api.run(what, tmp_path / "whole", False)
     with pytest.raises(KeyboardInterrupt):
         api.run(what, tmp_path / "resumed", Interrupting())

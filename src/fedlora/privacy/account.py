@@ -98,9 +98,9 @@ def _joined(ledger: Ledger) -> tuple[Gaussian, ...]:
     return tuple(replace(event, count=counts[event]) for event in sorted(counts, key=_order) if counts[event])
 
 
-def _order(event: Gaussian) -> tuple[float, ...]:
+def _order(event: Gaussian) -> tuple[float, float, int, int]:
     limit = event.truncation
-    return (event.noise_multiplier, event.rate, *(() if limit is None else (limit.largest, limit.units)))
+    return event.noise_multiplier, event.rate, *((limit.largest, limit.units) if limit else (0, 0))
 
 
 def _sampled(event: Gaussian) -> bool:
