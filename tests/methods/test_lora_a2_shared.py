@@ -71,25 +71,25 @@ def played(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_untrained_ranks_come_first_then_the_highest_scores_and_equal_ones_in_order(seed):
-    drawn = torch.randint(-1, 3, (RANK + 3,), generator=torch.Generator().manual_seed(seed)).tolist()
+def test_unchanged_ranks_come_first_then_the_highest_scores_and_equal_ones_in_order(seed):
+    drawn = torch.randint(0, 4, (RANK + 3,), generator=torch.Generator().manual_seed(seed)).tolist()
     server, places = server_with(drawn, spec=PINNED), [(0, i) for i in range(3)] + [(1, i) for i in range(RANK)]
 
     def key(position: int) -> tuple[bool, float, int, int]:
         module, rank = places[position]
-        return drawn[position] >= 0, -drawn[position], rank, module
+        return drawn[position] > 0, -drawn[position], rank, module
 
     assert server.first("b", RANK).tolist() == sorted(range(RANK + 3), key=key)
 
 
 def test_each_factor_has_scores_of_its_own():
-    server = server_with([0, 1, 2, 3, 4, 5, 6, 7], "a")
+    server = server_with([1, 2, 3, 4, 5, 6, 7, 8], "a")
     assert server.first("a", 1).tolist() == [7, 6]
     assert server.first("b", 1).tolist() == [0, RANK]
 
 
 def test_a_fixed_rank_counts_as_it_is():
-    server = server_with([0, 1, 2, 3, 4, 5, 6], spec=PINNED)
+    server = server_with([1, 2, 3, 4, 5, 6, 7], spec=PINNED)
     assert len(server.first("b", 1)) == 3 + 1
     assert sum(map(sum, masks(M, server, ClientInfo("0", RANK, 1), ROUNDS["b"], PINNED))) == 4
 
@@ -200,7 +200,17 @@ def test_in_the_first_rounds_all_ranks_have_their_turn():
             RANK + index // 2,
         ]
         server = merge(M, server, replies_of(server, toy_clients(2, RANK), Round(index, 0)), SPEC).server
-    assert all(bool((x >= 0).all()) for x in server.scores.values())
+    assert all(bool((x > 0).all()) for x in server.scores.values())
+
+
+def test_ranks_for_which_all_clients_were_too_small_have_their_turn_again():
+    m = replace(M, shared_rank=2)
+    server: Any = m.init_server(SPEC, 0)
+    for index in range(2 * RANK):
+        assert server.first("a" if index % 2 else "b", 1).tolist() == [index // 2, RANK + index // 2]
+        replies = replies_of(server, toy_clients(2, 1), Round(index, 0), m)
+        server = merge(m, server, replies, SPEC).server
+    assert all(bool((x > 0).all()) for x in server.scores.values())
 
 
 def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path):

@@ -66,7 +66,11 @@ def test_public_numbers_of_examples_are_named_as_such():
         ("hetlora", {}, "the server needs each client's upload"),
         ("flexlora", {}, r"only their mean; set method.upload = \"dense\""),
         ("flasc", {}, r"a client's choice \(positions\) depends on its data"),
-        ("lora-a2", {}, r"positions\) depends on its data, without noise; set method.shared_rank or upload = \"all\""),
+        (
+            "lora-a2",
+            {},
+            r"positions\) depends on its data, without noise; set method.shared_rank or method.upload = \"all\"",
+        ),
         ("local-only", {}, "nothing is uploaded"),
     ],
 )

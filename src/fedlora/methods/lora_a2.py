@@ -47,7 +47,7 @@ class LoRAA2(Method[Sliced | RankScores, Mapping[str, int], Mean]):
     With `shared_rank`, which is not in the paper, the server chooses the ranks of a round, for all clients, from what it
     has merged before: if that has noise, the choice needs none of its own, and noise, masks and traffic are those of the
     chosen ranks only. There is no probe. A client with a smaller rank trains the most important ones of them. First come
-    ranks that were never trained, in order; then those whose merged change, when they were last trained, was largest:
+    ranks that were never changed, in order; then those whose merged change, when they were last trained, was largest:
     the root mean square of db_i times |a_i|, or of da_i times |b_i|. With norms, as in a client's own choice, strong
     noise would always choose the widest modules, since each entry has the same noise.
 
@@ -142,7 +142,7 @@ class LoRAA2(Method[Sliced | RankScores, Mapping[str, int], Mean]):
         chosen = mask_of(self._shared(server, rnd), sum(ranks.values()))
         after = _moved(before, _spread(mean["changes"], _by_module(chosen, ranks), _widths(before, side), side))
         scores = [score(part, after[name], side) / _widths(before, side)[name] ** 0.5 for name, part in before.items()]
-        return Merged(server.trained(after, side, chosen, torch.cat(scores)))
+        return Merged(server.changed(after, side, torch.cat(scores)))
 
     def update(self, known: ClientRound, upload: Upload) -> Mapping[str, LowRank]:
         """The changes of one factor, times the other."""

@@ -319,7 +319,7 @@ _ROWS = (
         index_counts=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
-        secure='except with shared_rank or upload = "all", with which all clients upload the same ranks',
+        secure='except with shared_rank or method.upload = "all", with which all clients upload the same ranks',
         private='yes: noise in training covers the choice of ranks, on uploads only with shared_rank or upload = "all"',
         known_failures={
             "test_traffic_is_what_the_row_declares, mixed ranks": "the budget counts ranks, which differ in floats",
