@@ -12,7 +12,7 @@ from fedlora.privacy.events import Ledger
 from fedlora.privacy.plan import PrivacyPlan, client_plan, record_plan, weaknesses
 from fedlora.privacy.record import planned_steps
 from fedlora.privacy.release import trainings
-from fedlora.privacy.statement import OF_NODES, PERSONAL, WITHOUT_NOISE, NoiseSource, Statement
+from fedlora.privacy.statement import OF_NODES, PERSONAL, PUBLIC_COUNTS, WITHOUT_NOISE, NoiseSource, Statement
 from fedlora.tasks.table import task_of
 
 
@@ -65,7 +65,9 @@ def statement_text(
     if unit == "client" and personal:
         return PERSONAL
     if unit == "record" and deployed:
-        return OF_NODES if experiment.privacy.noise_multiplier != 0 else f"{WITHOUT_NOISE} {OF_NODES}"
+        privacy = experiment.privacy
+        before = [WITHOUT_NOISE] if privacy.noise_multiplier == 0 else []
+        return " ".join([*before, OF_NODES, *([PUBLIC_COUNTS] if privacy.public_counts else [])])
     examples = {client.id: client.examples for client in clients}
     if registered is not None:
         examples = {str(i): 1 for i in range(registered)}

@@ -34,6 +34,15 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """The number with its noun.
+
+    >>> counted(1, "round"), counted(2, "round")
+    ('1 round', '2 rounds')
+    """
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def number(value: float, digits: int) -> str:
     """A metric with this number of decimal digits; `undefined` for NaN.
 

@@ -150,6 +150,15 @@ def test_a_statement_says_what_is_protected_how_and_what_is_not():
     assert "above 1 / (10 n)" not in text and "\n" not in text
 
 
+def test_a_statement_says_whether_the_numbers_of_examples_are_sent_and_counts_one_step_as_one():
+    public = RECORDS.model_copy(update={"public_counts": True})
+    for privacy, part in ((RECORDS, "(which are not sent)"), (public, "(which are sent)")):
+        text = Statement(record_plan(privacy, 1, 8, {"a": 5}, steps), "seed").text()
+        assert f"their numbers of examples {part}," in text and "at most 1 step of a client planned" in text
+    assert "; 1 round planned." in Statement(client_plan(CLIENTS, 1, 1.0, 40), "seed").text()
+    assert "numbers of examples" not in Statement(client_plan(CLIENTS, 1, 1.0, 40), "seed").text()
+
+
 def test_a_statement_has_what_was_spent_other_releases_and_the_audit():
     plan = client_plan(CLIENTS.model_copy(update={"clip_quantile": 0.5}), 50, 1.0, 400)
     spent = [Gaussian(1.0, count=7), Gaussian(20.0, count=2)]
@@ -206,6 +215,10 @@ def test_the_statement_of_a_deployment_does_not_speak_of_a_simulation():
     of_records = statement_text(private("record", 1.0), [], 4, registered=30, deployed=True)
     assert "in the ledger of each node" in of_records and "epsilon =" not in of_records
     assert statement_text(private("record", 0.0), [], 4, 30, True).startswith("The server asked for training without noise")
+    assert "numbers of examples are sent" not in of_records
+    public = private("record", 1.0)
+    public = public.model_copy(update={"privacy": public.privacy.model_copy(update={"public_counts": True})})
+    assert "numbers of examples are sent" in statement_text(public, [], 4, 30, True)
 
 
 def test_a_delta_above_a_tenth_of_one_over_n_is_named():

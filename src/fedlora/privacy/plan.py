@@ -1,11 +1,12 @@
 """The guarantee of a run before it begins: its releases and their epsilon."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.config.privacy import Privacy
-from fedlora.privacy.account import Accountant, epsilon, noise_for
+from fedlora.privacy.account import Accountant, epsilon, noise_for, version
 from fedlora.privacy.events import Gaussian, Ledger, Truncation
 
 _QUANTILES = 5
@@ -51,6 +52,7 @@ class PrivacyPlan:
     """The mechanisms of a run: those of some of the clients (record), or one (client).
 
     Mechanisms are in the order of their sizes. `rounds` is the largest number of rounds in which a client takes part.
+    `public_counts`: whether the clients' numbers of examples are sent.
     """
 
     unit: Literal["record", "client"]
@@ -59,6 +61,7 @@ class PrivacyPlan:
     delta: float
     rounds: int
     mechanisms: Sequence[Mechanism]
+    public_counts: bool = False
 
     @property
     def units(self) -> int:
@@ -74,6 +77,15 @@ class PrivacyPlan:
         """The mechanism with the largest epsilon."""
         return max(self.mechanisms, key=lambda one: one.epsilon(self.delta))
 
+    def summary(self) -> str:
+        """The guarantee in a line."""
+        worst, unit = self.worst(), "example" if self.unit == "record" else "client"
+        pld, rdp = (worst.epsilon(self.delta, accountant) for accountant in ("pld", "rdp"))
+        return (
+            f"epsilon {short(pld)} by PLD, {short(rdp)} by RDP, at delta {self.delta:g} "
+            f"(n = {self.units} {_units(self.unit)}), for one {unit} added or removed; clip {short(self.clip)}; {version()}"
+        )
+
     def by_round(self) -> dict[int, float]:
         """Epsilon of the worst mechanism after some numbers of rounds, the last of which is that of all rounds."""
         worst = self.worst()
@@ -85,10 +97,9 @@ def weaknesses(unit: Literal["record", "client"], delta: float, units: int, with
     """What weakens a guarantee whose largest data set has this number of protected units."""
     found = ["privacy.noise_multiplier = 0 gives no guarantee"] if without_noise else []
     if delta > 1 / (10 * units):
-        noun = "training examples of the largest client" if unit == "record" else "clients"
         weak = "; a mechanism that publishes one of them at random has such a delta" if delta >= 1 / units else ""
         largest = f"1 / (10 n) = {1 / (10 * units):.1e}"
-        found.append(f"privacy.delta = {delta:g} is above {largest}, for n = {units} {noun}{weak}: lower it")
+        found.append(f"privacy.delta = {delta:g} is above {largest}, for n = {units} {_units(unit)}{weak}: lower it")
     return found
 
 
@@ -107,7 +118,7 @@ def record_plan(
         Mechanism(name, count, rate, _noise(privacy, rate, total), total)
         for count, name, rate, total in (uses[i] for i in sorted(shown))
     ]
-    return PrivacyPlan("record", privacy.clip, None, _delta(privacy), rounds, found)
+    return PrivacyPlan("record", privacy.clip, None, _delta(privacy), rounds, found, privacy.public_counts)
 
 
 def client_plan(privacy: Privacy, rounds: int, fraction: float, clients: int) -> PrivacyPlan:
@@ -121,6 +132,15 @@ def client_plan(privacy: Privacy, rounds: int, fraction: float, clients: int) ->
 def truncation_of(largest: int | None, units: int) -> Truncation | None:
     """The limit on a sample of these units; None if no sample can exceed it."""
     return None if largest is None or largest >= units else Truncation(largest, units)
+
+
+def short(value: float) -> str:
+    """The value with four digits; a dash for NaN, if there is none."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _units(unit: Literal["record", "client"]) -> str:
+    return "training examples of the largest client" if unit == "record" else "clients"
 
 
 def _noise(privacy: Privacy, rate: float, steps: int, truncation: Truncation | None = None) -> float:

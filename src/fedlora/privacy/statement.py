@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlora.printable import counted
 from fedlora.privacy.account import Accountant, epsilon, version
 from fedlora.privacy.events import Ledger
-from fedlora.privacy.plan import PrivacyPlan
+from fedlora.privacy.plan import PrivacyPlan, short
 
 OF_NODES = (
     "Each client was asked to train with differential privacy for each of its examples, by DP-SGD with a clip, noise and "
@@ -15,6 +16,9 @@ OF_NODES = (
     "the server does not know them, and cannot verify them."
 )
 """The statement about records in a deployment."""
+
+PUBLIC_COUNTS = "The clients' numbers of examples are sent, and are not protected."
+"""An addition to the statement about records in a deployment, with `privacy.public_counts`."""
 
 PERSONAL = (
     "This adapter has parts that were trained on one client's examples without noise: the guarantee of the run, for "
@@ -39,7 +43,8 @@ _PROTECTED = {
 }
 _NOT_PROTECTED = {
     "record": (
-        "Not protected are several examples of one person together, which clients take part, their numbers of examples,"
+        "Not protected are several examples of one person together, which clients take part, their numbers of examples "
+        "(which are {counts}),"
     ),
     "client": (
         "Not protected are the uploads from the server, a person with examples on several clients, adapters and scores "
@@ -74,14 +79,15 @@ class Statement:
 
     def text(self) -> str:
         """The paragraph."""
-        unit = self.plan.unit
+        unit, counts = self.plan.unit, "sent" if self.plan.public_counts else "not sent"
         if math.isinf(self.epsilon()):
             return " ".join((self._guarantee(_UNIT[unit]), self._mechanism(*_CLIPPED[unit]), self._sampling()))
         return " ".join(
             (
                 self._guarantee(_UNIT[unit]),
                 _PROTECTED[unit],
-                f"{_NOT_PROTECTED[unit]} settings chosen by comparing runs on the same data, and the server's test set.",
+                f"{_NOT_PROTECTED[unit].format(counts=counts)} settings chosen by comparing runs on the same data, and the "
+                "server's test set.",
                 self._mechanism(*_CLIPPED[unit]),
                 self._sampling(),
                 self._account(),
@@ -96,12 +102,12 @@ class Statement:
         if math.isinf(found):
             return f"Without noise, there is no guarantee for any {unit}: epsilon is infinite."
         return (
-            f"Differential privacy for each {unit}: epsilon = {_short(found)} and delta = {self.plan.delta:g}, for "
+            f"Differential privacy for each {unit}: epsilon = {short(found)} and delta = {self.plan.delta:g}, for "
             f"neighboring data sets in which one {unit} is added or removed, their number being public."
         )
 
     def _mechanism(self, what: str, terms: str) -> str:
-        plan, clip = self.plan, _short(self.plan.clip)
+        plan, clip = self.plan, short(self.plan.clip)
         if plan.clip_quantile is not None:
             clip += f" at first, then adapted by noisy counts to the quantile {plan.clip_quantile:g} of the norms"
         noise = _span([one.noise_multiplier for one in plan.mechanisms])
@@ -114,7 +120,9 @@ class Statement:
         plan, record = self.plan, self.plan.unit == "record"
         rate, expected = (_span([getattr(one, name) for one in plan.mechanisms]) for name in ("rate", "expected"))
         steps = max(one.steps for one in plan.mechanisms)
-        planned = f"at most {steps} steps of a client planned" if record else f"{steps} rounds planned"
+        planned = (
+            f"at most {counted(steps, 'step')} of a client planned" if record else f"{counted(steps, 'round')} planned"
+        )
         taken = "" if self.spent is None else f", {sum(event.count for event in self.spent)} made"
         of = "a client's examples, expected batch" if record else "the clients, expected cohort"
         largest = next((one.largest for one in plan.mechanisms), None)
@@ -124,7 +132,7 @@ class Statement:
     def _account(self) -> str:
         plan = self.plan
         units = "training examples of the largest client" if plan.unit == "record" else "clients"
-        pld, rdp = (_short(self.epsilon(accountant)) for accountant in ("pld", "rdp"))
+        pld, rdp = (short(self.epsilon(accountant)) for accountant in ("pld", "rdp"))
         above = f", which is above 1 / (10 n) = {plan.largest_delta:.1g}" if plan.delta > plan.largest_delta else ""
         return (
             f"Accountant: {version()}, epsilon by PLD {pld}, by RDP {rdp}, for delta = {plan.delta:g} and n = {plan.units} "
@@ -139,9 +147,5 @@ class Statement:
 
 def _span(values: Sequence[float]) -> str:
     """The smallest and the largest value."""
-    low, high = _short(min(values)), _short(max(values))
+    low, high = short(min(values)), short(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-def _short(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"

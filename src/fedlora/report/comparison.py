@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlora.config.hints import nearest
 from fedlora.errors import UserError
+from fedlora.printable import counted
 from fedlora.report import comparability, comparison_formats, comparison_plot, figures
 from fedlora.report.comparison_tables import Table, tables
 from fedlora.report.figures import ComparedCase, Difference
@@ -78,7 +79,7 @@ class Comparison:
         return comparison_plot.plot({case.label: case.runs for case in self.cases}, metric)
 
     def __repr__(self) -> str:
-        cases = [f"{case.label} ({len(case.runs)} seed{'' if len(case.runs) == 1 else 's'})" for case in self.cases]
+        cases = [f"{case.label} ({counted(len(case.runs), 'seed')})" for case in self.cases]
         return f"Comparison({', '.join(cases)})"
 
 

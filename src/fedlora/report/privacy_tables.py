@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fedlora.printable import printable
 from fedlora.privacy.account import version
-from fedlora.privacy.plan import PrivacyPlan, weaknesses
+from fedlora.privacy.plan import PrivacyPlan, short, weaknesses
 
 
 def warnings(plan: PrivacyPlan) -> list[str]:
@@ -27,15 +27,15 @@ def table(plan: PrivacyPlan) -> Group:
         mechanisms.add_column(name, justify="right")
     for one in plan.mechanisms:
         who = [printable(one.name), str(one.units)] if plan.unit == "record" else [str(one.units)]
-        sample = [_short(one.rate), _short(one.expected), *([str(one.largest)] if limited else [])]
-        used = [_short(one.noise_multiplier), str(one.steps), _short(one.epsilon(plan.delta))]
+        sample = [short(one.rate), short(one.expected), *([str(one.largest)] if limited else [])]
+        used = [short(one.noise_multiplier), str(one.steps), short(one.epsilon(plan.delta))]
         mechanisms.add_row(*map(Text, who), *sample, *used)
     rounds = _table()
     rounds.add_column("after round" if plan.unit == "client" else "rounds of a client", justify="right")
     rounds.add_column("epsilon", justify="right")
     for done, epsilon in plan.by_round().items():
-        rounds.add_row(str(done), _short(epsilon))
-    return Group(mechanisms, rounds, Text(_summary(plan)))
+        rounds.add_row(str(done), short(epsilon))
+    return Group(mechanisms, rounds, Text(plan.summary()))
 
 
 def to_json(plan: PrivacyPlan) -> str:
@@ -57,25 +57,8 @@ def to_json(plan: PrivacyPlan) -> str:
     return json.dumps(found, allow_nan=False)
 
 
-def _summary(plan: PrivacyPlan) -> str:
-    worst, unit = plan.worst(), "example" if plan.unit == "record" else "client"
-    bounds = f"epsilon {_short(worst.epsilon(plan.delta))} by PLD, {_short(worst.epsilon(plan.delta, 'rdp'))} by RDP"
-    return (
-        f"{bounds}, at delta {plan.delta:g} (n = {plan.units} {_units(plan)}), for one {unit} added or removed; clip "
-        f"{_short(plan.clip)}; {version()}"
-    )
-
-
-def _units(plan: PrivacyPlan) -> str:
-    return "training examples of the largest client" if plan.unit == "record" else "clients"
-
-
 def _table(*columns: str) -> Table:
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-
-
-def _short(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _finite(value: float) -> Any:
