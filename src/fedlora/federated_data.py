@@ -58,8 +58,13 @@ class FederatedData:
         With `reuse`, examples that an earlier run of this process has read are not read again.
 
         Raises:
-            UserError: the data cannot be read, or cannot be partitioned as configured.
+            UserError: the data cannot be read, or cannot be partitioned as configured; or they are on other machines.
         """
+        if experiment.data.source == "none" and in_memory is None:
+            raise UserError(
+                "data.source = 'none': the examples are on the clients' machines, where fedlora join --data FILE uses them "
+                "(docs/deployment.md); set data.source to examples on this machine"
+            )
         labelled_data = _loaded(experiment, in_memory, reuse)
         keys = task_of(dict(experiment.task)).partition_keys(column_values(labelled_data.train))
         classes = keys

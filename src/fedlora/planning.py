@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.encoded_data import EncodedData, encode
 from fedlora.errors import UserError
@@ -26,7 +25,7 @@ def plan_of(experiment: Experiment, examples: Mapping[str, int]) -> PrivacyPlan 
         return None
     if privacy.unit == "client":
         return client_plan(privacy, rounds, experiment.sampling.fraction, len(examples))
-    requested = trainings(method_of(experiment), experiment)
+    requested = trainings(experiment)
 
     def steps(count: int) -> int:
         return max(planned_steps(fits, train, count) for fits in requested)

@@ -1,10 +1,10 @@
 """Ranges of settings as annotations, `density: Fraction = 0.25`, and validation of a method's settings against them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -132,6 +132,27 @@ def found(hint: Any, kind: type[M]) -> Iterator[M]:
         yield from (item for item in hint.__metadata__ if isinstance(item, kind))
     for part in get_args(hint):
         yield from found(part, kind)
+
+
+def alternatives(cls: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yields each field with the values that can switch something on or off: all of a choice, the ends of a range."""
+    hints = get_type_hints(cls, include_extras=True)
+    for name in names:
+        yield from ((name, value) for value in _switches(hints[name]))
+
+
+def _switches(hint: Any) -> Iterator[Any]:
+    if hint is bool:
+        yield from (False, True)
+    elif get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif get_origin(hint) is Annotated:
+        kind, *metadata = get_args(hint)
+        ends = [end for item in metadata if isinstance(item, Range) for end in (item.ge, item.le)]
+        yield from (kind(end) for end in ends if end is not None)
+    else:
+        for part in get_args(hint):
+            yield from _switches(part)
 
 
 @cache

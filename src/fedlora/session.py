@@ -39,7 +39,7 @@ from fedlora.models.targets import check_ranks, find_targets, head_modules
 from fedlora.planning import statement_text, weakness_notes
 from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
-from fedlora.privacy.record import ledger, reasons_against
+from fedlora.privacy.record import ledger
 from fedlora.privacy.record_plan import client_privacy
 from fedlora.privacy.release import leaving
 from fedlora.reuse import Reuse
@@ -92,9 +92,7 @@ class Session:
         Raises:
             UserError: invalid model or device, a model that cannot be trained, or settings that do not fit `privacy`.
         """
-        for reason in reasons_against(experiment):
-            raise UserError(reason)
-        leaving(method_of(experiment), experiment)
+        leaving(experiment)
         task, settings = task_of(dict(experiment.task)), experiment.train
         quiet()
         loaded = LoadedModel.load(task, experiment, federated_data.labelled_data.labels, reuse)
@@ -288,9 +286,7 @@ def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:
     Raises:
         UserError: invalid model, tokenizer, targets, ranks or device, or settings that do not fit `privacy`.
     """
-    for reason in reasons_against(experiment):
-        raise UserError(reason)
-    leaving(method_of(experiment), experiment)
+    leaving(experiment)
     if experiment.privacy.unit == "client":
         rate, clients = experiment.sampling.fraction, len(federated_data.clients)
         planned(experiment.privacy, rate, experiment.rounds, clients, secret=False)

@@ -1,6 +1,7 @@
 """The commands that train nothing."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_method_and_a_filter_together_are_rejected(command):
 
 def test_one_method_is_told_of_in_full(command):
     code, printed, _ = command("methods", "flasc")
-    assert code == 0 and TABLE["flasc"].private in printed and "density_up = " in printed
+    assert code == 0 and TABLE["flasc"].noise in printed and "density_up = " in printed
 
 
 def test_a_method_that_does_not_exist_is_refused(command):
@@ -110,8 +111,27 @@ def test_a_check_of_a_private_experiment_prints_what_leaves_a_client(place, comm
         "loss.* not sent",
     ):
         assert re.search(line, printed), line
+    summary = command("privacy", place / "good.toml", *changes)[1].splitlines()[-1]
+    assert summary.startswith("epsilon ") and summary in printed.splitlines()
+    of_records = command("check", place / "good.toml", *changes, "--set", "privacy.unit=record")[1]
+    found = next(line for line in of_records.splitlines() if line.startswith("planned epsilon: fedlora privacy"))
+    assert shlex.split(found)[3:] == ["privacy", str(place / "good.toml"), *changes, "--set", "privacy.unit=record"]
     refused = command("check", place / "good.toml", *changes, "--set", "method.name=flasc")
     assert_refused(refused, "privacy.unit = 'client' is not supported by flasc", "positions")
+
+
+@pytest.mark.parametrize("verb", ["check", "run", "privacy"])
+def test_examples_on_other_machines_cannot_be_used_here(verb, place, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = (
+        "data.source=none",
+        "privacy.unit=record",
+        "privacy.epsilon=8",
+        "privacy.delta=1e-5",
+        "evaluate.clients=none",
+    )
+    changes = [part for setting in settings for part in ("--set", setting)]
+    assert_refused(command(verb, place / "good.toml", *changes), "data.source = 'none': the ", "examples")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 from pydantic import BaseModel
 
 from fedlora import messages
-from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.deploy import wire
 from fedlora.errors import UserError
@@ -24,8 +23,7 @@ def experiment(unit, name="fedit", privacy=(), method=(), **more):
 
 
 def released(*given, **more):
-    what = experiment(*given, **more)
-    return leaving(method_of(what), what)
+    return leaving(experiment(*given, **more))
 
 
 def test_every_field_that_a_client_or_its_node_can_send_has_a_rule():
@@ -69,7 +67,7 @@ def test_public_numbers_of_examples_are_named_as_such():
         (
             "lora-a2",
             {},
-            r"positions\) depends on its data, without noise; set method.shared_rank or method.upload = \"all\"",
+            r"positions\) depends on its data, without noise; set method.upload = \"all\", or set method.shared_rank, or",
         ),
         ("local-only", {}, "nothing is uploaded"),
     ],

@@ -45,7 +45,7 @@ def test_a_page_tells_all_that_its_row_says():
         page = method_docs.page(row)
         assert all(
             part in page
-            for part in (row.exact, row.secure_sums(), row.private, *row.up, *row.down, *row.known_failures.values())
+            for part in (row.exact, row.secure_sums(), row.noise, *row.up, *row.down, *row.known_failures.values())
         )
         assert all(f"`{key} = " in page for key in row.settings())
 

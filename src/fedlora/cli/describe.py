@@ -1,5 +1,6 @@
 """Commands that train nothing: init, check, methods, settings."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +24,11 @@ def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment, its data, model and device without training, and list its clients.
 
     For a language model, the first training example is shown as the model gets it. With privacy, what leaves a client is
-    listed, and by which guarantee it is covered.
+    listed, by which guarantee it is covered; and for clients the planned epsilon, for records the command that computes it.
     """
-    from fedlora.composed_method import method_of
     from fedlora.config.experiment import Experiment
     from fedlora.federated_data import FederatedData
+    from fedlora.planning import plan_of
     from fedlora.privacy.release import leaving
     from fedlora.report import tables
     from fedlora.session import check as check_experiment
@@ -38,8 +39,15 @@ def check(file: File, overrides: Overrides = None) -> None:
     console = Console()
     console.width = max(console.width, tables.CLIENTS_WIDTH)
     console.print(tables.clients(federated_data))
-    if released := leaving(method_of(experiment), experiment):
+    if released := leaving(experiment):
         console.print(tables.released(experiment.privacy.unit, released.values()))
+        if experiment.privacy.unit == "client":
+            plan = plan_of(experiment, {client.id: client.examples for client in federated_data.clients})
+            assert plan is not None
+            print(plan.summary())
+        else:  # each client has its own noise, which takes seconds to compute
+            command = ["fedlora", "privacy", str(file), *(word for text in overrides or () for word in ("--set", text))]
+            print(printable(f"planned epsilon: {shlex.join(command)}"))
     for note in notes:
         print(printable(note))
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.deploy.policy import column_names, refusals
 from fedlora.deploy.reasons import NodeFailure, Reason
@@ -89,7 +88,7 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
 def _leaves(experiment: Experiment) -> list[str]:
     """What the server receives from a client."""
     if experiment.privacy.unit != "none":
-        found = leaving(method_of(experiment), experiment).values()
+        found = leaving(experiment).values()
         return [f"{one.what}: {one.rule}" for one in found if not one.rule.startswith("not sent")]
     scores = experiment.evaluate.clients != "none" and experiment.clients.held_out
     return [

@@ -43,10 +43,10 @@ class Row:
 
     `weights` are the clients' default weights in the mean of the factors and of the head: numbers of examples, or uniform.
 
-    `exact` and `private` are short answers, optionally followed by a colon and the reason. `exact`: whether the
-    aggregate is the weighted mean of the clients' updates. `private`: whether noise, in training or on the clipped
-    upload, can cover every upload; "open" means unknown. `secure` is a remark on secure aggregation; whether it is
-    possible follows from what the method collects, see `secure_sums`.
+    `exact` is a short answer, optionally followed by a colon and the reason: whether the aggregate is the weighted mean of
+    the clients' updates. `noise` is a remark on the noise of differential privacy; whether the method supports it follows
+    from what leaves a client, see `report.guarantees`. `secure` is a remark on secure aggregation; whether it is possible
+    follows from what the method collects, see `secure_sums`.
 
     `needs_labels`: whether it needs the labels of the clients' examples, and thus a task that has labels.
 
@@ -70,7 +70,7 @@ class Row:
     mixed_ranks: bool = False
     needs_labels: bool = False
     secure: str = ""
-    private: str = "open"
+    noise: str = ""
     base_update: str = "0"
     first_upload: tuple[str, str] = ("0", "0")
     index_counts: tuple[str, str] | None = None

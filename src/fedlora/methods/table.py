@@ -40,7 +40,7 @@ _ROWS = (
         paper="Zhang et al. 2024, arXiv:2305.05644",
         summary="averages b and a separately",
         exact="no: the error is the covariance of the factors",
-        private="yes: noise enters through b, through a, and through their product",
+        noise="enters through b, through a, and through their product",
     ),
     Row(
         name="ffa-lora",
@@ -53,7 +53,7 @@ _ROWS = (
         up=("r * out",),
         down=("r * out",),
         head="frozen",
-        private="yes: noise enters once, through b",
+        noise="enters once, through b",
     ),
     Row(
         name="rolora",
@@ -65,7 +65,7 @@ _ROWS = (
         summary="trains and averages b and a in alternate rounds",
         exact="yes, in each round",
         up=("r * out", "r * in"),
-        private="yes: noise enters through one factor in each round",
+        noise="enters through one factor in each round",
     ),
     Row(
         name="la-lora",
@@ -75,7 +75,7 @@ _ROWS = (
         summary="trains b and a in alternate steps with smoothed gradients",
         exact="no: the error is the covariance of the factors",
         weights="uniform",
-        private="yes: each step's noise enters through one factor; a round's through both, and through their product",
+        noise="in training, enters through one factor in each step, and through both and their product in a round",
     ),
     Row(
         name="fedsa-lora",
@@ -89,7 +89,7 @@ _ROWS = (
         down=("r * in",),
         head="local",
         personal=True,
-        private="yes: noise on a suffices, unless a personal model is published",
+        noise="on uploads, enters through a only; a client's own b gets noise in training only",
     ),
     Row(
         name="local-only",
@@ -104,7 +104,6 @@ _ROWS = (
         down=("0",),
         head="local",
         personal=True,
-        private="yes: nothing leaves a client",
         known_failures={"test_a_bad_upload_is_rejected_and_the_round_continues": "uploads are empty"},
     ),
     Row(
@@ -115,7 +114,7 @@ _ROWS = (
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
         secure='except with upload = "dense"',
-        private="yes: noise on both factors; truncation to the rank removes a part of it",
+        noise="enters through both factors, and is reduced by the truncation to the rank",
     ),
     Row(
         name="fra-lora",
@@ -124,7 +123,7 @@ _ROWS = (
         summary="averages products, and factorizes the mean",
         exact="up to the rank: the best fit to the mean of the products",
         secure='except with upload = "dense"',
-        private="yes: noise on both factors; truncation to the rank removes a part of it",
+        noise="enters through both factors, and is reduced by the truncation to the rank",
         known_failures={"test_alpha_only_scales_the_updates": "the best fit is split evenly, with alpha / rank in b"},
     ),
     Row(
@@ -136,7 +135,7 @@ _ROWS = (
         down=("0",),
         base_update="min(R * (out + in), out * in)",
         mixed_ranks=True,
-        private="yes: but the noise remains in the base, and its rank grows",
+        noise="remains in the base, and its rank grows",
         known_failures={"test_identical_clients_equal_one_client": "each client has its own random a"},
     ),
     Row(
@@ -148,7 +147,7 @@ _ROWS = (
         exact="yes",
         base_update="min((K - 1) * r * (out + in), out * in)",
         secure="only for the factors, not for the residual",
-        private="yes: but products of noise remain in the base",
+        noise="remains in the base, as products of noise",
     ),
     Row(
         name="flora-na",
@@ -157,7 +156,7 @@ _ROWS = (
         summary="combines b and a by coefficients fitted to the mean of the products",
         exact="no: the error is between those of averaged factors and of the best fit",
         mixed_ranks=True,
-        private="yes: clients with much noise get small coefficients",
+        noise="lowers the coefficients of clients that have much of it",
     ),
     Row(
         name="lora-fair",
@@ -167,7 +166,7 @@ _ROWS = (
         summary="averages b and a, and corrects b toward the mean of the products",
         exact="no: exact only in the row space of the mean a",
         secure="this would need a second exchange in each round",
-        private="yes: the penalty on the correction reduces noise",
+        noise="is reduced by the penalty on the correction",
     ),
     Row(
         name="frlora",
@@ -177,7 +176,7 @@ _ROWS = (
         summary="starts from the principal part of the weights; updates the base",
         exact="no: the error is the covariance of the factors; exact if only b is trained",
         base_update="min(2 * r * (out + in), out * in)",
-        private="yes: with noise on the changes of the factors; the noise remains in the base",
+        noise="enters through the changes of the factors, and remains in the base",
         known_failures={"test_alpha_only_scales_the_updates": "the initial split is by `scale_in_init`, not by alpha"},
     ),
     Row(
@@ -187,7 +186,7 @@ _ROWS = (
         summary="averages b and a; adds their product to the base every few rounds",
         exact="no: the error is the covariance of the factors",
         base_update="min(r * (out + in), out * in)",
-        private="yes: but each base update adds noise to the base",
+        noise="is added to the base by each base update",
     ),
     Row(
         name="pfedloru",
@@ -197,7 +196,7 @@ _ROWS = (
         exact="no: the error is the covariance of the factors",
         base_update="min(r * (out + in), out * in)",
         personal=True,
-        private="yes: but each base update adds noise to the base",
+        noise="is added to the base by each base update",
     ),
     Row(
         name="mfedloru",
@@ -209,7 +208,7 @@ _ROWS = (
         down=("rank * (out + in)",),
         base_update="min(rank * (out + in), out * in)",
         mixed_ranks=True,
-        private="yes: but each base update adds noise to the base",
+        noise="is added to the base by each base update",
         known_failures={"test_one_client_alone_trains_locally, mixed ranks": "its upload is truncated to its rank"},
     ),
     Row(
@@ -221,7 +220,6 @@ _ROWS = (
         exact="no: the error is the covariance of the padded factors",
         mixed_ranks=True,
         secure="the server weights each upload by its norm",
-        private="no: weights and ranks depend on the clients' data",
         known_failures={
             "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by norm, by definition",
             "test_weight_two_is_as_two_of_weight_one": "clients are weighted by the norm of their updates, by definition",
@@ -234,7 +232,7 @@ _ROWS = (
         summary="averages products, weighted by capacity; sends a balanced best fit",
         exact="up to the rank: the best fit to the mean of the products",
         mixed_ranks=True,
-        private="yes: noise on both factors; truncation to the rank removes a part of it",
+        noise="enters through both factors, and is reduced by the truncation to the rank",
         known_failures={
             "test_factors_and_head_are_averaged_with_the_same_weights": "factors are weighted by capacity, by definition",
             "test_alpha_only_scales_the_updates": "the best fit is split evenly, with alpha / rank in b",
@@ -249,7 +247,7 @@ _ROWS = (
         exact="yes",
         up=("r * out",),
         head="frozen",
-        private="yes: noise enters once, through b, and is not amplified by the orthonormal a",
+        noise="enters once, through b, and is not amplified by the orthonormal a",
     ),
     Row(
         name="fedrot-lora",
@@ -257,7 +255,7 @@ _ROWS = (
         paper="Zhang et al. 2026, arXiv:2602.23638",
         summary="rotates clients' factors toward the shared ones, and averages them",
         exact="no: the error is the covariance of the rotated factors",
-        private="yes: the rotation precedes clipping and preserves the norm",
+        noise="on uploads, is added after the rotation, which preserves the norm that is clipped",
     ),
     Row(
         name="fedrpca",
@@ -265,7 +263,7 @@ _ROWS = (
         paper="Jhunjhunwala et al. 2025, arXiv:2506.01194",
         summary="splits changes into common and sparse parts; amplifies the sparse",
         exact="no: a rescaled mean of the factors",
-        private="yes: but noise is classified as sparse, and is amplified",
+        noise="is classified as sparse, and is amplified",
         known_failures={
             "test_identical_clients_equal_one_client": "with min_clients or more: see how it works",
             "test_weight_two_is_as_two_of_weight_one": "robust PCA sees one column for each client",
@@ -281,7 +279,6 @@ _ROWS = (
         weights="uniform",
         mixed_ranks=True,
         secure="with zeros for untrained ranks; the drawn ranks are public",
-        private="yes: the draw does not depend on data; only the drawn ranks need noise",
         known_failures={
             "test_one_client_alone_trains_locally, mixed ranks": "it trains a scaled subset, but evaluates all ranks",
             "test_identical_clients_equal_one_client, mixed ranks": "each client trains other ranks",
@@ -301,7 +298,7 @@ _ROWS = (
         weights="uniform",
         mixed_ranks=True,
         secure="clients send different entries; zero-padded, they would save nothing",
-        private="no: which entries a client sends depends on its data",
+        noise="in training, is on all entries that are trained, however few are sent",
         known_failures={
             "test_one_client_alone_trains_locally": "small changes are not sent; the server has an optimizer",
             "test_traffic_is_what_the_row_declares, mixed ranks": "a client's rank also thins modules of fixed rank",
@@ -319,8 +316,7 @@ _ROWS = (
         index_counts=("r", "rank"),
         head="frozen",
         mixed_ranks=True,
-        secure='except with shared_rank or method.upload = "all", with which all clients upload the same ranks',
-        private='yes: noise in training covers the choice of ranks, on uploads only with shared_rank or upload = "all"',
+        secure='except with shared_rank or upload = "all", with which all clients upload the same ranks',
         known_failures={
             "test_traffic_is_what_the_row_declares, mixed ranks": "the budget counts ranks, which differ in floats",
         },
@@ -334,7 +330,7 @@ _ROWS = (
         exact="yes",
         up=("r * r",),
         down=("r * (out + in + r)",),
-        private="yes: noise enters once, on rank^2 floats",
+        noise="enters once, through rank^2 floats",
         known_failures={"test_alpha_only_scales_the_updates": "b and a are frozen, and c is trained as in b c a"},
     ),
     Row(
@@ -349,7 +345,7 @@ _ROWS = (
         index_counts_down=("r", "rank"),
         mixed_ranks=True,
         secure="with zeros for untrained heads, and a count for each head",
-        private="yes: noise enters once, on the small cores; but heads chosen by gradient also leak data",
+        noise='enters once, through the small cores; choose = "gradient" with different ranks reads examples without noise',
         known_failures={
             "test_identical_clients_equal_one_client, mixed ranks": "each client trains other heads",
             "test_factors_and_head_are_averaged_with_the_same_weights, mixed ranks": "each head has its own mean",
@@ -370,7 +366,7 @@ _ROWS = (
         head="local",
         personal=True,
         needs_labels=True,
-        private="no: mixtures of features are uploaded; yes with data_weight 0: noise on the small cores suffices",
+        noise="enters what is shared once, through the small cores",
         known_failures={
             "test_weight_two_is_as_two_of_weight_one": "cores are mixed by similarity, not by weight",
         },
@@ -383,7 +379,7 @@ _ROWS = (
         exact="no: the error is the covariance of the factors within a cluster",
         head="method-managed",
         personal=True,
-        private="yes: noise on each adapter; an owner of several tasks sends several",
+        noise="enters through each adapter, of which an owner of several tasks sends several",
     ),
     Row(
         name="fed-dpa",
@@ -393,7 +389,7 @@ _ROWS = (
         exact="no: the error is the covariance of the factors",
         head="local",
         personal=True,
-        private="yes: as FedIT; the personal adapter is never sent",
+        noise="enters the shared adapter as in FedIT; the personal adapter is never sent",
     ),
     Row(
         name="ditto",
@@ -403,7 +399,7 @@ _ROWS = (
         exact="no: the error is the covariance of the factors",
         head="local",
         personal=True,
-        private="yes: as FedIT; the personal adapter is never sent",
+        noise="enters the shared adapter as in FedIT; the personal adapter is never sent",
     ),
     Row(
         name="florg",
@@ -416,7 +412,7 @@ _ROWS = (
         down=("min(r, out, in) * min(out, in)",),
         no_weight_decay="the gradient of the trained factor vanishes with it, so that decay would lead to 0 and stay there",
         secure="the mean Gram matrix needs each factor",
-        private="open: noise enters quadratically, which adds a bias that averaging does not remove",
+        noise="enters quadratically, which adds a bias that averaging does not remove",
     ),
     Row(
         name="full-ft",
@@ -427,7 +423,7 @@ _ROWS = (
         exact="yes",
         up=("out * in",),
         down=("out * in",),
-        private="yes: noise on the change of the weights, which has many more entries than low-rank factors",
+        noise="enters through the change of the weights, which has many more entries than low-rank factors",
         known_failures={"test_alpha_only_scales_the_updates": "alpha does not apply to the weights"},
     ),
     Row(
@@ -441,7 +437,6 @@ _ROWS = (
         head="local",
         personal=True,
         secure="clustering needs each upload; afterwards a sum per cluster would suffice",
-        private="yes: if the uploads of the warm-up get noise, too",
         known_failures={
             "test_traffic_is_what_the_row_declares": "in the warm-up adapters are uploaded, nothing is downloaded",
             "test_identical_clients_equal_one_client": "equal clients form clusters, too, each with an expert",

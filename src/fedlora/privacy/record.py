@@ -61,5 +61,3 @@ def reasons_against(experiment: "Experiment") -> Iterator[str]:
         yield f"train.clip_norm = {train.clip_norm:g}: privacy.clip limits each example's gradient already; remove it"
     if experiment.task.class_weights:
         yield "task.class_weights: privacy.unit = 'record' needs the mean over examples, with equal weights; remove it"
-    if experiment.evaluate.stop_after is not None:
-        yield "evaluate.stop_after: when a run stops would depend on the examples, without noise; remove it"

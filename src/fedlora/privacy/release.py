@@ -1,5 +1,6 @@
 """What leaves a client, and by which guarantee it is covered; what cannot be covered is refused before training."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,14 +9,16 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import AdapterSpec, Scaling
+from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 from fedlora.messages import ClientInfo, Features, Fit, Gradient, Reply, Round, Upload
 from fedlora.method import AnyMethod, ClientRound, Local
-from fedlora.methods.row import Row
 from fedlora.methods.wrap.wrapper import Request, Wrapper, relay
 from fedlora.printable import listed
+from fedlora.privacy.record import reasons_against
 from fedlora.randomness import generator
+from fedlora.ranges import alternatives
 from fedlora.rounds.client_privacy import Frame
 from fedlora.rounds.collect import collect
 from fedlora.rounds.frame import frame_of
@@ -61,7 +64,6 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 """Each field of what a client, or its node, sends: the key of the rule of `leaving` that applies to it."""
 
 _ROUNDS = 2  # in which a method without clustering does all that it ever does
-_INSTEAD = "choose other settings, another method, or privacy.unit = 'record'"
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,25 @@ class Released:
     rule: str
 
 
-def leaving(method: AnyMethod, experiment: Experiment) -> dict[str, Released]:
+def leaving(experiment: Experiment) -> dict[str, Released]:
     """All that could leave a client in this experiment, by the keys in `FIELDS`; empty without `privacy.unit`.
 
-    `method` has its head and its wrappers. It is tried out on a model of two small modules.
+    The method, with its head and its wrappers, is tried out on a model of two small modules.
 
     Raises:
-        UserError: something that leaves a client cannot be covered; the reason, and what to do.
+        UserError: the guarantee does not cover the settings, or something that leaves a client; the reason, and what to do.
     """
     privacy, name = experiment.privacy, experiment.method.name
     if privacy.unit == "none":
         return {}
-    row, refused = experiment.method.row, f"privacy.unit = {privacy.unit!r} is not supported by {name} with these settings"
-    if privacy.unit == "client" and not method.collects_mean:
-        raise UserError(f"{refused}: the server needs each client's upload, not only their mean{_hint(row)}; {_INSTEAD}")
-    templates = list(_tried(method, experiment))
-    if reason := _client_reason(method, experiment, templates) if privacy.unit == "client" else _record_reason(templates):
-        raise UserError(f"{refused}: {reason}")
+    for setting in reasons_against(experiment):
+        raise UserError(setting)
+    reason, templates = _examined(experiment)
+    if reason is not None:
+        instead = ", or ".join(_ways_out(experiment))
+        raise UserError(
+            f"privacy.unit = {privacy.unit!r} is not supported by {name} with these settings: {reason}; {instead}"
+        )
     values = sorted({_group(key) for one in templates for key in one.upload.values})
     choices = sorted({key for one in templates for key in one.upload.choices})
     count = "fixed: 1, for each client" if privacy.hides_counts else "public: privacy.public_counts"
@@ -113,9 +117,27 @@ def leaving(method: AnyMethod, experiment: Experiment) -> dict[str, Released]:
     }
 
 
-def trainings(method: AnyMethod, experiment: Experiment) -> list[list[Fit]]:
+def refusal(experiment: Experiment) -> str | None:
+    """Why the guarantee of `privacy.unit` does not hold with these settings; None if it does."""
+    return next(reasons_against(experiment), None) or _examined(experiment)[0]
+
+
+def covering_settings(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """Yields each change of a single setting of the method with which the guarantee holds."""
+    given, row = experiment.method.model_dump(), experiment.method.row
+    for key, value in alternatives(row.make, [key for key in row.settings() if key != "rank"]):
+        if value != given[key] and _holds(experiment, method={**given, key: value}):
+            yield key, value
+
+
+def setting_text(experiment: Experiment, key: str, value: Any) -> str:
+    """A changed setting of the method as in experiment.toml, without its value if the experiment omits it."""
+    return key if experiment.method.model_dump()[key] is None else f"{key} = {json.dumps(value)}"
+
+
+def trainings(experiment: Experiment) -> list[list[Fit]]:
     """The trainings that some clients request in some rounds, a list for each of both, tried out as by `leaving`."""
-    tried = _tried(method, experiment)
+    tried = _tried(method_of(experiment), experiment)
     return [[request for request in one.requests if isinstance(request, Fit)] for one in tried]
 
 
@@ -146,7 +168,8 @@ class _Watched(Wrapper):
 
 def _tried(method: AnyMethod, experiment: Experiment) -> Iterator[_Template]:
     """The templates of two clients of each rank in some rounds, whose uploads are these and noise."""
-    spec, server = _small_spec(method.rank, experiment), method.init_server(_small_spec(method.rank, experiment), 0)
+    spec = _small_spec(method.rank, experiment)
+    server = method.init_server(spec, 0)
     ranks = [method.rank] if experiment.clients.ranks is None else sorted({1, method.rank})
     clients = [ClientInfo(f"{rank}-{i}", rank, 1) for rank in ranks for i in range(2)]
     for index in range(_ROUNDS):
@@ -179,39 +202,60 @@ def _small_spec(rank: int, experiment: Experiment) -> AdapterSpec:
     )
 
 
-def _record_reason(templates: Sequence[_Template]) -> str | None:
-    """Why the guarantee for records cannot hold."""
-    for one in templates:
-        for kind, noun in ((Gradient, "a gradient"), (Features, "features")):
-            if any(isinstance(request, kind) for request in one.requests):
-                return (
-                    f"a client's work needs {noun} of its examples without noise; choose other settings or another method"
-                )
+def _examined(experiment: Experiment) -> tuple[str | None, Sequence[_Template]]:
+    """Why the guarantee cannot hold for what leaves a client, if it cannot; otherwise, the templates."""
+    method, of_clients = method_of(experiment), experiment.privacy.unit == "client"
+    if of_clients and not method.collects_mean:
+        return "the server needs each client's upload, not only their mean", ()
+    templates = list[_Template]()
+    for one in _tried(method, experiment):
+        templates.append(one)
+        if not of_clients and (reason := _record_reason(one)):
+            return reason, ()
+    return _client_reason(method, templates) if of_clients else None, templates
+
+
+def _record_reason(one: _Template) -> str | None:
+    for kind, noun in ((Gradient, "a gradient"), (Features, "features")):
+        if any(isinstance(request, kind) for request in one.requests):
+            return f"a client's work needs {noun} of its examples without noise"
     return None
 
 
-def _client_reason(method: AnyMethod, experiment: Experiment, templates: Sequence[_Template]) -> str | None:
-    """Why the guarantee for clients cannot hold, for a method that merges means."""
+def _client_reason(method: AnyMethod, templates: Sequence[_Template]) -> str | None:
     if choices := {key for one in templates for key in one.upload.choices}:
-        hint = _hint(experiment.method.row)
-        return f"a client's choice ({listed(sorted(choices), 3)}) depends on its data, without noise{hint}; {_INSTEAD}"
+        return f"a client's choice ({listed(sorted(choices), 3)}) depends on its data, without noise"
     if not any(one.upload.values for one in templates):
-        return "nothing is uploaded; remove the section privacy"
+        return "nothing is uploaded"
     frames: dict[int, Frame] = {}
     for one in templates:
         frame = frame_of(method, one.known)
         first = frames.setdefault(one.known.round.index, frame)
         same = first.template.keys() == frame.template.keys()
         if not same or not all(_equal(x, frame.template[key]) for key, x in first.template.items()):
-            ranks = "" if experiment.clients.ranks is None else "remove clients.ranks, or "
-            return f"clients start from different values, so that the mean depends on who takes part; {ranks}{_INSTEAD}"
+            return "clients start from different values, so that the mean depends on who takes part"
     return None
 
 
-def _hint(row: Row) -> str:
-    """The settings with which the method needs only means, if it has such."""
-    setting = row.secure.partition("except with ")[2].partition(",")[0]
-    return f"; set method.{setting}" if setting else ""
+def _ways_out(experiment: Experiment) -> Iterator[str]:
+    """Yields what could be changed for the guarantee to hold."""
+    for key, value in covering_settings(experiment):
+        yield f"set method.{setting_text(experiment, key, value)}"
+    if experiment.clients.ranks is not None and _holds(
+        experiment, clients={**experiment.clients.model_dump(), "ranks": None}
+    ):
+        yield "remove clients.ranks"
+    yield "choose another method"
+    if experiment.privacy.unit == "client":
+        yield "set privacy.unit = 'record'"
+
+
+def _holds(experiment: Experiment, **changes: Any) -> bool:
+    """Whether the guarantee holds with other sections, if they are valid."""
+    try:
+        return refusal(Experiment.model_validate({**experiment.model_dump(), **changes})) is None
+    except UserError:
+        return False
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,7 @@ from typing import get_args
 from fedlora.adapter import Init
 from fedlora.methods.row import Row
 from fedlora.methods.table import TABLE
+from fedlora.report.guarantees import guarantee
 from fedlora.report.published_results import Claim, Study, reported
 
 _MADE = "<!-- written by scripts/pages -->"
@@ -29,8 +30,9 @@ Floats are for each adapted layer, client and round, without the head: r is the 
 and out are the layer's sizes, K is the number of the round's clients, R the sum of their ranks. With *positions* a client
 also sends the indices of these ranks or entries. With DoRA, averaged magnitudes add out floats down, and up in the rounds
 that train b; local ones stay on the client; no average is exact. A *base update* is a change of the base model, sent in
-addition. *Secure aggregation* reveals only sums of uploads to the server. *Differential privacy*: whether noise, in
-training or on the clipped upload, can cover every upload; docs/privacy.md has the methods for each `privacy.unit`."""
+addition. *Secure aggregation* reveals only sums of uploads to the server. *Differential privacy* (DP) is supported for
+records, `privacy.unit = "record"`, or for clients, `"client"`, as the method is set by default or with the named setting
+(docs/privacy.md)."""
 _INDEX = """\
 *PiSSA*: whether the method can start from the principal parts of the pretrained weights, `lora.init = "pissa"`.
 
@@ -74,7 +76,8 @@ def index() -> str:
         "floats down",
         "needs each upload",
         "secure",
-        "DP",
+        "DP, records",
+        "DP, clients",
     ]
     return "\n\n".join(["# Methods", _table(titles, map(_line, TABLE.values())), _LEGEND, _INDEX]) + "\n"
 
@@ -120,7 +123,9 @@ def _facts(row: Row) -> dict[str, str]:
         "floats of a base update": "none" if row.base_update == "0" else f"`{row.base_update}`",
         "server needs individual uploads": yes(row.needs_individual_uploads),
         "secure aggregation": row.secure_sums(),
-        "differential privacy": row.private,
+        "differential privacy for records": guarantee(row, "record"),
+        "differential privacy for clients": guarantee(row, "client"),
+        **({"noise of differential privacy": row.noise} if row.noise else {}),
     }
 
 
@@ -136,7 +141,8 @@ def _line(row: Row) -> list[str]:
         down if row.base_update == "0" else f"{down} and base updates",
         yes(row.needs_individual_uploads),
         short(row.secure_sums()),
-        short(row.private),
+        short(guarantee(row, "record")),
+        short(guarantee(row, "client")),
     ]
 
 
