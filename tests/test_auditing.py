@@ -10,6 +10,7 @@ from fedlora import Experiment, UserError
 from fedlora.auditing import ExperimentAudit, audit
 from fedlora.canaries import client_canaries, example_canaries
 from fedlora.federated_data import FederatedData
+from fedlora.planning import client_sizes, plan_of
 from fedlora.privacy.audit import Audit
 from tiny_tasks import tiny_task
 
@@ -72,6 +73,30 @@ def test_clients_as_canaries_have_rows_of_their_own(settings):
     assert not set(excluded) & set(rows)
 
 
+def test_the_claimed_epsilon_is_that_of_the_plan_but_for_the_canaries(settings):
+    privacy = {"unit": "record", "noise_multiplier": 1.0, "delta": 1e-5}
+    experiment = made(settings, privacy=privacy, evaluate={"clients": "none"})
+    told = []
+    found = audit(experiment, 10, 2, notify=told.append)
+    plan = plan_of(experiment, client_sizes(experiment))
+    assert found.planned == plan.worst().epsilon(1e-5)
+    planted = example_canaries(experiment, FederatedData.make(experiment), 10)
+    (one,) = plan_of(experiment, {"": planted.client.examples}).mechanisms
+    assert found.claimed == one.epsilon(1e-5) != found.planned
+    assert f"({found.planned:.4g} for the experiment without)" in found.text()
+    assert not found.can_exceed and told[-1] in found.text() and "cannot contradict the claimed epsilon" in told[-1]
+    of_clients = {**privacy, "unit": "client"}
+    found = audit(made(settings, privacy=of_clients, evaluate={"clients": "none"}), 10, 2)
+    assert found.claimed == found.planned and "for the experiment" not in found.text()
+
+
+def test_an_audit_says_whether_it_can_contradict_its_claim():
+    for claim, can in ((2.0, True), (4.0, False), (math.inf, False)):
+        found = ExperimentAudit("record", Audit(100, 100, 50, 0.0), claim, claim)
+        assert found.can_exceed == can == json.loads(found.to_json())["can_exceed"]
+        assert ("cannot contradict" in found.text()) == (claim == 4.0)
+
+
 def test_what_cannot_be_audited_is_rejected(settings, tmp_path):
     with pytest.raises(UserError, match="expected 1 to 5 guesses on each side for 10 canaries, found 6"):
         audit(made(settings), 10, 6)
@@ -81,9 +106,9 @@ def test_what_cannot_be_audited_is_rejected(settings, tmp_path):
 
 
 def test_a_bound_above_the_claim_is_a_contradiction():
-    found = ExperimentAudit("record", Audit(100, 100, 100, 0.0), 3.0)
-    assert found.exceeds and "claimed epsilon 3.00" in found.text()
+    found = ExperimentAudit("record", Audit(100, 100, 100, 0.0), 3.0, 3.0)
+    assert found.exceeds and "claimed epsilon 3, at" in found.text()
     assert json.loads(found.to_json())["bound"] == pytest.approx(3.493, abs=1e-3)
-    without = ExperimentAudit("record", Audit(100, 100, 100, 0.0), math.inf)
+    without = ExperimentAudit("record", Audit(100, 100, 100, 0.0), math.inf, math.inf)
     assert not without.exceeds and json.loads(without.to_json())["claimed"] is None
     assert torch.isfinite(torch.tensor(without.found.ceiling))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,30 +32,58 @@ _DELTA = 1e-5  # without privacy.delta
 
 @dataclass(frozen=True)
 class ExperimentAudit:
-    """The result of an audit, and the epsilon that is claimed for its canaries; infinite without differential privacy."""
+    """The result of an audit, and the epsilon that is claimed for its canaries; infinite without differential privacy.
+
+    `planned` is that of the experiment without canaries, of the client with the largest one. A client's canaries are among
+    its examples, and change its rate and noise.
+    """
 
     unit: Literal["record", "client"]
     found: Audit
     claimed: float
+    planned: float
 
     @property
     def exceeds(self) -> bool:
         """Whether the lower bound contradicts the claim."""
         return self.found.bound > self.claimed
 
+    @property
+    def can_exceed(self) -> bool:
+        """Whether the lower bound would contradict the claim if all guesses were correct."""
+        return self.found.ceiling > self.claimed
+
     def text(self) -> str:
         """The result in words."""
-        claimed = "none" if math.isinf(self.claimed) else f"{self.claimed:.2f}"
         what = "examples of a client" if self.unit == "record" else "clients"
-        return f"canaries are {what}; {self.found.text()}; claimed epsilon {claimed}, at delta {self.found.delta:g}"
+        claim = f"{self._claim()}, at delta {self.found.delta:g}"
+        return "; ".join([f"canaries are {what}", self.found.text(), claim, *self.limits()])
+
+    def _claim(self) -> str:
+        if math.isinf(self.claimed):
+            return "claimed epsilon none"
+        claim = f"claimed epsilon {self.claimed:.4g}"
+        if self.claimed == self.planned:
+            return claim
+        return f"{claim} for the examples of this client with its canaries ({self.planned:.4g} for the experiment without)"
+
+    def limits(self) -> Iterator[str]:
+        """Yields that the audit is too small for its claim, if it is."""
+        if not self.can_exceed and math.isfinite(self.claimed):
+            yield (
+                f"with {self.found.guesses} guesses the bound is at most {self.found.ceiling:.2f}, which cannot contradict "
+                f"the claimed epsilon {self.claimed:.4g}: raise --canaries or --guesses"
+            )
 
     def to_json(self) -> str:
-        """An object in one line of strict JSON; `claimed` is null if it is infinite."""
+        """An object in one line of strict JSON; `claimed` and `planned` are null if they are infinite."""
         found = {
             "unit": self.unit,
             "bound": self.found.bound,
             "ceiling": self.found.ceiling,
-            "claimed": None if math.isinf(self.claimed) else self.claimed,
+            "can_exceed": self.can_exceed,
+            "claimed": _finite(self.claimed),
+            "planned": _finite(self.planned),
             **vars(self.found),
         }
         return json.dumps(found, allow_nan=False)
@@ -78,7 +106,7 @@ def audit(
         canaries: the number of canaries; a fair coin includes each.
         guesses: the number of guesses on each side, by default a tenth of the canaries.
         data: as in `run`.
-        notify: is called with messages about the examples.
+        notify: is called with messages about the examples, and if the audit is too small for its claim.
 
     Raises:
         UserError: invalid settings or data, or a task or method that cannot be audited.
@@ -95,7 +123,9 @@ def audit(
     plant = client_canaries if unit == "client" else example_canaries
     planted = plant(experiment, federated_data, canaries)
     session = Session.make(experiment, planted.data)
-    for note in session.notes:
+    delta, claims = experiment.privacy.delta or _DELTA, _claims(session, planted)
+    best = ExperimentAudit(unit, Audit(canaries, 2 * each, 2 * each, delta), *claims)
+    for note in (*session.notes, *best.limits()):
         notify(note)
     with TemporaryDirectory() as home:
         folder = RunFolder.create(Path(home) / "run")
@@ -107,15 +137,26 @@ def audit(
             scores = before - _losses(session, adapter, planted)
         finally:
             folder.release()
-    delta = experiment.privacy.delta or _DELTA
-    return ExperimentAudit(unit, judge(scores, planted.included, each, delta), _claimed(session, planted, delta))
+    return ExperimentAudit(unit, judge(scores, planted.included, each, delta), *claims)
 
 
-def _claimed(session: Session, planted: Canaries, delta: float) -> float:
-    """The planned epsilon of the canaries' client, or of all clients."""
-    clients = session.clients if planted.client is None else [x for x in session.clients if x.id == planted.client.id]
-    plan = plan_of(session.experiment, {client.id: client.examples for client in clients})
-    return math.inf if plan is None else plan.worst().epsilon(delta)
+def _claims(session: Session, planted: Canaries) -> tuple[float, float]:
+    """The planned epsilon of the canaries' client, or of all clients; and that of the experiment without canaries."""
+    assert isinstance(session.trainer, LocalTrainer)
+    first = min(row for rows in planted.rows for row in rows)
+    sizes = {client: len(rows) for client, rows in session.trainer.rows.items()}
+    own = {client: int((rows < first).sum()) for client, rows in session.trainer.rows.items()}
+    claimed = sizes if planted.client is None else {planted.client.id: sizes[planted.client.id]}
+    return _epsilon(session.experiment, claimed), _epsilon(session.experiment, {x: n for x, n in own.items() if n})
+
+
+def _epsilon(experiment: Experiment, sizes: Mapping[str, int]) -> float:
+    plan = plan_of(experiment, sizes)
+    return math.inf if plan is None else plan.worst().epsilon(plan.delta)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _without_evaluation(experiment: Experiment) -> Experiment:
