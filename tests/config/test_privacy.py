@@ -8,6 +8,24 @@ from fedlora.config.experiment import Experiment
 from fedlora.errors import UserError
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"unit": "record", "delta": 1e-5}, "privacy needs either privacy.noise_multiplier or privacy.epsilon"),
+        ({"epsilon": 8.0}, "privacy.epsilon needs privacy.unit = 'record' or 'client'"),
+        (
+            {"unit": "records"},
+            "privacy.unit = 'records': Input should be 'none', 'record' or 'client'; did you mean 'record'?",
+        ),
+        ({"unit": "x"}, "privacy.unit = 'x': Input should be 'none', 'record' or 'client'"),
+    ],
+)
+def test_a_message_names_the_section_and_the_allowed_values_once(section: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as rejected:
+        Experiment(privacy=section)  # type: ignore[arg-type]
+    assert str(rejected.value) == message
+
+
 def test_by_default_there_is_no_privacy() -> None:
     assert Experiment().privacy.unit == "none"
 

@@ -4,7 +4,7 @@ import re
 
 from pydantic import BaseModel, ValidationError
 
-from fedlora.config.hints import UnknownKey, nearest, other_key
+from fedlora.config.hints import UnknownKey, closest, other_key
 from fedlora.config.sections import all_keys, sections
 
 
@@ -22,11 +22,12 @@ def error_message(error: ValidationError, experiment: type[BaseModel]) -> str:
         cause = first["ctx"]["error"]
         if isinstance(cause, UnknownKey):
             message += other_key(cause.key, cause.allowed, all_keys(experiment))
-        return f"{where}: {message}" if where and not message.startswith(f"{where}.") else message
+        return f"{where}: {message}" if where and not message.startswith((f"{where}.", f"{where} ")) else message
     if first["type"] == "range":  # a union has one for each alternative
         ranges = [p["ctx"]["range"] for p in problems if p["type"] == "range" and _key(p["loc"]) == where]
         message = f"expected {', or '.join(ranges)}"
-    near = nearest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
+    meant = closest(str(first["input"]), _words(first.get("ctx", {}).get("expected", "")))
+    near = f"; did you mean {meant!r}?" if meant else ""
     value, may_be_rows = first["input"], first["loc"][:1] in ((), ("data",))  # rows are not quoted
     if isinstance(value, str | int | float | None) or (isinstance(value, list | dict) and not may_be_rows):
         return f"{where} = {_shortened(repr(value))}: {message}{near}"
