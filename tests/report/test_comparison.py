@@ -161,6 +161,13 @@ def test_another_budget_is_said(overrides, rounds, part, runs, tmp_path):
     assert part in note
 
 
+def test_of_private_runs_no_steps_and_numbers_of_examples_are_compared(tmp_path):
+    private = ("privacy.unit=record", "privacy.epsilon=8.0", "privacy.delta=1e-5", "evaluate.clients=none")
+    paths = [written(tmp_path, f"{rounds}", "fedit", 0, 0.6, *private, rounds=rounds) for rounds in (2, 3)]
+    (note,) = [note for note in compare(paths).notes if "budget" in note]
+    assert "rounds 3 (the baseline 2)" in note and "steps" not in note and "examples" not in note
+
+
 def test_an_unfinished_run_is_left_out_and_said(runs, tmp_path):
     part = written(tmp_path, "part", "flora", 3, 0.9, "rounds=2", rounds=1)
     found = compare([*runs, part])

@@ -84,7 +84,7 @@ def against(label: str, runs: Runs, baseline: Runs) -> Iterator[str]:
     for run, base in pairs.values() or [(next(iter(runs.values())), next(iter(baseline.values())))]:
         own, theirs = _budget(run), _budget(base)
         for key in own:
-            if own[key] != theirs[key]:
+            if key in theirs and own[key] != theirs[key]:
                 differing.setdefault(key, f"{key} {own[key]} (the baseline {theirs[key]})")
         if run.manifest.model != base.manifest.model:
             differing.setdefault("model", "another model")
@@ -118,13 +118,16 @@ def _partition(run: SavedRun) -> str:
 
 
 def _budget(run: SavedRun) -> Mapping[str, int]:
-    """What a run may use. Local steps are those of accepted uploads, of all clients and rounds."""
-    return {
-        "rounds": run.rounds,
-        "local steps": sum(one.steps or 0 for row in run.rows for one in row.per_client.values()),
-        "training examples": run.manifest.data.train.count,
-        "train.max_length": run.experiment.train.max_length,
-    }
+    """What a run may use. Local steps are those of accepted uploads, of all clients and rounds.
+
+    With privacy, what a server would not know of its clients is left out.
+    """
+    privacy, found = run.experiment.privacy, {"rounds": run.rounds}
+    if privacy.unit == "none":
+        found["local steps"] = sum(one.steps or 0 for row in run.rows for one in row.per_client.values())
+    if not privacy.hides_counts:
+        found["training examples"] = run.manifest.data.train.count
+    return {**found, "train.max_length": run.experiment.train.max_length}
 
 
 def _listed(seeds: Iterable[int]) -> str:
