@@ -92,10 +92,12 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
 
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
     found, settings = _adapted(task, experiment, labels), experiment.train
-    wanted = 1 if found.adapted.whole else settings.clients_per_step
-    tested = max(wanted, 2 if experiment.privacy.unit == "record" else 1)  # its examples are tested as those of clients
+    wanted, private = 1 if found.adapted.whole else settings.clients_per_step, experiment.privacy.unit == "record"
+    tested = max(wanted, 2 if private else 1)  # its examples are tested as those of clients
     key = chain([model_key(experiment, labels), str(tested)], conditions(found.adapted, task, experiment.model))
-    safe = tested_clients_per_step(found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, key)
+    safe = tested_clients_per_step(
+        found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, private, key
+    )
     return replace(found, clients_per_step=min(safe, wanted), one_at_a_time=safe < tested)
 
 

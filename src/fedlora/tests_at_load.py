@@ -25,6 +25,7 @@ def tested_clients_per_step(
     packed: bool,
     wanted: int,
     max_length: int,
+    private: bool,
     key: Iterable[str],
 ) -> int:
     """`safe_clients_per_step`, after `try_packing` if `packed`; neither is called if the cache has their results.
@@ -39,7 +40,7 @@ def tested_clients_per_step(
     def test() -> bytes:
         if packed:
             try_packing(adapted, task, tokenizer, max_length)
-        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, max_length)
+        clients_per_step = safe_clients_per_step(adapted, task, tokenizer, wanted, max_length, private)
         return json.dumps([packing.works, packing.narrows, clients_per_step]).encode()
 
     works, narrows, clients_per_step = json.loads(cached("tests at load", key, test))

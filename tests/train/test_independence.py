@@ -123,6 +123,31 @@ def test_a_weak_influence_of_other_clients_is_found(precision, packed):
     assert safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 4, 128) == 4
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", fast(ORDINARY, "bert", "llama"))
+def test_ordinary_models_keep_private_clients_apart(kind, precision):
+    adapted = adapted_of(kind, precision)
+    assert safe_clients_per_step(adapted, Classification(), tokenizer_of(kind), 4, 128, private=True) == 4
+    assert adapted.packing.works
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_for_privacy_an_influence_below_the_rounding_of_bf16_is_found(packed):
+    adapted = adapted_of("bert", torch.bfloat16)
+    adapted.packing.works = adapted.packing.works and packed
+    hook = adapted.model.bert.encoder.layer[0].intermediate.register_forward_hook(
+        lambda _module, _args, y: y + 0.01 * y.roll(1, 1 if y.shape[0] == 1 else 0)
+    )
+
+    def safe(private: bool) -> int:
+        return safe_clients_per_step(adapted, Classification(), tokenizer_of("bert"), 4, 128, private)
+
+    assert safe(private=True) == 1
+    assert safe(private=False) == 4, "the influence is too weak for the test"
+    hook.remove()
+    assert safe(private=True) == 4
+
+
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line():
     adapted = adapted_of("bert", torch.float32)
 

@@ -25,16 +25,23 @@ _WORDS = ((1, 4), (9, 2, 1), (3,), (6, 1))
 _VOCABULARY = ("the", "first", "of", "many", "words", "that", "some", "people", "said", "here", "was", "right")
 _RATE = 2.0**14
 """Learning rate, large enough to compute the gradient from the result of a step."""
+_UNCHANGED = 1e-4
+"""The largest relative difference of results of the same operations, of which some may not be deterministic."""
 _STEP = Train(optimizer="sgd", lr=_RATE, weight_decay=0.0, clip_norm=None, epochs=1, batch_size=8)
 """One step with all examples of a client."""
 
 
-def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, clients_per_step: int, max_length: int) -> int:
+def safe_clients_per_step(
+    adapted: AdaptedModel, task: Task, tokenizer: Any, clients_per_step: int, max_length: int, private: bool = False
+) -> int:
     """`clients_per_step`, or 1 for a model whose clients in one step influence each other beyond rounding.
 
     They influence each other if the first axis of a tensor in the model is not that of the rows. The test trains, with
     dropout, and evaluates two to four clients of unequal ranks, rows and lengths. The packed form is disabled if its
     results differ from those of the padded form.
+
+    Rounding in bf16 is coarse, and would hide a weak influence. If `private`, each client's results are therefore also
+    compared with those beside other clients of the same sizes: then the operations are the same, and so is the rounding.
 
     Raises:
         UserError: a single client cannot be trained.
@@ -51,7 +58,7 @@ def safe_clients_per_step(adapted: AdaptedModel, task: Task, tokenizer: Any, cli
         raise UserError(f"models of type {kind!r} cannot be trained: {type(error).__name__}: {reason}") from error
     tolerance = torch.finfo(adapted.dtype).eps ** 0.4
     for tried, adapted.packing.works in ((groups, packs), (groups, False), (each, packs), (each, False)):
-        if tried and trial.agrees(alone, tried, tolerance):
+        if tried and trial.agrees(alone, tried, tolerance, private):
             break
     adapted.load_clients([])
     return clients_per_step if tried is groups else 1
@@ -93,18 +100,50 @@ class _Trial:
             found.append({**losses, **{key: (x - after[key]) / _RATE for key, x in before.items()}})
         return found
 
-    def agrees(self, alone: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[Job]], tolerance: float) -> bool:
-        """Whether the clients of each group get the same results together as alone."""
+    def separates(self, group: Sequence[Job]) -> bool:
+        """Whether each client gets the same results if every other one has another adapter, and other examples as long."""
+        if len(group) == 1:
+            return True
+        found = self.results(group)
+        for parity in (0, 1):
+            jobs = [job if job.seed % 2 == parity else _replaced(self.adapted, job) for job in group]
+            rows = torch.cat([job.rows for job in group if job.seed % 2 != parity])
+            beside = replace(self, examples=_reversed(self.examples, rows)).results(jobs)
+            kept = [(one, before) for job, one, before in zip(group, beside, found, strict=True) if job.seed % 2 == parity]
+            if any(_max_difference(one, before) > _UNCHANGED for one, before in kept):
+                return False
+        return True
+
+    def agrees(
+        self, alone: Sequence[Mapping[str, Tensor]], groups: Sequence[Sequence[Job]], tolerance: float, private: bool
+    ) -> bool:
+        """Whether the clients of each group get the same results together as alone, and if `private`, beside any others."""
         try:
-            return all(
+            agree = all(
                 _max_difference(one, alone[job.seed]) < tolerance
                 for group in groups
                 for job, one in zip(group, self.results(group), strict=True)
             )
+            return agree and (not private or self.separates(groups[-1]))
         except torch.OutOfMemoryError:  # which says nothing about the architecture
             raise
         except Exception:  # as above
             return False
+
+
+def _replaced(adapted: AdaptedModel, job: Job) -> Job:
+    """The job with another adapter of the same rank."""
+    return replace(job, request=replace(job.request, start=_start(adapted, job.seed + len(_WORDS))))
+
+
+def _reversed(examples: Examples, rows: Tensor) -> Examples:
+    """The examples with the inputs of these rows reversed along all axes; their targets are the same."""
+    features = {name: flat.clone() for name, flat in examples.features.items()}
+    for row in rows.tolist():
+        own = slice(int(examples.starts[row]), int(examples.starts[row + 1]))
+        for flat in features.values():
+            flat[own] = flat[own].flip(tuple(range(flat.ndim)))
+    return replace(examples, features=features)
 
 
 def _start(adapted: AdaptedModel, client: int) -> Adapter:
