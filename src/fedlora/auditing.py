@@ -34,8 +34,8 @@ _DELTA = 1e-5  # without privacy.delta
 class ExperimentAudit:
     """The result of an audit, and the epsilon that is claimed for its canaries; infinite without differential privacy.
 
-    `planned` is that of the experiment without canaries, of the client with the largest one. A client's canaries are among
-    its examples, and change its rate and noise.
+    `planned` is that of the experiment without canaries, of the client with the largest one. Canaries change the number of
+    units, and thus rates and noise.
     """
 
     unit: Literal["record", "client"]
@@ -65,7 +65,7 @@ class ExperimentAudit:
         claim = f"claimed epsilon {self.claimed:.4g}"
         if self.claimed == self.planned:
             return claim
-        return f"{claim} for the examples of this client with its canaries ({self.planned:.4g} for the experiment without)"
+        return f"{claim} with the canaries among the data ({self.planned:.4g} for the experiment without)"
 
     def limits(self) -> Iterator[str]:
         """Yields that the audit is too small for its claim, if it is."""
