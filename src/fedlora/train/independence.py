@@ -110,7 +110,7 @@ class _Trial:
             rows = torch.cat([job.rows for job in group if job.seed % 2 != parity])
             beside = replace(self, examples=_reversed(self.examples, rows)).results(jobs)
             kept = [(one, before) for job, one, before in zip(group, beside, found, strict=True) if job.seed % 2 == parity]
-            if any(_max_difference(one, before) > _UNCHANGED for one, before in kept):
+            if not all(_max_difference(one, before) < _UNCHANGED for one, before in kept):
                 return False
         return True
 
