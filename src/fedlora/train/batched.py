@@ -13,7 +13,7 @@ from fedlora.train.job import Job, step_key
 from fedlora.train.optimizer import MaskedParameter, clip_gradients, make_optimizer, optimizer_step, replace_parameters
 from fedlora.train.private_gradients import PrivateGradients
 from fedlora.train.schedule import step_rate
-from fedlora.train.step_gradients import MeanGradients
+from fedlora.train.step_gradients import MeanGradients, StepGradients, Training
 
 
 def train_together(
@@ -56,8 +56,8 @@ def train_together(
     adapted.model.train()
     with ClientDropout(adapted.packing, dropout) as client_dropout:
         adapted.checkpointing.modes = (client_dropout, adapted.packing)
-        kind = MeanGradients if jobs[0].privacy is None else PrivateGradients
-        gradients = kind(adapted, task, examples, jobs, settings, max_tokens, client_dropout, device)
+        training = Training(adapted, task, examples, jobs, settings, max_tokens, client_dropout, device)
+        gradients: StepGradients = MeanGradients(training) if jobs[0].privacy is None else PrivateGradients(training)
         for step in range(max(steps)):
             if len(unfinished := [i for i in active if steps[i] > step]) < len(active):
                 done |= {i: read(place, i) for place, i in enumerate(active) if steps[i] == step}

@@ -9,17 +9,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedlora.adapter import pack
-from fedlora.config.sections import Train
-from fedlora.models.adapted import AdaptedModel
-from fedlora.models.dropout import ClientDropout
 from fedlora.random_source import RandomSource, SecretSource, SeededSource
 from fedlora.randomness import derive
-from fedlora.tasks.task import Examples, Task, reduced
+from fedlora.tasks.task import reduced
 from fedlora.train.job import Job
 from fedlora.train.optimizer import MaskedParameter
 from fedlora.train.per_example import add_clipped, example_passes
 from fedlora.train.record_privacy import RecordPrivacy
-from fedlora.train.step_gradients import with_answer_length
+from fedlora.train.step_gradients import Training, with_answer_length
 
 
 class PrivateGradients:
@@ -34,23 +31,11 @@ class PrivateGradients:
     Source: Abadi et al. 2016, arXiv:1607.00133.
     """
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        task: Task,
-        examples: Examples,
-        jobs: Sequence[Job],
-        settings: Train,
-        max_tokens: int,
-        client_dropout: ClientDropout,
-        device: torch.device,
-    ) -> None:
-        self._adapted, self._task, self._examples, self._jobs = adapted, task, examples, jobs
-        self._max_tokens, self._dropout, self._device = max_tokens, client_dropout, device
-        self._memory = settings.activation_memory_mb * 1_000_000
-        self._lengths = examples.lengths()
-        self._sampling = [_source(job, "sample", torch.device("cpu")) for job in jobs]
-        self._noise = [_source(job, "noise", device) for job in jobs]
+    def __init__(self, training: Training) -> None:
+        self._training, self._jobs = training, training.jobs
+        self._lengths = training.examples.lengths()
+        self._sampling = [_source(job, "sample", torch.device("cpu")) for job in training.jobs]
+        self._noise = [_source(job, "noise", training.device) for job in training.jobs]
 
     def add(
         self,
@@ -67,7 +52,7 @@ class PrivateGradients:
         for place, i in enumerate(active):
             self._add_noise(place, i, trained)
         penalties = [
-            penalty(self._adapted.tensors(place, request.start))
+            penalty(self._training.adapted.tensors(place, request.start))
             for place, request in enumerate(self._jobs[i].request for i in active)
             for penalty in request.penalties
         ]
@@ -82,6 +67,7 @@ class PrivateGradients:
         self, step: int, active: Sequence[int], trained: Mapping[str, nn.Parameter], fixed: Mapping[int, Tensor]
     ) -> None:
         """Adds the clipped gradients of the step's samples to the gradients of the clients."""
+        training = self._training
         samples = [self._sample(i) for i in active]
         if not sum(map(len, samples)):
             return
@@ -90,13 +76,14 @@ class PrivateGradients:
         drawn = [(self._jobs[i], n) for i, own in zip(active, samples, strict=True) for n in own.tolist()]
         draws = torch.tensor([_seed(job, "augment", step, n) % (1 << 31) for job, n in drawn])
         seeds = [_seed(job, "dropout", step, n) for job, n in drawn]
-        clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=self._device)
+        clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=training.device)
         bytes_each = 2 * sum(x[0].nbytes for x in trained.values())  # a copy, and its gradient
-        for group in example_passes(self._lengths[rows].tolist(), self._max_tokens, self._memory // bytes_each or 1):
+        most = training.settings.activation_memory_mb * 1_000_000 // bytes_each or 1
+        for group in example_passes(self._lengths[rows].tolist(), training.max_tokens, most):
             at = torch.tensor(group)
             each = self._each_gradient(rows[at], places[at], draws[at], [seeds[n] for n in group], trained, fixed)
             sums = {key: x.grad for key, x in trained.items() if x.grad is not None}
-            add_clipped(sums, each, places[at].to(self._device), clips)
+            add_clipped(sums, each, places[at].to(training.device), clips)
 
     def _each_gradient(
         self,
@@ -108,12 +95,13 @@ class PrivateGradients:
         fixed: Mapping[int, Tensor],
     ) -> dict[str, Tensor]:
         """The gradient of each row's loss [rows, *shape], without masked entries, from one pass."""
-        adapted, task, examples, device = self._adapted, self._task, self._examples, self._device
+        training = self._training
+        adapted, task, examples, device = training.adapted, training.task, training.examples, training.device
         places, lengths = places.to(device), self._lengths[rows]
         inputs, targets = examples.batch(rows, device, draws)
         sizes = [(length, 1) for length in lengths.tolist()]
         answers = examples.longest_answers(list(rows[:, None]))
-        self._dropout.next_pass([torch.Generator(device).manual_seed(seed) for seed in seeds], sizes, answers)
+        training.dropout.next_pass([torch.Generator(device).manual_seed(seed) for seed in seeds], sizes, answers)
         targets = with_answer_length(targets, sizes, answers)
         with adapted.client_layout.each_example(places) as own_gradient:
             with adapted.packing.of(lengths[:, None], device, task.tokens_read(inputs, targets)):

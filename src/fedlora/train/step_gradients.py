@@ -1,6 +1,7 @@
 """The gradients of one step of many clients."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,23 +37,30 @@ class StepGradients(Protocol):
         """Each client's mean loss over its last epoch."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """What gradients are computed from: the jobs of clients that are loaded together, and the `dropout` of their passes.
+
+    A pass has at most `max_tokens` tokens, padding included, as far as a kind of gradients can divide a step.
+    """
+
+    adapted: AdaptedModel
+    task: Task
+    examples: Examples
+    jobs: Sequence[Job]
+    settings: Train
+    max_tokens: int
+    dropout: ClientDropout
+    device: torch.device
+
+
 class MeanGradients:
     """The gradients of the mean losses of batches in random order; see `train_together`."""
 
-    def __init__(
-        self,
-        adapted: AdaptedModel,
-        task: Task,
-        examples: Examples,
-        jobs: Sequence[Job],
-        settings: Train,
-        max_tokens: int,
-        client_dropout: ClientDropout,
-        device: torch.device,
-    ) -> None:
-        self._adapted, self._task, self._examples, self._jobs = adapted, task, examples, jobs
-        self._settings, self._max_tokens, self._dropout, self._device = settings, max_tokens, client_dropout, device
-        self._lengths = examples.lengths()
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        jobs, settings, device = training.jobs, training.settings, training.device
+        self._lengths = training.examples.lengths()
         self._queues = [job.batches(self._lengths, settings) for job in jobs]
         self._generators = [torch.Generator(device).manual_seed(derive(job.seed, "dropout")) for job in jobs]
         self._augmenting = [generator(job.seed, "augment") for job in jobs]
@@ -68,11 +76,12 @@ class MeanGradients:
         masked: Sequence[MaskedParameter],
     ) -> None:
         """See `StepGradients`; penalties are a part of the loss."""
-        adapted, task, examples, settings = self._adapted, self._task, self._examples, self._settings
-        device, lengths, requests = self._device, self._lengths, [job.request for job in self._jobs]
+        training, lengths = self._training, self._lengths
+        adapted, task, examples, device = training.adapted, training.task, training.examples, training.device
+        settings, requests = training.settings, [job.request for job in training.jobs]
         batches = [next(self._queues[i]) for i in active]
         total = torch.zeros(1, device=device)
-        for part in passes(batches, lengths, self._max_tokens, adapted.packing.works, settings.accumulate):
+        for part in passes(batches, lengths, training.max_tokens, adapted.packing.works, settings.accumulate):
             present = [active[place] for place in part.places]
             everyone = len(present) == len(active)
             adapted.client_layout.index = None if everyone else torch.tensor(part.places, device=device)
@@ -84,7 +93,7 @@ class MeanGradients:
             inputs, targets = examples.batch(rows, device, collate_clients(draws)[0])
             sizes = [(int(lengths[own].max()), len(own)) for own in part.rows]
             answers = examples.longest_answers(part.rows)
-            self._dropout.next_pass([self._generators[i] for i in present], sizes, answers)
+            training.dropout.next_pass([self._generators[i] for i in present], sizes, answers)
             targets = with_answer_length(targets, sizes, answers)
             own_lengths = lengths[rows].view(real.shape) * real
             with adapted.packing.of(own_lengths, device, task.tokens_read(inputs, targets)):
