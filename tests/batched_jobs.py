@@ -13,6 +13,7 @@ from fedlora.messages import Fit
 from fedlora.models.adapted import AdaptedModel, Scaling
 from fedlora.parts.dense import Dense
 from fedlora.parts.experts import Experts
+from fedlora.parts.weight_change import WeightChange
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Examples
 from fedlora.train.features import try_packing
@@ -35,6 +36,17 @@ def session(tmp_path_factory) -> tuple[AdaptedModel, Examples]:
     adapted = AdaptedModel(model, Scaling(16.0), dropout=0.1, head=["classifier"], classes=len(LABELS))
     try_packing(adapted, TASK, tokenizer, 64)
     return adapted, TASK.encode(tokenizer, table, 64)
+
+
+@pytest.fixture(scope="module")
+def whole(session: tuple[AdaptedModel, Examples], tmp_path_factory) -> tuple[AdaptedModel, Examples, Job]:
+    """A model of which all parameters are trained, the examples of the session, and a client whose parameters are moved."""
+    model, tokenizer, _ = TASK.load(str(tiny_bert(tmp_path_factory.mktemp("whole") / "model")), LABELS, seed=0)
+    adapted = AdaptedModel(model, Scaling(16.0), head=["classifier"], classes=len(LABELS), whole=True)
+    try_packing(adapted, TASK, tokenizer, 64)
+    job, rng = unfactored(jobs(adapted)[0]), torch.Generator().manual_seed(0)
+    moved = {n: Dense(p.w + torch.randn(p.w.shape, generator=rng) / 50) for n, p in job.request.start.items() if p.in_head}
+    return adapted, session[1], replace(job, request=replace(job.request, start={**job.request.start, **moved}))
 
 
 def drawn(adapted: AdaptedModel, rank: int, seed: int) -> dict[str, LowRank]:
@@ -64,3 +76,11 @@ def routed(job: Job, others: int, seed: int) -> Job:
             sizes = (2 * others + 1, in_), (others, out, rank), (others, rank, in_)
             start[name] = Experts(part.b, part.a, *(torch.randn(size, generator=rng) / 3 for size in sizes))
     return replace(job, request=replace(job.request, start=start, train=frozenset("bagw")))
+
+
+def unfactored(job: Job) -> Job:
+    """The same job, which trains the weights of the adapted modules themselves."""
+    start = {
+        n: WeightChange(part.product()) if isinstance(part, LowRank) else part for n, part in job.request.start.items()
+    }
+    return replace(job, request=replace(job.request, start=start, train=frozenset({"delta", "w"})))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from batched_jobs import TASK, jobs, session  # noqa: F401  (a fixture)
+from batched_jobs import TASK, jobs, session, whole  # noqa: F401  (a fixture)
 from fedlora.adapter import lora_init, pack
 from fedlora.api import run
 from fedlora.config.experiment import Experiment
@@ -57,6 +57,17 @@ def test_blocks_computed_again_have_the_gradients_of_stored_ones_to_the_bit(
         assert one.loss == other.loss
         found, expected = pack(one.adapter), pack(other.adapter)
         assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+def test_so_has_a_model_that_is_trained_in_its_places(whole):
+    adapted, examples, job = whole
+    settings = Train(batch_size=4, lr=0.1, optimizer="sgd", max_steps=2)
+    adapted.checkpointing.enable()
+    with adapted.checkpointing.disabled():
+        (stored,) = train_together(adapted, TASK, examples, [job], settings, 1000)
+    (again,) = train_together(adapted, TASK, examples, [job], settings, 1000)
+    found, expected = pack(again.adapter), pack(stored.adapter)
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq", "image-classification"])

@@ -171,6 +171,11 @@ class AdaptedModel:
         return next(x.dtype for x in self.model.parameters() if x.is_floating_point())
 
     @property
+    def in_place(self) -> list[InPlace]:
+        """The modules whose parameters are replaced in each pass."""
+        return [layer for layer in self._per_client.values() if isinstance(layer, InPlace)]
+
+    @property
     def transposed(self) -> bool:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
         bases = (layer.base for layer in self.layers.values() if not isinstance(layer.base, nn.Embedding))

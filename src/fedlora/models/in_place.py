@@ -1,6 +1,7 @@
 """Parameters that are trained in their places in the model, wherever it reads them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,21 @@ class InPlace:
         self._own = {name: self.base.get_parameter(name) for name in places}
         model.register_forward_pre_hook(self._replace)
         model.register_forward_hook(self._restore, always_call=True)
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which a block is computed again with the parameters of one that is called now."""
+        values = {name: self.base._parameters[name] for name in self.per_client}
+
+        @contextmanager
+        def restored() -> Iterator[None]:
+            for name, value in values.items():
+                self._set(name, value)
+            try:
+                yield
+            finally:
+                self._restore()
+
+        return restored
 
     def _replace(self, *_: Any) -> None:
         for name, part in self.per_client.items():

@@ -55,7 +55,7 @@ def train_together(
 
     adapted.model.train()
     with ClientDropout(adapted.packing, dropout) as client_dropout:
-        adapted.checkpointing.modes = (client_dropout, adapted.packing)
+        adapted.checkpointing.modes = (client_dropout, adapted.packing, *adapted.in_place)
         training = Training(adapted, task, examples, jobs, settings, max_tokens, client_dropout, device)
         gradients: StepGradients = MeanGradients(training) if jobs[0].privacy is None else PrivateGradients(training)
         for step in range(max(steps)):
