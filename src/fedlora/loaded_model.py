@@ -92,8 +92,10 @@ def model_key(experiment: Experiment, labels: Sequence[str]) -> str:
 
 def _load(task: Task, experiment: Experiment, labels: Sequence[str]) -> LoadedModel:
     found, settings = _adapted(task, experiment, labels), experiment.train
-    wanted, private = 1 if found.adapted.whole else settings.clients_per_step, experiment.privacy.unit == "record"
-    tested = max(wanted, 2 if private else 1)  # its examples are tested as those of clients
+    whole = found.adapted.whole
+    wanted = 1 if whole else settings.clients_per_step
+    private = experiment.privacy.unit == "record" and not whole  # examples that share a pass are tested as those of clients
+    tested = max(wanted, 2 if private else 1)
     key = chain([model_key(experiment, labels), str(tested)], conditions(found.adapted, task, experiment.model))
     safe = tested_clients_per_step(
         found.adapted, task, found.tokenizer, settings.packed, tested, settings.max_length, private, key

@@ -1,13 +1,14 @@
 # ruff: noqa: F811  (a fixture)
 """Blocks that are computed again in the backward pass, against stored activations."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from batched_jobs import TASK, jobs, session, whole  # noqa: F401  (a fixture)
+from batched_jobs import TASK, jobs, session, unfactored, whole  # noqa: F401  (a fixture)
 from fedlora.adapter import lora_init, pack
 from fedlora.api import run
 from fedlora.config.experiment import Experiment
@@ -18,6 +19,7 @@ from fedlora.models.layers import LoraLayer
 from fedlora.tasks.task import Examples
 from fedlora.train.batched import train_together
 from fedlora.train.micro_batches import bytes_per_token
+from fedlora.train.record_privacy import RecordPrivacy
 from tiny_tasks import tiny_task
 
 from architectures import model_of
@@ -59,13 +61,29 @@ def test_blocks_computed_again_have_the_gradients_of_stored_ones_to_the_bit(
         assert all(torch.equal(found[key], x) for key, x in expected.items())
 
 
-def test_so_has_a_model_that_is_trained_in_its_places(whole):
+def test_so_have_private_examples_weights(session, checkpointed):
+    """Their gradients are kept as products of the tokens of blocks that are computed again."""
+    adapted, examples = session
+    privacy = RecordPrivacy(clip=0.3, noise_multiplier=0.5, rate=0.4, steps=100)
+    some = [replace(unfactored(job), privacy=privacy) for job in jobs(adapted)]
+    settings, found = Train(batch_size=4, lr=0.1, optimizer="sgd", max_steps=3), []
+    with checkpointed.checkpointing.disabled():
+        found.append(train_together(adapted, TASK, examples, some, settings, 1000))
+    found.append(train_together(adapted, TASK, examples, some, settings, 1000))
+    for one, other in zip(*found, strict=True):
+        ours, expected = pack(one.adapter), pack(other.adapter)
+        assert all(torch.equal(ours[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_so_has_a_model_that_is_trained_in_its_places(whole, private):
     adapted, examples, job = whole
-    settings = Train(batch_size=4, lr=0.1, optimizer="sgd", max_steps=2)
+    privacy = RecordPrivacy(clip=0.3, noise_multiplier=0.5, rate=0.4, steps=100) if private else None
+    some, settings = [replace(job, privacy=privacy)], Train(batch_size=4, lr=0.1, optimizer="sgd", max_steps=2)
     adapted.checkpointing.enable()
     with adapted.checkpointing.disabled():
-        (stored,) = train_together(adapted, TASK, examples, [job], settings, 1000)
-    (again,) = train_together(adapted, TASK, examples, [job], settings, 1000)
+        (stored,) = train_together(adapted, TASK, examples, some, settings, 1000)
+    (again,) = train_together(adapted, TASK, examples, some, settings, 1000)
     found, expected = pack(again.adapter), pack(stored.adapter)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
 

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Adapter, Scaling
 from fedlora.errors import UserError
+from fedlora.linalg.token_products import TokenProducts
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.targets import head_modules
 from fedlora.parts.dense import Dense
@@ -77,6 +78,25 @@ def assert_same_gradients(adapted: AdaptedModel, model: nn.Module, inputs: dict[
         assert_close(own, slope.mT if isinstance(module, Conv1D) else slope, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def assert_same_gradients_of_an_example(adapted: AdaptedModel, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Of all parameters, without gradients of the parameters themselves."""
+    start = start_of(adapted)
+    plain, trained = set_to(model, start).eval(), adapted.load_clients([start], {"delta", "w"})
+    with adapted.client_layout.each_example(torch.zeros(1, dtype=torch.long)) as gradients:
+        output_of(adapted.model.eval(), inputs).square().sum().backward()
+        found = [gradients.of(x) for x in trained]
+    assert all(x.grad is None for x in trained)
+    output_of(plain, inputs).square().sum().backward()
+    for key, x in zip(start, found, strict=True):
+        slope = plain.get_parameter(key if isinstance(start[key], Dense) else f"{key}.weight").grad
+        if isinstance(x, TokenProducts):
+            x = x.weighted_sum(torch.ones(1).double())[None]
+            slope = slope.mT if isinstance(plain.get_submodule(key.removesuffix(".weight")), Conv1D) else slope
+        assert (x is None) == (slope is None), key
+        if x is not None:
+            assert_close(x[0], slope, msg=lambda m, key=key: f"{key}: {m}")
+
+
 def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     found = model(**inputs)
     return found if isinstance(found, Tensor) else found.logits
@@ -87,6 +107,7 @@ def test_shared_and_indirectly_read_parameters_have_their_whole_gradient():
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(), ["mid"], head=["score"], whole=True)
     assert {"shift", "embed.weight", "mid.bias", "read.weight"} < adapted.spec.head.keys()
     assert_same_gradients(adapted, model, inputs)
+    assert_same_gradients_of_an_example(adapted, model, {"x": inputs["x"][:1]})
 
 
 @pytest.mark.parametrize("kind", fast([kind for kind in CONFIGS if kind != "reformer"], *QUICK))
@@ -97,6 +118,7 @@ def test_every_parameter_of_a_transformer_has_the_gradient_that_it_has_in_the_pl
     head = head_modules(model, ())
     adapted = AdaptedModel(copy.deepcopy(model), Scaling(16.0), "all-linear", head=head, whole=True)
     assert_same_gradients(adapted, model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert_same_gradients_of_an_example(adapted, model, {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])})
 
 
 def test_without_a_client_and_after_an_error_the_model_has_its_own_parameters():

@@ -35,9 +35,13 @@ from tiny_tasks import tiny_task
 
 from tiny import LABELS, tiny_bert, tiny_rows
 from toy import SPEC, MemoryStates, ToyTrainer, toy_clients, toy_method
+from wired import assert_same_runs
 
 CLIENTS = toy_clients(2)
 SILENT = {"clients": "none"}
+FACTORS = {"name": "fedit", "rank": 2}
+WEIGHTS = {"name": "full-ft"}
+ALL = {"name": "full-ft", "scope": "all"}
 PRIVACY = {"unit": "record", "clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-5}
 
 
@@ -162,7 +166,6 @@ def test_a_target_epsilon_gives_the_noise_for_the_rate_and_all_steps(monkeypatch
         ({"train": {"batches": "by-length"}}, "train.batches"),
         ({"train": {"clip_norm": 1.0}}, "train.clip_norm"),
         ({"task": {"kind": "classification", "class_weights": [1.0, 2.0]}}, "task.class_weights"),
-        ({"method": {"name": "full-ft", "scope": "all"}}, "method.scope"),
         ({"task": {"kind": "causal-lm"}}, "task.kind = 'causal-lm' with plain texts (data.text)"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -195,7 +198,7 @@ def experiment(settings: dict[str, Any], **tables: Any) -> Experiment:
     given: dict[str, Any] = {
         "rounds": 2,
         "clients": {"count": 3, "partition": "iid", "held_out": 0.0},
-        "method": {"name": "fedit", "rank": 2},
+        "method": FACTORS,
         "evaluate": {"before": False, "clients": "none"},
         "privacy": PRIVACY,
     }
@@ -240,22 +243,32 @@ def test_an_exported_adapters_card_counts_only_the_examples_with_targets_as_the_
     assert exported == own
 
 
-def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path):
-    whole, cut = experiment(texts), experiment(texts, rounds=1)
+@pytest.mark.parametrize("method", [FACTORS, WEIGHTS, ALL], ids=str)
+def test_a_resumed_run_has_the_noise_and_the_ledger_of_one_without_interruption(texts, tmp_path, method):
+    whole, cut = experiment(texts, method=method), experiment(texts, rounds=1, method=method)
     api.run(whole, out=tmp_path / "whole")
     api.run(cut, out=tmp_path / "cut")
     api.resume(tmp_path / "cut", overrides=["rounds=2"])
-    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert adapters[0] == adapters[1]
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     ledgers = [spent(whole, tmp_path / name, 2) for name in ("whole", "cut")]
     sizes = [len(share.train) for share in FederatedData.make(whole).partition.shares]
     assert ledgers[0] == ledgers[1] == [[Gaussian(1.0, min(1, 4 / n), 2 * -(-n // 4))] for n in sizes]
 
 
 @pytest.mark.parametrize(
-    "kind", ["classification", "regression", "image-classification", "tagging", "multiple-choice", "causal-lm", "seq2seq"]
+    ("kind", "method"),
+    [
+        *((kind, FACTORS) for kind in ("classification", "regression", "image-classification", "tagging")),
+        *((kind, FACTORS) for kind in ("multiple-choice", "causal-lm", "seq2seq")),
+        ("multiple-choice", WEIGHTS),
+        ("seq2seq", WEIGHTS),
+        ("causal-lm", ALL),
+        pytest.param("image-classification", ALL, marks=pytest.mark.slow),
+        pytest.param("seq2seq", ALL, marks=pytest.mark.slow),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())),
 )
-def test_each_task_trains_privately_as_without_privacy_but_for_clip_noise_and_sampling(kind, tmp_path):
+def test_each_task_trains_privately_as_without_privacy_but_for_clip_noise_and_sampling(kind, method, tmp_path):
     """Without them, on all examples of a client in each step; models without dropout, images without augmentation."""
     settings = tiny_task(kind, tmp_path / "home")
     settings["task"] = kind
@@ -264,7 +277,7 @@ def test_each_task_trains_privately_as_without_privacy_but_for_clip_noise_and_sa
     train = {"optimizer": "sgd", "batch_size": 100, "epochs": 2, "reduction": "example"}
     found = []
     for privacy in (free, {}):
-        given = experiment(settings, privacy=privacy, train=train)
+        given = experiment(settings, privacy=privacy, train=train, method=method)
         session = Session.make(given, FederatedData.make(given))
         server = session.method.init_server(session.adapted.spec, 0)
         start = global_adapter(session.method, session.adapted.spec, server, Round(0, 0))
@@ -275,4 +288,4 @@ def test_each_task_trains_privately_as_without_privacy_but_for_clip_noise_and_sa
         assert one.steps == other.steps == 2
         before, after = pack(one.adapter), pack(other.adapter)
         assert_close(before, after, rtol=1e-3, atol=1e-5)
-        assert any(x.abs().max() > 1e-4 for key, x in after.items() if key.endswith(".b"))
+        assert any(x.abs().max() > 1e-4 for key, x in after.items() if key.endswith((".b", ".delta")))

@@ -48,9 +48,9 @@ def test_clipped_sums_are_those_of_opacus(kind, clip):
     keys = [key for key in pack(start)]
     parameters = dict(zip(keys, adapted.load_clients([start], "baw"), strict=True))
     places = torch.zeros(5, dtype=torch.long)
-    with adapted.client_layout.each_example(places) as own_gradient:
+    with adapted.client_layout.each_example(places) as gradients:
         functional.cross_entropy(adapted.model.train()(**inputs).logits, labels, reduction="sum").backward()
-        each = {key: own_gradient(x) for key, x in parameters.items()}
+        each = {key: gradients.of(x) for key, x in parameters.items()}
     sums = {key: torch.zeros_like(x) for key, x in parameters.items()}
     add_clipped(sums, each, places, torch.tensor([clip], dtype=torch.float64))
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from batched_jobs import TASK, jobs, routed, session  # noqa: F401  (a fixture)
+from batched_jobs import TASK, jobs, routed, session, unfactored, whole  # noqa: F401  (a fixture)
 from fedlora.adapter import Tensors, pack, pick
 from fedlora.config.sections import Train
 from fedlora.errors import UserError
@@ -48,6 +49,13 @@ def rank_of(job: Job) -> int:
     return next(part.rank for part in job.request.start.values() if not part.in_head)
 
 
+KINDS = {
+    "factors": lambda job, i: job,
+    "experts": lambda job, i: routed(job, 2, i),
+    "weights": lambda job, i: unfactored(job),
+}
+
+
 def penalty(adapted: Any, client: int) -> Any:
     def of_b(live: Tensors) -> Tensor:
         return torch.stack([x.square().sum() for x in pick(live, "b").values()]).sum() / 10
@@ -79,12 +87,11 @@ def test_without_clip_noise_and_sampling_it_is_training_on_all_examples(session,
         assert_close(pack(one.adapter), pack(other.adapter), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_a_step_descends_the_sum_of_each_examples_clipped_gradient(session, no_dropout, experts):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_descends_the_sum_of_each_examples_clipped_gradient(session, no_dropout, kind):
     """The oracle trains on each example alone, and clips its step."""
     adapted, examples = session
-    some = jobs(adapted)[:3]
-    some = [routed(job, 2, i) for i, job in enumerate(some)] if experts else some
+    some = [KINDS[kind](job, i) for i, job in enumerate(jobs(adapted)[:3])]
     privacy = replace(EVERY, clip=0.2)
     found = train_together(adapted, TASK, examples, private(some, privacy), ONE, 1000)
     for job, one in zip(some, found, strict=True):
@@ -99,10 +106,12 @@ def test_a_step_descends_the_sum_of_each_examples_clipped_gradient(session, no_d
         assert_close(moved(job, one), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_clients_train_the_same_alone_and_together_in_passes_of_any_size(session, monkeypatch):
+@pytest.mark.parametrize("kind", ["factors", "weights"])
+def test_clients_train_the_same_alone_and_together_in_passes_of_any_size(session, monkeypatch, kind):
     """With dropout, noise, samples that may be empty, unequal ranks, and masks; also without packing."""
     adapted, examples = session
-    some = private(jobs(adapted, penalties=penalty, mask=mask), replace(SOME, rate=0.15))
+    found = jobs(adapted, penalties=penalty, mask=mask) if kind == "factors" else map(unfactored, jobs(adapted))
+    some = private(list(found), replace(SOME, rate=0.15))
     settings = SGD.model_copy(update={"lr": 0.1, "max_steps": 4})
     together = train_together(adapted, TASK, examples, some, settings, 100_000)
     small = train_together(adapted, TASK, examples, some, settings, 1)
@@ -113,10 +122,11 @@ def test_clients_train_the_same_alone_and_together_in_passes_of_any_size(session
             assert_close(pack(one.adapter), pack(other.adapter), rtol=1e-3, atol=2e-5)
 
 
-def test_one_more_example_changes_the_sum_by_at_most_the_clip(session):
+@pytest.mark.parametrize("kind", ["factors", "weights"])
+def test_one_more_example_changes_the_sum_by_at_most_the_clip(session, kind):
     """All tensors together, with the head; with dropout, and with a loss that is huge for the example."""
     adapted, examples = session
-    job = replace(jobs(adapted)[0], privacy=replace(EVERY, clip=0.1))
+    job = replace(KINDS[kind](jobs(adapted)[0], 0), privacy=replace(EVERY, clip=0.1))
 
     class Huge(Classification):
         def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +141,10 @@ def test_one_more_example_changes_the_sum_by_at_most_the_clip(session):
     assert 0.0999 < (found[1] - found[0]).norm() < 0.1001
 
 
-def test_an_example_without_a_finite_gradient_adds_nothing(session, no_dropout):
+@pytest.mark.parametrize("kind", ["factors", "weights"])
+def test_an_example_without_a_finite_gradient_adds_nothing(session, no_dropout, kind):
     adapted, examples = session
-    job = replace(jobs(adapted)[0], privacy=EVERY)
+    job = replace(KINDS[kind](jobs(adapted)[0], 0), privacy=EVERY)
 
     class Broken(Classification):
         def losses(self, model: nn.Module, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +160,80 @@ def test_an_example_without_a_finite_gradient_adds_nothing(session, no_dropout):
     sound = moved(kept, train_together(adapted, TASK, examples, [kept], ONE, 1000)[0])
     share = len(kept.rows) / len(job.rows)
     assert_close(broken, {key: x * share for key, x in sound.items()}, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.2, 1e6])
+def test_so_does_a_step_of_a_whole_model(whole, no_dropout, clip):
+    """All embeddings, norms and biases are within the clip."""
+    adapted, examples, job = whole
+    found = moved(job, train_together(adapted, TASK, examples, private([job], replace(EVERY, clip=clip)), ONE, 1000)[0])
+    expected: dict[str, Tensor] = {}
+    for row in job.rows:
+        alone = replace(job, rows=row[None])
+        own = moved(alone, train_together(adapted, TASK, examples, [alone], ONE, 1000)[0])
+        norm = torch.cat([x.flatten() for x in own.values()]).norm()
+        for key, x in own.items():
+            expected[key] = expected.get(key, 0) + x * min(1, clip / (norm + 1e-6)) / len(job.rows)
+    assert {"bert.embeddings.word_embeddings.weight.w", "bert.embeddings.LayerNorm.bias.w"} < found.keys()
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_one_more_example_changes_the_sum_of_a_whole_model_by_at_most_the_clip(whole):
+    adapted, examples, job = whole
+    sums = []
+    for n in (len(job.rows) - 1, len(job.rows)):
+        own = replace(job, rows=job.rows[:n], privacy=replace(EVERY, clip=0.01))
+        step = moved(own, train_together(adapted, TASK, examples, [own], ONE, 1000)[0])
+        sums.append(n * torch.cat([x.flatten() for x in step.values()]))
+    assert 0.00999 < (sums[1] - sums[0]).norm() < 0.01001
+
+
+def test_weights_of_some_fixed_entries_are_clipped_by_the_others(session, no_dropout):
+    """The oracle trains on each example alone, and clips its step without these entries."""
+    adapted, examples = session
+    name = next(iter(adapted.spec.modules))
+    job = unfactored(jobs(adapted)[0])
+    trainable = torch.arange(adapted.spec.modules[name][1]) % 3 == 0
+    job = replace(job, request=replace(job.request, mask={f"{name}.delta": trainable}))
+    privacy = replace(EVERY, clip=0.2)
+    found = moved(job, train_together(adapted, TASK, examples, private([job], privacy), ONE, 1000)[0])
+    expected: dict[str, Tensor] = {}
+    for row in job.rows:
+        alone = replace(job, rows=row[None])
+        own = moved(alone, train_together(adapted, TASK, examples, [alone], ONE, 1000)[0])
+        assert own[f"{name}.delta"][:, ~trainable].count_nonzero() == 0
+        norm = torch.cat([x.flatten() for x in own.values()]).norm()
+        for key, x in own.items():
+            expected[key] = expected.get(key, 0) + x * min(1, privacy.clip / (norm + 1e-6)) / len(job.rows)
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.found |= {
+            x.shape for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, Tensor)
+        }
+        return result
+
+
+def test_no_weight_has_a_gradient_for_each_example(session):
+    """Eight clients with eight examples each, in one pass; a client's own gradients have the axis of the clients."""
+    adapted, examples = session
+    first = unfactored(jobs(adapted)[0])
+    some = [replace(first, rows=torch.arange(5 * i, 5 * i + 8), seed=i) for i in range(8)]
+    with Shapes() as shapes:
+        train_together(adapted, TASK, examples, private(some, EVERY), ONE, 100_000)
+    sizes = {tuple(sorted(size)) for size in adapted.spec.modules.values()}
+    sizes |= {tuple(sorted(w.shape)) for w in adapted.spec.head.values() if w.ndim == 2}
+    kept = [shape for shape in shapes.found if len(shape) == 3 and tuple(sorted(shape[1:])) in sizes]
+    assert {shape[0] for shape in kept} == {8}
 
 
 def test_an_empty_sample_takes_a_step_of_noise_that_counts(session):

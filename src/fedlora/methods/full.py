@@ -26,9 +26,9 @@ class FullFineTuning(Method[Tensors, None, Mean]):
 
     With `scope` "modules", biases and other modules are frozen, except for the head. With "all", the whole model is
     trained: every other parameter (embeddings, norms, biases, other weights) is trained itself, sent and averaged with the
-    head, and weight decay pulls it toward 0. Clients are then trained one at a time, and only a merged export is possible,
-    as PEFT cannot represent all parameters. Not supported: quantized parameters, and a weight of an adapted module that
-    another module shares.
+    head, and weight decay pulls it toward 0. Clients are then trained one at a time, with `privacy.unit = "record"` one
+    example at a time, and only a merged export is possible, as PEFT cannot represent all parameters. Not supported:
+    quantized parameters, and a weight of an adapted module that another module shares.
 
     Source: McMahan et al. 2017, arXiv:1602.05629.
     """

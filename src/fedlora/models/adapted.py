@@ -81,7 +81,7 @@ class AdaptedModel:
             layer = PerClientLayer(model.get_submodule(name), self.client_layout)
             setattr(model.get_submodule(parent), last, layer)
             self._per_client[name] = layer
-        self._per_client |= in_place(model, others)
+        self._per_client |= in_place(model, others, self.client_layout)
         config = getattr(model, "config", None)
         self.spec = AdapterSpec(
             modules=sizes,
@@ -180,6 +180,11 @@ class AdaptedModel:
         """Whether the targets store their weights as [in, out], which PEFT calls fan_in_fan_out."""
         bases = (layer.base for layer in self.layers.values() if not isinstance(layer.base, nn.Embedding))
         return all(isinstance(base, Conv1D) or getattr(base, "transposed", False) for base in bases)
+
+    def matrices(self) -> list[Tensor]:
+        """The loaded parameters [clients, out, in] that are applied through `ExampleGradients.times`."""
+        heads = [layer.matrix for layer in self._per_client.values() if isinstance(layer, PerClientLayer)]
+        return [x for x in (*(layer.matrix for layer in self.layers.values()), *heads) if x is not None]
 
     def tensors(self, client: int, template: Adapter) -> dict[str, Tensor]:
         """A loaded client's whole current adapter, packed and differentiable, with the shapes of `template`."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fedlora.errors import UserError
+from fedlora.models.layers import ClientLayout
 from fedlora.models.targets import within
 from fedlora.parts.dense import Dense
 
@@ -19,13 +20,13 @@ class InPlace:
 
     `places` has the places of each, several for a parameter that modules share, that of the module first. Without
     `per_client`, the model computes with its own parameters. Values are converted to the dtype of these; the gradient is
-    that of the values.
+    that of the values. A pass for the gradients of examples has a single one.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[str, Sequence[Place]]) -> None:
+    def __init__(self, model: nn.Module, places: Mapping[str, Sequence[Place]], client_layout: ClientLayout) -> None:
         self.base = next(iter(places.values()))[0][0]
         self.per_client: dict[str, Dense] = {}
-        self._places = places
+        self._places, self._client_layout = places, client_layout
         self._own = {name: self.base.get_parameter(name) for name in places}
         model.register_forward_pre_hook(self._replace)
         model.register_forward_hook(self._restore, always_call=True)
@@ -47,7 +48,8 @@ class InPlace:
 
     def _replace(self, *_: Any) -> None:
         for name, part in self.per_client.items():
-            self._set(name, part.w[0].to(self._own[name].dtype))
+            (own,) = self._client_layout.select(part.w)
+            self._set(name, own.to(self._own[name].dtype))
 
     def _restore(self, *_: Any) -> None:
         for name in self.per_client:
@@ -84,10 +86,12 @@ def other_parameters(model: nn.Module, modules: Iterable[str], head: Iterable[st
     return others
 
 
-def in_place(model: nn.Module, parameters: Mapping[str, Sequence[Place]]) -> dict[str, InPlace]:
+def in_place(
+    model: nn.Module, parameters: Mapping[str, Sequence[Place]], client_layout: ClientLayout
+) -> dict[str, InPlace]:
     """The modules that own these parameters, by name."""
     by_module: dict[str, dict[str, Sequence[Place]]] = {}
     for name, places in parameters.items():
         module, _, key = name.rpartition(".")
         by_module.setdefault(module, {})[key] = places
-    return {module: InPlace(model, own) for module, own in by_module.items()}
+    return {module: InPlace(model, own, client_layout) for module, own in by_module.items()}

@@ -1,8 +1,8 @@
 """Layers with per-client factors and heads: each client's rows are processed with that client's parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,44 +12,41 @@ from torch.nn import functional
 
 from fedlora.linalg.lowrank import LowRank
 from fedlora.models.base_weights import weight_of
+from fedlora.models.example_gradients import ExampleGradients
 from fedlora.models.packing import Packing
 from fedlora.parts.dense import Dense
-from fedlora.parts.table import Part, mapped
+from fedlora.parts.table import Part, mapped, matrix_of
 
 
 @dataclass
 class ClientLayout:
-    """The loaded clients that have rows in the input (`index` None: all), and the layout of these rows."""
+    """The loaded clients that have rows in the input (`index` None: all), and the layout of these rows.
+
+    With `examples`, each row is a client of its own, whose gradient is kept apart.
+    """
 
     index: Tensor | None = None
     packing: Packing | None = None
-    _copies: dict[int, Tensor] | None = field(default=None, repr=False)
+    examples: ExampleGradients | None = None
 
     def select(self, x: Tensor) -> Tensor:
         """The entries of [clients, *shape] for these clients."""
-        if self.index is None:
-            return x
-        if self._copies is None:
-            return x[self.index]
-        if not x.requires_grad:
-            return _entries(x, self.index)
-        if id(x) not in self._copies:
-            self._copies[id(x)] = _entries(x.detach(), self.index).requires_grad_()
-        return self._copies[id(x)]
+        if self.examples is not None:
+            return self.examples.select(x)
+        return x if self.index is None else x[self.index]
 
     @contextmanager
-    def each_example(self, places: Int[Tensor, " rows"]) -> Iterator[Callable[[Tensor], Tensor | None]]:
-        """Context of a pass whose rows are examples of the clients at these places, each with a copy of the parameters.
-
-        Yields a function that, after the backward pass, gives the gradient [rows, *shape] of a parameter [clients, *shape],
-        of each row alone; None if the pass did not use the parameter. A parameter that was used several times has the sum.
-        """
-        self.index, self._copies = places, {}
+    def each_example(self, places: Int[Tensor, " rows"], copied: Collection[int] = ()) -> Iterator[ExampleGradients]:
+        """Context of a pass whose rows are examples of the clients at these places; yields its gradients."""
+        self.index, self.examples = places, ExampleGradients(places, copied)
         try:
-            copies = self._copies
-            yield lambda x: copies[id(x)].grad if id(x) in copies else None
+            yield self.examples
         finally:
-            self.index = self._copies = None
+            self.index = self.examples = None
+
+    def clients(self, x: Tensor) -> int:
+        """The number of clients that have rows in the input, given a parameter [clients, *shape]."""
+        return len(x if self.index is None else self.index)
 
     def to_client_axis(self, x: Tensor, clients: int) -> Tensor:
         """Each client's rows of [rows, *rest, width], as [clients, rows of one client, *rest, width]."""
@@ -99,7 +96,10 @@ class LoraLayer(nn.Module):
             y = self._plus_extra(y, x, extra)
         if self.part is None:
             return y
-        part, scale = self.part, self.scale
+        part, scale, examples = self.part, self.scale, self.client_layout.examples
+        if examples is not None and (matrix := self.matrix) is not None:
+            update = examples.times(self._rows(x, self.client_layout.clients(matrix)), matrix)
+            return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
         if self.client_layout.index is not None:
             part, scale = mapped(part, self.client_layout.select), self.client_layout.select(scale)
         drops = self.training and self.dropout > 0 and x.is_floating_point()
@@ -109,6 +109,11 @@ class LoraLayer(nn.Module):
         base = _Base(self, dropped, None if drops else unchanged, len(scale))
         update = part.apply(rows if undropped is None else undropped, rows, scale, base)
         return y + self.client_layout.from_client_axis(update.to(y.dtype), y)
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The parameter [clients, out, in] with which the layer multiplies its input, if its part is that alone."""
+        return matrix_of(self.part)
 
     def _plus_extra(self, y: Tensor, x: Tensor, extra: LowRank) -> Tensor:
         """y + the product of x with factors that have a client axis, or are common to all clients."""
@@ -174,21 +179,22 @@ class PerClientLayer(nn.Module):
         if not self.per_client:
             y: Tensor = self.base(x)
             return y
-        own = {key: self.client_layout.select(part.w) for key, part in self.per_client.items()}
+        layout, own = self.client_layout, {key: part.w for key, part in self.per_client.items()}
         first, dtype = next(iter(own.values())), x.dtype
-        runs = self.client_layout.to_client_axis(x.to(first.dtype), len(first))
-        if type(self.base) is nn.Linear and "weight" in own:
-            grouped = runs.flatten(1, -2) @ own["weight"].mT
-            bias = own["bias"][:, None] if "bias" in own else self.base.bias
-            return self.client_layout.from_client_axis(grouped if bias is None else grouped + bias, x)
-        call = torch.func.functional_call
+        runs = layout.to_client_axis(x.to(first.dtype), layout.clients(first))
+        if (matrix := self.matrix) is not None:
+            rows, examples = runs.flatten(1, -2), layout.examples
+            grouped = rows @ layout.select(matrix).mT if examples is None else examples.times(rows, matrix)
+            bias: Any = layout.select(own["bias"])[:, None] if "bias" in own else self.base.bias
+            return layout.from_client_axis(grouped if bias is None else grouped + bias, x)
+        call, own = torch.func.functional_call, {key: layout.select(w) for key, w in own.items()}
         each = [call(self.base, {key: w[i] for key, w in own.items()}, run) for i, run in enumerate(runs)]
-        return self.client_layout.from_client_axis(torch.stack(each), x).to(dtype)
+        return layout.from_client_axis(torch.stack(each), x).to(dtype)
 
-
-def _entries(x: Tensor, index: Int[Tensor, " rows"]) -> Tensor:
-    """x[index], without copies if all are entries of one client."""
-    return x.expand(len(index), *x.shape[1:]) if len(x) == 1 else x[index]
+    @property
+    def matrix(self) -> Tensor | None:
+        """The weights [clients, out, in] of a linear module."""
+        return self.per_client["weight"].w if type(self.base) is nn.Linear and "weight" in self.per_client else None
 
 
 def _base_attribute(layer: nn.Module, name: str) -> Any:

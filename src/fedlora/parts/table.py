@@ -41,6 +41,11 @@ def supported(part: object) -> bool:
     return type(part) in get_args(Factors)
 
 
+def matrix_of(part: Part | None) -> Tensor | None:
+    """The factor of a part whose update is this factor times the input, before dropout and without scale; else None."""
+    return part.delta if isinstance(part, WeightChange) else None
+
+
 def mapped(part: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
     """The part with `change` applied to each factor."""
     return type(part)(**{factor: change(x) for factor, x in vars(part).items()})

@@ -50,11 +50,6 @@ def reasons_against(experiment: "Experiment") -> Iterator[str]:
             "task.kind = 'causal-lm' with plain texts (data.text): they are joined and cut into blocks, so that a text is "
             "not an example of its own; set data.prompt and data.response, or data.messages"
         )
-    if experiment.method.whole_model:
-        yield (
-            "method.scope = 'all': the gradient of each example by all parameters would have to be kept; choose another "
-            "method.scope, or another method"
-        )
     if train.batches == "by-length":
         yield "train.batches = 'by-length': privacy.unit = 'record' samples each example on its own; remove it"
     if train.clip_norm is not None:

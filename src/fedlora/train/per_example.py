@@ -6,12 +6,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedlora.linalg.token_products import TokenProducts
+from fedlora.models.example_gradients import ExampleGradient
+
 _TINY = 1e-6
 
 
 def add_clipped(
     sums: Mapping[str, Float[Tensor, "clients ..."]],
-    each: Mapping[str, Float[Tensor, "examples ..."]],
+    each: Mapping[str, ExampleGradient],
     places: Int[Tensor, " examples"],
     clips: Float[Tensor, " clients"],
 ) -> None:
@@ -22,16 +25,25 @@ def add_clipped(
     """
     if not each:
         return
-    flat = {key: x.flatten(1) for key, x in each.items()}
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in flat.values()]).norm(dim=0)  # [examples]
+    flat = {key: x if isinstance(x, TokenProducts) else x.flatten(1) for key, x in each.items()}
+    norms = torch.stack([_norms(x) for x in flat.values()]).norm(dim=0)  # [examples]
     finite = norms.isfinite()
     scales = (clips[places] / (norms + _TINY)).clamp(max=1).where(finite, 0)
     weights = torch.zeros(len(clips), len(places), dtype=norms.dtype, device=norms.device)
     weights[places, torch.arange(len(places), device=places.device)] = scales
-    all_finite = bool(finite.all())
+    all_finite, own_rows = bool(finite.all()), [own.nonzero()[:, 0] for own in weights]
     for key, x in flat.items():
-        x = x if all_finite else x.where(finite[:, None], 0)
-        sums[key].add_((weights @ x).view(sums[key].shape))
+        if isinstance(x, TokenProducts):
+            for place, own in enumerate(own_rows):
+                if len(own):
+                    sums[key][place].add_(x.select(own).weighted_sum(scales[own]))
+        else:
+            x = x if all_finite else x.where(finite[:, None], 0)
+            sums[key].add_((weights @ x).view(sums[key].shape))
+
+
+def _norms(x: ExampleGradient) -> Float[Tensor, " examples"]:
+    return x.norms() if isinstance(x, TokenProducts) else torch.linalg.vector_norm(x, dim=1)
 
 
 def example_passes(lengths: Sequence[int], max_tokens: int, max_examples: int) -> list[list[int]]:

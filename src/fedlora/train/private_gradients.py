@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedlora.adapter import pack
+from fedlora.models.example_gradients import ExampleGradient
 from fedlora.random_source import RandomSource, SecretSource, SeededSource
 from fedlora.randomness import derive
 from fedlora.tasks.task import reduced
@@ -77,13 +78,29 @@ class PrivateGradients:
         draws = torch.tensor([_seed(job, "augment", step, n) % (1 << 31) for job, n in drawn])
         seeds = [_seed(job, "dropout", step, n) for job, n in drawn]
         clips = torch.tensor([_privacy(self._jobs[i]).clip for i in active], device=training.device)
-        bytes_each = 2 * sum(x[0].nbytes for x in trained.values())  # a copy, and its gradient
-        most = training.settings.activation_memory_mb * 1_000_000 // bytes_each or 1
-        for group in example_passes(self._lengths[rows].tolist(), training.max_tokens, most):
+        sums = {key: x.grad for key, x in trained.items() if x.grad is not None}
+        for group in self._passes(self._lengths[rows].tolist(), trained, fixed):
             at = torch.tensor(group)
-            each = self._each_gradient(rows[at], places[at], draws[at], [seeds[n] for n in group], trained, fixed)
-            sums = {key: x.grad for key, x in trained.items() if x.grad is not None}
-            add_clipped(sums, each, places[at].to(training.device), clips)
+            each = (rows[at], places[at], draws[at], [seeds[n] for n in group], trained, fixed)
+            add_clipped(sums, self._each_gradient(*each), places[at].to(training.device), clips)
+
+    def _passes(
+        self, lengths: Sequence[int], trained: Mapping[str, nn.Parameter], fixed: Mapping[int, Tensor]
+    ) -> list[list[int]]:
+        """See `example_passes`. Beside the activations, a pass keeps a copy and its gradient for each example, or the
+        gradients of a matrix's output for each token.
+
+        A model that is trained in its places has one example in a pass, whose gradients are those of the parameters.
+        """
+        adapted, max_tokens = self._training.adapted, self._training.max_tokens
+        if adapted.whole:
+            return [[i] for i in range(len(lengths))]
+        memory = self._training.settings.activation_memory_mb * 1_000_000
+        matrices = {id(x) for x in adapted.matrices()} - fixed.keys()
+        of_token = sum(x.shape[1] * x.itemsize for x in trained.values() if id(x) in matrices)
+        of_example = sum(2 * x[0].nbytes for x in trained.values() if id(x) not in matrices)
+        fewer_tokens = max(1, int(max_tokens / (1 + max_tokens * of_token / memory)))
+        return example_passes(lengths, fewer_tokens, memory // max(1, of_example) or 1)
 
     def _each_gradient(
         self,
@@ -93,8 +110,8 @@ class PrivateGradients:
         seeds: Sequence[int],
         trained: Mapping[str, nn.Parameter],
         fixed: Mapping[int, Tensor],
-    ) -> dict[str, Tensor]:
-        """The gradient of each row's loss [rows, *shape], without masked entries, from one pass."""
+    ) -> dict[str, ExampleGradient]:
+        """The gradient of each row's loss, without masked entries, from one pass."""
         training = self._training
         adapted, task, examples, device = training.adapted, training.task, training.examples, training.device
         places, lengths = places.to(device), self._lengths[rows]
@@ -103,16 +120,15 @@ class PrivateGradients:
         answers = examples.longest_answers(list(rows[:, None]))
         training.dropout.next_pass([torch.Generator(device).manual_seed(seed) for seed in seeds], sizes, answers)
         targets = with_answer_length(targets, sizes, answers)
-        with adapted.client_layout.each_example(places) as own_gradient:
+        with adapted.client_layout.each_example(places, fixed) as gradients:
             with adapted.packing.of(lengths[:, None], device, task.tokens_read(inputs, targets)):
                 losses, _ = reduced(*task.losses(adapted.model, inputs, targets), "example")
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            found = {key: own_gradient(x) for key, x in trained.items()}
-        return {
-            key: x.masked_fill_(fixed[id(trained[key])][places], 0) if id(trained[key]) in fixed else x
-            for key, x in found.items()
-            if x is not None
-        }
+        found = {key: own for key, x in trained.items() if (own := gradients.of(x)) is not None}
+        for key, own in found.items():
+            if isinstance(own, Tensor) and id(trained[key]) in fixed:
+                own.masked_fill_(fixed[id(trained[key])][places], 0)
+        return found
 
     def _sample(self, client: int) -> Int[Tensor, " sampled"]:
         """The places of a step's sample among the client's rows; there may be none."""
