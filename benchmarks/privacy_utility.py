@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora import Result, sweep
+
 PUBLIC, VALIDATION, PRIVATE = 256, 1000, 65_000
 LABELS = ("negative", "positive")
 MAX_LENGTH = 32
@@ -35,9 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 UNITS: dict[str, dict[str, Any]] = {
     "record": {
-        "base": {"rounds": 3, "clients": {"count": 20}, "train": {"batch_size": 13, "max_steps": 16}},
+        "base": {"rounds": 3, "clients": {"count": 20}, "train": {"batch_size": 65, "max_steps": 4, "optimizer": "adamw"}},
         "privacy": {"unit": "record", "delta": 1e-5},
-        "grid": [{"lr": 0.2, "clip": 1.0}, {"lr": 0.5, "clip": 1.0}, {"lr": 2.0, "clip": 0.3}],
+        "grid": [{"lr": 1e-2, "clip": 1.0}, {"lr": 3e-2, "clip": 1.0}, {"lr": 1e-2, "clip": 0.3}],
         "central": {"rounds": 3, "train": {"batch_size": 260, "max_steps": 16}},
         "methods": {},
     },
@@ -46,7 +48,7 @@ UNITS: dict[str, dict[str, Any]] = {
             "rounds": 100,
             "clients": {"count": 1000},
             "sampling": {"fraction": 0.1},
-            "train": {"batch_size": 1, "max_steps": 1, "clients_per_step": 128},
+            "train": {"batch_size": 1, "max_steps": 1, "clients_per_step": 128, "optimizer": "sgd"},
         },
         "privacy": {"unit": "client", "delta": 1e-4},
         "grid": [{"lr": 1.0, "clip": clip} for clip in (0.02, 0.05, 0.1)],
@@ -113,35 +115,37 @@ def base(unit: str, folder: Path, test: str) -> dict[str, Any]:
         "model": str(folder / "start"),
         "data": {"source": str(folder / "private.jsonl"), "test": str(folder / test), "labels": list(LABELS)},
         "clients": {"partition": "iid", "held_out": 0.0, **own["clients"]},
-        "train": {"optimizer": "sgd", "max_length": MAX_LENGTH, "precision": "auto", **own["train"]},
+        "train": {"max_length": MAX_LENGTH, "precision": "auto", **own["train"]},
         "evaluate": {"every": own["rounds"], "before": False, "clients": "none"},
     }
 
 
 def point(unit: str, method: str, lr: float, clip: float, epsilon: float | None) -> dict[str, Any]:
-    """A method with one budget; factors in the last two layers, at scale 1."""
+    """A method with one budget; factors in the last two layers, scaled to have gradients as large as the head's."""
     own = UNITS[unit]
     settings = {"head": "averaged", **METHODS[method], **own["methods"].get(method, {})}
     return {
         "label": f"{method}, lr {lr:g}, clip {clip:g}, epsilon {epsilon}",
         "method": {"name": method, **settings},
-        "lora": {"alpha": float(settings["rank"]), "layers": [4, 5]},
+        "lora": {"alpha": 4.0 * settings["rank"], "layers": [4, 5]},
         "train": {"lr": lr},
         "privacy": {**own["privacy"], "clip": clip, **({"epsilon": epsilon} if epsilon else {"noise_multiplier": 0.0})},
     }
 
 
-def swept(tables: dict[str, Any], out: Path, devices: int) -> dict[str, list[float]]:
-    """The accuracies of each label's runs, after a new or a continued sweep."""
-    from fedlora import sweep
-    from fedlora.runs.result import Result
-
+def swept(tables: dict[str, Any], out: Path, devices: int) -> dict[str, list[Result]]:
+    """The results of each label's runs, after a new or a continued sweep."""
     found = sweep(resume=out, devices=devices) if out.exists() else sweep(tables, out=out, devices=devices)
     if failed := [f"{case.label}, seed {seed}: {why}" for case in found.cases for seed, why in case.failed.items()]:
         raise SystemExit("\n".join(failed))
-    return {
-        case.label: [Result.read(run).rows[-1].global_["accuracy"] for run in case.runs.values()] for case in found.cases
-    }
+    return {case.label: [Result.read(run) for run in case.runs.values()] for case in found.cases}
+
+
+def accuracy(result: Result, row: int = -1) -> float:
+    """On the test rows, after the last round by default."""
+    scores = result.rows[row].global_
+    assert scores is not None
+    return scores["accuracy"]
 
 
 def chosen(unit: str, folder: Path, devices: int) -> dict[str, dict[str, float]]:
@@ -152,10 +156,10 @@ def chosen(unit: str, folder: Path, devices: int) -> dict[str, dict[str, float]]
         for i, values in enumerate(UNITS[unit]["grid"])
     }
     tables = {"seeds": [SEARCH_SEED], "base": base(unit, folder, "validation.jsonl"), "points": [*points.values()]}
-    scores = swept(tables, folder / f"{unit}-search", devices)
+    results = swept(tables, folder / f"{unit}-search", devices)
     grid = UNITS[unit]["grid"]
     return {
-        method: max(grid, key=lambda values: scores[point(unit, method, **values, epsilon=SEARCHED)["label"]][0])
+        method: grid[max(range(len(grid)), key=lambda i: accuracy(results[points[method, i]["label"]][0]))]
         for method in METHODS
     }
 
@@ -180,13 +184,15 @@ def table(unit: str, folder: Path, devices: int) -> list[str]:
         "sampling": {"fraction": 1.0},
         "train": {"optimizer": "adamw", "lr": 3e-3, **own["train"]},
         "privacy": {"unit": "none"},
+        "evaluate": {"before": True},
     }
     tables = {
         "seeds": list(SEEDS),
         "base": base(unit, folder, "test.jsonl"),
         "points": [*points.values(), central],
     }
-    scores = swept(tables, folder / unit, devices)
+    results = swept(tables, folder / unit, devices)
+    scores = {label: [accuracy(one) for one in runs] for label, runs in results.items()}
     lines = [f"| method | rate, clip | {' | '.join(f'epsilon {e:g}' if e else 'no noise' for e in EPSILONS)} |"]
     lines.append("| --- | --- |" + " --- |" * len(EPSILONS))
     for method in METHODS:
@@ -195,7 +201,9 @@ def table(unit: str, folder: Path, devices: int) -> list[str]:
         lines.append(f"| {method} | {best[method]['lr']:g}, {best[method]['clip']:g} | {' | '.join(cells)} |")
     labels = [row["label"] for row in read(folder / "test.jsonl")]
     chance = max(labels.count(label) for label in LABELS) / len(labels)
-    return [*lines, "", f"Central: {shown(scores['central'])}. The most frequent label: {chance:.3f}."]
+    start = accuracy(results["central"][0], 0)
+    others = f"The start: {start:.3f}. Central training: {shown(scores['central'])}. The most frequent label: {chance:.3f}."
+    return [*lines, "", others]
 
 
 def shown(scores: Sequence[float]) -> str:
