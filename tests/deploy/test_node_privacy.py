@@ -324,3 +324,21 @@ def test_a_run_with_privacy_for_clients_is_counted_once_with_all_its_rounds(home
     owner.stop()
     owner, answer = joined(home, tmp_path / "node", privacy=privacy, limits=limits, run="s", rounds=3)
     assert isinstance(answer, Rejected) and answer.failure.reason is Reason.BUDGET
+
+
+def test_a_server_that_returns_with_less_noise_or_larger_samples_is_counted_anew(home, tmp_path):
+    limits = {"unit": "client", "epsilon": 3.0, "delta": 1e-6}
+    asked = [(2.0, 0.5), (2.0, 0.5), (1.0, 0.5), (1.0, 1.0), (2.0, 0.5)]  # 0.35, nothing, 0.71, 1.41, nothing
+    for noise, rate in asked:
+        privacy, sampling = {"unit": "client", "noise_multiplier": noise, "delta": 1e-5}, {"fraction": rate}
+        owner, answer = joined(home, tmp_path / "node", privacy=privacy, limits=limits, sampling=sampling)
+        assert isinstance(answer, HandshakeReply) and reason_of(trained(owner, 0)) is None
+        owner.stop()
+    assert [(one.noise_multiplier, one.rate, one.count) for one in releases()] == [
+        (2.0, 0.5, 2),
+        (1.0, 0.5, 2),
+        (1.0, 1.0, 2),
+    ]
+    weak = {"unit": "client", "noise_multiplier": 0.1, "delta": 1e-5}
+    _, answer = joined(home, tmp_path / "node", privacy=weak, limits=limits)
+    assert isinstance(answer, Rejected) and answer.failure.reason is Reason.BUDGET

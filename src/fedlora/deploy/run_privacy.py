@@ -109,15 +109,17 @@ class RunPrivacy:
         return limits.model_copy(update={"run_epsilon": min(limits.run_limit, left)})
 
     def _rest_of_plan(self, clients: Sequence[ClientInfo]) -> list[Release]:
+        """The releases of all rounds that are not on the ledger: all of them if the server asks for another noise, sample
+        or number of clients than before, as some rounds may have been made with either."""
         asked, rate, rounds = self.experiment.privacy, self.experiment.sampling.fraction, self.experiment.rounds
         (one,) = client_plan(asked, rounds, rate, self.experiment.clients.size or 1).mechanisms
+        whole = [self._release(client.id, one.noise_multiplier, rate, rounds, one.truncation) for client in clients]
         with ledger_errors(self.notify):
-            planned = [one for one in self.ledger.releases() if one.run == self.run and one.unit == "client"]
-        counted = {client.id: sum(found.count for found in planned if found.client == client.id) for client in clients}
+            found = self.ledger.releases()
         return [
-            self._release(client.id, one.noise_multiplier, rate, rounds - counted[client.id], one.truncation)
-            for client in clients
-            if counted[client.id] < rounds
+            release.model_copy(update={"count": rounds - counted})
+            for release in whole
+            if (counted := sum(old.count for old in found if old.model_copy(update={"count": rounds}) == release)) < rounds
         ]
 
     def _release(
