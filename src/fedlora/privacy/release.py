@@ -137,7 +137,7 @@ def setting_text(experiment: Experiment, key: str, value: Any) -> str:
 
 def trainings(experiment: Experiment) -> list[list[Fit]]:
     """The trainings that some clients request in some rounds, a list for each of both, tried out as by `leaving`."""
-    tried = _tried(method_of(experiment), experiment)
+    tried = _tried(method_of(experiment), experiment, experiment.clients.ranks is not None)
     return [[request for request in one.requests if isinstance(request, Fit)] for one in tried]
 
 
@@ -166,11 +166,11 @@ class _Watched(Wrapper):
         return relay(self.inner.work(state, download, client, rnd), ask, lambda _, answer: answer)
 
 
-def _tried(method: AnyMethod, experiment: Experiment) -> Iterator[_Template]:
+def _tried(method: AnyMethod, experiment: Experiment, mixed_ranks: bool) -> Iterator[_Template]:
     """The templates of two clients of each rank in some rounds, whose uploads are these and noise."""
     spec = _small_spec(method.rank, experiment)
     server = method.init_server(spec, 0)
-    ranks = [method.rank] if experiment.clients.ranks is None else sorted({1, method.rank})
+    ranks = sorted({1, method.rank}) if mixed_ranks else [method.rank]
     clients = [ClientInfo(f"{rank}-{i}", rank, 1) for rank in ranks for i in range(2)]
     for index in range(_ROUNDS):
         collected, rnd = None, Round(index, 0, registered=len(clients), expected_cohort=len(clients))
@@ -205,10 +205,11 @@ def _small_spec(rank: int, experiment: Experiment) -> AdapterSpec:
 def _examined(experiment: Experiment) -> tuple[str | None, Sequence[_Template]]:
     """Why the guarantee cannot hold for what leaves a client, if it cannot; otherwise, the templates."""
     method, of_clients = method_of(experiment), experiment.privacy.unit == "client"
+    any_rank = experiment.method.row.mixed_ranks and not of_clients  # a node may join with a smaller one
     if of_clients and not method.collects_mean:
         return "the server needs each client's upload, not only their mean", ()
     templates = list[_Template]()
-    for one in _tried(method, experiment):
+    for one in _tried(method, experiment, any_rank or experiment.clients.ranks is not None):
         templates.append(one)
         if not of_clients and (reason := _record_reason(one)):
             return reason, ()
