@@ -22,6 +22,7 @@ from fedlora.reuse import Reuse
 from fedlora.rounds.durable import replacing
 from fedlora.rounds.early_stopping import until_best
 from fedlora.rounds.progress import Progress
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import DEPLOY, RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.runs.result import Result
@@ -143,7 +144,7 @@ def export(
             raise UserError(f"{experiment.method.name} has an adapter for each client: choose one with --client")
         try:
             with replacing(out) as partial:
-                written = session.write(adapters, partial, to, until_best(folder.rows()), dtype)
+                written = write_exports(session, adapters, partial, to, until_best(folder.rows()), dtype)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
         return {name: out / found.relative_to(partial) for name, found in written.items()}

@@ -25,6 +25,7 @@ from fedlora.rounds.early_stopping import best_round, stops, until_best
 from fedlora.rounds.loop import run_rounds
 from fedlora.rounds.plan import GlobalEvaluator, Plan, RecordLevel, RunState
 from fedlora.rounds.progress import Progress
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import ADAPTER, RunFolder
 from fedlora.runs.manifest import Manifest
 from fedlora.runs.start import keep_rounds, record
@@ -222,7 +223,7 @@ def finish(session: Session, adapters: Mapping[str, Adapter], folder: RunFolder)
         return {}, left_out
     try:
         with replacing(out) as partial:
-            written = session.write(able, partial, "adapter", until_best(folder.rows()))
+            written = write_exports(session, able, partial, "adapter", until_best(folder.rows()))
             shutil.rmtree(out, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error

@@ -1,8 +1,7 @@
 """A run's components in memory: data, adapted model, trainer and method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +10,7 @@ from fedlora.adapter import Adapter, lora_init
 from fedlora.composed_method import method_of
 from fedlora.config.experiment import Experiment
 from fedlora.encoded_data import EncodedData, Tokens, encode
-from fedlora.errors import UserError
 from fedlora.exporting.base_updates import with_base_updates
-from fedlora.exporting.card import model_card
-from fedlora.exporting.forms import GGUF_ADAPTER, GGUF_MODEL, Dtype, Form, is_whole_model
-from fedlora.exporting.gguf_adapter import to_gguf_adapter
-from fedlora.exporting.gguf_model import to_gguf_model
-from fedlora.exporting.serving import to_serving
-from fedlora.exporting.unfit import unfit_for
-from fedlora.exporting.usage_file import write_usage
-from fedlora.exporting.write import DTYPES, merge, to_merged, to_peft
 from fedlora.federated_data import FederatedData
 from fedlora.generation_setup import generation_notes, generation_of
 from fedlora.initial_states import RememberedStates
@@ -30,13 +20,12 @@ from fedlora.method import AnyMethod
 from fedlora.methods.wrap.magnitudes import with_magnitudes
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.checkpointing import checkpointed_blocks
-from fedlora.models.gguf import gguf_arguments
 from fedlora.models.in_place import other_parameters
-from fedlora.models.loading import locate, quiet
+from fedlora.models.loading import quiet
 from fedlora.models.normalization import check_normalization
-from fedlora.models.quantized import loading_settings, quantizable, round_weights
+from fedlora.models.quantized import quantizable
 from fedlora.models.targets import check_ranks, find_targets, head_modules
-from fedlora.planning import statement_text, weakness_notes
+from fedlora.planning import weakness_notes
 from fedlora.privacy.client_level import planned
 from fedlora.privacy.events import Ledger
 from fedlora.privacy.record import ledger
@@ -45,9 +34,7 @@ from fedlora.privacy.release import leaving
 from fedlora.reuse import Reuse
 from fedlora.rounds.budgets import Budgets
 from fedlora.rounds.plan import RunState
-from fedlora.rounds.row import RoundRow
 from fedlora.rounds.simulate import SimulationBackend
-from fedlora.runs.client_folder import client_folder
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.table import task_of
 from fedlora.tasks.task import Task
@@ -211,71 +198,6 @@ class Session:
         """The releases of a client's examples in all its trainings of the first `rounds` rounds of the folder's run."""
         privacy, steps = self.trainer.privacy.get(client.id), self.simulation(folder).private_steps(client, rounds)
         return [] if privacy is None else ledger(privacy, steps)
-
-    def write(
-        self,
-        adapters: Mapping[str, Adapter],
-        out: Path,
-        to: Form,
-        rows: Sequence[RoundRow] = (),
-        dtype: Dtype | None = None,
-    ) -> dict[str, Path]:
-        """Writes each adapter to `out`, or to a folder in `out` named by its client; returns the folders.
-
-        `rows` are the rows of the round log, for the adapter's model card. `dtype` is that of a whole model, by default
-        that of its checkpoint.
-
-        Raises:
-            UserError: an adapter or the model cannot be represented in the form or in `dtype`.
-        """
-        if change := self.adapted.base_change:  # others load the adapter on the pretrained weights
-            adapters = {name: with_base_updates(adapter, [change]) for name, adapter in adapters.items()}
-        for name, adapter in adapters.items():
-            if reason := unfit_for(to, adapter, self.adapted):
-                raise UserError(f"the adapter{f' of client {name!r}' if name else ''} cannot be exported: {reason}")
-        folders = {name: out / client_folder(name) if name else out for name in adapters}
-        for name, adapter in adapters.items():
-            if is_whole_model(to):
-                self._write_model(adapter, folders[name], to, dtype)
-            elif to == "gguf-adapter":
-                folders[name].mkdir(parents=True, exist_ok=True)
-                to_gguf_adapter(adapter, folders[name] / GGUF_ADAPTER, self.adapted)
-            else:
-                self._write_peft(adapter, folders[name], to, rows)
-        return folders
-
-    def _write_peft(self, adapter: Adapter, folder: Path, to: Form, rows: Sequence[RoundRow]) -> None:
-        """Writes a PEFT folder with a model card."""
-        labels, tokenizer = self.federated_data.labelled_data.labels, self.tokenizer
-        base, files = gguf_arguments(locate(self.experiment.model))
-        if (kind := self.experiment.quantize) is not None and not files:  # transformers quantizes no GGUF file
-            files = {"quantization_config": loading_settings(self.adapted.model, kind, self.adapted.head)}
-        arguments = "".join(f", {name}={value!r}" for name, value in files.items())
-        if Path(base).is_dir():
-            base = str(Path(base).resolve())
-        write = to_serving if to == "serving" else to_peft
-        write(adapter, folder, self.experiment.lora.dropout, base, self.adapted, labels, tokenizer, self.task.peft_type)
-        code = self.task.loading_code(labels, getattr(tokenizer, "pad_token_id", 0), arguments)
-        done = rows[-1].round if rows else self.experiment.rounds
-        privacy = statement_text(self.experiment, self.clients, done, self.registered, self.deployed)
-        card = model_card(self.experiment, base, self.task.pipeline_tag, code, labels, rows, privacy)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        write_usage(self.experiment, labels, folder, with_model=True)
-
-    def _write_model(self, adapter: Adapter, folder: Path, to: Form, dtype: Dtype | None) -> None:
-        """Writes the whole model, read again in fp32."""
-        source, labels = self.experiment.model, self.federated_data.labelled_data.labels
-        model, tokenizer, checkpoint = self.task.load(source, labels, self.experiment.seed)
-        if self.experiment.quantize is not None:  # the adapter was trained on the rounded weights
-            round_weights(model, self.experiment.quantize, head_modules(model, checkpoint.new))
-        stored = DTYPES[dtype] if dtype else checkpoint.dtype
-        if to == "merged":
-            to_merged(adapter, folder, model, tokenizer, stored)
-        else:
-            merge(adapter, model, stored)
-            folder.mkdir(parents=True, exist_ok=True)
-            to_gguf_model(model, folder / GGUF_MODEL, tokenizer, stored, source)
-        write_usage(self.experiment, labels, folder, with_model=False)
 
 
 def check(experiment: Experiment, federated_data: FederatedData) -> list[str]:

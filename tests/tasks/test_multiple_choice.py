@@ -19,6 +19,7 @@ from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.messages import Statistics
 from fedlora.rounds.plan import RunState
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 from fedlora.tasks import token_losses
@@ -246,7 +247,7 @@ def test_one_client_learns_as_a_loop_with_peft_and_one_pass_for_each_option(home
     session = Session.make(given, FederatedData.make(given))
     start = RunState(session.method.init_server(session.adapted.spec, given.seed))
     folder = RunFolder.create(tmp_path / "start")
-    session.write(session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
+    write_exports(session, session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
     folder.release()
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")

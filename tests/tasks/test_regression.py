@@ -23,6 +23,7 @@ from fedlora.messages import Statistics
 from fedlora.report.tables import clients
 from fedlora.rounds.loop import RunState
 from fedlora.rounds.score_summary import summary
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 from fedlora.tasks.correlation import pearson, spearman
@@ -214,7 +215,7 @@ def test_one_client_learns_as_a_loop_with_peft(home, tmp_path):
     session = Session.make(given, FederatedData.make(given))
     start = RunState(session.method.init_server(session.adapted.spec, given.seed))
     folder = RunFolder.create(tmp_path / "start")
-    session.write(session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
+    write_exports(session, session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
     folder.release()
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         tmp_path / "adapter", is_trainable=True, num_labels=1, ignore_mismatched_sizes=True

@@ -22,6 +22,7 @@ from fedlora.messages import Statistics
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.generate import generate
 from fedlora.rounds.plan import RunState
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session, check
 from fedlora.tasks.seq2seq import Seq2Seq
@@ -173,7 +174,7 @@ def test_one_client_learns_as_a_loop_with_peft(home, tmp_path, kind):
     session = Session.make(given, federated_data)
     start = RunState(session.method.init_server(session.adapted.spec, given.seed))
     folder = RunFolder.create(tmp_path / "start")
-    session.write(session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
+    write_exports(session, session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
     folder.release()
     model = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")

@@ -27,6 +27,7 @@ from fedlora.errors import UserError
 from fedlora.federated_data import FederatedData
 from fedlora.messages import Statistics
 from fedlora.rounds.plan import RunState
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session, check
 from fedlora.tasks.entities import scheme
@@ -369,7 +370,7 @@ def test_one_client_learns_as_a_loop_with_peft(home, tmp_path):
     session = Session.make(given, FederatedData.make(given))
     start = RunState(session.method.init_server(session.adapted.spec, given.seed))
     folder = RunFolder.create(tmp_path / "start")
-    session.write(session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
+    write_exports(session, session.adapters(start, folder, 0), tmp_path / "adapter", "adapter")
     folder.release()
     model = peft.AutoPeftModelForTokenClassification.from_pretrained(
         tmp_path / "adapter", is_trainable=True, num_labels=len(BIO), ignore_mismatched_sizes=True

@@ -26,6 +26,7 @@ from fedlora.rounds.client import Trainer
 from fedlora.rounds.codec import decode, encode, encoded_size
 from fedlora.rounds.simulate import SimulationBackend
 from fedlora.rounds.validator import Failed, UploadValidator, template_upload
+from fedlora.run_exports import write_exports
 from fedlora.runs.folder import RunFolder
 from fedlora.session import Session
 from fedlora.train.local import LocalTrainer
@@ -250,7 +251,7 @@ class NodeRun:
             view = with_base_updates(
                 self.simulation.view(client, download, rnd), [self.folder.base_update(i) for i in self.merged_updates]
             )
-            replace(self.session, deployed=True).write({client.id: view}, self.folder.path / "adapter", "adapter")
+            write_exports(replace(self.session, deployed=True), {client.id: view}, self.folder.path / "adapter", "adapter")
             yield client.id, (ClientResult(id=client.id), None)
 
     def _apply_base_updates(self, payload: bytes) -> None:
