@@ -13,7 +13,7 @@ from fedlora.config.policy import STARTER, Policy, PrivacyLimits
 from fedlora.deploy.policy import budgets, own_clip, own_noise, refusals
 from fedlora.deploy.reasons import NodeFailure, Reason
 from fedlora.deploy.settings import Settings
-from fedlora.deploy.terms import agree
+from fedlora.deploy.terms import agree, describe
 from fedlora.errors import UserError
 
 from wired import problem
@@ -165,6 +165,14 @@ def test_without_a_policy_the_owner_is_asked_once_and_again_only_if_the_server_a
     ):
         assert any(word in line for line in told)
     agree(asked(rounds=4), settings, tmp_path, told.append, None)  # remembered also without a terminal
+
+
+def test_the_owner_is_told_how_the_clip_is_adapted_and_cohorts_are_limited():
+    private = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-5, "clip": 0.5}
+    more = {"clip_quantile": 0.4, "largest_cohort": 30}
+    plain, full = (describe(asked(privacy=one), True) for one in (private, private | more))
+    for words in ("clip 0.5, adapted to the quantile 0.4 of the norms", "at most 30 clients in a round"):
+        assert any(words in line for line in full) and not any(words in line for line in plain)
 
 
 STRONGER = {

@@ -67,9 +67,12 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
     else:
         strength = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
         by = "this node" if privacy.unit == "record" else "the server"
-        protection = (
-            f"{privacy.unit}, {strength}, delta {privacy.delta:g}, clip {privacy.clip:g}; the noise is added by {by}"
-        )
+        clip = f"clip {privacy.clip:g}"
+        if privacy.clip_quantile is not None:
+            clip += f", adapted to the quantile {privacy.clip_quantile:g} of the norms of the clients' changes"
+        if privacy.largest_cohort is not None:
+            clip += f"; at most {privacy.largest_cohort} clients in a round"
+        protection = f"{privacy.unit}, {strength}, delta {privacy.delta:g}, {clip}; the noise is added by {by}"
     return [
         "the server asks for:",
         f"  method      {experiment.method.name}, rank {experiment.method.rank}",
