@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def export(
             experiment, FederatedData.without_examples(experiment, manifest.data.labels, manifest.clients())
         )
         manifest.require_modules(session.places)
+        session = replace(session, deployed=(folder.path / DEPLOY).exists())
         adapters = final_adapters(session, folder, run_state)
         if client is not None:
             if client not in adapters:

@@ -56,9 +56,9 @@ def statement_text(
     registered: int | None = None,
     deployed: bool = False,
 ) -> str | None:
-    """The statement in words, for the card of an adapter; None without privacy.
+    """The statement in words, for the card of an export; None without privacy.
 
-    `clients` are those of a simulation, `registered` is the number of those of a deployment's server.
+    `clients` are those of a simulation, `registered` is the number of clients in the account of the rounds.
     """
     unit, personal = experiment.privacy.unit, experiment.method.row.personal
     if unit == "client" and personal:

@@ -6,6 +6,7 @@ import math
 import torch
 from test_node import Hand, decode_message, make_nodes
 
+from fedlora.api import export
 from fedlora.config.experiment import build
 from fedlora.deploy.launch import prepare
 from fedlora.deploy.node import Node
@@ -14,6 +15,7 @@ from fedlora.deploy.settings import Settings
 from fedlora.deploy.wire import Done, HandshakeReply
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.events import Gaussian, Truncation
+from fedlora.privacy.statement import OF_NODES
 
 from wired import furnish, known, problem
 
@@ -36,7 +38,10 @@ def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_client
     for done, line in enumerate(lines, 1):
         assert line["privacy"]["epsilon"] == epsilon([Gaussian(1.0, 0.5, done, Truncation(2, 3))], 1e-4)
         assert len(line["chosen"]) <= 2 and set(line["chosen"]) <= {"a", "b", "c"}
-    assert "n = 3 clients" in (folder / "adapter" / "README.md").read_text()
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "n = 3 clients" in card and "from the operating system, and secret" in card
+    export(folder, "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == card
 
 
 def test_nodes_send_no_counts_and_no_losses_and_the_noise_of_a_server_is_secret(tmp_path):
@@ -56,3 +61,13 @@ def test_nodes_send_no_counts_and_no_losses_and_the_noise_of_a_server_is_secret(
         lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
         assert [line["privacy"]["noise_multiplier"] for line in lines[1:]] == [1.0] * 2
     assert any(isinstance(x, torch.Tensor) and not torch.equal(x, states[1][key]) for key, x in states[0].items())
+
+
+def test_an_export_of_a_deployed_run_with_privacy_for_records_has_the_statement_of_the_run(tmp_path):
+    privacy = {"unit": "record", "noise_multiplier": 1.0, "delta": 1e-4, "clip": 0.1}
+    what, folder = build(problem(furnish(tmp_path), privacy=privacy, evaluate={"clients": "none"})), tmp_path / "run"
+    prepare(what, folder)
+    serve(folder, Hand(make_nodes(what, tmp_path / "nodes")))
+    export(folder, "adapter", tmp_path / "out")
+    own, exported = ((path / "README.md").read_text() for path in (folder / "adapter", tmp_path / "out"))
+    assert OF_NODES in own and exported == own

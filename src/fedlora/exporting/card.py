@@ -1,19 +1,21 @@
-"""Model card of an exported adapter: description, training, and instructions to load it."""
+"""Model card of an export: description, training, statement about privacy, and instructions to load it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config.experiment import Experiment
-from fedlora.models.gguf import is_gguf
+from fedlora.exporting.forms import Form, is_gguf, is_whole_model
+from fedlora.models import gguf
 from fedlora.printable import number
 from fedlora.rounds.row import RoundRow
 from fedlora.version import __version__
 
-_WITHOUT_PRIVACY = "No differential privacy was used. An adapter may reveal something about the examples it was trained on."
+_WITHOUT_PRIVACY = "No differential privacy was used. The trained weights may reveal something about the examples."
 
 
 def model_card(
     experiment: Experiment,
+    form: Form,
     base: str,
     tag: str,
     code: str,
@@ -23,15 +25,19 @@ def model_card(
 ) -> str:
     """Model card in Markdown.
 
-    `base` is the base model's name or path for PEFT, `tag` the hub's name of the task, `code` loads the adapter; `rows` are
-    the rows of the round log, `privacy` is the statement about differential privacy, None without it.
+    `base` is the base model's name or path for PEFT, `tag` the hub's name of the task, `code` loads the export: Python, or
+    commands for a GGUF file; `rows` are the rows of the round log, `privacy` is the statement about differential privacy,
+    None without it.
     """
     hub = {} if Path(base).is_dir() else {"base_model": base}
-    front = {**hub, "library_name": "peft", "pipeline_tag": tag, "tags": "[lora, federated-learning]"}
+    library = "gguf" if is_gguf(form) else "transformers" if form == "merged" else "peft"
+    trained = "all parameters" if experiment.method.whole_model else f"rank {experiment.method.rank}"
+    tags = "[federated-learning]" if experiment.method.whole_model else "[lora, federated-learning]"
+    front = {**hub, "library_name": library, "pipeline_tag": tag, "tags": tags}
     row, data = experiment.method.row, experiment.data
     said = {
-        "Base model": f"`{_public(experiment.model)}`" + _quantization(experiment),
-        "Method": f"`{row.name}` ({row.paper}), rank {experiment.method.rank}",
+        "Base model": f"`{_public(experiment.model)}`" + _quantization(experiment, form),
+        "Method": f"`{row.name}` ({row.paper}), {trained}",
         "Data": f"`{_public(data.source)}`" + (f", {len(labels)} labels" if labels else ""),
         **_results(rows),
         "Made with": f"fedlora {__version__}, seed {experiment.seed}",
@@ -41,7 +47,7 @@ def model_card(
             "---",
             *(f"{key}: {value}" for key, value in front.items()),
             "---",
-            f"# LoRA adapter for {tag.replace('-', ' ')}",
+            f"# {'Fine-tuned model' if is_whole_model(form) else 'LoRA adapter'} for {tag.replace('-', ' ')}",
             "",
             "Trained by federated fine-tuning: each client's examples remained on that client.",
             "",
@@ -53,17 +59,21 @@ def model_card(
             "",
             "## Load it",
             "",
-            f"```python\n{code}```",
+            f"```{'sh' if is_gguf(form) else 'python'}\n{code}```",
             "",
         ]
     )
 
 
-def _quantization(experiment: Experiment) -> str:
+def _quantization(experiment: Experiment, form: Form) -> str:
     """How the base was quantized in training, and how to load it so."""
     if experiment.quantize is None:
         return ""
-    if not is_gguf(experiment.model):
+    if is_whole_model(form):
+        how = "whose dequantized weights this model has"
+    elif form == "gguf-adapter":
+        how = "whereas llama.cpp adds the adapter to the weights of another file, so that its outputs differ somewhat"
+    elif not gguf.is_gguf(experiment.model):
         how = "as the code below loads it"
     else:
         how = (

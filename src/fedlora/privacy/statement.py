@@ -21,7 +21,7 @@ PUBLIC_COUNTS = "The clients' numbers of examples are sent, and are not protecte
 """An addition to the statement about records in a deployment, with `privacy.public_counts`."""
 
 PERSONAL = (
-    "This adapter has parts that were trained on one client's examples without noise: the guarantee of the run, for "
+    "This model has parts that were trained on one client's examples without noise: the guarantee of the run, for "
     "clients, does not cover it. It may reveal something about these examples."
 )
 """The statement about a client's own adapter if clients are protected."""

@@ -119,6 +119,11 @@ class ClientPrivacy:
             )
 
     @property
+    def clients(self) -> int:
+        """The number of clients of the account."""
+        return round(self.expected_cohort / self.rate)
+
+    @property
     def sum_noise(self) -> float:
         """The noise multiplier of the sum."""
         z, count_noise = self.noise_multiplier, _COUNT_NOISE * self.expected_cohort

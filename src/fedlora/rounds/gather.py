@@ -89,7 +89,9 @@ def _noised(
     released = privacy.release(clipped, cohort.rnd)
     gathered.released, gathered.collected, gathered.updates = released, released.mean, ClientUpdates(None)
     spent = privacy.epsilon(cohort.rnd.index + 1)
-    stats.privacy = PrivacyRow(spent, privacy.delta, released.clip, privacy.noise_multiplier, released.share)
+    stats.privacy = PrivacyRow(
+        spent, privacy.delta, released.clip, privacy.noise_multiplier, released.share, privacy.clients
+    )
     return gathered
 
 

@@ -46,6 +46,8 @@ class PrivacyRow:
     """Standard deviation of the noise, in units of the clip. Absent: each client has its own."""
     within_clip: float | None = None
     """Noised fraction of the uploads whose changes were within the clip. Absent: the clip is fixed."""
+    clients: int | None = None
+    """Number of clients that the account protects. Absent: `privacy.unit` is record."""
 
 
 @dataclass(frozen=True)

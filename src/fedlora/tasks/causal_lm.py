@@ -18,6 +18,7 @@ from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, load_tokenizer, outline_model
 from fedlora.tasks.conversations import Messages, conversations
 from fedlora.tasks.language_models import language_model_code
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.prompts import (
     Prompted,
     eos,
@@ -50,6 +51,7 @@ class CausalLM:
 
     peft_type = "CAUSAL_LM"
     pipeline_tag = "text-generation"
+    merged_code = code_for_merged("AutoModelForCausalLM")
     lower_is_better = frozenset({"loss", "perplexity"})
     test_metrics = None
     predict = None

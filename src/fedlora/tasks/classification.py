@@ -15,6 +15,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.printable import listed
 from fedlora.tasks.confusion import confusion_metrics
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.task import Examples
 from fedlora.tasks.text_head import encode_texts, first_tokens, head_features, load_head, outline_head, text_columns
 
@@ -46,6 +47,7 @@ class Classification:
 
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     pipeline_tag: ClassVar[str] = "text-classification"
+    merged_code: ClassVar[str] = code_for_merged("AutoModelForSequenceClassification")
     lower_is_better = frozenset({"loss"})
     test_metrics = None
     questions = None

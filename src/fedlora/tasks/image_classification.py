@@ -39,6 +39,16 @@ model = PeftModel.from_pretrained(base, folder)
 processor = AutoImageProcessor.from_pretrained(folder)
 """
 
+_LOAD_MERGED = """\
+from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+folder = Path()  # where this file is
+model = AutoModelForImageClassification.from_pretrained(folder)
+processor = AutoImageProcessor.from_pretrained(folder)
+"""
+
 
 @dataclass(frozen=True)
 class ImageClassification(Classification):
@@ -50,6 +60,7 @@ class ImageClassification(Classification):
 
     peft_type = None  # PEFT has no type for it
     pipeline_tag = "image-classification"
+    merged_code = _LOAD_MERGED
 
     augment: Literal["none", "flip"] = "none"
     crop_padding: int = 0

@@ -16,6 +16,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.language_models import language_model_code
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.options import FILLER, call, check_apart, encode_questions, learned, log_likelihoods
 from fedlora.tasks.task import NO_TARGET, Examples, client_sums
 from fedlora.tasks.token_features import mean_of_tokens
@@ -35,6 +36,7 @@ class MultipleChoice:
 
     peft_type = "CAUSAL_LM"
     pipeline_tag = "text-generation"
+    merged_code = code_for_merged("AutoModelForCausalLM")
     lower_is_better = frozenset({"loss"})
     test_metrics = None
     questions = None

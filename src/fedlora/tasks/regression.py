@@ -12,6 +12,7 @@ from fedlora.data.columns import Column
 from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.tasks.correlation import pearson, spearman
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.task import Examples, client_sums
 from fedlora.tasks.text_head import encode_texts, first_tokens, head_features, load_head, outline_head, text_columns
 
@@ -44,6 +45,7 @@ class Regression:
 
     peft_type = "SEQ_CLS"
     pipeline_tag = "text-classification"  # the hub's, of text scoring too
+    merged_code = code_for_merged("AutoModelForSequenceClassification")
     lower_is_better = frozenset({"mse", "loss"})
     questions = None
 

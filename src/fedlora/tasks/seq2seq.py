@@ -18,6 +18,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.models.tokenizers import positions
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.prompts import eos, surrounding, token_lists
 from fedlora.tasks.questions import Question
 from fedlora.tasks.task import NO_TARGET, Examples, client_sums
@@ -53,6 +54,7 @@ class Seq2Seq:
 
     peft_type = "SEQ_2_SEQ_LM"
     pipeline_tag = "text2text-generation"
+    merged_code = code_for_merged("AutoModelForSeq2SeqLM")
     lower_is_better = frozenset({"loss", "perplexity"})
     test_metrics = None
     predict = None

@@ -17,6 +17,7 @@ from fedlora.messages import Statistics
 from fedlora.models.checkpoint import Checkpoint
 from fedlora.models.loading import load_model, outline_model
 from fedlora.tasks.entities import inner, scheme
+from fedlora.tasks.merged_models import code_for_merged
 from fedlora.tasks.task import NO_TARGET, Examples
 from fedlora.tasks.token_features import mean_of_tokens
 from fedlora.tasks.word_tokens import word_tokens
@@ -53,6 +54,7 @@ class Tagging:
 
     peft_type = "TOKEN_CLS"
     pipeline_tag = "token-classification"
+    merged_code = code_for_merged("AutoModelForTokenClassification")
     lower_is_better = frozenset({"loss"})
     test_metrics = None
     questions = None

@@ -119,6 +119,8 @@ class Task(Protocol):
 
     pipeline_tag: str
     """The hub's name of the task, such as "text-classification"."""
+    merged_code: str
+    """A Python program that loads the exported merged model and its tokenizer or image processor."""
     lower_is_better: frozenset[str]
     """The metrics of which smaller values are better."""
 
