@@ -79,7 +79,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "record": {"unit": "record"},
     "client": {"unit": "client"},
     "client, adaptive clip": {"unit": "client", "clip_quantile": 0.5},
-    "client, largest cohort": {"unit": "client", "largest_cohort": 0.6},  # of all clients, of which half are expected
+    "client, largest cohort": {"unit": "client", "largest_cohort": 0.95},  # of all clients, of which 90 % are expected
 }
 FAULTS: dict[str, Callable[[], Any]] = {
     "none": contextlib.nullcontext,
@@ -123,7 +123,7 @@ def audit(
     rows = [{"text": TEXT, "label": name, "owner": name} for name, is_in in zip(labels, included, strict=True) if is_in]
     of_clients, limited = privacy["unit"] == "client", "largest_cohort" in privacy
     count = {"count": len(rows)} if limited else {}
-    settings = {**privacy, "delta": DELTA, "clip": CLIP, **({"largest_cohort": int(0.6 * len(rows))} if limited else {})}
+    settings = {**privacy, "delta": DELTA, "clip": CLIP, **({"largest_cohort": int(0.95 * len(rows))} if limited else {})}
     heads = []
     with tempfile.TemporaryDirectory() as home, fault():
         for name, multiplier, lr in (("start", 0.0, 1e-12), ("trained", noise, 1.0)):  # the first step is nearly nothing
@@ -134,7 +134,7 @@ def audit(
                     "held_out": 0.0,
                     "min_size": 1,
                 },
-                sampling={"fraction": 0.5 if limited else 1.0},
+                sampling={"fraction": 0.9 if limited else 1.0},
                 rounds=1,
                 seed=seed,
                 method={"name": "fedit", "rank": 1},

@@ -156,7 +156,7 @@ def test_each_client_is_drawn_on_its_own():
 def test_of_more_drawn_clients_than_the_largest_cohort_so_many_are_kept_at_random():
     clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(40)]
     whole, counts, full = privacy(rate=0.25), Counter(), 0
-    limited = replace(whole, largest=10, registered=40)
+    limited = replace(whole, largest=10, clients=40)
     for index in range(600):
         drawn, kept = (level.choose(clients, Round(index, 0)) for level in (whole, limited))
         assert kept == [one for one in drawn if one in kept] and len(kept) == min(10, len(drawn))
@@ -169,7 +169,7 @@ def test_of_more_drawn_clients_than_the_largest_cohort_so_many_are_kept_at_rando
 
 def test_a_client_less_changes_a_truncated_cohort_by_at_most_one_other_client():
     clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(40)]
-    level, replaced = privacy(rate=0.25, largest=8, registered=40), 0
+    level, replaced = privacy(rate=0.25, largest=8, clients=40), 0
     for index in range(40):
         cohort = set(level.choose(clients, Round(index, 0)))
         for left_out in cohort:
@@ -181,7 +181,7 @@ def test_a_client_less_changes_a_truncated_cohort_by_at_most_one_other_client():
 
 def test_the_largest_cohort_holds_for_secret_draws_and_without_its_account_no_client_is_drawn():
     clients = [ClientInfo(f"{i:02}", 3, 1) for i in range(60)]
-    level = privacy(rate=1.0, secret=True, largest=20, registered=30)
+    level = privacy(rate=1.0, secret=True, largest=20, clients=30)
     draws = [level.choose(clients, Round(0, 0)) for _ in range(3)]
     assert all(len(drawn) == 20 and set(drawn) <= set(clients[:30]) for drawn in draws)
     assert draws[0] != draws[1] or draws[1] != draws[2]
@@ -260,7 +260,7 @@ def test_an_audit_finds_what_is_broken_and_nothing_else(kind, noise, broken):
 @pytest.mark.parametrize("name", ["fedit", SHARED])
 def test_a_run_continued_from_its_saved_state_is_the_undisturbed_run(tmp_path, name):
     method = method_with_trained_head(name)
-    level = privacy(noise=0.5, rate=0.5, expected=15.0, quantile=0.5, largest=15, registered=30)
+    level = privacy(noise=0.5, rate=0.5, expected=15.0, quantile=0.5, largest=15, clients=30)
     trainer, clients = ToyTrainer(), toy_clients(30)
     plan, start = private_plan(method, trainer, level, rounds=4), RunState(method.init_server(trainer.spec, 0))
 

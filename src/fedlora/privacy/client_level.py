@@ -28,7 +28,7 @@ def planned(privacy: Privacy, rate: float, rounds: int, clients: int, secret: bo
             privacy.clip_rate,
             secret,
             one.largest,
-            None if one.largest is None else clients,
+            clients,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

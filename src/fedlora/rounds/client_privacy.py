@@ -80,8 +80,8 @@ class ClientPrivacy:
     deviation `noise_multiplier` * `clip` is added to the sum of the clipped changes, which is divided by `expected_cohort`.
     That number is fixed, so an upload that is late or rejected counts as no change, and an empty cohort releases noise.
 
-    Of more than `largest` drawn clients, `largest` take part, chosen at random. The account is then that of a number of
-    clients: clients beyond `registered` are not drawn.
+    Of more than `largest` drawn clients, `largest` take part, chosen at random. The account then depends on the number of
+    `clients`: more of them are not drawn.
 
     With a `quantile`, the clip approaches that quantile of the norms at `quantile_rate`. A part of the budget pays for the
     noised number of changes within the clip: the noise on the sum is larger, so that both cost what `noise_multiplier`
@@ -103,7 +103,7 @@ class ClientPrivacy:
     quantile_rate: float = 0.2
     secret: bool = False
     largest: int | None = None
-    registered: int | None = None
+    clients: int | None = None
 
     def __post_init__(self) -> None:
         """Checks that the cohort is large enough for the quantile.
@@ -119,11 +119,6 @@ class ClientPrivacy:
             )
 
     @property
-    def clients(self) -> int:
-        """The number of clients of the account."""
-        return round(self.expected_cohort / self.rate)
-
-    @property
     def sum_noise(self) -> float:
         """The noise multiplier of the sum."""
         z, count_noise = self.noise_multiplier, _COUNT_NOISE * self.expected_cohort
@@ -131,7 +126,7 @@ class ClientPrivacy:
 
     def choose(self, clients: Sequence[ClientInfo], rnd: Round) -> list[ClientInfo]:
         """The cohort of a round, in the order of the clients' ids; it may be empty."""
-        ordered = sorted(clients, key=lambda client: client.id)[: self.registered]
+        ordered = sorted(clients, key=lambda client: client.id)[: None if self.largest is None else self.clients]
         drawn = [one for one in ordered if self._uniform("private cohort", rnd, one) < self.rate]
         if self.largest is None or len(drawn) <= self.largest:
             return drawn
