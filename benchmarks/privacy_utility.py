@@ -1,11 +1,12 @@
 """Utility of private training: accuracy of eight methods on SST-2, for examples and for clients as the protected unit.
 
     python benchmarks/privacy_utility.py {record,client} --train sst2/train.jsonl.gz --test sst2/dev.jsonl.gz
-                                         --out runs/privacy [--devices 2] [--write docs/benchmarks/privacy.md]
+                                         --out runs/privacy [--devices 2]
 
 Of the training rows, 256 are public and fit the model from which all runs start, 1,000 are public and choose rate and clip,
-and 65,000 are the clients'. Rate and clip are searched at epsilon 3 alone, with one seed. The results of all epsilons, with
-three seeds, are on the test rows. A second call with the same directory continues an interrupted one.
+and 65,000 are the clients'. Rate and clip are searched with one seed: at epsilon 3, for all epsilons; and without noise, which
+slows AdamW down. The results, with three seeds, are on the test rows. A second call with the same directory continues an
+interrupted one.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from fedlora import Result, sweep
 PUBLIC, VALIDATION, PRIVATE = 256, 1000, 65_000
 LABELS = ("negative", "positive")
 MAX_LENGTH = 32
-SEARCHED, EPSILONS, SEEDS, SEARCH_SEED = 3.0, (1.0, 3.0, 8.0, None), (0, 1, 2), 3  # None: clipped, without noise
+EPSILONS, SEARCHED, SEEDS, SEARCH_SEED = (1.0, 3.0, 8.0), 3.0, (0, 1, 2), 3
 EVERYWHERE = ("fedit", "ffa-lora", "fedsvd", "fed-sb")  # at all epsilons; the others at 3 and without noise
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ UNITS: dict[str, dict[str, Any]] = {
         "base": {"rounds": 3, "clients": {"count": 20}, "train": {"batch_size": 65, "max_steps": 4, "optimizer": "adamw"}},
         "privacy": {"unit": "record", "delta": 1e-5},
         "grid": [{"lr": 1e-2, "clip": 1.0}, {"lr": 3e-2, "clip": 1.0}, {"lr": 1e-2, "clip": 0.3}],
+        "grid without noise": [{"lr": lr, "clip": 1.0} for lr in (3e-3, 1e-2, 3e-2)],
         "central": {"rounds": 3, "train": {"batch_size": 260, "max_steps": 16}},
         "methods": {},
     },
@@ -52,6 +54,7 @@ UNITS: dict[str, dict[str, Any]] = {
         },
         "privacy": {"unit": "client", "delta": 1e-4},
         "grid": [{"lr": 1.0, "clip": clip} for clip in (0.02, 0.05, 0.1)],
+        "grid without noise": [{"lr": 1.0, "clip": clip} for clip in (0.05, 0.1, 0.2)],
         "central": {"rounds": 1, "train": {"batch_size": 100, "max_steps": 100}},
         "methods": {"fra-lora": {"upload": "dense"}},
     },
@@ -148,36 +151,23 @@ def accuracy(result: Result, row: int = -1) -> float:
     return scores["accuracy"]
 
 
-def chosen(unit: str, folder: Path, devices: int) -> dict[str, dict[str, float]]:
-    """The rate and clip of each method that are best on the validation rows, at the searched epsilon."""
-    points = {
-        (method, i): point(unit, method, **values, epsilon=SEARCHED)
-        for method in METHODS
-        for i, values in enumerate(UNITS[unit]["grid"])
-    }
+def chosen(unit: str, epsilon: float | None, folder: Path, devices: int) -> dict[str, dict[str, float]]:
+    """The rate and clip of each method that are best on the validation rows, at this epsilon."""
+    grid = UNITS[unit]["grid" if epsilon else "grid without noise"]
+    points = {(method, i): point(unit, method, **grid[i], epsilon=epsilon) for method in METHODS for i in range(len(grid))}
     tables = {"seeds": [SEARCH_SEED], "base": base(unit, folder, "validation.jsonl"), "points": [*points.values()]}
-    results = swept(tables, folder / f"{unit}-search", devices)
-    grid = UNITS[unit]["grid"]
+    results = swept(tables, folder / f"{unit}-search{'' if epsilon else '-without-noise'}", devices)
     return {
         method: grid[max(range(len(grid)), key=lambda i: accuracy(results[points[method, i]["label"]][0]))]
         for method in METHODS
     }
 
 
-def cases(best: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, float | None]]:
-    """The pairs of method and epsilon."""
-    for method in best:
-        for epsilon in EPSILONS:
-            if method in EVERYWHERE or epsilon in (SEARCHED, None):
-                yield method, epsilon
-
-
-def table(unit: str, folder: Path, devices: int) -> list[str]:
-    best = chosen(unit, folder, devices)
-    points = {(method, epsilon): point(unit, method, **best[method], epsilon=epsilon) for method, epsilon in cases(best)}
+def central(unit: str) -> dict[str, Any]:
+    """Training without clients and privacy, with as many steps on as many examples; its first row is the start."""
     own = UNITS[unit]["central"]
-    central = {
-        **point(unit, "fedit", **best["fedit"], epsilon=None),
+    return {
+        **point(unit, "fedit", 3e-3, 1.0, None),
         "label": "central",
         "rounds": own["rounds"],
         "clients": {"count": 1},
@@ -186,27 +176,38 @@ def table(unit: str, folder: Path, devices: int) -> list[str]:
         "privacy": {"unit": "none"},
         "evaluate": {"before": True},
     }
-    tables = {
-        "seeds": list(SEEDS),
-        "base": base(unit, folder, "test.jsonl"),
-        "points": [*points.values(), central],
-    }
-    results = swept(tables, folder / unit, devices)
-    scores = {label: [accuracy(one) for one in runs] for label, runs in results.items()}
-    lines = [f"| method | rate, clip | {' | '.join(f'epsilon {e:g}' if e else 'no noise' for e in EPSILONS)} |"]
-    lines.append("| --- | --- |" + " --- |" * len(EPSILONS))
-    for method in METHODS:
-        each = (points.get((method, epsilon)) for epsilon in EPSILONS)
-        cells = [shown(scores[one["label"]]) if one else "" for one in each]
-        lines.append(f"| {method} | {best[method]['lr']:g}, {best[method]['clip']:g} | {' | '.join(cells)} |")
-    labels = [row["label"] for row in read(folder / "test.jsonl")]
-    chance = max(labels.count(label) for label in LABELS) / len(labels)
-    start = accuracy(results["central"][0], 0)
-    others = f"The start: {start:.3f}. Central training: {shown(scores['central'])}. The most frequent label: {chance:.3f}."
-    return [*lines, "", others]
 
 
-def shown(scores: Sequence[float]) -> str:
+def table(unit: str, folder: Path, devices: int) -> Iterator[list[str]]:
+    """Yields the table of the runs with noise, and then that of all runs."""
+    others, cells = "", dict[tuple[str, float | None], str]()
+    for part, searched, epsilons in (("", SEARCHED, EPSILONS), ("-without-noise", None, (None,))):
+        best = chosen(unit, searched, folder, devices)
+        points = {
+            (method, epsilon): point(unit, method, **best[method], epsilon=epsilon)
+            for method in METHODS
+            for epsilon in epsilons
+            if method in EVERYWHERE or epsilon == searched
+        }
+        also = [] if others else [central(unit)]
+        tables = {"seeds": [*SEEDS], "base": base(unit, folder, "test.jsonl"), "points": [*points.values(), *also]}
+        results = swept(tables, folder / f"{unit}{part}", devices)
+        for (method, epsilon), one in points.items():
+            rate, clip = best[method].values()
+            cells[method, epsilon] = f"{shown(results[one['label']])} ({rate:g}, {clip:g})"
+        if also:
+            labels = [row["label"] for row in read(folder / "test.jsonl")]
+            chance = max(labels.count(label) for label in LABELS) / len(labels)
+            start = accuracy(results["central"][0], 0)
+            others = f"Start {start:.3f}, central {shown(results['central'])}, most frequent label {chance:.3f}"
+        columns = EPSILONS if searched else (*EPSILONS, None)
+        head = f"| method | {' | '.join(f'epsilon {e:g}' if e else 'no noise' for e in columns)} |"
+        lines = [f"| {method} | {' | '.join(cells.get((method, e), '') for e in columns)} |" for method in METHODS]
+        yield [head, "| --- |" + " --- |" * len(columns), *lines, "", others]
+
+
+def shown(results: Sequence[Result]) -> str:
+    scores = [accuracy(one) for one in results]
     return f"{statistics.mean(scores):.3f} ± {statistics.stdev(scores):.3f}"
 
 
@@ -222,7 +223,8 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         split(given.train, given.test, given.out)
         fit_start(given.out)
-    print("\n".join(table(given.unit, given.out, given.devices)))
+    for lines in table(given.unit, given.out, given.devices):
+        print("\n".join(lines), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
