@@ -4,9 +4,9 @@
                                          --out runs/privacy [--devices 2]
 
 Of the training rows, 256 are public and fit the model from which all runs start, 1,000 are public and choose rate and clip,
-and 65,000 are the clients'. Rate and clip are searched with one seed: at epsilon 3, for all epsilons; and without noise, which
-slows AdamW down. The results, with three seeds, are on the test rows. A second call with the same directory continues an
-interrupted one.
+and 65,000 are the clients'. Rate and clip are searched with one seed: at epsilon 3, for all epsilons; and without noise,
+which slows AdamW down. The results, with three seeds, are on the test rows. A second call with the same directory
+continues an interrupted one.
 """
 
 import argparse
