@@ -21,7 +21,7 @@ from hostile import furnish
 from tiny import LABELS
 from wired import problem
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.flower, pytest.mark.full, pytest.mark.timeout(600)]
 EPSILON, DELTA, CLIP = 2.0, 1e-5, 0.5
 
 
