@@ -20,7 +20,7 @@ from fedlora.rounds.progress import NullProgress
 from lives import rows_in, table, until
 from wired import furnish
 
-pytestmark = [pytest.mark.flower, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.flower, pytest.mark.full, pytest.mark.timeout(600)]
 
 
 def test_nodes_and_workers_may_die_or_be_stopped_and_return_and_their_base_is_that_of_all(tmp_path):
