@@ -1,7 +1,7 @@
 """Time of a step, and peak memory, of private training (`privacy.unit = "record"`), beside the same step without privacy.
 
     python benchmarks/private_step.py [--models minilm smollm2] [--clients 8] [--batch 8] [--steps 5] [--repeats 3]
-                                      [--write docs/benchmarks/private_step.md]
+                                      [--write FILE]
 
 Each client has one batch of made-up texts of 8 to 60 words, all of which are in each step: the same work on all sides.
 Rank 8 on query and value, AdamW, the models' dropout; MiniLM learns labels, with its head, SmolLM2 texts. Opacus, if

@@ -39,7 +39,8 @@ def write_exports(
     the round log, for the card. `dtype` is that of a whole model, by default that of its checkpoint.
 
     Raises:
-        UserError: an adapter or the model cannot be represented in the form or in `dtype`.
+        UserError: an adapter or the model cannot be represented in the form or in `dtype`, or the statement about privacy
+            cannot be made.
     """
     if change := session.adapted.base_change:  # others load the adapter on the pretrained weights
         adapters = {name: with_base_updates(adapter, [change]) for name, adapter in adapters.items()}
@@ -86,12 +87,17 @@ def _write_model(session: Session, adapter: Adapter, folder: Path, to: Form, dty
 
 
 def _card(session: Session, to: Form, rows: Sequence[RoundRow]) -> str:
-    """The model card of a run's export after these rounds, or without them after all."""
+    """The model card of a run's export after these rounds, or without them after all.
+
+    Raises:
+        UserError: the statement about privacy cannot be made.
+    """
     experiment, labels = session.experiment, session.federated_data.labelled_data.labels
     done, private = (rows[-1].round, rows[-1].privacy) if rows else (experiment.rounds, None)
     counted = None if private is None else private.clients
     privacy = statement_text(experiment, session.clients, done, counted, session.deployed)
-    assert (privacy is None) == (experiment.privacy.unit == "none"), "a private run has a statement"
+    if privacy is None and experiment.privacy.unit != "none":  # never without its statement
+        raise UserError("the run has no round with the number of clients in its account of privacy, which the card states")
     base, _ = _base(session)
     return model_card(experiment, to, base, session.task.pipeline_tag, _code(session, to), labels, rows, privacy)
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 from test_node import Hand, decode_message, make_nodes
 
@@ -13,6 +14,7 @@ from fedlora.deploy.node import Node
 from fedlora.deploy.server import serve
 from fedlora.deploy.settings import Settings
 from fedlora.deploy.wire import Done, HandshakeReply
+from fedlora.errors import UserError
 from fedlora.privacy.account import epsilon
 from fedlora.privacy.events import Gaussian, Truncation
 from fedlora.privacy.statement import OF_NODES
@@ -20,7 +22,7 @@ from fedlora.privacy.statement import OF_NODES
 from wired import furnish, known, problem
 
 
-def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_clients(tmp_path):
+def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_clients(tmp_path, monkeypatch):
     """Four clients with files of their own connect to a run that was planned for three."""
     home = furnish(tmp_path)
     privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-4, "clip": 0.1, "largest_cohort": 2}
@@ -42,6 +44,9 @@ def test_the_account_of_a_largest_cohort_is_that_of_the_planned_number_of_client
     assert "n = 3 clients" in card and "from the operating system, and secret" in card
     export(folder, "adapter", tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == card
+    monkeypatch.setattr("fedlora.run_exports.statement_text", lambda *_: None)  # as for rounds of an earlier version
+    with pytest.raises(UserError, match="no round with the number of clients"):
+        export(folder, "adapter", tmp_path / "without")
 
 
 def test_nodes_send_no_counts_and_no_losses_and_the_noise_of_a_server_is_secret(tmp_path):

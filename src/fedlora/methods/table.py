@@ -345,7 +345,7 @@ _ROWS = (
         index_counts_down=("r", "rank"),
         mixed_ranks=True,
         secure="with zeros for untrained heads, and a count for each head",
-        noise='enters once, through the small cores; choose = "gradient" with different ranks reads examples without noise',
+        noise='enters once, through the small cores; choose = "gradient" is rejected',
         known_failures={
             "test_identical_clients_equal_one_client, mixed ranks": "each client trains other heads",
             "test_factors_and_head_are_averaged_with_the_same_weights, mixed ranks": "each head has its own mean",
