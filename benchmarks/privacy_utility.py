@@ -118,7 +118,7 @@ def base(unit: str, folder: Path, test: str) -> dict[str, Any]:
         "model": str(folder / "start"),
         "data": {"source": str(folder / "private.jsonl"), "test": str(folder / test), "labels": list(LABELS)},
         "clients": {"partition": "iid", "held_out": 0.0, **own["clients"]},
-        "train": {"max_length": MAX_LENGTH, "precision": "auto", **own["train"]},
+        "train": {"max_length": MAX_LENGTH, **own["train"]},
         "evaluate": {"every": own["rounds"], "before": False, "clients": "none"},
     }
 

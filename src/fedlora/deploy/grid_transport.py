@@ -1,11 +1,21 @@
 """Transport over Flower's Grid."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.deploy.credential import Credential
 from fedlora.deploy.flower_records import from_record, to_record
@@ -19,13 +29,45 @@ _ERRORS = {
 }
 
 
-class GridTransport:
-    """Sends messages through the SuperLink, without blocking for replies."""
+@dataclass
+class _Upload:
+    """Reply whose objects its node may still be uploading."""
 
-    def __init__(self, grid: Grid, credentials: Mapping[bytes, Credential] | None = None) -> None:
+    tree: ObjectTree
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+    def complete(self, pull: Callable[[str], bytes]) -> bool:
+        """Pulls the objects that are missing, as far as they are available; returns whether it has all of them."""
+        for part in iterate_object_tree(self.tree):
+            if part.object_id not in self.contents:
+                try:
+                    self.contents[part.object_id] = pull(part.object_id)
+                except ObjectUnavailableError:
+                    return False
+        return True
+
+    def content(self) -> bytes | str:
+        """The reply; a string is the reason if it is an error or invalid."""
+        try:
+            message = inflate_object_from_contents(self.tree.object_id, self.contents)
+            assert isinstance(message, Message)
+            return _error(message.error.code) if message.has_error() else from_record(message)
+        except Exception:  # the objects are the node's: they may have any content
+            return "its node's reply is not a message of fedlora"
+
+
+class GridTransport:
+    """Sends messages through the SuperLink, without blocking for replies.
+
+    It pulls replies itself, as `Grid.pull_messages` waits for minutes, with the replies of all nodes, if a single node dies
+    during its upload.
+    """
+
+    def __init__(self, grid: HttpGrid, credentials: Mapping[bytes, Credential] | None = None) -> None:
         """`credentials` maps the nodes' public keys to credentials; None for a SuperLink without keys."""
         self._grid, self._credentials = grid, credentials
         self._keys: dict[int, bytes] = {}
+        self._uploads: dict[str, _Upload] = {}
 
     def nodes(self) -> Collection[int]:
         """SuperNodes that the SuperLink considers connected."""
@@ -48,14 +90,26 @@ class GridTransport:
         return message_ids
 
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
-        """Replies that the SuperLink has for these message ids."""
+        """Replies to these message ids that the SuperLink has completely; a string is the reason for a missing one."""
+        client, node, run_id = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
+        pulled = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
+        trees = zip(pulled.messages_list, pulled.message_object_trees, strict=True)
+        self._uploads |= {reply.metadata.reply_to_message_id: _Upload(tree) for reply, tree in trees}
+        for message_id in self._uploads.keys() - set(message_ids):  # of a round that has ended
+            del self._uploads[message_id]
+        pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
         found: dict[str, bytes | str] = {}
-        for message in self._grid.pull_messages(list(message_ids)):
-            message_id = message.metadata.reply_to_message_id
+        for message_id, upload in self._uploads.items():
             try:
-                found[message_id] = _error(message.error.code) if message.has_error() else from_record(message)
-            except ValueError as error:
-                found[message_id] = str(error)
+                if upload.complete(pull):
+                    found[message_id] = upload.content()
+                    root = upload.tree.object_id
+                    received = ConfirmMessageReceivedRequest(node=node, run_id=run_id, message_object_id=root)
+                    client.ConfirmMessageReceived(received)
+            except ObjectPullError:
+                found[message_id] = "its node's reply was not uploaded completely"
+        for message_id in found:
+            del self._uploads[message_id]
         return found
 
 
