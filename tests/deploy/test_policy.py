@@ -167,12 +167,19 @@ def test_without_a_policy_the_owner_is_asked_once_and_again_only_if_the_server_a
     agree(asked(rounds=4), settings, tmp_path, told.append, None)  # remembered also without a terminal
 
 
-def test_the_owner_is_told_how_the_clip_is_adapted_and_cohorts_are_limited():
-    private = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-5, "clip": 0.5}
-    more = {"clip_quantile": 0.4, "largest_cohort": 30}
+@pytest.mark.parametrize(
+    "unit, more, words",
+    [
+        ("client", {"clip_quantile": 0.4}, "clip 0.5, adapted to the quantile 0.4 of the norms"),
+        ("client", {"largest_cohort": 30}, "at most 30 clients in a round"),
+        ("record", {"participations": 2}, "at most 2 rounds of a client"),
+        ("record", {"public_counts": True}, "numbers of examples are public"),
+    ],
+)
+def test_the_owner_is_told_all_limits_of_privacy(unit, more, words):
+    private = {"unit": unit, "noise_multiplier": 1.0, "delta": 1e-5, "clip": 0.5}
     plain, full = (describe(asked(privacy=one), True) for one in (private, private | more))
-    for words in ("clip 0.5, adapted to the quantile 0.4 of the norms", "at most 30 clients in a round"):
-        assert any(words in line for line in full) and not any(words in line for line in plain)
+    assert any(words in line for line in full) and not any(words in line for line in plain)
 
 
 STRONGER = {

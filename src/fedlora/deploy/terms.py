@@ -67,12 +67,16 @@ def describe(experiment: Experiment, own_file: bool) -> Sequence[str]:
     else:
         strength = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
         by = "this node" if privacy.unit == "record" else "the server"
-        clip = f"clip {privacy.clip:g}"
+        limits = [f"clip {privacy.clip:g}"]
         if privacy.clip_quantile is not None:
-            clip += f", adapted to the quantile {privacy.clip_quantile:g} of the norms of the clients' changes"
+            limits[0] += f", adapted to the quantile {privacy.clip_quantile:g} of the norms of the clients' changes"
         if privacy.largest_cohort is not None:
-            clip += f"; at most {privacy.largest_cohort} clients in a round"
-        protection = f"{privacy.unit}, {strength}, delta {privacy.delta:g}, {clip}; the noise is added by {by}"
+            limits.append(f"at most {privacy.largest_cohort} clients in a round")
+        if privacy.participations is not None:
+            limits.append(f"at most {privacy.participations} rounds of a client")
+        if privacy.public_counts:
+            limits.append("numbers of examples are public")
+        protection = f"{privacy.unit}, {strength}, delta {privacy.delta:g}, {'; '.join(limits)}; the noise is added by {by}"
     return [
         "the server asks for:",
         f"  method      {experiment.method.name}, rank {experiment.method.rank}",
