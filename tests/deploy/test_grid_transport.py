@@ -77,6 +77,14 @@ def test_a_reply_whose_upload_was_interrupted_is_an_absence(link, transport):
     assert transport.collect(["lost"]) == {"lost": "its node's reply was not uploaded completely"}
 
 
+def test_a_node_may_leave_after_its_upload(link, transport):
+    parts = link.upload("slow", reply(to_record(b"1")))
+    assert transport.collect(["slow"]) == {}
+    error = Message(Error(ErrorCode.NODE_UNAVAILABLE, ""), reply_to=reply(to_record(b"1")))
+    link.objects = parts | link.upload("slow", error)
+    assert transport.collect(["slow"]) == {"slow": b"1"}
+
+
 def test_an_upload_of_a_round_that_has_ended_is_dropped(link, transport):
     link.objects = dict.fromkeys(link.upload("late", reply(to_record(b"1"))), b"")
     assert transport.collect(["late"]) == {} and transport.collect(["other"]) == {}

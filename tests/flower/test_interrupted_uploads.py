@@ -1,4 +1,4 @@
-"""A node whose uploads do not end."""
+"""A node whose uploads are slow, and then do not end."""
 
 from contextlib import ExitStack
 from datetime import datetime, timedelta
@@ -20,17 +20,23 @@ from lives import rows_in, table, until
 from wired import furnish
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(300)]
-INTERRUPTED = """
-import pathlib, sys
+SLOW = """
+import pathlib, sys, time
 from fedlora.deploy import supernode
 
-whole, interrupted = supernode.push_objects, pathlib.Path(sys.argv[3])
-supernode.push_objects = lambda *given, **more: None if interrupted.exists() else whole(*given, **more)
+upload, interrupted = supernode.push_objects, pathlib.Path(sys.argv[3])
+
+def slow(*given, **more):
+    time.sleep(1.0)
+    if not interrupted.exists():
+        upload(*given, **more)
+
+supernode.push_objects = slow
 supernode.run(pathlib.Path(sys.argv[1]), supernode.Address.parse(sys.argv[2]), None, print)
 """
 
 
-def test_an_interrupted_upload_of_one_node_delays_no_other(tmp_path):
+def test_a_slow_upload_is_awaited_and_an_interrupted_one_delays_no_other(tmp_path):
     what = table(
         furnish(tmp_path), 3, rounds=500, deploy={"deadline": 10.0, "wait": 200.0, "poll": 0.2}, evaluate={"every": 999}
     )
@@ -44,7 +50,7 @@ def test_an_interrupted_upload_of_one_node_delays_no_other(tmp_path):
             Settings.trusting(experiment, [client]).write(tmp_path / client)
         for client in ("000", "002"):
             stack.callback(start_node(tmp_path / client, address, None).stop)
-        command = ["python", "-c", INTERRUPTED, str(tmp_path / "001"), str(address), str(flag)]
+        command = ["python", "-c", SLOW, str(tmp_path / "001"), str(address), str(flag)]
         stack.callback(Process(command, tmp_path / "001" / "flower", tmp_path / "001" / "supernode.log").stop)
 
         def follow_it():
@@ -53,7 +59,7 @@ def test_an_interrupted_upload_of_one_node_delays_no_other(tmp_path):
 
         follow = Thread(target=follow_it)
         follow.start()
-        assert until(lambda: rows_in(path))
+        assert until(lambda: len(rows_in(path)) > 1) and not any(row["rejected"] for row in rows_in(path))
         flag.touch()
         missing = until(lambda: [row for row in rows_in(path) if row["rejected"]])
         flag.unlink()

@@ -92,11 +92,12 @@ class GridTransport:
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
         """Replies to these message ids that the SuperLink has completely; a string is the reason for a missing one."""
         client, node, run_id = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
-        pulled = client.PullMessages(PullAppMessagesRequest(message_ids=message_ids))
-        trees = zip(pulled.messages_list, pulled.message_object_trees, strict=True)
-        self._uploads |= {reply.metadata.reply_to_message_id: _Upload(tree) for reply, tree in trees}
         for message_id in self._uploads.keys() - set(message_ids):  # of a round that has ended
             del self._uploads[message_id]
+        asked = [message_id for message_id in message_ids if message_id not in self._uploads]  # each is handed out once
+        pulled = client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        trees = zip(pulled.messages_list, pulled.message_object_trees, strict=True)
+        self._uploads |= {reply.metadata.reply_to_message_id: _Upload(tree) for reply, tree in trees}
         pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
         found: dict[str, bytes | str] = {}
         for message_id, upload in self._uploads.items():
