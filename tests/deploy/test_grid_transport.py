@@ -1,5 +1,6 @@
 """Replies through Flower's Grid: complete, still being uploaded, lost, and with anything in them."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedlora.deploy.flower_records import to_record
 from fedlora.deploy.grid_transport import GridTransport
+
+LONGEST = 300.0
 
 
 class SuperLink:
@@ -53,7 +56,9 @@ def transport(link, monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setattr(HttpGrid, "_runtime_client", link)
     monkeypatch.setattr(HttpGrid, "run", SimpleNamespace(run_id=1))
-    return GridTransport(HttpGrid(token="of no server"))
+    transport = GridTransport(HttpGrid(token="of no server"))
+    transport.send({}, LONGEST)
+    return transport
 
 
 def reply(content):
@@ -85,11 +90,19 @@ def test_a_node_may_leave_after_its_upload(link, transport):
     assert transport.collect(["slow"]) == {"slow": b"1"}
 
 
-def test_an_upload_of_a_round_that_has_ended_is_dropped(link, transport):
-    link.objects = dict.fromkeys(link.upload("late", reply(to_record(b"1"))), b"")
-    assert transport.collect(["late"]) == {} and transport.collect(["other"]) == {}
-    link.objects = link.upload("again", reply(to_record(b"1")))
-    assert transport.collect(["late", "again"]) == {"again": b"1"}
+def test_two_requests_may_be_awaited_in_turn(link, transport):
+    one, other = (link.upload(name, reply(to_record(name.encode()))) for name in ("one", "other"))
+    assert transport.collect(["one"]) == {} and transport.collect(["other"]) == {}
+    link.objects = one | other
+    assert transport.collect(["one"]) == {"one": b"one"} and transport.collect(["other"]) == {"other": b"other"}
+
+
+def test_an_upload_that_nobody_awaits_any_more_is_dropped(link, transport, monkeypatch):
+    link.upload("late", reply(to_record(b"1")))
+    assert transport.collect(["late"]) == {} and len(transport._uploads) == 1
+    later = time.monotonic() + LONGEST
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert transport.collect(["other"]) == {} and transport._uploads == {}
 
 
 @pytest.mark.parametrize(

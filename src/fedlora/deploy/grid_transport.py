@@ -1,5 +1,6 @@
 """Transport over Flower's Grid."""
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class _Upload:
     """Reply whose objects its node may still be uploading."""
 
     tree: ObjectTree
+    until: float  # time.monotonic() after which nobody waits for it
     contents: dict[str, bytes] = field(default_factory=dict)
 
     def complete(self, pull: Callable[[str], bytes]) -> bool:
@@ -68,6 +70,7 @@ class GridTransport:
         self._grid, self._credentials = grid, credentials
         self._keys: dict[int, bytes] = {}
         self._uploads: dict[str, _Upload] = {}
+        self._longest = 0.0  # seconds for which anybody waits for a reply
 
     def nodes(self) -> Collection[int]:
         """SuperNodes that the SuperLink considers connected."""
@@ -83,6 +86,7 @@ class GridTransport:
 
     def send(self, messages: Mapping[int, bytes], seconds: float) -> dict[str, int]:
         """Sends the messages one by one, so that a failure to send one does not affect the others."""
+        self._longest = max(self._longest, seconds)
         message_ids: dict[str, int] = {}
         for node, content in messages.items():
             message = Message(to_record(content), dst_node_id=node, message_type="query", ttl=seconds)
@@ -92,15 +96,16 @@ class GridTransport:
     def collect(self, message_ids: Collection[str]) -> Mapping[str, bytes | str]:
         """Replies to these message ids that the SuperLink has completely; a string is the reason for a missing one."""
         client, node, run_id = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
-        for message_id in self._uploads.keys() - set(message_ids):  # of a round that has ended
-            del self._uploads[message_id]
+        now = time.monotonic()
+        self._uploads = {message_id: upload for message_id, upload in self._uploads.items() if upload.until > now}
         asked = [message_id for message_id in message_ids if message_id not in self._uploads]  # each is handed out once
         pulled = client.PullMessages(PullAppMessagesRequest(message_ids=asked))
         trees = zip(pulled.messages_list, pulled.message_object_trees, strict=True)
-        self._uploads |= {reply.metadata.reply_to_message_id: _Upload(tree) for reply, tree in trees}
+        self._uploads |= {reply.metadata.reply_to_message_id: _Upload(tree, now + self._longest) for reply, tree in trees}
         pull = make_pull_object_fn_protobuf(client.PullObject, node, run_id)
         found: dict[str, bytes | str] = {}
-        for message_id, upload in self._uploads.items():
+        for message_id in self._uploads.keys() & set(message_ids):
+            upload = self._uploads[message_id]
             try:
                 if upload.complete(pull):
                     found[message_id] = upload.content()
