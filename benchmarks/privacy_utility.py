@@ -53,7 +53,7 @@ UNITS: dict[str, dict[str, Any]] = {
             "train": {"batch_size": 1, "max_steps": 1, "clients_per_step": 128, "optimizer": "sgd"},
         },
         "privacy": {"unit": "client", "delta": 1e-4},
-        "grid": [{"lr": 10.0, "clip": clip} for clip in (0.1, 0.3, 1.0)],  # nearly all uploads are clipped
+        "grid": [{"lr": 10.0, "clip": clip} for clip in (0.1, 0.3, 1.0)],  # most uploads are clipped
         "without noise": {},
         "central": {"rounds": 1, "train": {"batch_size": 100, "max_steps": 100}},
         "methods": {"fra-lora": {"upload": "dense"}},
