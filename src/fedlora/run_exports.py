@@ -96,7 +96,7 @@ def _card(session: Session, to: Form, rows: Sequence[RoundRow]) -> str:
     done, private = (rows[-1].round, rows[-1].privacy) if rows else (experiment.rounds, None)
     counted = None if private is None else private.clients
     privacy = statement_text(experiment, session.clients, done, counted, session.deployed)
-    if privacy is None and experiment.privacy.unit != "none":  # never without its statement
+    if privacy is None and experiment.privacy.unit != "none":  # a private run has a statement
         raise UserError("the run has no round with the number of clients in its account of privacy, which the card states")
     base, _ = _base(session)
     return model_card(experiment, to, base, session.task.pipeline_tag, _code(session, to), labels, rows, privacy)

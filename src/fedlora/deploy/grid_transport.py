@@ -35,7 +35,7 @@ class _Upload:
     """Reply whose objects its node may still be uploading."""
 
     tree: ObjectTree
-    until: float  # time.monotonic() after which nobody waits for it
+    expires: float  # by time.monotonic()
     contents: dict[str, bytes] = field(default_factory=dict)
 
     def complete(self, pull: Callable[[str], bytes]) -> bool:
@@ -70,7 +70,7 @@ class GridTransport:
         self._grid, self._credentials = grid, credentials
         self._keys: dict[int, bytes] = {}
         self._uploads: dict[str, _Upload] = {}
-        self._longest = 0.0  # seconds for which anybody waits for a reply
+        self._longest = 0.0  # the longest deadline so far, in seconds
 
     def nodes(self) -> Collection[int]:
         """SuperNodes that the SuperLink considers connected."""
@@ -97,7 +97,7 @@ class GridTransport:
         """Replies to these message ids that the SuperLink has completely; a string is the reason for a missing one."""
         client, node, run_id = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
         now = time.monotonic()
-        self._uploads = {message_id: upload for message_id, upload in self._uploads.items() if upload.until > now}
+        self._uploads = {message_id: upload for message_id, upload in self._uploads.items() if upload.expires > now}
         asked = [message_id for message_id in message_ids if message_id not in self._uploads]  # each is handed out once
         pulled = client.PullMessages(PullAppMessagesRequest(message_ids=asked))
         trees = zip(pulled.messages_list, pulled.message_object_trees, strict=True)
